@@ -1,0 +1,67 @@
+# Every target is safe to run again; `make` alone lists them.
+PYTHON ?= python3
+EXPERIMENT ?= ablation
+RECORDS ?= results/records
+
+export TOKENIZERS_PARALLELISM = false
+
+BIN := .venv/bin
+RUN := $(BIN)/python -m experiments.run
+EXPERIMENTS := $(basename $(notdir $(wildcard conf/experiment/*.yaml)))
+LATEX := latexmk texlive-latex-base texlive-latex-recommended texlive-fonts-recommended texlive-pictures \
+         texlive-latex-extra poppler-utils
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-all sweep derive paper reproduce clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: .venv/installed  ## make .venv with the tested versions
+
+quickstart: install  ## the ablation on the embedded model and text, to one figure; no download
+	$(RUN) experiment=ablation records=results/quickstart/records
+	$(BIN)/python scripts/tables.py --records results/quickstart/records --experiment ablation --out results/quickstart/tables
+	$(BIN)/python scripts/figures.py --records results/quickstart/records --experiment ablation --out results/quickstart/figures
+	@ls results/quickstart/figures/ablation_pareto.png
+
+test: install  ## lint, types, layers, tests
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/pytest -n 2 --quiet
+
+test-all: test  ## test, then the slow tests
+	@$(BIN)/pytest --quiet -m slow
+
+sweep: install  ## one experiment: make sweep EXPERIMENT=main; what has a record is skipped
+	$(RUN) experiment=$(EXPERIMENT) records=$(RECORDS)
+
+derive: install  ## tables and figures of the committed records, into results/tables and results/figures
+	$(BIN)/python scripts/tables.py --records $(RECORDS)
+	$(BIN)/python scripts/figures.py --records $(RECORDS)
+
+paper: install  ## the paper, every number from committed records
+	@command -v latexmk > /dev/null || { echo "make paper needs LaTeX: apt-get install $(LATEX)" >&2; exit 1; }
+	$(BIN)/python scripts/tables.py --records $(RECORDS) --experiment $(EXPERIMENT) --paper paper/generated
+	$(BIN)/python scripts/figures.py --records $(RECORDS) --experiment $(EXPERIMENT) --paper paper/generated
+	latexmk -cd -pdf -interaction=nonstopmode -halt-on-error paper/main.tex
+
+reproduce: install  ## every experiment again, into results/reproduced; continues where it stopped
+	@status=0; for experiment in $(EXPERIMENTS); do \
+		$(RUN) experiment=$$experiment records=results/reproduced/records || status=1; \
+	done; exit $$status
+
+clean:  ## remove what can be made again; .venv and the records stay
+	rm -rf results/logs results/cache results/quickstart results/reproduced wandb multirun outputs build dist
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf paper/generated $(addprefix paper/main.,aux bbl blg fdb_latexmk fls log out pdf toc)

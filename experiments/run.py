@@ -1,0 +1,70 @@
+"""The only entry point: ``python -m experiments.run method=nash_swarm model=default``; ``--help`` says more."""
+
+import json
+import logging
+import os
+import pathlib
+import traceback
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from experiments import mirror
+from nashswarm.run import run
+
+log = logging.getLogger(__name__)
+
+
+def labels_of(config: DictConfig) -> dict[str, str]:
+    """What the run is called: Hydra's choices, the method's overrides in brackets, a local folder by its name."""
+    choices = HydraConfig.get().runtime.choices
+    overrides = [
+        text.removeprefix("method.") for text in HydraConfig.get().overrides.task if text.startswith("method.")
+    ]
+    labels = {name: str(choices[name]) for name in ("model", "method", "dataset", "measure")}
+    if overrides:
+        labels["method"] += f"[{','.join(sorted(overrides))}]"
+    for group, choice in (("model", "local"), ("dataset", "local_text")):
+        if labels[group] == choice and config[group].path is not None:
+            labels[group] = pathlib.Path(config[group].path).name
+    return labels | {"experiment": str(choices.get("experiment") or "single")}
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(config: DictConfig) -> None:
+    """Run one job.  In a sweep a failed job is reported and the others go on; the sweep's summary sets the exit status."""
+    hydra_config = HydraConfig.get()
+    folder = pathlib.Path(hydra_config.runtime.output_dir)
+    outcome: dict[str, Any] = {"labels": {}, "record": None, "message": "", "log": str(folder / f"{hydra_config.job.name}.log")}
+    outcome["overrides"] = list(hydra_config.overrides.task)
+    try:
+        outcome["labels"] = labels_of(config)
+        mirror.check(config.wandb)
+        ended = run(config, outcome["labels"])
+        outcome |= {"status": ended.status, "record": str(ended.path), "labels": ended.record.labels}
+        if ended.status == "finished":
+            mirror.mirror(ended.record, config.wandb, folder)
+        log.info("%s: %s", ended.status, ended.path)
+    except Exception as error:
+        bad_input = isinstance(error, ValueError | OSError)
+        sentence = str(error) if bad_input else f"{type(error).__name__}: {error}"
+        outcome |= {"status": "failed", "message": sentence}
+        logging.getLogger("nashswarm.traceback").error(traceback.format_exc())
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        if hydra_config.mode == RunMode.MULTIRUN:
+            log.error("%s", sentence)
+        elif bad_input:
+            raise CompactHydraException(sentence) from None
+        else:
+            raise
+    finally:
+        (folder / "outcome.json").write_text(json.dumps(outcome, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

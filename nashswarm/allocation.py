@@ -1,0 +1,169 @@
+"""Who got which bits: weight matrices, their blocks (the players), and what an allocation costs in bytes.
+
+A block is a tile of 16 rows × ``group_size`` columns.  Its damage at b bits is the second-order estimate with the
+diagonal of H, in nats per token: ``D_i(b) = ½ Σ_{o,j ∈ i} s_oj (w_oj − q_oj)²`` with ``s_oj = f_o H_jj`` (f coupled over
+positions) for a matrix that multiplies and ``s_vo = p_v f_o`` for one that is looked up; a tied matrix carries both.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import sparse
+from torch import Tensor
+
+from nashswarm.quant.calibration import Moments
+from nashswarm.quant.grid import QuantizedTensor, Scheme, quantize, row_blocks, tile_sums
+from nashswarm.quant.pack import packed_bytes, run_lengths
+
+Bits = Mapping[str, Int[np.ndarray, "row_blocks groups"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One weight matrix, whoever uses it.
+
+    ``weight``: float32, shape (out, in), also where the model stores it transposed.  ``modules``: the modules that share
+    it, ``kinds`` their classes (Linear, Conv1D, Embedding).  ``role``: the last part of its name.  ``depth``: 0 (input) to
+    1 (output).
+    """
+
+    name: str
+    role: str
+    depth: float
+    modules: tuple[str, ...]
+    kinds: tuple[str, ...]
+    weight: Float[Tensor, "out in"]
+
+    @property
+    def parameters(self) -> int:
+        return self.weight.numel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """All players of a model, layer by layer, row-major inside a layer.
+
+    ``damage``: nats per token at each width of ``widths``; ``log_sensitivity``: log of the block's mean s; ``features``:
+    what the flock compares.
+    """
+
+    layers: tuple[Layer, ...]
+    scheme: Scheme
+    widths: tuple[int, ...]
+    damage: Float[np.ndarray, "blocks widths"]
+    log_sensitivity: Float[np.ndarray, " blocks"]
+    features: Float[np.ndarray, "blocks features"]
+
+    def bits(self, profile: Int[np.ndarray, " blocks"]) -> dict[str, Int[np.ndarray, "row_blocks groups"]]:
+        """Layer → the width of each of its tiles."""
+        chosen = np.array(self.widths, np.uint8)[profile]
+        shapes = [grid_shape(layer, self.scheme) for layer in self.layers]
+        parts = np.split(chosen, np.cumsum([rows * columns for rows, columns in shapes])[:-1])
+        return {layer.name: part.reshape(shape) for layer, part, shape in zip(self.layers, parts, shapes, strict=True)}
+
+    def packed_bytes(self, profile: Int[np.ndarray, " blocks"]) -> int:
+        """Bytes of all packed layers at ``profile``."""
+        return sum(packed_bytes(bits.ravel(), self.scheme) for bits in self.bits(profile).values())
+
+    def storage_chain(self) -> sparse.csr_array:
+        """Consecutive tiles of one layer are neighbours: a run of equal tags ends where two of them differ."""
+        counts = [np.prod(grid_shape(layer, self.scheme)) for layer in self.layers]
+        linked = np.ones(len(self.damage) - 1)
+        linked[np.cumsum(counts)[:-1] - 1] = 0
+        chain = sparse.diags_array([linked, linked], offsets=[-1, 1], shape=(len(self.damage),) * 2).tocsr()
+        chain.eliminate_zeros()
+        return chain
+
+
+def grid_shape(layer: Layer, scheme: Scheme) -> tuple[int, int]:
+    """(row blocks, column groups) of a layer."""
+    return row_blocks(layer.weight.shape[0]), layer.weight.shape[1] // scheme.group_size
+
+
+def check_divisible(layers: Sequence[Layer], group_size: int) -> None:
+    """Raises ValueError that names every layer whose columns ``group_size`` does not divide."""
+    odd = [f"{layer.name} ({layer.weight.shape[1]})" for layer in layers if layer.weight.shape[1] % group_size]
+    if odd:
+        raise ValueError(
+            f"the columns of {len(odd)} layers are not divisible by group_size {group_size}: {', '.join(odd)}; "
+            "choose another method.group_size or name them in model.exclude"
+        )
+
+
+def sensitivity(layer: Layer, moments: Mapping[str, Moments]) -> Float[Tensor, "out in"]:
+    """s: nats per token for half a unit of squared error of each weight."""
+    total = torch.zeros_like(layer.weight)
+    for module in layer.modules:
+        found = moments[module]
+        by_row, by_column = (found.inputs, found.outputs) if found.lookup else (found.coupled, found.inputs.diagonal())
+        total += torch.outer(by_row, by_column)
+    return total
+
+
+def damage(
+    layer: Layer, quantized: Float[Tensor, "out in"], s: Float[Tensor, "out in"], scheme: Scheme
+) -> Float[Tensor, " blocks"]:
+    """Each block's second-order damage, in nats per token, when its layer becomes ``quantized``."""
+    return tile_sums(s * (layer.weight - quantized).square(), scheme.group_size).flatten() / 2
+
+
+def describe(
+    layers: Sequence[Layer], moments: Mapping[str, Moments], scheme: Scheme
+) -> tuple[Float[np.ndarray, " blocks"], Float[np.ndarray, "blocks features"]]:
+    """Log sensitivity and features of every block."""
+    roles = sorted({layer.role for layer in layers})
+    log_sensitivity, features = [], []
+    for layer in layers:
+        log_sensitivity.append(tile_sums(sensitivity(layer, moments), scheme.group_size).flatten().log().numpy())
+        own = block_features(layer, moments, scheme)
+        shared = np.append(np.eye(len(roles))[roles.index(layer.role)], layer.depth)
+        features.append(np.hstack([np.tile(shared, (len(own), 1)), own]))
+    return np.concatenate(log_sensitivity), np.concatenate(features)
+
+
+def block_features(layer: Layer, moments: Mapping[str, Moments], scheme: Scheme) -> Float[np.ndarray, "blocks 4"]:
+    """Log weight variance, kurtosis, log trace of the inputs' H and log mean f of the rows, of every block."""
+    size = scheme.group_size
+    count = tile_sums(torch.ones_like(layer.weight), size)
+    mean = tile_sums(layer.weight, size) / count
+    second, third, fourth = (tile_sums(layer.weight.double() ** power, size) / count for power in (2, 3, 4))
+    variance = (second - mean**2).clamp(min=1e-30)
+    kurtosis = (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / variance**2
+    first = moments[next((name for name in layer.modules if not moments[name].lookup), layer.modules[0])]
+    by_row, by_column = (first.inputs, first.outputs) if first.lookup else (first.outputs, first.inputs.diagonal())
+    trace = by_column.double().view(-1, size).sum(1).expand_as(mean)
+    fisher = tile_sums(by_row.unsqueeze(1).expand(-1, size), size) / tile_sums(torch.ones(len(by_row), size), size)
+    tiny = 1e-30
+    parts = (variance.log(), kurtosis, (trace + tiny).log(), (fisher + tiny).log().expand_as(mean))
+    return torch.stack([part.flatten() for part in parts], 1).numpy()
+
+
+def quantize_layers(
+    layers: Sequence[Layer], bits: Bits, scheme: Scheme, moments: Mapping[str, Moments] | None = None
+) -> dict[str, QuantizedTensor]:
+    """Every layer at the widths of its tiles; with ``moments`` the range search weighs errors by their damage."""
+    return {
+        layer.name: quantize(
+            layer.weight,
+            torch.from_numpy(bits[layer.name]),
+            scheme,
+            None if moments is None else sensitivity(layer, moments),
+        )
+        for layer in layers
+    }
+
+
+def text(bits: Bits) -> str:
+    """One line per layer: its name, its grid of tiles, and the run-length coded widths.
+
+    >>> text({"h.0": np.array([[3, 3], [2, 3]])})
+    'h.0 2x2 3*2 2*1 3*1\\n'
+    """
+    lines = []
+    for name, tiles in bits.items():
+        runs = " ".join(f"{width}*{length}" for width, length in zip(*run_lengths(tiles.ravel().astype(int)), strict=True))
+        lines.append(f"{name} {tiles.shape[0]}x{tiles.shape[1]} {runs}\n")
+    return "".join(lines)

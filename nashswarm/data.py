@@ -1,0 +1,156 @@
+"""Text: the embedded one, sets of the Hugging Face hub, any local folder or file; and the windows cut from it."""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from nashswarm import stdlib_docs
+
+Purpose = Literal["calibration", "test"]
+FILE_CALIBRATION_SHARE = 0.2  # of a single text file: its beginning calibrates, the rest tests
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """What the runner asks of a dataset; window counts of None mean all there are."""
+
+    calibration_windows: int
+    holdout_windows: int
+    test_windows: int | None
+    sequence_length: int | None
+
+    @property
+    def label(self) -> str: ...
+
+    def text(self, purpose: Purpose) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StdlibDocs:
+    """The prose that ships with CPython: nothing to download."""
+
+    calibration_windows: int = 48
+    holdout_windows: int = 16
+    test_windows: int | None = None
+    sequence_length: int | None = None
+
+    @property
+    def label(self) -> str:
+        return "stdlib_docs"
+
+    def text(self, purpose: Purpose) -> str:
+        return stdlib_docs.text(purpose)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubText:
+    """A set of the Hugging Face hub, a local folder that stands in for it, or a local text file.
+
+    ``name``: the configuration on the hub (a local folder has none).  ``columns``: joined by a space within a row.
+    ``separator``: put between rows, which end as on the hub (in a newline unless empty), as in the GPTQ protocol; None
+    gives the lines back as the file has them.
+    """
+
+    path: str
+    name: str | None = None
+    columns: Sequence[str] = ("text",)
+    separator: str | None = None
+    calibration_split: str = "validation"
+    test_split: str = "test"
+    calibration_windows: int = 64
+    holdout_windows: int = 16
+    test_windows: int | None = None
+    sequence_length: int | None = None
+
+    @property
+    def label(self) -> str:
+        return pathlib.Path(self.path).name if self.name is None else self.name
+
+    def text(self, purpose: Purpose) -> str:
+        """The text of the split that serves ``purpose``.
+
+        Raises ValueError in one sentence for a missing path, split or column and for a hub out of reach.
+        """
+        split = self.calibration_split if purpose == "calibration" else self.test_split
+        local = pathlib.Path(self.path)
+        if local.is_file():
+            return _part_of_file(local, purpose)
+        if not local.is_dir() and (self.path.startswith((".", "/", "~")) or self.path.count("/") > 1):
+            raise ValueError(f"the dataset {self.path} does not exist; set dataset.path to a text file or a folder of splits")
+        rows = self._rows(split, local.is_dir())
+        if self.separator is None:
+            return "\n".join(row.removesuffix("\n") for row in rows)
+        return self.separator.join(row if not row or row.endswith("\n") else row + "\n" for row in rows)
+
+    def _rows(self, split: str, local: bool) -> list[str]:
+        import datasets
+
+        datasets.disable_progress_bars()
+        try:
+            splits = datasets.load_dataset(self.path, None if local else self.name)
+        except Exception as error:  # the hub client's errors share no base class
+            where = "the folder" if local else "the Hugging Face hub (no network, or no such name)"
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"the dataset {self.path} cannot be read from {where}; point dataset.path at a local folder: {first}"
+            ) from error
+        if split not in splits:
+            raise ValueError(
+                f"the dataset {self.path} has no split {split!r}, only {', '.join(splits)}; "
+                "set dataset.calibration_split or dataset.test_split"
+            )
+        table = splits[split]
+        if missing := [column for column in self.columns if column not in table.column_names]:
+            raise ValueError(
+                f"the dataset {self.path} has no column {', '.join(missing)}, only {', '.join(table.column_names)}; "
+                "set dataset.columns"
+            )
+        columns: list[Iterable[Any]] = [table[column] for column in self.columns]
+        return [" ".join(row) for row in zip(*columns, strict=True)]
+
+
+def _part_of_file(path: pathlib.Path, purpose: Purpose) -> str:
+    content = path.read_text(encoding="utf-8")
+    cut = int(len(content) * FILE_CALIBRATION_SHARE)
+    return content[:cut] if purpose == "calibration" else content[cut:]
+
+
+def sha256(text: str) -> str:
+    """The hexadecimal sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def windows(text: str, tokenizer: Any, length: int, what: str) -> Int[Tensor, "windows length"]:
+    """``text``, tokenized once, as consecutive windows of ``length`` tokens; the tail is dropped.
+
+    Raises ValueError if not even one window comes out; ``what`` says in the message which text it was.
+    """
+    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    if len(tokens) < length:
+        raise ValueError(
+            f"the {what} text has {len(tokens)} tokens, too short for one window of {length}; "
+            "give more text or a smaller dataset.sequence_length"
+        )
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def draw(
+    pool: Int[Tensor, "windows length"], calibration: int, holdout: int, rng: np.random.Generator
+) -> tuple[Int[Tensor, "calibration length"], Int[Tensor, "holdout length"]]:
+    """Two disjoint random sets of windows.  Raises ValueError if there are not enough."""
+    if calibration < 1 or holdout < 1:
+        raise ValueError("dataset.calibration_windows and dataset.holdout_windows must be at least 1")
+    if len(pool) < calibration + holdout:
+        raise ValueError(
+            f"the calibration text has {len(pool)} windows, fewer than the {calibration} + {holdout} asked for; "
+            "lower dataset.calibration_windows or dataset.holdout_windows"
+        )
+    order = torch.from_numpy(rng.permutation(len(pool)))
+    return pool[order[:calibration]], pool[order[calibration : calibration + holdout]]

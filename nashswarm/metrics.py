@@ -1,0 +1,97 @@
+"""How well a model predicts text, and how far it moved from the full model.
+
+Protocol: consecutive windows that do not overlap, each predicting all its tokens but the first; ``nll`` in nats per token,
+perplexity = exp(nll); ``kl`` = mean KL(full ‖ compressed) in nats per token.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nashswarm.quant.calibration import Track, no_track
+
+PerWindow = dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What the full model says about some windows: the states that its head reads, from which its logits follow."""
+
+    states: Float[Tensor, "windows length width"]
+    head: nn.Module
+
+    def logits(self, window: int) -> Float[Tensor, "length vocabulary"]:
+        """The full model's logits on one window."""
+        logits: Tensor = self.head(self.states[window])
+        return logits
+
+
+@torch.no_grad()
+def reference(model: Any, windows: Int[Tensor, "windows length"], batch_size: int, track: Track = no_track) -> Reference:
+    """Run the full model once over ``windows``.
+
+    Raises ValueError if the model's logits are not what its output embeddings make of their input.
+    """
+    head = model.get_output_embeddings()
+    states: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0].detach()))
+    try:
+        for batch in track(windows.split(batch_size), "full model"):
+            logits = model(input_ids=batch).logits
+    finally:
+        handle.remove()
+    if not torch.allclose(head(states[-1]), logits, atol=1e-3):
+        raise ValueError("the logits of this architecture are not its head's output: KL cannot be measured")
+    return Reference(torch.cat(states), head)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    windows: Int[Tensor, "windows length"],
+    batch_size: int,
+    full: Reference | None = None,
+    track: Track = no_track,
+) -> PerWindow:
+    """Per window: ``nll`` and ``tokens``; against ``full`` also ``nll_full``, ``kl`` and ``top1_agreement``."""
+    length = windows.shape[1]
+    found: PerWindow = {"nll": [], "tokens": []}
+    if full is not None:
+        found |= {"nll_full": [], "kl": [], "top1_agreement": []}
+    for number, batch in enumerate(track(windows.split(batch_size), "evaluating")):
+        for offset, (window, logits) in enumerate(zip(batch, model(input_ids=batch).logits, strict=True)):
+            targets = window[1:].unsqueeze(1)
+            log_p = logits[:-1].float().log_softmax(-1)
+            found["nll"].append(-log_p.gather(1, targets).double().mean().item())
+            found["tokens"].append(length - 1)
+            if full is not None:
+                log_full = full.logits(number * batch_size + offset)[:-1].float().log_softmax(-1)
+                found["nll_full"].append(-log_full.gather(1, targets).double().mean().item())
+                divergence = functional.kl_div(log_p, log_full, reduction="none", log_target=True).sum(-1)
+                found["kl"].append(divergence.double().mean().item())
+                found["top1_agreement"].append((log_p.argmax(-1) == log_full.argmax(-1)).double().mean().item())
+    return found
+
+
+def token_mean(values: Sequence[float], tokens: Sequence[float]) -> float:
+    """The mean over tokens of per-window means.
+
+    >>> token_mean([1.0, 4.0], [2, 1])
+    2.0
+    """
+    return sum(value * count for value, count in zip(values, tokens, strict=True)) / sum(tokens)
+
+
+def summarise(windows: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Metrics of the record from per-window values: means over tokens, and ``nll_delta`` against the full model."""
+    tokens = windows["tokens"]
+    names = [name for name in ("nll", "kl", "top1_agreement") if name in windows]
+    means = {name: token_mean(windows[name], tokens) for name in names} | {"tokens": sum(tokens)}
+    if "nll_full" in windows:
+        means["nll_delta"] = means["nll"] - token_mean(windows["nll_full"], tokens)
+    return means

@@ -1,0 +1,174 @@
+"""Load a checkpoint, find its weight matrices, put compressed ones back, and lay out what is stored beside them."""
+
+import dataclasses
+import fnmatch
+import hashlib
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nashswarm.allocation import Layer
+
+EMBEDDED = pathlib.Path(__file__).parent / "default_model"
+MATRICES = (nn.Linear, Conv1D, nn.Embedding)
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where a causal language model comes from: a name on the Hugging Face hub, a folder in its layout, or, without a
+    path, the model that ships with this package.  ``exclude``: names or patterns of matrices to leave at 16 bits."""
+
+    path: str | None = None
+    revision: str | None = None
+    exclude: Sequence[str] = ()
+
+    @property
+    def label(self) -> str:
+        return "default" if self.path is None else pathlib.Path(self.path).name
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a window: the model's maximum, 2048 at most.  Raises ValueError if its config names none."""
+        for name in ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len"):
+            if (length := getattr(self.model.config, name, None)) is not None:
+                return min(int(length), 2048)
+        raise ValueError("the model's config names no maximum length; set dataset.sequence_length")
+
+
+def content_of(source: ModelSource) -> str:
+    """What names a model's content: the sha256 over its files' names and contents, or its name and revision on the hub."""
+    folder = EMBEDDED if source.path is None else pathlib.Path(source.path)
+    if not folder.is_dir():
+        return f"{source.path}@{source.revision or 'main'}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
+    """The model, ready to evaluate, and its tokenizer.
+
+    Raises ValueError in one sentence for a missing folder, a hub out of reach, or a checkpoint of another kind.
+    """
+    path = str(EMBEDDED) if source.path is None else source.path
+    folder = pathlib.Path(path)
+    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(f"the model folder {path} does not exist; set model.path to a folder in Hugging Face layout")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ValueError(f"the folder {path} holds no config.json, so it is not a checkpoint in Hugging Face layout")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=source.revision)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, revision=source.revision, dtype=dtype)
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        if folder.is_dir():
+            raise ValueError(f"the checkpoint in {path} cannot be loaded as a causal language model: {first}") from error
+        raise ValueError(
+            f"the model {path} cannot be fetched from the Hugging Face hub (no network, no access, or no such name); "
+            f"point model.path at a local folder: {first}"
+        ) from error
+    return LoadedModel(model.eval().to(device), tokenizer)
+
+
+def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[Layer, ...]:
+    """Every Linear, Conv1D and Embedding matrix, a tied one once, in the order of the model.
+
+    Raises ValueError for a pattern of ``exclude`` that matches nothing and for a model without matrices.
+    """
+    sharing: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, MATRICES):
+            sharing.setdefault(module.weight.data_ptr(), []).append(name)
+    if unmatched := [p for p in exclude if not any(fnmatch.fnmatch(n, p) for names in sharing.values() for n in names)]:
+        raise ValueError(f"model.exclude names no matrix of this model: {', '.join(unmatched)}")
+    kept = [names for names in sharing.values() if not any(fnmatch.fnmatch(n, p) for n in names for p in exclude)]
+    if not kept:
+        raise ValueError("nothing to compress: the model has no Linear, Conv1D or Embedding matrix left")
+    indices = [int(found) for names in kept for found in re.findall(r"\.(\d+)\.", names[0])[:1]]
+    deepest = max(indices, default=0) + 1
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers = []
+    for names in kept:
+        modules = [model.get_submodule(name) for name in names]
+        number = re.search(r"\.(\d+)\.", names[0])
+        if number:
+            depth = (int(number[1]) + 1) / (deepest + 1)
+        else:
+            depth = 1.0 if len(names) == 1 and modules[0] is head else 0.0
+        layers.append(
+            Layer(
+                name=names[0],
+                role=names[0].rpartition(".")[2],
+                depth=depth,
+                modules=tuple(names),
+                kinds=tuple("Embedding" if isinstance(m, nn.Embedding) else type(m).__name__ for m in modules),
+                weight=_matrix(modules[0]).detach().float().cpu().contiguous(),
+            )
+        )
+    return tuple(layers)
+
+
+def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights (layer → (out, in)) into the model, in place."""
+    with torch.no_grad():
+        for name, weight in weights.items():
+            _matrix(model.get_submodule(name)).copy_(weight)
+
+
+def other_tensors(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Everything a checkpoint stores beside the layers: norms, biases, excluded matrices, persistent buffers."""
+    taken = {_matrix(model.get_submodule(layer.name)).data_ptr() for layer in layers}
+    others: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in taken:
+            taken.add(tensor.data_ptr())
+            others[name] = tensor
+    return others
+
+
+def file_bytes(model: Any, packed: Mapping[str, np.ndarray], others: Mapping[str, Tensor], float_bits: int) -> int:
+    """Bytes of the checkpoint: a real safetensors image of packed layers and other tensors, and the config."""
+    kind = {16: torch.float16, 32: torch.float32}[float_bits]
+    stored = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in others.items()}
+    arrays = dict(packed) | {name: tensor.cpu().numpy() for name, tensor in stored.items()}
+    return len(safetensors.numpy.save(arrays)) + len(model.config.to_json_string().encode())
+
+
+def round_others(others: Mapping[str, Tensor], float_bits: int) -> None:
+    """Give the tensors beside the layers the precision they are stored in, in place."""
+    if float_bits == 16:
+        for name, tensor in others.items():
+            if tensor.is_floating_point():
+                rounded = tensor.half()
+                if not rounded.isfinite().all():
+                    raise ValueError(f"{name} does not fit 16-bit floats; use method.bits=32")
+                tensor.copy_(rounded)
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight of a module as (out, in)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight

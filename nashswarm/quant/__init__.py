@@ -1,0 +1,1 @@
+"""Quantization of weight matrices: the grid, its statistics, its bytes."""

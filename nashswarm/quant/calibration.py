@@ -1,0 +1,146 @@
+"""What calibration text says about every weight matrix, in one forward and one backward pass per window.
+
+For a matrix that multiplies: ``H = E[x xᵀ]`` of its inputs and ``f = E[g²]`` of its outputs, g being the gradient, at
+each position, of the window's summed NLL.  For a matrix that is looked up: how often each row is, and f of its outputs.
+Together they give the second-order damage of an error E, in nats per token (Hassibi & Stork 1993; K-FAC with a diagonal
+output factor, Kim et al. 2025):  ``D(E) = ½ Σ_o f_o · e_oᵀ H e_o``.
+
+An error in a weight acts on all positions of a window at once, and where attention mixes them their gradients do not add
+up independently.  ``coupled`` is f with that taken in: ``E[‖G_o‖²] / (T · tr H)`` with G_o the gradient of the window's
+summed NLL with respect to row o of the weight; the two agree when positions are independent.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+Labels = Literal["model", "text"]
+
+
+def no_track(items: Sequence[Any], description: str) -> Iterable[Any]:
+    """Iterate without showing progress."""
+    return items
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Second moments of one module's inputs and of the gradients of its outputs.
+
+    ``inputs``: E[x xᵀ], shape (in, in), of a module that multiplies; the share of positions that look up each row, shape
+    (rows,), of an embedding.  ``outputs``: f = E[g²], shape (out,), in (nats per unit of output)²; ``coupled``: the same
+    with the positions of a window taken together (of the head and of embeddings: f itself).
+    """
+
+    inputs: Float[Tensor, "..."]
+    outputs: Float[Tensor, " out"]
+    coupled: Float[Tensor, " out"]
+
+    @property
+    def lookup(self) -> bool:
+        return self.inputs.ndim == 1
+
+
+class _Sums:
+    """Running float64 sums of one module, fed by hooks."""
+
+    def __init__(self, module: nn.Module, head: bool) -> None:
+        self.module, self.head = module, head
+        self.positions = 0
+        self.inputs: Tensor | None = None
+        self.outputs: Tensor | None = None
+        self.rows: Tensor | None = None
+
+    def see(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook: add the inputs, and wait for the gradient of the output."""
+        outputs = output.shape[-1]
+        inputs = None
+        if isinstance(module, nn.Embedding):
+            output = output.detach().requires_grad_()
+            rows, positions = module.num_embeddings, output.numel() // outputs
+            if type(module).forward is nn.Embedding.forward:
+                seen = torch.bincount(arguments[0].flatten(), minlength=rows).double()
+            else:  # a position table that works out its own indices: all rows alike
+                seen = torch.full((rows,), positions / rows, dtype=torch.float64, device=output.device)
+        else:
+            inputs = arguments[0].detach().float().flatten(0, -2)
+            positions = len(inputs)
+            seen = (inputs.T @ inputs).double()
+        self.positions += positions
+        self.inputs = seen if self.inputs is None else self.inputs + seen
+        output.register_hook(functools.partial(self.see_gradient, inputs))
+        return output
+
+    def see_gradient(self, inputs: Tensor | None, gradient: Tensor) -> None:
+        """Backward hook: add the squared gradients of the outputs, and those of the weight's rows."""
+        gradients = gradient.detach().float().flatten(0, -2)
+        squared = gradients.square().sum(0).double()
+        self.outputs = squared if self.outputs is None else self.outputs + squared
+        if inputs is not None and not self.head:
+            by_row = (gradients.T @ inputs).square().sum(1).double()
+            self.rows = by_row if self.rows is None else self.rows + by_row
+
+    def moments(self) -> Moments:
+        """The means.  Add-one smoothing of an embedding's counts, and of the head's gradients, keeps tokens that
+        calibration never saw from costing nothing."""
+        assert self.inputs is not None and self.outputs is not None
+        inputs, outputs = self.inputs / self.positions, self.outputs / self.positions
+        if self.inputs.ndim == 1:
+            inputs = (self.inputs + 1) / (self.positions + len(self.inputs))
+        if self.head:
+            outputs = (self.outputs + 1) / (self.positions + len(self.outputs))
+        coupled = outputs if self.rows is None else self.rows / self.inputs.trace()
+        return Moments(inputs.float().cpu(), outputs.float().cpu(), coupled.float().cpu())
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, names: Sequence[str], head: nn.Module | None) -> Iterator[dict[str, _Sums]]:
+    modules = {name: model.get_submodule(name) for name in names}
+    sums = {name: _Sums(module, module is head) for name, module in modules.items()}
+    wanted_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = [watch.module.register_forward_hook(watch.see) for watch in sums.values()]
+    for parameter in wanted_gradient:
+        parameter.requires_grad_(False)
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in wanted_gradient:
+            parameter.requires_grad_()
+
+
+def calibrate(
+    model: nn.Module,
+    names: Sequence[str],
+    windows: Int[Tensor, "windows length"],
+    generator: torch.Generator,
+    labels: Labels = "model",
+    track: Track = no_track,
+) -> dict[str, Moments]:
+    """Moments of every module in ``names``, averaged over all positions of ``windows``.
+
+    ``labels``: the next tokens that the NLL is taken of are drawn from the model (``"model"``, the true Fisher) or are
+    those of the text (``"text"``, the empirical one).  Raises ValueError for a module that the model never uses.
+    """
+    model.eval()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    with _watched(model, names, head) as sums:
+        for window in track(list(windows), "calibrating"):
+            logits = model(input_ids=window.unsqueeze(0)).logits[0, :-1]
+            if labels == "model":
+                chances = logits.detach().float().softmax(-1).cpu()
+                targets = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+            else:
+                targets = window[1:]
+            functional.cross_entropy(logits.float(), targets, reduction="sum").backward()
+    if unused := [name for name, watch in sums.items() if watch.outputs is None]:
+        raise ValueError(f"the model never uses {', '.join(unused)}: name them in model.exclude")
+    return {name: watch.moments() for name, watch in sums.items()}

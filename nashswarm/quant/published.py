@@ -1,0 +1,56 @@
+"""The quantizer of the earlier prototype, as published: every weight of a tensor falls into one of three classes.
+
+The largest 10 % of the magnitudes get 8 bits, the next 20 % get 4, the rest 2; each class has one min-max grid per tensor.
+Here the class of every weight is stored as well (2 bits), without which nothing could be decoded.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from nashswarm.quant.pack import pack_bits
+
+CLASS_BITS = 2
+CLASS_WIDTHS = (8, 4, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassedTensor:
+    """A matrix whose weights each belong to a class; ``grids`` holds minimum and step of every class, as float32."""
+
+    classes: UInt8[np.ndarray, "out in"]
+    codes: UInt8[np.ndarray, "out in"]
+    grids: Float[np.ndarray, "classes 2"]
+
+    def dequantize(self) -> Float[Tensor, "out in"]:
+        """The float32 matrix that the codes stand for."""
+        grids = self.grids[self.classes]
+        return torch.from_numpy(grids[..., 0] + self.codes.astype(np.float32) * grids[..., 1])
+
+    def pack(self) -> UInt8[np.ndarray, " bytes"]:
+        """Grids, class of every weight, codes class by class."""
+        rows_columns = np.array(self.codes.shape, np.uint32)
+        parts = [rows_columns.tobytes(), self.grids.tobytes(), pack_bits(self.classes.ravel(), CLASS_BITS)]
+        parts += [pack_bits(self.codes[self.classes == rank], width) for rank, width in enumerate(CLASS_WIDTHS)]
+        return np.frombuffer(b"".join(parts), np.uint8)
+
+
+def quantize_by_magnitude(weight: Float[Tensor, "out in"], quantiles: Sequence[float]) -> ClassedTensor:
+    """Classes by the quantiles of |w| (descending, as 0.9 and 0.7), then min-max rounding inside each class."""
+    values = weight.numpy()
+    thresholds = np.quantile(np.abs(values), quantiles)
+    classes = (np.abs(values)[..., None] < thresholds).sum(-1, dtype=np.uint8)
+    codes = np.zeros(values.shape, np.uint8)
+    grids = np.zeros((len(CLASS_WIDTHS), 2), np.float32)
+    for rank, width in enumerate(CLASS_WIDTHS):
+        members = values[classes == rank]
+        if not len(members):
+            continue
+        low, step = members.min(), (members.max() - members.min()) / ((1 << width) - 1)
+        codes[classes == rank] = np.round((members - low) / step) if step > 0 else 0
+        grids[rank] = low, step
+    return ClassedTensor(classes, codes, grids)

@@ -1,0 +1,103 @@
+"""Records: one JSON file per finished run, the only source of numbers.
+
+A record is named by its fingerprint, the sha256 of everything that can move a number, and is written atomically:
+whoever reads the folder sees whole records or none.  The allocation stands beside it as run-length text.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a finished run leaves behind.
+
+    ``labels``: the choices that made it (experiment, method, model, dataset, seed).  ``config``: its identity, all that
+    can move a number.  ``metrics``: scalars, named as the protocol names them.  ``series``: per-window values (``nll``
+    and ``kl`` in nats per token, ``top1_agreement``, ``tokens``) and per-sweep values (``potential``, ``regret``, in
+    nats per token).  ``layers``: one row per weight matrix.  ``allocation``: run-length text, one line per layer.
+    ``provenance``: commit, versions, machine, start time.
+    """
+
+    labels: dict[str, str]
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    series: dict[str, list[float]]
+    layers: list[dict[str, Any]]
+    allocation: str
+    provenance: dict[str, Any]
+    schema: int = SCHEMA
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.config)
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits that name a configuration; the order of its keys does not matter.
+
+    >>> fingerprint({"a": 1, "b": 2.0}) == fingerprint({"b": 2.0, "a": 1})
+    True
+    """
+    canonical = json.dumps(config, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def path_of(folder: pathlib.Path, config: Mapping[str, Any]) -> pathlib.Path:
+    """Where the record of ``config`` lives."""
+    return folder / f"{fingerprint(config)}.json"
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Put ``content`` at ``path`` in one step; after an error nothing is left behind.
+
+    Raises OSError (for example a full disk) with the path in its message.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+def write(folder: pathlib.Path, record: Record) -> pathlib.Path:
+    """Write the allocation, then the record; the path of the record comes back."""
+    path = path_of(folder, record.config)
+    fields = dataclasses.asdict(record)
+    write_whole(path.with_suffix(".txt"), fields.pop("allocation").encode())
+    write_whole(path, (json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    return path
+
+
+def read(path: pathlib.Path) -> Record:
+    """The record at ``path``.
+
+    Raises ValueError if it is not a whole record of this schema.
+    """
+    try:
+        fields = json.loads(path.read_text())
+        schema = fields["schema"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole record ({error}); delete it and run again") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema}, this version reads schema {SCHEMA}: rerun it with rerun=true")
+    return Record(allocation=path.with_suffix(".txt").read_text(), **fields)
+
+
+def read_all(folder: pathlib.Path) -> Iterator[Record]:
+    """Every record in ``folder`` and below, in the order of their paths."""
+    for path in sorted(folder.rglob("[0-9a-f]*.json")):
+        yield read(path)

@@ -1,0 +1,80 @@
+"""Figures from records.
+
+    python scripts/figures.py --experiment ablation --paper paper/generated
+
+Writes ``<experiment>_pareto``, ``_perplexity``, ``_ablation``, ``_convergence`` and ``_bits`` as PDF and PNG, each
+where the records carry what it shows, and says which it left out and why.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+import matplotlib.style
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from nashswarm import figures, record, report
+
+STYLE = pathlib.Path(__file__).parents[1] / "paper" / "style.mplstyle"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=pathlib.Path, default=pathlib.Path("results/records"))
+    parser.add_argument("--experiment", help="default: every experiment that has records")
+    parser.add_argument("--model", help="only this model")
+    parser.add_argument("--dataset", help="only this dataset")
+    parser.add_argument("--measure", help="only this measure")
+    parser.add_argument("--layer", help="layer of the bit map; default: the one that varies most")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/figures"))
+    parser.add_argument("--paper", type=pathlib.Path, help="also write the PDFs here")
+    options = parser.parse_args(arguments)
+    try:
+        with matplotlib.style.context(STYLE):
+            write_figures(options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def write_figures(options: argparse.Namespace) -> None:
+    """Write what the options ask for.  Raises ValueError where there is nothing to draw."""
+    chosen = {name: getattr(options, name) for name in ("experiment", "model", "dataset", "measure")}
+    records = list(record.read_all(options.records))
+    table = report.select(report.frame(records), **{name: value for name, value in chosen.items() if value})
+    if options.paper:
+        report.refuse_dirty(table)
+    console = Console()
+    for experiment in sorted(set(table["experiment"])):
+        rows = report.select(table, experiment=experiment)
+        runs = [run for run in records if run.fingerprint in set(rows["fingerprint"])]
+        for name, draw in drawings(report.points(rows), runs, options.layer).items():
+            try:
+                figure = draw()
+            except ValueError as reason:
+                console.print(f"no {experiment}_{name}: {reason}", markup=False, highlight=False)
+                continue
+            for folder in filter(None, (options.out, options.paper)):
+                for path in figures.save(figure, folder / f"{experiment}_{name}"):
+                    console.print(str(path), markup=False, highlight=False)
+
+
+def drawings(points: pd.DataFrame, runs: list[record.Record], layer: str | None) -> dict[str, Callable[[], Figure]]:
+    """The figures of an experiment by name, each to be drawn when called."""
+    tiled = [run for run in runs if figures.tiles(run.allocation)]
+    tiled.sort(key=lambda run: (report.rank(run.labels["method"])[0], run.labels["seed"]))
+    return {
+        "pareto": lambda: figures.pareto(points),
+        "perplexity": lambda: figures.pareto(points, "perplexity"),
+        "ablation": lambda: figures.ablation(runs),
+        "convergence": lambda: figures.convergence(runs),
+        "bits": lambda: figures.bit_map(tiled[-1].allocation if tiled else "", layer),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""What a sweep did, from its folder.
+
+    python scripts/summary.py multirun/2026-01-31/12-00-00
+
+Prints counts, the table of the sweep's records and, for each failed job, why and where its log is.  The exit status
+is 1 if any job failed.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from nashswarm import record, report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path, help="the folder of a sweep, one subfolder per job")
+    folder = parser.parse_args(arguments).folder
+    try:
+        outcomes = report.read_outcomes(folder)
+        records = [record.read(pathlib.Path(outcome["record"])) for outcome in outcomes if outcome["record"]]
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    Console().print(report.summary(outcomes, records))
+    return int(any(outcome["status"] == "failed" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

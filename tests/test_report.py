@@ -1,0 +1,307 @@
+"""Tables and figures from made-up records whose right answers can be seen by eye."""
+
+import importlib.util
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nashswarm import figures, record, report
+from nashswarm.record import Record
+
+ROOT = pathlib.Path(__file__).parents[1]
+KL = {
+    "baseline": 0.0, "uniform4": 0.031, "uniform3": 0.17, "as_published": 1.9, "nash_swarm": 0.0141, "no_nash": 0.093,
+    "no_swarm": 0.0143, "no_quantization": 0.41, "no_cache": 0.0141, "no_bit_game": 0.062, "no_code_game": 0.0207,
+}  # fmt: skip
+MEGABYTES = dict.fromkeys(KL, 2.67) | {"baseline": 28.4, "uniform4": 4.1, "uniform3": 3.3, "as_published": 25.2}
+ABLATION = list(KL)
+FULL_NLL = 3.9
+
+
+def synthetic(method: str, seed: int = 0, kl: float | None = None, **config: Any) -> Record:
+    """A record as the runner writes them, with 24 windows of 255 tokens."""
+    rng = np.random.default_rng([seed, *method.encode()])
+    level = KL.get(method, 0.1) if kl is None else kl
+    windows = level * np.exp(0.2 * rng.standard_normal(24) - 0.02)
+    mean, spread = float(windows.mean()), float(windows.std() / 5)
+    metrics = {
+        "nll": FULL_NLL + mean, "nll_delta": mean, "nll_delta_low": mean - spread, "nll_delta_high": mean + spread,
+        "kl": mean, "kl_low": mean - spread, "kl_high": mean + spread, "top1_agreement": math.exp(-2 * mean**0.5),
+        "tokens": 24 * 255.0, "bits_per_weight_model": 8 * MEGABYTES.get(method, 3.0) / 7.1,
+        "bytes_file": MEGABYTES.get(method, 3.0) * 1e6, "compression": 1 - MEGABYTES.get(method, 3.0) / 28.4,
+        "quantize_seconds": 12.5 + seed,
+    }  # fmt: skip
+    series = {"nll": (FULL_NLL + windows).tolist(), "kl": windows.tolist(), "tokens": [255.0] * 24}
+    allocation = "transformer.wte 16\n"
+    if method == "nash_swarm" or method.startswith("no_"):
+        regret = [3e-3 * 0.2**sweep for sweep in range(7)] + [0.0]
+        series |= {"regret": regret, "potential": [mean + 0.02 * 0.4**sweep for sweep in range(8)]}
+        metrics |= {"regret_max": 2.1e-6, "regret_mean": 3e-9, "flock_moves": 1234.0, "sweeps": 7.0, "price": 4.2e-8,
+                    "potential_start": series["potential"][0], "potential_end": series["potential"][-1]}  # fmt: skip
+        allocation += f"transformer.h.0.mlp.c_fc 24x8 {' '.join(f'{b}*{n}' for b, n in TILES)}\nlm_head mixed\n"
+    labels = {"experiment": "ablation", "method": method, "model": "gpt2_small", "dataset": "wikitext2"}
+    return Record(
+        labels={**labels, "measure": "quality", "seed": str(seed)},
+        config={
+            "seed": seed,
+            "method": {"name": method, **config},
+            "model": {"sha256": "ab"},
+            "dataset": {"text": "cd"},
+        },
+        metrics=metrics,
+        series=series,
+        layers=[],
+        allocation=allocation,
+        provenance={"dirty": False},
+    )
+
+
+TILES = [(3, 60), (4, 30), (2, 42), (8, 6), (0, 10), (3, 44)]
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return [synthetic(method, seed) for method in ABLATION for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def folder(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("records")
+    for one in records:
+        record.write(folder, one)
+    return folder
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rendered(content: Any) -> str:
+    console = Console(width=240)
+    with console.capture() as capture:
+        console.print(content)
+    return capture.get()
+
+
+def test_a_frame_has_one_row_per_record_and_derives_perplexity(records: list[Record]) -> None:
+    table = report.frame([*records, records[0]])
+    assert len(table) == len(records)
+    assert table["perplexity"].tolist() == pytest.approx(np.exp(table["nll"]).tolist())
+    row = table[table["method"] == "uniform3"].iloc[0]
+    assert row["perplexity_low"] < row["perplexity"] < row["perplexity_high"]
+    assert row["fingerprint"] == next(r for r in records if r.labels["method"] == "uniform3").fingerprint
+
+
+def test_no_records_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(ValueError, match="run an experiment first"):
+        report.frame([])
+
+
+def test_seeds_are_averaged_and_counted(records: list[Record]) -> None:
+    means = report.average(report.frame(records)).set_index("method")
+    pair = [r.metrics for r in records if r.labels["method"] == "no_nash"]
+    assert means.loc["no_nash", "kl"] == pytest.approx((pair[0]["kl"] + pair[1]["kl"]) / 2)
+    assert means.loc["no_nash", "perplexity"] == pytest.approx(math.exp((pair[0]["nll"] + pair[1]["nll"]) / 2))
+    assert (means["seeds"] == 2).all()
+
+
+def test_a_metric_that_one_seed_lacks_is_missing_in_the_mean() -> None:
+    whole, part = synthetic("no_nash", 0), synthetic("no_nash", 1)
+    del part.metrics["kl"]
+    assert report.average(report.frame([whole, part]))["kl"].isna().all()
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged() -> None:
+    runs = report.frame([synthetic("no_nash", 0, bits=3), synthetic("no_nash", 1, bits=4)])
+    with pytest.raises(ValueError, match=r"no_nash differ in more than the seed \(method\.bits: 3, 4\)"):
+        report.average(runs)
+    assert len(report.points(runs)) == 2
+
+
+def test_select_names_what_there_is(records: list[Record]) -> None:
+    table = report.frame(records)
+    assert set(report.select(table, method="no_nash", seed="1")["seed"]) == {"1"}
+    with pytest.raises(ValueError, match="no record has experiment=main; there are records of ablation"):
+        report.select(table, experiment="main")
+    with pytest.raises(ValueError, match="'bits' is not a label"):
+        report.select(table, bits="3")
+
+
+def test_methods_keep_their_order() -> None:
+    wanted = ["baseline", "uniform8", "uniform3", "rtn", "gptq", "as_published", "no_nash", "hqq", "nash_swarm"]
+    assert sorted(reversed(wanted), key=report.rank) == wanted
+
+
+def test_intervals_and_empty_columns(records: list[Record]) -> None:
+    content = report.cells(report.average(report.frame(records))).set_index("method")
+    assert re.fullmatch(r"0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", content.loc["nash_swarm", "KL (nats)"])
+    assert content.loc["nash_swarm", "max regret"] == "2.1e-06"
+    assert content.loc["baseline", "ΔNLL (nats)"] == "+0.0000"
+    assert content.loc["baseline", "max regret"] == report.MISSING
+    assert content.loc["nash_swarm", "MB"] == "2.67"
+    assert "decode ms" not in content and "model" not in content and "seeds" in content
+
+
+def test_a_label_that_varies_becomes_a_column(records: list[Record]) -> None:
+    other = synthetic("baseline", 0, kl=0.0, other=True)
+    other.labels["model"] = "gpt2_large"
+    table = report.average(report.frame([*records, other]))
+    assert list(report.cells(table)["model"])[:2] == ["gpt2_large", "gpt2_small"]
+    with pytest.raises(ValueError, match="one value of model"):
+        report.macros(table)
+
+
+def test_latex_is_escaped(records: list[Record]) -> None:
+    text = report.latex(report.average(report.frame(records)))
+    assert r"\toprule" in text and r"\bottomrule" in text
+    assert r"no\_nash" in text and "no_nash" not in text.replace(r"no\_nash", "")
+    assert r"\shortstack[r]{saved\\\%}" in text and r"$\Delta$NLL" in text and r"$2.1{\cdot}10^{-6}$" in text
+    assert report.tex("50% of a_b & {c}") == r"50\% of a\_b \& \{c\}"
+
+
+def test_markdown_and_csv(records: list[Record]) -> None:
+    means = report.average(report.frame(records))
+    lines = report.markdown(means).splitlines()
+    assert len(lines) == 2 + len(ABLATION) and len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| baseline |") and lines[-1].startswith("| nash_swarm |")
+    assert repr(float(means["kl"].iloc[3])) in report.csv(means)
+
+
+def test_macros_are_letters_and_hold_the_tables_numbers(records: list[Record]) -> None:
+    means = report.average(report.frame(records))
+    text = report.macros(means)
+    names = re.findall(r"\\newcommand\{\\(.+?)\}", text)
+    assert len(names) == len(set(names)) and all(re.fullmatch("[A-Za-z]+", name) for name in names)
+    assert r"\newcommand{\UniformFourBytesFile}{4.10}" in text and r"\newcommand{\ModelName}{gpt2\_small}" in text
+    assert r"\newcommand{\NashSwarmRegretMax}{$2.1{\cdot}10^{-6}$}" in text
+
+
+def test_numbers_from_different_texts_do_not_meet(records: list[Record]) -> None:
+    other = synthetic("hqq")
+    other.metrics["tokens"] = 1.0
+    with pytest.raises(ValueError, match="different tokens"):
+        report.macros(report.average(report.frame([*records, other])))
+
+
+def test_uncommitted_code_is_refused(records: list[Record]) -> None:
+    dirty = synthetic("hqq")
+    dirty.provenance["dirty"] = True
+    report.refuse_dirty(report.frame(records))
+    with pytest.raises(ValueError, match="runs of hqq come from uncommitted code"):
+        report.refuse_dirty(report.frame([*records, dirty]))
+
+
+def outcome(status: str, method: str, path: pathlib.Path | None = None, message: str = "") -> dict[str, Any]:
+    return {"status": status, "labels": {"method": method}, "record": str(path) if path else None, "message": message,
+            "log": f"logs/{method}.log", "overrides": [f"method={method}"]}  # fmt: skip
+
+
+def test_summary_counts_shows_and_explains(records: list[Record]) -> None:
+    outcomes = [outcome("finished", "no_nash"), outcome("skipped", "uniform4"),
+                outcome("failed", "hqq", message="ValueError: 3 is odd\ntraceback")]  # fmt: skip
+    text = rendered(report.summary(outcomes, records[:2]))
+    assert "3 jobs: 1 finished, 1 skipped, 1 failed" in text and "baseline" in text
+    assert "method=hqq" in text and "ValueError: 3 is odd" in text and "traceback" not in text
+    assert "logs/hqq.log" in text
+    assert "0 finished" in rendered(report.summary(outcomes[2:], []))
+
+
+def test_bit_maps_are_parsed() -> None:
+    grids = figures.tiles(synthetic("nash_swarm").allocation)
+    assert list(grids) == ["transformer.h.0.mlp.c_fc"]
+    grid = grids["transformer.h.0.mlp.c_fc"]
+    assert grid.shape == (24, 8) and (grid == 8).sum() == 6 and grid[0, 0] == 3 and grid[-1, -1] == 3
+    for broken in ("mlp 2x3 4*5", "mlp 2x3 4", "mlp 2by3 4*6"):
+        with pytest.raises(ValueError, match="allocation of 'mlp' is not"):
+            figures.tiles(broken)
+    with pytest.raises(ValueError, match="no layer made of tiles"):
+        figures.bit_map("mlp 16\n")
+    with pytest.raises(ValueError, match="'attn' is not a layer made of tiles"):
+        figures.bit_map("mlp 1x1 4*1\n", "attn")
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    sizes, values = np.array([1.0, 2.0, 2.0, 3.0]), np.array([5.0, 6.0, 1.0, 2.0])
+    assert figures.frontier(sizes, values).tolist() == [0, 2]
+
+
+def test_a_paired_ratio_of_a_run_with_itself_is_one() -> None:
+    one = [synthetic("nash_swarm")]
+    assert figures.paired_ratio(one, one) == pytest.approx((1, 1, 1))
+    other = synthetic("no_nash")
+    other.series["tokens"][0] = 7
+    with pytest.raises(ValueError, match="different windows"):
+        figures.paired_ratio([other], one)
+
+
+def test_a_baseline_without_damage_stays_on_the_log_axis(records: list[Record]) -> None:
+    axes = figures.pareto(report.average(report.frame(records))).axes[0]
+    low, high = axes.get_ylim()
+    assert 0 < low < min(value for value in KL.values() if value > 0) < high
+    assert any("baseline (KL about 0)" in label.get_text() for label in axes.texts)
+
+
+def test_labels_do_not_overlap(records: list[Record]) -> None:
+    figure = figures.pareto(report.average(report.frame(records)))
+    boxes = [label.get_window_extent() for label in figure.axes[0].texts if label.get_text()]
+    assert len(boxes) == len(ABLATION)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_figures_say_what_they_lack() -> None:
+    baseline = [synthetic("baseline")]
+    with pytest.raises(ValueError, match="no record has sweeps"):
+        figures.convergence(baseline)
+    with pytest.raises(ValueError, match="no record of nash_swarm"):
+        figures.ablation(baseline)
+
+
+def test_scripts_from_records_to_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    options = ["--records", str(folder), "--experiment", "ablation", "--paper", str(tmp_path / "paper")]
+    assert script("tables").main([*options, "--out", str(tmp_path / "tables")]) == 0
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {"ablation.md", "ablation.csv", "ablation.tex"}
+    assert {path.name for path in (tmp_path / "paper").iterdir()} == {"ablation.tex", "numbers.tex"}
+
+    names = [f"ablation_{name}" for name in ("pareto", "perplexity", "ablation", "convergence", "bits")]
+    for out in ("one", "two"):
+        assert script("figures").main([*options, "--out", str(tmp_path / out)]) == 0
+    for name in names:
+        for suffix in (".pdf", ".png"):
+            first, second = ((tmp_path / out / f"{name}{suffix}").read_bytes() for out in ("one", "two"))
+            assert first == second, f"{name}{suffix} differs between two runs"
+
+
+def test_a_script_runs_as_a_command_and_fails_in_one_sentence(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "scripts/tables.py", "--records", str(folder), "--experiment", "main"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "no record has experiment=main" in done.stderr
+    for name in ("tables", "figures"):
+        assert script(name).main(["--records", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+
+
+def test_the_summary_script_fails_when_a_job_failed(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = next(folder.glob("*.json"))
+    jobs = [outcome("finished", "uniform4", path), outcome("failed", "hqq", message="boom")]
+    for number, job in enumerate(jobs):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "outcome.json").write_text(json.dumps(job))
+    assert script("summary").main([str(tmp_path)]) == 1
+    (tmp_path / "1" / "outcome.json").unlink()
+    assert script("summary").main([str(tmp_path)]) == 0
+    (tmp_path / "1" / ".hydra").mkdir()
+    assert script("summary").main([str(tmp_path)]) == 1, "a job that was killed counts as failed"
+    assert script("summary").main([str(tmp_path / "1")]) == 1
