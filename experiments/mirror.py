@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-import matplotlib.figure
+import pandas as pd
 
 from nashswarm import figures
 from nashswarm.record import Record
@@ -27,21 +27,20 @@ def mirror(record: Record, mode: str, folder: pathlib.Path) -> None:
     """Send a finished record: config, summary, the table of layers, and a figure."""
     if mode == "disabled":
         return
+    import matplotlib.pyplot  # noqa: F401  wandb.Image looks for it
     import wandb
 
+    labels = record.labels
     session = wandb.init(
         project=PROJECT,
         group=labels["experiment"],
         name=f"{labels['method']} {labels['model']} {labels['dataset']} {labels['seed']}",
         config=record.config | {"labels": labels, "provenance": record.provenance},
-        mode=mode,
+        mode="online" if mode == "online" else "offline",
         dir=folder,
         settings=wandb.Settings(init_timeout=INIT_SECONDS, silent=True),
     )
     session.summary.update(record.metrics)
-    columns = sorted({key for row in record.layers for key in row})
-    rows = [[row.get(column) for column in columns] for row in record.layers]
-    session.log({"layers": wandb.Table(columns=columns, data=rows)})
-    figure: matplotlib.figure.Figure = figures.layer_bits(record)
-    session.log({"bits by layer": wandb.Image(figure)})
-    session.finish(quiet=True)
+    session.log({"layers": wandb.Table(dataframe=pd.DataFrame(record.layers))})
+    session.log({"bits by layer": wandb.Image(figures.layer_bits(record))})
+    session.finish()

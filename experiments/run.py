@@ -36,10 +36,16 @@ def labels_of(config: DictConfig) -> dict[str, str]:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(config: DictConfig) -> None:
-    """Run one job.  In a sweep a failed job is reported and the others go on; the sweep's summary sets the exit status."""
+    """Run one job.  In a sweep a failed job is reported and the others go on; the sweep's summary sets the exit
+    status."""
     hydra_config = HydraConfig.get()
     folder = pathlib.Path(hydra_config.runtime.output_dir)
-    outcome: dict[str, Any] = {"labels": {}, "record": None, "message": "", "log": str(folder / f"{hydra_config.job.name}.log")}
+    outcome: dict[str, Any] = {
+        "labels": {},
+        "record": None,
+        "message": "",
+        "log": str(folder / f"{hydra_config.job.name}.log"),
+    }
     outcome["overrides"] = list(hydra_config.overrides.task)
     try:
         outcome["labels"] = labels_of(config)

@@ -1,4 +1,5 @@
-"""The end of a sweep: what finished, was skipped and failed, as a table; the exit status says whether anything failed."""
+"""The end of a sweep: what finished, was skipped and failed, as a table; the exit status says whether anything
+failed."""
 
 import json
 import pathlib

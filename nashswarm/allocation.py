@@ -1,8 +1,9 @@
 """Who got which bits: weight matrices, their blocks (the players), and what an allocation costs in bytes.
 
 A block is a tile of 16 rows × ``group_size`` columns.  Its damage at b bits is the second-order estimate with the
-diagonal of H, in nats per token: ``D_i(b) = ½ Σ_{o,j ∈ i} s_oj (w_oj − q_oj)²`` with ``s_oj = f_o H_jj`` (f coupled over
-positions) for a matrix that multiplies and ``s_vo = p_v f_o`` for one that is looked up; a tied matrix carries both.
+diagonal of H, in nats per token: ``D_i(b) = ½ Σ_{o,j ∈ i} s_oj (w_oj − q_oj)²`` with ``s_oj = f_o H_jj`` (f coupled
+over positions) for a matrix that multiplies and ``s_vo = p_v f_o`` for one that is looked up; a tied matrix carries
+both.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from scipy import sparse
 from torch import Tensor
 
@@ -25,9 +26,9 @@ Bits = Mapping[str, Int[np.ndarray, "row_blocks groups"]]
 class Layer:
     """One weight matrix, whoever uses it.
 
-    ``weight``: float32, shape (out, in), also where the model stores it transposed.  ``modules``: the modules that share
-    it, ``kinds`` their classes (Linear, Conv1D, Embedding).  ``role``: the last part of its name.  ``depth``: 0 (input) to
-    1 (output).
+    ``weight``: float32, shape (out, in), also where the model stores it transposed.  ``modules``: the modules that
+    share it, ``kinds`` their classes (Linear, Conv1D, Embedding).  ``role``: the last part of its name.  ``depth``: 0
+    (input) to 1 (output).
     """
 
     name: str
@@ -46,8 +47,8 @@ class Layer:
 class Blocks:
     """All players of a model, layer by layer, row-major inside a layer.
 
-    ``damage``: nats per token at each width of ``widths``; ``log_sensitivity``: log of the block's mean s; ``features``:
-    what the flock compares.
+    ``damage``: nats per token at each width of ``widths``; ``log_sensitivity``: log of the block's mean s;
+    ``features``: what the flock compares.
     """
 
     layers: tuple[Layer, ...]
@@ -59,23 +60,36 @@ class Blocks:
 
     def bits(self, profile: Int[np.ndarray, " blocks"]) -> dict[str, Int[np.ndarray, "row_blocks groups"]]:
         """Layer → the width of each of its tiles."""
-        chosen = np.array(self.widths, np.uint8)[profile]
-        shapes = [grid_shape(layer, self.scheme) for layer in self.layers]
-        parts = np.split(chosen, np.cumsum([rows * columns for rows, columns in shapes])[:-1])
-        return {layer.name: part.reshape(shape) for layer, part, shape in zip(self.layers, parts, shapes, strict=True)}
+        parts = self._split(np.array(self.widths, np.uint8)[profile])
+        return {
+            layer.name: part.reshape(grid_shape(layer, self.scheme))
+            for layer, part in zip(self.layers, parts, strict=True)
+        }
 
     def packed_bytes(self, profile: Int[np.ndarray, " blocks"]) -> int:
         """Bytes of all packed layers at ``profile``."""
         return sum(packed_bytes(bits.ravel(), self.scheme) for bits in self.bits(profile).values())
 
+    def damage_by_layer(self, profile: Int[np.ndarray, " blocks"]) -> dict[str, float]:
+        """Layer → its predicted damage at ``profile``, in nats per token."""
+        chosen = self.damage[np.arange(len(profile)), profile]
+        return {layer.name: float(part.sum()) for layer, part in zip(self.layers, self._split(chosen), strict=True)}
+
     def storage_chain(self) -> sparse.csr_array:
         """Consecutive tiles of one layer are neighbours: a run of equal tags ends where two of them differ."""
-        counts = [np.prod(grid_shape(layer, self.scheme)) for layer in self.layers]
         linked = np.ones(len(self.damage) - 1)
-        linked[np.cumsum(counts)[:-1] - 1] = 0
+        linked[self._ends() - 1] = 0
         chain = sparse.diags_array([linked, linked], offsets=[-1, 1], shape=(len(self.damage),) * 2).tocsr()
         chain.eliminate_zeros()
         return chain
+
+    def _ends(self) -> Int[np.ndarray, " layers_but_one"]:
+        """The index of the first block after every layer but the last."""
+        counts = [int(np.prod(grid_shape(layer, self.scheme))) for layer in self.layers]
+        return np.cumsum(counts)[:-1]
+
+    def _split(self, values: Shaped[np.ndarray, " blocks"]) -> list[Shaped[np.ndarray, " part"]]:
+        return np.split(values, self._ends())
 
 
 def grid_shape(layer: Layer, scheme: Scheme) -> tuple[int, int]:
@@ -164,6 +178,8 @@ def text(bits: Bits) -> str:
     """
     lines = []
     for name, tiles in bits.items():
-        runs = " ".join(f"{width}*{length}" for width, length in zip(*run_lengths(tiles.ravel().astype(int)), strict=True))
+        runs = " ".join(
+            f"{width}*{length}" for width, length in zip(*run_lengths(tiles.ravel().astype(int)), strict=True)
+        )
         lines.append(f"{name} {tiles.shape[0]}x{tiles.shape[1]} {runs}\n")
     return "".join(lines)

@@ -16,5 +16,7 @@ def interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> tup
     if len(sample) < 2 or np.ptp(sample) == 0:
         return float(sample.mean()), float(sample.mean())
     rng = np.random.default_rng(seed)
-    found = stats.bootstrap((sample,), np.mean, n_resamples=2000, confidence_level=level, method="BCa", rng=rng, batch=200)
+    found = stats.bootstrap(
+        (sample,), np.mean, n_resamples=2000, confidence_level=level, method="BCa", rng=rng, batch=200
+    )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)

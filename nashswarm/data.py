@@ -83,7 +83,9 @@ class HubText:
         if local.is_file():
             return _part_of_file(local, purpose)
         if not local.is_dir() and (self.path.startswith((".", "/", "~")) or self.path.count("/") > 1):
-            raise ValueError(f"the dataset {self.path} does not exist; set dataset.path to a text file or a folder of splits")
+            raise ValueError(
+                f"the dataset {self.path} does not exist; set dataset.path to a text file or a folder of splits"
+            )
         rows = self._rows(split, local.is_dir())
         if self.separator is None:
             return "\n".join(row.removesuffix("\n") for row in rows)

@@ -126,7 +126,7 @@ def place_labels(
     for label, dot, place in zip(labels, dots, places, strict=True):
         label.set(position=(place.x0 - dot[0], (place.y0 + place.y1) / 2 - dot[1]), verticalalignment="center")
         if abs(label.get_position()[1]) > 5:
-            near = (place.x0 if place.x0 > dot[0] else place.x1) - dot[0]
+            near = (place.x0 - 1 if place.x0 > dot[0] else place.x1 + 1) - dot[0]
             leader = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
             line = axes.annotate("", label.xy, (near, label.get_position()[1]), "data", "offset points", leader)
             line.set_in_layout(False)
@@ -249,13 +249,13 @@ def convergence(records: Iterable[Record]) -> Figure:
         zero = regret <= NEGLIGIBLE["regret"]
         lifted = np.where(zero, floor, regret)
         below.plot(lifted, "-", color=ink, zorder=3 - place / 100)
-        below.plot(np.flatnonzero(~zero), lifted[~zero], "o", color=ink, markersize=3)
-        below.plot(np.flatnonzero(zero), lifted[zero], "o", color=ink, markersize=4, markerfacecolor="white")
+        below.plot(np.flatnonzero(~zero), lifted[~zero], "o", color=ink, markersize=3, zorder=3 - place / 100)
+        below.plot(np.flatnonzero(zero), lifted[zero], "o", color=ink, markersize=4, markerfacecolor="white", zorder=4)
     below.set_yscale("log")
     if (everything <= NEGLIGIBLE["regret"]).any():
         below.set_title("hollow: no regret left")
-    above.set_ylabel("potential since start (nats per token)")
-    below.set_ylabel("largest regret (nats per token)")
+    above.set_ylabel("change of potential\n(nats per token)")
+    below.set_ylabel("largest regret\n(nats per token)")
     for axes in (above, below):
         axes.set_xlabel("sweep of best responses")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
@@ -325,6 +325,22 @@ def bit_map(allocation: str, layer: str | None = None) -> Figure:
         for width in widths
     ]
     figure.legend(handles=handles, loc="outside right center", title="bits", handlelength=1, handleheight=1)
+    return figure
+
+
+def layer_bits(record: Record) -> Figure:
+    """Stored bits per weight of every layer of one run, scales and tags included.
+
+    Raises ValueError if the record has no layers.
+    """
+    if not record.layers:
+        raise ValueError(f"the record of {record.labels['method']} has no layers")
+    figure = Figure(figsize=(5.2, 0.6 + 0.16 * len(record.layers)))
+    axes = figure.add_subplot(xlabel="stored bits per weight")
+    rows = range(len(record.layers))
+    axes.barh(rows, [row["bits_per_weight"] for row in record.layers], color=colour(record.labels["method"]))
+    axes.set_yticks(rows, [row["name"] for row in record.layers], fontsize=6)
+    axes.invert_yaxis()
     return figure
 
 

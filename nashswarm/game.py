@@ -1,9 +1,9 @@
 """Finite games on a graph, solved.
 
-Player i has action costs c_i(a) of its own and disagrees with its neighbours: its cost is
-``u_i(b) = c_i(b_i) + Σ_j J_ij φ(b_i, b_j)``.  With J and φ symmetric a unilateral move changes the potential
-``Φ(b) = Σ_i c_i(b_i) + Σ_{i<j} J_ij φ(b_i, b_j)`` by exactly the mover's change of cost: an exact potential game (Monderer
-& Shapley 1996), so strict improvement ends at a pure Nash equilibrium after finitely many moves.
+Player i has action costs c_i(a) of its own and disagrees with its neighbours: its cost is ``u_i(b) = c_i(b_i) + Σ_j
+J_ij φ(b_i, b_j)``.  With J and φ symmetric a unilateral move changes the potential ``Φ(b) = Σ_i c_i(b_i) + Σ_{i<j}
+J_ij φ(b_i, b_j)`` by exactly the mover's change of cost: an exact potential game (Monderer & Shapley 1996), so strict
+improvement ends at a pure Nash equilibrium after finitely many moves.
 """
 
 import dataclasses
@@ -125,8 +125,9 @@ def shadow_price(
 ) -> tuple[float, Solution]:
     """The lowest price found at which the solution spends no more than ``budget``, and that solution.
 
-    Doubles or halves ``start`` until it brackets the budget, then bisects its logarithm (Everett 1963).  ``spent`` may be
-    a staircase that is not quite monotone; what comes back never overspends.  Raises ValueError if no price suffices.
+    Doubles or halves ``start`` until it brackets the budget, then bisects its logarithm (Everett 1963).  ``spent`` may
+    be a staircase that is not quite monotone; what comes back never overspends.  Raises ValueError if no price
+    suffices.
     """
     price, solution = start, solve(start)
     dear: tuple[float, Solution] | None = None

@@ -1,4 +1,5 @@
-"""What is measured of a compressed model.  Its size always is; a measure adds quality, speed or behaviour under load."""
+"""What is measured of a compressed model.  Its size always is; a measure adds quality, speed or behaviour under
+load."""
 
 import concurrent.futures
 import dataclasses
@@ -19,8 +20,8 @@ Found = tuple[dict[str, float], dict[str, list[float]]]
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A full model, its compressed copy, and the test windows.  ``reference``: the full model's answers to them, given a
-    batch size."""
+    """A full model, its compressed copy, and the test windows.  ``reference``: the full model's answers to them, given
+    a batch size."""
 
     full: Any
     compressed: Any
@@ -66,8 +67,8 @@ class Quality:
 class Speed:
     """Milliseconds per new token (batch 1, KV cache) and prefill tokens per second, compressed and full interleaved.
 
-    Compressed layers run on dequantized floats here, so a ratio near 1 is what to expect.  ``prompt_tokens`` of None: 512
-    or half the window, whichever is less.
+    Compressed layers run on dequantized floats here, so a ratio near 1 is what to expect.  ``prompt_tokens`` of None:
+    512 or half the window, whichever is less.
     """
 
     prompt_tokens: int | None = None
@@ -79,7 +80,7 @@ class Speed:
         prompt = min(512, length // 2) if self.prompt_tokens is None else self.prompt_tokens
         if prompt + self.new_tokens > length:
             raise ValueError(
-                f"measure.prompt_tokens ({prompt}) and measure.new_tokens ({self.new_tokens}) exceed the window of {length}"
+                f"measure.prompt_tokens={prompt} and measure.new_tokens={self.new_tokens} exceed the window of {length}"
             )
         tokens = subject.windows[:1, :prompt]
         times: dict[str, list[float]] = {name: [] for name in ("prefill", "decode", "prefill_full", "decode_full")}
@@ -109,7 +110,9 @@ class Load:
 
     def measure(self, subject: Subject) -> Found:
         if self.prompt_tokens + self.new_tokens > subject.windows.shape[1]:
-            raise ValueError(f"measure.prompt_tokens + measure.new_tokens exceed the window of {subject.windows.shape[1]}")
+            raise ValueError(
+                f"measure.prompt_tokens + measure.new_tokens exceed the window of {subject.windows.shape[1]}"
+            )
 
         def request(number: int) -> tuple[float, bool]:
             window = subject.windows[number % len(subject.windows)]

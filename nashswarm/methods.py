@@ -4,7 +4,6 @@ A method is a frozen dataclass, its fields are its settings and ``compress`` is 
 nothing else, so it cannot look at the test text.
 """
 
-import bisect
 import dataclasses
 import functools
 import itertools
@@ -14,18 +13,16 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy import sparse
 from torch import Tensor
 
 from nashswarm import allocation, swarm
 from nashswarm.allocation import Blocks, Layer
-from nashswarm.game import Coupling, Equilibrium, Game, best_response, independent_classes, shadow_price
+from nashswarm.bit_game import by_lot, by_quantiles, solve
 from nashswarm.quant.calibration import Moments
 from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, Scheme, quantize
-from nashswarm.quant.pack import RUN_BYTES, pack, packed_bytes
+from nashswarm.quant.pack import pack, packed_bytes
 from nashswarm.quant.published import quantize_by_magnitude
 
-BUDGET_TOLERANCE = 1e-3
 PLAYED_WIDTHS = (0, *GRID_WIDTHS)
 PROBED_WIDTHS = (0, 2, 3)  # where the damage of a layer is measured, not only predicted
 PROBE_TOKENS = 2048
@@ -35,10 +32,10 @@ PROBE_TOKENS = 2048
 class Oracle:
     """All that a method may know.
 
-    ``fixed_bytes``: stored bytes outside the layers (norms, biases, headers, config).  ``parameters``: of the whole model.
-    ``moments``: calibration statistics by module, computed or read when first asked for.  ``heldout_kl``: KL in nats per
-    token of the model with these layer weights (the others at full precision), on so many tokens of held-out calibration
-    text (None: all of it).  ``remember``: tensors by kind and key, read from an earlier run or computed.
+    ``fixed_bytes``: stored bytes outside the layers (norms, biases, headers, config).  ``parameters``: of the whole
+    model. ``moments``: calibration statistics by module, computed or read when first asked for.  ``heldout_kl``: KL in
+    nats per token of the model with these layer weights (the others at full precision), on so many tokens of held-out
+    calibration text (None: all of it).  ``remember``: tensors by kind and key, read from an earlier run or computed.
     """
 
     layers: tuple[Layer, ...]
@@ -53,7 +50,8 @@ class Oracle:
 class Compressed:
     """The packed bytes of every layer, the weights they decode to, and what the method reports.
 
-    ``float_bits``: the width of everything outside the layers.  ``weight_bits``: the payload of the codes alone, in bits.
+    ``float_bits``: the width of everything outside the layers.  ``weight_bits``: the payload of the codes alone, in
+    bits.
     """
 
     packed: Mapping[str, Any]
@@ -83,12 +81,16 @@ class Uniform:
 
     def __post_init__(self) -> None:
         if self.bits not in (*GRID_WIDTHS, *FLOATS):
-            raise ValueError(f"method.bits={self.bits}: a uniform width is one of {', '.join(map(str, (*GRID_WIDTHS, *FLOATS)))}")
+            raise ValueError(
+                f"method.bits={self.bits}: a uniform width is one of {', '.join(map(str, (*GRID_WIDTHS, *FLOATS)))}"
+            )
 
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(self.group_size, self.search)
         allocation.check_divisible(oracle.layers, self.group_size)
-        bits = {layer.name: np.full(allocation.grid_shape(layer, scheme), self.bits, np.uint8) for layer in oracle.layers}
+        bits = {
+            layer.name: np.full(allocation.grid_shape(layer, scheme), self.bits, np.uint8) for layer in oracle.layers
+        }
         if self.bits in FLOATS:
             return _pack(oracle, bits, scheme, None, float_bits=self.bits)
         blocks = survey(oracle, PLAYED_WIDTHS, scheme)
@@ -148,9 +150,10 @@ class NashSwarm:
     """Blocks compete for bits under one price per byte until nobody gains by changing alone; each minds its flock.
 
     ``bits``: stored bits per parameter of the whole model, everything counted.  ``bit_game``: ``equilibrium``, or what
-    the ablations put in its place: ``quantiles`` of importance, or ``lot``, bits handed out at random.  ``code_game``: each
-    block replies with the codes of least damage; otherwise one min-max rounding.  ``split``: a preset's budget instead of
-    ``bits``, with at least its share of pruned blocks.  ``cache``: reuse statistics and baselines of earlier runs.
+    the ablations put in its place: ``quantiles`` of importance, or ``lot``, bits handed out at random.  ``code_game``:
+    each block replies with the codes of least damage; otherwise one min-max rounding.  ``split``: a preset's budget
+    instead of ``bits``, with at least its share of pruned blocks.  ``cache``: reuse statistics and baselines of
+    earlier runs.
     """
 
     bits: float | int | None = 3.0
@@ -181,7 +184,10 @@ class NashSwarm:
         blocks = survey(oracle, self.bit_widths, scheme)
         weighed = moments if self.code_game else None
         if self.bit_game != "equilibrium":
-            profile = self._by_quantiles(blocks, budget) if self.bit_game == "quantiles" else _by_lot(blocks, budget, rng)
+            if self.bit_game == "quantiles":
+                profile = by_quantiles(blocks, budget, self.quantiles)
+            else:
+                profile = by_lot(blocks, budget, rng)
             return _pack(oracle, blocks.bits(profile), scheme, weighed, *_report_regret(blocks, profile))
 
         pruned = self.split.pruned if self.split else 0.0
@@ -191,7 +197,8 @@ class NashSwarm:
             coupling = swarm.flock(blocks.features, self.swarm.neighbours, self.swarm.graph, rng)
             candidates = list(itertools.product(self.swarm.align, self.swarm.shrink))
             solved = {
-                pair: alone if pair == (0.0, 0.0) else solve(blocks, budget, pruned, coupling, *pair) for pair in candidates
+                pair: alone if pair == (0.0, 0.0) else solve(blocks, budget, pruned, coupling, *pair)
+                for pair in candidates
             }
             if len(candidates) > 1:
                 passes = len(candidates)
@@ -210,7 +217,9 @@ class NashSwarm:
             "flock_shrink": choice[1],
             "heldout_passes": passes,
         }
-        return _pack(oracle, blocks.bits(best.profile), scheme, weighed, _damage(blocks, best.profile), metrics, series)
+        return _pack(
+            oracle, blocks.bits(best.profile), scheme, weighed, blocks.damage_by_layer(best.profile), metrics, series
+        )
 
     def _budget(self, oracle: Oracle, scheme: Scheme) -> int:
         """Bytes that the packed layers may take.  Raises ValueError if not even the smallest widths fit."""
@@ -233,26 +242,13 @@ class NashSwarm:
             )
         return budget
 
-    def _by_quantiles(self, blocks: Blocks, budget: int) -> Int[np.ndarray, " blocks"]:
-        """Importance ranks decide: above the first quantile the widest format, and so on; the quantiles are shifted
-        together until the size fits the budget."""
-        pruning = blocks.log_sensitivity if blocks.widths[0] else blocks.damage[:, 0]
-        ranks = np.argsort(np.argsort(pruning, kind="stable")) / len(pruning)
-
-        def shifted(steps: int) -> Int[np.ndarray, " blocks"]:
-            thresholds = np.array(self.quantiles) + steps / 10_000
-            return (ranks[:, None] >= thresholds).sum(1)
-
-        start = bisect.bisect_left(range(-10_000, 10_001), -budget, key=lambda steps: -blocks.packed_bytes(shifted(steps)))
-        return shifted(start - 10_000)
-
 
 def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme) -> Blocks:
     """All players: what every width would cost each block, and what its flock compares.
 
     The second-order formula is right for small errors and was seen to mislead for large ones, so at the coarse widths
-    each layer is compressed alone, the KL of that is measured on held-out calibration text, and the damages of its blocks
-    are scaled to add up to it.
+    each layer is compressed alone, the KL of that is measured on held-out calibration text, and the damages of its
+    blocks are scaled to add up to it.
     """
     moments = oracle.moments()
 
@@ -277,138 +273,9 @@ def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme) -> Blocks:
     return Blocks(oracle.layers, scheme, tuple(widths), np.stack(columns, 1), log_sensitivity, features)
 
 
-@dataclasses.dataclass(frozen=True)
-class Solution:
-    """A solved bit game: the game at its price (nats per byte), its equilibrium, and the subsidy of pruning (bytes)."""
-
-    game: Game
-    price: float
-    subsidy: float
-    equilibrium: Equilibrium
-    profile: Int[np.ndarray, " blocks"]
-
-    def report(self, blocks: Blocks) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Metrics and series of the certificate: regret by enumeration of every action of every player."""
-        regret = self.game.regret(self.profile)
-        metrics = {
-            "regret_max": float(regret.max()),
-            "regret_mean": float(regret.mean()),
-            "potential_start": self.equilibrium.potentials[0],
-            "potential_end": self.game.potential(self.profile),
-            "sweeps": self.equilibrium.sweeps,
-            "price": self.price,
-            "subsidy": self.subsidy,
-            "players": len(self.profile),
-            "pruned": float((np.array(blocks.widths)[self.profile] == 0).mean()),
-        }
-        return metrics, {"potential": self.equilibrium.potentials, "regret": self.equilibrium.regrets}
-
-
-def solve(
-    blocks: Blocks,
-    budget: int,
-    pruned: float = 0.0,
-    flock: sparse.csr_array | None = None,
-    align: float = 0.0,
-    shrink: float = 0.0,
-) -> Solution:
-    """The equilibrium of the bit game at the price that meets ``budget`` (bytes of the packed layers).
-
-    A run-length tag is paid for by the two tiles between which it stands, so tags are a coupling along the storage order,
-    and every byte of the layers is part of the potential.  Every price is solved from the same start, all blocks at the
-    middle width, so that the answer depends on nothing else.
-    """
-    widths = len(blocks.widths)
-    own_bytes = np.array([float(blocks.scheme.tile_bytes(width)) for width in blocks.widths])
-    damage = blocks.damage
-    if flock is not None and shrink:
-        shrunk = swarm.shrink(blocks.log_sensitivity, flock, shrink)
-        damage = damage * np.exp(shrunk - blocks.log_sensitivity)[:, None]
-    potts = 1.0 - np.eye(widths)
-    links = [Coupling(blocks.storage_chain(), RUN_BYTES * potts)]
-    if flock is not None and align:
-        links.append(Coupling(flock, align * potts))
-    classes = independent_classes(links, len(damage))
-    start = np.full(len(damage), widths // 2)
-
-    def play(price: float, subsidy: float) -> Solution:
-        charged = own_bytes - subsidy * (np.array(blocks.widths) == 0)
-        game = Game(
-            damage + price * charged,
-            tuple(Coupling(link.weights, price * link.disagreement) for link in links),
-        )
-        equilibrium = best_response(game, start, classes)
-        return Solution(game, price, subsidy, equilibrium, equilibrium.profile)
-
-    typical = float(damage.mean()) / float(own_bytes.mean())
-
-    def affordable(subsidy: float) -> Solution:
-        price, solution = shadow_price(
-            lambda price: play(price, subsidy), lambda solution: blocks.packed_bytes(solution.profile), budget, typical
-        )
-        return solution
-
-    def share_pruned(solution: Solution) -> float:
-        return float((np.array(blocks.widths)[solution.profile] == 0).mean())
-
-    solution = affordable(0.0)
-    if share_pruned(solution) < pruned:
-        _, solution = shadow_price(affordable, lambda found: -share_pruned(found), -pruned, own_bytes.max(), steps=20)
-    return _spend_the_rest(blocks, solution, budget)
-
-
-def _spend_the_rest(blocks: Blocks, solution: Solution, budget: int) -> Solution:
-    """Close a gap of more than 0.1 % of the budget by the upgrades of the best gain per byte."""
-    room = budget - blocks.packed_bytes(solution.profile)
-    if room <= BUDGET_TOLERANCE * budget:
-        return solution
-    profile = solution.profile.copy()
-    own_bytes = np.array([blocks.scheme.tile_bytes(width) for width in blocks.widths])
-    players = np.arange(len(profile))
-    extra = own_bytes - own_bytes[profile][:, None] + 2 * RUN_BYTES  # a move splits at most one run into three
-    gain = (blocks.damage[players, profile][:, None] - blocks.damage) / np.where(extra > 2 * RUN_BYTES, extra, np.inf)
-    waiting = np.ones(len(profile), bool)
-    for flat in np.argsort(-gain, axis=None, kind="stable"):
-        player, action = np.unravel_index(flat, gain.shape)
-        if gain[player, action] <= 0 or room <= BUDGET_TOLERANCE * budget:
-            break
-        if waiting[player] and extra[player, action] <= room:
-            profile[player], waiting[player] = action, False
-            room -= extra[player, action]
-    return dataclasses.replace(solution, profile=profile)
-
-
-def _by_lot(blocks: Blocks, budget: int, rng: np.random.Generator) -> Int[np.ndarray, " blocks"]:
-    """The widest uniform width that fits, and the next one for as many blocks, drawn at random, as the budget allows."""
-    count = len(blocks.damage)
-    order = rng.permutation(count)
-    fitting = [rank for rank in range(len(blocks.widths)) if blocks.packed_bytes(np.full(count, rank)) <= budget]
-    base = fitting[-1]
-    if base + 1 == len(blocks.widths):
-        return np.full(count, base)
-
-    def lifted(winners: int) -> Int[np.ndarray, " blocks"]:
-        profile = np.full(count, base)
-        profile[order[:winners]] += 1
-        return profile
-
-    winners = bisect.bisect_right(range(count + 1), budget, key=lambda winners: blocks.packed_bytes(lifted(winners))) - 1
-    return lifted(winners)
-
-
-def _damage(blocks: Blocks, profile: Int[np.ndarray, " blocks"]) -> dict[str, float]:
-    """Layer → predicted damage in nats per token."""
-    chosen = blocks.damage[np.arange(len(profile)), profile]
-    counts = [int(np.prod(allocation.grid_shape(layer, blocks.scheme))) for layer in blocks.layers]
-    parts = np.split(chosen, np.cumsum(counts)[:-1])
-    return {layer.name: float(part.sum()) for layer, part in zip(blocks.layers, parts, strict=True)}
-
-
-def _report_regret(
-    blocks: Blocks, profile: Int[np.ndarray, " blocks"]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Damage by layer, and how far a given profile is from an equilibrium at the price at which the game would have spent
-    the same bytes."""
+def _report_regret(blocks: Blocks, profile: Int[np.ndarray, " blocks"]) -> tuple[dict[str, float], dict[str, float]]:
+    """Damage by layer, and how far a given profile is from an equilibrium at the price at which the game would have
+    spent the same bytes."""
     solution = solve(blocks, blocks.packed_bytes(profile))
     regret = solution.game.regret(profile)
     metrics = {
@@ -418,7 +285,7 @@ def _report_regret(
         "price": solution.price,
         "players": len(profile),
     }
-    return _damage(blocks, profile), metrics
+    return blocks.damage_by_layer(profile), metrics
 
 
 def _decode(

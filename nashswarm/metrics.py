@@ -1,7 +1,7 @@
 """How well a model predicts text, and how far it moved from the full model.
 
-Protocol: consecutive windows that do not overlap, each predicting all its tokens but the first; ``nll`` in nats per token,
-perplexity = exp(nll); ``kl`` = mean KL(full ‖ compressed) in nats per token.
+Protocol: consecutive windows that do not overlap, each predicting all its tokens but the first; ``nll`` in nats per
+token, perplexity = exp(nll); ``kl`` = mean KL(full ‖ compressed) in nats per token.
 """
 
 import dataclasses
@@ -32,7 +32,9 @@ class Reference:
 
 
 @torch.no_grad()
-def reference(model: Any, windows: Int[Tensor, "windows length"], batch_size: int, track: Track = no_track) -> Reference:
+def reference(
+    model: Any, windows: Int[Tensor, "windows length"], batch_size: int, track: Track = no_track
+) -> Reference:
     """Run the full model once over ``windows``.
 
     Raises ValueError if the model's logits are not what its output embeddings make of their input.

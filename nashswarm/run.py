@@ -84,7 +84,8 @@ def run(config: DictConfig, labels: Mapping[str, str]) -> Outcome:
     started, start_time = time.monotonic(), datetime.datetime.now(datetime.UTC)
     device, dtype = choose_device(config)
     source, method, dataset, measure = (
-        hydra.utils.instantiate(config[group], _convert_="object") for group in ("model", "method", "dataset", "measure")
+        hydra.utils.instantiate(config[group], _convert_="object")
+        for group in ("model", "method", "dataset", "measure")
     )
     texts = {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
     identity = identify(config, device, source, texts)
@@ -96,7 +97,9 @@ def run(config: DictConfig, labels: Mapping[str, str]) -> Outcome:
 
     reset_peak()
     threads = torch.get_num_threads()
-    log.info("%s on %s: %s, seed %d, %d threads", labels["method"], labels["model"], labels["dataset"], config.seed, threads)
+    log.info(
+        "%s on %s: %s, seed %d, %d threads", labels["method"], labels["model"], labels["dataset"], config.seed, threads
+    )
     job = Job(config, source, method, dataset, measure, device, dtype, texts, identity)
     result, found, series, seconds = job.execute()
     finished = Record(
@@ -138,10 +141,13 @@ class Job:
         self.parameters = sum(parameter.numel() for parameter in self.full.parameters())
         length = dataset.sequence_length or loaded.sequence_length
         pool, test = (
-            data.windows(texts[purpose], loaded.tokenizer, length, purpose).to(device) for purpose in ("calibration", "test")
+            data.windows(texts[purpose], loaded.tokenizer, length, purpose).to(device)
+            for purpose in ("calibration", "test")
         )
         if dataset.test_windows is not None and len(test) < dataset.test_windows:
-            raise ValueError(f"the test text has {len(test)} windows, fewer than dataset.test_windows={dataset.test_windows}")
+            raise ValueError(
+                f"the test text has {len(test)} windows, fewer than dataset.test_windows={dataset.test_windows}"
+            )
         self.test = test[: dataset.test_windows]
         self.calibration, self.holdout = data.draw(pool, dataset.calibration_windows, dataset.holdout_windows, self.rng)
         self.label_seed = int(self.rng.integers(2**31))
@@ -217,7 +223,9 @@ class Job:
         models.put(self.compressed, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
         return metrics.summarise(found)["kl"]
 
-    def cached_for_seed(self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def cached_for_seed(
+        self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         """As ``cached``, for what depends on the windows drawn for calibration."""
         return self.cached(kind, {"seed": self.seed} | dict(key), compute)
 
@@ -234,7 +242,9 @@ class Job:
                 return tensors
         tensors = compute()
         if self.use_cache:
-            record.write_whole(path, safetensors.torch.save({name: part.contiguous() for name, part in tensors.items()}))
+            record.write_whole(
+                path, safetensors.torch.save({name: part.contiguous() for name, part in tensors.items()})
+            )
         return tensors
 
     def layer_table(self, result: Compressed) -> list[dict[str, Any]]:
@@ -269,7 +279,7 @@ def choose_device(config: DictConfig) -> tuple[str, torch.dtype]:
 
 def identify(config: DictConfig, device: str, source: models.ModelSource, texts: Mapping[str, str]) -> dict[str, Any]:
     """Everything that can move a number; paths count by their content."""
-    groups = {
+    groups: dict[str, Any] = {
         name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "method", "dataset", "measure")
     }
     dataset = {key: value for key, value in groups["dataset"].items() if key not in ("path", "name")}
@@ -299,16 +309,19 @@ def provenance(started: datetime.datetime) -> dict[str, Any]:
 
     def git(*words: str) -> str | None:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+            ).stdout.strip()
         return None
 
     changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    cores = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.system()} {platform.machine()}, {cores}",
         "started": started.isoformat(timespec="seconds"),
     }
 

@@ -1,8 +1,8 @@
 """The embedded text: English prose that ships with CPython itself.
 
-Nothing is downloaded and no text is committed: language-reference topics (``pydoc_data.topics``), docstrings and comment
-blocks of the standard library are read from the source files of the interpreter that runs.  The text differs a little
-between Python versions, so every record carries its sha256.
+Nothing is downloaded and no text is committed: language-reference topics (``pydoc_data.topics``), docstrings and
+comment blocks of the standard library are read from the source files of the interpreter that runs.  The text differs a
+little between Python versions, so every record carries its sha256.
 """
 
 import ast

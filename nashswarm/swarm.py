@@ -1,7 +1,7 @@
 """The flock: every block minds its k nearest blocks in feature space.
 
-Starlings track six or seven topological neighbours, whatever the distance (Ballerini et al., PNAS 2008), hence k = 7.  The
-coupling ``J_ij = exp(−d_ij² / median²)`` is symmetrised, otherwise no potential exists.
+Starlings track six or seven topological neighbours, whatever the distance (Ballerini et al., PNAS 2008), hence k = 7.
+The coupling ``J_ij = exp(−d_ij² / median²)`` is symmetrised, otherwise no potential exists.
 """
 
 from typing import Literal

@@ -35,9 +35,7 @@ def train_tokenizer(text: str, vocabulary: int, sequence_length: int) -> PreTrai
         vocab_size=vocabulary, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     bpe.train_from_iterator([text], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END, eos_token=END, model_max_length=sequence_length
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, model_max_length=sequence_length)
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerFast, split: str) -> torch.Tensor:
@@ -61,7 +59,9 @@ def unigram_nll(train: torch.Tensor, test: torch.Tensor, vocabulary: int) -> flo
     return -(counts / counts.sum()).log()[test].mean().item()
 
 
-def write(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: pathlib.Path, card: dict[str, object]) -> None:
+def write(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: pathlib.Path, card: dict[str, object]
+) -> None:
     """Save fp16 weights, tokenizer and model card into ``out``."""
     half = GPT2LMHeadModel(model.config)
     half.load_state_dict(model.state_dict())
@@ -72,9 +72,10 @@ def write(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: pathl
     (out / "README.md").write_text(
         "---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
         "# The default model of nashswarm\n\n"
-        "A GPT-2-architecture language model for tests, examples and the quick start: small enough to ship with the package, "
-        "trained long enough to lose something when it is compressed. It knows the prose of Python's documentation and nothing "
-        "else; do not use it for anything but compression research. Written by `scripts/train_default_model.py`.\n\n"
+        "A GPT-2-architecture language model for tests, examples and the quick start: small enough to ship with the "
+        "package, trained long enough to lose something when it is compressed. It knows the prose of Python's "
+        "documentation and nothing else; do not use it for anything but compression research. Written by "
+        "`scripts/train_default_model.py`.\n\n"
         f"| | |\n|---|---|\n{rows}\n"
     )
 
@@ -100,10 +101,17 @@ def main() -> None:
     tokenizer = train_tokenizer(stdlib_docs.text("train"), options.vocabulary, length)
     train, calibration, test = (tokens_of(tokenizer, split) for split in stdlib_docs.SPLITS)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=length, n_embd=options.width, n_layer=options.layers, n_head=options.heads,
-        resid_pdrop=options.dropout, embd_pdrop=options.dropout, attn_pdrop=options.dropout,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_positions=length,
+        n_embd=options.width,
+        n_layer=options.layers,
+        n_head=options.heads,
+        resid_pdrop=options.dropout,
+        embd_pdrop=options.dropout,
+        attn_pdrop=options.dropout,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     model = GPT2LMHeadModel(config)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -124,7 +132,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "sequence_length": length,
-        "data": f"topics, docstrings and comment blocks of CPython {platform.python_version()}, read from the interpreter",
+        "data": f"topics, docstrings and comment blocks of CPython {platform.python_version()}",
         "train_sha256": hashlib.sha256(stdlib_docs.text("train").encode()).hexdigest(),
         "train_tokens": len(train),
         "test_tokens": len(test),
@@ -137,7 +145,13 @@ def main() -> None:
     }
     curve: list[dict[str, float]] = []
     started, running = time.monotonic(), 0.0
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=options.steps, loss="")
         for step in range(1, options.steps + 1):
@@ -153,12 +167,22 @@ def main() -> None:
             running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
             progress.update(task, advance=1, loss=f"loss {running:.3f}")
             if step % 250 == 0 or step == options.steps:
-                curve.append({"step": step, "train_nll": round(running, 4), "calibration_nll": round(mean_nll(model, calibration, length), 4)})
+                curve.append(
+                    {
+                        "step": step,
+                        "train_nll": round(running, 4),
+                        "calibration_nll": round(mean_nll(model, calibration, length), 4),
+                    }
+                )
                 progress.console.print(curve[-1], round(time.monotonic() - started), "s")
                 card |= {"steps": step, "minutes": round((time.monotonic() - started) / 60, 1), "curve": curve}
                 write(model, tokenizer, options.out, card)
     test_nll = mean_nll(model.half().float(), test, length)
-    card |= {"train_nll": curve[-1]["train_nll"], "test_nll": round(test_nll, 4), "test_perplexity": round(math.exp(test_nll), 2)}
+    card |= {
+        "train_nll": curve[-1]["train_nll"],
+        "test_nll": round(test_nll, 4),
+        "test_perplexity": round(math.exp(test_nll), 2),
+    }
     write(model, tokenizer, options.out, card)
     print(json.dumps({key: value for key, value in card.items() if key != "curve"}, indent=1))
 

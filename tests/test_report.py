@@ -168,7 +168,7 @@ def test_latex_is_escaped(records: list[Record]) -> None:
     text = report.latex(report.average(report.frame(records)))
     assert r"\toprule" in text and r"\bottomrule" in text
     assert r"no\_nash" in text and "no_nash" not in text.replace(r"no\_nash", "")
-    assert r"\shortstack[r]{saved\\\%}" in text and r"$\Delta$NLL" in text and r"$2.1{\cdot}10^{-6}$" in text
+    assert r"{@{}r@{}}saved\\\%\end{tabular}" in text and r"$\Delta$NLL" in text and r"$2.1{\cdot}10^{-6}$" in text
     assert report.tex("50% of a_b & {c}") == r"50\% of a\_b \& \{c\}"
 
 

@@ -5,9 +5,9 @@ each position, of the window's summed NLL.  For a matrix that is looked up: how 
 Together they give the second-order damage of an error E, in nats per token (Hassibi & Stork 1993; K-FAC with a diagonal
 output factor, Kim et al. 2025):  ``D(E) = ½ Σ_o f_o · e_oᵀ H e_o``.
 
-An error in a weight acts on all positions of a window at once, and where attention mixes them their gradients do not add
-up independently.  ``coupled`` is f with that taken in: ``E[‖G_o‖²] / (T · tr H)`` with G_o the gradient of the window's
-summed NLL with respect to row o of the weight; the two agree when positions are independent.
+An error in a weight acts on all positions of a window at once, and where attention mixes them their gradients do not
+add up independently.  ``coupled`` is f with that taken in: ``E[‖G_o‖²] / (T · tr H)`` with G_o the gradient of the
+window's summed NLL with respect to row o of the weight; the two agree when positions are independent.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ def no_track(items: Sequence[Any], description: str) -> Iterable[Any]:
 class Moments:
     """Second moments of one module's inputs and of the gradients of its outputs.
 
-    ``inputs``: E[x xᵀ], shape (in, in), of a module that multiplies; the share of positions that look up each row, shape
-    (rows,), of an embedding.  ``outputs``: f = E[g²], shape (out,), in (nats per unit of output)²; ``coupled``: the same
-    with the positions of a window taken together (of the head and of embeddings: f itself).
+    ``inputs``: E[x xᵀ], shape (in, in), of a module that multiplies; the share of positions that look up each row,
+    shape (rows,), of an embedding.  ``outputs``: f = E[g²], shape (out,), in (nats per unit of output)²; ``coupled``:
+    the same with the positions of a window taken together (of the head and of embeddings: f itself).
     """
 
     inputs: Float[Tensor, "..."]
@@ -118,7 +118,7 @@ def _watched(model: nn.Module, names: Sequence[str], head: nn.Module | None) -> 
 
 
 def calibrate(
-    model: nn.Module,
+    model: Any,
     names: Sequence[str],
     windows: Int[Tensor, "windows length"],
     generator: torch.Generator,
@@ -131,7 +131,7 @@ def calibrate(
     those of the text (``"text"``, the empirical one).  Raises ValueError for a module that the model never uses.
     """
     model.eval()
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     with _watched(model, names, head) as sums:
         for window in track(list(windows), "calibrating"):
             logits = model(input_ids=window.unsqueeze(0)).logits[0, :-1]

@@ -1,8 +1,9 @@
 """Group-wise affine quantization of a matrix whose tiles may have different widths.
 
-A tile is 16 rows × ``group_size`` columns and has one width b in {0, 2, 3, 4, 8, 16, 32}.  In a tile of 2 to 8 bits every
-row has an fp16 scale s and a b-bit zero point z, and a code c stands for the weight ``s · (c − z)``.  Width 0 is a pruned
-tile; at widths 16 and 32 the code is the bit pattern of the float itself, so full precision is the same code path.
+A tile is 16 rows × ``group_size`` columns and has one width b in {0, 2, 3, 4, 8, 16, 32}.  In a tile of 2 to 8 bits
+every row has an fp16 scale s and a b-bit zero point z, and a code c stands for the weight ``s · (c − z)``.  Width 0 is
+a pruned tile; at widths 16 and 32 the code is the bit pattern of the float itself, so full precision is the same code
+path.
 """
 
 import dataclasses
@@ -134,7 +135,9 @@ def _float_codes(values: Tensor, width: int) -> Tensor:
     return floats.view(pattern_type)
 
 
-def _quantize_groups(values: Tensor, bits: int, scheme: Scheme, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_groups(
+    values: Tensor, bits: int, scheme: Scheme, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and zero points of the groups ``values`` (groups, group_size)."""
     parts = [
         _search(chunk, bits, scheme, None if importance is None else importance[start : start + CHUNK])

@@ -54,7 +54,9 @@ def pack(tensor: QuantizedTensor) -> UInt8[np.ndarray, " bytes"]:
     tags = tag_runs(flat_bits)
     scheme = tensor.scheme
     parts = [HEADER.pack(VERSION, scheme.symmetric, scheme.group_size, rows, columns, len(tags)), tags.tobytes()]
-    codes, scale, zero_point = (_tiles(part, tensor.bits.shape[1]) for part in (tensor.codes, tensor.scale, tensor.zero_point))
+    codes, scale, zero_point = (
+        _tiles(part, tensor.bits.shape[1]) for part in (tensor.codes, tensor.scale, tensor.zero_point)
+    )
     for width in WIDTHS[1:]:
         chosen = flat_bits == width
         if width in GRID_WIDTHS:
@@ -85,14 +87,18 @@ def unpack(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
         nonlocal position
         position += size
         if position > len(content):
-            raise ValueError(f"a packed {rows}x{columns} matrix is cut short: {len(content)} bytes, at least {position} needed")
+            raise ValueError(
+                f"a packed {rows}x{columns} matrix is cut short: {len(content)} bytes, at least {position} needed"
+            )
         return content[position - size : position]
 
     tags = np.frombuffer(take(RUN_BYTES * runs), np.uint16)
     flat_bits = np.repeat(np.array(WIDTHS, np.uint8)[tags & 7], (tags >> 3).astype(np.int64) + 1)
     shape = (row_blocks(rows), columns // group_size)
     if len(flat_bits) != shape[0] * shape[1]:
-        raise ValueError(f"the tags of a packed {rows}x{columns} matrix describe {len(flat_bits)} tiles, not {shape[0] * shape[1]}")
+        raise ValueError(
+            f"the tags of a packed {rows}x{columns} matrix describe {len(flat_bits)} tiles, not {shape[0] * shape[1]}"
+        )
     widest = int(flat_bits.max())
     code_type = FLOATS[widest][1] if widest in FLOATS else torch.uint8
     codes = np.zeros((len(flat_bits), TILE_ROWS, group_size), str(code_type).removeprefix("torch."))
@@ -107,7 +113,9 @@ def unpack(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
                 zero_point[chosen] = 1 << (width - 1)
             else:
                 zero_point[chosen] = unpack_bits(take(width * TILE_ROWS * count // 8), width).reshape(-1, TILE_ROWS, 1)
-            codes[chosen] = unpack_bits(take(width * TILE_ROWS * group_size * count // 8), width).reshape(count, TILE_ROWS, -1)
+            codes[chosen] = unpack_bits(take(width * TILE_ROWS * group_size * count // 8), width).reshape(
+                count, TILE_ROWS, -1
+            )
         else:
             patterns = take(width * TILE_ROWS * group_size * count // 8)
             codes[chosen] = np.frombuffer(patterns, f"int{width}").reshape(count, TILE_ROWS, -1)
@@ -141,6 +149,8 @@ def unpack_bits(packed: bytes, bits: int) -> UInt8[np.ndarray, " codes"]:
 def _tiles(part: Tensor, groups: int) -> np.ndarray:
     """(out, …) → (tiles, 16, values per row of a tile), the last row block padded with zeros."""
     padded = torch.nn.functional.pad(part, (0, 0, 0, -len(part) % TILE_ROWS)).numpy()
-    return padded.reshape(-1, TILE_ROWS, groups, padded.shape[1] // groups).transpose(0, 2, 1, 3).reshape(
-        -1, TILE_ROWS, padded.shape[1] // groups
+    return (
+        padded.reshape(-1, TILE_ROWS, groups, padded.shape[1] // groups)
+        .transpose(0, 2, 1, 3)
+        .reshape(-1, TILE_ROWS, padded.shape[1] // groups)
     )

@@ -1,7 +1,7 @@
 """The quantizer of the earlier prototype, as published: every weight of a tensor falls into one of three classes.
 
-The largest 10 % of the magnitudes get 8 bits, the next 20 % get 4, the rest 2; each class has one min-max grid per tensor.
-Here the class of every weight is stored as well (2 bits), without which nothing could be decoded.
+The largest 10 % of the magnitudes get 8 bits, the next 20 % get 4, the rest 2; each class has one min-max grid per
+tensor. Here the class of every weight is stored as well (2 bits), without which nothing could be decoded.
 """
 
 import dataclasses
