@@ -4,14 +4,14 @@ import json
 import logging
 import os
 import pathlib
+import sys
 import traceback
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import mirror
 from nashswarm.run import run
@@ -48,6 +48,8 @@ def main(config: DictConfig) -> None:
     }
     outcome["overrides"] = list(hydra_config.overrides.task)
     try:
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ValueError(f"{' and '.join(missing)} must be given, for example {missing[0]}=...")
         outcome["labels"] = labels_of(config)
         mirror.check(config.wandb)
         ended = run(config, outcome["labels"])
@@ -56,18 +58,14 @@ def main(config: DictConfig) -> None:
             mirror.mirror(ended.record, config.wandb, folder)
         log.info("%s: %s", ended.status, ended.path)
     except Exception as error:
-        bad_input = isinstance(error, ValueError | OSError)
-        sentence = str(error) if bad_input else f"{type(error).__name__}: {error}"
+        sentence = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         outcome |= {"status": "failed", "message": sentence}
         logging.getLogger("nashswarm.traceback").error(traceback.format_exc())
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        if hydra_config.mode == RunMode.MULTIRUN:
-            log.error("%s", sentence)
-        elif bad_input:
-            raise CompactHydraException(sentence) from None
-        else:
-            raise
+        log.error("%s", sentence)
+        if hydra_config.mode != RunMode.MULTIRUN:
+            sys.exit(1)
     finally:
         (folder / "outcome.json").write_text(json.dumps(outcome, indent=1) + "\n")
 

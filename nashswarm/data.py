@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm import stdlib_docs
+from nashswarm import hub, stdlib_docs
 
 Purpose = Literal["calibration", "test"]
 FILE_CALIBRATION_SHARE = 0.2  # of a single text file: its beginning calibrates, the rest tests
@@ -95,6 +95,8 @@ class HubText:
         import datasets
 
         datasets.disable_progress_bars()
+        if not local:
+            hub.use_cache_if_unreachable()
         try:
             splits = datasets.load_dataset(self.path, None if local else self.name)
         except Exception as error:  # the hub client's errors share no base class

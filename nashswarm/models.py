@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from nashswarm import hub
 from nashswarm.allocation import Layer
 
 EMBEDDED = pathlib.Path(__file__).parent / "default_model"
@@ -79,6 +80,8 @@ def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
         raise ValueError(f"the model folder {path} does not exist; set model.path to a folder in Hugging Face layout")
     if folder.is_dir() and not (folder / "config.json").exists():
         raise ValueError(f"the folder {path} holds no config.json, so it is not a checkpoint in Hugging Face layout")
+    if not folder.is_dir():
+        hub.use_cache_if_unreachable()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=source.revision)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, revision=source.revision, dtype=dtype)

@@ -8,12 +8,13 @@ import dataclasses
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +22,7 @@ from nashswarm.record import Record
 
 CELL = ["experiment", "model", "dataset", "measure", "method"]
 LABELS = [*CELL, "seed"]
+PAGE_WIDTH = 150  # characters
 MISSING = "-"
 
 
@@ -265,6 +267,11 @@ def terminal(table: pd.DataFrame, title: str | None = None) -> Table:
     for row in content.itertuples(index=False):
         view.add_row(*map(Text, row), style="bold" if "nash_swarm" in row else None)
     return view
+
+
+def console() -> Console:
+    """Where tables are printed: the terminal as it is, a wide page where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=PAGE_WIDTH)
 
 
 def markdown(table: pd.DataFrame) -> str:

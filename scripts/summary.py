@@ -11,8 +11,6 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from nashswarm import record, report
 
 
@@ -26,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    Console().print(report.summary(outcomes, records))
+    report.console().print(report.summary(outcomes, records))
     return int(any(outcome["status"] == "failed" for outcome in outcomes))
 
 

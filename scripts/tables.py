@@ -11,8 +11,6 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from nashswarm import record, report
 
 
@@ -46,7 +44,7 @@ def write_tables(options: argparse.Namespace) -> None:
         report.refuse_dirty(table)
     for experiment in sorted(set(table["experiment"])):
         means = report.average(report.select(table, experiment=experiment))
-        Console().print(report.terminal(means, title=experiment))
+        report.console().print(report.terminal(means, title=experiment))
         for suffix, render in ((".md", report.markdown), (".csv", report.csv), (".tex", report.latex)):
             record.write_whole(options.out / f"{experiment}{suffix}", render(means).encode())
         if options.paper:

@@ -1,0 +1,195 @@
+"""Calibration statistics against plain autograd, position by position."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nashswarm.models import find_layers
+from nashswarm.quant.calibration import Moments, calibrate
+
+KINDS = ("gpt2", "opt", "llama", "gpt_neox")
+
+
+def module_names(model: Any) -> list[str]:
+    return [name for layer in find_layers(model) for name in layer.modules]
+
+
+def moments(model: Any, windows: Tensor, names: list[str] | None = None) -> dict[str, Moments]:
+    """The moments with the labels of the text."""
+    return calibrate(model, names or module_names(model), windows, torch.Generator(), labels="text")
+
+
+def summed_nll(model: Any, window: Tensor) -> Tensor:
+    """Σ −log p of every token but the first."""
+    log_p = model(input_ids=window[None]).logits[0].double().log_softmax(-1)
+    return -sum(log_p[position, window[position + 1]] for position in range(len(window) - 1))
+
+
+def seen(model: Any, name: str, window: Tensor) -> tuple[Tensor, Tensor]:
+    """What one module reads and the gradient of its output, position by position."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        output.retain_grad()
+        kept.update(input=arguments[0], output=output)
+
+    handle = model.get_submodule(name).register_forward_hook(keep)
+    summed_nll(model, window).backward()
+    handle.remove()
+    return kept["input"][0].detach(), kept["output"].grad[0].double()
+
+
+def test_inputs_and_gradients_of_every_matrix(model: Any, token_windows: Tensor) -> None:
+    found = moments(model, token_windows)
+    assert set(found) == set(module_names(model)) >= {"transformer.wte", "transformer.wpe", "lm_head"}
+    positions = token_windows.numel()
+    for name in found:
+        second, squared = 0, torch.zeros(len(found[name].outputs), dtype=torch.float64)
+        for window in token_windows:
+            inputs, gradients = seen(model, name, window)
+            for read, gradient in zip(inputs, gradients, strict=True):
+                second = second + (torch.outer(read, read).double() if read.ndim else 0)
+                squared += gradient**2
+        if name != "lm_head":
+            torch.testing.assert_close(found[name].outputs.double(), squared / positions, rtol=1e-4, atol=1e-12)
+        if not found[name].lookup:
+            torch.testing.assert_close(found[name].inputs.double(), second / positions, rtol=1e-4, atol=1e-5)
+        else:
+            assert name in ("transformer.wte", "transformer.wpe")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coupled_is_the_squared_gradient_of_the_weight_rows(
+    kind: str, random_model: Callable[[str], Any], token_windows: Tensor
+) -> None:
+    model = random_model(kind)
+    found = moments(model, token_windows)
+    head = model.get_output_embeddings()
+    layers = [layer for layer in find_layers(model) if len(layer.modules) == 1 and "Embedding" not in layer.kinds]
+    total = {layer.name: torch.zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
+    for window in token_windows:
+        model.zero_grad()
+        summed_nll(model, window).backward()
+        for layer in layers:
+            gradient = model.get_submodule(layer.name).weight.grad.double()
+            total[layer.name] += (gradient.T if layer.kinds == ("Conv1D",) else gradient).square().sum(1)
+    assert len(layers) >= 8
+    for name, rows in total.items():
+        own = found[name]
+        if model.get_submodule(name) is head:
+            assert torch.equal(own.coupled, own.outputs)
+        else:
+            expected = rows / token_windows.numel() / own.inputs.double().trace()
+            torch.testing.assert_close(own.coupled.double(), expected, rtol=1e-3, atol=1e-12)
+
+
+def test_embeddings_count_their_rows_with_one_added_to_each(model: Any, token_windows: Tensor) -> None:
+    found = moments(model, token_windows)
+    counts = [(token_windows == token).sum().item() + 1 for token in range(512)]
+    torch.testing.assert_close(found["transformer.wte"].inputs, torch.tensor(counts) / (token_windows.numel() + 512))
+    used = [len(token_windows) + 1 if position < token_windows.shape[1] else 1 for position in range(64)]
+    torch.testing.assert_close(found["transformer.wpe"].inputs, torch.tensor(used) / (token_windows.numel() + 64))
+    assert found["transformer.wte"].inputs.sum().item() == pytest.approx(1)
+    assert torch.equal(found["transformer.wte"].coupled, found["transformer.wte"].outputs)
+
+
+def test_the_head_gets_add_one_smoothing(model: Any, token_windows: Tensor) -> None:
+    squared = torch.zeros(512, dtype=torch.float64)
+    for window in token_windows:
+        chances = model(input_ids=window[None]).logits[0, :-1].double().softmax(-1)
+        chances[torch.arange(len(window) - 1), window[1:]] -= 1  # the gradient of −log p with respect to the logits
+        squared += chances.square().sum(0).detach()
+    expected = (squared + 1) / (token_windows.numel() + 512)
+    torch.testing.assert_close(moments(model, token_windows)["lm_head"].outputs.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_a_tied_head_and_its_embedding_both_get_moments(model: Any, token_windows: Tensor) -> None:
+    assert model.lm_head.weight is model.transformer.wte.weight
+    found = moments(model, token_windows)
+    assert found["transformer.wte"].inputs.shape == (512,) and found["transformer.wte"].outputs.shape == (64,)
+    assert found["lm_head"].inputs.shape == (64, 64) and found["lm_head"].outputs.shape == (512,)
+
+
+def test_labels_drawn_from_the_model_follow_the_generator(model: Any, token_windows: Tensor) -> None:
+    def drawn(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return calibrate(model, ["transformer.wte", "lm_head"], token_windows, generator)["lm_head"].outputs
+
+    assert torch.equal(drawn(0), drawn(0))
+    assert not torch.equal(drawn(0), drawn(1))
+
+
+def test_labels_drawn_from_the_model_give_the_true_fisher_in_the_mean(model: Any) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # far from uniform
+    windows = torch.randint(512, (40, 48), generator=torch.Generator().manual_seed(2))
+    found = calibrate(model, ["transformer.wte", "lm_head"], windows, torch.Generator().manual_seed(3))
+    total = found["lm_head"].outputs.double() * (windows.numel() + 512) - 1  # without the smoothing
+    with torch.no_grad():
+        chances = model(input_ids=windows).logits[:, :-1].double().softmax(-1)
+    expected = (chances * (1 - chances)).sum((0, 1))  # the variance of an indicator
+    assert total.sum().item() == pytest.approx(expected.sum().item(), rel=0.03)
+    often = expected.argsort(descending=True)[:20]
+    torch.testing.assert_close(total[often].sum(), expected[often].sum(), rtol=0.15, atol=0)
+
+
+def test_longer_text_is_averaged_not_summed(model: Any, token_windows: Tensor) -> None:
+    once, twice = moments(model, token_windows), moments(model, token_windows.repeat(2, 1))
+    for name in ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"):
+        for part in ("inputs", "outputs", "coupled"):
+            torch.testing.assert_close(getattr(once[name], part), getattr(twice[name], part))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(model: Any, token_windows: Tensor, fails: bool) -> None:
+    model.transformer.wpe.weight.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    if fails:
+        with pytest.raises(IndexError):
+            moments(model, torch.full((1, 8), 512))
+    else:
+        moments(model, token_windows)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_module_that_is_never_used_is_refused_by_name(model: Any, token_windows: Tensor) -> None:
+    model.spare, model.spare_table = nn.Linear(4, 4), nn.Embedding(4, 4)
+    with pytest.raises(ValueError, match=re.escape("never uses spare, spare_table")):
+        moments(model, token_windows, [*module_names(model)])
+
+
+def test_a_position_table_that_computes_its_own_indices(
+    random_model: Callable[[str], Any], token_windows: Tensor
+) -> None:
+    model = random_model("opt")
+    name = "model.decoder.embed_positions"
+    found = moments(model, token_windows)[name]
+    rows, positions = model.get_submodule(name).weight.shape[0], token_windows.numel()
+    torch.testing.assert_close(found.inputs, torch.full((rows,), 1 / rows))
+    squared = sum(seen(model, name, window)[1].square().sum(0) for window in token_windows)
+    torch.testing.assert_close(found.outputs.double(), squared / positions, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_may_be_left_out(kind: str, random_model: Callable[[str], Any], token_windows: Tensor) -> None:
+    """As with model.exclude: the other matrices get the moments that they had."""
+    model = random_model(kind)
+    full = moments(model, token_windows)
+    names = [name for name in module_names(model) if not isinstance(model.get_submodule(name), nn.Embedding)]
+    part = moments(model, token_windows, names)
+    for name in names:
+        torch.testing.assert_close(part[name].outputs, full[name].outputs)
+
+
+def test_frozen_models_can_be_calibrated(model: Any, token_windows: Tensor) -> None:
+    expected = moments(model, token_windows)
+    frozen = model.requires_grad_(False)
+    found = moments(frozen, token_windows)
+    assert all(torch.equal(found[name].outputs, expected[name].outputs) for name in expected)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())

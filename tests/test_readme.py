@@ -1,0 +1,54 @@
+"""What the README says is what the repository does."""
+
+import pathlib
+import re
+
+import pytest
+
+from nashswarm import record, report
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMITTED = ROOT / "results" / "records"
+
+
+def test_its_table_is_the_derived_one() -> None:
+    shown = re.search(r"<!-- results/tables/ablation.md -->\n(.*?)<!-- end -->", README, re.S)
+    assert shown is not None
+    assert shown[1].strip() == (ROOT / "results/tables/ablation.md").read_text().strip()
+
+
+@pytest.mark.parametrize("experiment", sorted(path.name for path in COMMITTED.iterdir()))
+@pytest.mark.parametrize(("suffix", "render"), [(".md", report.markdown), (".csv", report.csv), (".tex", report.latex)])
+def test_committed_tables_follow_from_the_records(experiment: str, suffix: str, render) -> None:
+    means = report.average(report.frame(record.read_all(COMMITTED / experiment)))
+    assert render(means) == (ROOT / f"results/tables/{experiment}{suffix}").read_text()
+
+
+def test_the_budgeted_game_beats_its_ablations_in_the_committed_table() -> None:
+    """The sentences of the README that say who wins."""
+    rows = report.frame(record.read_all(COMMITTED / "ablation")).set_index("method")
+    game = rows.loc["nash_swarm"]
+    for control in ("no_nash", "no_bit_game", "no_code_game", "no_quantization"):
+        assert game["kl_high"] < rows.loc[control, "kl_low"], control
+        assert abs(game["bytes_file"] / rows.loc[control, "bytes_file"] - 1) < 2e-3, control
+    assert rows.loc["no_cache", "kl"] == game["kl"]
+    assert rows.loc["no_cache", "quantize_seconds"] > game["quantize_seconds"]
+
+
+def test_make_targets_and_files_it_names_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, re.M) or target in ("it", "sure"), target
+    for path in re.findall(r"`((?:nashswarm|scripts|results|experiments)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_choices_it_names_exist() -> None:
+    """Every model, dataset, method, measure and experiment named after its group is a file of conf/."""
+    for group in ("model", "dataset", "method", "measure", "experiment"):
+        for choices in re.findall(rf"\b{group}=([\w,]+)", README):
+            for choice in choices.split(","):
+                assert (ROOT / "conf" / group / f"{choice}.yaml").exists(), f"{group}={choice}"
