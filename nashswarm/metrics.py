@@ -69,14 +69,14 @@ def evaluate(
         for offset, (window, logits) in enumerate(zip(batch, model(input_ids=batch).logits, strict=True)):
             targets = window[1:].unsqueeze(1)
             log_p = logits[:-1].float().log_softmax(-1)
-            found["nll"].append(-log_p.gather(1, targets).double().mean().item())
+            found["nll"].append(-log_p.gather(1, targets).cpu().double().mean().item())
             found["tokens"].append(length - 1)
             if full is not None:
                 log_full = full.logits(number * batch_size + offset)[:-1].float().log_softmax(-1)
-                found["nll_full"].append(-log_full.gather(1, targets).double().mean().item())
+                found["nll_full"].append(-log_full.gather(1, targets).cpu().double().mean().item())
                 divergence = functional.kl_div(log_p, log_full, reduction="none", log_target=True).sum(-1)
-                found["kl"].append(divergence.double().mean().item())
-                found["top1_agreement"].append((log_p.argmax(-1) == log_full.argmax(-1)).double().mean().item())
+                found["kl"].append(divergence.cpu().double().mean().item())
+                found["top1_agreement"].append((log_p.argmax(-1) == log_full.argmax(-1)).float().mean().item())
     return found
 
 

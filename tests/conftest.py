@@ -76,7 +76,12 @@ def random_model() -> Callable[[str], Any]:
 def build(kind: str) -> Any:
     torch.manual_seed(0)
     shared = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    blocks = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": WIDTH, "max_position_embeddings": CONTEXT}
+    blocks = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": WIDTH,
+        "max_position_embeddings": CONTEXT,
+    }
     if kind == "gpt2":
         own = {"n_layer": 2, "n_head": 4, "n_embd": WIDTH, "n_positions": CONTEXT, "initializer_range": 0.1}
         config = transformers.GPT2Config(**own, **shared)

@@ -49,7 +49,7 @@ class Moments:
 
 
 class _Sums:
-    """Running float64 sums of one module, fed by hooks."""
+    """Running sums of one module, in float64 on the CPU, fed by hooks."""
 
     def __init__(self, module: nn.Module, head: bool) -> None:
         self.module, self.head = module, head
@@ -66,13 +66,13 @@ class _Sums:
             output = output.detach().requires_grad_()
             rows, positions = module.num_embeddings, output.numel() // outputs
             if type(module).forward is nn.Embedding.forward:
-                seen = torch.bincount(arguments[0].flatten(), minlength=rows).double()
+                seen = torch.bincount(arguments[0].flatten().cpu(), minlength=rows).double()
             else:  # a position table that works out its own indices: all rows alike
-                seen = torch.full((rows,), positions / rows, dtype=torch.float64, device=output.device)
+                seen = torch.full((rows,), positions / rows, dtype=torch.float64)
         else:
             inputs = arguments[0].detach().float().flatten(0, -2)
             positions = len(inputs)
-            seen = (inputs.T @ inputs).double()
+            seen = (inputs.T @ inputs).cpu().double()
         self.positions += positions
         self.inputs = seen if self.inputs is None else self.inputs + seen
         output.register_hook(functools.partial(self.see_gradient, inputs))
@@ -81,10 +81,10 @@ class _Sums:
     def see_gradient(self, inputs: Tensor | None, gradient: Tensor) -> None:
         """Backward hook: add the squared gradients of the outputs, and those of the weight's rows."""
         gradients = gradient.detach().float().flatten(0, -2)
-        squared = gradients.square().sum(0).double()
+        squared = gradients.square().sum(0).cpu().double()
         self.outputs = squared if self.outputs is None else self.outputs + squared
         if inputs is not None and not self.head:
-            by_row = (gradients.T @ inputs).square().sum(1).double()
+            by_row = (gradients.T @ inputs).square().sum(1).cpu().double()
             self.rows = by_row if self.rows is None else self.rows + by_row
 
     def moments(self) -> Moments:
@@ -97,7 +97,7 @@ class _Sums:
         if self.head:
             outputs = (self.outputs + 1) / (self.positions + len(self.outputs))
         coupled = outputs if self.rows is None else self.rows / self.inputs.trace()
-        return Moments(inputs.float().cpu(), outputs.float().cpu(), coupled.float().cpu())
+        return Moments(inputs.float(), outputs.float(), coupled.float())
 
 
 @contextlib.contextmanager
