@@ -64,7 +64,7 @@ def test_a_conv1d_is_read_as_the_matrix_that_multiplies(model: Any) -> None:
     [
         ("opt", 2 + 2 * 6, ("model.decoder.embed_tokens", "lm_head")),
         ("llama", 2 + 2 * 7, ("lm_head",)),
-        ("gpt_neox", 2 + 2 * 4, ("embed_out",)),
+        ("gpt_neox", 2 + 2 * 4, ("lm_head",)),
     ],
 )
 def test_the_layers_of_other_architectures(

@@ -1,0 +1,168 @@
+"""Text from files and folders, as it is, and the windows cut from it."""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nashswarm.data import Dataset, HubText, StdlibDocs, draw, sha256, windows
+
+
+def write(folder: pathlib.Path, **splits: str) -> str:
+    for split, content in splits.items():
+        (folder / f"{split}.txt").write_text(content, encoding="utf-8", newline="")
+    return str(folder)
+
+
+def refused(dataset: HubText, purpose: Any = "test") -> str:
+    """The sentence with which ``dataset`` refuses."""
+    with pytest.raises(ValueError) as caught:
+        dataset.text(purpose)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_dataset_is_one() -> None:
+    assert isinstance(StdlibDocs(), Dataset) and isinstance(HubText("x"), Dataset)
+    assert HubText("folder/mine").label == "mine" and HubText("x", name="sst2").label == "sst2"
+    assert StdlibDocs().label == "stdlib_docs"
+
+
+def test_a_folder_gives_its_files_as_they_are_without_the_last_newline(tmp_path: pathlib.Path) -> None:
+    content = "= Title =\n\n  indented, trailing \n\n\nend"
+    for ending in ("", "\n"):
+        folder = tmp_path / f"ending{len(ending)}"
+        folder.mkdir()
+        path = write(folder, train="not this", validation="calibrate\n", test=content + ending)
+        assert HubText(path).text("test") == content
+        assert HubText(path).text("calibration") == "calibrate"
+    (tmp_path / "more").mkdir()
+    assert HubText(write(tmp_path / "more", test="a\n\n\n")).text("test") == "a\n\n"
+
+
+def test_characters_that_only_look_like_line_ends_stay(tmp_path: pathlib.Path) -> None:
+    content = "page\x0cbreak, vertical\x0btab, next\x85line, separator\u2028and\u2029more, é, 漢字"
+    assert HubText(write(tmp_path, test=content)).text("test") == content
+
+
+def test_windows_line_ends_become_newlines(tmp_path: pathlib.Path) -> None:
+    assert HubText(write(tmp_path, test="one\r\ntwo\r\n")).text("test") == "one\ntwo"
+    (tmp_path / "single.txt").write_bytes(b"0\r\n" * 10)
+    assert "\r" not in HubText(str(tmp_path / "single.txt")).text("test")
+
+
+def test_the_separator_joins_rows_as_the_hub_has_them(tmp_path: pathlib.Path) -> None:
+    """On the hub a row of WikiText-2 is empty or ends in a newline; GPTQ joins them by two more."""
+    hub_rows = ["", " = Title = \n", "", " First paragraph . \n", " Second . \n"]
+    path = write(tmp_path, test="".join(row or "\n" for row in hub_rows))
+    assert HubText(path, separator="\n\n").text("test") == "\n\n".join(hub_rows)
+
+
+def test_a_hub_row_that_ends_in_a_newline_gets_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ["", " = Title = \n", "text \n", ""]
+    monkeypatch.setattr(HubText, "_rows", lambda self, split, local: rows)
+    assert HubText("owner/name", separator="\n\n").text("test") == "\n\n".join(rows)
+    assert HubText("owner/name").text("test") == "\n = Title = \ntext \n"
+
+
+def test_a_single_file_calibrates_by_its_beginning_and_tests_by_the_rest(tmp_path: pathlib.Path) -> None:
+    content = "".join(f"line {number}, é\n" for number in range(100))
+    (tmp_path / "story.txt").write_text(content, encoding="utf-8")
+    dataset = HubText(str(tmp_path / "story.txt"))
+    assert dataset.text("calibration") + dataset.text("test") == content
+    assert len(dataset.text("calibration")) == pytest.approx(0.2 * len(content), abs=1)
+
+
+def test_the_embedded_text() -> None:
+    assert len(StdlibDocs().text("test")) > len(StdlibDocs().text("calibration")) > 10_000
+
+
+def json_folder(folder: pathlib.Path) -> str:
+    rows = [{"question": "Who ?", "answer": "A starling .", "label": 1}, {"question": "Why ?", "answer": "", "label": 0}]
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_columns_of_a_row_are_joined_by_a_space(tmp_path: pathlib.Path) -> None:
+    path = json_folder(tmp_path)
+    both = HubText(path, columns=("question", "answer"), separator="\n", calibration_split="train")
+    assert both.text("test") == "Who ? A starling .\n\nWhy ? \n"
+    assert HubText(path, columns=("answer",)).text("test") == "A starling .\n"
+    assert both.text("calibration") == both.text("test")
+
+
+def test_missing_splits_and_columns_are_named(tmp_path: pathlib.Path) -> None:
+    path = json_folder(tmp_path)
+    message = refused(HubText(path, columns=("question",)), "calibration")
+    assert path in message and "no split 'validation', only train, test; set dataset.calibration_split" in message
+    message = refused(HubText(path, columns=("question", "text", "body")))
+    assert path in message and "no column text, body, only question, answer, label; set dataset.columns" in message
+
+
+def test_a_column_that_is_not_text_is_refused(tmp_path: pathlib.Path) -> None:
+    assert "label" in refused(HubText(json_folder(tmp_path), columns=("label",)))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "../nowhere.txt", "a/b/c"])
+def test_a_path_that_does_not_exist_is_refused(path: str) -> None:
+    assert f"the dataset {path} does not exist" in refused(HubText(path))
+
+
+def test_an_empty_folder_is_refused(tmp_path: pathlib.Path) -> None:
+    assert str(tmp_path) in refused(HubText(str(tmp_path)))
+
+
+def test_a_name_out_of_reach_is_refused() -> None:
+    message = refused(HubText("nobody/nothing"))
+    assert message.startswith("the dataset nobody/nothing cannot be read from the Hugging Face hub")
+
+
+def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "picture.txt").write_bytes(bytes(range(256)) * 4)
+    assert "picture.txt" in refused(HubText(str(tmp_path / "picture.txt")))
+
+
+def test_sha256() -> None:
+    assert sha256("é") == hashlib.sha256(b"\xc3\xa9").hexdigest()
+
+
+@pytest.mark.parametrize("length", [7, 32])
+def test_windows_follow_one_another_and_the_tail_is_dropped(tokenizer: Any, text_file: pathlib.Path, length: int) -> None:
+    text = text_file.read_text()
+    tokens = tokenizer(text)["input_ids"]
+    cut = windows(text, tokenizer, length, "test")
+    assert cut.shape == (len(tokens) // length, length)
+    assert cut.flatten().tolist() == tokens[: len(tokens) // length * length]
+    exact = tokenizer.decode(tokens[: 2 * length])
+    assert len(windows(exact, tokenizer, len(tokenizer(exact)["input_ids"]), "test")) == 1
+
+
+@pytest.mark.parametrize("text", ["", "the a one"])
+def test_a_text_too_short_is_refused(tokenizer: Any, text: str) -> None:
+    count = len(tokenizer(text)["input_ids"])
+    with pytest.raises(ValueError, match=f"the calibration text has {count} tokens, too short for one window of 64"):
+        windows(text, tokenizer, 64, "calibration")
+
+
+def test_drawn_windows_are_disjoint_and_follow_the_seed() -> None:
+    pool = torch.arange(20 * 4).view(20, 4)
+    calibration, holdout = draw(pool, 12, 8, np.random.default_rng(0))
+    assert calibration.shape == (12, 4) and holdout.shape == (8, 4)
+    assert sorted(torch.cat([calibration, holdout])[:, 0].tolist()) == list(range(0, 80, 4))
+    again = draw(pool, 12, 8, np.random.default_rng(0))
+    assert torch.equal(calibration, again[0]) and torch.equal(holdout, again[1])
+    assert not torch.equal(calibration, draw(pool, 12, 8, np.random.default_rng(1))[0])
+
+
+def test_too_few_windows_are_refused() -> None:
+    pool, rng = torch.zeros(5, 4, dtype=torch.long), np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"has 5 windows, fewer than the 4 \+ 2 asked for"):
+        draw(pool, 4, 2, rng)
+    for calibration, holdout in ((0, 1), (1, 0), (-1, 1)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            draw(pool, calibration, holdout, rng)

@@ -1,0 +1,271 @@
+"""Games that a reader knows, and random ones against enumeration of all their profiles."""
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from nashswarm.game import Coupling, Game, best_response, independent_classes, shadow_price
+
+few = settings(max_examples=30, deadline=None)
+Profile = tuple[int, ...]
+
+
+def prisoners() -> Game:
+    """Years in prison; action 0 is silence, 1 is betrayal.  Both silent 1, both betray 2, alone silent 3, traitor 0."""
+    return Game(np.array([[3.0, 0], [3, 0]]), (pair(np.array([[-2.0, 0], [0, 2]])),))
+
+
+def pair(disagreement: np.ndarray) -> Coupling:
+    return Coupling(sparse.csr_array(np.array([[0.0, 1], [1, 0]])), disagreement)
+
+
+def profiles(game: Game) -> list[Profile]:
+    players, actions = game.own_cost.shape
+    return list(itertools.product(range(actions), repeat=players))
+
+
+def cost(game: Game, profile: Profile, player: int) -> float:
+    """u_i(b) from its definition."""
+    total = game.own_cost[player, profile[player]]
+    for part in game.couplings:
+        for other, weight in enumerate(part.weights.toarray()[player]):
+            total += weight * part.disagreement[profile[player], profile[other]]
+    return float(total)
+
+
+def potential(game: Game, profile: Profile) -> float:
+    """Φ(b) from its definition, every pair once."""
+    total = sum(game.own_cost[player, action] for player, action in enumerate(profile))
+    for part in game.couplings:
+        weights = part.weights.toarray()
+        for one, other in itertools.combinations(range(len(profile)), 2):
+            total += weights[one, other] * part.disagreement[profile[one], profile[other]]
+    return float(total)
+
+
+def deviations(game: Game, profile: Profile, player: int) -> list[Profile]:
+    return [(*profile[:player], action, *profile[player + 1 :]) for action in range(game.own_cost.shape[1])]
+
+
+def regrets(game: Game, profile: Profile) -> list[float]:
+    return [
+        cost(game, profile, player) - min(cost(game, other, player) for other in deviations(game, profile, player))
+        for player in range(len(profile))
+    ]
+
+
+@st.composite
+def numbers_of_games(draw: st.DrawFn) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Up to four players, three actions, two sparse couplings; whole numbers, so that sums are exact."""
+    players, actions = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+
+    def numbers(rows: int, columns: int) -> np.ndarray:
+        values = draw(st.lists(st.integers(-4, 4), min_size=rows * columns, max_size=rows * columns))
+        return np.array(values, float).reshape(rows, columns)
+
+    def symmetric(size: int) -> np.ndarray:
+        upper = np.triu(numbers(size, size))
+        return upper + np.triu(upper, 1).T
+
+    couplings = []
+    for _ in range(draw(st.integers(0, 2))):
+        weights = symmetric(players)
+        np.fill_diagonal(weights, 0)
+        weights[abs(weights) < 2] = 0
+        couplings.append((weights, symmetric(actions)))
+    return numbers(players, actions), couplings
+
+
+def built(numbers: tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]) -> Game:
+    own_cost, couplings = numbers
+    return Game(own_cost, tuple(Coupling(sparse.csr_array(weights), phi) for weights, phi in couplings))
+
+
+games = numbers_of_games().map(lambda numbers: functools.partial(built, numbers))
+Deal = Callable[[], Game]  # games are built outside the strategy: type checks draw from `random`
+
+
+def test_prisoners_cost_what_the_story_says() -> None:
+    years = {
+        profile: (cost(prisoners(), profile, 0), cost(prisoners(), profile, 1)) for profile in profiles(prisoners())
+    }
+    assert years == {(0, 0): (1, 1), (0, 1): (3, 0), (1, 0): (0, 3), (1, 1): (2, 2)}
+
+
+def test_prisoners_have_one_equilibrium_and_best_response_finds_it() -> None:
+    game = prisoners()
+    assert [profile for profile in profiles(game) if max(regrets(game, profile)) == 0] == [(1, 1)]
+    for start in profiles(game):
+        assert best_response(game, np.array(start)).profile.tolist() == [1, 1]
+
+
+def test_matching_pennies_has_no_pure_equilibrium_and_is_no_potential_game() -> None:
+    """One player wins when the pennies match, the other when they do not: whoever lost turns his penny over."""
+    loss = {(a, b): (1 - (a == b), float(a == b)) for a in (0, 1) for b in (0, 1)}
+    for a, b in loss:
+        assert loss[a, b][0] > loss[1 - a, b][0] or loss[a, b][1] > loss[a, 1 - b][1]
+    with pytest.raises(ValueError, match="J_ij ≠ J_ji"):
+        Coupling(sparse.csr_array(np.array([[0.0, 1], [-1, 0]])), 1 - np.eye(2))
+
+
+def test_coordination_has_both_agreements_as_equilibria() -> None:
+    game = Game(np.zeros((2, 2)), (pair(1 - np.eye(2)),))
+    assert [profile for profile in profiles(game) if max(regrets(game, profile)) == 0] == [(0, 0), (1, 1)]
+
+
+def test_what_has_no_potential_is_refused() -> None:
+    with pytest.raises(ValueError, match="disagreement"):
+        pair(np.array([[0.0, 1], [2, 0]]))
+    with pytest.raises(ValueError, match="its own neighbour"):
+        Coupling(sparse.csr_array(np.eye(2)), 1 - np.eye(2))
+
+
+@given(games, st.data())
+@few
+def test_a_move_changes_the_potential_by_the_movers_change_of_cost(deal: Deal, data: st.DataObject) -> None:
+    game = deal()
+    profile = data.draw(st.sampled_from(profiles(game)))
+    before = np.array(profile)
+    assert game.potential(before) == potential(game, profile)
+    for player in range(len(profile)):
+        costs = game.costs(before)[player]
+        for after in deviations(game, profile, player):
+            assert costs[after[player]] == cost(game, after, player)
+            gained = costs[after[player]] - costs[profile[player]]
+            assert game.potential(np.array(after)) - game.potential(before) == gained
+
+
+@given(games, st.data())
+@few
+def test_regret_against_enumeration(deal: Deal, data: st.DataObject) -> None:
+    game = deal()
+    profile = data.draw(st.sampled_from(profiles(game)))
+    assert game.regret(np.array(profile)).tolist() == regrets(game, profile)
+
+
+@given(games, st.data())
+@few
+def test_best_response_ends_where_nobody_gains(deal: Deal, data: st.DataObject) -> None:
+    game = deal()
+    start = data.draw(st.sampled_from(profiles(game)))
+    before = np.array(start)
+    found = best_response(game, before)
+    end = tuple(found.profile.tolist())
+    assert max(regrets(game, end)) == 0
+    assert before.tolist() == list(start)
+    assert all(later < earlier for earlier, later in itertools.pairwise(found.potentials))
+    assert len(found.potentials) == len(found.regrets) == found.sweeps + 1
+    assert (found.potentials[0], found.potentials[-1]) == (potential(game, start), potential(game, end))
+    assert (found.regrets[0], found.regrets[-1]) == (max(regrets(game, start)), 0)
+    assert (end == start) == (max(regrets(game, start)) == 0)
+
+
+@given(games)
+@few
+def test_the_least_potential_is_an_equilibrium(deal: Deal) -> None:
+    game = deal()
+    least = min(profiles(game), key=lambda profile: potential(game, profile))
+    assert best_response(game, np.array(least)).profile.tolist() == list(least)
+
+
+def lattice(players: int, seed: int) -> Game:
+    """Many players, each minding about five others, with costs that are no whole numbers."""
+    rng = np.random.default_rng(seed)
+    upper = sparse.triu(sparse.random_array((players, players), density=5 / players, rng=rng), 1)
+    disagreement = rng.random((4, 4))
+    coupling = Coupling(sparse.csr_array(upper + upper.T), disagreement + disagreement.T)
+    return Game(rng.random((players, 4)), (coupling,))
+
+
+@given(st.integers(0, 1000))
+@few
+def test_classes_split_the_players_and_part_all_neighbours(seed: int) -> None:
+    one, other = lattice(30, seed).couplings[0], lattice(30, seed + 1).couplings[0]
+    classes = independent_classes([one, other], 30)
+    assert sorted(np.concatenate(classes).tolist()) == list(range(30))
+    for members in classes:
+        for part in (one, other):
+            assert not part.weights.toarray()[np.ix_(members, members)].any()
+
+
+def test_players_without_couplings_all_move_at_once() -> None:
+    assert [members.tolist() for members in independent_classes([], 3)] == [[0, 1, 2]]
+
+
+@given(st.integers(0, 1000))
+@few
+def test_a_class_moving_together_is_its_members_moving_one_by_one(seed: int) -> None:
+    game = lattice(30, seed)
+    start = np.random.default_rng(seed).integers(0, 4, 30)
+    together = independent_classes(game.couplings, 30)
+    one_by_one = [np.array([player]) for members in together for player in members]
+    one, other = best_response(game, start, together), best_response(game, start, one_by_one)
+    assert np.array_equal(one.profile, other.profile)
+    assert one.potentials == other.potentials
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_large_game_with_real_costs_ends_at_an_equilibrium(seed: int) -> None:
+    game = lattice(500, seed)
+    found = best_response(game, np.zeros(500, int))
+    assert found.regrets[-1] <= 1e-12
+    assert (np.diff(found.potentials) < 0).all()
+    assert np.array_equal(found.profile, best_response(game, np.zeros(500, int)).profile)
+
+
+def market(players: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Damage of every action of every player (convex in its bytes), and the bytes of each action."""
+    rng = np.random.default_rng(seed)
+    size = np.array([0.0, 10, 20, 30])
+    return rng.exponential(size=(players, 1)) * np.array([8.0, 3, 1, 0]), size
+
+
+def chosen(damage: np.ndarray, size: np.ndarray, price: float) -> np.ndarray:
+    return (damage + price * size).argmin(1)
+
+
+@given(st.integers(1, 40), st.integers(0, 1000), st.floats(0, 1), st.sampled_from([1e-6, 1.0, 1e6]))
+@few
+def test_shadow_price_meets_a_separable_budget_within_one_step(
+    players: int, seed: int, share: float, start: float
+) -> None:
+    damage, size = market(players, seed)
+    budget = share * 30 * players
+    price, profile = shadow_price(
+        lambda price: chosen(damage, size, price), lambda found: float(size[found].sum()), budget, start
+    )
+    assert budget - 10 < size[profile].sum() <= budget
+    assert np.array_equal(profile, chosen(damage, size, price))
+
+
+@given(st.integers(0, 1000))
+@few
+def test_shadow_price_never_overspends_on_a_staircase_that_is_not_monotone(seed: int) -> None:
+    noise = np.random.default_rng(seed).random(1000) * 30
+
+    def spent(price: float) -> float:
+        return 100 / price + noise[int(price * 997) % 1000]
+
+    price, solution = shadow_price(lambda price: price, spent, 60.0, 1.0)
+    assert price == solution
+    assert spent(solution) <= 60
+
+
+def test_an_impossible_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="no price brings the size down to 5: the least found is 7"):
+        shadow_price(lambda price: price, lambda price: 7 + 1 / (1 + price), 5.0, 1.0)
+
+
+def test_a_budget_for_everything_costs_next_to_nothing() -> None:
+    damage, size = market(10, 0)
+    price, profile = shadow_price(
+        lambda price: chosen(damage, size, price), lambda found: float(size[found].sum()), 300.0, 1.0
+    )
+    assert price < 1e-20
+    assert (profile == 3).all()

@@ -1,0 +1,248 @@
+"""Round to nearest, the range search and full precision, against loops over groups."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from nashswarm.quant.grid import GRID_WIDTHS, SHRINKS, TILE_ROWS, WIDTHS, QuantizedTensor, Scheme, quantize, tile_sums
+
+few = settings(max_examples=25, deadline=None)
+grid_widths = st.sampled_from(GRID_WIDTHS)
+
+
+@st.composite
+def matrices(draw: st.DrawFn, group_size: int = 8) -> Tensor:
+    """Weights of any odd number of rows, of any usual scale, some groups shifted to one side."""
+    rows, groups = draw(st.integers(1, 40)), draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    weight = torch.randn(rows, groups * group_size, generator=generator) * draw(st.sampled_from([1e-2, 1.0, 300.0]))
+    return weight + draw(st.sampled_from([0.0, 0.0, 2.0, -2.0])) * weight.abs().max()
+
+
+def min_max_by_hand(weight: Tensor, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, scales and zero points of round to nearest, group by group, in float32 as the package does."""
+    levels, one = 2**bits - 1, np.float32(1)
+    codes, scales, zeros = [], [], []
+    for group in weight.numpy().reshape(-1, group_size):
+        low, high = min(group.min(), 0 * one), max(group.max(), 0 * one)
+        scale = np.float16((high - low) / np.float32(levels))
+        inverse = one / np.float32(scale) if scale > 0 else 0 * one
+        zero = np.clip(np.round(-low * inverse), 0, levels)
+        codes.append(np.clip(np.round(group * inverse) + zero, 0, levels))
+        scales.append(scale)
+        zeros.append(zero)
+    rows = len(weight)
+    return np.reshape(codes, weight.shape), np.reshape(scales, (rows, -1)), np.reshape(zeros, (rows, -1))
+
+
+def group_errors(weight: Tensor, tensor: QuantizedTensor, importance: Tensor | None = None) -> np.ndarray:
+    """The (weighted) squared error of every group, in float64."""
+    squared = (weight.double() - tensor.dequantize().double()).square()
+    squared = squared if importance is None else squared * importance.double()
+    return squared.view(len(weight), -1, tensor.scheme.group_size).sum(-1).numpy()
+
+
+def step_by_row(tensor: QuantizedTensor) -> Tensor:
+    return tensor.scale.float().repeat_interleave(tensor.scheme.group_size, 1)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(16, torch.float16), (32, torch.float32), (32, torch.float16)])
+def test_full_precision_is_bit_identical(bits: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(21, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0, :4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).smallest_normal / 2, torch.finfo(dtype).max])
+    back = quantize(weight, bits, Scheme(8)).dequantize().to(dtype)
+    pattern = torch.int16 if dtype == torch.float16 else torch.int32
+    assert torch.equal(back.view(pattern), weight.view(pattern))
+
+
+@given(matrices())
+@few
+def test_width_zero_is_zero(weight: Tensor) -> None:
+    assert not quantize(weight, 0, Scheme(8)).dequantize().any()
+
+
+@given(matrices(), grid_widths)
+@few
+def test_min_max_against_a_loop_over_groups(weight: Tensor, bits: int) -> None:
+    found = quantize(weight, bits, Scheme(8))
+    codes, scale, zero_point = min_max_by_hand(weight, bits, 8)
+    assert np.array_equal(found.codes.numpy(), codes)
+    assert np.array_equal(found.scale.numpy(), scale)
+    assert np.array_equal(found.zero_point.numpy(), zero_point)
+
+
+@given(matrices(), grid_widths, st.booleans())
+@few
+def test_error_is_at_most_half_a_step_inside_the_range(weight: Tensor, bits: int, symmetric: bool) -> None:
+    found = quantize(weight, bits, Scheme(8, symmetric=symmetric))
+    step, zero = step_by_row(found), found.zero_point.float().repeat_interleave(8, 1)
+    inside = (weight >= -zero * step) & (weight <= ((1 << bits) - 1 - zero) * step)
+    error = (weight - found.dequantize()).abs()
+    assert (error[inside] <= 0.5001 * step[inside]).all()
+    assert (error <= 1.0001 * step).all()
+
+
+@given(matrices(), grid_widths)
+@few
+def test_symmetric_grid_has_its_zero_in_the_middle(weight: Tensor, bits: int) -> None:
+    found = quantize(weight, bits, Scheme(8, symmetric=True))
+    assert (found.zero_point == 1 << bits - 1).all()
+    largest = weight.view(len(weight), -1, 8).abs().amax(-1)
+    steps_on_a_side = (1 << bits - 1) - 1
+    assert torch.allclose(found.scale.float() * steps_on_a_side, largest, rtol=1e-3)
+
+
+@given(matrices(), grid_widths, st.booleans(), st.booleans())
+@few
+def test_range_search_is_never_worse_than_min_max(weight: Tensor, bits: int, symmetric: bool, weighted: bool) -> None:
+    importance = weight.flip(0, 1).square() + 1e-3 if weighted else None
+    searched = quantize(weight, bits, Scheme(8, search=True, symmetric=symmetric), importance)
+    plain = quantize(weight, bits, Scheme(8, symmetric=symmetric))
+    assert (group_errors(weight, searched, importance) <= group_errors(weight, plain, importance) * (1 + 1e-5)).all()
+
+
+def search_by_hand(group: np.ndarray, importance: np.ndarray, bits: int) -> float:
+    """The least weighted error of a group over all shrunken ranges, then over two least-squares refits of the scale."""
+    levels = 2**bits - 1
+    low, high = min(group.min(), 0), max(group.max(), 0)
+
+    def tried(scale: float, zero: float) -> tuple[float, float, float, np.ndarray]:
+        steps = np.clip(np.round(group / scale) + zero, 0, levels) - zero
+        return float((importance * (group - scale * steps) ** 2).sum()), scale, zero, steps
+
+    candidates = []
+    for shrink in SHRINKS:
+        scale = float(np.float16((high - low) * shrink / levels))
+        candidates.append(tried(scale, np.clip(np.round(-low * shrink / scale), 0, levels)))
+    best = min(candidates, key=lambda candidate: candidate[0])
+    for _ in range(2):
+        _, _, zero, steps = best
+        refitted = float(np.float16((importance * steps * group).sum() / (importance * steps**2).sum()))
+        best = min(best, tried(refitted, zero), key=lambda candidate: candidate[0])
+    return best[0]
+
+
+@pytest.mark.parametrize("bits", GRID_WIDTHS)
+def test_weighted_search_against_brute_force(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(19, 32, generator=generator)
+    importance = torch.rand(19, 32, generator=generator) ** 4
+    found = group_errors(weight, quantize(weight, bits, Scheme(16, search=True), importance), importance)
+    groups, weights = weight.double().numpy().reshape(-1, 16), importance.double().numpy().reshape(-1, 16)
+    by_hand = [search_by_hand(group, own, bits) for group, own in zip(groups, weights, strict=True)]
+    assert found.ravel() == pytest.approx(np.array(by_hand), rel=1e-3)
+
+
+def test_weights_without_importance_do_not_move_the_range() -> None:
+    weight = torch.cat([torch.linspace(-1, 1, 14), torch.tensor([-2.0, 2.0])]).view(1, 16)
+    importance = torch.ones(1, 16)
+    importance[0, -2:] = 0
+    searched = quantize(weight, 4, Scheme(16, search=True), importance)
+    blind = quantize(weight, 4, Scheme(16, search=True))
+    assert group_errors(weight, searched, importance).item() < group_errors(weight, blind, importance).item()
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", GRID_WIDTHS)
+def test_constant_groups_survive(bits: int, symmetric: bool, search: bool) -> None:
+    weight = torch.tensor([0.7, -0.3, 0.0]).view(3, 1).expand(3, 8)
+    back = quantize(weight, bits, Scheme(8, search, symmetric)).dequantize()
+    assert torch.allclose(back, weight, rtol=1e-3, atol=0)
+    assert not back[2].any()
+
+
+@pytest.mark.parametrize("bits", GRID_WIDTHS)
+def test_one_sided_groups_use_the_whole_grid(bits: int) -> None:
+    weight = torch.rand(4, 16, generator=torch.Generator().manual_seed(1)) + 0.5
+    positive, negative = quantize(weight, bits, Scheme(16)), quantize(-weight, bits, Scheme(16))
+    assert not positive.zero_point.any()
+    assert (negative.zero_point == (1 << bits) - 1).all()
+    assert torch.equal(positive.dequantize(), -negative.dequantize())
+
+
+@given(st.data(), st.booleans(), st.booleans())
+@few
+def test_mixed_widths_are_the_uniform_results_tile_by_tile(data: st.DataObject, search: bool, symmetric: bool) -> None:
+    weight = data.draw(matrices())
+    shape = (math.ceil(len(weight) / TILE_ROWS), weight.shape[1] // 8)
+    count = shape[0] * shape[1]
+    widths = data.draw(st.lists(st.sampled_from(WIDTHS), min_size=count, max_size=count))
+    tiles = torch.tensor(widths).view(shape)
+    scheme, importance = Scheme(8, search, symmetric), weight.abs() + 0.1
+    mixed = quantize(weight, tiles, scheme, importance).dequantize()
+    for row in range(shape[0]):
+        for group in range(shape[1]):
+            here = slice(16 * row, 16 * row + 16), slice(8 * group, 8 * group + 8)
+            alone = quantize(weight, int(tiles[row, group]), scheme, importance).dequantize()
+            assert torch.equal(mixed[here], alone[here])
+
+
+@given(matrices(), grid_widths)
+@few
+def test_a_row_does_not_mind_its_tile(weight: Tensor, bits: int) -> None:
+    """Ragged or not: the last row alone gets the codes that it gets in company."""
+    scheme = Scheme(8, search=True)
+    assert torch.equal(quantize(weight[-1:], bits, scheme).codes, quantize(weight, bits, scheme).codes[-1:])
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_conv1d_and_the_transposed_linear_become_the_same_function(bits: int) -> None:
+    torch.manual_seed(0)
+    convolution, linear, inputs = Conv1D(24, 16), torch.nn.Linear(16, 24), torch.randn(5, 16)
+    with torch.no_grad():
+        linear.weight.copy_(convolution.weight.T)
+        linear.bias.copy_(convolution.bias)
+        scheme = Scheme(8, search=True)
+        transposed = quantize(convolution.weight.T, bits, scheme)
+        straight = quantize(linear.weight, bits, scheme)
+        assert torch.equal(transposed.codes, straight.codes)
+        convolution.weight.copy_(transposed.dequantize().T)
+        linear.weight.copy_(straight.dequantize())
+        assert torch.allclose(convolution(inputs), linear(inputs), atol=1e-5)
+
+
+@given(matrices(), st.sampled_from([1, 2, 4, 8]))
+@few
+def test_tile_sums_against_slices(values: Tensor, group_size: int) -> None:
+    sums = tile_sums(values, group_size)
+    for row in range(sums.shape[0]):
+        for group in range(sums.shape[1]):
+            tile = values[16 * row : 16 * row + 16, group_size * group : group_size * (group + 1)]
+            assert sums[row, group].item() == pytest.approx(tile.double().sum().item(), rel=1e-9, abs=1e-9)
+
+
+def test_bits_per_weight_counted_by_hand() -> None:
+    assert Scheme(64).bits_per_weight(4) == 4 + (16 + 4) / 64
+    assert Scheme(128, symmetric=True).bits_per_weight(2) == 2 + 16 / 128
+    assert [Scheme(64).bits_per_weight(bits) for bits in (0, 16, 32)] == [0, 16, 32]
+
+
+WEIGHT = torch.ones(20, 12)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bits", "group_size", "said"),
+    [
+        (WEIGHT, 4, 8, "12 columns is not divisible by group_size 8"),
+        (WEIGHT, 5, 4, r"no tile format of \[5\] bits"),
+        (WEIGHT, -1, 4, r"-1"),
+        (WEIGHT, 300, 4, r"300"),
+        (WEIGHT, torch.tensor([[4, 4, 7], [1, 4, 4]]), 4, r"no tile format of \[1, 7\] bits"),
+        (WEIGHT, torch.full((2, 3), 258), 4, r"no tile format of \[258\] bits"),
+        (WEIGHT * float("nan"), 4, 4, "20x12 holds weights that are not finite"),
+        (WEIGHT * float("-inf"), 16, 4, "20x12 holds weights that are not finite"),
+        (WEIGHT * 70000, 16, 4, "up to 7e[+]04 do not fit 16-bit floats"),
+        (WEIGHT * 1e9, 4, 4, "up to 1e[+]09 need a scale beyond fp16"),
+        (WEIGHT * -1e9, 4, 4, "up to 1e[+]09 need a scale beyond fp16"),
+    ],
+)
+def test_refused_with_the_offender_named(weight: Tensor, bits: int | Tensor, group_size: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        quantize(weight, bits, Scheme(group_size))

@@ -1,0 +1,402 @@
+"""Every method on the tiny GPT-2, seen through an oracle made by hand."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nashswarm import metrics, models
+from nashswarm.methods import AsPublished, Compressed, Flock, Method, NashSwarm, Oracle, Split, Uniform
+from nashswarm.quant.calibration import calibrate
+from nashswarm.quant.grid import Scheme
+from nashswarm.quant.pack import packed_bytes, unpack
+
+FIXED_BYTES = 6000
+PLAIN = Flock(align=(0.0,), shrink=(0.0,))
+METHODS: dict[str, Method] = {
+    "baseline": Uniform(16),
+    "float32": Uniform(32),
+    **{f"uniform{bits}": Uniform(bits) for bits in (2, 3, 4, 8)},
+    "rtn": Uniform(4, search=True),
+    "nash_swarm": NashSwarm(),
+    "no_nash": NashSwarm(bit_game="quantiles", code_game=False, bit_widths=(2, 4, 8), bits=4.0),
+    "no_bit_game": NashSwarm(bit_game="lot"),
+    "no_code_game": NashSwarm(code_game=False),
+    "no_swarm": NashSwarm(swarm=None),
+    "no_quantization": NashSwarm(bit_widths=(0, 16), bits=6.0),
+    "low_resource": NashSwarm(bits=None, split=Split(2, 0.5)),
+    "balanced": NashSwarm(bits=None, split=Split(4, 0.3)),
+    "high_accuracy": NashSwarm(bits=None, split=Split(8, 0.1)),
+}
+
+
+def oracle_of(model: Any, windows: Tensor) -> Oracle:
+    """What the runner would tell a method about ``model``; nothing is kept on disk."""
+    layers = models.find_layers(model)
+    compressed = copy.deepcopy(model)
+    full = metrics.reference(model, windows, 8)
+    known: dict[str, Any] = {}
+
+    def moments() -> Any:
+        names = [name for layer in layers for name in layer.modules]
+        if "moments" not in known:
+            known["moments"] = calibrate(model, names, windows, torch.Generator().manual_seed(0))
+        return known["moments"]
+
+    def heldout_kl(weights: Mapping[str, Tensor], tokens: int | None) -> float:
+        models.put(compressed, weights)
+        found = metrics.evaluate(compressed, windows, 8, full)
+        models.put(compressed, {layer.name: layer.weight for layer in layers if layer.name in weights})
+        return float(np.mean(found["kl"]))
+
+    def remember(
+        kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        name = f"{kind} {sorted(key.items())}"
+        if name not in known:
+            known[name] = compute()
+        return known[name]
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Oracle(layers, FIXED_BYTES, parameters, moments, heldout_kl, remember)
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny: Any, token_windows: Tensor) -> Oracle:
+    return oracle_of(tiny, token_windows)
+
+
+def never(*_: Any) -> Any:
+    raise AssertionError("asked for statistics before the cheap checks")
+
+
+@pytest.fixture
+def blind(oracle: Oracle) -> Oracle:
+    """An oracle that answers nothing slow."""
+    return dataclasses.replace(oracle, moments=never, heldout_kl=never, remember=never)
+
+
+def compress(method: Method, oracle: Oracle, seed: int = 0) -> Compressed:
+    return method.compress(oracle, np.random.default_rng(seed))
+
+
+@pytest.fixture(scope="module")
+def results(oracle: Oracle) -> Callable[[str], Compressed]:
+    """Name → what that method makes of the tiny model, computed once."""
+    return functools.cache(lambda name: compress(METHODS[name], oracle))
+
+
+def size(result: Compressed) -> int:
+    """Bytes of the packed layers."""
+    return sum(len(packed) for packed in result.packed.values())
+
+
+def tiles(result: Compressed) -> np.ndarray:
+    """The width of every tile, read back from the packed bytes."""
+    return np.concatenate([unpack(packed).bits.flatten().numpy() for packed in result.packed.values()])
+
+
+def read_classed(packed: np.ndarray) -> np.ndarray:
+    """The matrix in the bytes of the published quantizer, bit by bit."""
+    content = packed.tobytes()
+    rows, columns = np.frombuffer(content[:8], np.uint32)
+    grids = np.frombuffer(content[8:32], np.float32).reshape(3, 2)
+    position = 32
+
+    def bits_of(count: int, width: int) -> list[int]:
+        nonlocal position
+        length = -(-count * width // 8)
+        number = int.from_bytes(content[position : position + length], "little")
+        position += length
+        return [number >> width * index & (1 << width) - 1 for index in range(count)]
+
+    classes = np.array(bits_of(rows * columns, 2))
+    values = np.zeros(rows * columns, np.float32)
+    for rank, width in enumerate((8, 4, 2)):
+        members = np.flatnonzero(classes == rank)
+        codes = np.array(bits_of(len(members), width), np.float32)
+        values[members] = grids[rank, 0] + codes * grids[rank, 1]
+    assert position == len(content)
+    return values.reshape(rows, columns)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_packed_bytes_hold_the_weights(name: str, oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+    assert isinstance(METHODS[name], Method)
+    result = results(name)
+    assert list(result.packed) == list(result.weights) == [layer.name for layer in oracle.layers]
+    code_bits = 0
+    for layer, line in zip(oracle.layers, result.allocation.splitlines(), strict=True):
+        tensor = unpack(result.packed[layer.name])
+        assert torch.equal(tensor.dequantize(), result.weights[layer.name]), layer.name
+        rows, columns = tensor.bits.shape
+        told, shape, *runs = line.split()
+        assert (told, shape) == (layer.name, f"{rows}x{columns}")
+        widths = [int(width) for width, count in (run.split("*") for run in runs) for _ in range(int(count))]
+        assert widths == tensor.bits.flatten().tolist()
+        code_bits += sum(widths) * 16 * 64
+    assert result.code_bits == code_bits
+
+
+@pytest.mark.parametrize("name", ["rtn", "nash_swarm", "no_nash", "no_bit_game", "low_resource"])
+def test_the_same_seed_gives_the_same_bytes(
+    name: str, tiny: Any, token_windows: Tensor, results: Callable[[str], Compressed]
+) -> None:
+    once, again = results(name), compress(METHODS[name], oracle_of(tiny, token_windows))
+    assert all(np.array_equal(once.packed[layer], again.packed[layer]) for layer in once.packed)
+    assert once.metrics == again.metrics and once.allocation == again.allocation
+
+
+def test_32_bits_are_every_bit(blind: Oracle) -> None:
+    result = compress(Uniform(32), blind)
+    assert result.float_bits == 32
+    assert all(torch.equal(result.weights[layer.name], layer.weight) for layer in blind.layers)
+
+
+def test_16_bits_are_every_bit_of_a_16_bit_model(model: Any, token_windows: Tensor) -> None:
+    halved = model.half().float()
+    oracle = dataclasses.replace(oracle_of(halved, token_windows), moments=never, heldout_kl=never, remember=never)
+    with torch.no_grad():
+        before = halved(input_ids=token_windows).logits
+        result = compress(Uniform(16), oracle)
+        models.put(halved, result.weights)
+        models.round_others(models.other_tensors(halved, oracle.layers), result.float_bits)
+        assert torch.equal(halved(input_ids=token_windows).logits, before)
+    assert size(result) == sum(18 + 2 * layer.parameters for layer in oracle.layers)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_uniform_width_rounds_to_the_nearest_of_its_levels(bits: int, oracle: Oracle, results: Any) -> None:
+    result = results(f"uniform{bits}")
+    assert set(tiles(result)) == {bits}
+    layer = oracle.layers[-1]
+    for row in (0, 17, 63):
+        for start in range(0, layer.weight.shape[1], 64):
+            group = layer.weight[row, start : start + 64].numpy()
+            step = float(np.float16((max(group.max(), 0) - min(group.min(), 0)) / (2**bits - 1)))
+            zero = round(-min(float(group.min()), 0.0) / step)
+            levels = step * (np.arange(2**bits) - zero)
+            nearest = np.abs(group[:, None] - levels).min(1)
+            found = result.weights[layer.name][row, start : start + 64].numpy()
+            assert np.abs(found[:, None] - levels).min(1).max() <= 1e-6
+            assert np.abs(found - group) == pytest.approx(nearest, abs=1e-6)
+
+
+def test_searching_the_range_lowers_the_error(oracle: Oracle) -> None:
+    plain, searched = compress(Uniform(3), oracle), compress(Uniform(3, search=True), oracle)
+    assert size(plain) == size(searched)
+    for layer in oracle.layers:
+        errors = [(layer.weight - result.weights[layer.name]).square().sum() for result in (searched, plain)]
+        assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    "bits, swarm", [(2.0, None), (2.5, Flock(align=(4.0,), shrink=(0.25,))), (3, None), (4.0, PLAIN), (6.0, None)]
+)
+def test_the_budget_is_met_and_never_exceeded(bits: float, swarm: Flock | None, oracle: Oracle) -> None:
+    result = compress(NashSwarm(bits=bits, swarm=swarm), oracle)
+    budget = bits * oracle.parameters / 8 - FIXED_BYTES
+    assert 0.98 * budget <= size(result) <= budget  # the step from one width of a tile to the next is near 0.5 %
+
+
+@pytest.mark.parametrize("name", ["no_nash", "no_bit_game", "no_code_game", "no_quantization"])
+def test_an_ablation_has_the_same_budget(name: str, oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+    method = METHODS[name]
+    assert isinstance(method, NashSwarm) and method.bits is not None
+    budget = method.bits * oracle.parameters / 8 - FIXED_BYTES
+    result = results(name)
+    assert 0.95 * budget <= size(result) <= budget
+    assert set(tiles(result)) <= set(method.bit_widths)
+
+
+def test_the_game_beats_the_lottery(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+    played, drawn = results("nash_swarm"), results("no_bit_game")
+    assert oracle.heldout_kl(played.weights, None) < oracle.heldout_kl(drawn.weights, None)
+    assert played.metrics["damage"] < drawn.metrics["damage"]
+
+
+def test_a_flock_without_a_say_is_no_swarm(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+    alone, silent = results("no_swarm"), compress(NashSwarm(swarm=PLAIN), oracle)
+    assert all(torch.equal(alone.weights[name], silent.weights[name]) for name in alone.weights)
+    assert alone.metrics == silent.metrics and alone.series == silent.series
+    assert alone.metrics["flock_moves"] == 0
+
+
+def test_heldout_text_chooses_among_the_flocks_settings(
+    oracle: Oracle, results: Callable[[str], Compressed]
+) -> None:
+    chosen = results("nash_swarm")
+    assert chosen.metrics["heldout_passes"] == 6
+    scores = {}
+    for align in Flock().align:
+        for shrink in Flock().shrink:
+            fixed = compress(NashSwarm(swarm=Flock(align=(align,), shrink=(shrink,))), oracle)
+            assert (fixed.metrics["flock_align"], fixed.metrics["flock_shrink"]) == (align, shrink)
+            scores[align, shrink] = oracle.heldout_kl(fixed.weights, None)
+    assert (chosen.metrics["flock_align"], chosen.metrics["flock_shrink"]) == min(scores, key=lambda pair: scores[pair])
+
+
+def test_nobody_gains_by_changing_alone(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+    """The regret from the bytes themselves: damage by the price list, size by packing anew."""
+    result = results("no_swarm")
+    price, scheme, widths = result.metrics["price"], Scheme(64, search=True), (0, 2, 3, 4, 8)
+    listed = []
+    for width in widths:
+        key = dataclasses.asdict(scheme) | {"width": width, "probe_tokens": 2048}
+        damages = oracle.remember("damage", key, never)
+        listed.append(np.concatenate([damages[layer.name].numpy() for layer in oracle.layers]))
+    damage = np.stack(listed, 1)
+    start, worst = 0, 0.0
+    for packed in result.packed.values():
+        bits = unpack(packed).bits.flatten().numpy().astype(int)
+        before = packed_bytes(bits, scheme)
+        assert before == len(packed)
+        for tile, own in enumerate(bits):
+            row = damage[start + tile]
+            for action, width in enumerate(widths):
+                moved = bits.copy()
+                moved[tile] = width
+                saved = before - packed_bytes(moved, scheme)
+                worst = max(worst, row[widths.index(own)] - row[action] + price * saved)
+        start += len(bits)
+    assert start == result.metrics["players"]
+    assert result.metrics["regret_max"] == pytest.approx(worst, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["low_resource", "balanced", "high_accuracy"])
+def test_a_preset_prunes_its_share_and_keeps_its_size(
+    name: str, oracle: Oracle, results: Callable[[str], Compressed]
+) -> None:
+    method = METHODS[name]
+    assert isinstance(method, NashSwarm) and method.split is not None
+    result = results(name)
+    assert (tiles(result) == 0).mean() >= method.split.pruned
+    assert result.metrics["pruned"] == pytest.approx((tiles(result) == 0).mean())
+    whole, empty = (
+        sum(packed_bytes(np.full(-(-rows // 16) * (columns // 64), bits), Scheme()) for rows, columns in shapes)
+        for bits, shapes in ((bits, [layer.weight.shape for layer in oracle.layers]) for bits in (method.split.bits, 0))
+    )
+    assert size(result) <= (1 - method.split.pruned) * whole + method.split.pruned * empty
+
+
+@pytest.mark.parametrize("bits", [0, 0.3, -1.0])
+@pytest.mark.parametrize("bit_game", ["equilibrium", "quantiles", "lot"])
+def test_a_budget_below_the_smallest_size_is_refused_at_once(bits: float, bit_game: Any, blind: Oracle) -> None:
+    widths = (2, 4, 8) if bit_game == "quantiles" else (0, 2, 3, 4, 8)
+    method = NashSwarm(bits=bits, bit_game=bit_game, bit_widths=widths)
+    with pytest.raises(ValueError, match=r"below the smallest possible size of this model, [\d.]+ bits per parameter"):
+        compress(method, blind)
+
+
+def test_the_smallest_size_that_is_named_is_possible(oracle: Oracle) -> None:
+    with pytest.raises(ValueError) as caught:
+        compress(NashSwarm(bits=1.0, bit_widths=(2, 4)), oracle)
+    least = float(str(caught.value).split("this model, ")[1].split(" bits")[0])
+    assert set(tiles(compress(NashSwarm(bits=least + 0.001, bit_widths=(2, 4)), oracle))) == {2}
+
+
+@pytest.mark.parametrize("method", [Uniform(16, 48), Uniform(4, 48), NashSwarm(group_size=48), NashSwarm(group_size=128)])
+def test_a_group_size_that_divides_nothing_is_refused_at_once(method: Uniform | NashSwarm, blind: Oracle) -> None:
+    with pytest.raises(ValueError, match=f"not divisible by group_size {method.group_size}") as caught:
+        compress(method, blind)
+    odd = [layer.name for layer in blind.layers if layer.weight.shape[1] % method.group_size]
+    assert odd and all(name in str(caught.value) for name in odd)
+
+
+def test_the_published_quantizer_touches_linear_layers_alone(
+    random_model: Callable[[str], Any], token_windows: Tensor
+) -> None:
+    for kind, touched in (("gpt2", 1), ("llama", 15)):
+        oracle = oracle_of(random_model(kind), token_windows)
+        result = compress(AsPublished(), dataclasses.replace(oracle, moments=never, heldout_kl=never, remember=never))
+        linear = [layer for layer in oracle.layers if "Linear" in layer.kinds]
+        assert len(linear) == touched
+        for layer in oracle.layers:
+            found = result.weights[layer.name].numpy()
+            if layer in linear:
+                assert np.array_equal(read_classed(result.packed[layer.name]), found)
+                assert len(np.unique(found)) <= 256 + 16 + 4
+                assert f"{layer.name} mixed\n" in result.allocation
+            else:
+                assert np.array_equal(found, layer.weight.half().float().numpy())
+                assert np.array_equal(unpack(result.packed[layer.name]).dequantize().numpy(), found)
+
+
+def test_the_published_classes_follow_magnitude(oracle: Oracle) -> None:
+    result = compress(AsPublished(), oracle)
+    layer = oracle.layers[0]
+    weight, found = layer.weight.numpy(), result.weights[layer.name].numpy()
+    order = np.sort(np.abs(weight), axis=None)
+    high, middle = order[int(0.9 * order.size)], order[int(0.7 * order.size)]
+    magnitude = np.abs(weight)
+    for members, levels in (
+        (magnitude > high, 256), ((magnitude > middle) & (magnitude < high), 16), (magnitude < middle, 4),
+    ):  # fmt: skip
+        step = np.ptp(weight[members]) / (levels - 1)
+        assert len(np.unique(found[members])) <= levels + 1
+        assert np.abs(found - weight)[members].max() <= 0.51 * step
+
+
+def test_a_matrix_of_zeros_costs_nothing(model: Any, token_windows: Tensor) -> None:
+    """Some checkpoints hold one; it is exact at every width."""
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight.zero_()
+    oracle = oracle_of(model, token_windows)
+    result = compress(NashSwarm(swarm=None), oracle)
+    name = "transformer.h.1.mlp.c_proj"
+    assert not result.weights[name].any() and set(unpack(result.packed[name]).bits.unique().tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Uniform(5),
+        lambda: Uniform(0),
+        lambda: NashSwarm(bits=None),
+        lambda: NashSwarm(bits=3.0, split=Split(4, 0.3)),
+        lambda: NashSwarm(bit_widths=()),
+        lambda: NashSwarm(bit_widths=(4, 2)),
+        lambda: NashSwarm(bit_widths=(2, 2, 4)),
+        lambda: NashSwarm(bit_game="quantiles"),
+        lambda: NashSwarm(bit_game="quantiles", quantiles=(0.5,), bit_widths=(2, 4, 8)),
+    ],
+)
+def test_bad_settings_are_refused(build: Callable[[], Method]) -> None:
+    with pytest.raises(ValueError, match=r"method\."):
+        build()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Uniform(4, group_size=0),
+        lambda: Uniform(4, group_size=-64),
+        lambda: NashSwarm(group_size=0),
+        lambda: NashSwarm(bit_widths=(0, 5)),
+        lambda: NashSwarm(bits=None, split=Split(4, 1.5)),
+        lambda: NashSwarm(bits=None, split=Split(4, -0.1)),
+        lambda: NashSwarm(bits=None, split=Split(5, 0.3)),
+        lambda: NashSwarm(swarm=Flock(align=())),
+        lambda: NashSwarm(swarm=Flock(shrink=())),
+        lambda: NashSwarm(swarm=Flock(align=(-1.0,))),
+        lambda: NashSwarm(swarm=Flock(shrink=(1.5,))),
+        lambda: NashSwarm(swarm=Flock(neighbours=0)),
+        lambda: AsPublished(quantiles=(0.9,)),
+        lambda: AsPublished(quantiles=(0.7, 0.9)),
+    ],
+)
+def test_settings_without_a_meaning_are_refused_before_any_work(build: Callable[[], Method], blind: Oracle) -> None:
+    with pytest.raises(ValueError):
+        compress(build(), blind)
+
+
+def test_a_misspelt_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    misspelt: Any = "featurs"
+    with pytest.raises(ValueError, match="featurs"):
+        Flock(graph=misspelt)

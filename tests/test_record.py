@@ -1,0 +1,160 @@
+"""Records: named by what moves a number, written whole or not at all."""
+
+import dataclasses
+import errno
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from nashswarm import record
+from nashswarm.record import Record, fingerprint, path_of, read, read_all, write, write_whole
+
+RECORD = Record(
+    labels={"method": "uniform4", "seed": "0"},
+    config={"method": {"bits": 4, "name": "größer"}, "seed": 0},
+    metrics={"nll": 3.25, "tokens": 115.0, "tiny": 1e-300},
+    series={"nll": [3.0, 3.5]},
+    layers=[{"name": "wte", "bytes": 10}],
+    allocation="wte 2x1 4*2\n",
+    provenance={"commit": None, "dirty": True},
+)
+
+
+def changed(**fields: Any) -> Record:
+    return dataclasses.replace(RECORD, **fields)
+
+
+def test_the_fingerprint_ignores_the_order_of_keys_and_nothing_else() -> None:
+    config = {"a": {"x": 1, "y": [1, 2]}, "b": 2.5}
+    assert fingerprint({"b": 2.5, "a": {"y": [1, 2], "x": 1}}) == fingerprint(config)
+    others: list[dict[str, Any]] = [
+        {"a": {"x": 1, "y": [2, 1]}, "b": 2.5},
+        {"a": {"x": 1, "y": [1, 2]}, "b": 2.6},
+        {"a": {"x": "1", "y": [1, 2]}, "b": 2.5},
+        {"a": {"x": True, "y": [1, 2]}, "b": 2.5},
+        {"a": {"x": None, "y": [1, 2]}, "b": 2.5},
+        {"a": {"x": 1, "y": [1, 2]}, "b": 2.5, "c": None},
+        {"a": {"x": 1, "y": [1, 2]}},
+    ]
+    names = {fingerprint(other) for other in [config, *others]}
+    assert len(names) == len(others) + 1
+    assert all(len(name) == 16 and set(name) <= set("0123456789abcdef") for name in names)
+
+
+def test_the_fingerprint_of_a_known_value_does_not_change() -> None:
+    """Records that are committed keep their names."""
+    assert fingerprint({"seed": 0, "method": {"bits": 4}}) == "16f17ad3c976fa4b"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_name_nothing(value: float) -> None:
+    with pytest.raises(ValueError):
+        fingerprint({"bits": value})
+
+
+def test_what_is_written_is_read(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "main", RECORD)
+    assert path == path_of(tmp_path / "main", RECORD.config) == tmp_path / "main" / f"{RECORD.fingerprint}.json"
+    assert read(path) == RECORD
+    assert path.with_suffix(".txt").read_text() == RECORD.allocation
+    assert sorted(found.name for found in path.parent.iterdir()) == [path.name, path.with_suffix(".txt").name]
+    fields = json.loads(path.read_text())
+    assert fields["schema"] == record.SCHEMA and "allocation" not in fields
+
+
+def test_every_record_below_a_folder_is_read(tmp_path: pathlib.Path) -> None:
+    other = changed(config={"seed": 1})
+    paths = sorted([write(tmp_path / "b", RECORD), write(tmp_path / "a", other)])
+    (tmp_path / "notes.json").write_text("not a record")
+    (tmp_path / ".abc.json.1.partial").write_text("half")
+    assert list(read_all(tmp_path)) == [read(path) for path in paths]
+    assert list(read_all(tmp_path / "nowhere")) == []
+
+
+def test_a_record_is_replaced_as_a_whole(tmp_path: pathlib.Path) -> None:
+    write(tmp_path, RECORD)
+    path = write(tmp_path, changed(metrics={"nll": 9.0}, allocation="wte 2x1 2*2\n"))
+    assert read(path).metrics == {"nll": 9.0} and read(path).allocation == "wte 2x1 2*2\n"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace"])
+def test_a_write_that_fails_leaves_nothing_and_names_the_file(
+    where: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, full_disk)
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/report.txt: No space left") as caught:
+        write_whole(tmp_path / "report.txt", b"content")
+    assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/{RECORD.fingerprint}"):
+        write(tmp_path, RECORD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, RECORD)
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError):
+        write(tmp_path, changed(metrics={"nll": 9.0}, allocation="other\n"))
+    assert read(path) == RECORD and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_disk_that_fills_up_between_the_two_files_leaves_the_earlier_record(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, RECORD)
+    calls = []
+
+    def second_fails(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            full_disk()
+
+    monkeypatch.setattr("os.fsync", second_fails)
+    with pytest.raises(OSError):
+        write(tmp_path, changed(metrics={"nll": 9.0}, allocation="other\n"))
+    assert read(path) == RECORD
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_not_a_number_is_refused_and_nothing_is_left(value: float, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError):
+        write(tmp_path, changed(metrics={"nll": value}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"labels": {', "[1]", "null", "{}", '{"schema": 1}', "\x00\x00"])
+def test_half_a_record_is_refused(content: str, tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path, RECORD)
+    path.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        read(path)
+    assert str(path) in str(caught.value) and "not a whole record" in str(caught.value)
+
+
+def test_bytes_that_are_not_text_are_refused_by_name(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path, RECORD)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=str(path)):
+        read(path)
+
+
+def test_a_record_without_its_allocation_is_refused(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path, RECORD)
+    path.with_suffix(".txt").unlink()
+    with pytest.raises(ValueError, match=str(path)):
+        read(path)
+
+
+@pytest.mark.parametrize("schema", [0, 2, "1"])
+def test_another_schema_is_refused(schema: Any, tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path, RECORD)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": schema}))
+    with pytest.raises(ValueError, match=f"has schema {schema}, this version reads schema 1: rerun it with rerun=true"):
+        read(path)

@@ -1,0 +1,128 @@
+"""The embedded text: where it comes from and how it is split."""
+
+import collections
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+from nashswarm import stdlib_docs
+from nashswarm.stdlib_docs import SPLITS, comment_blocks, docstrings, documents, split_of, text
+
+SOURCE = '''\
+"""What the module says."""
+
+# First line of three,
+#   an indented second,
+# and the third. ##
+x = 1  # no block
+# Two lines
+# are a remark.
+
+
+class A:
+    """What the class says.
+
+    More of it.
+    """
+
+    async def f(self):
+        "What the method says."
+
+    def g(self):
+        return "not a docstring"
+'''
+
+
+@pytest.fixture
+def small_library(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The documents of a made-up standard library."""
+    for name, source in {
+        "b.py": SOURCE,
+        "a/__init__.py": '"""A package."""\n"""no docstring"""\n',
+        "a/again.py": '"""A package."""\n\ndef f():\n    """Said twice."""\n\ndef g():\n    """Said twice."""\n',
+        "a/nothing.py": "x = 1\n",
+        "a/silent.py": '"""Said twice."""\n',
+        "a/relic.py": "print 'Python 2'\n",
+        "test/test_a.py": '"""A test."""\n',
+        "site-packages/peer.py": '"""Not ours."""\n',
+        "config-3.11/x.py": '"""Build configuration."""\n',
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source)
+    (tmp_path / "latin.py").write_bytes(b'"""caf\xe9"""\n')
+    monkeypatch.setattr("pydoc_data.topics.topics", {"lambda": "Anonymous functions.", "copy": "Anonymous functions."})
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    uncached = stdlib_docs.documents.__wrapped__
+    monkeypatch.setattr(stdlib_docs, "documents", uncached)
+    yield uncached()
+
+
+def test_documents_are_read_once_and_in_order(small_library: dict[str, str]) -> None:
+    module = "\n\n".join(body for _, body in sorted(docstrings(SOURCE) + comment_blocks(SOURCE)))
+    assert list(small_library.items()) == [
+        ("module a.__init__", "A package."),
+        ("module a.again", "Said twice."),
+        ("module b", module),
+        ("topic copy", "Anonymous functions."),
+    ]
+    assert "\n\n".join(small_library.values()) == "\n\n".join(stdlib_docs.documents().values())
+
+
+def test_every_document_is_in_exactly_one_split() -> None:
+    rest = {split: text(split) for split in SPLITS}
+    for name, body in documents().items():
+        own = split_of(name)
+        assert rest[own].startswith(body), name
+        rest[own] = rest[own][len(body) :].removeprefix("\n\n")
+    assert set(rest.values()) == {""}
+
+
+def test_no_paragraph_of_test_or_calibration_occurs_in_train() -> None:
+    """Short ones ("Return the result.") are everybody's; the others would be known by heart."""
+
+    def paragraphs(split: str) -> list[str]:
+        return [part.strip() for part in text(split).split("\n\n") if len(part.strip()) >= 200]
+
+    known = set(paragraphs("train"))
+    for split in ("calibration", "test"):
+        shared = [part for part in paragraphs(split) if part in known]
+        assert sum(map(len, shared)) <= 0.005 * len(text(split)), f"{len(shared)} paragraphs of {split}"
+
+
+def test_the_text_is_the_same_each_time(small_library: dict[str, str]) -> None:
+    assert stdlib_docs.documents() == small_library
+
+
+def test_the_shares_of_the_splits() -> None:
+    counts = collections.Counter(split_of(f"document {number}") for number in range(20_000))
+    shares = {split: count / 20_000 for split, count in counts.items()}
+    assert shares == pytest.approx({"train": 0.85, "calibration": 0.05, "test": 0.10}, abs=0.01)
+    characters = {split: len(text(split)) for split in SPLITS}
+    total = sum(characters.values())
+    assert total > 2_000_000
+    assert characters["train"] / total == pytest.approx(0.85, abs=0.07)
+    assert 0.01 < characters["calibration"] / total < 0.12 and 0.04 < characters["test"] / total < 0.2
+
+
+def test_an_unknown_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown split 'validation' of the embedded text: choose one of train"):
+        text("validation")
+
+
+def test_docstrings_and_comments_of_a_source() -> None:
+    assert sorted(docstrings(SOURCE)) == [
+        (1, "What the module says."),
+        (12, "What the class says.\n\nMore of it."),
+        (18, "What the method says."),
+    ]
+    assert comment_blocks(SOURCE) == [(3, "First line of three,\n  an indented second,\nand the third.")]
+
+
+def test_the_text_is_prose_of_the_standard_library() -> None:
+    names = set(documents())
+    assert "module email.message" in names or "module email" in names
+    assert any(name.startswith("topic ") for name in names)
+    assert not any(part in name for name in names for part in ("site-packages", "idle_test", "topics topics"))
+    assert all(body.strip() for body in documents().values())
