@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Integer, Shaped
 from scipy import sparse
 from torch import Tensor
 
 from nashswarm.quant.calibration import Moments
-from nashswarm.quant.grid import QuantizedTensor, Scheme, quantize, row_blocks, tile_sums
+from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor, Scheme, quantize, row_blocks, tile_sums
 from nashswarm.quant.pack import packed_bytes, run_lengths
 
-Bits = Mapping[str, Int[np.ndarray, "row_blocks groups"]]
+Bits = Mapping[str, Integer[np.ndarray, "row_blocks groups"]]
+
+TINY = 1e-30  # what the logarithm of a vanishing moment is taken of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Blocks:
     log_sensitivity: Float[np.ndarray, " blocks"]
     features: Float[np.ndarray, "blocks features"]
 
-    def bits(self, profile: Int[np.ndarray, " blocks"]) -> dict[str, Int[np.ndarray, "row_blocks groups"]]:
+    def bits(self, profile: Integer[np.ndarray, " blocks"]) -> dict[str, Integer[np.ndarray, "row_blocks groups"]]:
         """Layer → the width of each of its tiles."""
         parts = self._split(np.array(self.widths, np.uint8)[profile])
         return {
@@ -66,11 +68,11 @@ class Blocks:
             for layer, part in zip(self.layers, parts, strict=True)
         }
 
-    def packed_bytes(self, profile: Int[np.ndarray, " blocks"]) -> int:
+    def packed_bytes(self, profile: Integer[np.ndarray, " blocks"]) -> int:
         """Bytes of all packed layers at ``profile``."""
         return sum(packed_bytes(bits.ravel(), self.scheme) for bits in self.bits(profile).values())
 
-    def damage_by_layer(self, profile: Int[np.ndarray, " blocks"]) -> dict[str, float]:
+    def damage_by_layer(self, profile: Integer[np.ndarray, " blocks"]) -> dict[str, float]:
         """Layer → its predicted damage at ``profile``, in nats per token."""
         chosen = self.damage[np.arange(len(profile)), profile]
         return {layer.name: float(part.sum()) for layer, part in zip(self.layers, self._split(chosen), strict=True)}
@@ -83,7 +85,7 @@ class Blocks:
         chain.eliminate_zeros()
         return chain
 
-    def _ends(self) -> Int[np.ndarray, " layers_but_one"]:
+    def _ends(self) -> Integer[np.ndarray, " layers_but_one"]:
         """The index of the first block after every layer but the last."""
         counts = [int(np.prod(grid_shape(layer, self.scheme))) for layer in self.layers]
         return np.cumsum(counts)[:-1]
@@ -131,27 +133,32 @@ def describe(
     roles = sorted({layer.role for layer in layers})
     log_sensitivity, features = [], []
     for layer in layers:
-        log_sensitivity.append(tile_sums(sensitivity(layer, moments), scheme.group_size).flatten().log().numpy())
+        mean = block_means(sensitivity(layer, moments), scheme.group_size)
+        log_sensitivity.append(mean.clamp(min=TINY).log().flatten().numpy())
         own = block_features(layer, moments, scheme)
         shared = np.append(np.eye(len(roles))[roles.index(layer.role)], layer.depth)
         features.append(np.hstack([np.tile(shared, (len(own), 1)), own]))
     return np.concatenate(log_sensitivity), np.concatenate(features)
 
 
+def block_means(values: Float[Tensor, "out in"], group_size: int) -> Float[Tensor, "row_blocks groups"]:
+    """The mean of ``values`` over each tile, ragged tiles included."""
+    return tile_sums(values, group_size) / tile_sums(torch.ones_like(values), group_size)
+
+
 def block_features(layer: Layer, moments: Mapping[str, Moments], scheme: Scheme) -> Float[np.ndarray, "blocks 4"]:
     """Log weight variance, kurtosis, log trace of the inputs' H and log mean f of the rows, of every block."""
     size = scheme.group_size
-    count = tile_sums(torch.ones_like(layer.weight), size)
-    mean = tile_sums(layer.weight, size) / count
-    second, third, fourth = (tile_sums(layer.weight.double() ** power, size) / count for power in (2, 3, 4))
-    variance = (second - mean**2).clamp(min=1e-30)
-    kurtosis = (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / variance**2
+    mean = block_means(layer.weight, size)
+    spread = mean.repeat_interleave(TILE_ROWS, 0)[: len(layer.weight)].repeat_interleave(size, 1)
+    deviation = layer.weight.double() - spread
+    variance = block_means(deviation.square(), size).clamp(min=TINY)
+    kurtosis = block_means(deviation**4, size) / variance.square()
     first = moments[next((name for name in layer.modules if not moments[name].lookup), layer.modules[0])]
     by_row, by_column = (first.inputs, first.outputs) if first.lookup else (first.outputs, first.inputs.diagonal())
     trace = by_column.double().view(-1, size).sum(1).expand_as(mean)
-    fisher = tile_sums(by_row.unsqueeze(1).expand(-1, size), size) / tile_sums(torch.ones(len(by_row), size), size)
-    tiny = 1e-30
-    parts = (variance.log(), kurtosis, (trace + tiny).log(), (fisher + tiny).log().expand_as(mean))
+    fisher = block_means(by_row.unsqueeze(1).expand(-1, size), size).expand_as(mean)
+    parts = (variance.log(), kurtosis, trace.clamp(min=TINY).log(), fisher.clamp(min=TINY).log())
     return torch.stack([part.flatten() for part in parts], 1).numpy()
 
 

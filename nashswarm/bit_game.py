@@ -110,7 +110,7 @@ def _spend_the_rest(blocks: Blocks, solution: Solution, budget: int) -> Solution
     players = np.arange(len(profile))
     extra = own_bytes - own_bytes[profile][:, None] + 2 * RUN_BYTES  # a move splits at most one run into three
     gain = (blocks.damage[players, profile][:, None] - blocks.damage) / np.where(extra > 2 * RUN_BYTES, extra, np.inf)
-    waiting = np.ones(len(profile), bool)
+    waiting = own_bytes[profile] > 0 if solution.subsidy else np.ones(len(profile), bool)
     for flat in np.argsort(-gain, axis=None, kind="stable"):
         player, action = np.unravel_index(flat, gain.shape)
         if gain[player, action] <= 0 or room <= BUDGET_TOLERANCE * budget:

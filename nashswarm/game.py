@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from scipy import sparse
 
 Solution = TypeVar("Solution")
-TOLERANCE = 1e-12  # a deviation must gain more than this share of the mean absolute cost
+DEAREST = 2.0**100  # times the first price: beyond it no price is going to help
+TOLERANCE = 1e-12  # a deviation must gain more than this share of what players care about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Equilibrium:
         return len(self.potentials) - 1
 
 
-def independent_classes(couplings: Sequence[Coupling], players: int) -> list[Int[np.ndarray, " class"]]:
+def independent_classes(couplings: Sequence[Coupling], players: int) -> list[Int[np.ndarray, "_"]]:
     """The players split so that no two of one class interact: a greedy colouring of the coupling graph."""
     if not couplings:
         return [np.arange(players)]
@@ -87,7 +88,7 @@ def independent_classes(couplings: Sequence[Coupling], players: int) -> list[Int
 def best_response(
     game: Game,
     profile: Int[np.ndarray, " players"],
-    classes: Sequence[Int[np.ndarray, " class"]] | None = None,
+    classes: Sequence[Int[np.ndarray, "_"]] | None = None,
 ) -> Equilibrium:
     """Sweeps of best replies from ``profile`` until no player gains by moving alone.
 
@@ -97,7 +98,8 @@ def best_response(
     profile = profile.copy()
     classes = independent_classes(game.couplings, len(profile)) if classes is None else classes
     local = [[(part.weights[members], part.disagreement) for part in game.couplings] for members in classes]
-    tolerance = TOLERANCE * float(np.abs(game.own_cost).mean())
+    largest = max([float(np.abs(game.own_cost).mean())] + [float(part.disagreement.max()) for part in game.couplings])
+    tolerance = TOLERANCE * largest
     potentials, regrets = [game.potential(profile)], [float(game.regret(profile).max(initial=0.0))]
     moved = True
     while moved:
@@ -119,43 +121,36 @@ def best_response(
 def shadow_price(
     solve: Callable[[float], Solution],
     spent: Callable[[Solution], float],
-    budget: float,
+    budget: float | int,
     start: float,
     steps: int = 40,
 ) -> tuple[float, Solution]:
     """The lowest price found at which the solution spends no more than ``budget``, and that solution.
 
     Doubles or halves ``start`` until it brackets the budget, then bisects its logarithm (Everett 1963).  ``spent`` may
-    be a staircase that is not quite monotone; what comes back never overspends.  Raises ValueError if no price
-    suffices.
+    be a staircase that is not quite monotone; what comes back never overspends.  Where the budget binds nobody the
+    price is 0.  Raises ValueError if no price suffices.
     """
-    price, solution = start, solve(start)
-    dear: tuple[float, Solution] | None = None
-    cheap: float | None = None
-    for _ in range(200):
-        if spent(solution) <= budget:
-            dear = (price, solution)
-            if cheap is not None or price < 1e-30:
-                break
-            price /= 2
-        else:
-            cheap = price
-            if dear is not None:
-                break
-            price *= 2
-        solution = solve(price)
-    if dear is None:
-        raise ValueError(f"no price brings the size down to {budget:.0f}: the least found is {spent(solution):.0f}")
-    for _ in range(steps if cheap is not None else 0):
-        assert cheap is not None
-        middle = float(np.sqrt(cheap * dear[0]))
-        if not cheap < middle < dear[0]:
+    free = solve(0.0)
+    if spent(free) <= budget:
+        return 0.0, free
+    dear, solution = start, solve(start)
+    while spent(solution) > budget:
+        if dear > start * DEAREST:
+            raise ValueError(
+                f"no price brings what is spent down to {budget:g}: at {dear:.3g} it is {spent(solution):g}"
+            )
+        dear *= 2
+        solution = solve(dear)
+    cheap = dear / 2
+    while spent(cheaper := solve(cheap)) <= budget:
+        dear, solution, cheap = cheap, cheaper, cheap / 2
+    for _ in range(steps):
+        middle = float(np.sqrt(cheap * dear))
+        if not cheap < middle < dear or spent(solution) == budget:
             break
-        solution = solve(middle)
-        if spent(solution) <= budget:
-            dear = (middle, solution)
-            if spent(solution) == budget:
-                break
+        if spent(found := solve(middle)) <= budget:
+            dear, solution = middle, found
         else:
             cheap = middle
-    return dear
+    return dear, solution

@@ -173,6 +173,8 @@ class NashSwarm:
             raise ValueError(f"unknown method.bit_game {self.bit_game!r}: choose equilibrium, quantiles or lot")
         if self.bit_game == "quantiles" and len(self.bit_widths) != len(self.quantiles) + 1:
             raise ValueError(f"method.quantiles {self.quantiles} need {len(self.quantiles) + 1} method.bit_widths")
+        if self.split is not None and 0 not in self.bit_widths:
+            raise ValueError(f"method.split prunes, so method.bit_widths {list(self.bit_widths)} must contain 0")
         if tuple(self.bit_widths) != tuple(sorted(set(self.bit_widths))) or not self.bit_widths:
             raise ValueError(f"method.bit_widths {self.bit_widths} must be ascending and distinct")
 

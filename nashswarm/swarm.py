@@ -4,7 +4,7 @@ Starlings track six or seven topological neighbours, whatever the distance (Ball
 The coupling ``J_ij = exp(−d_ij² / median²)`` is symmetrised, otherwise no potential exists.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -31,6 +31,8 @@ def flock(
     ``graph``: ``features``, the flock itself, or one of its controls: ``shuffled`` (the same graph with the blocks
     renamed at random), ``random`` (each block draws its neighbours) and ``index`` (the blocks stored next to it).
     """
+    if graph not in get_args(Graph):
+        raise ValueError(f"unknown swarm.graph {graph!r}: choose one of {', '.join(get_args(Graph))}")
     blocks = len(features)
     neighbours = min(neighbours, blocks - 1)
     if neighbours < 1:

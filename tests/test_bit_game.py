@@ -197,7 +197,7 @@ def test_a_higher_price_buys_fewer_bytes() -> None:
 
 
 def test_an_impossible_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match="no price brings the size down to 20"):
+    with pytest.raises(ValueError, match="no price brings what is spent down to 20"):
         solve(small(), 20)
 
 

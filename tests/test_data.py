@@ -82,7 +82,10 @@ def test_the_embedded_text() -> None:
 
 
 def json_folder(folder: pathlib.Path) -> str:
-    rows = [{"question": "Who ?", "answer": "A starling .", "label": 1}, {"question": "Why ?", "answer": "", "label": 0}]
+    rows = [
+        {"question": "Who ?", "answer": "A starling .", "label": 1},
+        {"question": "Why ?", "answer": "", "label": 0},
+    ]
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
@@ -132,7 +135,9 @@ def test_sha256() -> None:
 
 
 @pytest.mark.parametrize("length", [7, 32])
-def test_windows_follow_one_another_and_the_tail_is_dropped(tokenizer: Any, text_file: pathlib.Path, length: int) -> None:
+def test_windows_follow_one_another_and_the_tail_is_dropped(
+    tokenizer: Any, text_file: pathlib.Path, length: int
+) -> None:
     text = text_file.read_text()
     tokens = tokenizer(text)["input_ids"]
     cut = windows(text, tokenizer, length, "test")

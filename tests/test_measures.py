@@ -95,9 +95,7 @@ def test_decoding_is_greedy_and_counts_the_tokens(subject: Subject, monkeypatch:
     """The cached path reads the tokens that generating without a cache would."""
     read: list[Tensor] = []
     forward = subject.compressed.forward
-    monkeypatch.setattr(
-        subject.compressed, "forward", lambda **kw: (read.append(kw["input_ids"]), forward(**kw))[1]
-    )
+    monkeypatch.setattr(subject.compressed, "forward", lambda **kw: (read.append(kw["input_ids"]), forward(**kw))[1])
     from nashswarm.measures import _generate
 
     prompt = subject.windows[:1, :8]

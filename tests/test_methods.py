@@ -55,9 +55,7 @@ def oracle_of(model: Any, windows: Tensor) -> Oracle:
         models.put(compressed, {layer.name: layer.weight for layer in layers if layer.name in weights})
         return float(np.mean(found["kl"]))
 
-    def remember(
-        kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    def remember(kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         name = f"{kind} {sorted(key.items())}"
         if name not in known:
             known[name] = compute()
@@ -228,9 +226,7 @@ def test_a_flock_without_a_say_is_no_swarm(oracle: Oracle, results: Callable[[st
     assert alone.metrics["flock_moves"] == 0
 
 
-def test_heldout_text_chooses_among_the_flocks_settings(
-    oracle: Oracle, results: Callable[[str], Compressed]
-) -> None:
+def test_heldout_text_chooses_among_the_flocks_settings(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
     chosen = results("nash_swarm")
     assert chosen.metrics["heldout_passes"] == 6
     scores = {}
@@ -301,7 +297,9 @@ def test_the_smallest_size_that_is_named_is_possible(oracle: Oracle) -> None:
     assert set(tiles(compress(NashSwarm(bits=least + 0.001, bit_widths=(2, 4)), oracle))) == {2}
 
 
-@pytest.mark.parametrize("method", [Uniform(16, 48), Uniform(4, 48), NashSwarm(group_size=48), NashSwarm(group_size=128)])
+@pytest.mark.parametrize(
+    "method", [Uniform(16, 48), Uniform(4, 48), NashSwarm(group_size=48), NashSwarm(group_size=128)]
+)
 def test_a_group_size_that_divides_nothing_is_refused_at_once(method: Uniform | NashSwarm, blind: Oracle) -> None:
     with pytest.raises(ValueError, match=f"not divisible by group_size {method.group_size}") as caught:
         compress(method, blind)

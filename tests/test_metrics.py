@@ -63,9 +63,7 @@ def test_divergence_and_agreement_by_the_formula(tiny: Any, moved: Any, token_wi
     found = metrics.evaluate(moved, token_windows, 2, metrics.reference(tiny, token_windows, 2))
     for number, window in enumerate(token_windows):
         with torch.no_grad():
-            p, q = (
-                np.exp(model(input_ids=window[None]).logits[0, :-1].double().numpy()) for model in (tiny, moved)
-            )
+            p, q = (np.exp(model(input_ids=window[None]).logits[0, :-1].double().numpy()) for model in (tiny, moved))
         p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
         assert found["kl"][number] == pytest.approx((p * np.log(p / q)).sum(1).mean(), abs=1e-6)
         assert found["top1_agreement"][number] == pytest.approx((p.argmax(1) == q.argmax(1)).mean())

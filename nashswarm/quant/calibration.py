@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -120,7 +120,7 @@ def _watched(model: nn.Module, names: Sequence[str], head: nn.Module | None) -> 
 def calibrate(
     model: Any,
     names: Sequence[str],
-    windows: Int[Tensor, "windows length"],
+    windows: Integer[Tensor, "windows length"],
     generator: torch.Generator,
     labels: Labels = "model",
     track: Track = no_track,

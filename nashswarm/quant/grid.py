@@ -9,7 +9,7 @@ path.
 import dataclasses
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 TILE_ROWS = 16
@@ -57,10 +57,10 @@ class QuantizedTensor:
     ``bits`` holds the width of every tile, row block by row block.
     """
 
-    codes: Int[Tensor, "out in"]
+    codes: Integer[Tensor, "out in"]
     scale: Float[Tensor, "out groups"]
-    zero_point: Int[Tensor, "out groups"]
-    bits: Int[Tensor, "row_blocks groups"]
+    zero_point: Integer[Tensor, "out groups"]
+    bits: Integer[Tensor, "row_blocks groups"]
     scheme: Scheme
 
     def dequantize(self) -> Float[Tensor, "out in"]:
@@ -82,7 +82,7 @@ def row_blocks(rows: int) -> int:
 
 def quantize(
     weight: Float[Tensor, "out in"],
-    bits: int | Int[Tensor, "row_blocks groups"],
+    bits: int | Integer[Tensor, "row_blocks groups"],
     scheme: Scheme,
     sensitivity: Float[Tensor, "out in"] | None = None,
 ) -> QuantizedTensor:
@@ -97,9 +97,12 @@ def quantize(
     if not weight.isfinite().all():
         raise ValueError(f"a matrix of shape {rows}x{columns} holds weights that are not finite")
     shape = (row_blocks(rows), columns // scheme.group_size)
-    tiles = torch.full(shape, bits, dtype=torch.uint8) if isinstance(bits, int) else bits.to(torch.uint8)
+    tiles = torch.full(shape, bits) if isinstance(bits, int) else bits
+    if tuple(tiles.shape) != shape:
+        raise ValueError(f"{tuple(tiles.shape)} widths for the {shape} tiles of a {rows}x{columns} matrix")
     if unknown := sorted(set(tiles.unique().tolist()) - set(WIDTHS)):
         raise ValueError(f"no tile format of {unknown} bits: choose among {', '.join(map(str, WIDTHS))}")
+    tiles = tiles.to(torch.uint8)
 
     widest = int(tiles.max())
     code_type = FLOATS[widest][1] if widest in FLOATS else torch.uint8
@@ -188,7 +191,8 @@ def _affine(low: Tensor, high: Tensor, levels: int, symmetric: bool) -> tuple[Te
     """Scale (rounded to fp16, as it is stored) and zero point of the range from ``low`` to ``high``."""
     scale = ((high - low) / levels).half().float()
     if not scale.isfinite().all():
-        raise ValueError(f"weights up to {high.abs().max():.3g} need a scale beyond fp16; keep this matrix at 32 bits")
+        largest = torch.maximum(high, -low).max()
+        raise ValueError(f"weights up to {largest:.3g} need a scale beyond fp16; keep this matrix at 32 bits")
     middle = torch.full_like(scale, (levels + 1) // 2)
     inverse = torch.where(scale > 0, 1 / scale, 0)
     return scale, middle if symmetric else (-low * inverse).round().clamp(0, levels)

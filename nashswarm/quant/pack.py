@@ -9,7 +9,7 @@ import struct
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8, UInt16
+from jaxtyping import Integer, UInt8, UInt16
 from torch import Tensor
 
 from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, QuantizedTensor, Scheme, row_blocks
@@ -20,7 +20,7 @@ RUN_BYTES = 2
 LONGEST_RUN = 1 << 13  # a tag holds the width in 3 bits and the length of its run in 13
 
 
-def run_lengths(values: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " runs"], Int[np.ndarray, " runs"]]:
+def run_lengths(values: Integer[np.ndarray, " n"]) -> tuple[Integer[np.ndarray, " runs"], Integer[np.ndarray, " runs"]]:
     """(value, length) of every run of equal values.
 
     >>> [part.tolist() for part in run_lengths(np.array([3, 3, 2, 2, 2]))]
@@ -30,7 +30,7 @@ def run_lengths(values: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " runs"]
     return values[starts], np.diff(starts, append=len(values))
 
 
-def tag_runs(bits: Int[np.ndarray, " tiles"]) -> UInt16[np.ndarray, " runs"]:
+def tag_runs(bits: Integer[np.ndarray, " tiles"]) -> UInt16[np.ndarray, " runs"]:
     """Run-length tags of the widths ``bits``."""
     widths, lengths = run_lengths(bits.astype(np.int64))
     pieces = -(-lengths // LONGEST_RUN)
@@ -40,7 +40,7 @@ def tag_runs(bits: Int[np.ndarray, " tiles"]) -> UInt16[np.ndarray, " runs"]:
     return (kinds | (sizes - 1) << 3).astype(np.uint16)
 
 
-def packed_bytes(bits: Int[np.ndarray, " tiles"], scheme: Scheme) -> int:
+def packed_bytes(bits: Integer[np.ndarray, " tiles"], scheme: Scheme) -> int:
     """The length of ``pack``'s answer for a matrix whose tiles have the widths ``bits``."""
     widths, counts = np.unique(bits, return_counts=True)
     tiles = sum(int(count) * scheme.tile_bytes(int(width)) for width, count in zip(widths, counts, strict=True))
@@ -63,7 +63,7 @@ def pack(tensor: QuantizedTensor) -> UInt8[np.ndarray, " bytes"]:
             parts.append(scale[chosen].tobytes())
             if not scheme.symmetric:
                 parts.append(pack_bits(zero_point[chosen], width))
-            parts.append(pack_bits(codes[chosen], width))
+            parts.append(pack_bits(codes[chosen].astype(np.uint8), width))
         else:
             parts.append(codes[chosen].astype(f"int{width}").tobytes())
     return np.frombuffer(b"".join(parts), np.uint8)
@@ -80,6 +80,8 @@ def unpack(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
     version, symmetric, group_size, rows, columns, runs = HEADER.unpack_from(content)
     if version != VERSION:
         raise ValueError(f"packed by format version {version}; this program reads version {VERSION}")
+    if not group_size or columns % group_size:
+        raise ValueError(f"a packed {rows}x{columns} matrix claims the group size {group_size}")
     scheme = Scheme(group_size, symmetric=bool(symmetric))
     position = HEADER.size
 
@@ -93,6 +95,8 @@ def unpack(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
         return content[position - size : position]
 
     tags = np.frombuffer(take(RUN_BYTES * runs), np.uint16)
+    if unknown := set((tags & 7).tolist()) - set(range(len(WIDTHS))):
+        raise ValueError(f"a packed {rows}x{columns} matrix has tags of an unknown kind: {unknown}")
     flat_bits = np.repeat(np.array(WIDTHS, np.uint8)[tags & 7], (tags >> 3).astype(np.int64) + 1)
     shape = (row_blocks(rows), columns // group_size)
     if len(flat_bits) != shape[0] * shape[1]:
@@ -114,11 +118,11 @@ def unpack(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
             else:
                 zero_point[chosen] = unpack_bits(take(width * TILE_ROWS * count // 8), width).reshape(-1, TILE_ROWS, 1)
             codes[chosen] = unpack_bits(take(width * TILE_ROWS * group_size * count // 8), width).reshape(
-                count, TILE_ROWS, -1
+                count, TILE_ROWS, group_size
             )
         else:
             patterns = take(width * TILE_ROWS * group_size * count // 8)
-            codes[chosen] = np.frombuffer(patterns, f"int{width}").reshape(count, TILE_ROWS, -1)
+            codes[chosen] = np.frombuffer(patterns, f"int{width}").reshape(count, TILE_ROWS, group_size)
     if position != len(content):
         raise ValueError(f"a packed {rows}x{columns} matrix has {len(content) - position} bytes too many")
 
