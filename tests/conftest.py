@@ -19,11 +19,12 @@ import torch
 import transformers
 from torch import Tensor
 
-WORDS = (
+PHRASES = (
     "the a one every no old new small large quiet starling flock block player price byte model token window layer "
     "weight game reply head row column error reads writes moves minds follows leaves finds keeps loses and or while "
     "because after before of in with under near without slowly together alone again twice soon never always"
-).split()
+)
+WORDS = PHRASES.split()
 VOCABULARY = 512
 WIDTH = 64
 CONTEXT = 64

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from nashswarm.models import (
-    EMBEDDED,
     LoadedModel,
     ModelSource,
     content_of,
@@ -171,7 +170,6 @@ def test_a_window_is_the_models_maximum_and_2048_at_most(model: Any) -> None:
         _ = silent.sequence_length
 
 
-@pytest.mark.skipif(not EMBEDDED.exists(), reason="the embedded model is not in this checkout yet")
 def test_the_embedded_model_needs_no_path() -> None:
     loaded = load(ModelSource(), "cpu", torch.float32)
     assert ModelSource().label == "default"

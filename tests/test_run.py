@@ -1,0 +1,412 @@
+"""Whole runs on the tiny model: records, repetition, sweeps, and what is said when something is wrong."""
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from nashswarm import bit_game, record
+from nashswarm.run import Outcome, run
+
+ROOT = pathlib.Path(__file__).parent.parent
+LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "quality"}
+QUALITY = {"nll", "tokens", "nll_delta", "nll_delta_low", "nll_delta_high", "kl", "kl_low", "kl_high", "top1_agreement"}
+SIZE = {"bytes_file", "bits_per_weight", "bits_per_weight_model", "nominal_bits", "compression"}
+COST = {"seconds", "peak_bytes", "quantize_seconds"}
+GAME = {"regret_max", "regret_mean", "potential_end", "price", "players", "damage"}
+SOLVED = {"potential_start", "sweeps", "flock_moves", "flock_align", "flock_shrink", "heldout_passes", "pruned"}
+METHODS = {
+    "baseline": set[str](),
+    "as_published": set[str](),
+    "uniform4": GAME,
+    "no_nash": GAME,
+    "no_bit_game": GAME,
+    "no_swarm": GAME | SOLVED,
+    "nash_swarm": GAME | SOLVED,
+}
+
+
+@pytest.fixture(scope="module")
+def overrides(model_folder: pathlib.Path, text_file: pathlib.Path) -> list[str]:
+    """The tiny model on the small text, a few short windows."""
+    return [
+        "model=local",
+        f"model.path={model_folder}",
+        "dataset=local_text",
+        f"dataset.path={text_file}",
+        "dataset.sequence_length=32",
+        "dataset.calibration_windows=6",
+        "dataset.holdout_windows=3",
+        "dataset.test_windows=6",
+        "device=cpu",
+    ]
+
+
+@pytest.fixture
+def execute(overrides: list[str], tmp_path: pathlib.Path) -> Callable[..., Outcome]:
+    """Run in this process with further overrides; records and cache under ``tmp_path``."""
+
+    def started(*more: str) -> Outcome:
+        folders = [f"records={tmp_path}/records", f"cache={tmp_path}/cache"]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = compose("config", [*overrides, *folders, *more])
+        return run(config, LABELS)
+
+    return started
+
+
+def lasting(metrics: dict[str, float]) -> dict[str, float]:
+    """All metrics but times and memory."""
+    return {name: value for name, value in metrics.items() if name not in COST}
+
+
+def records_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(folder.rglob("records/**/*.json"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_a_record_with_everything_it_promises(
+    method: str, execute: Callable[..., Outcome], tmp_path: pathlib.Path, tiny: Any
+) -> None:
+    extra = ["method.bits=4.5"] if method == "no_nash" else []
+    ended = execute(f"method={method}", *extra)
+    assert ended.status == "finished" and ended.path.parent == tmp_path / "records/single"
+    found = record.read(ended.path)
+    assert found == ended.record
+    assert SIZE | QUALITY | COST | METHODS[method] <= set(found.metrics)
+    assert set(found.series) >= {"nll", "tokens", "nll_full", "kl", "top1_agreement"}
+    assert len(found.series["kl"]) == 6 and found.metrics["tokens"] == 6 * 31
+    assert found.labels == LABELS | {"seed": "0"}
+    parameters = sum(parameter.numel() for parameter in tiny.parameters())
+    assert found.provenance["parameters"] == parameters
+    size = found.metrics["bytes_file"]
+    assert found.metrics["bits_per_weight_model"] == pytest.approx(8 * size / parameters)
+    assert found.metrics["compression"] == pytest.approx(1 - size / (4 * parameters))
+    layers = sum(row["bytes"] for row in found.layers)
+    assert found.metrics["bits_per_weight"] == pytest.approx(
+        8 * layers / sum(row["parameters"] for row in found.layers)
+    )
+    assert [line.split()[0] for line in found.allocation.splitlines()] == [row["name"] for row in found.layers]
+    if method == "baseline":
+        assert found.metrics["kl"] < 1e-5 and found.metrics["nominal_bits"] == 16
+    else:
+        assert found.metrics["kl"] > 0
+    if method in ("nash_swarm", "no_swarm"):
+        assert 0.97 * 3 < found.metrics["bits_per_weight_model"] <= 3
+        assert found.series["potential"] == sorted(found.series["potential"], reverse=True)
+
+
+def test_the_baseline_at_32_bits_changes_nothing(execute: Callable[..., Outcome]) -> None:
+    found = execute("method=baseline", "method.bits=32").record
+    assert found.metrics["nll_delta"] == pytest.approx(0, abs=1e-9) and found.metrics["top1_agreement"] == 1
+    assert found.metrics["kl"] == pytest.approx(0, abs=1e-9)
+    assert found.series["nll"] == pytest.approx(found.series["nll_full"], abs=1e-9)
+
+
+def test_nll_is_that_of_the_test_text(
+    execute: Callable[..., Outcome], tiny: Any, tokenizer: Any, text_file: pathlib.Path
+) -> None:
+    """From the file to the number by hand: the last four fifths of the text, the library's own loss."""
+    text = text_file.read_text()
+    tokens = torch.tensor(tokenizer(text[int(len(text) * 0.2) :])["input_ids"])
+    with torch.no_grad():
+        windows = [tokens[None, start : start + 32] for start in range(0, 6 * 32, 32)]
+        expected = [tiny(input_ids=window, labels=window).loss.item() for window in windows]
+    assert execute("method=baseline", "method.bits=32").record.series["nll"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_second_run_is_skipped_and_a_rerun_gives_the_same_bits(execute: Callable[..., Outcome]) -> None:
+    first = execute("method=nash_swarm")
+    written = first.path.stat().st_mtime_ns
+    second = execute("method=nash_swarm")
+    assert second.status == "skipped" and second.record == first.record
+    assert first.path.stat().st_mtime_ns == written
+    again = execute("method=nash_swarm", "rerun=true")
+    assert again.status == "finished" and again.path == first.path
+    assert "moments" not in first.record.provenance["cache_hits"]
+    assert {"moments", "damage", "baseline"} <= set(again.record.provenance["cache_hits"])
+    for part in ("series", "layers", "allocation", "config"):
+        assert getattr(again.record, part) == getattr(first.record, part), part
+    assert lasting(again.record.metrics) == lasting(first.record.metrics)
+
+
+def test_the_cache_moves_no_number(execute: Callable[..., Outcome], tmp_path: pathlib.Path) -> None:
+    cached = [execute("method=no_swarm", "rerun=true").record for _ in range(2)][-1]
+    files = sorted((tmp_path / "cache").iterdir())
+    uncached = execute("method=no_swarm", "method.cache=false").record
+    assert uncached.provenance["cache_hits"] == [] and sorted((tmp_path / "cache").iterdir()) == files
+    assert lasting(uncached.metrics) == lasting(cached.metrics) and uncached.series == cached.series
+    assert uncached.allocation == cached.allocation and uncached.fingerprint != cached.fingerprint
+
+
+def test_a_damaged_cache_is_made_anew(execute: Callable[..., Outcome], tmp_path: pathlib.Path) -> None:
+    first = execute("method=no_swarm")
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(path.read_bytes()[:-20])
+    again = execute("method=no_swarm", "rerun=true")
+    assert again.record.provenance["cache_hits"] == [] and again.record.series == first.record.series
+
+
+def test_the_regret_of_the_record_by_enumeration(
+    execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every player, every action, cost by cost, at the profile that the record's allocation spells out."""
+    solved: list[tuple[Any, Any]] = []
+    report = bit_game.Solution.report
+    monkeypatch.setattr(
+        bit_game.Solution, "report", lambda self, blocks: (solved.append((self, blocks)), report(self, blocks))[1]
+    )
+    found = execute("method=nash_swarm").record
+    solution, blocks = solved[-1]
+    widths = [
+        int(run.split("*")[0])
+        for line in found.allocation.splitlines()
+        for run in line.split()[2:]
+        for _ in range(int(run.split("*")[1]))
+    ]
+    profile = [blocks.widths.index(width) for width in widths]
+    links = [(link.weights.toarray(), link.disagreement) for link in solution.game.couplings]
+
+    def cost(player: int, action: int) -> float:
+        shared = sum(
+            weights[player, other] * disagreement[action, profile[other]]
+            for weights, disagreement in links
+            for other in np.flatnonzero(weights[player])
+        )
+        return float(solution.game.own_cost[player, action] + shared)
+
+    regrets = [
+        cost(player, own) - min(cost(player, action) for action in range(len(blocks.widths)))
+        for player, own in enumerate(profile)
+    ]
+    assert found.metrics["players"] == len(profile)
+    assert found.metrics["regret_max"] == pytest.approx(max(regrets), abs=1e-12)
+    assert found.metrics["regret_mean"] == pytest.approx(sum(regrets) / len(regrets), abs=1e-12)
+    # the last gap to the budget is closed out of equilibrium, by at most the price of one upgrade
+    assert found.metrics["regret_max"] <= max(1e-6, found.metrics["price"] * blocks.scheme.tile_bytes(8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["seed=1", "method.group_size=32", "dataset.test_windows=5", "dataset.holdout_windows=2", "measure=size"],
+)
+def test_what_moves_a_number_has_a_record_of_its_own(change: str, execute: Callable[..., Outcome]) -> None:
+    first, second = execute("method=uniform4", "measure=quality"), execute("method=uniform4", change)
+    assert second.status == "finished" and first.path != second.path
+    if change == "measure=size":
+        assert not set(second.record.metrics) & QUALITY and set(second.record.metrics) >= SIZE
+
+
+def test_where_things_lie_moves_no_number(
+    execute: Callable[..., Outcome], tmp_path: pathlib.Path, text_file: pathlib.Path, model_folder: pathlib.Path
+) -> None:
+    first = execute("method=uniform4")
+    (tmp_path / "moved.txt").write_bytes(text_file.read_bytes())
+    (tmp_path / "moved").symlink_to(model_folder)
+    moved = execute("method=uniform4", f"dataset.path={tmp_path}/moved.txt", f"model.path={tmp_path}/moved")
+    assert moved.status == "skipped" and moved.path == first.path
+    (tmp_path / "moved.txt").write_text(text_file.read_text() + "more")
+    assert execute("method=uniform4", f"dataset.path={tmp_path}/moved.txt").status == "finished"
+
+
+def test_the_other_measures_are_recorded(execute: Callable[..., Outcome]) -> None:
+    speed = execute("method=uniform4", "measure=speed", "measure.new_tokens=4", "measure.repeats=3").record
+    assert {"decode_ms", "decode_full_ms", "decode_ratio", "prefill_tokens_per_second"} <= set(speed.metrics)
+    load = ["measure=load", "measure.requests=4", "measure.prompt_tokens=8", "measure.new_tokens=4"]
+    assert {"latency_p99_ms", "tokens_per_second", "error_rate"} <= set(
+        execute("method=uniform4", *load).record.metrics
+    )
+
+
+def test_excluded_matrices_stay_at_16_bits(execute: Callable[..., Outcome]) -> None:
+    found = execute("method=uniform4", "model.exclude=['*.mlp.*']").record
+    assert not any(".mlp." in row["name"] for row in found.layers)
+    assert found.metrics["bytes_file"] > execute("method=uniform4").record.metrics["bytes_file"]
+    without = execute("method=nash_swarm", "method.bits=6", "model.exclude=[lm_head,'*wpe']").record
+    assert not any(row["name"].endswith(("wte", "wpe")) for row in without.layers)
+
+
+@pytest.fixture
+def command(
+    overrides: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """``python -m experiments.run`` in this process and in an empty folder: exit status and all that was printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    loggers = [logging.getLogger(), logging.getLogger("nashswarm"), logging.getLogger("nashswarm.traceback")]
+    before = [(logger, copy.copy(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+
+    def started(*more: str) -> tuple[int, str]:
+        flags = [word for word in more if word.startswith("-")]
+        words = [word for word in more if word not in flags]
+        monkeypatch.setattr(sys, "argv", ["experiments.run", *flags, *overrides, "wandb=disabled", *words])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_module("experiments.run", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            GlobalHydra.instance().clear()
+        printed = capfd.readouterr()
+        return code, printed.out + printed.err
+
+    yield started
+    for logger, handlers, level, propagate in before:
+        logger.handlers, logger.level, logger.propagate = handlers, level, propagate
+    logging.disable(logging.NOTSET)
+
+
+WRONG = {
+    "method=nash_swrm": "Could not find 'method/nash_swrm'",
+    "metod=nash_swarm": "Could not override 'metod'",
+    "dataset=wikitxt": "Could not find 'dataset/wikitxt'",
+    "model.path=/nowhere/model": "the model folder /nowhere/model does not exist",
+    "model.path=nobody/nothing": "the model nobody/nothing cannot be fetched from the Hugging Face hub",
+    "dataset.path=/nowhere/text": "the dataset /nowhere/text does not exist",
+    "dataset.path=nobody/nothing": "the dataset nobody/nothing cannot be read from the Hugging Face hub",
+    "dataset.path=???": "dataset.path must be given",
+    "dataset.sequence_length=100000": "too short for one window of 100000",
+    "dataset.calibration_windows=100000": "lower dataset.calibration_windows",
+    "dataset.test_windows=100000": "fewer than dataset.test_windows=100000",
+    "model.exclude=[nothing]": "model.exclude names no matrix of this model: nothing",
+    "method.group_size=48": "not divisible by group_size 48",
+    "method.group_size=0": "group_size",
+    "method.bits=0.1": "method.bits=0.1 is below the smallest possible size",
+    "method.bits=null": "give either method.bits or method.split",
+    "device=gpu": "unknown device=gpu: choose one of auto, cpu, cuda, mps",
+    "device=mps": "device=mps is not available on this machine",
+    "dtype=float8": "unknown dtype=float8",
+    "wandb=online": "wandb=online needs a key",
+    "wandb=onlin": "unknown wandb=onlin",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_mistake_is_answered_in_one_sentence(
+    wrong: str, command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path
+) -> None:
+    code, printed = command(wrong)
+    assert code == 1
+    assert WRONG[wrong] in printed and "Traceback" not in printed
+    if not WRONG[wrong].startswith("Could not"):  # Hydra's own messages are longer
+        last = printed.strip().splitlines()[-1]
+        assert last.startswith("ERROR ") and WRONG[wrong] in last
+    assert records_in(tmp_path) == []
+
+
+def test_a_window_longer_than_the_models_context_is_refused(
+    command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path
+) -> None:
+    code, printed = command("dataset.sequence_length=65", "dataset.calibration_windows=2", "dataset.test_windows=2")
+    assert code == 1 and "sequence_length" in printed and "64" in printed and "Traceback" not in printed
+
+
+def test_a_full_disk_leaves_no_record(
+    command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    code, printed = command("method=uniform4")
+    assert code == 1 and "cannot write" in printed and "No space left on device" in printed
+    assert records_in(tmp_path) == [] and "Traceback" not in printed
+
+
+def environment(folder: pathlib.Path) -> dict[str, str]:
+    """For a process of its own: no network, no terminal, its home in ``folder``."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "HYDRA"))}
+    return kept | {"PYTHONPATH": str(ROOT), "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def start(folder: pathlib.Path, *words: str) -> subprocess.Popen[str]:
+    """A sweep as users type it, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.run", "-m", *words],
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_sweep_from_the_command_line(
+    overrides: list[str], tmp_path: pathlib.Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    """It is mirrored to an offline folder of W&B; typed again, nothing is left to do."""
+    methods = "method=baseline,uniform4,nash_swarm"
+    process = start(tmp_path, *overrides, "wandb=offline", methods)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "Traceback" not in printed, printed
+    table = printed[printed.index("3 jobs: 3 finished, 0 skipped, 0 failed") :]
+    assert all(method in table for method in ("baseline", "uniform4", "nash_swarm"))
+    assert len(list(tmp_path.rglob("offline-run-*/*.wandb"))) == 3
+    labels = [record.read(path).labels for path in records_in(tmp_path)]
+    assert sorted(label["method"] for label in labels) == ["baseline", "nash_swarm", "uniform4"]
+    assert {(label["model"], label["dataset"]) for label in labels} == {("tiny", "story.txt")}
+    before = {path: path.stat().st_mtime_ns for path in records_in(tmp_path)}
+    code, printed = command("-m", methods)
+    assert code == 0 and "3 jobs: 0 finished, 3 skipped, 0 failed" in printed
+    assert {path: path.stat().st_mtime_ns for path in records_in(tmp_path)} == before
+
+
+def test_a_sweep_outlives_jobs_that_fail(overrides: list[str], tmp_path: pathlib.Path) -> None:
+    """Choices misspelt inside a method; not in this process, where the type checker of the tests would answer first."""
+    misspelt = ["method.swarm.graph=features,featurs", "method.bit_game=equilibrium,equilibrum"]
+    process = start(
+        tmp_path, *overrides, "wandb=disabled", "method.swarm.align=[0]", "method.swarm.shrink=[0]", *misspelt
+    )
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in printed
+    assert "4 jobs: 1 finished, 0 skipped, 3 failed" in printed, printed
+    assert len(records_in(tmp_path)) == 1
+    reasons = {path.parent.name: json.loads(path.read_text())["message"] for path in tmp_path.rglob("outcome.json")}
+    assert reasons["0"] == "" and "'equilibrum'" in reasons["1"] and "'featurs'" in reasons["2"] and reasons["3"]
+    assert not any("\n" in reason for reason in reasons.values())
+    logs = {path.parent.name: path.read_text() for path in tmp_path.rglob("*.log")}
+    assert [("Traceback" in logs[job]) for job in "0123"] == [False, True, True, True]
+
+
+def test_a_killed_sweep_leaves_whole_records_and_goes_on(
+    overrides: list[str], tmp_path: pathlib.Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    sweep = ["method=uniform2,uniform3,uniform4", "seed=0,1"]
+    process = start(tmp_path, *overrides, "wandb=disabled", *sweep)
+    try:
+        deadline = time.monotonic() + 120
+        while not records_in(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.poll() is None, "the sweep ended before it could be killed"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    left = records_in(tmp_path)
+    assert 1 <= len(left) < 6
+    for path in left:
+        assert record.read(path).metrics["bytes_file"] > 0
+        assert json.loads(path.read_text())["schema"] == record.SCHEMA
+    code, printed = command("-m", *sweep)
+    assert code == 0
+    assert f"6 jobs: {6 - len(left)} finished, {len(left)} skipped, 0 failed" in printed
+    assert len(records_in(tmp_path)) == 6
