@@ -117,11 +117,18 @@ class HubText:
                 "set dataset.columns"
             )
         columns: list[Iterable[Any]] = [table[column] for column in self.columns]
-        return [" ".join(row) for row in zip(*columns, strict=True)]
+        rows = list(zip(*columns, strict=True))
+        for column, value in zip(self.columns, rows[0] if rows else (), strict=bool(rows)):
+            if not isinstance(value, str):
+                raise ValueError(f"the column {column} of {self.path} holds {type(value).__name__}, not text")
+        return [" ".join(row) for row in rows]
 
 
 def _part_of_file(path: pathlib.Path, purpose: Purpose) -> str:
-    content = path.read_text(encoding="utf-8")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
     cut = int(len(content) * FILE_CALIBRATION_SHARE)
     return content[:cut] if purpose == "calibration" else content[cut:]
 

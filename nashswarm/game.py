@@ -121,7 +121,7 @@ def best_response(
 def shadow_price(
     solve: Callable[[float], Solution],
     spent: Callable[[Solution], float],
-    budget: float | int,
+    budget: float,
     start: float,
     steps: int = 40,
 ) -> tuple[float, Solution]:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from nashswarm import allocation, swarm
 from nashswarm.allocation import Blocks, Layer
 from nashswarm.bit_game import by_lot, by_quantiles, solve
 from nashswarm.quant.calibration import Moments
-from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, Scheme, quantize
+from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, Scheme, quantize
 from nashswarm.quant.pack import pack, packed_bytes
 from nashswarm.quant.published import quantize_by_magnitude
 
@@ -104,6 +104,12 @@ class AsPublished:
 
     quantiles: Sequence[float] = (0.9, 0.7)
 
+    def __post_init__(self) -> None:
+        if len(self.quantiles) != 2 or not 1 > self.quantiles[0] > self.quantiles[1] > 0:
+            raise ValueError(
+                f"method.quantiles {list(self.quantiles)} must be two numbers, descending, between 0 and 1"
+            )
+
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(group_size=1)
         untouched = [layer for layer in oracle.layers if "Linear" not in layer.kinds]
@@ -136,6 +142,18 @@ class Flock:
     shrink: Sequence[float] = (0.0, 0.25)
     graph: swarm.Graph = "features"
 
+    def __post_init__(self) -> None:
+        if self.graph not in get_args(swarm.Graph):
+            raise ValueError(f"unknown method.swarm.graph {self.graph!r}: choose {', '.join(get_args(swarm.Graph))}")
+        if self.neighbours < 1:
+            raise ValueError(
+                f"method.swarm.neighbours={self.neighbours} must be at least 1; without a flock use no_swarm"
+            )
+        if not self.align or min(self.align) < 0:
+            raise ValueError(f"method.swarm.align {list(self.align)} must hold numbers of bytes, none negative")
+        if not self.shrink or min(self.shrink) < 0 or max(self.shrink) > 1:
+            raise ValueError(f"method.swarm.shrink {list(self.shrink)} must hold numbers between 0 and 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -143,6 +161,13 @@ class Split:
 
     bits: int
     pruned: float
+
+    def __post_init__(self) -> None:
+        if self.bits not in GRID_WIDTHS or not 0 <= self.pruned < 1:
+            raise ValueError(
+                f"method.split needs bits among {', '.join(map(str, GRID_WIDTHS))} and pruned from 0 to below 1, "
+                f"not bits={self.bits} and pruned={self.pruned}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +181,7 @@ class NashSwarm:
     earlier runs.
     """
 
-    bits: float | int | None = 3.0
+    bits: float | None = 3.0
     bit_widths: Sequence[int] = PLAYED_WIDTHS
     group_size: int = 64
     bit_game: Literal["equilibrium", "quantiles", "lot"] = "equilibrium"
@@ -175,8 +200,9 @@ class NashSwarm:
             raise ValueError(f"method.quantiles {self.quantiles} need {len(self.quantiles) + 1} method.bit_widths")
         if self.split is not None and 0 not in self.bit_widths:
             raise ValueError(f"method.split prunes, so method.bit_widths {list(self.bit_widths)} must contain 0")
-        if tuple(self.bit_widths) != tuple(sorted(set(self.bit_widths))) or not self.bit_widths:
-            raise ValueError(f"method.bit_widths {self.bit_widths} must be ascending and distinct")
+        if tuple(self.bit_widths) != tuple(sorted(set(self.bit_widths) & set(WIDTHS))) or not self.bit_widths:
+            known = ", ".join(map(str, WIDTHS))
+            raise ValueError(f"method.bit_widths {list(self.bit_widths)} must be ascending widths among {known}")
 
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(self.group_size, search=self.code_game)
@@ -261,9 +287,9 @@ def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme) -> Blocks:
             quantized = quantize(layer.weight, width, scheme, s).dequantize()
             predicted = allocation.damage(layer, quantized, s, scheme)
             found[layer.name] = predicted
-            if width in PROBED_WIDTHS:
+            if width in PROBED_WIDTHS and (total := float(predicted.sum())) > 0:
                 measured = oracle.heldout_kl({layer.name: quantized}, PROBE_TOKENS)
-                found[layer.name] = predicted * (measured / float(predicted.sum()))
+                found[layer.name] = predicted * (measured / total)
         return found
 
     columns = []

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from nashswarm import hub
 from nashswarm.allocation import Layer
 
+LONGEST_WINDOW = 2048  # tokens; the protocol for models that could read further
 EMBEDDED = pathlib.Path(__file__).parent / "default_model"
 MATRICES = (nn.Linear, Conv1D, nn.Embedding)
 transformers.utils.logging.disable_progress_bar()
@@ -45,13 +46,18 @@ class LoadedModel:
     model: Any
     tokenizer: Any
 
-    @property
-    def sequence_length(self) -> int:
-        """Tokens in a window: the model's maximum, 2048 at most.  Raises ValueError if its config names none."""
-        for name in ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len"):
-            if (length := getattr(self.model.config, name, None)) is not None:
-                return min(int(length), 2048)
-        raise ValueError("the model's config names no maximum length; set dataset.sequence_length")
+    def window_length(self, wanted: int | None) -> int:
+        """Tokens in a window: ``wanted``, or without a wish the model's maximum, 2048 at most.
+
+        Raises ValueError if the model cannot read that far, or if there is neither a wish nor a maximum.
+        """
+        names = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len")
+        longest = next((int(found) for name in names if (found := getattr(self.model.config, name, None))), None)
+        if wanted is None and longest is None:
+            raise ValueError("the model's config names no maximum length; set dataset.sequence_length")
+        if wanted is not None and (wanted < 2 or wanted > (longest or wanted)):
+            raise ValueError(f"dataset.sequence_length={wanted} is not between 2 and the model's maximum of {longest}")
+        return wanted or min(longest or 0, LONGEST_WINDOW)
 
 
 def content_of(source: ModelSource) -> str:
@@ -84,8 +90,11 @@ def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
         hub.use_cache_if_unreachable()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=source.revision)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, revision=source.revision, dtype=dtype)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path, revision=source.revision, dtype=dtype, output_loading_info=True
+        )
+        model, loading = loaded
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         if folder.is_dir():
             raise ValueError(
@@ -95,6 +104,10 @@ def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
             f"the model {path} cannot be fetched from the Hugging Face hub (no network, no access, or no such name); "
             f"point model.path at a local folder: {first}"
         ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"the checkpoint in {path} lacks {len(missing)} of the model's tensors: {', '.join(missing)}")
+    if not tokenizer("some text")["input_ids"]:
+        raise ValueError(f"the checkpoint in {path} has no usable tokenizer; add the tokenizer's files to the folder")
     return LoadedModel(model.eval().to(device), tokenizer)
 
 

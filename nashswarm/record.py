@@ -60,25 +60,39 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
 
     Raises OSError (for example a full disk) with the path in its message.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[pathlib.Path, bytes]) -> None:
+    """Put every content at its path, the last path last, once all of them are safely on the disk.
+
+    Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
+    """
+    partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in contents}
+    path = next(iter(contents))
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partials[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, partial in partials.items():
+            partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 def write(folder: pathlib.Path, record: Record) -> pathlib.Path:
-    """Write the allocation, then the record; the path of the record comes back."""
+    """Write the record, its allocation first; the path of the record comes back."""
     path = path_of(folder, record.config)
     fields = dataclasses.asdict(record)
-    write_whole(path.with_suffix(".txt"), fields.pop("allocation").encode())
-    write_whole(path, (json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    allocation = fields.pop("allocation").encode()
+    content = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_together({path.with_suffix(".txt"): allocation, path: content.encode()})
     return path
 
 
@@ -89,12 +103,13 @@ def read(path: pathlib.Path) -> Record:
     """
     try:
         fields = json.loads(path.read_text())
-        schema = fields["schema"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        if fields["schema"] == SCHEMA:
+            return Record(allocation=path.with_suffix(".txt").read_text(), **fields)
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise ValueError(f"{path} is not a whole record ({error}); delete it and run again") from error
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}, this version reads schema {SCHEMA}: rerun it with rerun=true")
-    return Record(allocation=path.with_suffix(".txt").read_text(), **fields)
+    raise ValueError(
+        f"{path} has schema {fields['schema']}, this version reads schema {SCHEMA}: rerun it with rerun=true"
+    )
 
 
 def read_all(folder: pathlib.Path) -> Iterator[Record]:

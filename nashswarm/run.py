@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import hydra
+import hydra.errors
 import numpy as np
 import safetensors
 import safetensors.torch
@@ -40,6 +41,7 @@ from nashswarm.record import Record, fingerprint
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GROUPS = ("model", "method", "dataset", "measure")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 HELDOUT_BATCH = 8
 PACKAGES = ("nashswarm", "torch", "transformers", "datasets", "numpy", "scipy", "scikit-learn", "safetensors")
@@ -83,10 +85,7 @@ def run(config: DictConfig, labels: Mapping[str, str]) -> Outcome:
     """
     started, start_time = time.monotonic(), datetime.datetime.now(datetime.UTC)
     device, dtype = choose_device(config)
-    source, method, dataset, measure = (
-        hydra.utils.instantiate(config[group], _convert_="object")
-        for group in ("model", "method", "dataset", "measure")
-    )
+    source, method, dataset, measure = (build(config[group]) for group in GROUPS)
     texts = {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
     identity = identify(config, device, source, texts)
     all_labels = dict(labels) | {"seed": str(config.seed)}
@@ -139,7 +138,7 @@ class Job:
         self.compressed = copy.deepcopy(self.full)
         self.layers = models.find_layers(self.full, source.exclude)
         self.parameters = sum(parameter.numel() for parameter in self.full.parameters())
-        length = dataset.sequence_length or loaded.sequence_length
+        length = loaded.window_length(dataset.sequence_length)
         pool, test = (
             data.windows(texts[purpose], loaded.tokenizer, length, purpose).to(device)
             for purpose in ("calibration", "test")
@@ -277,11 +276,17 @@ def choose_device(config: DictConfig) -> tuple[str, torch.dtype]:
     return device, DTYPES[config.dtype]
 
 
+def build(config: DictConfig) -> Any:
+    """The value that a config group names.  Raises the ValueError of its own checks, not Hydra's wrapping of it."""
+    try:
+        return hydra.utils.instantiate(config, _convert_="object")
+    except hydra.errors.InstantiationException as error:
+        raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
+
+
 def identify(config: DictConfig, device: str, source: models.ModelSource, texts: Mapping[str, str]) -> dict[str, Any]:
     """Everything that can move a number; paths count by their content."""
-    groups: dict[str, Any] = {
-        name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "method", "dataset", "measure")
-    }
+    groups: dict[str, Any] = {name: OmegaConf.to_container(config[name], resolve=True) for name in GROUPS}
     dataset = {key: value for key, value in groups["dataset"].items() if key not in ("path", "name")}
     model = {key: value for key, value in groups["model"].items() if key not in ("path", "revision")}
     return {

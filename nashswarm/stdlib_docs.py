@@ -78,8 +78,14 @@ def documents() -> dict[str, str]:
     return kept
 
 
+@functools.cache
 def text(split: str) -> str:
-    """The documents of ``split`` (train, calibration or test), one after the other."""
+    """The documents of ``split`` (train, calibration or test), one after the other.
+
+    A paragraph that also stands in an earlier split is left out: what tests was never trained or calibrated on.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of the embedded text: choose one of {', '.join(SPLITS)}")
-    return "\n\n".join(body for name, body in documents().items() if split_of(name) == split)
+    seen = {paragraph for earlier in SPLITS[: SPLITS.index(split)] for paragraph in text(earlier).split("\n\n")}
+    bodies = (body for name, body in documents().items() if split_of(name) == split)
+    return "\n\n".join(part for body in bodies for part in body.split("\n\n") if part not in seen)

@@ -93,13 +93,17 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluate", action="store_true", help="train nothing: evaluate the checkpoint in --out again")
     options = parser.parse_args()
+    if options.evaluate:
+        evaluate(options.out)
+        return
 
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     length = options.sequence_length
     tokenizer = train_tokenizer(stdlib_docs.text("train"), options.vocabulary, length)
-    train, calibration, test = (tokens_of(tokenizer, split) for split in stdlib_docs.SPLITS)
+    train, calibration = tokens_of(tokenizer, "train"), tokens_of(tokenizer, "calibration")
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=length,
@@ -135,13 +139,11 @@ def main() -> None:
         "data": f"topics, docstrings and comment blocks of CPython {platform.python_version()}",
         "train_sha256": hashlib.sha256(stdlib_docs.text("train").encode()).hexdigest(),
         "train_tokens": len(train),
-        "test_tokens": len(test),
         "seed": options.seed,
         "batch_tokens": options.batch * length,
         "learning_rate": options.learning_rate,
         "dropout": options.dropout,
         "hardware": f"{torch.get_num_threads()} CPU threads, {platform.machine()}, torch {torch.__version__}",
-        "unigram_perplexity": round(math.exp(unigram_nll(train, test, len(tokenizer))), 2),
     }
     curve: list[dict[str, float]] = []
     started, running = time.monotonic(), 0.0
@@ -177,13 +179,25 @@ def main() -> None:
                 progress.console.print(curve[-1], round(time.monotonic() - started), "s")
                 card |= {"steps": step, "minutes": round((time.monotonic() - started) / 60, 1), "curve": curve}
                 write(model, tokenizer, options.out, card)
-    test_nll = mean_nll(model.half().float(), test, length)
+    evaluate(options.out)
+
+
+def evaluate(folder: pathlib.Path) -> None:
+    """Bring the test numbers of a written checkpoint's card up to date with the text of this interpreter."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    card = json.loads((folder / "training.json").read_text())
+    train, test = tokens_of(tokenizer, "train"), tokens_of(tokenizer, "test")
+    nll = mean_nll(model, test, card["sequence_length"])
     card |= {
-        "train_nll": curve[-1]["train_nll"],
-        "test_nll": round(test_nll, 4),
-        "test_perplexity": round(math.exp(test_nll), 2),
+        "train_nll": card["curve"][-1]["train_nll"],
+        "test_sha256": hashlib.sha256(stdlib_docs.text("test").encode()).hexdigest(),
+        "test_tokens": len(test),
+        "test_nll": round(nll, 4),
+        "test_perplexity": round(math.exp(nll), 2),
+        "unigram_perplexity": round(math.exp(unigram_nll(train, test, len(tokenizer))), 2),
     }
-    write(model, tokenizer, options.out, card)
+    write(model, tokenizer, folder, card)
     print(json.dumps({key: value for key, value in card.items() if key != "curve"}, indent=1))
 
 

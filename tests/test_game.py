@@ -258,7 +258,7 @@ def test_shadow_price_never_overspends_on_a_staircase_that_is_not_monotone(seed:
 
 
 def test_an_impossible_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match="no price brings what is spent down to 5: .* it is 7"):
+    with pytest.raises(ValueError, match=r"no price brings what is spent down to 5: .* it is 7"):
         shadow_price(lambda price: price, lambda price: 7 + 1 / (1 + price), 5.0, 1.0)
 
 

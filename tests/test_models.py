@@ -157,17 +157,19 @@ def test_a_folder_is_loaded(model_folder: pathlib.Path, tiny: Any, token_windows
     source = ModelSource(str(model_folder))
     loaded = load(source, "cpu", torch.float32)
     assert torch.equal(logits(loaded.model, token_windows), logits(tiny, token_windows))
-    assert not loaded.model.training and loaded.sequence_length == 64 and source.label == "tiny"
+    assert not loaded.model.training and loaded.window_length(None) == 64 and source.label == "tiny"
     assert loaded.tokenizer.decode(loaded.tokenizer("the quiet flock\n")["input_ids"]) == "the quiet flock\n"
 
 
 def test_a_window_is_the_models_maximum_and_2048_at_most(model: Any) -> None:
     loaded = LoadedModel(model, None)
     model.config.n_positions = 4096
-    assert loaded.sequence_length == 2048
+    assert loaded.window_length(None) == 2048 and loaded.window_length(4096) == 4096
+    with pytest.raises(ValueError, match="maximum of 4096"):
+        loaded.window_length(4097)
     silent = LoadedModel(types.SimpleNamespace(config=object()), None)
     with pytest.raises(ValueError, match=r"set dataset\.sequence_length"):
-        _ = silent.sequence_length
+        silent.window_length(None)
 
 
 def test_the_embedded_model_needs_no_path() -> None:

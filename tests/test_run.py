@@ -283,7 +283,7 @@ WRONG = {
     "dataset.path=/nowhere/text": "the dataset /nowhere/text does not exist",
     "dataset.path=nobody/nothing": "the dataset nobody/nothing cannot be read from the Hugging Face hub",
     "dataset.path=???": "dataset.path must be given",
-    "dataset.sequence_length=100000": "too short for one window of 100000",
+    "dataset.sequence_length=100000": "dataset.sequence_length=100000 is not between 2 and the model's maximum of 64",
     "dataset.calibration_windows=100000": "lower dataset.calibration_windows",
     "dataset.test_windows=100000": "fewer than dataset.test_windows=100000",
     "model.exclude=[nothing]": "model.exclude names no matrix of this model: nothing",
@@ -309,6 +309,15 @@ def test_a_mistake_is_answered_in_one_sentence(
     if not WRONG[wrong].startswith("Could not"):  # Hydra's own messages are longer
         last = printed.strip().splitlines()[-1]
         assert last.startswith("ERROR ") and WRONG[wrong] in last
+    assert records_in(tmp_path) == []
+
+
+def test_a_text_too_short_for_one_window_is_refused(
+    command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "short.txt").write_text("Not enough.")
+    code, printed = command(f"dataset.path={tmp_path / 'short.txt'}")
+    assert code == 1 and "too short for one window of 32" in printed and "Traceback" not in printed
     assert records_in(tmp_path) == []
 
 

@@ -101,11 +101,13 @@ class _Sums:
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, names: Sequence[str], head: nn.Module | None) -> Iterator[dict[str, _Sums]]:
+def _watched(model: Any, names: Sequence[str]) -> Iterator[dict[str, _Sums]]:
+    head = model.get_output_embeddings()
     modules = {name: model.get_submodule(name) for name in names}
     sums = {name: _Sums(module, module is head) for name, module in modules.items()}
     wanted_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [watch.module.register_forward_hook(watch.see) for watch in sums.values()]
+    handles = [model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())]
+    handles += [watch.module.register_forward_hook(watch.see) for watch in sums.values()]
     for parameter in wanted_gradient:
         parameter.requires_grad_(False)
     try:
@@ -131,8 +133,7 @@ def calibrate(
     those of the text (``"text"``, the empirical one).  Raises ValueError for a module that the model never uses.
     """
     model.eval()
-    head = model.get_output_embeddings()
-    with _watched(model, names, head) as sums:
+    with _watched(model, names) as sums:
         for window in track(list(windows), "calibrating"):
             logits = model(input_ids=window.unsqueeze(0)).logits[0, :-1]
             if labels == "model":

@@ -32,6 +32,10 @@ class Scheme:
     search: bool = False
     symmetric: bool = False
 
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size} must be at least 1")
+
     def bits_per_weight(self, bits: int) -> float:
         """Stored bits per weight of a tile: codes, scale and zero point.
 
