@@ -1,9 +1,8 @@
 """Who got which bits: weight matrices, their blocks (the players), and what an allocation costs in bytes.
 
-A block is a tile of 16 rows × ``group_size`` columns.  Its damage at b bits is the second-order estimate with the
-diagonal of H, in nats per token: ``D_i(b) = ½ Σ_{o,j ∈ i} s_oj (w_oj − q_oj)²`` with ``s_oj = f_o H_jj`` (f coupled
-over positions) for a matrix that multiplies and ``s_vo = p_v f_o`` for one that is looked up; a tied matrix carries
-both.
+A block is a tile of 16 rows × ``group_size`` columns.  A layer's damage is the second-order estimate, in nats per
+token: ``½ Σ_o f_o · e_oᵀ H e_o`` (f coupled over positions) for its products and ``½ Σ_v p_v Σ_o f_o e_vo²`` for its
+lookups; a tied matrix carries both.  A block's share of it is in proportion to what the diagonals alone say.
 """
 
 import dataclasses
@@ -18,6 +17,7 @@ from torch import Tensor
 from nashswarm.quant.calibration import Moments
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor, Scheme, quantize, row_blocks, tile_sums
 from nashswarm.quant.pack import packed_bytes, run_lengths
+from nashswarm.quant.reply import Curvature, reply
 
 Bits = Mapping[str, Integer[np.ndarray, "row_blocks groups"]]
 
@@ -109,21 +109,34 @@ def check_divisible(layers: Sequence[Layer], group_size: int) -> None:
         )
 
 
-def sensitivity(layer: Layer, moments: Mapping[str, Moments]) -> Float[Tensor, "out in"]:
-    """s: nats per token for half a unit of squared error of each weight."""
-    total = torch.zeros_like(layer.weight)
-    for module in layer.modules:
-        found = moments[module]
-        by_row, by_column = (found.inputs, found.outputs) if found.lookup else (found.coupled, found.inputs.diagonal())
-        total += torch.outer(by_row, by_column)
-    return total
+def curvature(layer: Layer, moments: Mapping[str, Moments]) -> Curvature:
+    """Second derivatives of the loss in the layer's weights, summed over the modules that share it."""
+    products = [moments[module] for module in layer.modules if not moments[module].lookup]
+    lookups = [
+        torch.outer(found.inputs, found.outputs)
+        for found in (moments[module] for module in layer.modules)
+        if found.lookup
+    ]
+    if len(products) > 1:
+        raise ValueError(
+            f"{' and '.join(layer.modules)} share a matrix and both multiply: leave it out by model.exclude"
+        )
+    return Curvature(
+        rows=products[0].coupled if products else torch.zeros(len(layer.weight)),
+        inputs=products[0].inputs if products else None,
+        lookups=torch.stack(lookups).sum(0) if lookups else None,
+    )
 
 
 def damage(
-    layer: Layer, quantized: Float[Tensor, "out in"], s: Float[Tensor, "out in"], scheme: Scheme
+    layer: Layer, quantized: Float[Tensor, "out in"], curved: Curvature, scheme: Scheme
 ) -> Float[Tensor, " blocks"]:
     """Each block's second-order damage, in nats per token, when its layer becomes ``quantized``."""
-    return tile_sums(s * (layer.weight - quantized).square(), scheme.group_size).flatten() / 2
+    error = layer.weight - quantized
+    by_diagonal = tile_sums(curved.diagonal() * error.square(), scheme.group_size).flatten() / 2
+    whole = curved.damage_by_row(error).double().sum()
+    on_diagonal = by_diagonal.sum()
+    return by_diagonal * (whole / on_diagonal) if on_diagonal > 0 else by_diagonal
 
 
 def describe(
@@ -133,7 +146,7 @@ def describe(
     roles = sorted({layer.role for layer in layers})
     log_sensitivity, features = [], []
     for layer in layers:
-        mean = block_means(sensitivity(layer, moments), scheme.group_size)
+        mean = block_means(curvature(layer, moments).diagonal(), scheme.group_size)
         log_sensitivity.append(mean.clamp(min=TINY).log().flatten().numpy())
         own = block_features(layer, moments, scheme)
         shared = np.append(np.eye(len(roles))[roles.index(layer.role)], layer.depth)
@@ -165,16 +178,15 @@ def block_features(layer: Layer, moments: Mapping[str, Moments], scheme: Scheme)
 def quantize_layers(
     layers: Sequence[Layer], bits: Bits, scheme: Scheme, moments: Mapping[str, Moments] | None = None
 ) -> dict[str, QuantizedTensor]:
-    """Every layer at the widths of its tiles; with ``moments`` the range search weighs errors by their damage."""
-    return {
-        layer.name: quantize(
-            layer.weight,
-            torch.from_numpy(bits[layer.name]),
-            scheme,
-            None if moments is None else sensitivity(layer, moments),
-        )
-        for layer in layers
-    }
+    """Every layer at the widths of its tiles: with ``moments`` by its best reply, without by plain rounding."""
+    tensors = {}
+    for layer in layers:
+        tiles = torch.from_numpy(bits[layer.name])
+        if moments is None:
+            tensors[layer.name] = quantize(layer.weight, tiles, scheme)
+        else:
+            tensors[layer.name] = reply(layer.weight, tiles, scheme, curvature(layer, moments))
+    return tensors
 
 
 def text(bits: Bits) -> str:

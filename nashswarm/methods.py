@@ -22,10 +22,11 @@ from nashswarm.quant.calibration import Moments
 from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, Scheme, quantize
 from nashswarm.quant.pack import pack, packed_bytes
 from nashswarm.quant.published import quantize_by_magnitude
+from nashswarm.quant.reply import reply
 
 PLAYED_WIDTHS = (0, *GRID_WIDTHS)
-PROBED_WIDTHS = (0, 2, 3)  # where the damage of a layer is measured, not only predicted
-PROBE_TOKENS = 2048
+PROBED_WIDTHS = (0, 2, 3, 4)  # where the damage of a layer is measured, not only predicted
+PROBE_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Uniform:
         }
         if self.bits in FLOATS:
             return _pack(oracle, bits, scheme, None, float_bits=self.bits)
-        blocks = survey(oracle, PLAYED_WIDTHS, scheme)
+        blocks = survey(oracle, PLAYED_WIDTHS, scheme, code_game=False)
         profile = np.full(len(blocks.damage), PLAYED_WIDTHS.index(self.bits))
         return _pack(oracle, bits, scheme, None, *_report_regret(blocks, profile))
 
@@ -138,7 +139,7 @@ class Flock:
     """
 
     neighbours: int = 7
-    align: Sequence[float] = (0.0, 4.0, 16.0)
+    align: Sequence[float] = (0.0, 4.0)
     shrink: Sequence[float] = (0.0, 0.25)
     graph: swarm.Graph = "features"
 
@@ -209,7 +210,7 @@ class NashSwarm:
         allocation.check_divisible(oracle.layers, self.group_size)
         budget = self._budget(oracle, scheme)
         moments = oracle.moments()
-        blocks = survey(oracle, self.bit_widths, scheme)
+        blocks = survey(oracle, self.bit_widths, scheme, self.code_game)
         weighed = moments if self.code_game else None
         if self.bit_game != "equilibrium":
             if self.bit_game == "quantiles":
@@ -271,7 +272,7 @@ class NashSwarm:
         return budget
 
 
-def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme) -> Blocks:
+def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme, code_game: bool) -> Blocks:
     """All players: what every width would cost each block, and what its flock compares.
 
     The second-order formula is right for small errors and was seen to mislead for large ones, so at the coarse widths
@@ -283,9 +284,10 @@ def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme) -> Blocks:
     def at_width(width: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for layer in oracle.layers:
-            s = allocation.sensitivity(layer, moments)
-            quantized = quantize(layer.weight, width, scheme, s).dequantize()
-            predicted = allocation.damage(layer, quantized, s, scheme)
+            curved = allocation.curvature(layer, moments)
+            answer = reply(layer.weight, width, scheme, curved) if code_game else quantize(layer.weight, width, scheme)
+            quantized = answer.dequantize()
+            predicted = allocation.damage(layer, quantized, curved, scheme)
             found[layer.name] = predicted
             if width in PROBED_WIDTHS and (total := float(predicted.sum())) > 0:
                 measured = oracle.heldout_kl({layer.name: quantized}, PROBE_TOKENS)
@@ -294,7 +296,12 @@ def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme) -> Blocks:
 
     columns = []
     for width in widths:
-        key = dataclasses.asdict(scheme) | {"width": width, "probe_tokens": PROBE_TOKENS}
+        key = dataclasses.asdict(scheme) | {
+            "width": width,
+            "code_game": code_game,
+            "probed": PROBED_WIDTHS,
+            "probe_tokens": PROBE_TOKENS,
+        }
         by_layer = oracle.remember("damage", key, functools.partial(at_width, width))
         columns.append(torch.cat([by_layer[layer.name] for layer in oracle.layers]).numpy())
     log_sensitivity, features = allocation.describe(oracle.layers, moments, scheme)

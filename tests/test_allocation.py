@@ -53,8 +53,8 @@ def test_text_is_what_the_figures_read(data: st.DataObject) -> None:
 
 def test_sensitivity_of_a_matrix_that_multiplies_and_of_one_that_is_looked_up() -> None:
     moments = {"mlp": multiplied(6, 8), "wte": looked_up(6, 8)}
-    product = allocation.sensitivity(layer("mlp", 6, 8), moments)
-    lookup = allocation.sensitivity(layer("wte", 6, 8), moments)
+    product = allocation.curvature(layer("mlp", 6, 8), moments).diagonal()
+    lookup = allocation.curvature(layer("wte", 6, 8), moments).diagonal()
     for row in range(6):
         for column in range(8):
             by_hand = moments["mlp"].coupled[row] * moments["mlp"].inputs[column, column]
@@ -65,20 +65,27 @@ def test_sensitivity_of_a_matrix_that_multiplies_and_of_one_that_is_looked_up() 
 
 def test_sensitivity_of_a_tied_matrix_is_the_sum_of_head_and_lookup() -> None:
     moments = {"head": multiplied(20, 8), "wte": looked_up(20, 8)}
-    alone = [allocation.sensitivity(layer(name, 20, 8), moments) for name in ("head", "wte")]
-    assert torch.allclose(allocation.sensitivity(layer("tied", 20, 8, "wte", "head"), moments), alone[0] + alone[1])
+    alone = [allocation.curvature(layer(name, 20, 8), moments).diagonal() for name in ("head", "wte")]
+    assert torch.allclose(
+        allocation.curvature(layer("tied", 20, 8, "wte", "head"), moments).diagonal(), alone[0] + alone[1]
+    )
 
 
 def test_damage_against_a_loop_over_elements() -> None:
+    """The layer's quadratic form with H in full, shared out as the diagonal says."""
     one, moments = layer("mlp", 20, 24), {"mlp": multiplied(20, 24)}
-    s = allocation.sensitivity(one, moments)
-    quantized = quantize(one.weight, 3, SCHEME).dequantize()
-    by_hand = np.zeros((2, 3))
+    curved = allocation.curvature(one, moments)
+    s = curved.diagonal()
+    error = one.weight - quantize(one.weight, 3, SCHEME).dequantize()
+    shares = np.zeros((2, 3))
     for row in range(20):
         for column in range(24):
-            error = (one.weight[row, column] - quantized[row, column]).item()
-            by_hand[row // 16, column // 8] += s[row, column].item() * error**2 / 2
-    assert allocation.damage(one, quantized, s, SCHEME).numpy() == pytest.approx(by_hand.ravel())
+            shares[row // 16, column // 8] += s[row, column].item() * error[row, column].item() ** 2 / 2
+    f, h = moments["mlp"].coupled, moments["mlp"].inputs
+    whole = 0.5 * sum((f[row] * error[row] @ h @ error[row]).item() for row in range(20))
+    by_hand = shares * whole / shares.sum()
+    found = allocation.damage(one, one.weight - error, curved, SCHEME)
+    assert found.numpy() == pytest.approx(by_hand.ravel(), rel=1e-4)
 
 
 def test_damage_is_the_quadratic_form_where_inputs_do_not_correlate() -> None:
@@ -88,7 +95,7 @@ def test_damage_is_the_quadratic_form_where_inputs_do_not_correlate() -> None:
     quantized = quantize(one.weight, 2, SCHEME).dequantize()
     error, f, h = one.weight - quantized, moments["mlp"].coupled, moments["mlp"].inputs
     whole = 0.5 * sum((f[row] * error[row] @ h @ error[row]).item() for row in range(20))
-    found = allocation.damage(one, quantized, allocation.sensitivity(one, moments), SCHEME)
+    found = allocation.damage(one, quantized, allocation.curvature(one, moments), SCHEME)
     assert found.sum().item() == pytest.approx(whole, rel=1e-5)
 
 
@@ -123,9 +130,9 @@ def test_description_puts_roles_and_depth_first_and_is_the_mean_sensitivity() ->
     assert features.shape == (5, 2 + 1 + 4)
     assert features[:, :3].tolist() == [[0, 1, 0.25]] * 4 + [[1, 0, 0.25]]
     assert features[:4, 3:] == pytest.approx(allocation.block_features(layers[0], moments, SCHEME))
-    s = allocation.sensitivity(layers[0], moments)
+    s = allocation.curvature(layers[0], moments).diagonal()
     means = [s[rows, columns].mean() for rows in (slice(16), slice(16, 20)) for columns in (slice(8), slice(8, 16))]
-    means.append(allocation.sensitivity(layers[1], moments).mean())
+    means.append(allocation.curvature(layers[1], moments).diagonal().mean())
     assert np.exp(log_sensitivity) == pytest.approx(np.array(means), rel=1e-5)
 
 
@@ -171,9 +178,9 @@ def test_the_storage_chain_links_tiles_of_one_layer() -> None:
 def test_layers_are_quantized_for_the_damage_they_do() -> None:
     one, moments = layer("a", 20, 16), {"a": multiplied(20, 16)}
     bits = {"a": np.full((2, 2), 3, np.uint8)}
-    s = allocation.sensitivity(one, moments)
+    curved = allocation.curvature(one, moments)
     scheme = Scheme(8, search=True)
     informed = allocation.quantize_layers([one], bits, scheme, moments)["a"].dequantize()
     blind = allocation.quantize_layers([one], bits, scheme)["a"].dequantize()
-    damages = [allocation.damage(one, found, s, scheme).sum().item() for found in (informed, blind)]
+    damages = [allocation.damage(one, found, curved, scheme).sum().item() for found in (informed, blind)]
     assert damages[0] < damages[1]

@@ -419,3 +419,34 @@ def test_a_killed_sweep_leaves_whole_records_and_goes_on(
     assert code == 0
     assert f"6 jobs: {6 - len(left)} finished, {len(left)} skipped, 0 failed" in printed
     assert len(records_in(tmp_path)) == 6
+
+
+@pytest.fixture(scope="module")
+def promised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, record.Record]:
+    """What the embedded default promises, on a part of its test text."""
+    folder = tmp_path_factory.mktemp("promised")
+    records = {}
+    for method in ("uniform2", "uniform3", "nash_swarm"):
+        overrides = [f"method={method}", "dataset.test_windows=30", f"records={folder}", f"cache={folder}/cache"]
+        with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+            config = compose("config", [*overrides, "wandb=disabled"])
+        records[method] = run(config, {"method": method, "model": "default", "dataset": "stdlib_docs"}).record
+    return records
+
+
+def test_the_default_model_has_something_to_lose(promised: dict[str, record.Record]) -> None:
+    """Far better than word frequencies, and visibly hurt by two bits."""
+    card = json.loads((ROOT / "nashswarm/default_model/training.json").read_text())
+    assert 4 * card["test_perplexity"] <= card["unigram_perplexity"]
+    assert 3e6 <= card["parameters"] <= 5e6
+    last = [point["train_nll"] for point in card["curve"][-4:]]
+    assert max(last) - min(last) < 0.1
+    assert np.exp(promised["uniform2"].metrics["nll_delta"]) > 1.3
+
+
+def test_the_game_beats_the_next_larger_uniform_width(promised: dict[str, record.Record]) -> None:
+    game, uniform = promised["nash_swarm"].metrics, promised["uniform3"].metrics
+    assert game["bits_per_weight_model"] <= 3.0 < uniform["bits_per_weight_model"]
+    assert game["bits_per_weight_model"] > 3.0 * 0.999
+    assert game["kl"] < uniform["kl"]
+    assert game["regret_max"] <= 1e-6
