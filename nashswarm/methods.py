@@ -275,7 +275,7 @@ class NashSwarm:
 def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme, code_game: bool) -> Blocks:
     """All players: what every width would cost each block, and what its flock compares.
 
-    The second-order formula is right for small errors and was seen to mislead for large ones, so at the coarse widths
+    The second-order formula is right for small errors and was seen to mislead for large ones, so below 8 bits
     each layer is compressed alone, the KL of that is measured on held-out calibration text, and the damages of its
     blocks are scaled to add up to it.
     """
