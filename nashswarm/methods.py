@@ -18,7 +18,7 @@ from torch import Tensor
 from nashswarm import allocation, swarm
 from nashswarm.allocation import Blocks, Layer
 from nashswarm.bit_game import by_lot, by_quantiles, solve
-from nashswarm.quant.calibration import Moments
+from nashswarm.quant.calibration import Moments, Track, no_track
 from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, Scheme, quantize
 from nashswarm.quant.pack import pack, packed_bytes
 from nashswarm.quant.published import quantize_by_magnitude
@@ -37,6 +37,7 @@ class Oracle:
     model. ``moments``: calibration statistics by module, computed or read when first asked for.  ``heldout_kl``: KL in
     nats per token of the model with these layer weights (the others at full precision), on so many tokens of held-out
     calibration text (None: all of it).  ``remember``: tensors by kind and key, read from an earlier run or computed.
+    ``track``: iterate with progress shown.
     """
 
     layers: tuple[Layer, ...]
@@ -45,6 +46,7 @@ class Oracle:
     moments: Callable[[], Mapping[str, Moments]]
     heldout_kl: Callable[[Mapping[str, Tensor], int | None], float]
     remember: Callable[[str, Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+    track: Track = no_track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +235,7 @@ class NashSwarm:
                 passes = len(candidates)
                 scores = {
                     pair: oracle.heldout_kl(_decode(oracle, blocks.bits(solution.profile), scheme, weighed), None)
-                    for pair, solution in solved.items()
+                    for pair, solution in oracle.track(list(solved.items()), "choosing the flock")
                 }
                 choice = min(scores, key=lambda pair: scores[pair])
             else:
@@ -283,7 +285,7 @@ def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme, code_game: boo
 
     def at_width(width: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for layer in oracle.layers:
+        for layer in oracle.track(oracle.layers, f"probing at {width} bits"):
             curved = allocation.curvature(layer, moments)
             answer = reply(layer.weight, width, scheme, curved) if code_game else quantize(layer.weight, width, scheme)
             quantized = answer.dequantize()

@@ -167,6 +167,7 @@ class Job:
             moments=functools.cache(self.moments),
             heldout_kl=self.heldout_kl,
             remember=self.cached_for_seed,
+            track=show_progress,
         )
         result = self.method.compress(oracle, self.rng)
         quantize_seconds = time.monotonic() - started
