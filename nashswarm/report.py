@@ -103,16 +103,18 @@ COLUMNS = (
 def frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per record: labels, metrics, perplexity, its fingerprint and its ``identity`` (the config without seed).
 
-    A record given twice counts once.  Raises ValueError if there is none, or if one lacks a label.
+    A record given twice counts once; the same configuration in two experiments has a row in each.  Raises ValueError
+    if there is none, or if one lacks a label.
     """
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in records:
         missing = [label for label in LABELS if label not in record.labels]
         if missing:
             raise ValueError(f"record {record.fingerprint} lacks the labels {missing}; delete it and run again")
         identity = {key: value for key, value in record.config.items() if key != "seed"}
-        rows[record.fingerprint] = {
-            **{label: record.labels[label] for label in LABELS},
+        labels = {label: record.labels[label] for label in LABELS}
+        rows[record.fingerprint, *labels.values()] = {
+            **labels,
             **record.metrics,
             **({"windows": len(record.series["nll"])} if "nll" in record.series else {}),
             "fingerprint": record.fingerprint,
@@ -120,7 +122,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
             "dirty": bool(record.provenance.get("dirty", False)),
         }
     if not rows:
-        raise ValueError("there are no records; run an experiment first: python experiments/run.py experiment=ablation")
+        raise ValueError("there are no records; run an experiment first: python -m experiments.run experiment=ablation")
     return ordered(with_perplexity(pd.DataFrame(rows.values())))
 
 

@@ -1,5 +1,6 @@
 """Tables and figures from made-up records whose right answers can be seen by eye."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -103,6 +104,12 @@ def test_a_frame_has_one_row_per_record_and_derives_perplexity(records: list[Rec
     row = table[table["method"] == "uniform3"].iloc[0]
     assert row["perplexity_low"] < row["perplexity"] < row["perplexity_high"]
     assert row["fingerprint"] == next(r for r in records if r.labels["method"] == "uniform3").fingerprint
+
+
+def test_a_configuration_of_two_experiments_has_a_row_in_each(records: list[Record]) -> None:
+    again = dataclasses.replace(records[0], labels=records[0].labels | {"experiment": "elsewhere"})
+    both = report.frame([records[0], again, again])
+    assert sorted(both["experiment"]) == sorted(["elsewhere", records[0].labels["experiment"]])
 
 
 def test_no_records_is_an_error_with_a_remedy() -> None:
