@@ -53,7 +53,7 @@ class Oracle:
 class Compressed:
     """The packed bytes of every layer, the weights they decode to, and what the method reports.
 
-    ``float_bits``: the width of everything outside the layers.  ``weight_bits``: the payload of the codes alone, in
+    ``float_bits``: the width of everything outside the layers.  ``code_bits``: the payload of the codes alone, in
     bits.
     """
 
