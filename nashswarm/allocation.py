@@ -1,8 +1,8 @@
 """Who got which bits: weight matrices, their blocks (the players), and what an allocation costs in bytes.
 
 A block is a tile of 16 rows × ``group_size`` columns.  A layer's damage is the second-order estimate, in nats per
-token: ``½ Σ_o f_o · e_oᵀ H e_o`` (f coupled over positions) for its products and ``½ Σ_v p_v Σ_o f_o e_vo²`` for its
-lookups; a tied matrix carries both.  A block's share of it is in proportion to what the diagonals alone say.
+token: ``½ Σ_o f_o · e_oᵀ H e_o`` (f coupled over positions, H half so) for its products and ``½ Σ_v p_v Σ_o f_o e_vo²``
+for its lookups; a tied matrix carries both.  A block's share of it is in proportion to what the diagonals alone say.
 """
 
 import dataclasses
@@ -123,7 +123,7 @@ def curvature(layer: Layer, moments: Mapping[str, Moments]) -> Curvature:
         )
     return Curvature(
         rows=products[0].coupled if products else torch.zeros(len(layer.weight)),
-        inputs=products[0].inputs if products else None,
+        inputs=(products[0].inputs + products[0].coupled_inputs) / 2 if products else None,
         lookups=torch.stack(lookups).sum(0) if lookups else None,
     )
 
@@ -140,15 +140,16 @@ def damage(
 
 
 def describe(
-    layers: Sequence[Layer], moments: Mapping[str, Moments], scheme: Scheme
+    layers: Sequence[Layer], moments: Mapping[str, Moments], group_size: int | None
 ) -> tuple[Float[np.ndarray, " blocks"], Float[np.ndarray, "blocks features"]]:
-    """Log sensitivity and features of every block."""
+    """Log sensitivity and features of every block of 16 rows × ``group_size`` columns; None: of 16 whole rows."""
     roles = sorted({layer.role for layer in layers})
     log_sensitivity, features = [], []
     for layer in layers:
-        mean = block_means(curvature(layer, moments).diagonal(), scheme.group_size)
+        size = group_size or layer.weight.shape[1]
+        mean = block_means(curvature(layer, moments).diagonal(), size)
         log_sensitivity.append(mean.clamp(min=TINY).log().flatten().numpy())
-        own = block_features(layer, moments, scheme)
+        own = block_features(layer, moments, size)
         shared = np.append(np.eye(len(roles))[roles.index(layer.role)], layer.depth)
         features.append(np.hstack([np.tile(shared, (len(own), 1)), own]))
     return np.concatenate(log_sensitivity), np.concatenate(features)
@@ -159,9 +160,9 @@ def block_means(values: Float[Tensor, "out in"], group_size: int) -> Float[Tenso
     return tile_sums(values, group_size) / tile_sums(torch.ones_like(values), group_size)
 
 
-def block_features(layer: Layer, moments: Mapping[str, Moments], scheme: Scheme) -> Float[np.ndarray, "blocks 4"]:
-    """Log weight variance, kurtosis, log trace of the inputs' H and log mean f of the rows, of every block."""
-    size = scheme.group_size
+def block_features(layer: Layer, moments: Mapping[str, Moments], size: int) -> Float[np.ndarray, "blocks 4"]:
+    """Log weight variance, kurtosis, log trace of the inputs' H and log mean f of the rows, of every block of 16 rows ×
+    ``size`` columns."""
     mean = block_means(layer.weight, size)
     spread = mean.repeat_interleave(TILE_ROWS, 0)[: len(layer.weight)].repeat_interleave(size, 1)
     deviation = layer.weight.double() - spread

@@ -12,21 +12,24 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from nashswarm import allocation, swarm
 from nashswarm.allocation import Blocks, Layer
 from nashswarm.bit_game import by_lot, by_quantiles, solve
 from nashswarm.quant.calibration import Moments, Track, no_track
-from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, Scheme, quantize
+from nashswarm.quant.entropy import encode_groups
+from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, QuantizedTensor, Scheme, quantize
 from nashswarm.quant.pack import pack, packed_bytes
 from nashswarm.quant.published import quantize_by_magnitude
-from nashswarm.quant.reply import reply
+from nashswarm.quant.reply import DAMPING, reply
+from nashswarm.rivals import dual_ascent, equal_loss, evolve
 
 PLAYED_WIDTHS = (0, *GRID_WIDTHS)
 PROBED_WIDTHS = (0, 2, 3, 4)  # where the damage of a layer is measured, not only predicted
 PROBE_TOKENS = 1024
+BitGame = Literal["equilibrium", "quantiles", "lot", "equal_loss", "dual_ascent", "evolution"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +79,23 @@ class Method(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """``bits`` everywhere: round to nearest at 2, 3, 4 or 8 bits, or plain floats at 16 and 32 (the baseline)."""
+    """``bits`` everywhere: round to nearest at 2, 3, 4 or 8 bits, or plain floats at 16 and 32 (the baseline).
+
+    ``search``: the best range of every group instead of minimum and maximum.  ``coded``: entropy-coded storage.
+    """
 
     bits: int = 4
     group_size: int = 64
     search: bool = False
+    coded: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (*GRID_WIDTHS, *FLOATS):
             raise ValueError(
                 f"method.bits={self.bits}: a uniform width is one of {', '.join(map(str, (*GRID_WIDTHS, *FLOATS)))}"
             )
+        if self.coded and self.bits in FLOATS:
+            raise ValueError(f"method.coded is for codes; method.bits={self.bits} stores floats")
 
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(self.group_size, self.search)
@@ -95,10 +104,47 @@ class Uniform:
             layer.name: np.full(allocation.grid_shape(layer, scheme), self.bits, np.uint8) for layer in oracle.layers
         }
         if self.bits in FLOATS:
-            return _pack(oracle, bits, scheme, None, float_bits=self.bits)
+            return _pack(bits, allocation.quantize_layers(oracle.layers, bits, scheme), float_bits=self.bits)
         blocks = survey(oracle, PLAYED_WIDTHS, scheme, code_game=False)
         profile = np.full(len(blocks.damage), PLAYED_WIDTHS.index(self.bits))
-        return _pack(oracle, bits, scheme, None, *_report_regret(blocks, profile))
+        tensors = allocation.quantize_layers(oracle.layers, bits, scheme)
+        return _pack(bits, tensors, *_report_regret(blocks, profile), coded=self.coded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gptq:
+    """``bits`` everywhere with error feedback, one scale a group (Frantar et al. 2023), the best range of every group.
+
+    ``act_order``: columns of large inputs first, on grids fixed beforehand.  ``sweeps``: best replies after the pass, 0
+    for GPTQ itself.  ``coded``: entropy-coded storage.
+    """
+
+    bits: int = 3
+    group_size: int = 64
+    damping: float = DAMPING
+    act_order: bool = False
+    sweeps: int = 0
+    coded: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in GRID_WIDTHS:
+            raise ValueError(f"method.bits={self.bits}: gptq knows {', '.join(map(str, GRID_WIDTHS))} bits")
+        if self.damping <= 0 or self.sweeps < 0:
+            raise ValueError(
+                f"method.damping={self.damping} must be positive, method.sweeps={self.sweeps} not negative"
+            )
+
+    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
+        scheme = Scheme(self.group_size, search=True)
+        allocation.check_divisible(oracle.layers, self.group_size)
+        moments = oracle.moments()
+        tensors, damage, bits = {}, {}, {}
+        for layer in oracle.track(oracle.layers, "replying"):
+            curved = allocation.curvature(layer, moments)
+            found = reply(layer.weight, self.bits, scheme, curved, self.sweeps, self.damping, self.act_order)
+            tensors[layer.name], bits[layer.name] = found, found.bits.numpy()
+            damage[layer.name] = float(curved.damage_by_row(layer.weight - found.dequantize()).double().sum())
+        return _pack(bits, tensors, damage, coded=self.coded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +163,7 @@ class AsPublished:
         scheme = Scheme(group_size=1)
         untouched = [layer for layer in oracle.layers if "Linear" not in layer.kinds]
         bits = {layer.name: np.full(allocation.grid_shape(layer, scheme), 16, np.uint8) for layer in untouched}
-        kept = _pack(dataclasses.replace(oracle, layers=tuple(untouched)), bits, scheme, None)
+        kept = _pack(bits, allocation.quantize_layers(untouched, bits, scheme))
         classed = {
             layer.name: quantize_by_magnitude(layer.weight, self.quantiles)
             for layer in oracle.layers
@@ -137,12 +183,14 @@ class Flock:
     """The swarm's settings; where several values stand, held-out calibration text chooses.
 
     ``align``: bytes a block pays for each neighbour (of weight 1) that has other bits.  ``shrink``: how far a block's
-    sensitivity moves toward its flock's mean, 0 to 1.  ``graph``: the flock or one of its controls.
+    sensitivity moves toward its flock's mean, 0 to 1.  ``local_reply``: how many correlated columns a column minds when
+    it replies; None: all.  ``graph``: the flock or one of its controls.
     """
 
     neighbours: int = 7
     align: Sequence[float] = (0.0, 4.0)
     shrink: Sequence[float] = (0.0, 0.25)
+    local_reply: int | None = None
     graph: swarm.Graph = "features"
 
     def __post_init__(self) -> None:
@@ -152,6 +200,8 @@ class Flock:
             raise ValueError(
                 f"method.swarm.neighbours={self.neighbours} must be at least 1; without a flock use no_swarm"
             )
+        if self.local_reply is not None and self.local_reply < 0:
+            raise ValueError(f"method.swarm.local_reply={self.local_reply} must be a number of columns or null")
         if not self.align or min(self.align) < 0:
             raise ValueError(f"method.swarm.align {list(self.align)} must hold numbers of bytes, none negative")
         if not self.shrink or min(self.shrink) < 0 or max(self.shrink) > 1:
@@ -174,31 +224,38 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class NashSwarm:
-    """Blocks compete for bits under one price per byte until nobody gains by changing alone; each minds its flock.
+class FixedWidth:
+    """Tiles compete for widths under one price per byte until nobody gains by changing alone; each minds its flock.
 
     ``bits``: stored bits per parameter of the whole model, everything counted.  ``bit_game``: ``equilibrium``, or what
-    the ablations put in its place: ``quantiles`` of importance, or ``lot``, bits handed out at random.  ``code_game``:
-    each block replies with the codes of least damage; otherwise one min-max rounding.  ``split``: a preset's budget
-    instead of ``bits``, with at least its share of pruned blocks.  ``cache``: reuse statistics and baselines of
-    earlier runs.
+    the ablations put in its place: ``quantiles`` of importance or ``lot``, bits handed out at random; or the idea of
+    another: ``equal_loss`` (BAQ), ``dual_ascent`` (Radio), ``evolution`` (EvoPress).  ``code_game``: each block replies
+    with the codes of least damage; otherwise one min-max rounding.  ``split``: a preset's budget instead of ``bits``,
+    with at least its share of pruned blocks.  ``generations`` and ``offspring``: of the evolution.  ``cache``: reuse
+    statistics and baselines of earlier runs.
     """
 
     bits: float | None = 3.0
     bit_widths: Sequence[int] = PLAYED_WIDTHS
     group_size: int = 64
-    bit_game: Literal["equilibrium", "quantiles", "lot"] = "equilibrium"
+    bit_game: BitGame = "equilibrium"
     quantiles: Sequence[float] = (0.9, 0.7)
     code_game: bool = True
     split: Split | None = None
+    generations: int = 20
+    offspring: int = 8
     cache: bool = True
     swarm: Flock | None = dataclasses.field(default_factory=Flock)
 
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.split is None):
             raise ValueError("give either method.bits or method.split: one of them must be null")
-        if self.bit_game not in ("equilibrium", "quantiles", "lot"):
-            raise ValueError(f"unknown method.bit_game {self.bit_game!r}: choose equilibrium, quantiles or lot")
+        if self.bit_game not in get_args(BitGame):
+            raise ValueError(f"unknown method.bit_game {self.bit_game!r}: choose {', '.join(get_args(BitGame))}")
+        if self.generations < 0 or self.offspring < 1:
+            raise ValueError("method.generations must not be negative, and method.offspring at least 1")
+        if self.swarm is not None and self.swarm.local_reply is not None:
+            raise ValueError("method.swarm.local_reply belongs to method=nash_swarm; set it to null")
         if self.bit_game == "quantiles" and len(self.bit_widths) != len(self.quantiles) + 1:
             raise ValueError(f"method.quantiles {self.quantiles} need {len(self.quantiles) + 1} method.bit_widths")
         if self.split is not None and 0 not in self.bit_widths:
@@ -214,12 +271,29 @@ class NashSwarm:
         moments = oracle.moments()
         blocks = survey(oracle, self.bit_widths, scheme, self.code_game)
         weighed = moments if self.code_game else None
+
+        def tensors_at(profile: Int[np.ndarray, " blocks"]) -> dict[str, QuantizedTensor]:
+            return allocation.quantize_layers(oracle.layers, blocks.bits(profile), scheme, weighed)
+
+        def measure(profile: Int[np.ndarray, " blocks"]) -> float:
+            found = tensors_at(profile)
+            return oracle.heldout_kl({name: tensor.dequantize() for name, tensor in found.items()}, None)
+
         if self.bit_game != "equilibrium":
+            passes = 0
             if self.bit_game == "quantiles":
                 profile = by_quantiles(blocks, budget, self.quantiles)
+            elif self.bit_game == "equal_loss":
+                profile = equal_loss(blocks, budget)
+            elif self.bit_game == "dual_ascent":
+                profile = dual_ascent(blocks, budget)
+            elif self.bit_game == "evolution":
+                profile = evolve(blocks, budget, measure, rng, self.generations, self.offspring)
+                passes = self.offspring * (self.generations + 1)
             else:
                 profile = by_lot(blocks, budget, rng)
-            return _pack(oracle, blocks.bits(profile), scheme, weighed, *_report_regret(blocks, profile))
+            damage, metrics = _report_regret(blocks, profile)
+            return _pack(blocks.bits(profile), tensors_at(profile), damage, metrics | {"heldout_passes": passes})
 
         pruned = self.split.pruned if self.split else 0.0
         alone = solve(blocks, budget, pruned)
@@ -234,7 +308,7 @@ class NashSwarm:
             if len(candidates) > 1:
                 passes = len(candidates)
                 scores = {
-                    pair: oracle.heldout_kl(_decode(oracle, blocks.bits(solution.profile), scheme, weighed), None)
+                    pair: measure(solution.profile)
                     for pair, solution in oracle.track(list(solved.items()), "choosing the flock")
                 }
                 choice = min(scores, key=lambda pair: scores[pair])
@@ -248,9 +322,8 @@ class NashSwarm:
             "flock_shrink": choice[1],
             "heldout_passes": passes,
         }
-        return _pack(
-            oracle, blocks.bits(best.profile), scheme, weighed, blocks.damage_by_layer(best.profile), metrics, series
-        )
+        damage = blocks.damage_by_layer(best.profile)
+        return _pack(blocks.bits(best.profile), tensors_at(best.profile), damage, metrics, series)
 
     def _budget(self, oracle: Oracle, scheme: Scheme) -> int:
         """Bytes that the packed layers may take.  Raises ValueError if not even the smallest widths fit."""
@@ -306,7 +379,7 @@ def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme, code_game: boo
         }
         by_layer = oracle.remember("damage", key, functools.partial(at_width, width))
         columns.append(torch.cat([by_layer[layer.name] for layer in oracle.layers]).numpy())
-    log_sensitivity, features = allocation.describe(oracle.layers, moments, scheme)
+    log_sensitivity, features = allocation.describe(oracle.layers, moments, scheme.group_size)
     return Blocks(oracle.layers, scheme, tuple(widths), np.stack(columns, 1), log_sensitivity, features)
 
 
@@ -325,32 +398,25 @@ def _report_regret(blocks: Blocks, profile: Int[np.ndarray, " blocks"]) -> tuple
     return blocks.damage_by_layer(profile), metrics
 
 
-def _decode(
-    oracle: Oracle, bits: allocation.Bits, scheme: Scheme, moments: Mapping[str, Moments] | None
-) -> dict[str, Float[Tensor, "out in"]]:
-    tensors = allocation.quantize_layers(oracle.layers, bits, scheme, moments)
-    return {name: tensor.dequantize() for name, tensor in tensors.items()}
-
-
 def _pack(
-    oracle: Oracle,
     bits: allocation.Bits,
-    scheme: Scheme,
-    moments: Mapping[str, Moments] | None,
+    tensors: Mapping[str, QuantizedTensor],
     damage: Mapping[str, float] | None = None,
     metrics: Mapping[str, float] | None = None,
     series: Mapping[str, list[float]] | None = None,
     float_bits: int = 16,
+    coded: bool = False,
 ) -> Compressed:
-    """Quantize and pack every layer at the widths ``bits``."""
-    tensors = allocation.quantize_layers(oracle.layers, bits, scheme, moments)
+    """The stored form of every layer: its tiles at their widths, or entropy-coded."""
     if damage is not None:
         metrics = dict(metrics or {}) | {"damage": sum(damage.values())}
     return Compressed(
-        packed={name: pack(tensor) for name, tensor in tensors.items()},
+        packed={name: encode_groups(tensor) if coded else pack(tensor) for name, tensor in tensors.items()},
         weights={name: tensor.dequantize() for name, tensor in tensors.items()},
         allocation=allocation.text(bits),
-        code_bits=sum(int(tiles.sum(dtype=np.int64)) * TILE_ROWS * scheme.group_size for tiles in bits.values()),
+        code_bits=sum(
+            int((tensor.bits.double() * TILE_ROWS * tensor.scheme.group_size).sum()) for tensor in tensors.values()
+        ),
         damage=damage or {},
         metrics=metrics or {},
         series=series or {},

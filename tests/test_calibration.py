@@ -1,14 +1,17 @@
 """Calibration statistics against plain autograd, position by position."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from nashswarm.models import find_layers
+from nashswarm.quant import calibration
 from nashswarm.quant.calibration import Moments, calibrate
 
 KINDS = ("gpt2", "opt", "llama", "gpt_neox")
@@ -29,7 +32,9 @@ def summed_nll(model: Any, window: Tensor) -> Tensor:
     return -sum(log_p[position, window[position + 1]] for position in range(len(window) - 1))
 
 
-def seen(model: Any, name: str, window: Tensor) -> tuple[Tensor, Tensor]:
+def seen(
+    model: Any, name: str, window: Tensor, score: Callable[[Any, Tensor], Tensor] = summed_nll
+) -> tuple[Tensor, Tensor]:
     """What one module reads and the gradient of its output, position by position."""
     kept: dict[str, Tensor] = {}
 
@@ -38,7 +43,7 @@ def seen(model: Any, name: str, window: Tensor) -> tuple[Tensor, Tensor]:
         kept.update(input=arguments[0], output=output)
 
     handle = model.get_submodule(name).register_forward_hook(keep)
-    summed_nll(model, window).backward()
+    score(model, window).backward()
     handle.remove()
     return kept["input"][0].detach(), kept["output"].grad[0].double()
 
@@ -193,3 +198,86 @@ def test_frozen_models_can_be_calibrated(model: Any, token_windows: Tensor) -> N
     found = moments(frozen, token_windows)
     assert all(torch.equal(found[name].outputs, expected[name].outputs) for name in expected)
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+@pytest.mark.parametrize("labels", ["model", "text"])
+def test_the_nll_is_a_score_like_any_other(model: Any, token_windows: Tensor, labels: Any) -> None:
+    names = module_names(model)
+    by_labels = calibrate(model, names, token_windows, torch.Generator().manual_seed(4), labels)
+    score = functools.partial(calibration.summed_nll, labels=labels)
+    by_score = calibrate(model, names, token_windows, torch.Generator().manual_seed(4), score=score)
+    for name in names:
+        for part in ("inputs", "outputs", "coupled"):
+            assert torch.equal(getattr(by_score[name], part), getattr(by_labels[name], part))
+
+
+def pooled(model: Any, window: Tensor) -> Tensor:
+    """A sentence embedding of unit length."""
+    return nn.functional.normalize(model(input_ids=window[None]).last_hidden_state[0].mean(0), dim=0)
+
+
+def test_an_encoder_by_a_projection_of_its_embedding(token_windows: Tensor) -> None:
+    torch.manual_seed(0)
+    shared = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
+    config = transformers.BertConfig(num_hidden_layers=2, num_attention_heads=4, initializer_range=0.1, **shared)
+    encoder = transformers.BertModel(config).eval()
+    assert encoder.get_output_embeddings() is None
+    layers = find_layers(encoder, ["embeddings.*", "pooler.*"])
+    generator = torch.Generator().manual_seed(6)
+    found = calibrate(
+        encoder,
+        [layer.name for layer in layers],
+        token_windows,
+        generator,
+        score=lambda model, window, generator: torch.randn(64, generator=generator) @ pooled(model, window),
+    )
+    directions = torch.randn(len(token_windows), 64, generator=generator.manual_seed(6))
+    assert len(layers) == 12
+    for layer in layers:
+        squared, by_row = torch.zeros(2, len(layer.weight), dtype=torch.float64)
+        for window, direction in zip(token_windows, directions, strict=True):
+            inputs, gradients = seen(
+                encoder, layer.name, window, lambda model, window, v=direction: v @ pooled(model, window)
+            )
+            squared += gradients.square().sum(0)
+            by_row += (gradients.T @ inputs.double()).square().sum(1)
+        own = found[layer.name]
+        torch.testing.assert_close(own.outputs.double(), squared / token_windows.numel(), rtol=1e-3, atol=1e-9)
+        coupled = by_row / token_windows.numel() / own.inputs.double().trace()
+        torch.testing.assert_close(own.coupled.double(), coupled, rtol=1e-3, atol=1e-9)
+
+
+class MeanOfProducts(nn.Module):
+    """An encoder without attention: its embedding is the mean over positions of W x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.product = nn.Embedding(16, 6), nn.Linear(6, 4, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.product(self.table(input_ids)).mean(1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+def test_coupled_gives_the_damage_of_an_error_that_acts_on_all_positions_alike() -> None:
+    """½‖Δz‖² exactly: one token repeated in each window, signs v_o² = 1, and √T to turn positions into windows."""
+    torch.manual_seed(0)
+    encoder, length = MeanOfProducts(), 5
+    windows = torch.arange(16)[:, None].repeat(1, length)
+
+    def project(model: Any, window: Tensor, generator: torch.Generator) -> Tensor:
+        signs = torch.randint(2, (4,), generator=generator) * 2.0 - 1
+        return length**0.5 * signs @ model(window[None])[0]
+
+    found = calibrate(encoder, ["product"], windows, torch.Generator().manual_seed(0), score=project)["product"]
+    error = torch.randn(4, 6)
+    by_row = ((error @ found.inputs) * error).sum(1)
+    with torch.no_grad():
+        moved = encoder.table(windows).mean(1) @ error.T
+    torch.testing.assert_close(found.coupled @ by_row / 2, moved.square().sum(1).mean() / 2)
+    torch.testing.assert_close(found.outputs, found.coupled / length)  # as if positions could cancel

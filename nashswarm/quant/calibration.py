@@ -7,7 +7,11 @@ output factor, Kim et al. 2025):  ``D(E) = ½ Σ_o f_o · e_oᵀ H e_o``.
 
 An error in a weight acts on all positions of a window at once, and where attention mixes them their gradients do not
 add up independently.  ``coupled`` is f with that taken in: ``E[‖G_o‖²] / (T · tr H)`` with G_o the gradient of the
-window's summed NLL with respect to row o of the weight; the two agree when positions are independent.
+window's summed NLL with respect to row o of the weight; the two agree when positions are independent.  The same
+taken the other way, ``E[GᵀG]`` with the trace of H, is ``coupled_inputs``: which inputs meet large gradients.
+
+A model that is judged by something else brings its own scalar score of a window.  Wherever the expectation of the
+squared change of the score is twice the damage that is meant, D is that damage per position.
 """
 
 import contextlib
@@ -23,6 +27,7 @@ from torch.nn import functional
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 Labels = Literal["model", "text"]
+Score = Callable[[Any, Tensor, torch.Generator], Tensor]
 
 
 def no_track(items: Sequence[Any], description: str) -> Iterable[Any]:
@@ -35,13 +40,15 @@ class Moments:
     """Second moments of one module's inputs and of the gradients of its outputs.
 
     ``inputs``: E[x xᵀ], shape (in, in), of a module that multiplies; the share of positions that look up each row,
-    shape (rows,), of an embedding.  ``outputs``: f = E[g²], shape (out,), in (nats per unit of output)²; ``coupled``:
-    the same with the positions of a window taken together (of the head and of embeddings: f itself).
+    shape (rows,), of an embedding.  ``outputs``: f = E[g²], shape (out,), in (nats per unit of output)².  ``coupled``
+    and ``coupled_inputs``: the same two with the positions of a window taken together (of the head and of embeddings:
+    themselves).
     """
 
     inputs: Float[Tensor, "..."]
     outputs: Float[Tensor, " out"]
     coupled: Float[Tensor, " out"]
+    coupled_inputs: Float[Tensor, "..."]
 
     @property
     def lookup(self) -> bool:
@@ -57,6 +64,7 @@ class _Sums:
         self.inputs: Tensor | None = None
         self.outputs: Tensor | None = None
         self.rows: Tensor | None = None
+        self.columns: Tensor | None = None
 
     def see(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook: add the inputs, and wait for the gradient of the output."""
@@ -84,8 +92,10 @@ class _Sums:
         squared = gradients.square().sum(0).cpu().double()
         self.outputs = squared if self.outputs is None else self.outputs + squared
         if inputs is not None and not self.head:
-            by_row = (gradients.T @ inputs).square().sum(1).cpu().double()
+            of_weight = gradients.T @ inputs
+            by_row, by_column = of_weight.square().sum(1).cpu().double(), (of_weight.T @ of_weight).cpu().double()
             self.rows = by_row if self.rows is None else self.rows + by_row
+            self.columns = by_column if self.columns is None else self.columns + by_column
 
     def moments(self) -> Moments:
         """The means.  Add-one smoothing of an embedding's counts, and of the head's gradients, keeps tokens that
@@ -96,8 +106,11 @@ class _Sums:
             inputs = (self.inputs + 1) / (self.positions + len(self.inputs))
         if self.head:
             outputs = (self.outputs + 1) / (self.positions + len(self.outputs))
-        coupled = outputs if self.rows is None else self.rows / self.inputs.trace()
-        return Moments(inputs.float(), outputs.float(), coupled.float())
+        if self.rows is None or self.columns is None:
+            return Moments(inputs.float(), outputs.float(), outputs.float(), inputs.float())
+        coupled = self.rows / self.inputs.trace()
+        columns = self.columns * (inputs.trace() / self.columns.trace())
+        return Moments(inputs.float(), outputs.float(), coupled.float(), columns.float())
 
 
 @contextlib.contextmanager
@@ -119,6 +132,19 @@ def _watched(model: Any, names: Sequence[str]) -> Iterator[dict[str, _Sums]]:
             parameter.requires_grad_()
 
 
+def summed_nll(
+    model: Any, window: Integer[Tensor, " length"], generator: torch.Generator, labels: Labels = "model"
+) -> Float[Tensor, ""]:
+    """The summed NLL of a window's next tokens, in nats: of tokens drawn from the model or of the text's own."""
+    logits = model(input_ids=window.unsqueeze(0)).logits[0, :-1]
+    if labels == "model":
+        chances = logits.detach().float().softmax(-1).cpu()
+        targets = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+    else:
+        targets = window[1:]
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
 def calibrate(
     model: Any,
     names: Sequence[str],
@@ -126,22 +152,19 @@ def calibrate(
     generator: torch.Generator,
     labels: Labels = "model",
     track: Track = no_track,
+    score: Score | None = None,
 ) -> dict[str, Moments]:
     """Moments of every module in ``names``, averaged over all positions of ``windows``.
 
     ``labels``: the next tokens that the NLL is taken of are drawn from the model (``"model"``, the true Fisher) or are
-    those of the text (``"text"``, the empirical one).  Raises ValueError for a module that the model never uses.
+    those of the text (``"text"``, the empirical one).  ``score``: a scalar of model, window and generator, random or
+    not, whose gradient takes the place of the NLL's.  Raises ValueError for a module that the model never uses.
     """
+    score = score or functools.partial(summed_nll, labels=labels)
     model.eval()
     with _watched(model, names) as sums:
         for window in track(list(windows), "calibrating"):
-            logits = model(input_ids=window.unsqueeze(0)).logits[0, :-1]
-            if labels == "model":
-                chances = logits.detach().float().softmax(-1).cpu()
-                targets = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
-            else:
-                targets = window[1:]
-            functional.cross_entropy(logits.float(), targets, reduction="sum").backward()
+            score(model, window, generator).backward()
     if unused := [name for name, watch in sums.items() if watch.outputs is None]:
         raise ValueError(f"the model never uses {', '.join(unused)}: name them in model.exclude")
     return {name: watch.moments() for name, watch in sums.items()}

@@ -40,6 +40,15 @@ def tag_runs(bits: Integer[np.ndarray, " tiles"]) -> UInt16[np.ndarray, " runs"]
     return (kinds | (sizes - 1) << 3).astype(np.uint16)
 
 
+def widths_of(tags: UInt16[np.ndarray, " runs"]) -> UInt8[np.ndarray, " tiles"]:
+    """The widths that ``tag_runs`` coded.
+
+    >>> widths_of(tag_runs(np.array([2, 2, 8]))).tolist()
+    [2, 2, 8]
+    """
+    return np.repeat(np.array(WIDTHS, np.uint8)[tags & 7], (tags >> 3).astype(np.int64) + 1)
+
+
 def packed_bytes(bits: Integer[np.ndarray, " tiles"], scheme: Scheme) -> int:
     """The length of ``pack``'s answer for a matrix whose tiles have the widths ``bits``."""
     widths, counts = np.unique(bits, return_counts=True)
@@ -55,7 +64,7 @@ def pack(tensor: QuantizedTensor) -> UInt8[np.ndarray, " bytes"]:
     scheme = tensor.scheme
     parts = [HEADER.pack(VERSION, scheme.symmetric, scheme.group_size, rows, columns, len(tags)), tags.tobytes()]
     codes, scale, zero_point = (
-        _tiles(part, tensor.bits.shape[1]) for part in (tensor.codes, tensor.scale, tensor.zero_point)
+        tiles(part, tensor.bits.shape[1]) for part in (tensor.codes, tensor.scale, tensor.zero_point)
     )
     for width in WIDTHS[1:]:
         chosen = flat_bits == width
@@ -97,7 +106,7 @@ def unpack(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
     tags = np.frombuffer(take(RUN_BYTES * runs), np.uint16)
     if unknown := set((tags & 7).tolist()) - set(range(len(WIDTHS))):
         raise ValueError(f"a packed {rows}x{columns} matrix has tags of an unknown kind: {unknown}")
-    flat_bits = np.repeat(np.array(WIDTHS, np.uint8)[tags & 7], (tags >> 3).astype(np.int64) + 1)
+    flat_bits = widths_of(tags)
     shape = (row_blocks(rows), columns // group_size)
     if len(flat_bits) != shape[0] * shape[1]:
         raise ValueError(
@@ -125,13 +134,10 @@ def unpack(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
             codes[chosen] = np.frombuffer(patterns, f"int{width}").reshape(count, TILE_ROWS, group_size)
     if position != len(content):
         raise ValueError(f"a packed {rows}x{columns} matrix has {len(content) - position} bytes too many")
-
-    def matrix(tiles: np.ndarray) -> Tensor:
-        blocks = tiles.reshape(*shape, TILE_ROWS, -1).transpose(0, 2, 1, 3)
-        return torch.from_numpy(blocks.reshape(shape[0] * TILE_ROWS, -1)[:rows].copy())
-
     bits = torch.from_numpy(flat_bits.reshape(shape))
-    return QuantizedTensor(matrix(codes), matrix(scale), matrix(zero_point), bits, scheme)
+    return QuantizedTensor(
+        matrix(codes, shape, rows), matrix(scale, shape, rows), matrix(zero_point, shape, rows), bits, scheme
+    )
 
 
 def pack_bits(codes: UInt8[np.ndarray, "..."], bits: int) -> bytes:
@@ -150,7 +156,7 @@ def unpack_bits(packed: bytes, bits: int) -> UInt8[np.ndarray, " codes"]:
     return (planes << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
 
 
-def _tiles(part: Tensor, groups: int) -> np.ndarray:
+def tiles(part: Tensor, groups: int) -> np.ndarray:
     """(out, …) → (tiles, 16, values per row of a tile), the last row block padded with zeros."""
     padded = torch.nn.functional.pad(part, (0, 0, 0, -len(part) % TILE_ROWS)).numpy()
     return (
@@ -158,3 +164,9 @@ def _tiles(part: Tensor, groups: int) -> np.ndarray:
         .transpose(0, 2, 1, 3)
         .reshape(-1, TILE_ROWS, padded.shape[1] // groups)
     )
+
+
+def matrix(tiles: np.ndarray, shape: tuple[int, int], rows: int) -> Tensor:
+    """(tiles, 16, values per row of a tile) → (out, …), without the padding; ``shape`` counts row blocks and groups."""
+    blocks = tiles.reshape(*shape, TILE_ROWS, -1).transpose(0, 2, 1, 3)
+    return torch.from_numpy(blocks.reshape(shape[0] * TILE_ROWS, -1)[:rows].copy())

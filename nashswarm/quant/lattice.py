@@ -1,0 +1,111 @@
+"""A matrix on a lattice: integers times a step that every row and every column scales.
+
+With sensitivities that factor into rows and columns, ``D = ½ Σ a_o κ_j e_oj²``, an error costs the same everywhere when
+the step of weight (o, j) is ``unit / √(a_o κ_j)``.  At one price λ per bit that is the equilibrium of uniform
+quantizers with an entropy coder at high rate (Gish & Pierce 1968): all spend the damage ``unit² / 24`` and would buy
+the next bit at ``λ = unit² · ln 2 / 12``.  κ are the pivots of the factor of H, so that it holds with error feedback.
+
+Row and column scales are powers of 2^¼, small integers in the file.  A second pair of small integers says how large the
+weights of a row and of a column are; together they give the ``level`` of every code: what the coder expects its
+magnitude to be, in half octaves.
+"""
+
+import dataclasses
+import math
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+SCALES_PER_OCTAVE = 4
+LEVELS_PER_OCTAVE = 2
+QUIETEST = 2.0**-7  # added to mean magnitudes, so that rows of zeros have a level too
+
+
+@dataclasses.dataclass(frozen=True)
+class Lattice:
+    """The grid of a matrix (``base``, ``row_scale``, ``column_scale``) and the sizes its coder expects (``row_size``,
+    ``column_size``); everything but ``base`` is an int8."""
+
+    base: float
+    row_scale: Integer[Tensor, " out"]
+    column_scale: Integer[Tensor, " in"]
+    row_size: Integer[Tensor, " out"]
+    column_size: Integer[Tensor, " in"]
+
+    def row_steps(self) -> Float[Tensor, " out"]:
+        """``base`` times the scales of the rows; times ``column_steps``, the steps."""
+        return self.base * torch.exp2(self.row_scale / SCALES_PER_OCTAVE)
+
+    def column_steps(self) -> Float[Tensor, " in"]:
+        return torch.exp2(self.column_scale / SCALES_PER_OCTAVE)
+
+    def levels(self, columns: slice | Tensor = slice(None)) -> Integer[Tensor, "out columns"]:
+        """Twice the binary logarithm of the expected magnitudes of the codes, in whole numbers."""
+        scale = self.row_scale.int()[:, None] + self.column_scale.int()[columns]
+        size = self.row_size.int()[:, None] + self.column_size.int()[columns]
+        return size - scale.div(SCALES_PER_OCTAVE // LEVELS_PER_OCTAVE, rounding_mode="floor")
+
+    def expecting(self, magnitudes: Float[Tensor, "out in"]) -> "Lattice":
+        """The same grid, its expected sizes fitted to the ``magnitudes`` of codes."""
+        octaves = LEVELS_PER_OCTAVE * (magnitudes.mean() + QUIETEST).log2()
+        rows = LEVELS_PER_OCTAVE * (magnitudes.mean(1) + QUIETEST).log2() + self.row_scale / LEVELS_PER_OCTAVE
+        columns = LEVELS_PER_OCTAVE * (magnitudes.mean(0) + QUIETEST).log2() + self.column_scale / LEVELS_PER_OCTAVE
+        return dataclasses.replace(self, row_size=_whole(rows), column_size=_whole(columns - octaves))
+
+
+@dataclasses.dataclass(frozen=True)
+class LatticeTensor:
+    """A matrix of shape (out, in) as integers on its lattice."""
+
+    codes: Integer[Tensor, "out in"]
+    lattice: Lattice
+
+    def dequantize(self) -> Float[Tensor, "out in"]:
+        """The float32 matrix that the codes stand for."""
+        return self.codes.float() * self.lattice.row_steps()[:, None] * self.lattice.column_steps()
+
+
+def lattice_of(
+    weight: Float[Tensor, "out in"], unit: float, rows: Float[Tensor, " out"], columns: Float[Tensor, " in"]
+) -> Lattice:
+    """The lattice on which an error of ``unit`` steps costs the same in every row (sensitivities ``rows``, a) and every
+    column (``columns``, κ), with the sizes of ``weight`` itself.
+
+    Rows and columns without any sensitivity count as the least sensitive ones that have some.
+    """
+    row_scale, column_scale = _scale(rows), _scale(columns)
+    middle = (_middle(row_scale) + _middle(column_scale)) / SCALES_PER_OCTAVE  # keeps the integers small
+    zero = torch.zeros(1, dtype=torch.int8)
+    lattice = Lattice(
+        float(torch.tensor(unit * 2.0**middle, dtype=torch.float32)),
+        _whole(row_scale - _middle(row_scale)),
+        _whole(column_scale - _middle(column_scale)),
+        zero,
+        zero,
+    )
+    steps = lattice.row_steps()[:, None] * lattice.column_steps()
+    return lattice.expecting((weight / steps).abs())
+
+
+def unit_at(price: float) -> float:
+    """The unit whose next bit is worth ``price`` nats per token.
+
+    >>> round(unit_at(math.log(2) / 12), 6)
+    1.0
+    """
+    return math.sqrt(12 * price / math.log(2))
+
+
+def _scale(sensitivity: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """−½ log2 of the sensitivities, in scales."""
+    least = sensitivity[sensitivity > 0].min() if (sensitivity > 0).any() else torch.ones(())
+    return -SCALES_PER_OCTAVE / 2 * sensitivity.clamp(min=least).log2()
+
+
+def _middle(scale: Float[Tensor, " n"]) -> float:
+    return float(scale.median().round())
+
+
+def _whole(values: Float[Tensor, " n"]) -> Integer[Tensor, " n"]:
+    return values.round().clamp(-128, 127).to(torch.int8)

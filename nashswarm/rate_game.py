@@ -1,0 +1,531 @@
+"""The rate game: blocks choose their steps under one price of a bit, codes reply, an entropy coder stores them.
+
+A player is a block of 16 rows.  Its action is an offset, in quarter octaves, to the step that one price gives it (see
+``quant.lattice``); its codes answer by one pass of error feedback.  Block i at offset a costs, in nats per token,
+``D_i(a) + λ · bits_i(a)``, both of them true: cross terms of H in full, lengths by the code tables of the whole model.
+Where the flock aligns, a block pays λ · ``align`` bytes for every quarter octave between it and a neighbour.
+
+Offsets are set at whole octaves of the unit, where they can be remembered; the unit itself then meets the budget, and
+best replies of the codes end the game.  The certificate enumerates all actions of all blocks, and all codes of all
+weights, at the end.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import sparse
+from torch import Tensor
+
+from nashswarm import allocation, swarm
+from nashswarm.allocation import Layer
+from nashswarm.game import Coupling, Game, best_response
+from nashswarm.methods import PROBE_TOKENS, Compressed, Flock, Oracle
+from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_integers, encode_lattice, tables_of
+from nashswarm.quant.grid import TILE_ROWS, row_blocks
+from nashswarm.quant.lattice import Lattice, LatticeTensor, lattice_of
+from nashswarm.quant.pack import run_lengths
+from nashswarm.quant.reply import Coding, Settled, Whitened, lattice_reply, regret_by_row, whiten
+
+BitGame = Literal["equilibrium", "uniform"]
+CodeGame = Literal["equilibrium", "pass", "rounding"]
+BUDGET_TOLERANCE = 1e-3
+TRIALS = 12  # units tried until the budget is met
+TABLES = "code_tables"  # their name beside the packed layers
+
+Found = TypeVar("Found")
+Offsets = Mapping[str, Int[np.ndarray, " row_blocks"]]
+Weights = Mapping[str, Float[Tensor, " out"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class NashSwarm:
+    """One price of a bit for the whole model, steps and codes at equilibrium, entropy-coded; the flock informs both.
+
+    ``bits``: stored bits per parameter of the whole model, everything counted.  ``bit_game``: ``equilibrium``, or in
+    its place ``uniform``, the same step in proportion to its weights in every matrix.  ``offsets``: what a block may
+    add to its step, in quarter octaves.  ``code_game``: ``equilibrium``, one ``pass`` of error feedback, or
+    ``rounding``.  ``sweeps``: of best replies, at most.  ``rate_in_codes``: how much of its length's price a code
+    minds, 0 to 1.  ``strength``: how far measured damages of layers correct predicted ones, 0 to 1; where several
+    values stand, held-out calibration text chooses.  ``cache``: reuse statistics and solved games of earlier runs.
+    """
+
+    bits: float = 3.0
+    bit_game: BitGame = "equilibrium"
+    offsets: Sequence[int] = (-4, -2, -1, 0, 1, 2, 4)
+    code_game: CodeGame = "equilibrium"
+    sweeps: int = 20
+    rate_in_codes: float = 0.0
+    strength: Sequence[float] = (0.0, 0.5)
+    cache: bool = True
+    swarm: Flock | None = dataclasses.field(default_factory=Flock)
+
+    def __post_init__(self) -> None:
+        for name, known in (("bit_game", BitGame), ("code_game", CodeGame)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"unknown method.{name} {getattr(self, name)!r}: choose {', '.join(get_args(known))}")
+        if self.bits <= 0:
+            raise ValueError(f"method.bits={self.bits} must be positive")
+        if 0 not in self.offsets or list(self.offsets) != sorted(set(self.offsets)) or abs(max(self.offsets)) > 40:
+            raise ValueError(f"method.offsets {list(self.offsets)} must be ascending small integers, 0 among them")
+        if not self.strength or min(self.strength) < 0 or max(self.strength) > 1:
+            raise ValueError(f"method.strength {list(self.strength)} must hold numbers between 0 and 1")
+        if self.sweeps < 0 or not 0 <= self.rate_in_codes <= 1:
+            raise ValueError("method.sweeps must not be negative and method.rate_in_codes be between 0 and 1")
+
+    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
+        budget = int(self.bits * oracle.parameters / 8) - oracle.fixed_bytes
+        table = _Table(self, oracle, rng)
+        smallest = table.smallest_bytes()
+        if budget < smallest:
+            least = 8 * (smallest + oracle.fixed_bytes) / oracle.parameters
+            raise ValueError(
+                f"method.bits={self.bits} is below the smallest possible size of this model, {least:.3f} bits per "
+                "parameter with every code zero; raise method.bits"
+            )
+        unit = table.unit_of_rounding(budget)
+        stance = table.stance(round(math.log2(unit)))
+        played = table.meet(budget, unit, stance, 0)
+        if self.code_game == "equilibrium" and self.sweeps:
+            played = table.meet(budget, played.unit, stance, self.sweeps)
+        return table.report(played, stance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stance:
+    """What the players bring to a budget: the multipliers of their rows' sensitivities, the offsets of their steps, and
+    how they were found."""
+
+    weights: Weights
+    offsets: Offsets
+    found: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Played:
+    """All layers at one unit: tensors, the tables that code them, the sweeps of each layer, and the bytes they take."""
+
+    unit: float
+    tensors: dict[str, LatticeTensor]
+    tables: CodeTables
+    settled: dict[str, Settled]
+    bytes: int
+
+
+class _Table:
+    """Where the game of one model is played: its layers, their curvature, and the rules."""
+
+    def __init__(self, rules: NashSwarm, oracle: Oracle, rng: np.random.Generator) -> None:
+        self.rules, self.oracle = rules, oracle
+        self.flock_seed = int(rng.integers(2**31))
+        self.moments = oracle.moments()
+        local = rules.swarm.local_reply if rules.swarm else None
+        self.whitened: dict[str, Whitened] = {}
+        for layer in oracle.track(oracle.layers, "factoring"):
+            curved = allocation.curvature(layer, self.moments)
+            if local is not None:
+                curved = curved.neighbourly(local)
+            self.whitened[layer.name] = whiten(curved, feedback=rules.code_game != "rounding")
+        self.counts = [row_blocks(len(layer.weight)) for layer in oracle.layers]
+        self.passes = 0
+        self.plain = Stance(
+            {layer.name: torch.ones(len(layer.weight)) for layer in oracle.layers},
+            {layer.name: np.zeros(count, int) for layer, count in zip(oracle.layers, self.counts, strict=True)},
+            {"strength": 0.0, "flock_shrink": 0.0, "flock_align": 0.0, "flock_moves": 0},
+        )
+
+    # one layer
+
+    def lattice(self, layer: Layer, unit: float, stance: Stance, shift: int = 0) -> Lattice:
+        """The layer's grid at ``unit``, every block at its offset and ``shift`` beyond."""
+        ground = self.whitened[layer.name]
+        if self.rules.bit_game == "uniform":
+            flat = torch.ones(len(layer.weight)), torch.ones(layer.weight.shape[1])
+            return lattice_of(layer.weight, unit * float(layer.weight.square().mean().sqrt()), *flat)
+        found = lattice_of(layer.weight, unit, ground.rows * stance.weights[layer.name], ground.columns)
+        offsets = torch.from_numpy(stance.offsets[layer.name] + shift).repeat_interleave(TILE_ROWS)
+        moved = (found.row_scale + offsets[: len(layer.weight)]).clamp(-128, 127).to(torch.int8)
+        return dataclasses.replace(found, row_scale=moved)
+
+    def damage(self, layer: Layer, tensor: LatticeTensor, stance: Stance) -> Float[Tensor, " out"]:
+        """Nats per token of every row, as the players see it."""
+        error = layer.weight - tensor.dequantize()
+        return stance.weights[layer.name] * self.whitened[layer.name].curvature.damage_by_row(error)
+
+    # the whole model
+
+    def play(self, unit: float, stance: Stance, sweeps: int, coding: Coding | None = None) -> Played:
+        """Every layer's codes at ``unit``, and the tables that fit them."""
+        tensors, settled = {}, {}
+        for layer in self.oracle.track(self.oracle.layers, "replying"):
+            answer = lattice_reply(
+                layer.weight, self.whitened[layer.name], self.lattice(layer, unit, stance), coding, sweeps
+            )
+            tensors[layer.name] = _expected(answer[0])
+            if answer[1] is not None:
+                settled[layer.name] = answer[1]
+        tables = tables_of(count(tensors.values()))
+        return Played(unit, tensors, tables, settled, _estimated_bytes(tensors, tables))
+
+    def price(self, unit: float) -> float:
+        """λ of a bit at ``unit``, in nats per token."""
+        return unit**2 * math.log(2) / 12
+
+    def meet(self, budget: int, unit: float, stance: Stance, sweeps: int) -> Played:
+        """The finest unit found whose bytes stay within ``budget``, to 0.1 %."""
+        coding = None
+
+        def trial(unit: float) -> Played:
+            nonlocal coding
+            if self.rules.rate_in_codes:
+                coding = Coding(
+                    coding.tables if coding else CodeTables.of_laplace(), self.rules.rate_in_codes * self.price(unit)
+                )
+            played = self.play(unit, stance, sweeps, coding)
+            if coding:
+                coding = dataclasses.replace(coding, tables=played.tables)
+            exact = sum(len(packed) for packed in _stored(played).values())
+            return dataclasses.replace(played, bytes=exact)
+
+        weights = sum(layer.parameters for layer in self.oracle.layers)
+        return _meet(trial, lambda played: played.bytes, budget, unit, weights / 8)
+
+    def unit_of_rounding(self, budget: int) -> float:
+        """The unit at which plain rounding on the lattice would take ``budget`` bytes: where the search begins."""
+
+        def trial(unit: float) -> tuple[float, int]:
+            tensors = {}
+            for layer in self.oracle.layers:
+                lattice = self.lattice(layer, unit, self.plain)
+                steps = lattice.row_steps()[:, None] * lattice.column_steps()
+                tensors[layer.name] = LatticeTensor((layer.weight / steps).round().int(), lattice)
+            return unit, _estimated_bytes(tensors, tables_of(count(tensors.values())))
+
+        weights = sum(layer.parameters for layer in self.oracle.layers)
+        first = 2.0**-12 if self.rules.bit_game == "equilibrium" else 2.0**-1
+        return _meet(trial, lambda found: found[1], budget, first, weights / 8, 0.02)[0]
+
+    def smallest_bytes(self) -> int:
+        """Bytes with every code zero."""
+        tensors = {}
+        for layer in self.oracle.layers:
+            zeros = torch.zeros(layer.weight.shape, dtype=torch.int32)
+            tensors[layer.name] = _expected(LatticeTensor(zeros, self.lattice(layer, 1.0, self.plain)))
+        return _estimated_bytes(tensors, tables_of(count(tensors.values())))
+
+    # what is found once an octave
+
+    def stance(self, octave: int) -> Stance:
+        """How the players stand at the unit 2^``octave``: solved, or remembered."""
+        if self.rules.bit_game == "uniform":
+            return self.plain
+        rules = {key: value for key, value in dataclasses.asdict(self.rules).items() if key not in ("bits", "cache")}
+
+        def solve() -> dict[str, Tensor]:
+            stance = self.solve(2.0**octave)
+            parts: dict[str, Tensor] = {f"weights/{name}": part for name, part in stance.weights.items()}
+            parts |= {f"offsets/{name}": torch.from_numpy(part) for name, part in stance.offsets.items()}
+            found = {f"found/{name}": torch.tensor(float(value)).double() for name, value in stance.found.items()}
+            return parts | found | {"found/heldout_passes": torch.tensor(float(self.passes)).double()}
+
+        parts = self.oracle.remember("game", {"rules": rules, "octave": octave}, solve)
+        names = [layer.name for layer in self.oracle.layers]
+        return Stance(
+            {name: parts[f"weights/{name}"] for name in names},
+            {name: parts[f"offsets/{name}"].numpy() for name in names},
+            {key.removeprefix("found/"): float(part) for key, part in parts.items() if key.startswith("found/")},
+        )
+
+    def solve(self, unit: float) -> Stance:
+        """Strength of measured damages, shrinkage, offsets and alignment, one after the other, each chosen by the KL of
+        held-out calibration text at equal bytes."""
+        stance = self.plain
+        played = self.play(unit, stance, 0)
+        budget = played.bytes
+        ratios, found = self.probe(played) if max(self.rules.strength) > 0 else ({}, {})
+        flock = self.rules.swarm
+        coupling = self.flock if flock is not None else None
+
+        def weighed(strength: float) -> Stance:
+            weights = {
+                name: torch.full_like(part, ratios[name] ** strength) for name, part in self.plain.weights.items()
+            }
+            return dataclasses.replace(self.plain, weights=weights, found=self.plain.found | {"strength": strength})
+
+        def shrunk(strength: float) -> Stance:
+            assert coupling is not None
+            return dataclasses.replace(
+                stance, weights=self.shrink(stance, coupling, strength), found=stance.found | {"flock_shrink": strength}
+            )
+
+        if ratios:
+            stance = self.choose([weighed(strength) for strength in self.rules.strength], budget, unit)
+        if flock is not None and max(flock.shrink) > 0:
+            stance = self.choose([shrunk(strength) for strength in flock.shrink], budget, unit)
+        played = self.meet(budget, unit, stance, 0)
+        damage, bits = self.actions(played, stance)
+        alone = self.equilibrium(damage, bits, played.unit, None, 0.0)
+        stances = [(alone, 0.0)]
+        if flock is not None:
+            stances = [(self.equilibrium(damage, bits, played.unit, coupling, align), align) for align in flock.align]
+        stance = self.choose(
+            [
+                dataclasses.replace(
+                    stance,
+                    offsets=self.by_layer(np.array(self.rules.offsets)[profile]),
+                    found=stance.found | {"flock_align": align, "flock_moves": int((profile != alone).sum())},
+                )
+                for profile, align in stances
+            ],
+            budget,
+            played.unit,
+        )
+        return dataclasses.replace(stance, found=stance.found | found)
+
+    def choose(self, stances: Sequence[Stance], budget: int, unit: float) -> Stance:
+        """The stance of least KL on held-out calibration text at ``budget`` bytes."""
+        if len(stances) == 1:
+            return stances[0]
+        scores = []
+        for stance in self.oracle.track(stances, "choosing on held-out text"):
+            tensors = self.meet(budget, unit, stance, 0).tensors
+            scores.append(self.oracle.heldout_kl({name: part.dequantize() for name, part in tensors.items()}, None))
+            self.passes += 1
+        return stances[int(np.argmin(scores))]
+
+    def probe(self, played: Played) -> tuple[dict[str, float], dict[str, float]]:
+        """Measured over predicted damage of every layer when it alone is compressed, and the correlation of their
+        logarithms."""
+        predicted, measured = [], []
+        for layer in self.oracle.track(self.oracle.layers, "probing layers"):
+            tensor = played.tensors[layer.name]
+            predicted.append(float(self.damage(layer, tensor, self.plain).double().sum()))
+            measured.append(self.oracle.heldout_kl({layer.name: tensor.dequantize()}, PROBE_TOKENS))
+            self.passes += 1
+        logs = np.log(np.maximum([predicted, measured], 1e-12))
+        correlation = float(np.corrcoef(logs)[0, 1]) if len(self.oracle.layers) > 2 else float("nan")
+        ratios = np.exp(np.clip(logs[1] - logs[0], -5, 5))
+        names = [layer.name for layer in self.oracle.layers]
+        return dict(zip(names, ratios.tolist(), strict=True)), {"damage_correlation": correlation}
+
+    @functools.cached_property
+    def flock(self) -> sparse.csr_array:
+        """The coupling of the row blocks."""
+        assert self.rules.swarm is not None
+        _, features = allocation.describe(self.oracle.layers, self.moments, None)
+        rng = np.random.default_rng(self.flock_seed)
+        return swarm.flock(features, self.rules.swarm.neighbours, self.rules.swarm.graph, rng)
+
+    def shrink(self, stance: Stance, coupling: sparse.csr_array, strength: float) -> Weights:
+        """Every row's log sensitivity moved by ``strength`` toward the mean of its block's flock."""
+        logs = {
+            layer.name: (self.whitened[layer.name].rows * stance.weights[layer.name]).clamp(min=1e-30).log()
+            for layer in self.oracle.layers
+        }
+        means = np.concatenate([_blocks(part, mean=True).numpy() for part in logs.values()])
+        toward = self.by_layer(swarm.shrink(means, coupling, 1.0))
+        return {
+            name: stance.weights[name]
+            * (
+                strength * (torch.from_numpy(toward[name]).float().repeat_interleave(TILE_ROWS)[: len(part)] - part)
+            ).exp()
+            for name, part in logs.items()
+        }
+
+    def actions(
+        self, played: Played, stance: Stance
+    ) -> tuple[Float[np.ndarray, "blocks actions"], Float[np.ndarray, "blocks actions"]]:
+        """Damage in nats per token and bits of every block at every offset, the code tables as they are."""
+        damage, bits = [], []
+        for layer in self.oracle.track(self.oracle.layers, "trying offsets"):
+            costs = []
+            for shift in self.rules.offsets:
+                lattice = self.lattice(layer, played.unit, stance, shift)
+                tensor = _expected(lattice_reply(layer.weight, self.whitened[layer.name], lattice, None)[0])
+                costs.append((_blocks(self.damage(layer, tensor, stance)), _blocks(coded_bits(tensor, played.tables))))
+            damage.append(torch.stack([part for part, _ in costs], 1))
+            bits.append(torch.stack([part for _, part in costs], 1))
+        return torch.cat(damage).numpy(), torch.cat(bits).numpy()
+
+    def game(
+        self,
+        damage: Float[np.ndarray, "blocks actions"],
+        bits: Float[np.ndarray, "blocks actions"],
+        unit: float,
+        coupling: sparse.csr_array | None,
+        align: float,
+    ) -> Game:
+        """The bit game at the price of ``unit``."""
+        price = self.price(unit)
+        offsets = np.array(self.rules.offsets, float)
+        apart = 8 * price * align * np.abs(offsets[:, None] - offsets)
+        couplings = (Coupling(coupling, apart),) if coupling is not None and align else ()
+        return Game(damage + price * bits, couplings)
+
+    def equilibrium(
+        self,
+        damage: Float[np.ndarray, "blocks actions"],
+        bits: Float[np.ndarray, "blocks actions"],
+        unit: float,
+        coupling: sparse.csr_array | None,
+        align: float,
+    ) -> Int[np.ndarray, " blocks"]:
+        """The profile where best replies from the unmoved steps end."""
+        start = np.full(len(damage), list(self.rules.offsets).index(0))
+        return best_response(self.game(damage, bits, unit, coupling, align), start).profile
+
+    def by_layer(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        parts = np.split(values, np.cumsum(self.counts)[:-1])
+        return {layer.name: part for layer, part in zip(self.oracle.layers, parts, strict=True)}
+
+    # the end
+
+    def report(self, played: Played, stance: Stance) -> Compressed:
+        """Packed bytes, weights, and the certificate."""
+        packed = _stored(played)
+        price = self.price(played.unit)
+        names = [layer.name for layer in self.oracle.layers]
+        damage = {
+            layer.name: float(self.damage(layer, played.tensors[layer.name], self.plain).double().sum())
+            for layer in self.oracle.layers
+        }
+        bits = {name: float(coded_bits(part, played.tables).sum()) for name, part in played.tensors.items()}
+        metrics = {
+            "damage": sum(damage.values()),
+            "price": 8 * price,
+            "potential_end": sum(damage.values()) + price * sum(bits.values()),
+            "players": sum(self.counts),
+            **stance.found,
+        }
+        if self.rules.bit_game == "equilibrium":
+            metrics |= self.certificate(played, stance)
+        series = {}
+        if played.settled:
+            longest = max(len(found.moves) for found in played.settled.values())
+            metrics["sweeps"] = longest
+            metrics["unsettled"] = sum(bool(found.moves and found.moves[-1]) for found in played.settled.values())
+            series["moves"] = [
+                float(sum(found.moves[sweep] for found in played.settled.values() if sweep < len(found.moves)))
+                for sweep in range(longest)
+            ]
+        return Compressed(
+            packed=packed,
+            weights={name: played.tensors[name].dequantize() for name in names},
+            allocation=_text(stance.offsets, {name: bits[name] / played.tensors[name].codes.numel() for name in names}),
+            code_bits=int(sum(bits.values())),
+            damage=damage,
+            metrics=metrics,
+            series=series,
+        )
+
+    def certificate(self, played: Played, stance: Stance) -> dict[str, float]:
+        """The largest and the mean gain of a block that deviates alone, in nats per token: by another offset, or by
+        other codes for its weights, each alone, their gains added up."""
+        damage, bits = self.actions(played, stance)
+        stay = list(self.rules.offsets).index(0)
+        flock = self.rules.swarm
+        align = stance.found["flock_align"]
+        coupling = self.flock if flock is not None and align else None
+        game = self.game(damage, bits, played.unit, coupling, 0.0)
+        regret = game.regret(np.full(len(damage), stay))
+        if coupling is not None:
+            regret = self.aligned_regret(game, coupling, align, played.unit, stance)
+        codes = np.concatenate(
+            [
+                _blocks(
+                    regret_by_row(layer.weight, played.tensors[layer.name], self.whitened[layer.name].curvature)
+                ).numpy()
+                for layer in self.oracle.layers
+            ]
+        )
+        worst = np.maximum(regret, codes)
+        return {
+            "regret_max": float(worst.max()),
+            "regret_mean": float(worst.mean()),
+            "regret_of_steps": float(regret.max()),
+            "regret_of_codes": float(codes.max()),
+        }
+
+    def aligned_regret(
+        self, game: Game, coupling: sparse.csr_array, align: float, unit: float, stance: Stance
+    ) -> Float[np.ndarray, " blocks"]:
+        """Regret where neighbours pay for the distance of their offsets, counted from the price's own step."""
+        offsets = np.concatenate([stance.offsets[layer.name] for layer in self.oracle.layers])
+        deviations = offsets[:, None] + np.array(self.rules.offsets)
+        weights = coupling.tocoo()
+        extra = np.zeros(deviations.shape)
+        distance = np.abs(deviations[weights.row] - offsets[weights.col][:, None])
+        np.add.at(extra, weights.row, 8 * self.price(unit) * align * weights.data[:, None] * distance)
+        costs = game.own_cost + extra
+        return costs[:, list(self.rules.offsets).index(0)] - costs.min(1)
+
+
+def _meet(
+    trial: Callable[[float], Found],
+    size: Callable[[Found], int],
+    budget: int,
+    unit: float,
+    bytes_per_octave: float,
+    tolerance: float = BUDGET_TOLERANCE,
+) -> Found:
+    """Units are tried by secants until one takes between (1 − ``tolerance``) and 1 times ``budget`` bytes."""
+    aim = (1 - tolerance / 3) * budget
+    best: Found | None = None
+    tried: list[tuple[float, int]] = []
+    log_unit = math.log2(unit)
+    for _ in range(TRIALS):
+        found = trial(2.0**log_unit)
+        tried.append((log_unit, size(found)))
+        if size(found) <= budget and (best is None or size(found) > size(best)):
+            best = found
+        if best is not None and size(best) >= (1 - tolerance) * budget:
+            return best
+        slope = -bytes_per_octave
+        if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
+            measured = (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0])
+            slope = min(max(measured, -2 * bytes_per_octave), -bytes_per_octave / 20)
+        log_unit += min(max((aim - size(found)) / slope, -8.0), 8.0)
+    if best is None:
+        raise ValueError(f"no step was found at which the layers take {budget} bytes; raise method.bits")
+    return best
+
+
+def _expected(tensor: LatticeTensor) -> LatticeTensor:
+    return LatticeTensor(tensor.codes, tensor.lattice.expecting(tensor.codes.abs().float()))
+
+
+def _estimated_bytes(tensors: Mapping[str, LatticeTensor], tables: CodeTables) -> int:
+    """What ``_stored`` takes, but for what the coder adds."""
+    total = len(tables.pack())
+    for tensor in tensors.values():
+        lattice = tensor.lattice
+        sides = (lattice.row_scale, lattice.column_scale, lattice.row_size, lattice.column_size)
+        total += int(coded_bits(tensor, tables).sum() / 8) + sum(len(encode_integers(side.numpy())) for side in sides)
+    return total
+
+
+def _stored(played: Played) -> dict[str, np.ndarray]:
+    packed = {name: encode_lattice(tensor, played.tables) for name, tensor in played.tensors.items()}
+    return packed | {TABLES: played.tables.pack()}
+
+
+def _blocks(rows: Float[Tensor, " out"], mean: bool = False) -> Float[Tensor, " row_blocks"]:
+    """The sum (or the mean) over every block of 16 rows, in float64."""
+    padded = torch.nn.functional.pad(rows.double(), (0, -len(rows) % TILE_ROWS)).view(-1, TILE_ROWS).sum(1)
+    if not mean:
+        return padded
+    return padded / _blocks(torch.ones(len(rows)))
+
+
+def _text(offsets: Offsets, bits: Mapping[str, float]) -> str:
+    """One line a layer: its name, bits per weight of its codes, and the run-length coded offsets of its blocks."""
+    lines = []
+    for name, values in offsets.items():
+        runs = " ".join(f"{value:+d}*{length}" for value, length in zip(*run_lengths(values.astype(int)), strict=True))
+        lines.append(f"{name} {bits[name]:.3f} {runs}\n")
+    return "".join(lines)

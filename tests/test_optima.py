@@ -1,0 +1,178 @@
+"""Bounds and optima against enumeration of all profiles of small problems."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from nashswarm import optima
+from nashswarm.game import Coupling, Game, best_response
+
+few = settings(max_examples=60, deadline=None)
+SOLVERS = (optima.greedy, optima.dynamic_programme, optima.integer_programme)
+Problem = tuple[np.ndarray, np.ndarray, int]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Up to five players, four actions, whole damages; any budget from the cheapest profile to beyond the dearest."""
+    players, actions = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+
+    def numbers(most: int) -> np.ndarray:
+        size = players * actions
+        return np.array(draw(st.lists(st.integers(0, most), min_size=size, max_size=size))).reshape(players, actions)
+
+    damage, cost = numbers(30), numbers(12) * draw(st.integers(1, 3))
+    least, most = int(cost.min(1).sum()), int(cost.max(1).sum())
+    return damage.astype(float), cost, draw(st.integers(least, most + 3))
+
+
+def smooth(players: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Convex damages that fall fourfold per bit, over orders of magnitude, and the bytes of a tile."""
+    rng = np.random.default_rng(seed)
+    damage = rng.lognormal(sigma=2, size=(players, 1)) * 4.0 ** -np.array([0.0, 2, 3, 4, 8])
+    return damage, np.tile([0, 292, 422, 552, 1072], (players, 1))
+
+
+def enumerated(damage: np.ndarray, cost: np.ndarray, budget: int) -> float:
+    """The least damage within the budget."""
+    players, actions = damage.shape
+    return min(
+        sum(damage[player, action] for player, action in enumerate(profile))
+        for profile in itertools.product(range(actions), repeat=players)
+        if sum(cost[player, action] for player, action in enumerate(profile)) <= budget
+    )
+
+
+def small_game(players: int, seed: int) -> Game:
+    """Three actions, everybody coupled with everybody, no negative cost."""
+    rng = np.random.default_rng(seed)
+    upper = np.triu(rng.random((players, players)), 1)
+    return Game(rng.random((players, 3)), (Coupling(sparse.csr_array(upper + upper.T), 1 - np.eye(3)),))
+
+
+@given(problems())
+@few
+def test_exact_solvers_find_the_enumerated_optimum(problem: Problem) -> None:
+    least = enumerated(*problem)
+    for solve in (optima.dynamic_programme, optima.integer_programme):
+        assert optima.total(problem[0], solve(*problem)) == pytest.approx(least, abs=1e-7)
+
+
+@given(problems())
+@few
+def test_bound_below_optimum_below_greedy_and_all_within_the_budget(problem: Problem) -> None:
+    damage, cost, budget = problem
+    bound, price = optima.dual_bound(*problem)
+    least = enumerated(*problem)
+    assert price >= 0
+    assert bound <= least + 1e-9
+    assert least <= optima.total(damage, optima.greedy(*problem)) + 1e-9
+    assert all(optima.total(cost, solve(*problem)) <= budget for solve in SOLVERS)
+
+
+@given(problems())
+@few
+def test_no_other_price_gives_a_larger_bound(problem: Problem) -> None:
+    """The dual is concave and piecewise linear: its maximum is at 0 or where two actions of a player cost the same."""
+    damage, cost, budget = problem
+    pairs = itertools.product(range(damage.shape[1]), repeat=2)
+    slopes = [
+        (own[a] - own[b]) / (size[b] - size[a])
+        for a, b in pairs
+        for own, size in zip(damage, cost, strict=True)
+        if size[b] > size[a]
+    ]
+    bounds = [(damage + price * cost).min(1).sum() - price * budget for price in (0, *slopes) if price >= 0]
+    assert optima.dual_bound(*problem)[0] == pytest.approx(max(bounds), abs=1e-9)
+
+
+@given(problems())
+@few
+def test_an_action_is_a_corner_only_where_no_chord_runs_below_it(problem: Problem) -> None:
+    damage, cost, _ = problem
+    corners = optima.convex_hull(damage, cost).corners
+    for own, size, ours in zip(damage, cost, corners, strict=True):
+        assert (np.diff(size[ours]) >= 0).all()
+        assert own[ours[-1]] == own.min()
+        for here, (left, right) in itertools.product(ours, itertools.permutations(range(len(own)), 2)):
+            if size[left] <= size[here] <= size[right] and size[left] < size[right]:
+                share = (size[here] - size[left]) / (size[right] - size[left])
+                assert own[here] <= (1 - share) * own[left] + share * own[right] + 1e-9
+
+
+@given(st.integers(1, 60), st.integers(0, 1000), st.floats(0, 1))
+@few
+def test_on_convex_curves_greedy_buys_what_everybody_wants_at_one_price(players: int, seed: int, share: float) -> None:
+    damage, cost = smooth(players, seed)
+    price = optima.dual_bound(damage, cost, int(share * 1072 * players))[1] * 1.0001
+    wanted = (damage + price * cost).argmin(1)
+    spent = int(optima.total(cost, wanted))
+    assert np.array_equal(optima.greedy(damage, cost, spent), wanted)
+    assert optima.dual_bound(damage, cost, spent)[0] == pytest.approx(optima.total(damage, wanted))
+
+
+@given(st.integers(1, 60), st.integers(0, 1000), st.floats(0, 1))
+@few
+def test_without_couplings_the_equilibrium_at_the_duals_price_stands_on_the_hull(
+    players: int, seed: int, share: float
+) -> None:
+    damage, cost = smooth(players, seed)
+    damage *= np.random.default_rng(seed).uniform(0.3, 3, damage.shape)  # no longer convex
+    price = optima.dual_bound(damage, cost, int(share * 1072 * players))[1]
+    found = best_response(Game(damage + price * cost), np.zeros(players, int))
+    assert (optima.convex_hull(damage, cost).corners == found.profile[:, None]).any(1).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_solvers_agree_on_a_hundred_players_and_greedy_ends_within_a_step_of_the_bound(seed: int) -> None:
+    damage, cost = smooth(100, seed)
+    bound, price = optima.dual_bound(damage, cost, 40_000)
+    greedy, exact, other = (optima.total(damage, solve(damage, cost, 40_000)) for solve in SOLVERS)
+    assert bound <= exact <= greedy <= bound + 520 * price
+    assert exact == pytest.approx(other, rel=1e-7)
+
+
+@pytest.mark.parametrize("solve", [*SOLVERS, optima.dual_bound])
+def test_a_budget_below_the_cheapest_profile_is_refused(solve: Callable[..., object]) -> None:
+    with pytest.raises(ValueError, match="a budget of 5 bytes is below the cheapest profile, 6 bytes"):
+        solve(np.ones((2, 2)), np.array([[3, 4], [3, 9]]), 5)
+
+
+def test_too_large_tables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optima, "MOST_CELLS", 1)
+    with pytest.raises(ValueError, match=r"needs \d+ cells, more than 1:"):
+        optima.dynamic_programme(*smooth(20, 0), 20 * 400)
+    with pytest.raises(ValueError, match="3 actions of 13 players make 1594323 profiles"):
+        optima.least_potential(small_game(13, 0))
+
+
+@given(st.integers(1, 5), st.integers(0, 1000))
+@few
+def test_price_of_anarchy_on_small_games(players: int, seed: int) -> None:
+    game = small_game(players, seed)
+    profiles = [np.array(profile) for profile in itertools.product(range(3), repeat=players)]
+    least = min(map(game.potential, profiles))
+    worst = max(game.potential(profile) for profile in profiles if game.regret(profile).max() <= 1e-9)
+    one, other = (optima.price_of_anarchy(game, 5, np.random.default_rng(seed)) for _ in range(2))
+    assert optima.least_potential(game) == pytest.approx(least)
+    assert optima.exact_price_of_anarchy(game) == pytest.approx(worst / least)
+    assert one.price == pytest.approx(max(one.potentials) / least)
+    assert 1 <= one.price == other.price <= worst / least + 1e-9
+    assert all(game.regret(found.profile).max() <= 1e-12 for found in one.equilibria)
+
+
+def test_two_who_want_to_agree_pay_double_where_they_agree_on_the_worse() -> None:
+    agree = Coupling(sparse.csr_array(np.array([[0.0, 1], [1, 0]])), 9 * (1 - np.eye(2)))
+    game = Game(np.array([[1.0, 2], [1, 2]]), (agree,))
+    assert optima.price_of_anarchy(game, 50, np.random.default_rng(0)).price == 2
+    assert optima.exact_price_of_anarchy(game) == 2
+
+
+def test_a_potential_of_nothing_has_no_price_of_anarchy() -> None:
+    with pytest.raises(ValueError, match="the least potential is 0"):
+        optima.exact_price_of_anarchy(Game(np.zeros((2, 2))))
