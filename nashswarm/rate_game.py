@@ -28,7 +28,7 @@ from nashswarm.game import Coupling, Game, best_response
 from nashswarm.methods import PROBE_TOKENS, Compressed, Flock, Oracle
 from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_integers, encode_lattice, tables_of
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
-from nashswarm.quant.lattice import Lattice, LatticeTensor, lattice_of
+from nashswarm.quant.lattice import Lattice, LatticeTensor, lattice_of, stack
 from nashswarm.quant.pack import run_lengths
 from nashswarm.quant.reply import Coding, Settled, Whitened, lattice_reply, regret_by_row, whiten
 
@@ -108,13 +108,32 @@ class Stance:
 
 @dataclasses.dataclass(frozen=True)
 class Played:
-    """All layers at one unit: tensors, the tables that code them, the sweeps of each layer, and the bytes they take."""
+    """All layers at one unit: tensors, the tables that code them, and the sweeps of each layer."""
 
     unit: float
     tensors: dict[str, LatticeTensor]
     tables: CodeTables
     settled: dict[str, Settled]
-    bytes: int
+
+    @functools.cached_property
+    def packed(self) -> dict[str, np.ndarray]:
+        """The stored bytes of every layer, and of the tables."""
+        layers = {name: encode_lattice(tensor, self.tables) for name, tensor in self.tensors.items()}
+        return layers | {TABLES: self.tables.pack()}
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(packed) for packed in self.packed.values())
+
+
+class Slope:
+    """How many bytes an octave of the unit saves: a bit a weight at high rate, then what was measured last."""
+
+    def __init__(self, at_high_rate: float) -> None:
+        self.at_high_rate = self.now = at_high_rate
+
+    def learn(self, measured: float) -> None:
+        self.now = min(max(measured, self.at_high_rate / 20), 2 * self.at_high_rate)
 
 
 class _Table:
@@ -133,6 +152,7 @@ class _Table:
             self.whitened[layer.name] = whiten(curved, feedback=rules.code_game != "rounding")
         self.counts = [row_blocks(len(layer.weight)) for layer in oracle.layers]
         self.passes = 0
+        self.slope = Slope(sum(layer.parameters for layer in oracle.layers) / 8)
         self.plain = Stance(
             {layer.name: torch.ones(len(layer.weight)) for layer in oracle.layers},
             {layer.name: np.zeros(count, int) for layer, count in zip(oracle.layers, self.counts, strict=True)},
@@ -169,8 +189,7 @@ class _Table:
             tensors[layer.name] = _expected(answer[0])
             if answer[1] is not None:
                 settled[layer.name] = answer[1]
-        tables = tables_of(count(tensors.values()))
-        return Played(unit, tensors, tables, settled, _estimated_bytes(tensors, tables))
+        return Played(unit, tensors, tables_of(count(tensors.values())), settled)
 
     def price(self, unit: float) -> float:
         """λ of a bit at ``unit``, in nats per token."""
@@ -189,11 +208,9 @@ class _Table:
             played = self.play(unit, stance, sweeps, coding)
             if coding:
                 coding = dataclasses.replace(coding, tables=played.tables)
-            exact = sum(len(packed) for packed in _stored(played).values())
-            return dataclasses.replace(played, bytes=exact)
+            return played
 
-        weights = sum(layer.parameters for layer in self.oracle.layers)
-        return _meet(trial, lambda played: played.bytes, budget, unit, weights / 8)
+        return _meet(trial, lambda played: played.bytes, budget, unit, self.slope)
 
     def unit_of_rounding(self, budget: int) -> float:
         """The unit at which plain rounding on the lattice would take ``budget`` bytes: where the search begins."""
@@ -206,9 +223,8 @@ class _Table:
                 tensors[layer.name] = LatticeTensor((layer.weight / steps).round().int(), lattice)
             return unit, _estimated_bytes(tensors, tables_of(count(tensors.values())))
 
-        weights = sum(layer.parameters for layer in self.oracle.layers)
         first = 2.0**-12 if self.rules.bit_game == "equilibrium" else 2.0**-1
-        return _meet(trial, lambda found: found[1], budget, first, weights / 8, 0.02)[0]
+        return _meet(trial, lambda found: found[1], budget, first, self.slope, 0.02)[0]
 
     def smallest_bytes(self) -> int:
         """Bytes with every code zero."""
@@ -343,13 +359,16 @@ class _Table:
         """Damage in nats per token and bits of every block at every offset, the code tables as they are."""
         damage, bits = [], []
         for layer in self.oracle.track(self.oracle.layers, "trying offsets"):
-            costs = []
-            for shift in self.rules.offsets:
-                lattice = self.lattice(layer, played.unit, stance, shift)
-                tensor = _expected(lattice_reply(layer.weight, self.whitened[layer.name], lattice, None)[0])
-                costs.append((_blocks(self.damage(layer, tensor, stance)), _blocks(coded_bits(tensor, played.tables))))
-            damage.append(torch.stack([part for part, _ in costs], 1))
-            bits.append(torch.stack([part for _, part in costs], 1))
+            lattices = [self.lattice(layer, played.unit, stance, shift) for shift in self.rules.offsets]
+            ground = self.whitened[layer.name]
+            ground = dataclasses.replace(ground, rows=ground.rows.repeat(len(lattices)))
+            answer, _ = lattice_reply(layer.weight.repeat(len(lattices), 1), ground, stack(lattices), None)
+            tensors = [
+                _expected(LatticeTensor(codes, lattice))
+                for codes, lattice in zip(answer.codes.split(len(layer.weight)), lattices, strict=True)
+            ]
+            damage.append(torch.stack([_blocks(self.damage(layer, tensor, stance)) for tensor in tensors], 1))
+            bits.append(torch.stack([_blocks(coded_bits(tensor, played.tables)) for tensor in tensors], 1))
         return torch.cat(damage).numpy(), torch.cat(bits).numpy()
 
     def game(
@@ -387,7 +406,6 @@ class _Table:
 
     def report(self, played: Played, stance: Stance) -> Compressed:
         """Packed bytes, weights, and the certificate."""
-        packed = _stored(played)
         price = self.price(played.unit)
         names = [layer.name for layer in self.oracle.layers]
         damage = {
@@ -414,7 +432,7 @@ class _Table:
                 for sweep in range(longest)
             ]
         return Compressed(
-            packed=packed,
+            packed=played.packed,
             weights={name: played.tensors[name].dequantize() for name in names},
             allocation=_text(stance.offsets, {name: bits[name] / played.tensors[name].codes.numel() for name in names}),
             code_bits=int(sum(bits.values())),
@@ -470,10 +488,11 @@ def _meet(
     size: Callable[[Found], int],
     budget: int,
     unit: float,
-    bytes_per_octave: float,
+    slope: Slope,
     tolerance: float = BUDGET_TOLERANCE,
 ) -> Found:
-    """Units are tried by secants until one takes between (1 − ``tolerance``) and 1 times ``budget`` bytes."""
+    """Units are tried by secants until one takes between (1 − ``tolerance``) and 1 times ``budget`` bytes; ``slope`` is
+    where they begin and what they learn."""
     aim = (1 - tolerance / 3) * budget
     best: Found | None = None
     tried: list[tuple[float, int]] = []
@@ -485,11 +504,9 @@ def _meet(
             best = found
         if best is not None and size(best) >= (1 - tolerance) * budget:
             return best
-        slope = -bytes_per_octave
         if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
-            measured = (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0])
-            slope = min(max(measured, -2 * bytes_per_octave), -bytes_per_octave / 20)
-        log_unit += min(max((aim - size(found)) / slope, -8.0), 8.0)
+            slope.learn((tried[-2][1] - tried[-1][1]) / (tried[-1][0] - tried[-2][0]))
+        log_unit += min(max((size(found) - aim) / slope.now, -8.0), 8.0)
     if best is None:
         raise ValueError(f"no step was found at which the layers take {budget} bytes; raise method.bits")
     return best
@@ -500,18 +517,13 @@ def _expected(tensor: LatticeTensor) -> LatticeTensor:
 
 
 def _estimated_bytes(tensors: Mapping[str, LatticeTensor], tables: CodeTables) -> int:
-    """What ``_stored`` takes, but for what the coder adds."""
+    """What storing them takes, but for headers and what the coder adds."""
     total = len(tables.pack())
     for tensor in tensors.values():
         lattice = tensor.lattice
         sides = (lattice.row_scale, lattice.column_scale, lattice.row_size, lattice.column_size)
         total += int(coded_bits(tensor, tables).sum() / 8) + sum(len(encode_integers(side.numpy())) for side in sides)
     return total
-
-
-def _stored(played: Played) -> dict[str, np.ndarray]:
-    packed = {name: encode_lattice(tensor, played.tables) for name, tensor in played.tensors.items()}
-    return packed | {TABLES: played.tables.pack()}
 
 
 def _blocks(rows: Float[Tensor, " out"], mean: bool = False) -> Float[Tensor, " row_blocks"]:

@@ -12,6 +12,7 @@ magnitude to be, in half octaves.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Integer
@@ -52,6 +53,15 @@ class Lattice:
         rows = LEVELS_PER_OCTAVE * (magnitudes.mean(1) + QUIETEST).log2() + self.row_scale / LEVELS_PER_OCTAVE
         columns = LEVELS_PER_OCTAVE * (magnitudes.mean(0) + QUIETEST).log2() + self.column_scale / LEVELS_PER_OCTAVE
         return dataclasses.replace(self, row_size=_whole(rows), column_size=_whole(columns - octaves))
+
+
+def stack(lattices: Sequence[Lattice]) -> Lattice:
+    """Lattices of the same base and columns above one another."""
+    return dataclasses.replace(
+        lattices[0],
+        row_scale=torch.cat([part.row_scale for part in lattices]),
+        row_size=torch.cat([part.row_size for part in lattices]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

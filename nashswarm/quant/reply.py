@@ -21,7 +21,7 @@ from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme
 from nashswarm.quant.lattice import Lattice, LatticeTensor
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
-BLOCK = 128  # columns replied to between two matrix products
+BLOCK = 64  # columns replied to between two matrix products
 TINY = torch.finfo(torch.float32).tiny
 REACH = 3  # codes below the nearest one that a reply considers, besides 0
 
@@ -158,8 +158,8 @@ def feedback(
 ) -> Float[Tensor, "out in"]:
     """One pass over the columns in ``order``: their codes.  ``factor``: ``pivots`` of H in that order."""
     order = torch.arange(weight.shape[1]) if order is None else order
-    current = weight[:, order]
-    codes = torch.empty_like(weight)
+    current = _by_column(weight[:, order])
+    codes = torch.empty_like(current)
     for start in range(0, weight.shape[1], block):
         columns = slice(start, start + block)
         own = factor[columns, columns]
@@ -189,21 +189,21 @@ def settle(
     codes = codes.clone()
     columns = torch.arange(weight.shape[1]).split(BLOCK)
     grids = [grid_of(block, weight[:, block]) for block in columns]
-    error = weight - torch.cat([codes[:, block] * grid.step for block, grid in zip(columns, grids, strict=True)], 1)
+    error = weight - codes * torch.cat([grid.step for grid in grids], 1)
     active = torch.arange(len(weight))
     moves: list[int] = []
     gains: list[float] = []
     while len(active) and len(moves) < sweeps:
         moved = torch.zeros(len(active), dtype=torch.int32)
         gained = 0.0
-        own_error, own_codes, rows = error[active], codes[active], curvature.rows[active]
+        own_error, own_codes, rows = _by_column(error[active]), _by_column(codes[active]), curvature.rows[active]
         for block, grid in zip(columns, grids, strict=True):
             first = int(block[0])
             span = slice(first, first + len(block))
             near = curvature.inputs[span, span]
-            pull = own_error @ curvature.inputs[:, span]
+            pull = (curvature.inputs[span] @ own_error.T).T
             own = _rows_of(grid, active)
-            lookups = None if curvature.lookups is None else curvature.lookups[active, span]
+            lookups = None if curvature.lookups is None else _by_column(curvature.lookups[active, span])
             for column in range(len(block)):
                 at = first + column
                 stiffness = rows * near[column, column]
@@ -237,7 +237,14 @@ def settle(
 
 def _rows_of(grid: Grid, rows: Integer[Tensor, " active"]) -> Grid:
     parts = {name: getattr(grid, name) for name in ("step", "low", "high", "table", "shift")}
-    return dataclasses.replace(grid, **{name: part[rows] for name, part in parts.items() if part is not None})
+    return dataclasses.replace(
+        grid, **{name: _by_column(part[rows]) for name, part in parts.items() if part is not None}
+    )
+
+
+def _by_column(matrix: Tensor) -> Tensor:
+    """The same matrix with its columns contiguous in memory, as one column after the other is worked on."""
+    return matrix.T.contiguous().T
 
 
 def reply(
@@ -305,7 +312,7 @@ def _affine_grid(tensor: QuantizedTensor, columns: Tensor | None = None) -> Grid
     groups = torch.arange(len(tensor.scale[0])).repeat_interleave(size) if columns is None else columns // size
     levels = ((1 << tensor.bits.int()) - 1).repeat_interleave(TILE_ROWS, 0)[: len(tensor.scale)]
     zero = tensor.zero_point[:, groups].float()
-    return Grid(tensor.scale[:, groups].float(), -zero, levels[:, groups] - zero)
+    return Grid(*map(_by_column, (tensor.scale[:, groups].float(), -zero, levels[:, groups] - zero)))
 
 
 def _stored(steps: Float[Tensor, "out in"], zero_point: Tensor, scheme: Scheme) -> Integer[Tensor, "out in"]:
@@ -357,15 +364,16 @@ def lattice_reply(
     price = None if coding is None else torch.from_numpy(coding.tables.bits() * coding.price).float()
 
     def grid_of(columns: Tensor, current: Tensor) -> Grid:
-        step = torch.outer(row_steps, column_steps[columns])
+        step = torch.outer(column_steps[columns], row_steps).T
         if price is None:
             return Grid(step)
         table, shift = address(lattice.levels(columns))
         return Grid(step, price=price, table=table, shift=shift)
 
     if whitened.factor is None:
-        grid, diagonal = grid_of(torch.arange(weight.shape[1]), weight), whitened.curvature.diagonal()
-        alone = [grid.best(column, weight[:, column], diagonal[:, column]) for column in range(weight.shape[1])]
+        grid = grid_of(torch.arange(weight.shape[1]), weight)
+        stiffness = torch.outer(whitened.rows, whitened.columns)
+        alone = [grid.best(column, weight[:, column], stiffness[:, column]) for column in range(weight.shape[1])]
         return LatticeTensor(torch.stack(alone, 1).int(), lattice), None
     codes = feedback(weight, whitened.rows, whitened.factor, grid_of)
     if not sweeps:
