@@ -35,6 +35,9 @@ from nashswarm.quant.reply import Coding, Settled, Whitened, lattice_reply, regr
 BitGame = Literal["equilibrium", "uniform"]
 CodeGame = Literal["equilibrium", "pass", "rounding"]
 BUDGET_TOLERANCE = 1e-3
+SETTLED = 1e-4  # sweeps end when one gains less than this share of the damage
+ROUNDS = 6  # of replies at the price of the budget, at most
+REGRET = 2e-7  # nats per token: what ends them
 TRIALS = 12  # units tried until the budget is met
 TABLES = "code_tables"  # their name beside the packed layers
 
@@ -91,9 +94,10 @@ class NashSwarm:
         unit = table.unit_of_rounding(budget)
         stance = table.stance(round(math.log2(unit)))
         played = table.meet(budget, unit, stance, 0)
+        stance, played, rounds = table.play_on(budget, played, stance)
         if self.code_game == "equilibrium" and self.sweeps:
             played = table.meet(budget, played.unit, stance, self.sweeps)
-        return table.report(played, stance)
+        return table.report(played, stance, rounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +187,8 @@ class _Table:
         """Every layer's codes at ``unit``, and the tables that fit them."""
         tensors, settled = {}, {}
         for layer in self.oracle.track(self.oracle.layers, "replying"):
-            answer = lattice_reply(
-                layer.weight, self.whitened[layer.name], self.lattice(layer, unit, stance), coding, sweeps
-            )
+            lattice = self.lattice(layer, unit, stance)
+            answer = lattice_reply(layer.weight, self.whitened[layer.name], lattice, coding, sweeps, SETTLED)
             tensors[layer.name] = _expected(answer[0])
             if answer[1] is not None:
                 settled[layer.name] = answer[1]
@@ -283,34 +286,43 @@ class _Table:
             stance = self.choose([weighed(strength) for strength in self.rules.strength], budget, unit)
         if flock is not None and max(flock.shrink) > 0:
             stance = self.choose([shrunk(strength) for strength in flock.shrink], budget, unit)
-        played = self.meet(budget, unit, stance, 0)
-        damage, bits = self.actions(played, stance)
-        alone = self.equilibrium(damage, bits, played.unit, None, 0.0)
-        stances = [(alone, 0.0)]
+        played = self.play(unit, stance, 0)
+        costs = self.actions(played, stance)
+        alone = self.replied(costs, played, stance, 0.0)
+        stances = [alone]
         if flock is not None:
-            stances = [(self.equilibrium(damage, bits, played.unit, coupling, align), align) for align in flock.align]
-        stance = self.choose(
-            [
-                dataclasses.replace(
-                    stance,
-                    offsets=self.by_layer(np.array(self.rules.offsets)[profile]),
-                    found=stance.found | {"flock_align": align, "flock_moves": int((profile != alone).sum())},
-                )
-                for profile, align in stances
-            ],
-            budget,
-            played.unit,
-        )
+            stances = [self.replied(costs, played, stance, align) for align in flock.align]
+            stances = [
+                dataclasses.replace(found, found=found.found | {"flock_moves": _moves(found, alone)})
+                for found in stances
+            ]
+        stance = self.choose(stances, budget, unit)
         return dataclasses.replace(stance, found=stance.found | found)
 
+    def play_on(self, budget: int, played: Played, stance: Stance) -> tuple[Stance, Played, list[float]]:
+        """Replies at the price of the budget until no block regrets its step; the largest regret of every round."""
+        regrets: list[float] = []
+        while self.rules.bit_game == "equilibrium" and len(regrets) < ROUNDS:
+            costs = self.actions(played, stance)
+            game, profile, _ = self.game(costs, played, stance, stance.found["flock_align"])
+            regrets.append(float(game.regret(profile).max()))
+            if regrets[-1] <= REGRET:
+                break
+            stance = self.replied(costs, played, stance, stance.found["flock_align"])
+            played = self.meet(budget, played.unit, stance, 0)
+        return stance, played, regrets
+
     def choose(self, stances: Sequence[Stance], budget: int, unit: float) -> Stance:
-        """The stance of least KL on held-out calibration text at ``budget`` bytes."""
+        """The stance of least KL on held-out calibration text, as it would be at ``budget`` bytes: all play at
+        ``unit``, and as many bytes as an octave of it saves are a factor of 4."""
         if len(stances) == 1:
             return stances[0]
         scores = []
         for stance in self.oracle.track(stances, "choosing on held-out text"):
-            tensors = self.meet(budget, unit, stance, 0).tensors
-            scores.append(self.oracle.heldout_kl({name: part.dequantize() for name, part in tensors.items()}, None))
+            played = self.play(unit, stance, 0)
+            weights = {name: part.dequantize() for name, part in played.tensors.items()}
+            octaves = (played.bytes - budget) / self.slope.now
+            scores.append(self.oracle.heldout_kl(weights, None) * 4.0**octaves)
             self.passes += 1
         return stances[int(np.argmin(scores))]
 
@@ -353,50 +365,43 @@ class _Table:
             for name, part in logs.items()
         }
 
-    def actions(
-        self, played: Played, stance: Stance
-    ) -> tuple[Float[np.ndarray, "blocks actions"], Float[np.ndarray, "blocks actions"]]:
-        """Damage in nats per token and bits of every block at every offset, the code tables as they are."""
-        damage, bits = [], []
+    def actions(self, played: Played, stance: Stance) -> Float[np.ndarray, "blocks actions"]:
+        """What every offset would cost every block, in nats per token, the code tables as they are."""
+        costs = []
         for layer in self.oracle.track(self.oracle.layers, "trying offsets"):
             lattices = [self.lattice(layer, played.unit, stance, shift) for shift in self.rules.offsets]
             ground = self.whitened[layer.name]
             ground = dataclasses.replace(ground, rows=ground.rows.repeat(len(lattices)))
             answer, _ = lattice_reply(layer.weight.repeat(len(lattices), 1), ground, stack(lattices), None)
-            tensors = [
-                _expected(LatticeTensor(codes, lattice))
-                for codes, lattice in zip(answer.codes.split(len(layer.weight)), lattices, strict=True)
-            ]
-            damage.append(torch.stack([_blocks(self.damage(layer, tensor, stance)) for tensor in tensors], 1))
-            bits.append(torch.stack([_blocks(coded_bits(tensor, played.tables)) for tensor in tensors], 1))
-        return torch.cat(damage).numpy(), torch.cat(bits).numpy()
+            by_action = []
+            for codes, lattice in zip(answer.codes.split(len(layer.weight)), lattices, strict=True):
+                tensor = _expected(LatticeTensor(codes, lattice))
+                paid = self.price(played.unit) * coded_bits(tensor, played.tables)
+                by_action.append(_blocks(self.damage(layer, tensor, stance) + paid))
+            costs.append(torch.stack(by_action, 1))
+        return torch.cat(costs).numpy()
 
     def game(
-        self,
-        damage: Float[np.ndarray, "blocks actions"],
-        bits: Float[np.ndarray, "blocks actions"],
-        unit: float,
-        coupling: sparse.csr_array | None,
-        align: float,
-    ) -> Game:
-        """The bit game at the price of ``unit``."""
-        price = self.price(unit)
-        offsets = np.array(self.rules.offsets, float)
-        apart = 8 * price * align * np.abs(offsets[:, None] - offsets)
-        couplings = (Coupling(coupling, apart),) if coupling is not None and align else ()
-        return Game(damage + price * bits, couplings)
+        self, costs: Float[np.ndarray, "blocks actions"], played: Played, stance: Stance, align: float
+    ) -> tuple[Game, Int[np.ndarray, " blocks"], int]:
+        """The bit game at the price of the unit, the present profile, and the offset that is action 0; offsets that a
+        block cannot reach from where it stands are dearer than all others."""
+        offsets = np.concatenate([stance.offsets[layer.name] for layer in self.oracle.layers])
+        reached = offsets[:, None] + np.array(self.rules.offsets)
+        least = int(reached.min())
+        own = np.full((len(costs), int(reached.max()) - least + 1), 10 * costs.max())
+        np.put_along_axis(own, reached - least, costs, 1)
+        steps = np.arange(own.shape[1])
+        apart = 8 * self.price(played.unit) * align * np.abs(steps[:, None] - steps)
+        return Game(own, (Coupling(self.flock, apart),) if align else ()), offsets - least, least
 
-    def equilibrium(
-        self,
-        damage: Float[np.ndarray, "blocks actions"],
-        bits: Float[np.ndarray, "blocks actions"],
-        unit: float,
-        coupling: sparse.csr_array | None,
-        align: float,
-    ) -> Int[np.ndarray, " blocks"]:
-        """The profile where best replies from the unmoved steps end."""
-        start = np.full(len(damage), list(self.rules.offsets).index(0))
-        return best_response(self.game(damage, bits, unit, coupling, align), start).profile
+    def replied(
+        self, costs: Float[np.ndarray, "blocks actions"], played: Played, stance: Stance, align: float
+    ) -> Stance:
+        """The stance where best replies end."""
+        game, profile, least = self.game(costs, played, stance, align)
+        offsets = self.by_layer(best_response(game, profile).profile + least)
+        return dataclasses.replace(stance, offsets=offsets, found=stance.found | {"flock_align": align})
 
     def by_layer(self, values: np.ndarray) -> dict[str, np.ndarray]:
         parts = np.split(values, np.cumsum(self.counts)[:-1])
@@ -404,7 +409,7 @@ class _Table:
 
     # the end
 
-    def report(self, played: Played, stance: Stance) -> Compressed:
+    def report(self, played: Played, stance: Stance, rounds: list[float]) -> Compressed:
         """Packed bytes, weights, and the certificate."""
         price = self.price(played.unit)
         names = [layer.name for layer in self.oracle.layers]
@@ -422,7 +427,7 @@ class _Table:
         }
         if self.rules.bit_game == "equilibrium":
             metrics |= self.certificate(played, stance)
-        series = {}
+        series = {"regret": rounds} if rounds else {}
         if played.settled:
             longest = max(len(found.moves) for found in played.settled.values())
             metrics["sweeps"] = longest
@@ -444,43 +449,20 @@ class _Table:
     def certificate(self, played: Played, stance: Stance) -> dict[str, float]:
         """The largest and the mean gain of a block that deviates alone, in nats per token: by another offset, or by
         other codes for its weights, each alone, their gains added up."""
-        damage, bits = self.actions(played, stance)
-        stay = list(self.rules.offsets).index(0)
-        flock = self.rules.swarm
-        align = stance.found["flock_align"]
-        coupling = self.flock if flock is not None and align else None
-        game = self.game(damage, bits, played.unit, coupling, 0.0)
-        regret = game.regret(np.full(len(damage), stay))
-        if coupling is not None:
-            regret = self.aligned_regret(game, coupling, align, played.unit, stance)
-        codes = np.concatenate(
-            [
-                _blocks(
-                    regret_by_row(layer.weight, played.tensors[layer.name], self.whitened[layer.name].curvature)
-                ).numpy()
-                for layer in self.oracle.layers
-            ]
-        )
-        worst = np.maximum(regret, codes)
+        game, profile, _ = self.game(self.actions(played, stance), played, stance, stance.found["flock_align"])
+        steps = game.regret(profile)
+        by_layer = [
+            _blocks(regret_by_row(layer.weight, played.tensors[layer.name], self.whitened[layer.name].curvature))
+            for layer in self.oracle.layers
+        ]
+        codes = torch.cat(by_layer).numpy()
+        worst = np.maximum(steps, codes)
         return {
             "regret_max": float(worst.max()),
             "regret_mean": float(worst.mean()),
-            "regret_of_steps": float(regret.max()),
+            "regret_of_steps": float(steps.max()),
             "regret_of_codes": float(codes.max()),
         }
-
-    def aligned_regret(
-        self, game: Game, coupling: sparse.csr_array, align: float, unit: float, stance: Stance
-    ) -> Float[np.ndarray, " blocks"]:
-        """Regret where neighbours pay for the distance of their offsets, counted from the price's own step."""
-        offsets = np.concatenate([stance.offsets[layer.name] for layer in self.oracle.layers])
-        deviations = offsets[:, None] + np.array(self.rules.offsets)
-        weights = coupling.tocoo()
-        extra = np.zeros(deviations.shape)
-        distance = np.abs(deviations[weights.row] - offsets[weights.col][:, None])
-        np.add.at(extra, weights.row, 8 * self.price(unit) * align * weights.data[:, None] * distance)
-        costs = game.own_cost + extra
-        return costs[:, list(self.rules.offsets).index(0)] - costs.min(1)
 
 
 def _meet(
@@ -510,6 +492,11 @@ def _meet(
     if best is None:
         raise ValueError(f"no step was found at which the layers take {budget} bytes; raise method.bits")
     return best
+
+
+def _moves(stance: Stance, other: Stance) -> int:
+    """How many blocks have another offset."""
+    return sum(int((part != other.offsets[name]).sum()) for name, part in stance.offsets.items())
 
 
 def _expected(tensor: LatticeTensor) -> LatticeTensor:

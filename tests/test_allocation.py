@@ -26,15 +26,17 @@ def layer(name: str, rows: int, columns: int, *modules: str, role: str = "mlp", 
 
 def multiplied(rows: int, columns: int, seed: int = 1) -> Moments:
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(3 * columns, columns, generator=generator)
+    inputs = torch.randn(4 * columns, columns, generator=generator)
     outputs, coupled = torch.rand(2, rows, generator=generator) + 0.1
-    return Moments(inputs.T @ inputs / len(inputs), outputs, coupled)
+    seen, met = (part.T @ part / len(part) for part in inputs.split(2 * columns))
+    return Moments(seen, outputs, coupled, met)
 
 
 def looked_up(rows: int, columns: int, seed: int = 2) -> Moments:
     generator = torch.Generator().manual_seed(seed)
     outputs = torch.rand(columns, generator=generator) + 0.1
-    return Moments(torch.rand(rows, generator=generator).softmax(0), outputs, outputs)
+    share = torch.rand(rows, generator=generator).softmax(0)
+    return Moments(share, outputs, outputs, share)
 
 
 @given(st.data())
@@ -57,7 +59,8 @@ def test_sensitivity_of_a_matrix_that_multiplies_and_of_one_that_is_looked_up() 
     lookup = allocation.curvature(layer("wte", 6, 8), moments).diagonal()
     for row in range(6):
         for column in range(8):
-            by_hand = moments["mlp"].coupled[row] * moments["mlp"].inputs[column, column]
+            both = [part[column, column] for part in (moments["mlp"].inputs, moments["mlp"].coupled_inputs)]
+            by_hand = moments["mlp"].coupled[row] * sum(both) / 2
             assert product[row, column].item() == pytest.approx(by_hand.item())
             by_hand = moments["wte"].inputs[row] * moments["wte"].outputs[column]
             assert lookup[row, column].item() == pytest.approx(by_hand.item())
@@ -81,7 +84,7 @@ def test_damage_against_a_loop_over_elements() -> None:
     for row in range(20):
         for column in range(24):
             shares[row // 16, column // 8] += s[row, column].item() * error[row, column].item() ** 2 / 2
-    f, h = moments["mlp"].coupled, moments["mlp"].inputs
+    f, h = moments["mlp"].coupled, (moments["mlp"].inputs + moments["mlp"].coupled_inputs) / 2
     whole = 0.5 * sum((f[row] * error[row] @ h @ error[row]).item() for row in range(20))
     by_hand = shares * whole / shares.sum()
     found = allocation.damage(one, one.weight - error, curved, SCHEME)
@@ -91,7 +94,8 @@ def test_damage_against_a_loop_over_elements() -> None:
 def test_damage_is_the_quadratic_form_where_inputs_do_not_correlate() -> None:
     """½ Σ_o f_o e_oᵀ H e_o with H diagonal."""
     one = layer("mlp", 20, 24)
-    moments = {"mlp": dataclasses.replace(multiplied(20, 24), inputs=torch.diag(torch.arange(1.0, 25)))}
+    uncorrelated = torch.diag(torch.arange(1.0, 25))
+    moments = {"mlp": dataclasses.replace(multiplied(20, 24), inputs=uncorrelated, coupled_inputs=uncorrelated)}
     quantized = quantize(one.weight, 2, SCHEME).dequantize()
     error, f, h = one.weight - quantized, moments["mlp"].coupled, moments["mlp"].inputs
     whole = 0.5 * sum((f[row] * error[row] @ h @ error[row]).item() for row in range(20))
@@ -106,7 +110,7 @@ def test_features_of_every_block(kind: str) -> None:
     modules = {"multiplied": {"a": head}, "looked_up": {"a": table}, "tied": {"b": table, "a": head}}[kind]
     by_row, by_column = (table.inputs, table.outputs) if kind == "looked_up" else (head.outputs, head.inputs.diagonal())
     one = layer("a", 20, 24, *modules)
-    found = allocation.block_features(one, modules, SCHEME).reshape(2, 3, 4)
+    found = allocation.block_features(one, modules, 8).reshape(2, 3, 4)
     for row, rows in enumerate((slice(0, 16), slice(16, 20))):
         for group in range(3):
             columns = slice(8 * group, 8 * group + 8)
@@ -120,16 +124,16 @@ def test_features_of_every_block(kind: str) -> None:
 @pytest.mark.parametrize("constant", [0.0, 0.123, -3.7])
 def test_features_of_a_constant_block_are_finite_and_moderate(constant: float) -> None:
     flat = dataclasses.replace(layer("a", 7, 8), weight=torch.full((7, 8), constant))
-    assert (np.abs(allocation.block_features(flat, {"a": multiplied(7, 8)}, SCHEME)) < 100).all()
+    assert (np.abs(allocation.block_features(flat, {"a": multiplied(7, 8)}, 8)) < 100).all()
 
 
 def test_description_puts_roles_and_depth_first_and_is_the_mean_sensitivity() -> None:
     layers = [layer("a", 20, 16, role="mlp"), layer("b", 16, 8, role="attn")]
     moments = {"a": multiplied(20, 16), "b": multiplied(16, 8)}
-    log_sensitivity, features = allocation.describe(layers, moments, SCHEME)
+    log_sensitivity, features = allocation.describe(layers, moments, 8)
     assert features.shape == (5, 2 + 1 + 4)
     assert features[:, :3].tolist() == [[0, 1, 0.25]] * 4 + [[1, 0, 0.25]]
-    assert features[:4, 3:] == pytest.approx(allocation.block_features(layers[0], moments, SCHEME))
+    assert features[:4, 3:] == pytest.approx(allocation.block_features(layers[0], moments, 8))
     s = allocation.curvature(layers[0], moments).diagonal()
     means = [s[rows, columns].mean() for rows in (slice(16), slice(16, 20)) for columns in (slice(8), slice(8, 16))]
     means.append(allocation.curvature(layers[1], moments).diagonal().mean())

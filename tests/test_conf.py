@@ -1,7 +1,6 @@
 """Every file of conf/ composes and builds, offline, and says the same as the code."""
 
 import dataclasses
-import inspect
 import itertools
 import pathlib
 from collections.abc import Iterator
@@ -20,20 +19,26 @@ CHOICES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in C
 VALUES = [choice for choice in CHOICES if choice.split("/")[0] in {"model", "method", "dataset", "measure"}]
 EXPERIMENTS = [choice.split("/")[1] for choice in CHOICES if choice.startswith("experiment/")]
 MANDATORY = {"model/local": ["model.path=folder"], "dataset/local_text": ["dataset.path=file.txt"]}
-CHANGED = {
-    "no_nash": {"bit_game", "code_game", "bit_widths"},
-    "no_bit_game": {"bit_game"},
-    "no_code_game": {"code_game"},
-    "no_swarm": {"swarm"},
-    "no_quantization": {"bit_widths"},
-    "no_cache": {"cache"},
-    "low_resource": {"bits", "split"},
-    "balanced": {"bits", "split"},
-    "high_accuracy": {"bits", "split"},
+CHANGED = {  # method → what it is made from, and what it changes of that
+    "no_nash": ("fixed_width", {"bit_game", "code_game", "bit_widths"}),
+    "no_bit_game": ("nash_swarm", {"bit_game", "swarm"}),
+    "no_code_game": ("nash_swarm", {"code_game"}),
+    "no_swarm": ("nash_swarm", {"swarm"}),
+    "no_quantization": ("fixed_width", {"bit_widths"}),
+    "no_cache": ("nash_swarm", {"cache"}),
+    "gptq_one_step": ("nash_swarm", {"bit_game", "code_game", "strength", "swarm"}),
+    "baq": ("fixed_width", {"bit_game", "swarm"}),
+    "radio": ("fixed_width", {"bit_game", "swarm"}),
+    "evopress": ("fixed_width", {"bit_game", "swarm"}),
+    "low_resource": ("fixed_width", {"bits", "split"}),
+    "balanced": ("fixed_width", {"bits", "split"}),
+    "high_accuracy": ("fixed_width", {"bits", "split"}),
 }
 SAID_TWICE = [  # the files whose values are the defaults of their dataclass
     "model/default",
     "method/nash_swarm",
+    "method/fixed_width",
+    "method/gptq",
     "method/uniform4",
     "method/as_published",
     "dataset/stdlib_docs",
@@ -108,19 +113,22 @@ def test_the_yaml_names_every_field_and_no_other(choice: str) -> None:
 
 @pytest.mark.parametrize("choice", SAID_TWICE)
 def test_the_defaults_of_the_yaml_are_those_of_the_code(choice: str) -> None:
-    for fields in targets(OmegaConf.to_container(node(choice), resolve=True)):
-        for name, parameter in inspect.signature(get_class(fields["_target_"])).parameters.items():
-            if parameter.default is not inspect.Parameter.empty and not isinstance(fields[name], dict):
-                assert fields[name] == plain(parameter.default), f"{fields['_target_']}.{name}"
+    written = OmegaConf.to_container(node(choice), resolve=True)
+    for field in dataclasses.fields(get_class(written["_target_"])):
+        factory = field.default_factory
+        if field.default is not dataclasses.MISSING or factory is not dataclasses.MISSING:
+            default = field.default if factory is dataclasses.MISSING else factory()
+            assert written[field.name] == plain(default), f"{written['_target_']}.{field.name}"
 
 
 @pytest.mark.parametrize("name", sorted(CHANGED))
 def test_an_ablation_differs_in_what_it_names_and_in_nothing_else(name: str) -> None:
-    whole, part = node("method/nash_swarm"), node(f"method/{name}")
+    base, changed = CHANGED[name]
+    whole, part = node(f"method/{base}"), node(f"method/{name}")
     assert set(whole) == set(part)
-    assert {key for key in whole if whole[key] != part[key]} == CHANGED[name]
+    assert {key for key in whole if whole[key] != part[key]} == changed
     written = OmegaConf.load(CONF / "method" / f"{name}.yaml")
-    assert set(written) - {"defaults"} == CHANGED[name]
+    assert set(written) - {"defaults"} == changed
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -11,21 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import metrics, models
+from nashswarm import allocation, metrics, models
 from nashswarm.methods import (
     PROBE_TOKENS,
     PROBED_WIDTHS,
     AsPublished,
     Compressed,
+    FixedWidth,
     Flock,
+    Gptq,
     Method,
-    NashSwarm,
     Oracle,
     Split,
     Uniform,
 )
 from nashswarm.quant.calibration import calibrate
-from nashswarm.quant.grid import Scheme
+from nashswarm.quant.entropy import decode_groups
+from nashswarm.quant.grid import QuantizedTensor, Scheme
 from nashswarm.quant.pack import packed_bytes, unpack
 
 FIXED_BYTES = 6000
@@ -34,16 +36,21 @@ METHODS: dict[str, Method] = {
     "baseline": Uniform(16),
     "float32": Uniform(32),
     **{f"uniform{bits}": Uniform(bits) for bits in (2, 3, 4, 8)},
+    "uniform4_coded": Uniform(4, coded=True),
     "rtn": Uniform(4, search=True),
-    "nash_swarm": NashSwarm(),
-    "no_nash": NashSwarm(bit_game="quantiles", code_game=False, bit_widths=(2, 4, 8), bits=4.0),
-    "no_bit_game": NashSwarm(bit_game="lot"),
-    "no_code_game": NashSwarm(code_game=False),
-    "no_swarm": NashSwarm(swarm=None),
-    "no_quantization": NashSwarm(bit_widths=(0, 16), bits=6.0),
-    "low_resource": NashSwarm(bits=None, split=Split(2, 0.5)),
-    "balanced": NashSwarm(bits=None, split=Split(4, 0.3), swarm=None),
-    "high_accuracy": NashSwarm(bits=None, split=Split(8, 0.1), swarm=None),
+    "gptq": Gptq(),
+    "gptq_packed": Gptq(coded=False),
+    "gptq_act_order": Gptq(2, act_order=True),
+    "gptq_swept": Gptq(sweeps=3),
+    "fixed_width": FixedWidth(),
+    "no_nash": FixedWidth(bit_game="quantiles", code_game=False, bit_widths=(2, 4, 8), bits=4.0),
+    "lot": FixedWidth(bit_game="lot"),
+    "rounding": FixedWidth(code_game=False),
+    "alone": FixedWidth(swarm=None),
+    "no_quantization": FixedWidth(bit_widths=(0, 16), bits=6.0),
+    "low_resource": FixedWidth(bits=None, split=Split(2, 0.5)),
+    "balanced": FixedWidth(bits=None, split=Split(4, 0.3), swarm=None),
+    "high_accuracy": FixedWidth(bits=None, split=Split(8, 0.1), swarm=None),
 }
 
 
@@ -106,9 +113,14 @@ def size(result: Compressed) -> int:
     return sum(len(packed) for packed in result.packed.values())
 
 
+def read(packed: np.ndarray) -> QuantizedTensor:
+    """The tensor in packed bytes of either kind."""
+    return decode_groups(packed) if packed[:4].tobytes() == b"NSg1" else unpack(packed)
+
+
 def tiles(result: Compressed) -> np.ndarray:
     """The width of every tile, read back from the packed bytes."""
-    return np.concatenate([unpack(packed).bits.flatten().numpy() for packed in result.packed.values()])
+    return np.concatenate([read(packed).bits.flatten().numpy() for packed in result.packed.values()])
 
 
 def read_classed(packed: np.ndarray) -> np.ndarray:
@@ -142,7 +154,7 @@ def test_the_packed_bytes_hold_the_weights(name: str, oracle: Oracle, results: C
     assert list(result.packed) == list(result.weights) == [layer.name for layer in oracle.layers]
     code_bits = 0
     for layer, line in zip(oracle.layers, result.allocation.splitlines(), strict=True):
-        tensor = unpack(result.packed[layer.name])
+        tensor = read(result.packed[layer.name])
         assert torch.equal(tensor.dequantize(), result.weights[layer.name]), layer.name
         rows, columns = tensor.bits.shape
         told, shape, *runs = line.split()
@@ -153,7 +165,7 @@ def test_the_packed_bytes_hold_the_weights(name: str, oracle: Oracle, results: C
     assert result.code_bits == code_bits
 
 
-@pytest.mark.parametrize("name", ["rtn", "nash_swarm", "no_nash", "no_bit_game", "low_resource"])
+@pytest.mark.parametrize("name", ["rtn", "fixed_width", "no_nash", "lot", "low_resource"])
 def test_the_same_seed_gives_the_same_bytes(
     name: str, tiny: Any, token_windows: Tensor, results: Callable[[str], Compressed]
 ) -> None:
@@ -205,19 +217,43 @@ def test_searching_the_range_lowers_the_error(oracle: Oracle) -> None:
         assert errors[0] < errors[1]
 
 
+def test_the_coder_changes_the_bytes_and_nothing_else(results: Callable[[str], Compressed]) -> None:
+    for coded, packed in (("gptq", "gptq_packed"), ("uniform4_coded", "uniform4")):
+        one, other = results(coded), results(packed)
+        assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+        assert one.damage == other.damage and one.code_bits == other.code_bits
+        assert size(one) < size(other)  # entropy, and no padding of ragged rows to speak of
+
+
+def test_gptq_is_one_pass_at_one_width_and_sweeps_go_on(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+    passed, swept = results("gptq"), results("gptq_swept")
+    assert set(tiles(passed)) == {3} and set(tiles(results("gptq_act_order"))) == {2}
+    rounded = compress(Uniform(3, search=True), oracle)
+    for layer in oracle.layers:
+        curved = allocation.curvature(layer, oracle.moments())
+        damages = [
+            float(curved.damage_by_row(layer.weight - one.weights[layer.name]).sum())
+            for one in (swept, passed, rounded)
+        ]
+        assert damages[0] <= damages[1] * (1 + 1e-4), layer.name
+        assert damages[1] == pytest.approx(passed.damage[layer.name], rel=1e-4)
+        assert damages[1] <= damages[2] * (1 + 1e-4), layer.name
+    assert swept.metrics["damage"] < passed.metrics["damage"]
+
+
 @pytest.mark.parametrize(
     "bits, swarm", [(2.0, None), (2.5, Flock(align=(4.0,), shrink=(0.25,))), (3, None), (4.0, PLAIN), (6.0, None)]
 )
 def test_the_budget_is_met_and_never_exceeded(bits: float, swarm: Flock | None, oracle: Oracle) -> None:
-    result = compress(NashSwarm(bits=bits, swarm=swarm), oracle)
+    result = compress(FixedWidth(bits=bits, swarm=swarm), oracle)
     budget = bits * oracle.parameters / 8 - FIXED_BYTES
     assert 0.98 * budget <= size(result) <= budget  # the step from one width of a tile to the next is near 0.5 %
 
 
-@pytest.mark.parametrize("name", ["no_nash", "no_bit_game", "no_code_game", "no_quantization"])
+@pytest.mark.parametrize("name", ["no_nash", "lot", "rounding", "no_quantization"])
 def test_an_ablation_has_the_same_budget(name: str, oracle: Oracle, results: Callable[[str], Compressed]) -> None:
     method = METHODS[name]
-    assert isinstance(method, NashSwarm) and method.bits is not None
+    assert isinstance(method, FixedWidth) and method.bits is not None
     budget = method.bits * oracle.parameters / 8 - FIXED_BYTES
     result = results(name)
     assert 0.95 * budget <= size(result) <= budget
@@ -225,25 +261,25 @@ def test_an_ablation_has_the_same_budget(name: str, oracle: Oracle, results: Cal
 
 
 def test_the_game_beats_the_lottery(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
-    played, drawn = results("nash_swarm"), results("no_bit_game")
+    played, drawn = results("fixed_width"), results("lot")
     assert oracle.heldout_kl(played.weights, None) < oracle.heldout_kl(drawn.weights, None)
     assert played.metrics["damage"] < drawn.metrics["damage"]
 
 
 def test_a_flock_without_a_say_is_no_swarm(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
-    alone, silent = results("no_swarm"), compress(NashSwarm(swarm=PLAIN), oracle)
+    alone, silent = results("alone"), compress(FixedWidth(swarm=PLAIN), oracle)
     assert all(torch.equal(alone.weights[name], silent.weights[name]) for name in alone.weights)
     assert alone.metrics == silent.metrics and alone.series == silent.series
     assert alone.metrics["flock_moves"] == 0
 
 
 def test_heldout_text_chooses_among_the_flocks_settings(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
-    chosen = results("nash_swarm")
+    chosen = results("fixed_width")
     assert chosen.metrics["heldout_passes"] == 4
     scores = {}
     for align in Flock().align:
         for shrink in Flock().shrink:
-            fixed = compress(NashSwarm(swarm=Flock(align=(align,), shrink=(shrink,))), oracle)
+            fixed = compress(FixedWidth(swarm=Flock(align=(align,), shrink=(shrink,))), oracle)
             assert (fixed.metrics["flock_align"], fixed.metrics["flock_shrink"]) == (align, shrink)
             scores[align, shrink] = oracle.heldout_kl(fixed.weights, None)
     assert (chosen.metrics["flock_align"], chosen.metrics["flock_shrink"]) == min(scores, key=lambda pair: scores[pair])
@@ -251,7 +287,7 @@ def test_heldout_text_chooses_among_the_flocks_settings(oracle: Oracle, results:
 
 def test_nobody_gains_by_changing_alone(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
     """The regret from the bytes themselves: damage by the price list, size by packing anew."""
-    result = results("no_swarm")
+    result = results("alone")
     price, scheme, widths = result.metrics["price"], Scheme(64, search=True), (0, 2, 3, 4, 8)
     listed = []
     for width in widths:
@@ -286,7 +322,7 @@ def test_a_preset_prunes_its_share_and_keeps_its_size(
     name: str, oracle: Oracle, results: Callable[[str], Compressed]
 ) -> None:
     method = METHODS[name]
-    assert isinstance(method, NashSwarm) and method.split is not None
+    assert isinstance(method, FixedWidth) and method.split is not None
     result = results(name)
     assert (tiles(result) == 0).mean() >= method.split.pruned
     assert result.metrics["pruned"] == pytest.approx((tiles(result) == 0).mean())
@@ -301,22 +337,24 @@ def test_a_preset_prunes_its_share_and_keeps_its_size(
 @pytest.mark.parametrize("bit_game", ["equilibrium", "quantiles", "lot"])
 def test_a_budget_below_the_smallest_size_is_refused_at_once(bits: float, bit_game: Any, blind: Oracle) -> None:
     widths = (2, 4, 8) if bit_game == "quantiles" else (0, 2, 3, 4, 8)
-    method = NashSwarm(bits=bits, bit_game=bit_game, bit_widths=widths)
+    method = FixedWidth(bits=bits, bit_game=bit_game, bit_widths=widths)
     with pytest.raises(ValueError, match=r"below the smallest possible size of this model, [\d.]+ bits per parameter"):
         compress(method, blind)
 
 
 def test_the_smallest_size_that_is_named_is_possible(oracle: Oracle) -> None:
     with pytest.raises(ValueError) as caught:
-        compress(NashSwarm(bits=1.0, bit_widths=(2, 4)), oracle)
+        compress(FixedWidth(bits=1.0, bit_widths=(2, 4)), oracle)
     least = float(str(caught.value).split("this model, ")[1].split(" bits")[0])
-    assert set(tiles(compress(NashSwarm(bits=least + 0.001, bit_widths=(2, 4)), oracle))) == {2}
+    assert set(tiles(compress(FixedWidth(bits=least + 0.001, bit_widths=(2, 4)), oracle))) == {2}
 
 
 @pytest.mark.parametrize(
-    "method", [Uniform(16, 48), Uniform(4, 48), NashSwarm(group_size=48), NashSwarm(group_size=128)]
+    "method", [Uniform(16, 48), Uniform(4, 48), Gptq(3, 48), FixedWidth(group_size=48), FixedWidth(group_size=128)]
 )
-def test_a_group_size_that_divides_nothing_is_refused_at_once(method: Uniform | NashSwarm, blind: Oracle) -> None:
+def test_a_group_size_that_divides_nothing_is_refused_at_once(
+    method: Uniform | Gptq | FixedWidth, blind: Oracle
+) -> None:
     with pytest.raises(ValueError, match=f"not divisible by group_size {method.group_size}") as caught:
         compress(method, blind)
     odd = [layer.name for layer in blind.layers if layer.weight.shape[1] % method.group_size]
@@ -362,7 +400,7 @@ def test_a_matrix_of_zeros_costs_nothing(model: Any, token_windows: Tensor) -> N
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight.zero_()
     oracle = oracle_of(model, token_windows)
-    result = compress(NashSwarm(swarm=None), oracle)
+    result = compress(FixedWidth(swarm=None), oracle)
     name = "transformer.h.1.mlp.c_proj"
     assert not result.weights[name].any() and set(unpack(result.packed[name]).bits.unique().tolist()) == {0}
 
@@ -372,13 +410,19 @@ def test_a_matrix_of_zeros_costs_nothing(model: Any, token_windows: Tensor) -> N
     [
         lambda: Uniform(5),
         lambda: Uniform(0),
-        lambda: NashSwarm(bits=None),
-        lambda: NashSwarm(bits=3.0, split=Split(4, 0.3)),
-        lambda: NashSwarm(bit_widths=()),
-        lambda: NashSwarm(bit_widths=(4, 2)),
-        lambda: NashSwarm(bit_widths=(2, 2, 4)),
-        lambda: NashSwarm(bit_game="quantiles"),
-        lambda: NashSwarm(bit_game="quantiles", quantiles=(0.5,), bit_widths=(2, 4, 8)),
+        lambda: Uniform(16, coded=True),
+        lambda: Gptq(5),
+        lambda: Gptq(16),
+        lambda: Gptq(damping=0.0),
+        lambda: Gptq(sweeps=-1),
+        lambda: FixedWidth(swarm=Flock(local_reply=3)),
+        lambda: FixedWidth(bits=None),
+        lambda: FixedWidth(bits=3.0, split=Split(4, 0.3)),
+        lambda: FixedWidth(bit_widths=()),
+        lambda: FixedWidth(bit_widths=(4, 2)),
+        lambda: FixedWidth(bit_widths=(2, 2, 4)),
+        lambda: FixedWidth(bit_game="quantiles"),
+        lambda: FixedWidth(bit_game="quantiles", quantiles=(0.5,), bit_widths=(2, 4, 8)),
     ],
 )
 def test_bad_settings_are_refused(build: Callable[[], Method]) -> None:
@@ -391,16 +435,17 @@ def test_bad_settings_are_refused(build: Callable[[], Method]) -> None:
     [
         lambda: Uniform(4, group_size=0),
         lambda: Uniform(4, group_size=-64),
-        lambda: NashSwarm(group_size=0),
-        lambda: NashSwarm(bit_widths=(0, 5)),
-        lambda: NashSwarm(bits=None, split=Split(4, 1.5)),
-        lambda: NashSwarm(bits=None, split=Split(4, -0.1)),
-        lambda: NashSwarm(bits=None, split=Split(5, 0.3)),
-        lambda: NashSwarm(swarm=Flock(align=())),
-        lambda: NashSwarm(swarm=Flock(shrink=())),
-        lambda: NashSwarm(swarm=Flock(align=(-1.0,))),
-        lambda: NashSwarm(swarm=Flock(shrink=(1.5,))),
-        lambda: NashSwarm(swarm=Flock(neighbours=0)),
+        lambda: Gptq(group_size=0),
+        lambda: FixedWidth(group_size=0),
+        lambda: FixedWidth(bit_widths=(0, 5)),
+        lambda: FixedWidth(bits=None, split=Split(4, 1.5)),
+        lambda: FixedWidth(bits=None, split=Split(4, -0.1)),
+        lambda: FixedWidth(bits=None, split=Split(5, 0.3)),
+        lambda: FixedWidth(swarm=Flock(align=())),
+        lambda: FixedWidth(swarm=Flock(shrink=())),
+        lambda: FixedWidth(swarm=Flock(align=(-1.0,))),
+        lambda: FixedWidth(swarm=Flock(shrink=(1.5,))),
+        lambda: FixedWidth(swarm=Flock(neighbours=0)),
         lambda: AsPublished(quantiles=(0.9,)),
         lambda: AsPublished(quantiles=(0.7, 0.9)),
     ],

@@ -354,11 +354,16 @@ def whiten(curvature: Curvature, damping: float = DAMPING, feedback: bool = True
 
 
 def lattice_reply(
-    weight: Float[Tensor, "out in"], whitened: Whitened, lattice: Lattice, coding: Coding | None, sweeps: int = 0
+    weight: Float[Tensor, "out in"],
+    whitened: Whitened,
+    lattice: Lattice,
+    coding: Coding | None,
+    sweeps: int = 0,
+    tolerance: float = 0.0,
 ) -> tuple[LatticeTensor, Settled | None]:
     """The codes of a matrix on its lattice after one pass and so many sweeps, and how the sweeps went.
 
-    ``coding``: what codes cost; None: nothing.
+    ``coding``: what codes cost; None: nothing.  ``tolerance``: as of ``settle``.
     """
     row_steps, column_steps = lattice.row_steps(), lattice.column_steps()
     price = None if coding is None else torch.from_numpy(coding.tables.bits() * coding.price).float()
@@ -378,7 +383,7 @@ def lattice_reply(
     codes = feedback(weight, whitened.rows, whitened.factor, grid_of)
     if not sweeps:
         return LatticeTensor(codes.int(), lattice), None
-    settled = settle(weight, codes, whitened.curvature, grid_of, sweeps)
+    settled = settle(weight, codes, whitened.curvature, grid_of, sweeps, tolerance)
     return LatticeTensor(settled.codes.int(), lattice), settled
 
 

@@ -1,0 +1,104 @@
+"""nash_swarm against GPTQ at the exact size of GPTQ's file.
+
+    python benchmarks/equal_bytes.py model=local model.path=<folder> dataset=wikitext2
+
+At 2, 3 and 4 bits GPTQ runs with groups of 64 and of 128, entropy-coded, embeddings included; the better of the two sets
+the size.  GPTQ with one step a tensor, nash_swarm and its ablation without a flock then get exactly that many bits per
+parameter.  Every run leaves a record under ``--records``; the table is made of records alone.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+from collections.abc import Sequence
+
+import hydra
+import numpy as np
+
+from nashswarm import record
+from nashswarm.compare import interval
+from nashswarm.record import Record
+from nashswarm.run import provenance, run
+
+CONF = pathlib.Path(__file__).parent.parent / "conf"
+RIVALS = ("gptq_one_step", "no_swarm", "nash_swarm")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of the configuration, as for experiments.run")
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--records", default="results/records")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/equal_bytes"))
+    options = parser.parse_args(arguments)
+    started = datetime.datetime.now(datetime.UTC)
+    rows = []
+    for width in options.widths:
+        grouped = [
+            measured("gptq", [f"method.bits={width}", f"method.group_size={size}"], options) for size in (64, 128)
+        ]
+        best = min(grouped, key=lambda found: found.metrics["kl"] * 4 ** found.metrics["bits_per_weight_model"])
+        rows += [row(found, best, width) for found in grouped]
+        size = best.metrics["bits_per_weight_model"]
+        rows += [row(measured(name, [f"method.bits={size!r}"], options), best, width) for name in RIVALS]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"rows": rows, "overrides": options.overrides, "provenance": provenance(started)}
+    record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
+    record.write_whole(options.out.with_suffix(".md"), table(rows).encode())
+    print(table(rows))
+
+
+def measured(method: str, overrides: Sequence[str], options: argparse.Namespace) -> Record:
+    """The record of one run, made or found."""
+    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        config = hydra.compose(
+            "config",
+            [f"method={method}", "wandb=disabled", f"records={options.records}", *options.overrides, *overrides],
+        )
+    labels = {
+        "model": pathlib.Path(config.model.path).name if config.model.path else "default",
+        "method": f"{method}[{','.join(text.removeprefix('method.') for text in overrides)}]",
+        "dataset": next(
+            (text.split("=")[1] for text in options.overrides if text.startswith("dataset=")), "stdlib_docs"
+        ),
+        "measure": "quality",
+        "experiment": "equal_bytes",
+    }
+    return run(config, labels).record
+
+
+def row(found: Record, reference: Record, width: int) -> dict[str, float | str]:
+    """What the table says of one run; ``ratio`` is its KL over GPTQ's, with the interval of the paired difference."""
+    kl, other = np.array(found.series["kl"]), np.array(reference.series["kl"])
+    low, high = interval(list(kl - other))
+    metrics = found.metrics
+    return {
+        "width": width,
+        "method": found.labels["method"],
+        "bits": metrics["bits_per_weight_model"],
+        "kl": metrics["kl"],
+        "kl_low": metrics["kl_low"],
+        "kl_high": metrics["kl_high"],
+        "nll_delta_percent": 100 * metrics["nll_delta"] / (metrics["nll"] - metrics["nll_delta"]),
+        "ratio": float(kl.mean() / other.mean()),
+        "difference_low": low,
+        "difference_high": high,
+    }
+
+
+def table(rows: Sequence[dict[str, float | str]]) -> str:
+    """The rows as Markdown."""
+    head = "| method | bits/param | KL (nats/token) | ΔNLL % | KL over GPTQ's | paired difference of KL |"
+    lines = [head, "| :-- | --: | --: | --: | --: | --: |"]
+    for found in rows:
+        lines.append(
+            f"| {found['method']} | {found['bits']:.3f} | {found['kl']:.4g} [{found['kl_low']:.4g}, "
+            f"{found['kl_high']:.4g}] | {found['nll_delta_percent']:+.2f} | {found['ratio']:.3f} "
+            f"| [{found['difference_low']:+.4g}, {found['difference_high']:+.4g}] |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
