@@ -2,7 +2,7 @@
 
     python benchmarks/equal_bytes.py model=local model.path=<folder> dataset=wikitext2
 
-At 2, 3 and 4 bits GPTQ runs with groups of 64 and of 128, entropy-coded, embeddings included; the better of the two sets
+At 2, 3 and 4 bits GPTQ runs with groups of 64 and of 128, entropy-coded, embeddings included; the better of them sets
 the size.  GPTQ with one step a tensor, nash_swarm and its ablation without a flock then get exactly that many bits per
 parameter.  Every run leaves a record under ``--records``; the table is made of records alone.
 """

@@ -52,7 +52,7 @@ def main(config: DictConfig) -> None:
             raise ValueError(f"{' and '.join(missing)} must be given, for example {missing[0]}=...")
         outcome["labels"] = labels_of(config)
         mirror.check(config.wandb)
-        ended = run(config, outcome["labels"])
+        ended = run(config, outcome["labels"], many=hydra_config.mode == RunMode.MULTIRUN)
         outcome |= {"status": ended.status, "record": str(ended.path), "labels": ended.record.labels}
         if ended.status == "finished":
             mirror.mirror(ended.record, config.wandb, folder)

@@ -57,7 +57,8 @@ class Compressed:
     """The packed bytes of every layer, the weights they decode to, and what the method reports.
 
     ``float_bits``: the width of everything outside the layers.  ``code_bits``: the payload of the codes alone, in
-    bits.
+    bits.  ``game``: what the players brought to the game, by which its certificate can be computed again; a saved model
+    keeps it in a file beside, for no decoder needs it and it counts as no part of the model's size.
     """
 
     packed: Mapping[str, Any]
@@ -68,6 +69,7 @@ class Compressed:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     series: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)
     float_bits: int = 16
+    game: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable

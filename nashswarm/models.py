@@ -20,6 +20,7 @@ from nashswarm.allocation import Layer
 
 LONGEST_WINDOW = 2048  # tokens; the protocol for models that could read further
 EMBEDDED = pathlib.Path(__file__).parent / "default_model"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of a checkpoint
 MATRICES = (nn.Linear, Conv1D, nn.Embedding)
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -167,12 +168,19 @@ def other_tensors(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor
     return others
 
 
-def file_bytes(model: Any, packed: Mapping[str, np.ndarray], others: Mapping[str, Tensor], float_bits: int) -> int:
-    """Bytes of the checkpoint: a real safetensors image of packed layers and other tensors, and the config."""
+def files(
+    model: Any, packed: Mapping[str, np.ndarray], others: Mapping[str, Tensor], float_bits: int
+) -> dict[str, bytes]:
+    """The checkpoint, file by file: packed layers and other tensors, and the config."""
     kind = {16: torch.float16, 32: torch.float32}[float_bits]
     stored = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in others.items()}
     arrays = dict(packed) | {name: tensor.cpu().numpy() for name, tensor in stored.items()}
-    return len(safetensors.numpy.save(arrays)) + len(model.config.to_json_string().encode())
+    return {WEIGHTS: safetensors.numpy.save(arrays), CONFIG: model.config.to_json_string().encode()}
+
+
+def file_bytes(model: Any, packed: Mapping[str, np.ndarray], others: Mapping[str, Tensor], float_bits: int) -> int:
+    """Bytes of the checkpoint, of its files as they are written."""
+    return sum(len(content) for content in files(model, packed, others, float_bits).values())
 
 
 def round_others(others: Mapping[str, Tensor], float_bits: int) -> None:

@@ -37,7 +37,7 @@ CodeGame = Literal["equilibrium", "pass", "rounding"]
 BUDGET_TOLERANCE = 1e-3
 SETTLED = 1e-4  # sweeps end when one gains less than this share of the damage
 ROUNDS = 6  # of replies at the price of the budget, at most
-REGRET = 2e-7  # nats per token: what ends them
+REGRET = 5e-7  # nats per token: what ends them
 TRIALS = 12  # units tried until the budget is met
 TABLES = "code_tables"  # their name beside the packed layers
 
@@ -66,7 +66,7 @@ class NashSwarm:
     rate_in_codes: float = 0.0
     strength: Sequence[float] = (0.0, 0.5)
     cache: bool = True
-    swarm: Flock | None = dataclasses.field(default_factory=Flock)
+    swarm: Flock | None = dataclasses.field(default_factory=lambda: Flock(align=(0.0, 0.25)))
 
     def __post_init__(self) -> None:
         for name, known in (("bit_game", BitGame), ("code_game", CodeGame)):
@@ -180,6 +180,11 @@ class _Table:
         """Nats per token of every row, as the players see it."""
         error = layer.weight - tensor.dequantize()
         return stance.weights[layer.name] * self.whitened[layer.name].curvature.damage_by_row(error)
+
+    def cost(self, layer: Layer, tensor: LatticeTensor, played: Played, stance: Stance) -> Float[Tensor, " blocks"]:
+        """What every block pays for these codes, in nats per token: damage and bits."""
+        paid = self.price(played.unit) * coded_bits(tensor, played.tables)
+        return _blocks(self.damage(layer, tensor, stance) + paid)
 
     # the whole model
 
@@ -336,10 +341,11 @@ class _Table:
             measured.append(self.oracle.heldout_kl({layer.name: tensor.dequantize()}, PROBE_TOKENS))
             self.passes += 1
         logs = np.log(np.maximum([predicted, measured], 1e-12))
-        correlation = float(np.corrcoef(logs)[0, 1]) if len(self.oracle.layers) > 2 else float("nan")
         ratios = np.exp(np.clip(logs[1] - logs[0], -5, 5))
         names = [layer.name for layer in self.oracle.layers]
-        return dict(zip(names, ratios.tolist(), strict=True)), {"damage_correlation": correlation}
+        several = len(names) > 2  # of two layers the correlation is 1 or -1
+        found = {"damage_correlation": float(np.corrcoef(logs)[0, 1])} if several else {}
+        return dict(zip(names, ratios.tolist(), strict=True)), found
 
     @functools.cached_property
     def flock(self) -> sparse.csr_array:
@@ -366,18 +372,22 @@ class _Table:
         }
 
     def actions(self, played: Played, stance: Stance) -> Float[np.ndarray, "blocks actions"]:
-        """What every offset would cost every block, in nats per token, the code tables as they are."""
+        """What every offset would cost every block that moves alone, in nats per token: code tables and the expected
+        sizes of columns stay as they are, and so do the codes of a block that stays."""
         costs = []
+        stay = list(self.rules.offsets).index(0)
         for layer in self.oracle.track(self.oracle.layers, "trying offsets"):
             lattices = [self.lattice(layer, played.unit, stance, shift) for shift in self.rules.offsets]
             ground = self.whitened[layer.name]
             ground = dataclasses.replace(ground, rows=ground.rows.repeat(len(lattices)))
             answer, _ = lattice_reply(layer.weight.repeat(len(lattices), 1), ground, stack(lattices), None)
+            now = played.tensors[layer.name]
             by_action = []
             for codes, lattice in zip(answer.codes.split(len(layer.weight)), lattices, strict=True):
-                tensor = _expected(LatticeTensor(codes, lattice))
-                paid = self.price(played.unit) * coded_bits(tensor, played.tables)
-                by_action.append(_blocks(self.damage(layer, tensor, stance) + paid))
+                placed = dataclasses.replace(lattice, column_size=now.lattice.column_size)
+                tensor = LatticeTensor(codes, placed.expecting(codes.abs().float(), columns_too=False))
+                by_action.append(self.cost(layer, tensor, played, stance))
+            by_action[stay] = self.cost(layer, now, played, stance)
             costs.append(torch.stack(by_action, 1))
         return torch.cat(costs).numpy()
 
@@ -444,7 +454,18 @@ class _Table:
             damage=damage,
             metrics=metrics,
             series=series,
+            game=self.brought(stance) if self.rules.bit_game == "equilibrium" else {},
         )
+
+    def brought(self, stance: Stance) -> dict[str, Tensor]:
+        """What the certificate cannot read from the packed bytes: multipliers, offsets and, if it aligns, the flock."""
+        parts: dict[str, Tensor] = {f"weights/{name}": part for name, part in stance.weights.items()}
+        parts |= {f"offsets/{name}": torch.from_numpy(part) for name, part in stance.offsets.items()}
+        if stance.found["flock_align"]:
+            links = self.flock.tocoo()
+            pairs = torch.from_numpy(np.stack([links.row, links.col]).astype(np.int64))
+            parts |= {"flock/pairs": pairs, "flock/weights": torch.from_numpy(links.data)}
+        return parts
 
     def certificate(self, played: Played, stance: Stance) -> dict[str, float]:
         """The largest and the mean gain of a block that deviates alone, in nats per token: by another offset, or by
@@ -452,7 +473,10 @@ class _Table:
         game, profile, _ = self.game(self.actions(played, stance), played, stance, stance.found["flock_align"])
         steps = game.regret(profile)
         by_layer = [
-            _blocks(regret_by_row(layer.weight, played.tensors[layer.name], self.whitened[layer.name].curvature))
+            _blocks(
+                stance.weights[layer.name]
+                * regret_by_row(layer.weight, played.tensors[layer.name], self.whitened[layer.name].curvature)
+            )
             for layer in self.oracle.layers
         ]
         codes = torch.cat(by_layer).numpy()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -84,6 +85,27 @@ def write_together(contents: Mapping[pathlib.Path, bytes]) -> None:
     finally:
         for partial in partials.values():
             partial.unlink(missing_ok=True)
+
+
+def write_folder(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+    """Put a folder with these files at ``folder``, new or empty, in one step.
+
+    Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
+    """
+    folder = folder.resolve()
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        for name, content in contents.items():
+            with (partial / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(folder)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {folder}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write(folder: pathlib.Path, record: Record) -> pathlib.Path:

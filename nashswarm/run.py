@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import hydra
 import hydra.errors
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from nashswarm import data, metrics, models, record
+from nashswarm import data, metrics, models, record, saved
 from nashswarm.measures import Measure, Subject
 from nashswarm.methods import Compressed, Method, Oracle
 from nashswarm.quant.calibration import Moments, calibrate
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GROUPS = ("model", "method", "dataset", "measure")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+TEXT_KEYS = ("calibration_sha256", "test_sha256")
 HELDOUT_BATCH = 8
 PACKAGES = ("nashswarm", "torch", "transformers", "datasets", "numpy", "scipy", "scikit-learn", "safetensors")
 
@@ -61,6 +62,7 @@ class Root:
     device: str = "auto"
     dtype: str = "float32"
     rerun: bool = False
+    save: str | None = None
     wandb: str = "offline"
     records: str = "results/records"
     cache: str = "results/cache"
@@ -78,28 +80,52 @@ class Outcome:
     record: Record
 
 
-def run(config: DictConfig, labels: Mapping[str, str]) -> Outcome:
-    """Execute one run, or find its record.
+class Plan(NamedTuple):
+    """What a config stands for, before anything slow; ``identity``: everything that can move a number."""
+
+    source: models.ModelSource
+    method: Method
+    dataset: data.Dataset
+    measure: Measure
+    device: str
+    dtype: torch.dtype
+    texts: Mapping[str, str]
+    identity: Mapping[str, Any]
+
+
+def plan(config: DictConfig) -> Plan:
+    """Raises ValueError or OSError in one sentence for anything the user can mend."""
+    device, dtype = choose_device(config)
+    source, method, dataset, measure = (build(config[group]) for group in GROUPS)
+    texts = {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
+    return Plan(source, method, dataset, measure, device, dtype, texts, identify(config, device, source, texts))
+
+
+def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Outcome:
+    """Execute one run, or find its record.  ``many``: it is one of a sweep, whose compressed models are saved in
+    folders named by their fingerprints.
 
     Raises ValueError or OSError in one sentence for anything the user can mend; no record is left behind then.
     """
     started, start_time = time.monotonic(), datetime.datetime.now(datetime.UTC)
-    device, dtype = choose_device(config)
-    source, method, dataset, measure = (build(config[group]) for group in GROUPS)
-    texts = {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
-    identity = identify(config, device, source, texts)
+    planned = plan(config)
+    identity = dict(planned.identity)
     all_labels = dict(labels) | {"seed": str(config.seed)}
     folder = pathlib.Path(config.records) / (all_labels.get("experiment") or "single")
     path = record.path_of(folder, identity)
-    if path.exists() and not config.rerun:
+    target = None if config.save is None else pathlib.Path(config.save) / (fingerprint(identity) if many else "")
+    there = target is None or saved.holds(target, fingerprint(identity))
+    if path.exists() and not config.rerun and there:
         return Outcome("skipped", path, record.read(path))
+    if target is not None:
+        saved.check_free(target)
 
     reset_peak()
     threads = torch.get_num_threads()
     log.info(
         "%s on %s: %s, seed %d, %d threads", labels["method"], labels["model"], labels["dataset"], config.seed, threads
     )
-    job = Job(config, source, method, dataset, measure, device, dtype, texts, identity)
+    job = Job(config, *planned)
     result, found, series, seconds = job.execute()
     finished = Record(
         labels=all_labels,
@@ -110,6 +136,9 @@ def run(config: DictConfig, labels: Mapping[str, str]) -> Outcome:
         allocation=result.allocation,
         provenance=provenance(start_time) | {"parameters": job.parameters, "cache_hits": job.cache_hits},
     )
+    if target is not None:
+        about = {"config": OmegaConf.to_container(config, resolve=True), "record": dataclasses.asdict(finished)}
+        saved.write(target, job.files, about, {name: part.numpy() for name, part in result.game.items()})
     return Outcome("finished", record.write(folder, finished), finished)
 
 
@@ -153,9 +182,11 @@ class Job:
         shared = ("model", "dataset", "dtype", "device", "threads")
         self.key = {name: identity[name] for name in shared} | {"length": length, "torch": torch.__version__}
         self.seed = config.seed
+        self.files: dict[str, bytes] = {}  # of the compressed model
 
     def execute(self) -> tuple[Compressed, dict[str, float], dict[str, list[float]], dict[str, float]]:
-        """Compress and measure: the result, its metrics and series, and the seconds that compression took."""
+        """Compress and measure: the result, its metrics and series, and the seconds that compression took; ``files``
+        are the compressed model from then on."""
         others = models.other_tensors(self.compressed, self.layers)
         empty = {layer.name: np.zeros(0, np.uint8) for layer in self.layers}
         slack = 24 * len(self.layers) + 8  # the header's offsets have more digits once the layers are filled
@@ -176,7 +207,8 @@ class Job:
 
         layer_weights = sum(layer.parameters for layer in self.layers)
         layer_bytes = sum(len(packed) for packed in result.packed.values())
-        size = models.file_bytes(self.full, result.packed, others, result.float_bits)
+        self.files = models.files(self.full, result.packed, others, result.float_bits)
+        size = sum(len(content) for content in self.files.values())
         found = dict(result.metrics) | {
             "bytes_file": size,
             "bits_per_weight": 8 * layer_bytes / layer_weights,
@@ -262,6 +294,30 @@ class Job:
             | ({"damage": result.damage[layer.name]} if layer.name in result.damage else {})
             for layer in self.layers
         ]
+
+
+def reopen(about: Mapping[str, Any], paths: Mapping[str, str | None]) -> Job:
+    """The job that left a saved model, from its ``about``, with as many threads as it had.  ``paths``: where model and
+    dataset lie today, if not where they lay.
+
+    Raises ValueError if the model or the text is no longer the one that it was.
+    """
+    config, was = OmegaConf.create(dict(about["config"])), about["record"]["config"]
+    for group, path in paths.items():
+        if path is not None:
+            if "path" not in config[group]:
+                raise ValueError(f"--{group} {path}: {config[group]._target_} comes with the package; leave it out")
+            config[group].path = path
+    torch.set_num_threads(was["threads"])
+    planned = plan(config)
+    hub_name = "@" in was["model"]["content"]  # a folder that stands in for it has a content of its own
+    for group, changed in {
+        "model": not hub_name and planned.identity["model"]["content"] != was["model"]["content"],
+        "dataset": any(planned.identity["dataset"][key] != was["dataset"][key] for key in TEXT_KEYS),
+    }.items():
+        if changed:
+            raise ValueError(f"the {group} is not the one of the saved run; name the right one by --{group}")
+    return Job(config, *planned)
 
 
 def choose_device(config: DictConfig) -> tuple[str, torch.dtype]:

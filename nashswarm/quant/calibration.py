@@ -80,37 +80,42 @@ class _Sums:
         else:
             inputs = arguments[0].detach().float().flatten(0, -2)
             positions = len(inputs)
-            seen = (inputs.T @ inputs).cpu().double()
+            seen = (inputs.T @ inputs).cpu()
         self.positions += positions
-        self.inputs = seen if self.inputs is None else self.inputs + seen
+        self.inputs = _added(self.inputs, seen)
         output.register_hook(functools.partial(self.see_gradient, inputs))
         return output
 
     def see_gradient(self, inputs: Tensor | None, gradient: Tensor) -> None:
         """Backward hook: add the squared gradients of the outputs, and those of the weight's rows."""
         gradients = gradient.detach().float().flatten(0, -2)
-        squared = gradients.square().sum(0).cpu().double()
-        self.outputs = squared if self.outputs is None else self.outputs + squared
+        self.outputs = _added(self.outputs, gradients.square().sum(0).cpu())
         if inputs is not None and not self.head:
             of_weight = gradients.T @ inputs
-            by_row, by_column = of_weight.square().sum(1).cpu().double(), (of_weight.T @ of_weight).cpu().double()
-            self.rows = by_row if self.rows is None else self.rows + by_row
-            self.columns = by_column if self.columns is None else self.columns + by_column
+            self.rows = _added(self.rows, of_weight.square().sum(1).cpu())
+            self.columns = _added(self.columns, (of_weight.T @ of_weight).cpu())
 
     def moments(self) -> Moments:
         """The means.  Add-one smoothing of an embedding's counts, and of the head's gradients, keeps tokens that
         calibration never saw from costing nothing."""
         assert self.inputs is not None and self.outputs is not None
-        inputs, outputs = self.inputs / self.positions, self.outputs / self.positions
+        inputs, outputs = self.inputs.div_(self.positions), self.outputs / self.positions
         if self.inputs.ndim == 1:
-            inputs = (self.inputs + 1) / (self.positions + len(self.inputs))
+            inputs = (inputs * self.positions + 1) / (self.positions + len(inputs))
         if self.head:
-            outputs = (self.outputs + 1) / (self.positions + len(self.outputs))
+            outputs = (self.outputs + 1) / (self.positions + len(outputs))
+        trace = float(inputs.trace()) if inputs.ndim == 2 else 0.0
+        inputs, self.inputs = inputs.float(), None
         if self.rows is None or self.columns is None:
-            return Moments(inputs.float(), outputs.float(), outputs.float(), inputs.float())
-        coupled = self.rows / self.inputs.trace()
-        columns = self.columns * (inputs.trace() / self.columns.trace())
-        return Moments(inputs.float(), outputs.float(), coupled.float(), columns.float())
+            return Moments(inputs, outputs.float(), outputs.float(), inputs.clone())
+        coupled = self.rows / (self.positions * trace)
+        columns, self.columns = self.columns.mul_(trace / float(self.columns.trace())).float(), None
+        return Moments(inputs, outputs.float(), coupled.float(), columns)
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    """``total``, a float64 sum, with ``part`` added in place: a second copy of all sums would not fit."""
+    return part.double() if total is None else total.add_(part)
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def encode_lattice(tensor: LatticeTensor, tables: CodeTables) -> UInt8[np.ndarra
     magnitudes = np.abs(codes)
     symbols = np.minimum(magnitudes >> shift, ESCAPE)
     coder = constriction.stream.stack.AnsCoder()
-    for used in np.unique(table)[::-1]:
+    for used in np.unique(table)[::-1].tolist():
         coder.encode_reverse(symbols[table == used].astype(np.int32), _model(tables.probabilities(used)))
     escaped = symbols == ESCAPE
     low = [_planes(magnitudes[(shift == size) & ~escaped], size) for size in range(1, int(shift.max()) + 1)]
@@ -134,7 +134,7 @@ def decode_lattice(packed: UInt8[np.ndarray, " bytes"], tables: CodeTables) -> L
     table, shift = (part.flatten().numpy() for part in address(lattice.levels()))
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
     symbols = np.zeros(rows * columns, np.int64)
-    for used in np.unique(table):
+    for used in np.unique(table).tolist():
         symbols[table == used] = coder.decode(_model(tables.probabilities(used)), int((table == used).sum()))
     escaped = symbols == ESCAPE
     codes = symbols << shift

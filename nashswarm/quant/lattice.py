@@ -47,12 +47,15 @@ class Lattice:
         size = self.row_size.int()[:, None] + self.column_size.int()[columns]
         return size - scale.div(SCALES_PER_OCTAVE // LEVELS_PER_OCTAVE, rounding_mode="floor")
 
-    def expecting(self, magnitudes: Float[Tensor, "out in"]) -> "Lattice":
-        """The same grid, its expected sizes fitted to the ``magnitudes`` of codes."""
+    def expecting(self, magnitudes: Float[Tensor, "out in"], columns_too: bool = True) -> "Lattice":
+        """The same grid, its expected sizes fitted to the ``magnitudes`` of codes; or those of its rows only."""
         octaves = LEVELS_PER_OCTAVE * (magnitudes.mean() + QUIETEST).log2()
         rows = LEVELS_PER_OCTAVE * (magnitudes.mean(1) + QUIETEST).log2() + self.row_scale / LEVELS_PER_OCTAVE
+        found = dataclasses.replace(self, row_size=_whole(rows))
+        if not columns_too:
+            return found
         columns = LEVELS_PER_OCTAVE * (magnitudes.mean(0) + QUIETEST).log2() + self.column_scale / LEVELS_PER_OCTAVE
-        return dataclasses.replace(self, row_size=_whole(rows), column_size=_whole(columns - octaves))
+        return dataclasses.replace(found, column_size=_whole(columns - octaves))
 
 
 def stack(lattices: Sequence[Lattice]) -> Lattice:
@@ -86,13 +89,12 @@ def lattice_of(
     """
     row_scale, column_scale = _scale(rows), _scale(columns)
     middle = (_middle(row_scale) + _middle(column_scale)) / SCALES_PER_OCTAVE  # keeps the integers small
-    zero = torch.zeros(1, dtype=torch.int8)
     lattice = Lattice(
         float(torch.tensor(unit * 2.0**middle, dtype=torch.float32)),
         _whole(row_scale - _middle(row_scale)),
         _whole(column_scale - _middle(column_scale)),
-        zero,
-        zero,
+        torch.zeros(len(rows), dtype=torch.int8),
+        torch.zeros(len(columns), dtype=torch.int8),
     )
     steps = lattice.row_steps()[:, None] * lattice.column_steps()
     return lattice.expecting((weight / steps).abs())

@@ -255,6 +255,7 @@ def reply(
     sweeps: int = 0,
     damping: float = DAMPING,
     act_order: bool = False,
+    tolerance: float = 0.0,
 ) -> QuantizedTensor:
     """Codes, scales and zero points of least damage found, each tile at its width: one pass and so many ``sweeps``.
 
@@ -302,7 +303,7 @@ def reply(
     def grid_of(columns: Tensor, current: Tensor) -> Grid:
         return _affine_grid(kept, columns)
 
-    settled = settle(weight, kept.codes.float() - spread, curvature.damped(damping), grid_of, sweeps)
+    settled = settle(weight, kept.codes.float() - spread, curvature.damped(damping), grid_of, sweeps, tolerance)
     return dataclasses.replace(kept, codes=_stored(settled.codes, kept.zero_point, scheme))
 
 

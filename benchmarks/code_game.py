@@ -1,0 +1,126 @@
+"""The code game of single layers: how much of GPTQ's error an equilibrium removes at equal bits, and how long it takes.
+
+    python benchmarks/code_game.py model=local model.path=<folder> dataset=wikitext2
+
+Errors are those of real layers, ``tr(E H Eᵀ) / tr(W H Wᵀ)``, groups of 64 with the best range of every group,
+embeddings left out; GPTQ and the best replies that go on from it have the same scales and the same bytes.  Times are
+of layers as large as GPT-2 small's, random weights and correlated inputs, at 3 bits.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import resource
+import time
+from collections.abc import Sequence
+
+import hydra
+import numpy as np
+import torch
+
+from nashswarm import record
+from nashswarm.allocation import curvature
+from nashswarm.quant.grid import Scheme
+from nashswarm.quant.reply import Curvature, reply
+from nashswarm.run import GROUPS, Job, build, choose_device, identify, provenance, show_progress
+
+CONF = pathlib.Path(__file__).parent.parent / "conf"
+SCHEME = Scheme(64, search=True)
+SHAPES = ((768, 3072), (3072, 768))
+ENOUGH = 10_000  # sweeps: to the end
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of the configuration, as for experiments.run")
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/code_game"))
+    options = parser.parse_args(arguments)
+    started = datetime.datetime.now(datetime.UTC)
+    times = [row for shape in SHAPES for row in timed(shape)]
+    errors = ratios(job_of(options.overrides), options.widths)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"errors": errors, "times": times, "threads": torch.get_num_threads(), "provenance": provenance(started)}
+    record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
+    text = as_table(errors) + "\n" + as_table(times)
+    record.write_whole(options.out.with_suffix(".md"), text.encode())
+    print(text)
+
+
+def job_of(overrides: Sequence[str]) -> Job:
+    """A run under way, its model loaded and its windows drawn."""
+    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        config = hydra.compose("config", ["wandb=disabled", *overrides])
+    device, dtype = choose_device(config)
+    source, method, dataset, measure = (build(config[group]) for group in GROUPS)
+    texts = {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
+    identity = identify(config, device, source, texts)
+    return Job(config, source, method, dataset, measure, device, dtype, texts, identity)
+
+
+def ratios(job: Job, widths: Sequence[int]) -> list[dict[str, float]]:
+    """Mean relative errors over the layers that multiply, of GPTQ and of the equilibrium, for every width."""
+    moments = job.moments()
+    layers = [layer for layer in job.layers if not any(moments[module].lookup for module in layer.modules)]
+    rows = []
+    for width in widths:
+        found = []
+        for layer in show_progress(layers, f"{width} bits"):
+            curved = curvature(layer, moments)
+            whole = float(curved.damage_by_row(layer.weight).double().sum())
+            found.append(
+                [
+                    float(
+                        curved.damage_by_row(
+                            layer.weight - reply(layer.weight, width, SCHEME, curved, sweeps).dequantize()
+                        )
+                        .double()
+                        .sum()
+                    )
+                    / whole
+                    for sweeps in (0, ENOUGH)
+                ]
+            )
+        gptq, settled = np.mean(found, 0)
+        worst = float((np.array(found)[:, 1] / np.array(found)[:, 0]).max())
+        rows.append(
+            {"width": width, "layers": len(layers), "gptq": gptq, "equilibrium": settled, "ratio": settled / gptq}
+            | {"worst layer's ratio": worst}
+        )
+    return rows
+
+
+def timed(shape: tuple[int, int]) -> list[dict[str, float | str]]:
+    """Seconds of the pass alone, of sweeps to a gain of 1e-3 of the damage, and to no move at all."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    spread = torch.exp(torch.randn(shape[1], generator=generator))
+    inputs = torch.randn(4 * shape[1], shape[1], generator=generator) * spread
+    inputs += torch.randn(4 * shape[1], 8, generator=generator) @ torch.randn(8, shape[1], generator=generator)
+    curved = Curvature(torch.ones(shape[0]), inputs.T @ inputs / len(inputs), None)
+    rows: list[dict[str, float | str]] = []
+    for name, sweeps, tolerance in (("pass", 0, 0.0), ("to 1e-3", ENOUGH, 1e-3), ("to no move", ENOUGH, 0.0)):
+        began = time.perf_counter()
+        found = reply(weight, 3, SCHEME, curved, sweeps, tolerance=tolerance)
+        seconds = time.perf_counter() - began
+        damage = float(curved.damage_by_row(weight - found.dequantize()).double().sum())
+        rows.append(
+            {"shape": f"{shape[0]}x{shape[1]}", "until": name, "seconds": seconds, "damage": damage}
+            | {"peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        )
+    return rows
+
+
+def as_table(rows: Sequence[dict[str, float]] | Sequence[dict[str, float | str]]) -> str:
+    """The rows as Markdown."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("--:" for _ in names) + " |"]
+    for found in rows:
+        cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in found.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""A compressed model in a folder, and beside it what is needed to certify it.
+
+``model.safetensors`` (packed layers, code tables, all other tensors) and ``config.json`` are the model: the sum of
+their lengths is its size in bytes.  ``nashswarm.json`` (the config that made it, its record, checksums) and
+``game.safetensors`` (what the players brought to the game, where there was one) are there to check it and to read; no
+decoder needs them, and they do not count.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from nashswarm.record import fingerprint, write_folder
+
+WEIGHTS, ABOUT, GAME = "model.safetensors", "nashswarm.json", "game.safetensors"
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a folder holds: ``about`` (``config``, ``record``), the stored ``tensors`` and those of the ``game``."""
+
+    about: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    game: dict[str, np.ndarray]
+
+
+def check_free(folder: pathlib.Path) -> None:
+    """Raises ValueError if something stands at ``folder`` already."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"save={folder} is not an empty folder; name another one or delete it")
+
+
+def holds(folder: pathlib.Path, name: str) -> bool:
+    """Whether the run with the fingerprint ``name`` has left its model in ``folder``."""
+    return (folder / ABOUT).is_file() and fingerprint(_about(folder)["record"]["config"]) == name
+
+
+def write(
+    folder: pathlib.Path, files: Mapping[str, bytes], about: Mapping[str, Any], game: Mapping[str, np.ndarray]
+) -> None:
+    """Put the model's ``files``, what is known ``about`` it and its ``game`` at ``folder`` in one step.
+
+    Raises OSError with the path in its message; nothing is left behind then.
+    """
+    contents = dict(files)
+    if game:
+        contents[GAME] = safetensors.numpy.save({name: np.ascontiguousarray(part) for name, part in game.items()})
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    text = json.dumps({"schema": SCHEMA, "sha256": sums, **about}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_folder(folder, contents | {ABOUT: f"{text}\n".encode()})
+
+
+def read(folder: pathlib.Path) -> Saved:
+    """What ``write`` put there.  Raises ValueError if it is not whole and unchanged."""
+    about = _about(folder)
+    contents = {}
+    for name, digest in about["sha256"].items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} lacks {name}; copy the whole folder again")
+        contents[name] = (folder / name).read_bytes()
+        if hashlib.sha256(contents[name]).hexdigest() != digest:
+            raise ValueError(f"the checksum of {folder / name} is wrong: the file is damaged; copy it again")
+    tensors, game = (safetensors.numpy.load(contents[name]) if name in contents else {} for name in (WEIGHTS, GAME))
+    return Saved(about, tensors, game)
+
+
+def _about(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        if about["schema"] == SCHEMA:
+            return dict(about)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no compressed model: {ABOUT} cannot be read ({error})") from error
+    raise ValueError(f"{folder / ABOUT} has schema {about['schema']}, this version reads schema {SCHEMA}")
