@@ -72,14 +72,16 @@ class NashSwarm:
         for name, known in (("bit_game", BitGame), ("code_game", CodeGame)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"unknown method.{name} {getattr(self, name)!r}: choose {', '.join(get_args(known))}")
-        if self.bits <= 0:
-            raise ValueError(f"method.bits={self.bits} must be positive")
-        if 0 not in self.offsets or list(self.offsets) != sorted(set(self.offsets)) or abs(max(self.offsets)) > 40:
+        if self.bits is None or not 0 < self.bits < math.inf:
+            raise ValueError(f"method.bits={self.bits} must be a positive number")
+        if 0 not in self.offsets or list(self.offsets) != sorted(set(self.offsets)) or max(map(abs, self.offsets)) > 40:
             raise ValueError(f"method.offsets {list(self.offsets)} must be ascending small integers, 0 among them")
         if not self.strength or min(self.strength) < 0 or max(self.strength) > 1:
             raise ValueError(f"method.strength {list(self.strength)} must hold numbers between 0 and 1")
         if self.sweeps < 0 or not 0 <= self.rate_in_codes <= 1:
             raise ValueError("method.sweeps must not be negative and method.rate_in_codes be between 0 and 1")
+        if self.bit_game == "uniform" and self.rate_in_codes:
+            raise ValueError("method.rate_in_codes needs a price, which method.bit_game=uniform has not; set it to 0")
 
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         budget = int(self.bits * oracle.parameters / 8) - oracle.fixed_bytes
@@ -326,7 +328,7 @@ class _Table:
         for stance in self.oracle.track(stances, "choosing on held-out text"):
             played = self.play(unit, stance, 0)
             weights = {name: part.dequantize() for name, part in played.tensors.items()}
-            octaves = (played.bytes - budget) / self.slope.now
+            octaves = (played.bytes - budget) / self.slope.at_high_rate
             scores.append(self.oracle.heldout_kl(weights, None) * 4.0**octaves)
             self.passes += 1
         return stances[int(np.argmin(scores))]
@@ -430,12 +432,11 @@ class _Table:
         bits = {name: float(coded_bits(part, played.tables).sum()) for name, part in played.tensors.items()}
         metrics = {
             "damage": sum(damage.values()),
-            "price": 8 * price,
-            "potential_end": sum(damage.values()) + price * sum(bits.values()),
             "players": sum(self.counts),
             **stance.found,
         }
         if self.rules.bit_game == "equilibrium":
+            metrics |= {"price": 8 * price, "potential_end": sum(damage.values()) + price * sum(bits.values())}
             metrics |= self.certificate(played, stance)
         series = {"regret": rounds} if rounds else {}
         if played.settled:
@@ -497,14 +498,19 @@ def _meet(
     slope: Slope,
     tolerance: float = BUDGET_TOLERANCE,
 ) -> Found:
-    """Units are tried by secants until one takes between (1 − ``tolerance``) and 1 times ``budget`` bytes; ``slope`` is
-    where they begin and what they learn."""
+    """Units are tried by secants, inside the bracket of those that fitted and those that did not, until one takes
+    between (1 − ``tolerance``) and 1 times ``budget`` bytes; ``slope`` is where they begin and what they learn."""
     aim = (1 - tolerance / 3) * budget
     best: Found | None = None
     tried: list[tuple[float, int]] = []
     log_unit = math.log2(unit)
-    for _ in range(TRIALS):
+    finest, coarsest = -math.inf, math.inf  # too fine, coarse enough
+    while len(tried) < TRIALS or (best is None and len(tried) < 4 * TRIALS):
         found = trial(2.0**log_unit)
+        if size(found) > budget:
+            finest = max(finest, log_unit)
+        else:
+            coarsest = min(coarsest, log_unit)
         tried.append((log_unit, size(found)))
         if size(found) <= budget and (best is None or size(found) > size(best)):
             best = found
@@ -513,6 +519,8 @@ def _meet(
         if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
             slope.learn((tried[-2][1] - tried[-1][1]) / (tried[-1][0] - tried[-2][0]))
         log_unit += min(max((size(found) - aim) / slope.now, -8.0), 8.0)
+        if not finest < log_unit < coarsest:
+            log_unit = (finest + coarsest) / 2 if math.isfinite(finest + coarsest) else log_unit
     if best is None:
         raise ValueError(f"no step was found at which the layers take {budget} bytes; raise method.bits")
     return best

@@ -189,7 +189,7 @@ class Job:
         are the compressed model from then on."""
         others = models.other_tensors(self.compressed, self.layers)
         empty = {layer.name: np.zeros(0, np.uint8) for layer in self.layers}
-        slack = 24 * len(self.layers) + 8  # the header's offsets have more digits once the layers are filled
+        slack = 24 * len(self.layers) + 100  # of the header: longer offsets once layers are filled, and code tables
         started = time.monotonic()
         oracle = Oracle(
             layers=self.layers,

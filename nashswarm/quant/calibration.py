@@ -108,8 +108,11 @@ class _Sums:
         inputs, self.inputs = inputs.float(), None
         if self.rows is None or self.columns is None:
             return Moments(inputs, outputs.float(), outputs.float(), inputs.clone())
+        gradient = float(self.columns.trace())
+        if not trace or not gradient:  # nothing comes in, or nothing that goes out matters
+            return Moments(inputs, outputs.float(), torch.zeros_like(outputs).float(), inputs.clone())
         coupled = self.rows / (self.positions * trace)
-        columns, self.columns = self.columns.mul_(trace / float(self.columns.trace())).float(), None
+        columns, self.columns = self.columns.mul_(trace / gradient).float(), None
         return Moments(inputs, outputs.float(), coupled.float(), columns)
 
 

@@ -153,6 +153,8 @@ def encode_groups(tensor: QuantizedTensor) -> UInt8[np.ndarray, " bytes"]:
     """The stored bytes of a tensor with one scale a group; codes and zero points of every width have a table of their
     own, scales are split into bytes."""
     flat_bits = tensor.bits.flatten().numpy()
+    if unknown := set(flat_bits.tolist()) - {0, *GRID_WIDTHS}:
+        raise ValueError(f"tiles of {sorted(unknown)} bits hold floats, not codes: pack them instead")
     codes, scale, zero_point = (
         tiles(part, tensor.bits.shape[1]) for part in (tensor.codes, tensor.scale, tensor.zero_point)
     )

@@ -23,7 +23,7 @@ from nashswarm.quant.lattice import Lattice, LatticeTensor
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 BLOCK = 64  # columns replied to between two matrix products
 TINY = torch.finfo(torch.float32).tiny
-REACH = 3  # codes below the nearest one that a reply considers, besides 0
+REACH = 2  # codes below the nearest one that a reply considers, besides 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Grid:
                 nearest = nearest.clamp(self.low[:, column], self.high[:, column])
             return nearest
         size = wanted.abs()
-        choices = (size.round().unsqueeze(1) - torch.arange(REACH + 1)).clamp_(min=0)
+        choices = (size.round().unsqueeze(1) - torch.arange(REACH + 2)).clamp_(min=0)
         choices[:, -1] = 0
         cost = (
             self.length(column, choices)
