@@ -66,12 +66,12 @@ ROLES = {
             "no shrinkage": shrink(0.0),
             "flock of 7": shrink(SHRINK),
             "shuffled flock": shrink(SHRINK, "shuffled"),
-            "random graph": shrink(SHRINK, "random"),
         },
     ),
     "shrink, size and graph": (
         (2,),
-        {"no shrinkage": shrink(0.0), "index neighbours": shrink(SHRINK, "index")}
+        {"no shrinkage": shrink(0.0)}
+        | {f"{graph} graph": shrink(SHRINK, graph) for graph in ("index", "random")}
         | {f"flock of {size}": shrink(SHRINK, neighbours=size) for size in (2, 4, 6, 7, 12, 24)},
     ),
     "local_reply": (
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of the configuration, as for experiments.run")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--test-windows", type=int, default=24)
+    parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--records", default="results/cache/flock", help="where runs are found again")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/flock"))
     options = parser.parse_args(arguments)
