@@ -306,18 +306,20 @@ class _Table:
         stance = self.choose(stances, budget, unit)
         return dataclasses.replace(stance, found=stance.found | found)
 
-    def play_on(self, budget: int, played: Played, stance: Stance) -> tuple[Stance, Played, list[float]]:
-        """Replies at the price of the budget until no block regrets its step; the largest regret of every round."""
-        regrets: list[float] = []
-        while self.rules.bit_game == "equilibrium" and len(regrets) < ROUNDS:
+    def play_on(self, budget: int, played: Played, stance: Stance) -> tuple[Stance, Played, dict[str, list[float]]]:
+        """Replies at the price of the budget until no block regrets its step; potential and largest regret of every
+        round, before its moves."""
+        rounds: dict[str, list[float]] = {"potential": [], "regret": []}
+        while self.rules.bit_game == "equilibrium" and len(rounds["regret"]) < ROUNDS:
             costs = self.actions(played, stance)
             game, profile, _ = self.game(costs, played, stance, stance.found["flock_align"])
-            regrets.append(float(game.regret(profile).max()))
-            if regrets[-1] <= REGRET:
+            rounds["potential"].append(game.potential(profile))
+            rounds["regret"].append(float(game.regret(profile).max()))
+            if rounds["regret"][-1] <= REGRET:
                 break
             stance = self.replied(costs, played, stance, stance.found["flock_align"])
             played = self.meet(budget, played.unit, stance, 0)
-        return stance, played, regrets
+        return stance, played, rounds
 
     def choose(self, stances: Sequence[Stance], budget: int, unit: float) -> Stance:
         """The stance of least KL on held-out calibration text, as it would be at ``budget`` bytes: all play at
@@ -421,7 +423,7 @@ class _Table:
 
     # the end
 
-    def report(self, played: Played, stance: Stance, rounds: list[float]) -> Compressed:
+    def report(self, played: Played, stance: Stance, rounds: Mapping[str, list[float]]) -> Compressed:
         """Packed bytes, weights, and the certificate."""
         price = self.price(played.unit)
         names = [layer.name for layer in self.oracle.layers]
@@ -436,9 +438,9 @@ class _Table:
             **stance.found,
         }
         if self.rules.bit_game == "equilibrium":
-            metrics |= {"price": 8 * price, "potential_end": sum(damage.values()) + price * sum(bits.values())}
+            metrics |= {"price": 8 * price, "potential_start": rounds["potential"][0]}
             metrics |= self.certificate(played, stance)
-        series = {"regret": rounds} if rounds else {}
+        series = {name: values for name, values in rounds.items() if values}
         if played.settled:
             longest = max(len(found.moves) for found in played.settled.values())
             metrics["sweeps"] = longest
@@ -483,6 +485,7 @@ class _Table:
         codes = torch.cat(by_layer).numpy()
         worst = np.maximum(steps, codes)
         return {
+            "potential_end": game.potential(profile),
             "regret_max": float(worst.max()),
             "regret_mean": float(worst.mean()),
             "regret_of_steps": float(steps.max()),
