@@ -31,6 +31,7 @@ from nashswarm.quant.grid import TILE_ROWS, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor, lattice_of, stack
 from nashswarm.quant.pack import run_lengths
 from nashswarm.quant.reply import Coding, Settled, Whitened, lattice_reply, regret_by_row, whiten
+from nashswarm.quant.resident import to_tiles
 
 BitGame = Literal["equilibrium", "uniform"]
 CodeGame = Literal["equilibrium", "pass", "rounding"]
@@ -432,8 +433,10 @@ class _Table:
             for layer in self.oracle.layers
         }
         bits = {name: float(coded_bits(part, played.tables).sum()) for name, part in played.tensors.items()}
+        resident = sum(len(to_tiles(tensor)) for tensor in played.tensors.values())
         metrics = {
             "damage": sum(damage.values()),
+            "bits_per_weight_resident": 8 * resident / sum(layer.parameters for layer in self.oracle.layers),
             "players": sum(self.counts),
             **stance.found,
         }

@@ -3,8 +3,8 @@
 With sensitivities that factor into rows and columns, ``D = ½ Σ a_o κ_j e_oj²``, an error costs the same everywhere when
 the step of weight (o, j) is ``unit / √(a_o κ_j)``.  At one price λ per bit that is the equilibrium of uniform
 quantizers with an entropy coder at high rate (Gish & Pierce 1968): all spend the damage ``unit² / 24`` and would buy
-the next bit at ``λ = unit² · ln 2 / 12``.  κ are the pivots of the factor of H, so that it holds with error feedback; that
-columns need steps of their own there was shown by Lifar et al. (WaterSIC, 2026).
+the next bit at ``λ = unit² · ln 2 / 12``.  κ are the pivots of the factor of H, so that it holds with error feedback;
+that columns need steps of their own there was shown by Lifar et al. (WaterSIC, 2026).
 
 Row and column scales are powers of 2^¼, small integers in the file.  A second pair of small integers says how large the
 weights of a row and of a column are; together they give the ``level`` of every code: what the coder expects its
