@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of the configuration, as for experiments.run")
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--records", default="results/records")
+    parser.add_argument("--records", default="results/benchmarks/records")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/equal_bytes"))
     options = parser.parse_args(arguments)
     started = datetime.datetime.now(datetime.UTC)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         size = best.metrics["bits_per_weight_model"]
         rows += [row(measured(name, [f"method.bits={size!r}"], options), best, width) for name in RIVALS]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"rows": rows, "overrides": options.overrides, "provenance": provenance(started)}
+    content = {"rows": rows, "provenance": provenance(started)}
     record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
     record.write_whole(options.out.with_suffix(".md"), table(rows).encode())
     print(table(rows))
