@@ -61,7 +61,7 @@ def align(mass: float, graph: str = "features") -> tuple[str, ...]:
 # role → (windows, control, its variants by name)
 ROLES = {
     "shrink": (
-        (1, 2, 4, 8, 64),
+        (1, 2, 8, 64),
         {
             "no shrinkage": shrink(0.0),
             "flock of 7": shrink(SHRINK),
@@ -71,12 +71,12 @@ ROLES = {
     "shrink, size and graph": (
         (2,),
         {"no shrinkage": shrink(0.0)}
-        | {f"{graph} graph": shrink(SHRINK, graph) for graph in ("index", "random")}
-        | {f"flock of {size}": shrink(SHRINK, neighbours=size) for size in (2, 4, 6, 7, 12, 24)},
+        | {f"{graph} graph": shrink(SHRINK, graph) for graph in ("random",)}
+        | {f"flock of {size}": shrink(SHRINK, neighbours=size) for size in (2, 7, 24)},
     ),
     "local_reply": (
         (8,),
-        {"full reply": local(None)} | {f"{size} columns": local(size) for size in (7, 24)},
+        {"full reply": local(None)} | {f"{size} columns": local(size) for size in (7,)},
     ),
     "align": (
         (8,),
