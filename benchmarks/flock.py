@@ -61,7 +61,7 @@ def align(mass: float, graph: str = "features") -> tuple[str, ...]:
 # role → (windows, control, its variants by name)
 ROLES = {
     "shrink": (
-        (1, 2, 8, 64),
+        (1, 2, 8),
         {
             "no shrinkage": shrink(0.0),
             "flock of 7": shrink(SHRINK),
