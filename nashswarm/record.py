@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 SCHEMA = 1
@@ -85,6 +85,22 @@ def write_together(contents: Mapping[pathlib.Path, bytes]) -> None:
     finally:
         for partial in partials.values():
             partial.unlink(missing_ok=True)
+
+
+def write_by(path: pathlib.Path, writer: Callable[[pathlib.Path], None]) -> None:
+    """Let ``writer`` fill a file beside ``path`` and put it there in one step: for contents too large to hold twice.
+
+    Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_folder(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import functools
 import importlib.metadata
 import logging
@@ -274,9 +275,7 @@ class Job:
                 return tensors
         tensors = compute()
         if self.use_cache:
-            record.write_whole(
-                path, safetensors.torch.save({name: part.contiguous() for name, part in tensors.items()})
-            )
+            record.write_by(path, functools.partial(_save, tensors))
         return tensors
 
     def layer_table(self, result: Compressed) -> list[dict[str, Any]]:
@@ -294,6 +293,13 @@ class Job:
             | ({"damage": result.damage[layer.name]} if layer.name in result.damage else {})
             for layer in self.layers
         ]
+
+
+def _save(tensors: Mapping[str, Tensor], path: pathlib.Path) -> None:
+    try:
+        safetensors.torch.save_file({name: part.contiguous() for name, part in tensors.items()}, path)
+    except safetensors.SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(errno.EIO, str(error)) from error
 
 
 def reopen(about: Mapping[str, Any], paths: Mapping[str, str | None]) -> Job:

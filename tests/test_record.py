@@ -158,3 +158,15 @@ def test_another_schema_is_refused(schema: Any, tmp_path: pathlib.Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": schema}))
     with pytest.raises(ValueError, match=f"has schema {schema}, this version reads schema 1: rerun it with rerun=true"):
         read(path)
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    def half(partial: pathlib.Path) -> None:
+        partial.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="cannot write"):
+        record.write_by(tmp_path / "folder" / "file", half)
+    assert not list((tmp_path / "folder").iterdir())
+    record.write_by(tmp_path / "folder" / "file", lambda partial: partial.write_bytes(b"whole"))
+    assert (tmp_path / "folder" / "file").read_bytes() == b"whole"
