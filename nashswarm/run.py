@@ -45,7 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 GROUPS = ("model", "method", "dataset", "measure")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TEXT_KEYS = ("calibration_sha256", "test_sha256")
-HELDOUT_BATCH = 8
+HELDOUT_LOGITS = 1 << 26  # in a batch of held-out windows: what their divergence may take in memory
 PACKAGES = ("nashswarm", "torch", "transformers", "datasets", "numpy", "scipy", "scikit-learn", "safetensors")
 
 
@@ -245,14 +245,20 @@ class Job:
 
     @functools.cached_property
     def holdout_reference(self) -> metrics.Reference:
-        return metrics.reference(self.full, self.holdout, HELDOUT_BATCH)
+        return metrics.reference(self.full, self.holdout, self.heldout_batch)
+
+    @property
+    def heldout_batch(self) -> int:
+        """Windows in a batch of held-out text: 8, or fewer of a long window and a large vocabulary."""
+        rows = len(self.full.get_output_embeddings().weight)
+        return min(max(HELDOUT_LOGITS // (rows * self.holdout.shape[1]), 1), 8)
 
     def heldout_kl(self, weights: Mapping[str, Tensor], tokens: int | None) -> float:
         """KL in nats per token on held-out calibration text of the model with these layer weights."""
         length = self.holdout.shape[1]
         windows = self.holdout if tokens is None else self.holdout[: -(-tokens // length)]
         models.put(self.compressed, weights)
-        found = metrics.evaluate(self.compressed, windows, HELDOUT_BATCH, self.holdout_reference)
+        found = metrics.evaluate(self.compressed, windows, self.heldout_batch, self.holdout_reference)
         models.put(self.compressed, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
         return metrics.summarise(found)["kl"]
 
