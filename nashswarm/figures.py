@@ -264,17 +264,18 @@ def convergence(records: Iterable[Record]) -> Figure:
 
 
 def tiles(allocation: str) -> dict[str, NDArray[np.int64]]:
-    """The bits of each tile of each tiled layer, shape (row blocks, column groups); other layers are left out.
+    """The bits of each tile of each tiled layer, shape (row blocks, column groups); other layers are left out: floats,
+    mixed ones, and those on a lattice, whose line begins with their bits per weight, a decimal number.
 
     Raises ValueError for a line that is no allocation.
 
-    >>> tiles("head 2x3 4*2 8*4\\nnorm 16\\nmlp mixed")["head"].tolist()
+    >>> tiles("head 2x3 4*2 8*4\\nnorm 16\\nmlp mixed\\nwte 3.9 +0*32")["head"].tolist()
     [[4, 4, 8], [8, 8, 8]]
     """
     grids = {}
     for line in allocation.splitlines():
         layer, *words = line.split()
-        if len(words) == 1 or words[-1] == "mixed":
+        if len(words) == 1 or words[-1] == "mixed" or "." in words[0]:
             continue
         try:
             rows, columns = map(int, words[0].split("x"))
