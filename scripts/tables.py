@@ -43,7 +43,8 @@ def write_tables(options: argparse.Namespace) -> None:
     if options.paper:
         report.refuse_dirty(table)
     for experiment in sorted(set(table["experiment"])):
-        means = report.average(report.select(table, experiment=experiment))
+        rows = report.select(table, experiment=experiment)
+        means = report.average(rows.dropna(axis=1, how="all"))  # columns that only other experiments have
         report.console().print(report.terminal(means, title=experiment))
         for suffix, render in ((".md", report.markdown), (".csv", report.csv), (".tex", report.latex)):
             record.write_whole(options.out / f"{experiment}{suffix}", render(means).encode())
