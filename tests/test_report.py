@@ -21,9 +21,15 @@ from nashswarm.record import Record
 ROOT = pathlib.Path(__file__).parents[1]
 KL = {
     "baseline": 0.0, "uniform4": 0.031, "uniform3": 0.17, "as_published": 1.9, "nash_swarm": 0.0141, "no_nash": 0.093,
-    "no_swarm": 0.0143, "no_quantization": 0.41, "no_cache": 0.0141, "no_bit_game": 0.062, "no_code_game": 0.0207,
+    "gptq": 0.09, "no_swarm": 0.0143, "no_quantization": 0.41, "no_cache": 0.0141, "no_bit_game": 0.062, "no_code_game": 0.0207,
 }  # fmt: skip
-MEGABYTES = dict.fromkeys(KL, 2.67) | {"baseline": 28.4, "uniform4": 4.1, "uniform3": 3.3, "as_published": 25.2}
+MEGABYTES = dict.fromkeys(KL, 2.67) | {
+    "baseline": 28.4,
+    "uniform4": 4.1,
+    "uniform3": 3.3,
+    "gptq": 2.9,
+    "as_published": 25.2,
+}
 ABLATION = list(KL)
 FULL_NLL = 3.9
 
