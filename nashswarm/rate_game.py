@@ -441,8 +441,8 @@ class _Table:
             **stance.found,
         }
         if self.rules.bit_game == "equilibrium":
-            metrics |= {"price": 8 * price, "potential_start": rounds["potential"][0]}
-            metrics |= self.certificate(played, stance)
+            metrics |= {"price": 8 * price} | self.certificate(played, stance)
+            metrics["potential_start"] = [*rounds["potential"], metrics["potential_end"]][0]
         series = {name: values for name, values in rounds.items() if values}
         if played.settled:
             longest = max(len(found.moves) for found in played.settled.values())

