@@ -196,7 +196,7 @@ def test_a_worse_code_is_found(folder: pathlib.Path, capsys: pytest.CaptureFixtu
     )
     gain = float(moments.coupled[5]) / 2 * float(bad @ inputs @ bad - good @ inputs @ good)
     assert after["regret_of_codes"] >= 0.99 * gain > 10 * before["regret_max"]
-    assert after["agrees"] is False and after["regret_of_steps"] == before["regret_of_steps"]
+    assert after["agrees"] is False and after["regret_of_steps"] > before["regret_of_steps"]
     assert after["regret_of_codes"] > before["regret_of_codes"]
     assert main(["certify", str(folder)]) == 1
     assert json.loads(capsys.readouterr().out)["regret_max"] == after["regret_max"]

@@ -21,7 +21,8 @@ from nashswarm.record import Record
 ROOT = pathlib.Path(__file__).parents[1]
 KL = {
     "baseline": 0.0, "uniform4": 0.031, "uniform3": 0.17, "as_published": 1.9, "nash_swarm": 0.0141, "no_nash": 0.093,
-    "gptq": 0.09, "no_swarm": 0.0143, "no_quantization": 0.41, "no_cache": 0.0141, "no_bit_game": 0.062, "no_code_game": 0.0207,
+    "gptq": 0.09,
+    "no_swarm": 0.0143, "no_quantization": 0.41, "no_cache": 0.0141, "no_bit_game": 0.062, "no_code_game": 0.0207,
 }  # fmt: skip
 MEGABYTES = dict.fromkeys(KL, 2.67) | {
     "baseline": 28.4,
