@@ -23,7 +23,7 @@ from nashswarm import record
 from nashswarm.allocation import curvature
 from nashswarm.quant.grid import Scheme
 from nashswarm.quant.reply import Curvature, reply
-from nashswarm.run import GROUPS, Job, build, choose_device, identify, provenance, show_progress
+from nashswarm.run import Job, plan, provenance, show_progress
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 SCHEME = Scheme(64, search=True)
@@ -52,11 +52,7 @@ def job_of(overrides: Sequence[str]) -> Job:
     """A run under way, its model loaded and its windows drawn."""
     with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         config = hydra.compose("config", ["wandb=disabled", *overrides])
-    device, dtype = choose_device(config)
-    source, method, dataset, measure = (build(config[group]) for group in GROUPS)
-    texts = {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
-    identity = identify(config, device, source, texts)
-    return Job(config, source, method, dataset, measure, device, dtype, texts, identity)
+    return Job(config, *plan(config))
 
 
 def ratios(job: Job, widths: Sequence[int]) -> list[dict[str, float]]:

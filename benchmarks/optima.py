@@ -21,14 +21,14 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from scipy import sparse
 
-from nashswarm import models, optima, swarm
+from nashswarm import optima, swarm
 from nashswarm.allocation import Blocks, Layer
 from nashswarm.bit_game import solve
 from nashswarm.game import Coupling, Game, best_response, shadow_price
-from nashswarm.methods import PLAYED_WIDTHS, Oracle, survey
+from nashswarm.methods import PLAYED_WIDTHS, survey
 from nashswarm.quant.grid import Scheme
 from nashswarm.record import write_whole
-from nashswarm.run import GROUPS, Job, build, choose_device, identify, provenance, show_progress
+from nashswarm.run import Job, plan, provenance, show_progress
 
 ROOT = pathlib.Path(__file__).parent.parent
 SYNTHETIC_LAYERS = 50
@@ -115,18 +115,10 @@ def synthetic(players: int, rng: np.random.Generator) -> Blocks:
 def real_blocks(seed: int) -> tuple[Blocks, int]:
     """The players of the default model, surveyed as its method surveys them, and the byte budget of its layers."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", ["method=no_swarm", f"seed={seed}", "wandb=disabled", "device=cpu"])
-    device, dtype = choose_device(config)
-    source, method, dataset, measure = (build(config[group]) for group in GROUPS)
-    texts = {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
-    identity = identify(config, device, source, texts)
-    job = Job(config, source, method, dataset, measure, device, dtype, texts, identity)
-    others = models.other_tensors(job.compressed, job.layers)
-    nothing = {layer.name: np.zeros(0, np.uint8) for layer in job.layers}
-    fixed = models.file_bytes(job.full, nothing, others, 16) + 24 * len(job.layers) + 8
-    oracle = Oracle(job.layers, fixed, job.parameters, job.moments, job.heldout_kl, job.cached_for_seed, show_progress)
+        config = compose("config", ["method=fixed_width", f"seed={seed}", "wandb=disabled", "device=cpu"])
+    oracle = Job(config, *plan(config)).oracle()
     blocks = survey(oracle, PLAYED_WIDTHS, Scheme(search=True), code_game=True)
-    return blocks, int(BITS * job.parameters / 8) - fixed
+    return blocks, int(BITS * oracle.parameters / 8) - oracle.fixed_bytes
 
 
 def gaps(blocks: Blocks, budget: int, rng: np.random.Generator) -> list[dict[str, Any]]:

@@ -189,19 +189,8 @@ class Job:
         """Compress and measure: the result, its metrics and series, and the seconds that compression took; ``files``
         are the compressed model from then on."""
         others = models.other_tensors(self.compressed, self.layers)
-        empty = {layer.name: np.zeros(0, np.uint8) for layer in self.layers}
-        slack = 24 * len(self.layers) + 100  # of the header: longer offsets once layers are filled, and code tables
         started = time.monotonic()
-        oracle = Oracle(
-            layers=self.layers,
-            fixed_bytes=models.file_bytes(self.full, empty, others, 16) + slack,
-            parameters=self.parameters,
-            moments=functools.cache(self.moments),
-            heldout_kl=self.heldout_kl,
-            remember=self.cached_for_seed,
-            track=show_progress,
-        )
-        result = self.method.compress(oracle, self.rng)
+        result = self.method.compress(self.oracle(), self.rng)
         quantize_seconds = time.monotonic() - started
         models.put(self.compressed, result.weights)
         models.round_others(others, result.float_bits)
@@ -220,6 +209,21 @@ class Job:
         subject = Subject(self.full, self.compressed, self.test, self.reference, show_progress)
         measured, series = self.measure.measure(subject)
         return result, found | measured, dict(result.series) | series, {"quantize_seconds": quantize_seconds}
+
+    def oracle(self) -> Oracle:
+        """All that the method may know."""
+        others = models.other_tensors(self.compressed, self.layers)
+        empty = {layer.name: np.zeros(0, np.uint8) for layer in self.layers}
+        slack = 24 * len(self.layers) + 100  # of the header: longer offsets once layers are filled, and code tables
+        return Oracle(
+            layers=self.layers,
+            fixed_bytes=models.file_bytes(self.full, empty, others, 16) + slack,
+            parameters=self.parameters,
+            moments=functools.cache(self.moments),
+            heldout_kl=self.heldout_kl,
+            remember=self.cached_for_seed,
+            track=show_progress,
+        )
 
     def moments(self) -> dict[str, Moments]:
         """Calibration statistics of every module of the layers."""
