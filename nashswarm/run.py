@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -181,7 +182,8 @@ class Job:
         self.calibration, self.holdout = data.draw(pool, dataset.calibration_windows, dataset.holdout_windows, self.rng)
         self.label_seed = int(self.rng.integers(2**31))
         shared = ("model", "dataset", "dtype", "device", "threads")
-        self.key = {name: identity[name] for name in shared} | {"length": length, "torch": torch.__version__}
+        self.key = {name: identity[name] for name in shared}
+        self.key |= {"length": length, "torch": torch.__version__, "code": code_digest()}
         self.seed = config.seed
         self.files: dict[str, bytes] = {}  # of the compressed model
 
@@ -303,6 +305,16 @@ class Job:
             | ({"damage": result.damage[layer.name]} if layer.name in result.damage else {})
             for layer in self.layers
         ]
+
+
+@functools.cache
+def code_digest() -> str:
+    """The sha256 over this package's sources: what other code computed is not read back as if this code had."""
+    digest = hashlib.sha256()
+    folder = pathlib.Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _save(tensors: Mapping[str, Tensor], path: pathlib.Path) -> None:

@@ -152,6 +152,13 @@ def test_a_second_run_is_skipped_and_a_rerun_gives_the_same_bits(execute: Callab
     assert lasting(again.record.metrics) == lasting(first.record.metrics)
 
 
+def test_what_other_code_cached_is_not_read(execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    execute("method=gptq")
+    assert "moments" in execute("method=gptq", "rerun=true").record.provenance["cache_hits"]
+    monkeypatch.setattr("nashswarm.run.code_digest", lambda: "another version")
+    assert execute("method=gptq", "rerun=true").record.provenance["cache_hits"] == []
+
+
 def test_the_cache_moves_no_number(execute: Callable[..., Outcome], tmp_path: pathlib.Path) -> None:
     cached = [execute("method=no_swarm", "rerun=true").record for _ in range(2)][-1]
     files = sorted((tmp_path / "cache").iterdir())
