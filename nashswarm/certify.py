@@ -20,20 +20,19 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from nashswarm import run, saved
+from nashswarm import checkpoint, run, saved
 from nashswarm.allocation import Layer
 from nashswarm.quant.calibration import Moments
-from nashswarm.quant.entropy import CodeTables, decode_groups, decode_lattice
-from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor
+from nashswarm.quant.entropy import CodeTables
+from nashswarm.quant.grid import GRID_WIDTHS
 from nashswarm.quant.lattice import LatticeTensor
-from nashswarm.quant.pack import unpack
+from nashswarm.quant.published import ClassedTensor
 
 LIMIT = 1e-6  # nats per token that a player may still gain at what counts as an equilibrium
 ABSOLUTE, RELATIVE = 1e-7, 0.01  # a code that float32 rounds the other way at a tie changes its row from there on
 BLOCK = 16  # rows of a player
 DAMPING = 0.01  # of the mean diagonal of H, where the method names none
 CHUNK = 1 << 18  # weights enumerated at once
-TABLES = "code_tables"  # their name beside the packed layers
 LOWEST, HIGHEST, ESCAPE, TOTAL = -12, 5, 48, 1 << 14  # of the code tables, as the format fixes them
 QUIETEST = 2.0**-7  # added to mean magnitudes, as the format fixes it
 
@@ -85,32 +84,33 @@ def certify(folder: pathlib.Path, model: str | None = None, dataset: str | None 
     started = time.monotonic()
     kept = saved.read(folder)
     job = run.reopen(kept.about, {"model": model, "dataset": dataset})
-    decoded = decode(kept.tensors, job.layers)
+    layers = job.evidence.layers
+    decoded = decode(kept.tensors, layers)
     rules = kept.about["config"]["method"]
     metrics = kept.about["record"]["metrics"]
-    moments = job.moments()
-    bowls = {layer.name: bowl(layer, moments, rules) for layer in job.layers}
+    moments = job.evidence.moments()
+    bowls = {layer.name: bowl(layer, moments, rules) for layer in layers}
     codes = np.concatenate(
         [
             by_block(
                 kept.game.get(f"weights/{layer.name}", 1.0)
                 * gain_of_codes(_double(layer.weight), laid(decoded[layer.name]), bowls[layer.name])
             )
-            for layer in job.layers
+            for layer in layers
         ]
     )
     steps = None
     if kept.game:
-        tables = CodeTables.unpack(kept.tensors[TABLES])
+        tables = CodeTables.unpack(kept.tensors[checkpoint.TABLES])
         tensors = {name: tensor for name, tensor in decoded.items() if isinstance(tensor, LatticeTensor)}
-        steps = gain_of_steps(job.layers, tensors, bowls, lengths(tables), rules, metrics, kept.game)
+        steps = gain_of_steps(layers, tensors, bowls, lengths(tables), rules, metrics, kept.game)
     worst = codes if steps is None else np.maximum(codes, steps)
     recorded = metrics.get("regret_max") if steps is not None else None
     found = float(worst.max())
     return {
         "file": str(folder / saved.WEIGHTS),
         "enumerated": "codes" if steps is None else "codes and steps",
-        "layers": len(job.layers),
+        "layers": len(layers),
         "players": len(worst),
         "regret_max": found,
         "regret_mean": float(worst.mean()),
@@ -125,25 +125,20 @@ def certify(folder: pathlib.Path, model: str | None = None, dataset: str | None 
     }
 
 
-def decode(tensors: Mapping[str, Array], layers: tuple[Layer, ...]) -> dict[str, LatticeTensor | QuantizedTensor]:
-    """Every layer from its stored bytes, whatever their format.  Raises ValueError for one that cannot be read."""
-    decoded: dict[str, LatticeTensor | QuantizedTensor] = {}
+def decode(tensors: Mapping[str, Array], layers: tuple[Layer, ...]) -> dict[str, checkpoint.Decoded]:
+    """Every layer from its stored bytes.  Raises ValueError for one that is absent, damaged or of another shape."""
+    tables = CodeTables.unpack(tensors[checkpoint.TABLES]) if checkpoint.TABLES in tensors else None
+    decoded = {}
     for layer in layers:
-        if layer.name not in tensors:
+        if f"{layer.name}.weight" not in tensors:
             raise ValueError(f"the file lacks the layer {layer.name}; it belongs to another model")
-        packed = tensors[layer.name]
-        try:
-            if packed[:4].tobytes() == b"NSl1":
-                decoded[layer.name] = decode_lattice(packed, CodeTables.unpack(tensors[TABLES]))
-            else:
-                decoded[layer.name] = decode_groups(packed) if packed[:4].tobytes() == b"NSg1" else unpack(packed)
-        except ValueError as error:
-            raise ValueError(f"{layer.name} cannot be read: {error}") from error
-        if decoded[layer.name].codes.shape != layer.weight.shape:
+        found = checkpoint.decode(layer.name, tensors[f"{layer.name}.weight"], tables)
+        if found.codes.shape != layer.weight.shape:
             raise ValueError(
-                f"{layer.name} is stored as {tuple(decoded[layer.name].codes.shape)}, the model has it as "
+                f"{layer.name} is stored as {tuple(found.codes.shape)}, the model has it as "
                 f"{tuple(layer.weight.shape)}; name the right model by --model"
             )
+        decoded[layer.name] = found
     return decoded
 
 
@@ -163,8 +158,10 @@ def bowl(layer: Layer, moments: Mapping[str, Moments], rules: Mapping[str, Any])
     return Bowl(rows, inputs, lookups)
 
 
-def laid(tensor: LatticeTensor | QuantizedTensor) -> Laid:
-    """Where the weights lie and could lie."""
+def laid(tensor: checkpoint.Decoded) -> Laid:
+    """Where the weights lie and could lie.  Raises ValueError for the prototype's format, in which nobody plays."""
+    if isinstance(tensor, ClassedTensor):
+        raise ValueError("the format of method=as_published has no players: there is nothing to certify")
     if isinstance(tensor, LatticeTensor):
         lattice = tensor.lattice
         codes = tensor.codes.numpy().astype(np.int64)

@@ -1,18 +1,30 @@
-"""The command ``nashswarm``: what can be done with a compressed model."""
+"""The command ``nashswarm``: compress a model, and work with compressed ones."""
 
 import argparse
 import json
+import logging
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from nashswarm import __version__
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from nashswarm import __version__, api, data, measures, metrics, models, peers, run, saved
 from nashswarm.certify import LIMIT, certify
+from nashswarm.evidence import show_progress
+from nashswarm.linear import PackedMatrix
+
+CACHE = pathlib.Path("~/.cache/nashswarm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand: its exit status, 2 for a mistake that one sentence names."""
     given = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         return int(given.run(given))
     except (ValueError, OSError) as error:
@@ -23,11 +35,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "nashswarm",
-        description="Work with language models that nashswarm has compressed.",
-        epilog="A model is compressed by: python -m experiments.run method=nash_swarm save=FOLDER",
+        description="Compress language models, and work with compressed ones.",
+        epilog="Sweeps, ablations and records: python -m experiments.run --help in a checkout of the repository.",
     )
     parser.add_argument("--version", action="version", version=f"nashswarm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    made = commands.add_parser(
+        "compress",
+        help="compress a model into a folder that transformers loads",
+        description="Compress MODEL, a folder in Hugging Face layout or a name on the hub, into FOLDER: packed "
+        "weights, tokenizer, model card, and what certifies it. Prints one JSON object.",
+    )
+    made.add_argument("model", metavar="MODEL", help="folder or hub name; 'default' is the one that comes along")
+    made.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
+    made.add_argument("--bits", type=float, default=3.0, help="stored bits per parameter, everything counted (3.0)")
+    made.add_argument("--method", choices=sorted(api.METHODS), default="nash_swarm", help="default: nash_swarm")
+    made.add_argument("--calibration", type=pathlib.Path, metavar="TEXT", help="a text file; default: embedded prose")
+    made.add_argument("--windows", type=int, default=48, help="of calibration text (48); a third more is held out")
+    made.add_argument("--length", type=int, help="tokens in a window; default: the model's maximum")
+    made.add_argument("--exclude", nargs="+", default=(), metavar="PATTERN", help="matrices to leave at 16 bits")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"of statistics and games ({CACHE})")
+    made.set_defaults(run=_compress)
+
+    rebudgeted = commands.add_parser(
+        "rebudget",
+        help="compress the same model again to another size, from the remembered game",
+        description="Compress the model that FOLDER was made of to another number of bits. Statistics and games that "
+        "the cache remembers are not computed again. Prints one JSON object.",
+    )
+    rebudgeted.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    rebudgeted.add_argument("--bits", type=float, required=True)
+    rebudgeted.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
+    rebudgeted.set_defaults(run=_rebudget)
+
+    inspected = commands.add_parser(
+        "inspect",
+        help="what is in a compressed model: formats and bytes by layer",
+        description="List the matrices of the compressed model in FOLDER: shape, format, bits in the file, bits in "
+        "memory, and the widths of its tiles there.",
+    )
+    inspected.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    inspected.set_defaults(run=_inspect)
+
+    timed = commands.add_parser(
+        "bench",
+        help="how fast a compressed model runs here",
+        description="Time decoding and prefill of the compressed model in FOLDER against its own weights as 32-bit "
+        "floats, interleaved in one process. Prints one JSON object.",
+    )
+    timed.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    timed.add_argument("--threads", type=int, default=torch.get_num_threads())
+    timed.add_argument("--prompt-tokens", type=int, help="default: 512 or half the window, whichever is less")
+    timed.add_argument("--new-tokens", type=int, default=32)
+    timed.add_argument("--repeats", type=int, default=30)
+    timed.add_argument("--against", nargs="+", default=(), choices=sorted(peers.CONTESTANTS))
+    timed.set_defaults(run=_bench)
+
     checked = commands.add_parser(
         "certify",
         help="compute a compressed model's regret again from its file",
@@ -37,14 +102,108 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 if the regret agrees with the recorded one and is at most "
         f"{LIMIT:g} nats per token, 1 if not, 2 if it could not be computed.",
     )
-    checked.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="the folder that save=FOLDER named")
+    checked.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="a folder that compress or save= made")
     checked.add_argument("--model", metavar="PATH", help="the full model, if it no longer lies where it lay")
     checked.add_argument("--dataset", metavar="PATH", help="its calibration text, if it no longer lies where it lay")
     checked.set_defaults(run=_certify)
     return parser
 
 
+def _compress(given: argparse.Namespace) -> int:
+    folder = pathlib.Path(given.model)
+    path = None if given.model == "default" else str(folder.resolve()) if folder.is_dir() else given.model
+    source = models.ModelSource(path, exclude=list(given.exclude))
+    held_out = max(-(-given.windows // 3), 1)
+    windows = {"calibration_windows": given.windows, "holdout_windows": held_out, "sequence_length": given.length}
+    dataset: data.StdlibDocs | data.HubText
+    if given.calibration is None:
+        dataset = data.StdlibDocs(**windows)
+    else:
+        if not given.calibration.is_file():
+            raise ValueError(f"--calibration {given.calibration} is not a file; give a text file")
+        dataset = data.HubText(str(given.calibration.resolve()), **windows)
+    method = api.method_of(given.method, given.bits)
+    cache = given.cache.expanduser().resolve()
+    config = run.config_of(
+        source, method, dataset, measures.Size(), seed=given.seed, save=str(given.out), cache=str(cache),
+        records=str(cache / "records"),
+    )  # fmt: skip
+    labels = {"model": source.label, "method": given.method, "dataset": dataset.label, "measure": "size"}
+    return _show(run.run(config, labels).record, given.out)
+
+
+def _rebudget(given: argparse.Namespace) -> int:
+    about = saved.read(given.folder).about
+    config = run.config_again(about, bits=given.bits, save=str(given.out))
+    return _show(run.run(config, about["record"]["labels"]).record, given.out)
+
+
+def _show(found: Any, folder: pathlib.Path) -> int:
+    names = ("bytes_file", "compression", "bits_per_weight_model", "bits_per_weight", "bytes_resident", "regret_max")
+    shown = {name: found.metrics[name] for name in names if name in found.metrics}
+    seconds = round(found.metrics["quantize_seconds"], 1)
+    print(json.dumps({"folder": str(folder)} | shown | {"seconds": seconds}, indent=1))
+    return 0
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    model = _load(given.folder)
+    table = Table("matrix", "shape", "format", "bits in file", "in memory", "tiles by width", box=None)
+    seen: set[PackedMatrix] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        matrix = getattr(module, "matrix", None)
+        if not isinstance(matrix, PackedMatrix) or matrix in seen:
+            continue
+        seen.add(matrix)
+        weights = matrix.shape[0] * matrix.shape[1]
+        kind = "lattice" if matrix.lattice is not None else f"groups of {matrix.group_size}"
+        tiled = matrix.tiles
+        widths, counts = (part.tolist() for part in tiled.widths.unique(return_counts=True))
+        tiles = ", ".join(f"{count}×{width}" for width, count in zip(widths, counts, strict=True))
+        escapes = f", {len(tiled.escape_codes)} escapes" if len(tiled.escape_codes) else ""
+        stored = f"{8 * len(matrix.stored()) / weights:.3f}"
+        resident = f"{8 * tiled.nbytes / weights:.3f}"
+        shape = "x".join(map(str, matrix.shape))
+        table.add_row(name, shape, kind + (", coded" if matrix.coded else ""), stored, resident, tiles + escapes)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    size = sum((given.folder / name).stat().st_size for name in _weights(given.folder))
+    console.print(f"{size:,} bytes of weights and config, {measures.resident_bytes(model):,} bytes in memory")
+    return 0
+
+
+def _bench(given: argparse.Namespace) -> int:
+    torch.set_num_threads(given.threads)
+    packed, full = _load(given.folder), _load(given.folder)
+    full.dequantize()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
+    length = models.LoadedModel(full, tokenizer).window_length(None)
+    windows = data.windows(data.StdlibDocs().text("test"), tokenizer, length, "test")
+    measure = measures.Speed(given.prompt_tokens, given.new_tokens, given.repeats, given.against)
+
+    def reference(batch_size: int) -> metrics.Reference:
+        return metrics.reference(full, windows[: measure.quality_windows], batch_size)
+
+    subject = measures.Subject(full, full, lambda: packed, windows, reference, show_progress)
+    found, _ = measure.measure(subject)
+    print(json.dumps({"folder": str(given.folder), "threads": given.threads} | found, indent=1))
+    return 0
+
+
 def _certify(given: argparse.Namespace) -> int:
     found = certify(given.folder, given.model, given.dataset)
     print(json.dumps(found, indent=1))
     return 0 if found["agrees"] is not False and found["equilibrium"] else 1
+
+
+def _load(folder: pathlib.Path) -> Any:
+    """The compressed model in ``folder``, in float32."""
+    if not (folder / models.CONFIG).is_file():
+        raise ValueError(f"{folder} holds no {models.CONFIG}: name a folder that nashswarm compress made")
+    if "quantization_config" not in json.loads((folder / models.CONFIG).read_text()):
+        raise ValueError(f"the model in {folder} is not compressed: use nashswarm compress first")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _weights(folder: pathlib.Path) -> list[str]:
+    return [models.CONFIG, *(path.name for path in sorted(folder.glob("model*.safetensors")))]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional
 
 from nashswarm import hub, stdlib_docs
 
@@ -139,17 +140,25 @@ def sha256(text: str) -> str:
 
 
 def windows(text: str, tokenizer: Any, length: int, what: str) -> Int[Tensor, "windows length"]:
-    """``text``, tokenized once, as consecutive windows of ``length`` tokens; the tail is dropped.
+    """``text``, tokenized once, as consecutive windows of ``length`` tokens; the tail is dropped.  Where a tokenizer
+    puts sentences between two special tokens, so is every window.
 
     Raises ValueError if not even one window comes out; ``what`` says in the message which text it was.
     """
-    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-    if len(tokens) < length:
+    ends = [getattr(tokenizer, name, None) for name in ("cls_token_id", "sep_token_id")]
+    between = None not in ends
+    options = {"add_special_tokens": False} if between else {}
+    tokens = torch.tensor(tokenizer(text, verbose=False, **options)["input_ids"], dtype=torch.long)
+    own = length - 2 if between else length
+    if len(tokens) < own:
         raise ValueError(
             f"the {what} text has {len(tokens)} tokens, too short for one window of {length}; "
             "give more text or a smaller dataset.sequence_length"
         )
-    return tokens[: len(tokens) // length * length].view(-1, length)
+    found = tokens[: len(tokens) // own * own].view(-1, own)
+    if not between:
+        return found
+    return functional.pad(functional.pad(found, (1, 0), value=ends[0]), (0, 1), value=ends[1])
 
 
 def draw(

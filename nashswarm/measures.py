@@ -4,7 +4,8 @@ load."""
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,19 +13,22 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm import compare, metrics
+from nashswarm import compare, metrics, peers
+from nashswarm.linear import Activations, set_activations
 from nashswarm.quant.calibration import Track
 
+BATCH = 8  # windows
 Found = tuple[dict[str, float], dict[str, list[float]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A full model, its compressed copy, and the test windows.  ``reference``: the full model's answers to them, given
-    a batch size."""
+    """A full model, its compressed copy as floats, and the test windows.  ``packed``: the compressed model as it is
+    loaded, computing on packed weights.  ``reference``: the full model's answers to the windows, given a batch size."""
 
     full: Any
     compressed: Any
+    packed: Callable[[], Any]
     windows: Int[Tensor, "windows length"]
     reference: Callable[[int], metrics.Reference]
     track: Track
@@ -39,17 +43,18 @@ class Measure(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Bytes alone: nothing is run."""
+    """Bytes alone: of the file, and of all that the loaded models hold in memory.  Nothing is run."""
 
     def measure(self, subject: Subject) -> Found:
-        return {}, {}
+        full, own = (resident_bytes(model) for model in (subject.full, subject.packed()))
+        return {"bytes_resident": own, "bytes_resident_full": full}, {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
     """NLL, KL and top-1 agreement on the test windows, with bootstrap intervals over windows."""
 
-    batch_size: int = 8
+    batch_size: int = BATCH
 
     def measure(self, subject: Subject) -> Found:
         full = subject.reference(self.batch_size)
@@ -65,15 +70,24 @@ class Quality:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Milliseconds per new token (batch 1, KV cache) and prefill tokens per second, compressed and full interleaved.
+    """Milliseconds per new token (batch 1, KV cache), prefill tokens per second and bytes in memory of the packed
+    model, of the full one and of others, interleaved in one process; and what rounded activations cost in KL.
 
-    Compressed layers run on dequantized floats here, so a ratio near 1 is what to expect.  ``prompt_tokens`` of None:
-    512 or half the window, whichever is less.
+    The packed model runs twice, with int8 activations (no suffix) and with float32 ones.  ``against``: further
+    contestants, ``bfloat16``, ``compile``, ``onnxruntime`` (4 bits), ``bitsandbytes`` (NF4).  Ratios are those of the
+    full model's time to the contestant's, above 1 where it is faster.  ``prompt_tokens`` of None: 512 or half the
+    window, whichever is less.  ``quality_windows``: the test windows that KL is measured on.
     """
 
     prompt_tokens: int | None = None
     new_tokens: int = 32
     repeats: int = 30
+    against: Sequence[str] = ()
+    quality_windows: int = 10
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.against if name not in peers.CONTESTANTS]:
+            raise ValueError(f"unknown measure.against {unknown[0]!r}: choose among {', '.join(peers.CONTESTANTS)}")
 
     def measure(self, subject: Subject) -> Found:
         length = subject.windows.shape[1]
@@ -82,21 +96,47 @@ class Speed:
             raise ValueError(
                 f"measure.prompt_tokens={prompt} and measure.new_tokens={self.new_tokens} exceed the window of {length}"
             )
+        packed = subject.packed()
+        models = {"full": subject.full, "": packed, "float32": packed}
+        models |= {name: peers.CONTESTANTS[name](subject.full) for name in self.against}
         tokens = subject.windows[:1, :prompt]
-        times: dict[str, list[float]] = {name: [] for name in ("prefill", "decode", "prefill_full", "decode_full")}
+        times: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
         for repeat in subject.track(range(self.repeats + 2), "timing"):
-            for suffix, model in (("", subject.compressed), ("_full", subject.full)):
+            for name, model in models.items():
+                set_activations(packed, "float32" if name == "float32" else "int8")
                 prefill, decode = _generate(model, tokens, self.new_tokens)
                 if repeat >= 2:  # the first two warm up
-                    times[f"prefill{suffix}"].append(prefill)
-                    times[f"decode{suffix}"].append(1000 * decode / self.new_tokens)
-        ratios = [own / full for own, full in zip(times["decode"], times["decode_full"], strict=True)]
-        found = {f"{name}_ms": float(np.median(times[name])) for name in ("decode", "decode_full")}
-        found["prefill_tokens_per_second"] = prompt / float(np.median(times["prefill"]))
-        found["prefill_tokens_per_second_full"] = prompt / float(np.median(times["prefill_full"]))
-        found["decode_ratio"] = float(np.median(ratios))
-        found["decode_ratio_low"], found["decode_ratio_high"] = compare.interval(ratios)
-        return found, {"decode_ms": times["decode"], "decode_ms_full": times["decode_full"]}
+                    times[name]["prefill"].append(prefill)
+                    times[name]["decode"].append(1000 * decode / self.new_tokens)
+        found: dict[str, float] = {}
+        for name, own in times.items():
+            suffix = f"_{name}" if name else ""
+            found[f"decode_ms{suffix}"] = float(np.median(own["decode"]))
+            found[f"prefill_tokens_per_second{suffix}"] = prompt / float(np.median(own["prefill"]))
+            found[f"bytes_resident{suffix}"] = resident_bytes(models[name])
+            for phase in ("decode", "prefill") if name != "full" else ():
+                ratios = [full / mine for full, mine in zip(times["full"][phase], own[phase], strict=True)]
+                found[f"{phase}_ratio{suffix}"] = float(np.median(ratios))
+                low, high = compare.interval(ratios)
+                found |= {f"{phase}_ratio{suffix}_low": low, f"{phase}_ratio{suffix}_high": high}
+        kinds: tuple[Activations, ...] = ("float32", "int8")
+        for activations in kinds:
+            set_activations(packed, activations)
+            windows = subject.windows[: self.quality_windows]
+            seen = metrics.evaluate(packed, windows, BATCH, subject.reference(BATCH), subject.track)
+            found[f"kl_{activations}"] = metrics.summarise(seen)["kl"]
+        return found, {f"decode_ms_{name or 'int8'}": own["decode"] for name, own in times.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """Several measures of the same compressed model, one after the other."""
+
+    measures: Sequence[Measure]
+
+    def measure(self, subject: Subject) -> Found:
+        parts = [part.measure(subject) for part in self.measures]
+        return dict(ChainMap(*(found for found, _ in parts))), dict(ChainMap(*(series for _, series in parts)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +154,13 @@ class Load:
                 f"measure.prompt_tokens + measure.new_tokens exceed the window of {subject.windows.shape[1]}"
             )
 
+        packed = subject.packed()
+
         def request(number: int) -> tuple[float, bool]:
             window = subject.windows[number % len(subject.windows)]
             started = time.perf_counter()
             try:
-                _generate(subject.compressed, window[None, : self.prompt_tokens], self.new_tokens)
+                _generate(packed, window[None, : self.prompt_tokens], self.new_tokens)
             except RuntimeError:
                 return time.perf_counter() - started, False
             return time.perf_counter() - started, True
@@ -133,6 +175,13 @@ class Load:
         found = {f"latency_p{level}_ms": float(np.percentile(latencies, level)) for level in (50, 95, 99)}
         found |= {"tokens_per_second": done * self.new_tokens / seconds, "error_rate": 1 - done / self.requests}
         return found, {"latency_ms": latencies}
+
+
+def resident_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers of a loaded model, shared ones once; a contestant that keeps its weights out
+    of torch's sight says how many they are as ``weight_bytes``."""
+    tensors = {part.data_ptr(): part.nbytes for part in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values()) + sum(getattr(module, "weight_bytes", 0) for module in model.modules())
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ token, perplexity = exp(nll); ``kl`` = mean KL(full ‖ compressed) in nats per 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,6 +79,33 @@ def evaluate(
                 found["kl"].append(divergence.cpu().double().mean().item())
                 found["top1_agreement"].append((log_p.argmax(-1) == log_full.argmax(-1)).float().mean().item())
     return found
+
+
+def embed(model: Any, windows: Int[Tensor, "windows length"]) -> Float[Tensor, "windows width"]:
+    """The answer of a model without a vocabulary as a vector of unit length: the roots of a classifier's probabilities,
+    or the mean over positions of an encoder's last states."""
+    answer = model(input_ids=windows)
+    if "logits" in answer:
+        roots: Tensor = answer.logits.float().softmax(-1).sqrt()
+        return roots
+    return functional.normalize(answer.last_hidden_state.float().mean(1), dim=1)
+
+
+@torch.no_grad()
+def distance(full: Any, model: Any, windows: Int[Tensor, "windows length"], batch_size: int) -> float:
+    """Mean 1 − cosine of what two models without a vocabulary make of the windows."""
+    total = 0.0
+    for batch in windows.split(batch_size):
+        total += float((embed(full, batch) - embed(model, batch)).double().square().sum()) / 2
+    return total / len(windows)
+
+
+def projection(model: Any, window: Int[Tensor, " length"], generator: torch.Generator) -> Float[Tensor, ""]:
+    """√T · v·z with v ~ N(0, I) and z the window's ``embed``: since 1 − cosine = ½ E[(v·Δz)²], its gradients give a
+    damage per position that adds up to the 1 − cosine of the window."""
+    embedding = embed(model, window.unsqueeze(0))[0]
+    direction = torch.randn(len(embedding), generator=generator).to(embedding)
+    return math.sqrt(len(window)) * (direction @ embedding)
 
 
 def token_mean(values: Sequence[float], tokens: Sequence[float]) -> float:

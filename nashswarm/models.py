@@ -8,8 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
+import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ LONGEST_WINDOW = 2048  # tokens; the protocol for models that could read further
 EMBEDDED = pathlib.Path(__file__).parent / "default_model"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of a checkpoint
 MATRICES = (nn.Linear, Conv1D, nn.Embedding)
+RANDOM = ("gpt2", "llama", "opt")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
@@ -38,6 +38,26 @@ class ModelSource:
     @property
     def label(self) -> str:
         return "default" if self.path is None else pathlib.Path(self.path).name
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomModel:
+    """An architecture of transformers in its default size, with random weights and the tokenizer that ships with this
+    package: for sizes and times alone."""
+
+    architecture: str = "gpt2"
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.architecture not in RANDOM:
+            raise ValueError(f"unknown model.architecture {self.architecture!r}: choose {', '.join(RANDOM)}")
+
+    @property
+    def label(self) -> str:
+        return f"random_{self.architecture}"
+
+
+Source = ModelSource | RandomModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +81,11 @@ class LoadedModel:
         return wanted or min(longest or 0, LONGEST_WINDOW)
 
 
-def content_of(source: ModelSource) -> str:
+def content_of(source: Source) -> str:
     """What names a model's content: the sha256 over its files' names and contents, or its name and revision on the
     hub."""
+    if isinstance(source, RandomModel):
+        return source.label
     folder = EMBEDDED if source.path is None else pathlib.Path(source.path)
     if not folder.is_dir():
         return f"{source.path}@{source.revision or 'main'}"
@@ -76,11 +98,18 @@ def content_of(source: ModelSource) -> str:
     return digest.hexdigest()
 
 
-def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
+def load(source: Source, device: str, dtype: torch.dtype) -> LoadedModel:
     """The model, ready to evaluate, and its tokenizer.
 
     Raises ValueError in one sentence for a missing folder, a hub out of reach, or a checkpoint of another kind.
     """
+    if isinstance(source, RandomModel):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = transformers.AutoConfig.for_model(source.architecture)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return LoadedModel(model.eval().to(device), tokenizer)
     path = str(EMBEDDED) if source.path is None else source.path
     folder = pathlib.Path(path)
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
@@ -166,21 +195,6 @@ def other_tensors(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor
             taken.add(tensor.data_ptr())
             others[name] = tensor
     return others
-
-
-def files(
-    model: Any, packed: Mapping[str, np.ndarray], others: Mapping[str, Tensor], float_bits: int
-) -> dict[str, bytes]:
-    """The checkpoint, file by file: packed layers and other tensors, and the config."""
-    kind = {16: torch.float16, 32: torch.float32}[float_bits]
-    stored = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in others.items()}
-    arrays = dict(packed) | {name: tensor.cpu().numpy() for name, tensor in stored.items()}
-    return {WEIGHTS: safetensors.numpy.save(arrays), CONFIG: model.config.to_json_string().encode()}
-
-
-def file_bytes(model: Any, packed: Mapping[str, np.ndarray], others: Mapping[str, Tensor], float_bits: int) -> int:
-    """Bytes of the checkpoint, of its files as they are written."""
-    return sum(len(content) for content in files(model, packed, others, float_bits).values())
 
 
 def round_others(others: Mapping[str, Tensor], float_bits: int) -> None:

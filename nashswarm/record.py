@@ -103,8 +103,10 @@ def write_by(path: pathlib.Path, writer: Callable[[pathlib.Path], None]) -> None
         partial.unlink(missing_ok=True)
 
 
-def write_folder(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
-    """Put a folder with these files at ``folder``, new or empty, in one step.
+def write_folder(
+    folder: pathlib.Path, contents: Mapping[str, bytes], fill: Callable[[pathlib.Path], object] = lambda folder: None
+) -> None:
+    """Put a folder with these files, and what ``fill`` adds to it, at ``folder``, new or empty, in one step.
 
     Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
     """
@@ -112,6 +114,7 @@ def write_folder(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
+        fill(partial)
         for name, content in contents.items():
             with (partial / name).open("wb") as file:
                 file.write(content)

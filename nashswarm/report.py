@@ -71,7 +71,9 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "quantize_seconds": fixed(1),
     "seconds": fixed(1),
     "peak_bytes": fixed(0, 1e-6),
+    "bytes_resident": fixed(2, 1e-6),
     "decode_ms": fixed(2),
+    "decode_ratio": fixed(2),
     "prefill_tokens_per_second": fixed(0),
     "seeds": fixed(0),
 }
@@ -96,7 +98,8 @@ COLUMNS = (
     Column("max regret", "regret_max"),
     Column("flock moves", "flock_moves"),
     Column("quantize s", "quantize_seconds"),
-    Column("decode ms", "decode_ms"),
+    Column("MB in memory", "bytes_resident"),
+    Column("× decode", "decode_ratio"),
 )
 
 

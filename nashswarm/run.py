@@ -8,7 +8,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -20,25 +19,21 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import hydra
 import hydra.errors
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from nashswarm import data, metrics, models, record, saved
+from nashswarm import checkpoint, data, metrics, models, record, saved
+from nashswarm.evidence import Cache, Evidence, show_progress
 from nashswarm.measures import Measure, Subject
-from nashswarm.methods import Compressed, Method, Oracle
-from nashswarm.quant.calibration import Moments, calibrate
+from nashswarm.methods import Compressed, Method
 from nashswarm.record import Record, fingerprint
 
 log = logging.getLogger(__name__)
@@ -46,7 +41,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 GROUPS = ("model", "method", "dataset", "measure")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TEXT_KEYS = ("calibration_sha256", "test_sha256")
-HELDOUT_LOGITS = 1 << 26  # in a batch of held-out windows: what their divergence may take in memory
 PACKAGES = ("nashswarm", "torch", "transformers", "datasets", "numpy", "scipy", "scikit-learn", "safetensors")
 
 
@@ -85,7 +79,7 @@ class Outcome:
 class Plan(NamedTuple):
     """What a config stands for, before anything slow; ``identity``: everything that can move a number."""
 
-    source: models.ModelSource
+    source: models.Source
     method: Method
     dataset: data.Dataset
     measure: Measure
@@ -136,11 +130,12 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
         series=series,
         layers=job.layer_table(result),
         allocation=result.allocation,
-        provenance=provenance(start_time) | {"parameters": job.parameters, "cache_hits": job.cache_hits},
+        provenance=provenance(start_time) | {"parameters": job.evidence.parameters, "cache_hits": job.cache.hits},
     )
     if target is not None:
         about = {"config": OmegaConf.to_container(config, resolve=True), "record": dataclasses.asdict(finished)}
-        saved.write(target, job.files, about, {name: part.numpy() for name, part in result.game.items()})
+        game = {name: part.numpy() for name, part in result.game.items()}
+        saved.write(target, job.files, about, game, job.tokenizer)
     return Outcome("finished", record.write(folder, finished), finished)
 
 
@@ -150,7 +145,7 @@ class Job:
     def __init__(
         self,
         config: DictConfig,
-        source: models.ModelSource,
+        source: models.Source,
         method: Method,
         dataset: data.Dataset,
         measure: Measure,
@@ -160,15 +155,10 @@ class Job:
         identity: Mapping[str, Any],
     ) -> None:
         self.method, self.measure = method, measure
-        self.cache_folder = pathlib.Path(config.cache)
-        self.use_cache = bool(getattr(method, "cache", True))
-        self.cache_hits: list[str] = []
         self.rng = np.random.default_rng(config.seed)
         loaded = models.load(source, device, dtype)
         self.full = loaded.model
-        self.compressed = copy.deepcopy(self.full)
-        self.layers = models.find_layers(self.full, source.exclude)
-        self.parameters = sum(parameter.numel() for parameter in self.full.parameters())
+        layers = models.find_layers(self.full, source.exclude)
         length = loaded.window_length(dataset.sequence_length)
         pool, test = (
             data.windows(texts[purpose], loaded.tokenizer, length, purpose).to(device)
@@ -179,66 +169,48 @@ class Job:
                 f"the test text has {len(test)} windows, fewer than dataset.test_windows={dataset.test_windows}"
             )
         self.test = test[: dataset.test_windows]
-        self.calibration, self.holdout = data.draw(pool, dataset.calibration_windows, dataset.holdout_windows, self.rng)
-        self.label_seed = int(self.rng.integers(2**31))
-        shared = ("model", "dataset", "dtype", "device", "threads")
-        self.key = {name: identity[name] for name in shared}
-        self.key |= {"length": length, "torch": torch.__version__, "code": code_digest()}
-        self.seed = config.seed
+        drawn = data.draw(pool, dataset.calibration_windows, dataset.holdout_windows, self.rng)
+        label_seed = int(self.rng.integers(2**31))
+        key = {name: identity[name] for name in ("model", "dataset", "dtype", "device", "threads")}
+        key |= {"length": length, "torch": torch.__version__, "code": code_digest()}
+        self.cache = Cache(pathlib.Path(config.cache) if getattr(method, "cache", True) else None, key)
+        drawn_cache = self.cache.under({"seed": config.seed})
+        self.evidence = Evidence(self.full, layers, *drawn, label_seed, drawn_cache)
+        self.tokenizer = loaded.tokenizer
         self.files: dict[str, bytes] = {}  # of the compressed model
 
     def execute(self) -> tuple[Compressed, dict[str, float], dict[str, list[float]], dict[str, float]]:
         """Compress and measure: the result, its metrics and series, and the seconds that compression took; ``files``
         are the compressed model from then on."""
-        others = models.other_tensors(self.compressed, self.layers)
+        evidence = self.evidence
         started = time.monotonic()
-        result = self.method.compress(self.oracle(), self.rng)
+        result = self.method.compress(evidence.oracle(), self.rng)
         quantize_seconds = time.monotonic() - started
-        models.put(self.compressed, result.weights)
+        compressed = evidence.trial
+        others = models.other_tensors(compressed, evidence.layers)
+        models.put(compressed, result.weights)
         models.round_others(others, result.float_bits)
 
-        layer_weights = sum(layer.parameters for layer in self.layers)
+        layer_weights = sum(layer.parameters for layer in evidence.layers)
         layer_bytes = sum(len(packed) for packed in result.packed.values())
-        self.files = models.files(self.full, result.packed, others, result.float_bits)
+        self.files = checkpoint.files(self.full, result.packed, others, result.float_bits)
         size = sum(len(content) for content in self.files.values())
         found = dict(result.metrics) | {
             "bytes_file": size,
             "bits_per_weight": 8 * layer_bytes / layer_weights,
-            "bits_per_weight_model": 8 * size / self.parameters,
+            "bits_per_weight_model": 8 * size / evidence.parameters,
             "nominal_bits": result.code_bits / layer_weights,
-            "compression": 1 - size / (4 * self.parameters),
+            "compression": 1 - size / (4 * evidence.parameters),
         }
-        subject = Subject(self.full, self.compressed, self.test, self.reference, show_progress)
+
+        def pack() -> Any:
+            model = copy.deepcopy(self.full)
+            checkpoint.adopt(model, evidence.layers, result.packed, result.float_bits)
+            return model
+
+        subject = Subject(self.full, compressed, functools.cache(pack), self.test, self.reference, show_progress)
         measured, series = self.measure.measure(subject)
         return result, found | measured, dict(result.series) | series, {"quantize_seconds": quantize_seconds}
-
-    def oracle(self) -> Oracle:
-        """All that the method may know."""
-        others = models.other_tensors(self.compressed, self.layers)
-        empty = {layer.name: np.zeros(0, np.uint8) for layer in self.layers}
-        slack = 24 * len(self.layers) + 100  # of the header: longer offsets once layers are filled, and code tables
-        return Oracle(
-            layers=self.layers,
-            fixed_bytes=models.file_bytes(self.full, empty, others, 16) + slack,
-            parameters=self.parameters,
-            moments=functools.cache(self.moments),
-            heldout_kl=self.heldout_kl,
-            remember=self.cached_for_seed,
-            track=show_progress,
-        )
-
-    def moments(self) -> dict[str, Moments]:
-        """Calibration statistics of every module of the layers."""
-        names = [module for layer in self.layers for module in layer.modules]
-        parts = [field.name for field in dataclasses.fields(Moments)]
-
-        def compute() -> dict[str, Tensor]:
-            generator = torch.Generator().manual_seed(self.label_seed)
-            found = calibrate(self.full, names, self.calibration, generator, track=show_progress)
-            return {f"{name}/{part}": getattr(moments, part) for name, moments in found.items() for part in parts}
-
-        tensors = self.cached_for_seed("moments", {}, compute)
-        return {name: Moments(*(tensors[f"{name}/{part}"] for part in parts)) for name in names}
 
     def reference(self, batch_size: int) -> metrics.Reference:
         """The full model's states on the test windows."""
@@ -246,49 +218,8 @@ class Job:
         def compute() -> dict[str, Tensor]:
             return {"states": metrics.reference(self.full, self.test, batch_size, show_progress).states.cpu()}
 
-        states = self.cached("baseline", {"batch_size": batch_size}, compute)["states"].to(self.test.device)
+        states = self.cache("baseline", {"batch_size": batch_size}, compute)["states"].to(self.test.device)
         return metrics.Reference(states, self.full.get_output_embeddings())
-
-    @functools.cached_property
-    def holdout_reference(self) -> metrics.Reference:
-        return metrics.reference(self.full, self.holdout, self.heldout_batch)
-
-    @property
-    def heldout_batch(self) -> int:
-        """Windows in a batch of held-out text: 8, or fewer of a long window and a large vocabulary."""
-        rows = len(self.full.get_output_embeddings().weight)
-        return min(max(HELDOUT_LOGITS // (rows * self.holdout.shape[1]), 1), 8)
-
-    def heldout_kl(self, weights: Mapping[str, Tensor], tokens: int | None) -> float:
-        """KL in nats per token on held-out calibration text of the model with these layer weights."""
-        length = self.holdout.shape[1]
-        windows = self.holdout if tokens is None else self.holdout[: -(-tokens // length)]
-        models.put(self.compressed, weights)
-        found = metrics.evaluate(self.compressed, windows, self.heldout_batch, self.holdout_reference)
-        models.put(self.compressed, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
-        return metrics.summarise(found)["kl"]
-
-    def cached_for_seed(
-        self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """As ``cached``, for what depends on the windows drawn for calibration."""
-        return self.cached(kind, {"seed": self.seed} | dict(key), compute)
-
-    def cached(self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors kept on disk under the fingerprint of what produced them."""
-        path = self.cache_folder / f"{kind}-{fingerprint(self.key | dict(key))}.safetensors"
-        if self.use_cache and path.exists():
-            try:
-                tensors = safetensors.torch.load_file(path)
-            except safetensors.SafetensorError as error:
-                log.warning("%s is damaged (%s) and is made anew", path, error)
-            else:
-                self.cache_hits.append(kind)
-                return tensors
-        tensors = compute()
-        if self.use_cache:
-            record.write_by(path, functools.partial(_save, tensors))
-        return tensors
 
     def layer_table(self, result: Compressed) -> list[dict[str, Any]]:
         """One row per weight matrix: shape, bytes, bits per weight, predicted damage in nats per token."""
@@ -303,7 +234,7 @@ class Job:
                 "bits_per_weight": 8 * len(result.packed[layer.name]) / layer.parameters,
             }
             | ({"damage": result.damage[layer.name]} if layer.name in result.damage else {})
-            for layer in self.layers
+            for layer in self.evidence.layers
         ]
 
 
@@ -315,13 +246,6 @@ def code_digest() -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _save(tensors: Mapping[str, Tensor], path: pathlib.Path) -> None:
-    try:
-        safetensors.torch.save_file({name: part.contiguous() for name, part in tensors.items()}, path)
-    except safetensors.SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(errno.EIO, str(error)) from error
 
 
 def reopen(about: Mapping[str, Any], paths: Mapping[str, str | None]) -> Job:
@@ -348,6 +272,34 @@ def reopen(about: Mapping[str, Any], paths: Mapping[str, str | None]) -> Job:
     return Job(config, *planned)
 
 
+def config_of(source: models.Source, method: Method, dataset: Any, measure: Measure, **root: Any) -> DictConfig:
+    """The config of a run that was not composed by Hydra; ``root``: what differs from the defaults of its root."""
+    groups = {"model": source, "method": method, "dataset": dataset, "measure": measure}
+    plain = dataclasses.asdict(Root()) | {"wandb": "disabled"} | root
+    return OmegaConf.create(plain | {name: _described(value) for name, value in groups.items()})
+
+
+def config_again(about: Mapping[str, Any], bits: float, save: str) -> DictConfig:
+    """The config that left a saved model, for another size and another folder.
+
+    Raises ValueError if its method has no size to choose.
+    """
+    config = OmegaConf.create(dict(about["config"]))
+    if config.method.get("bits") is None:
+        raise ValueError(f"{about['record']['labels']['method']} has no method.bits that could be changed")
+    config.method.bits, config.save, config.rerun = type(config.method.bits)(bits), save, False
+    return config
+
+
+def _described(value: Any) -> Any:
+    """A value as a config that builds it."""
+    if dataclasses.is_dataclass(value):
+        kind = type(value)
+        fields = {field.name: _described(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"_target_": f"{kind.__module__}.{kind.__qualname__}"} | fields
+    return [_described(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def choose_device(config: DictConfig) -> tuple[str, torch.dtype]:
     """The device and dtype to compute in.  Raises ValueError for an unknown or absent one."""
     if config.device not in DEVICES:
@@ -369,7 +321,7 @@ def build(config: DictConfig) -> Any:
         raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
 
 
-def identify(config: DictConfig, device: str, source: models.ModelSource, texts: Mapping[str, str]) -> dict[str, Any]:
+def identify(config: DictConfig, device: str, source: models.Source, texts: Mapping[str, str]) -> dict[str, Any]:
     """Everything that can move a number; paths count by their content."""
     groups: dict[str, Any] = {name: OmegaConf.to_container(config[name], resolve=True) for name in GROUPS}
     dataset = {key: value for key, value in groups["dataset"].items() if key not in ("path", "name")}
@@ -385,12 +337,6 @@ def identify(config: DictConfig, device: str, source: models.ModelSource, texts:
         "dtype": config.dtype,
         "threads": torch.get_num_threads(),
     }
-
-
-def show_progress(items: Sequence[Any], description: str) -> Iterable[Any]:
-    """Iterate behind a progress bar with an estimate, on a terminal."""
-    console = Console(stderr=True)
-    return track(items, description, console=console, transient=True, disable=not console.is_terminal)
 
 
 def provenance(started: datetime.datetime) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """A compressed model in a folder, and beside it what is needed to certify it.
 
 ``model.safetensors`` (packed layers, code tables, all other tensors) and ``config.json`` are the model: the sum of
-their lengths is its size in bytes.  ``nashswarm.json`` (the config that made it, its record, checksums) and
-``game.safetensors`` (what the players brought to the game, where there was one) are there to check it and to read; no
-decoder needs them, and they do not count.
+their lengths is its size in bytes, and transformers loads them.  The tokenizer's files and ``README.md``, the model
+card, go with it.  ``nashswarm.json`` (the config that made it, its record, checksums) and ``game.safetensors`` (what
+the players brought to the game, where there was one) are there to check it and to read; no decoder needs them, and
+they do not count.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import safetensors.numpy
 
 from nashswarm.record import fingerprint, write_folder
 
-WEIGHTS, ABOUT, GAME = "model.safetensors", "nashswarm.json", "game.safetensors"
+WEIGHTS, ABOUT, GAME, CARD = "model.safetensors", "nashswarm.json", "game.safetensors", "README.md"
 SCHEMA = 1
 
 
@@ -44,9 +45,14 @@ def holds(folder: pathlib.Path, name: str) -> bool:
 
 
 def write(
-    folder: pathlib.Path, files: Mapping[str, bytes], about: Mapping[str, Any], game: Mapping[str, np.ndarray]
+    folder: pathlib.Path,
+    files: Mapping[str, bytes],
+    about: Mapping[str, Any],
+    game: Mapping[str, np.ndarray],
+    tokenizer: Any = None,
 ) -> None:
-    """Put the model's ``files``, what is known ``about`` it and its ``game`` at ``folder`` in one step.
+    """Put the model's ``files``, what is known ``about`` it, its ``game`` and its ``tokenizer`` at ``folder`` in one
+    step.
 
     Raises OSError with the path in its message; nothing is left behind then.
     """
@@ -55,7 +61,8 @@ def write(
         contents[GAME] = safetensors.numpy.save({name: np.ascontiguousarray(part) for name, part in game.items()})
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     text = json.dumps({"schema": SCHEMA, "sha256": sums, **about}, indent=1, ensure_ascii=False, allow_nan=False)
-    write_folder(folder, contents | {ABOUT: f"{text}\n".encode()})
+    described = {ABOUT: f"{text}\n".encode(), CARD: card(about).encode()}
+    write_folder(folder, contents | described, tokenizer.save_pretrained if tokenizer else lambda folder: None)
 
 
 def read(folder: pathlib.Path) -> Saved:
@@ -70,6 +77,41 @@ def read(folder: pathlib.Path) -> Saved:
             raise ValueError(f"the checksum of {folder / name} is wrong: the file is damaged; copy it again")
     tensors, game = (safetensors.numpy.load(contents[name]) if name in contents else {} for name in (WEIGHTS, GAME))
     return Saved(about, tensors, game)
+
+
+def card(about: Mapping[str, Any]) -> str:
+    """A model card for the hub."""
+    record, source = about["record"], about["config"]["model"]
+    labels, metrics = record["labels"], record["metrics"]
+    base = source.get("path")
+    on_hub = base is not None and not pathlib.Path(base).is_dir()
+    rows = {
+        "method": labels["method"],
+        "stored bits per parameter, everything counted": f"{metrics['bits_per_weight_model']:.3f}",
+        "bytes": f"{metrics['bytes_file']:,} ({metrics['compression']:.1%} less than 32-bit floats)",
+    }
+    if "regret_max" in metrics:
+        rows["largest regret of a player, nats per token"] = f"{metrics['regret_max']:.1e}"
+    if "kl" in metrics:
+        rows[f"KL to the full model on {labels['dataset']}, nats per token"] = f"{metrics['kl']:.4f}"
+    head = "\n".join(["---", "library_name: transformers", "tags: [nashswarm, quantized]"])
+    head += f"\nbase_model: {base}\n---" if on_hub else "\n---"
+    table = "\n".join(["| | |", "| :-- | --: |", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return f"""{head}
+
+# {labels["model"]}, compressed by nashswarm
+
+{table}
+
+```python
+import nashswarm  # makes the format known to transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+`nashswarm certify` computes the regret again from the bytes of this folder, `nashswarm inspect` lists what is in it.
+"""
 
 
 def _about(folder: pathlib.Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What the tests share: a tiny random GPT-2 with its tokenizer on disk, models of other architectures, a small text."""
+"""What the tests share: a tiny random GPT-2 with its tokenizer on disk, models of other architectures, a small text,
+and matrices packed in every format."""
 
 import copy
 import os
@@ -19,6 +20,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from nashswarm.models import find_layers
+from nashswarm.quant.entropy import CodeTables, count, encode_groups, encode_lattice, tables_of
+from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
+from nashswarm.quant.lattice import Lattice, LatticeTensor
+from nashswarm.quant.pack import pack
+
 PHRASES = (
     "the a one every no old new small large quiet starling flock block player price byte model token window layer "
     "weight game reply head row column error reads writes moves minds follows leaves finds keeps loses and or while "
@@ -28,6 +35,12 @@ WORDS = PHRASES.split()
 VOCABULARY = 512
 WIDTH = 64
 CONTEXT = 64
+ARCHITECTURES = {  # of those that do not predict the next token
+    "bert": transformers.AutoModelForMaskedLM,
+    "bert_encoder": transformers.AutoModel,
+    "bert_classifier": transformers.AutoModelForSequenceClassification,
+}
+FORMATS = ("tiles", "groups", "lattice")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,13 +101,16 @@ def build(kind: str) -> Any:
         config = transformers.GPT2Config(**own, **shared)
     elif kind == "opt":
         config = transformers.OPTConfig(ffn_dim=128, word_embed_proj_dim=WIDTH, init_std=0.1, **blocks, **shared)
-    elif kind == "llama":  # untied, two queries to a key
+    elif kind.startswith("llama"):  # two queries to a key
         own = {"intermediate_size": 128, "num_key_value_heads": 2, "initializer_range": 0.1}
-        config = transformers.LlamaConfig(**own, **blocks, **shared)
+        config = transformers.LlamaConfig(tie_word_embeddings=kind == "llama_tied", **own, **blocks, **shared)
+    elif kind in ARCHITECTURES:
+        own = {"intermediate_size": 128, "initializer_range": 0.1}
+        config = transformers.BertConfig(**own, **blocks, **shared)
     else:
         own = {"intermediate_size": 128, "initializer_range": 0.1}
         config = transformers.GPTNeoXConfig(**own, **blocks, **shared)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = ARCHITECTURES.get(kind, transformers.AutoModelForCausalLM).from_config(config).eval()
     with torch.no_grad():  # fresh biases are zero and norms one: nothing would notice their loss
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -127,3 +143,48 @@ def model(tiny: Any) -> Any:
 def token_windows() -> Tensor:
     """Five windows of 24 random tokens."""
     return torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(1))
+
+
+def grid_tensor(weight: Tensor, seed: int = 0, group_size: int = 64) -> QuantizedTensor:
+    """A matrix in groups, every tile of a width drawn by lot, none among them."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = weight.shape
+    drawn = torch.randint(5, (row_blocks(rows), columns // group_size), generator=generator)
+    widths = torch.tensor((0, *GRID_WIDTHS), dtype=torch.uint8)[drawn]
+    return quantize(weight, widths, Scheme(group_size))
+
+
+def lattice_tensor(weight: Tensor, seed: int = 0) -> LatticeTensor:
+    """A matrix on a lattice of drawn scales, a few codes large."""
+    rng = np.random.default_rng(seed)
+    row, column = (torch.from_numpy(rng.integers(-4, 5, size).astype(np.int8)) for size in weight.shape)
+    none = [torch.zeros_like(side) for side in (row, column)]
+    base = float(np.float32(0.4 * weight.std().item() + 1e-6))
+    lattice = Lattice(base, row, column, *none)
+    codes = (weight / (lattice.row_steps()[:, None] * lattice.column_steps())).round().int()
+    for place in rng.integers(codes.numel(), size=2):
+        codes.view(-1)[place] = int(rng.integers(-(10**6), 10**6))
+    return LatticeTensor(codes, lattice.expecting(codes.abs().float()))
+
+
+def packed_by(model: Any, form: str, exclude: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """The matrices of a model as they are stored in one of the FORMATS, by the names of its layers."""
+    layers = find_layers(model, exclude)
+    if form != "lattice":
+        encode = {"tiles": pack, "groups": encode_groups}[form]
+        return {layer.name: encode(grid_tensor(layer.weight, number, 32)) for number, layer in enumerate(layers)}
+    tensors = {layer.name: lattice_tensor(layer.weight, number) for number, layer in enumerate(layers)}
+    tables: CodeTables = tables_of(count(tensors.values()))
+    return {name: encode_lattice(tensor, tables) for name, tensor in tensors.items()} | {"code_tables": tables.pack()}
+
+
+@pytest.fixture(scope="session")
+def packed() -> Callable[..., dict[str, np.ndarray]]:
+    """Model, format and patterns of exclusion → its matrices as they are stored."""
+    return packed_by
+
+
+@pytest.fixture(scope="session")
+def drawn() -> dict[str, Callable[..., Any]]:
+    """Weight matrix and seed → a quantized tensor of it, on a grid or on a lattice."""
+    return {"grid": grid_tensor, "lattice": lattice_tensor}

@@ -23,7 +23,8 @@ from nashswarm.run import Outcome, reopen, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "size"}
-FILES = ["config.json", "game.safetensors", "model.safetensors", "nashswarm.json"]
+SEALED = ["config.json", "game.safetensors", "model.safetensors"]
+FILES = sorted([*SEALED, "README.md", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"])
 LAYER = "transformer.h.0.mlp.c_fc"
 
 Execute = Callable[..., Outcome]
@@ -76,7 +77,7 @@ def about(folder: pathlib.Path) -> dict[str, Any]:
 
 def seal(folder: pathlib.Path) -> None:
     """Let the checksums of nashswarm.json be those of the files as they are now."""
-    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES[:3]}
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in SEALED}
     (folder / "nashswarm.json").write_text(json.dumps(about(folder) | {"sha256": sums}))
 
 
@@ -125,13 +126,13 @@ def test_every_format_is_read_and_says_what_was_enumerated(
     stepped = method == "no_swarm"
     assert found["enumerated"] == ("codes and steps" if stepped else "codes")
     assert found["agrees"] is (True if stepped else None)
-    assert (found["regret_of_codes"] == 0) == (method in ("no_swarm", "baseline"))  # an exact equilibrium, and floats
+    assert (found["regret_of_codes"] < 1e-6) == (method in ("no_swarm", "baseline"))  # an equilibrium, and floats
     assert found["layers"] == len(record.layers)
 
 
-def test_a_layer_of_another_kind_is_refused_by_name(execute: Execute, tmp_path: pathlib.Path) -> None:
+def test_a_format_without_players_is_refused(execute: Execute, tmp_path: pathlib.Path) -> None:
     execute(tmp_path / "model", "method=as_published")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="method=as_published has no players: there is nothing to certify"):
         certify(tmp_path / "model")
 
 
@@ -179,18 +180,18 @@ def test_a_worse_code_is_found(folder: pathlib.Path, capsys: pytest.CaptureFixtu
     before = certify(folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     tables = CodeTables.unpack(tensors["code_tables"])
-    tensor = decode_lattice(tensors[LAYER], tables)
+    tensor = decode_lattice(tensors[f"{LAYER}.weight"], tables)
     codes = tensor.codes.clone()
     codes[5, 7] += 40
-    tensors[LAYER] = encode_lattice(LatticeTensor(codes, tensor.lattice), tables)
+    tensors[f"{LAYER}.weight"] = encode_lattice(LatticeTensor(codes, tensor.lattice), tables)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     seal(folder)
     after = certify(folder)
-    job = reopen(about(folder), {})
-    moments = job.moments()[LAYER]
+    evidence = reopen(about(folder), {}).evidence
+    moments = evidence.moments()[LAYER]
     inputs = (moments.inputs + moments.coupled_inputs).double() / 2
     inputs += 0.01 * inputs.diagonal().mean() * torch.eye(len(inputs))
-    weight = next(layer.weight for layer in job.layers if layer.name == LAYER)
+    weight = next(layer.weight for layer in evidence.layers if layer.name == LAYER)
     good, bad = (
         (weight - LatticeTensor(part, tensor.lattice).dequantize())[5].double() for part in (tensor.codes, codes)
     )
@@ -206,7 +207,7 @@ def test_a_changed_byte_is_refused(folder: pathlib.Path, capsys: pytest.CaptureF
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
-    first, last = json.loads(content[8:header])[LAYER]["data_offsets"]
+    first, last = json.loads(content[8:header])[f"{LAYER}.weight"]["data_offsets"]
     content[header + (first + last) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"checksum of .*model.safetensors is wrong"):
@@ -248,7 +249,7 @@ def test_what_is_decoded_are_the_weights_that_were_measured(played: pathlib.Path
     kept = saved.read(played)
     job = reopen(kept.about, {})
     result, *_ = job.execute()
-    for name, tensor in decode(kept.tensors, job.layers).items():
+    for name, tensor in decode(kept.tensors, job.evidence.layers).items():
         assert torch.equal(tensor.dequantize(), result.weights[name])
 
 

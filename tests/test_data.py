@@ -171,3 +171,19 @@ def test_too_few_windows_are_refused() -> None:
     for calibration, holdout in ((0, 1), (1, 0), (-1, 1)):
         with pytest.raises(ValueError, match="must be at least 1"):
             draw(pool, calibration, holdout, rng)
+
+
+def test_windows_stand_between_special_tokens_where_sentences_do(
+    tokenizer: Any, text_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """As an encoder's tokenizer puts them; its own template is left out, once for every window comes in its place."""
+    tokenizer.save_pretrained(tmp_path)
+    between = type(tokenizer).from_pretrained(tmp_path, cls_token="[CLS]", sep_token="[SEP]")
+    first, last = between.cls_token_id, between.sep_token_id
+    assert first != last
+    text = text_file.read_text()
+    tokens = tokenizer(text)["input_ids"]
+    cut = windows(text, between, 32, "test")
+    assert cut.shape == (len(tokens) // 30, 32) and cut.dtype == torch.long
+    assert set(cut[:, 0].tolist()) == {first} and set(cut[:, -1].tolist()) == {last}
+    assert cut[:, 1:-1].flatten().tolist() == tokens[: len(tokens) // 30 * 30]

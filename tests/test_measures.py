@@ -1,35 +1,65 @@
 """Every measure keeps its promises on the tiny model."""
 
+import copy
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import metrics
-from nashswarm.measures import Load, Measure, Quality, Size, Speed, Subject
+from nashswarm import checkpoint, metrics
+from nashswarm.linear import PackedMatrix
+from nashswarm.measures import Load, Measure, Quality, Size, Speed, Subject, resident_bytes
+from nashswarm.models import find_layers
 from nashswarm.quant.calibration import no_track
+from nashswarm.quant.grid import Scheme, quantize
+from nashswarm.quant.pack import pack
+
+
+@pytest.fixture(scope="module")
+def packed_model(tiny: Any) -> Any:
+    """At 4 bits, in groups."""
+    model = copy.deepcopy(tiny)
+    layers = find_layers(model)
+    checkpoint.adopt(model, layers, {layer.name: pack(quantize(layer.weight, 4, Scheme(64))) for layer in layers})
+    return model
 
 
 @pytest.fixture
-def subject(tiny: Any, model: Any, token_windows: Tensor) -> Subject:
-    """The tiny model and a copy with coarser weights."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_((parameter * 16).round() / 16)
-    return Subject(tiny, model, token_windows, lambda size: metrics.reference(tiny, token_windows, size), no_track)
+def subject(tiny: Any, packed_model: Any, token_windows: Tensor) -> Subject:
+    """The tiny model, its packed copy, and that copy's weights as floats."""
+    own, floats = copy.deepcopy(packed_model), copy.deepcopy(packed_model)
+    floats.dequantize()
+    reference = functools.partial(metrics.reference, tiny, token_windows)
+    return Subject(tiny, floats, lambda: own, token_windows, lambda size: reference(size), no_track)
 
 
 def test_every_measure_is_one() -> None:
     assert all(isinstance(measure, Measure) for measure in (Quality(), Size(), Speed(), Load()))
 
 
-def test_size_runs_nothing(token_windows: Tensor) -> None:
+@pytest.mark.parametrize("form", ["groups", "lattice"])
+def test_size_runs_nothing_and_counts_what_is_loaded(
+    form: str, tiny: Any, model: Any, packed: Callable[..., dict[str, np.ndarray]], token_windows: Tensor
+) -> None:
+    """By hand: a tied matrix once, the rest as floats; of a packed matrix its tiles and the order they are read in."""
+    checkpoint.adopt(model, find_layers(model), packed(model, form))
+
     def never(batch_size: int) -> metrics.Reference:
         raise AssertionError
 
-    assert Size().measure(Subject(None, None, token_windows, never, no_track)) == ({}, {})
+    found, series = Size().measure(Subject(tiny, None, lambda: model, token_windows, never, no_track))
+    assert series == {} and set(found) == {"bytes_resident", "bytes_resident_full"}
+    assert found["bytes_resident_full"] == 4 * sum(part.numel() for part in tiny.parameters())
+    matrices = {module for module in model.modules() if isinstance(module, PackedMatrix)}
+    others = 4 * sum(part.numel() for part in model.parameters())
+    assert len(matrices) == 2 + 2 * 4
+    assert found["bytes_resident"] == others + sum(matrix.tiles.nbytes for matrix in matrices)
+    assert found["bytes_resident"] < found["bytes_resident_full"] / 2
 
 
 def test_quality(subject: Subject) -> None:
@@ -55,15 +85,36 @@ def test_quality_refuses_logits_that_are_not_finite(subject: Subject) -> None:
 
 
 def test_speed(subject: Subject) -> None:
-    found, series = Speed(prompt_tokens=8, new_tokens=4, repeats=5).measure(subject)
-    assert set(found) == {
-        "decode_ms", "decode_full_ms", "prefill_tokens_per_second", "prefill_tokens_per_second_full",
-        "decode_ratio", "decode_ratio_low", "decode_ratio_high",
-    }  # fmt: skip
-    assert {name: len(values) for name, values in series.items()} == {"decode_ms": 5, "decode_ms_full": 5}
+    measure = Speed(prompt_tokens=8, new_tokens=4, repeats=5, against=["bfloat16"], quality_windows=3)
+    found, series = measure.measure(subject)
+    ratios = {f"{phase}_ratio{end}" for phase in ("decode", "prefill") for end in ("", "_low", "_high")}
+    suffixes = ("", "_float32", "_bfloat16")
+    expected = {name.replace("ratio", f"ratio{suffix}") for name in ratios for suffix in suffixes}
+    for suffix in (*suffixes, "_full"):
+        expected |= {f"decode_ms{suffix}", f"prefill_tokens_per_second{suffix}", f"bytes_resident{suffix}"}
+    assert set(found) == expected | {"kl_int8", "kl_float32"}
+    names = ("full", "int8", "float32", "bfloat16")
+    assert {name: len(values) for name, values in series.items()} == {f"decode_ms_{name}": 5 for name in names}
     assert all(value > 0 for value in found.values())
-    assert 0.05 < found["decode_ratio"] < 20  # the same kernels
-    assert min(series["decode_ms"]) <= found["decode_ms"] <= max(series["decode_ms"])
+    for suffix in suffixes:
+        assert 0.005 < found[f"decode_ratio{suffix}"] < 200
+        assert found[f"decode_ratio{suffix}_low"] <= found[f"decode_ratio{suffix}"] <= found[f"decode_ratio{suffix}_high"]
+    assert min(series["decode_ms_int8"]) <= found["decode_ms"] <= max(series["decode_ms_int8"])
+    assert found["bytes_resident"] == found["bytes_resident_float32"] == resident_bytes(subject.packed())
+    assert found["bytes_resident_bfloat16"] == found["bytes_resident_full"] / 2
+
+
+def test_speed_tells_what_rounded_activations_cost(subject: Subject) -> None:
+    found, _ = Speed(prompt_tokens=8, new_tokens=1, repeats=1, quality_windows=3).measure(subject)
+    windows = subject.windows[:3]
+    floats = metrics.evaluate(subject.compressed, windows, 1, subject.reference(1))
+    assert found["kl_float32"] == pytest.approx(metrics.summarise(floats)["kl"], rel=1e-3)
+    assert found["kl_int8"] != found["kl_float32"] and found["kl_int8"] == pytest.approx(found["kl_float32"], rel=0.2)
+
+
+def test_an_unknown_contestant_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown measure\.against 'onxruntime': choose among bfloat16"):
+        Speed(against=["bfloat16", "onxruntime"])
 
 
 def test_load(subject: Subject) -> None:
@@ -77,7 +128,7 @@ def test_load_counts_requests_that_fail(subject: Subject, monkeypatch: pytest.Mo
     def broken(**_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(subject.compressed, "forward", broken)
+    monkeypatch.setattr(subject.packed(), "forward", broken)
     found, _ = Load(requests=4, concurrency=2, prompt_tokens=8, new_tokens=2).measure(subject)
     assert found["error_rate"] == 1 and found["tokens_per_second"] == 0
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nashswarm.quant.pack import unpack_bits
-from nashswarm.quant.published import CLASS_WIDTHS, quantize_by_magnitude
+from nashswarm.quant.published import CLASS_WIDTHS, KIND, ClassedTensor, quantize_by_magnitude
 
 few = settings(max_examples=25, deadline=None)
 
@@ -55,16 +55,17 @@ def test_equal_magnitudes_all_get_the_widest_class() -> None:
 
 
 def test_bytes_counted_by_hand() -> None:
-    """30 weights: shape, three float32 grids, 2 bits of class for each, 3 codes of 8 bits, 6 of 4 and 21 of 2."""
+    """30 weights: kind, shape, three float32 grids, 2 bits of class for each, 3 codes of 8 bits, 6 of 4 and 21 of 2."""
     weight = torch.linspace(-1, 0.9, 30).view(5, 6)
-    assert len(quantize_by_magnitude(weight, (0.9, 0.7)).pack()) == 8 + 24 + math.ceil(60 / 8) + 3 + 3 + 6
+    assert len(quantize_by_magnitude(weight, (0.9, 0.7)).pack()) == 4 + 8 + 24 + math.ceil(60 / 8) + 3 + 3 + 6
 
 
 @given(matrices())
 @few
 def test_the_file_holds_all_that_decoding_needs(weight: Tensor) -> None:
     tensor = quantize_by_magnitude(weight, (0.8, 0.5))
-    content = tensor.pack().tobytes()
+    kind, content = tensor.pack().tobytes()[:4], tensor.pack().tobytes()[4:]
+    assert kind == KIND
     rows, columns = np.frombuffer(content[:8], np.uint32)
     grids = np.frombuffer(content[8:32], np.float32).reshape(3, 2)
     position = 32 + math.ceil(rows * columns / 4)
@@ -78,3 +79,20 @@ def test_the_file_holds_all_that_decoding_needs(weight: Tensor) -> None:
         position += size
     assert position == len(content)
     assert np.array_equal(values.reshape(rows, columns), tensor.dequantize().numpy())
+
+
+@given(matrices())
+@few
+def test_what_is_packed_is_unpacked(weight: Tensor) -> None:
+    tensor = quantize_by_magnitude(weight, (0.9, 0.7))
+    found = ClassedTensor.unpack(tensor.pack())
+    for name in ("classes", "codes", "grids"):
+        assert np.array_equal(getattr(found, name), getattr(tensor, name)), name
+    assert torch.equal(found.dequantize(), tensor.dequantize())
+
+
+def test_bytes_cut_short_are_refused() -> None:
+    packed = quantize_by_magnitude(torch.linspace(-1, 0.9, 30).view(5, 6), (0.9, 0.7)).pack()
+    for length in range(len(KIND), len(packed)):
+        with pytest.raises(ValueError, match=f"a classed matrix is cut short: {length} bytes"):
+            ClassedTensor.unpack(packed[:length])

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nashswarm.quant.pack import pack_bits
+from nashswarm.quant.pack import pack_bits, unpack_bits
 
+KIND = b"NSp1"  # how the packed bytes begin
 CLASS_BITS = 2
 CLASS_WIDTHS = (8, 4, 2)
 
@@ -32,11 +33,35 @@ class ClassedTensor:
         return torch.from_numpy(grids[..., 0] + self.codes.astype(np.float32) * grids[..., 1])
 
     def pack(self) -> UInt8[np.ndarray, " bytes"]:
-        """Grids, class of every weight, codes class by class."""
+        """Shape, grids, class of every weight, codes class by class."""
         rows_columns = np.array(self.codes.shape, np.uint32)
-        parts = [rows_columns.tobytes(), self.grids.tobytes(), pack_bits(self.classes.ravel(), CLASS_BITS)]
+        parts = [KIND, rows_columns.tobytes(), self.grids.tobytes(), pack_bits(self.classes.ravel(), CLASS_BITS)]
         parts += [pack_bits(self.codes[self.classes == rank], width) for rank, width in enumerate(CLASS_WIDTHS)]
         return np.frombuffer(b"".join(parts), np.uint8)
+
+    @staticmethod
+    def unpack(packed: UInt8[np.ndarray, " bytes"]) -> "ClassedTensor":
+        """What ``pack`` was given.  Raises ValueError if the bytes are cut short."""
+        content, position = packed.tobytes(), len(KIND)
+
+        def take(size: int) -> bytes:
+            nonlocal position
+            position += size
+            if position > len(content):
+                raise ValueError(f"a classed matrix is cut short: {len(content)} bytes, at least {position} needed")
+            return content[position - size : position]
+
+        def integers(count: int, bits: int) -> UInt8[np.ndarray, " count"]:
+            whole = -(-count * bits // 8)
+            return unpack_bits(take(whole), bits)[:count]
+
+        rows, columns = np.frombuffer(take(8), np.uint32).astype(int).tolist()
+        grids = np.frombuffer(take(8 * len(CLASS_WIDTHS)), np.float32).reshape(-1, 2)
+        classes = integers(rows * columns, CLASS_BITS).reshape(rows, columns)
+        codes = np.zeros_like(classes)
+        for rank, width in enumerate(CLASS_WIDTHS):
+            codes[classes == rank] = integers(int((classes == rank).sum()), width)
+        return ClassedTensor(classes, codes, grids)
 
 
 def quantize_by_magnitude(weight: Float[Tensor, "out in"], quantiles: Sequence[float]) -> ClassedTensor:

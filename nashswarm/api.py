@@ -1,0 +1,126 @@
+"""Compress a model that is in memory: ``nashswarm.compress``."""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import transformers
+from jaxtyping import Integer
+from torch import Tensor
+
+from nashswarm import checkpoint, data, models, stdlib_docs
+from nashswarm.evidence import Cache, Evidence
+from nashswarm.methods import FixedWidth, Gptq, Method, Uniform
+from nashswarm.rate_game import NashSwarm
+
+METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}
+LONGEST_WINDOW = 512  # tokens; longer ones cost memory and teach little more
+WINDOWS = 64  # at most
+HELD_OUT = 4  # one window in so many judges instead of calibrating
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of a model.
+
+    ``bytes_file``: of its checkpoint, tokenizer and model card aside.  ``compression``: the share that is saved of the
+    bytes that 32-bit floats take.  ``bits_per_weight``: stored bits of the compressed matrices;
+    ``bits_per_weight_model``: of the whole model, per parameter, everything counted.  ``regret_max``: the most that any
+    player could still gain by changing alone, in nats per token (None for a method without a game).  ``allocation``:
+    one line a layer.  ``metrics``: all else that the method reports.  ``seconds``: all of it took.
+    """
+
+    bytes_file: int
+    compression: float
+    bits_per_weight: float
+    bits_per_weight_model: float
+    regret_max: float | None
+    allocation: str
+    metrics: Mapping[str, float]
+    seconds: float
+
+
+def compress(
+    model: transformers.PreTrainedModel,
+    tokenizer: Any = None,
+    method: str | Method = "nash_swarm",
+    calibration: str | Integer[Tensor, "windows length"] | None = None,
+    bits: float = 3.0,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+) -> tuple[Any, Report]:
+    """A copy of ``model`` that computes on packed weights, and what it cost; the model itself stays as it is.  On a CPU
+    the copy computes in float32, elsewhere as the model does.
+
+    ``tokenizer``: by default the one that the model came with.  ``method``: ``nash_swarm``, ``fixed_width``, ``gptq``,
+    ``uniform``, or any method's value, which then brings its own ``bits``.  ``calibration``: text, or token windows; by
+    default the embedded English text.  ``bits``: stored bits per parameter of the whole model (of ``gptq`` and
+    ``uniform`` the nominal width).  ``exclude``: names or patterns of matrices to leave at 16 bits.
+
+    Raises ValueError in one sentence for anything that does not fit together.
+    """
+    started = time.monotonic()
+    chosen = method_of(method, bits)
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ValueError(f"nashswarm compresses models of transformers, not a {type(model).__name__}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("the model is quantized already; call model.dequantize() first or start from the full model")
+    windows = _windows(model, tokenizer, calibration).to(model.device)
+    rng = np.random.default_rng(seed)
+    used = min(len(windows), WINDOWS)
+    held_out = max(used // HELD_OUT, 1)
+    drawn = data.draw(windows, used - held_out, held_out, rng)
+    full = copy.deepcopy(model).float().eval()
+    evidence = Evidence(full, models.find_layers(full, exclude), *drawn, int(rng.integers(2**31)), Cache(None, {}))
+    result = chosen.compress(evidence.oracle(), rng)
+    compressed = evidence.trial if model.device.type == "cpu" else evidence.trial.to(model.dtype)
+    others = models.other_tensors(compressed, evidence.layers)
+    size = sum(len(part) for part in checkpoint.files(compressed, result.packed, others, result.float_bits).values())
+    checkpoint.adopt(compressed, evidence.layers, result.packed, result.float_bits)
+    layer_bytes = sum(len(packed) for packed in result.packed.values())
+    report = Report(
+        bytes_file=size,
+        compression=1 - size / (4 * evidence.parameters),
+        bits_per_weight=8 * layer_bytes / sum(layer.parameters for layer in evidence.layers),
+        bits_per_weight_model=8 * size / evidence.parameters,
+        regret_max=result.metrics.get("regret_max"),
+        allocation=result.allocation,
+        metrics=dict(result.metrics),
+        seconds=time.monotonic() - started,
+    )
+    return compressed, report
+
+
+def method_of(method: str | Method, bits: float) -> Method:
+    """The method of that name at ``bits``, or the given one.  Raises ValueError for an unknown name."""
+    if not isinstance(method, str):
+        return method
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose {', '.join(METHODS)}, or give a method's value")
+    whole = method in ("gptq", "uniform")
+    if whole and bits != int(bits):
+        raise ValueError(f"bits={bits}: {method} gives every weight the same whole number of bits")
+    return METHODS[method](bits=int(bits) if whole else bits)
+
+
+def _windows(model: Any, tokenizer: Any, calibration: str | Tensor | None) -> Integer[Tensor, "windows length"]:
+    """Token windows to calibrate with."""
+    if isinstance(calibration, Tensor):
+        if calibration.ndim != 2 or calibration.is_floating_point() or len(calibration) < 2:
+            raise ValueError(
+                f"calibration must be token ids of shape (windows, length) with at least 2 windows, not "
+                f"{tuple(calibration.shape)} of {calibration.dtype}"
+            )
+        return calibration
+    if calibration is not None and not isinstance(calibration, str):
+        raise ValueError(f"calibration must be text or token windows, not a {type(calibration).__name__}")
+    if tokenizer is None:
+        if not model.name_or_path:
+            raise ValueError("the model does not say where it comes from: give its tokenizer, or token windows")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
+    longest = models.LoadedModel(model, tokenizer).window_length(None)
+    text = stdlib_docs.text("calibration") if calibration is None else calibration
+    return data.windows(text, tokenizer, min(longest, LONGEST_WINDOW), "calibration")

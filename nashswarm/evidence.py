@@ -1,0 +1,153 @@
+"""What is known of a model that is to be compressed: calibration statistics, and how far weights move it on held-out
+text.  An ``Oracle`` answers from it, and methods see nothing else."""
+
+import copy
+import dataclasses
+import errno
+import functools
+import logging
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Integer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from nashswarm import checkpoint, metrics, models, record
+from nashswarm.allocation import Layer
+from nashswarm.methods import Oracle
+from nashswarm.quant.calibration import Moments, Track, calibrate, summed_nll
+
+HELDOUT_LOGITS = 1 << 26  # in a batch of held-out windows: what their divergence may take in memory
+
+Compute = Callable[[], dict[str, Tensor]]
+
+log = logging.getLogger(__name__)
+
+
+def show_progress(items: Sequence[Any], description: str) -> Iterable[Any]:
+    """Iterate behind a progress bar with an estimate, on a terminal."""
+    console = Console(stderr=True)
+    return track(items, description, console=console, transient=True, disable=not console.is_terminal)
+
+
+class Cache:
+    """Tensors kept on disk under the fingerprint of what produced them; without a folder nothing is kept.  ``hits``:
+    the kinds that were found."""
+
+    def __init__(self, folder: pathlib.Path | None, key: Mapping[str, Any], hits: list[str] | None = None) -> None:
+        self.folder, self.key = folder, dict(key)
+        self.hits: list[str] = [] if hits is None else hits
+
+    def under(self, key: Mapping[str, Any]) -> "Cache":
+        """The same cache for what depends on ``key`` as well."""
+        return Cache(self.folder, self.key | dict(key), self.hits)
+
+    def __call__(
+        self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{kind}-{record.fingerprint(self.key | dict(key))}.safetensors"
+        if path.exists():
+            try:
+                tensors = safetensors.torch.load_file(path)
+            except safetensors.SafetensorError as error:
+                log.warning("%s is damaged (%s) and is made anew", path, error)
+            else:
+                self.hits.append(kind)
+                return tensors
+        tensors = compute()
+        record.write_by(path, functools.partial(_save, tensors))
+        return tensors
+
+
+class Evidence:
+    """A model, its layers, and the windows that calibrate it and those held out; ``seed`` is that of labels drawn from
+    the model, and ``trial`` a copy of it to try weights on."""
+
+    def __init__(
+        self,
+        model: Any,
+        layers: tuple[Layer, ...],
+        calibration: Integer[Tensor, "windows length"],
+        holdout: Integer[Tensor, "holdout length"],
+        seed: int,
+        cache: Cache,
+        track: Track = show_progress,
+    ) -> None:
+        self.full, self.layers, self.calibration, self.holdout = model, layers, calibration, holdout
+        self.seed, self.cache, self.track = seed, cache, track
+        self.trial = copy.deepcopy(model)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    def oracle(self) -> Oracle:
+        """All that the method may know."""
+        others = models.other_tensors(self.full, self.layers)
+        empty = {layer.name: np.zeros(0, np.uint8) for layer in self.layers}
+        slack = 24 * len(self.layers) + 100  # of the header: longer offsets once layers are filled, and code tables
+        fixed = sum(len(content) for content in checkpoint.files(self.full, empty, others, 16).values())
+        return Oracle(
+            layers=self.layers,
+            fixed_bytes=fixed + slack,
+            parameters=self.parameters,
+            moments=functools.cache(self.moments),
+            heldout_kl=self.heldout_kl,
+            remember=self.cache,
+            track=self.track,
+        )
+
+    def moments(self) -> dict[str, Moments]:
+        """Calibration statistics of every module of the layers."""
+        names = [module for layer in self.layers for module in layer.modules]
+        parts = [field.name for field in dataclasses.fields(Moments)]
+        score = summed_nll if self.causal else metrics.projection
+
+        def compute() -> dict[str, Tensor]:
+            generator = torch.Generator().manual_seed(self.seed)
+            found = calibrate(self.full, names, self.calibration, generator, track=self.track, score=score)
+            return {f"{name}/{part}": getattr(moments, part) for name, moments in found.items() for part in parts}
+
+        tensors = self.cache("moments", {}, compute)
+        return {name: Moments(*(tensors[f"{name}/{part}"] for part in parts)) for name in names}
+
+    @property
+    def causal(self) -> bool:
+        """Whether it predicts tokens, so that the divergence of its predictions can be measured."""
+        return self.full.get_output_embeddings() is not None
+
+    @functools.cached_property
+    def reference(self) -> metrics.Reference:
+        return metrics.reference(self.full, self.holdout, self.batch)
+
+    @property
+    def batch(self) -> int:
+        """Windows in a batch of held-out text: 8, or fewer of a long window and a large vocabulary."""
+        rows = len(self.full.get_output_embeddings().weight) if self.causal else 1
+        return min(max(HELDOUT_LOGITS // (rows * self.holdout.shape[1]), 1), 8)
+
+    def heldout_kl(self, weights: Mapping[str, Tensor], tokens: int | None) -> float:
+        """KL in nats per token on held-out calibration text of the model with these layer weights; of a model without
+        a vocabulary 1 − cosine of its answers."""
+        length = self.holdout.shape[1]
+        windows = self.holdout if tokens is None else self.holdout[: -(-tokens // length)]
+        models.put(self.trial, weights)
+        if self.causal:
+            found = metrics.summarise(metrics.evaluate(self.trial, windows, self.batch, self.reference))["kl"]
+        else:
+            found = metrics.distance(self.full, self.trial, windows, self.batch)
+        models.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
+        return found
+
+
+def _save(tensors: Mapping[str, Tensor], path: pathlib.Path) -> None:
+    try:
+        safetensors.torch.save_file({name: part.contiguous() for name, part in tensors.items()}, path)
+    except safetensors.SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(errno.EIO, str(error)) from error

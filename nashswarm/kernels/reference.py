@@ -1,0 +1,45 @@
+"""What every kernel computes, in plain torch: slow, and what the others are tested against.
+
+Activations of type int8: a row of x, times the scales of the columns, is cut into the groups of the tiles; in each,
+with a = max |x| / 127,
+
+    q = round(x / a),  half away from zero        y = row_scale · (Σ over groups  a Σ scale · (code − zero_point) · q)
+
+Escapes are multiplied with x itself.
+"""
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from nashswarm.kernels import tiles as layout
+from nashswarm.kernels.tiles import Tiles
+
+LEVELS = 127
+LEAST = 1e-30  # of the largest activation of a group: keeps its inverse finite
+
+
+def matmul(x: Float[Tensor, "batch columns"], tiles: Tiles, activations: str) -> Float[Tensor, "batch rows"]:
+    """x Wᵀ for x of float32."""
+    if activations == "float32":
+        return x @ layout.dequantize(tiles).T
+    if tiles.column_scale.numel():
+        x = x * tiles.column_scale.float()
+    rows, columns = layout.escaped(tiles)
+    answer = rounded(x, tiles.group_size) @ layout.grid_values(tiles).T
+    answer.index_add_(1, rows, x[:, columns] * tiles.escape_codes.float())
+    return answer * tiles.row_scale.float() if tiles.row_scale.numel() else answer
+
+
+def rounded(x: Float[Tensor, "batch columns"], group_size: int) -> Float[Tensor, "batch columns"]:
+    """x as the int8 path sees it: in every group multiples of 1/127 of the largest; a group with an infinity is nan."""
+    groups = torch.nn.functional.pad(x, (0, -x.shape[1] % group_size)).unflatten(1, (-1, group_size))
+    largest = groups.abs().amax(2, keepdim=True).clamp(min=LEAST)
+    scaled = groups * torch.div(torch.tensor(float(LEVELS)), largest)
+    steps = (scaled + scaled.sign() / 2).trunc()
+    return (steps * (largest / LEVELS)).flatten(1)[:, : x.shape[1]]
+
+
+def rows_of(tiles: Tiles, ids: Integer[Tensor, " count"]) -> Float[Tensor, "count columns"]:
+    """The rows of the dequantized matrix that ``ids`` name."""
+    return layout.dequantize(tiles)[ids]

@@ -1,0 +1,183 @@
+"""A matrix as kernels read it: tiles of 16 rows × ``group_size`` columns, each at the width of its codes.
+
+The weight at (o, j), in row o mod 16 of its tile, is
+
+    row_scale[o] · column_scale[j] · scale · (code − zero_point)
+
+with one ``scale`` and ``zero_point`` for every row of a tile, or, where they are absent (codes of a lattice), 1 and the
+middle of the width's range; there, codes beyond that range are escapes, added by their place.
+
+A row of a tile is one 32-bit lane of a 512-bit register.  A register holds, lane by lane, four consecutive inputs, one in
+each byte of the lane; a chunk is 32 inputs, eight such positions, and takes ``width`` registers of 64 bytes:
+
+    2 bits: positions 4k … 4k+3 at bits 0, 2, 4, 6 of register k        4 bits: positions 2k, 2k+1 at bits 0, 4
+    8 bits: position k                3 bits: positions 2k, 2k+1 at bits 0, 3 of register k; of position 6 the low two
+    bits are the spare ones of register 0 and the high one is bit 6 of register 2, of position 7 those of register 1
+    and bit 7 of register 2.
+
+So one AND isolates a field, and a multiply-add of unsigned bytes by signed ones takes all four inputs at once.
+"""
+
+import dataclasses
+import functools
+
+import torch
+from jaxtyping import Float, Int, Int32, Integer, UInt8
+from torch import Tensor
+
+TILE_ROWS = 16
+CHUNK = 32  # inputs
+POSITIONS = 8  # of four inputs each, in a chunk
+REGISTER = 64  # bytes
+SPAN = 4  # row blocks whose tiles are taken together
+WIDTHS = (0, 2, 3, 4, 8)
+# width → (position, register, bit of the register's bytes, lowest bit of the code, how many bits)
+FIELDS = {
+    2: [(p, p // 4, p % 4 * 2, 0, 2) for p in range(8)],
+    3: [(p, p // 2, p % 2 * 3, 0, 3) for p in range(6)] + [(6, 0, 6, 0, 2), (6, 2, 6, 2, 1), (7, 1, 6, 0, 2), (7, 2, 7, 2, 1)],
+    4: [(p, p // 2, p % 2 * 4, 0, 4) for p in range(8)],
+    8: [(p, p, 0, 0, 8) for p in range(8)],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """A packed matrix of ``rows`` × ``columns``.
+
+    ``payload``: the codes, row block by row block, tile by tile.  ``widths``: bits of every tile; a tile of width 0 is
+    zeros, whatever its scale.  ``scale`` and ``zero_point``: of every row of every tile, or empty.  ``row_scale`` and
+    ``column_scale``: or empty, for ones.  ``escape_starts``: where the escapes of every row block begin, and the end of
+    the last; ``escape_places``: 16 · column + row in the block; ``escape_codes``: what is added to the scaled code.
+    """
+
+    rows: int
+    columns: int
+    group_size: int
+    payload: UInt8[Tensor, " bytes"]
+    widths: UInt8[Tensor, "row_blocks groups"]
+    scale: Float[Tensor, "..."]
+    zero_point: UInt8[Tensor, "..."]
+    row_scale: Float[Tensor, "..."]
+    column_scale: Float[Tensor, "..."]
+    escape_starts: Int[Tensor, " row_blocks_and_one"]
+    escape_places: Int[Tensor, " escapes"]
+    escape_codes: Int[Tensor, " escapes"]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, the order of its tiles included."""
+        parts = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return sum(part.nbytes for part in (*parts, self.order) if isinstance(part, Tensor))
+
+    @functools.cached_property
+    def order(self) -> Int32[Tensor, " words"]:
+        """In which order kernels take the tiles: span by span, in a span width by width, so that no branch is guessed.
+
+        First where the tiles of every span and width begin, and the end of the last; then, of every tile that is not
+        empty, its place in the payload in units of 64 bytes, and SPAN · group + row block in the span.
+        """
+        row_blocks, groups = self.widths.shape
+        device = self.widths.device
+        widths = self.widths.flatten().long()
+        blocks = torch.arange(row_blocks, device=device).repeat_interleave(groups)
+        key = torch.where(widths > 0, blocks // SPAN * 16 + widths, 1 << 60)
+        key, order = key.sort(stable=True)
+        order = order[key < 1 << 60]
+        firsts = torch.arange(-(-row_blocks // SPAN), device=device)[:, None] * 16
+        firsts = (firsts + torch.tensor(WIDTHS[1:], device=device)).flatten()
+        starts = torch.searchsorted(key, torch.cat([firsts, firsts.new_tensor([(1 << 60) - 1])]))
+        places = payload_starts(self.widths, self.group_size)[order] // REGISTER
+        where = order % groups * SPAN + blocks[order] % SPAN
+        return torch.cat([starts, torch.stack([places, where], 1).flatten()]).int()
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: what was derived from them is derived again, also in a copy."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def pack(codes: UInt8[Tensor, "tiles 16 inputs"], widths: UInt8[Tensor, " tiles"]) -> UInt8[Tensor, " bytes"]:
+    """The payload of tiles whose codes are all below 2 to the power of their width."""
+    group_size = codes.shape[2]
+    starts = payload_starts(widths, group_size)
+    payload = torch.zeros(int(starts[-1]), dtype=torch.uint8)
+    for width, fields in FIELDS.items():
+        chosen = torch.nonzero(widths == width).flatten()
+        if not len(chosen):
+            continue
+        # (tiles, chunks, positions, registers' bytes: lane · 4 + input)
+        lanes = codes[chosen].view(-1, TILE_ROWS, group_size // CHUNK, POSITIONS, 4).permute(0, 2, 3, 1, 4)
+        lanes = lanes.reshape(len(chosen), -1, POSITIONS, 64)
+        registers = torch.zeros(*lanes.shape[:2], width, 64, dtype=torch.uint8)
+        for position, register, bit, low, bits in fields:
+            registers[:, :, register] |= (lanes[:, :, position] >> low & (1 << bits) - 1) << bit
+        places = starts[chosen][:, None] + torch.arange(registers[:1].numel())
+        payload[places] = registers.flatten(1)
+    return payload
+
+
+def unpack(payload: UInt8[Tensor, " bytes"], widths: UInt8[Tensor, " tiles"], group_size: int) -> UInt8[Tensor, "tiles 16 inputs"]:
+    """The codes that ``pack`` packed; zeros where the width is 0."""
+    starts = payload_starts(widths, group_size)
+    codes = torch.zeros(len(widths), TILE_ROWS, group_size, dtype=torch.uint8, device=payload.device)
+    for width, fields in FIELDS.items():
+        chosen = torch.nonzero(widths == width).flatten()
+        if not len(chosen):
+            continue
+        size = TILE_ROWS * group_size * width // 8
+        places = starts[chosen][:, None] + torch.arange(size, device=payload.device)
+        registers = payload[places].view(len(chosen), -1, width, 64)
+        lanes = torch.zeros(*registers.shape[:2], POSITIONS, 64, dtype=torch.uint8, device=payload.device)
+        for position, register, bit, low, bits in fields:
+            lanes[:, :, position] |= (registers[:, :, register] >> bit & (1 << bits) - 1) << low
+        lanes = lanes.view(len(chosen), group_size // CHUNK, POSITIONS, TILE_ROWS, 4).permute(0, 3, 1, 2, 4)
+        codes[chosen] = lanes.reshape(len(chosen), TILE_ROWS, group_size)
+    return codes
+
+
+def payload_starts(widths: UInt8[Tensor, "*shape"], group_size: int) -> Int[Tensor, " tiles_and_one"]:
+    """Where every tile begins in the payload, in bytes, and where the last one ends."""
+    sizes = widths.flatten().long() * (TILE_ROWS * group_size // 8)
+    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+
+
+def tiled(matrix: Integer[Tensor, "rows columns"], group_size: int) -> Integer[Tensor, "tiles 16 inputs"]:
+    """A matrix cut into tiles, padded with zeros to whole ones."""
+    rows, columns = matrix.shape
+    padded = torch.nn.functional.pad(matrix, (0, -columns % group_size, 0, -rows % TILE_ROWS))
+    blocks = padded.view(-1, TILE_ROWS, padded.shape[1] // group_size, group_size).transpose(1, 2)
+    return blocks.reshape(-1, TILE_ROWS, group_size)
+
+
+def dequantize(tiles: Tiles) -> Float[Tensor, "rows columns"]:
+    """The float32 matrix that the codes stand for."""
+    matrix = grid_values(tiles)
+    rows, columns = escaped(tiles)
+    matrix[rows, columns] += tiles.escape_codes.float()
+    if tiles.row_scale.numel():
+        matrix *= tiles.row_scale.float()[:, None]
+    if tiles.column_scale.numel():
+        matrix *= tiles.column_scale.float()
+    return matrix
+
+
+def grid_values(tiles: Tiles) -> Float[Tensor, "rows columns"]:
+    """scale · (code − zero_point), before escapes and the scales of rows and columns."""
+    widths = tiles.widths.flatten()
+    values = unpack(tiles.payload, widths, tiles.group_size).float()
+    if tiles.scale.numel():
+        values -= tiles.zero_point.view(-1, TILE_ROWS, 1)
+        values *= tiles.scale.float().view(-1, TILE_ROWS, 1)
+    else:
+        values -= 2.0 ** (widths.view(-1, 1, 1) - 1.0)
+    values[widths == 0] = 0.0
+    row_blocks, groups = tiles.widths.shape
+    matrix = values.view(row_blocks, groups, TILE_ROWS, tiles.group_size).transpose(1, 2)
+    return matrix.reshape(row_blocks * TILE_ROWS, -1)[: tiles.rows, : tiles.columns].contiguous()
+
+
+def escaped(tiles: Tiles) -> tuple[Int[Tensor, " escapes"], Int[Tensor, " escapes"]]:
+    """The row and the column of every escape."""
+    counts = tiles.escape_starts.diff().long()
+    blocks = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    places = tiles.escape_places.long()
+    return blocks * TILE_ROWS + places % TILE_ROWS, places // TILE_ROWS
