@@ -109,11 +109,7 @@ def method_of(method: str | Method, bits: float) -> Method:
 def _windows(model: Any, tokenizer: Any, calibration: str | Tensor | None) -> Integer[Tensor, "windows length"]:
     """Token windows to calibrate with."""
     if isinstance(calibration, Tensor):
-        if calibration.ndim != 2 or calibration.is_floating_point() or len(calibration) < 2:
-            raise ValueError(
-                f"calibration must be token ids of shape (windows, length) with at least 2 windows, not "
-                f"{tuple(calibration.shape)} of {calibration.dtype}"
-            )
+        _check(calibration, model)
         return calibration
     if calibration is not None and not isinstance(calibration, str):
         raise ValueError(f"calibration must be text or token windows, not a {type(calibration).__name__}")
@@ -122,5 +118,27 @@ def _windows(model: Any, tokenizer: Any, calibration: str | Tensor | None) -> In
             raise ValueError("the model does not say where it comes from: give its tokenizer, or token windows")
         tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
     longest = models.LoadedModel(model, tokenizer).window_length(None)
+    length = min(longest, LONGEST_WINDOW)
     text = stdlib_docs.text("calibration") if calibration is None else calibration
-    return data.windows(text, tokenizer, min(longest, LONGEST_WINDOW), "calibration")
+    found = data.windows(text, tokenizer, length, "calibration")
+    if len(found) < 2:
+        raise ValueError(f"the calibration text fills only one window of {length} tokens: give more text")
+    return found
+
+
+def _check(windows: Tensor, model: Any) -> None:
+    """Raises ValueError unless the model can read these windows, and one of them can be held out."""
+    if windows.ndim != 2 or windows.is_floating_point() or len(windows) < 2:
+        raise ValueError(
+            f"calibration must be token ids of shape (windows, length) with at least 2 windows, not "
+            f"{tuple(windows.shape)} of {windows.dtype}"
+        )
+    if windows.shape[1] < 2:
+        raise ValueError("a window needs at least 2 tokens, the second to be predicted from the first")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and windows.shape[1] > longest:
+        raise ValueError(f"windows of {windows.shape[1]} tokens are longer than the model's maximum of {longest}")
+    size = len(model.get_input_embeddings().weight)
+    wrong = windows[(windows < 0) | (windows >= size)]
+    if len(wrong):
+        raise ValueError(f"calibration holds the token {int(wrong[0])}, the model's vocabulary has {size}")

@@ -131,6 +131,11 @@ class NashSwarmQuantizer(HfQuantizer):
         model._weight_conversions = []  # no names of older checkpoints, under which the checksum would be another
         return tensors, {}
 
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """The model with plain floats, all of them of ``dtype``; by default of that it computes in now, whatever its
+        config says."""
+        return super().dequantize(model, dtype or model.dtype).to(dtype or model.dtype)
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         found: dict[PackedMatrix, nn.Parameter] = {}
         for name, module in list(model.named_modules(remove_duplicate=False)):

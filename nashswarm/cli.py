@@ -19,6 +19,7 @@ from nashswarm.evidence import show_progress
 from nashswarm.linear import PackedMatrix
 
 CACHE = pathlib.Path("~/.cache/nashswarm")
+WIDE = 160  # columns of a table that goes to a file or a pipe, where nothing is to be cut off
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,7 +166,7 @@ def _inspect(given: argparse.Namespace) -> int:
         resident = f"{8 * tiled.nbytes / weights:.3f}"
         shape = "x".join(map(str, matrix.shape))
         table.add_row(name, shape, kind + (", coded" if matrix.coded else ""), stored, resident, tiles + escapes)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(table)
     size = sum((given.folder / name).stat().st_size for name in _weights(given.folder))
     console.print(f"{size:,} bytes of weights and config, {measures.resident_bytes(model):,} bytes in memory")
@@ -200,9 +201,10 @@ def _load(folder: pathlib.Path) -> Any:
     """The compressed model in ``folder``, in float32."""
     if not (folder / models.CONFIG).is_file():
         raise ValueError(f"{folder} holds no {models.CONFIG}: name a folder that nashswarm compress made")
-    if "quantization_config" not in json.loads((folder / models.CONFIG).read_text()):
+    described = json.loads((folder / models.CONFIG).read_text())
+    if "quantization_config" not in described:
         raise ValueError(f"the model in {folder} is not compressed: use nashswarm compress first")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return getattr(transformers, described["architectures"][0]).from_pretrained(folder, dtype=torch.float32)
 
 
 def _weights(folder: pathlib.Path) -> list[str]:

@@ -101,6 +101,7 @@ class Evidence:
             heldout_kl=self.heldout_kl,
             remember=self.cache,
             track=self.track,
+            inputs_after=self.inputs_after,
         )
 
     def moments(self) -> dict[str, Moments]:
@@ -116,6 +117,26 @@ class Evidence:
 
         tensors = self.cache("moments", {}, compute)
         return {name: Moments(*(tensors[f"{name}/{part}"] for part in parts)) for name in names}
+
+    @torch.no_grad()
+    def inputs_after(self, weights: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """E[x xᵀ] of these modules over the calibration windows, with these layer weights and the others in full."""
+        sums: dict[str, Tensor] = {}
+
+        def see(name: str, module: Any, arguments: tuple[Any, ...]) -> None:
+            x = arguments[0].detach().float().flatten(0, -2)
+            sums[name] = sums.get(name, 0) + (x.T @ x).double().cpu()
+
+        hooks = [
+            self.trial.get_submodule(name).register_forward_pre_hook(functools.partial(see, name)) for name in names
+        ]
+        models.put(self.trial, weights)
+        for window in self.calibration:
+            self.trial(input_ids=window[None])
+        models.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
+        for hook in hooks:
+            hook.remove()
+        return {name: (total / self.calibration.numel()).float() for name, total in sums.items()}
 
     @property
     def causal(self) -> bool:

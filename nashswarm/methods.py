@@ -40,7 +40,8 @@ class Oracle:
     model. ``moments``: calibration statistics by module, computed or read when first asked for.  ``heldout_kl``: KL in
     nats per token of the model with these layer weights (the others at full precision), on so many tokens of held-out
     calibration text (None: all of it).  ``remember``: tensors by kind and key, read from an earlier run or computed.
-    ``track``: iterate with progress shown.
+    ``track``: iterate with progress shown.  ``inputs_after``: E[x xᵀ] of these modules, by name, once the model has
+    these layer weights.
     """
 
     layers: tuple[Layer, ...]
@@ -50,6 +51,7 @@ class Oracle:
     heldout_kl: Callable[[Mapping[str, Tensor], int | None], float]
     remember: Callable[[str, Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
     track: Track = no_track
+    inputs_after: Callable[[Mapping[str, Tensor], Sequence[str]], Mapping[str, Tensor]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Compressed:
 
     ``float_bits``: the width of everything outside the layers.  ``code_bits``: the payload of the codes alone, in
     bits.  ``game``: what the players brought to the game, by which its certificate can be computed again; a saved model
-    keeps it in a file beside, for no decoder needs it and it counts as no part of the model's size.
+    keeps it in a file beside, for no decoder needs it and it counts as no part of the model's size.  ``foreign``: the
+    library whose packed form it is, if not ours.
     """
 
     packed: Mapping[str, Any]
@@ -70,6 +73,7 @@ class Compressed:
     series: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)
     float_bits: int = 16
     game: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    foreign: str | None = None
 
 
 @runtime_checkable
@@ -118,7 +122,8 @@ class Gptq:
     """``bits`` everywhere with error feedback, one scale a group (Frantar et al. 2023), the best range of every group.
 
     ``act_order``: columns of large inputs first, on grids fixed beforehand.  ``sweeps``: best replies after the pass, 0
-    for GPTQ itself.  ``coded``: entropy-coded storage.
+    for GPTQ itself.  ``coded``: entropy-coded storage.  ``sequential``: layers see what the compressed ones before them
+    give out, depth by depth, as GPTQ's authors have it.
     """
 
     bits: int = 3
@@ -127,6 +132,7 @@ class Gptq:
     act_order: bool = False
     sweeps: int = 0
     coded: bool = True
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in GRID_WIDTHS:
@@ -139,14 +145,20 @@ class Gptq:
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(self.group_size, search=True)
         allocation.check_divisible(oracle.layers, self.group_size)
-        moments = oracle.moments()
-        tensors, damage, bits = {}, {}, {}
-        for layer in oracle.track(oracle.layers, "replying"):
+        moments = dict(oracle.moments())
+        tensors: dict[str, QuantizedTensor] = {}
+        damage, bits = {}, {}
+        depth = oracle.layers[0].depth
+        for layer in oracle.track(sorted(oracle.layers, key=lambda layer: layer.depth), "replying"):
+            if self.sequential and layer.depth > depth:
+                depth = layer.depth
+                moments |= _after(tensors, [other for other in oracle.layers if other.depth == depth], moments, oracle)
             curved = allocation.curvature(layer, moments)
             found = reply(layer.weight, self.bits, scheme, curved, self.sweeps, self.damping, self.act_order)
             tensors[layer.name], bits[layer.name] = found, found.bits.numpy()
             damage[layer.name] = float(curved.damage_by_row(layer.weight - found.dequantize()).double().sum())
-        return _pack(bits, tensors, damage, coded=self.coded)
+        in_order = {layer.name: tensors[layer.name] for layer in oracle.layers}
+        return _pack(bits, in_order, damage, coded=self.coded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,6 +395,17 @@ def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme, code_game: boo
         columns.append(torch.cat([by_layer[layer.name] for layer in oracle.layers]).numpy())
     log_sensitivity, features = allocation.describe(oracle.layers, moments, scheme.group_size)
     return Blocks(oracle.layers, scheme, tuple(widths), np.stack(columns, 1), log_sensitivity, features)
+
+
+def _after(
+    tensors: Mapping[str, QuantizedTensor], layers: Sequence[Layer], moments: Mapping[str, Moments], oracle: Oracle
+) -> dict[str, Moments]:
+    """The moments of ``layers`` with the inputs that they meet behind compressed ones."""
+    if oracle.inputs_after is None:
+        raise ValueError("method.sequential needs a model to run, which this oracle has not; set it to false")
+    names = [name for layer in layers for name in layer.modules if not moments[name].lookup]
+    seen = oracle.inputs_after({name: tensor.dequantize() for name, tensor in tensors.items()}, names)
+    return {name: dataclasses.replace(moments[name], inputs=inputs) for name, inputs in seen.items()}
 
 
 def _report_regret(blocks: Blocks, profile: Int[np.ndarray, " blocks"]) -> tuple[dict[str, float], dict[str, float]]:

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.metadata
 import io
 import logging
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -64,7 +65,7 @@ class Library:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """``bits`` everywhere by another library, without calibration, with the settings that it recommends.
+    """``bits`` everywhere by another library, without calibration.
 
     ``group_size``: columns that share a scale; None where the library has one scale a row.  A layer whose shape the
     library cannot pack stays at 16 bits and is named so in the allocation and in the log.
@@ -107,6 +108,7 @@ class Peer:
             allocation="".join(f"{name} {width}\n" for name, width in bits.items()),
             code_bits=sum(bits[layer.name] * layer.parameters for layer in oracle.layers),
             metrics={"layers_at_16_bits": len(kept)},
+            foreign=self.library,
         )
 
 
@@ -183,6 +185,7 @@ def _onnxruntime(weight: Tensor, bits: int, group_size: int | None) -> Packed:
 def _nncf(weight: Tensor, bits: int, group_size: int | None) -> Packed:
     """OpenVINO's integers, without data: symmetric at 2 and 3 bits, with zero points at 4 and, by row, 8.  The bytes
     are those of the file of weights that OpenVINO writes."""
+    os.environ.setdefault("NNCF_CI", "1")  # without it NNCF reports every use to its makers over the network
     import nncf
     import openvino
     from openvino import opset13
@@ -290,9 +293,9 @@ def _nf4_linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | N
 
 
 def _with_products(model: Any, product: Callable[[Tensor, Tensor | None], nn.Module]) -> Any:
-    """A copy of the model with another module in the place of every Linear and Conv1D; a tied head becomes one of its
-    own, beside the embedding."""
-    found = copy.deepcopy(model)
+    """A copy of the model, in float32, with another module in the place of every Linear and Conv1D; a tied head becomes
+    one of its own, beside the embedding."""
+    found = copy.deepcopy(model).float()
     made: dict[int, nn.Module] = {}
     for name, module in list(found.named_modules(remove_duplicate=False)):
         if isinstance(module, (nn.Linear, Conv1D)):

@@ -19,7 +19,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import hydra
@@ -30,7 +30,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor
 
-from nashswarm import checkpoint, data, metrics, models, record, saved
+from nashswarm import checkpoint, data, metrics, models, peers, record, saved
 from nashswarm.evidence import Cache, Evidence, show_progress
 from nashswarm.measures import Measure, Subject
 from nashswarm.methods import Compressed, Method
@@ -114,6 +114,8 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
     if path.exists() and not config.rerun and there:
         return Outcome("skipped", path, record.read(path))
     if target is not None:
+        if isinstance(planned.method, peers.Peer):
+            raise ValueError(f"save={target}: what {planned.method.library} packs cannot be loaded again; leave it out")
         saved.check_free(target)
 
     reset_peak()
@@ -204,6 +206,8 @@ class Job:
         }
 
         def pack() -> Any:
+            if result.foreign is not None:
+                raise ValueError(f"what {result.foreign} packs does not run here: only measure=quality is for it")
             model = copy.deepcopy(self.full)
             checkpoint.adopt(model, evidence.layers, result.packed, result.float_bits)
             return model
@@ -287,7 +291,7 @@ def config_again(about: Mapping[str, Any], bits: float, save: str) -> DictConfig
     config = OmegaConf.create(dict(about["config"]))
     if config.method.get("bits") is None:
         raise ValueError(f"{about['record']['labels']['method']} has no method.bits that could be changed")
-    config.method.bits, config.save, config.rerun = type(config.method.bits)(bits), save, False
+    config.method.bits, config.save, config.rerun = int(bits) if bits == int(bits) else bits, save, False
     return config
 
 
@@ -356,10 +360,17 @@ def provenance(started: datetime.datetime) -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": dict(_versions()),
         "machine": f"{platform.system()} {platform.machine()}, {cores}",
         "started": started.isoformat(timespec="seconds"),
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Name and version of every package that numbers can depend on, peers where they are installed."""
+    for name in (*PACKAGES, *sorted({need for library in peers.LIBRARIES.values() for need in library.needs})):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
 
 
 def reset_peak() -> None:

@@ -148,6 +148,18 @@ def test_dequantized_it_is_a_plain_model(saved: Any, tmp_path: pathlib.Path, tok
     assert (found - computed).abs().max() <= 1e-4 * computed.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_dequantized_it_has_one_dtype(
+    dtype: torch.dtype | None, folder: pathlib.Path, tmp_path: pathlib.Path, token_windows: Tensor
+) -> None:
+    model = load(folder)
+    model.save_pretrained(tmp_path)  # from then on its config names its dtype by a string
+    model.config.dtype = torch.bfloat16
+    plain = model.dequantize(dtype=dtype) if dtype else model.dequantize()
+    assert {part.dtype for part in plain.parameters()} == {dtype or torch.float32}
+    assert answer(plain, token_windows).dtype == (dtype or torch.float32)
+
+
 @pytest.fixture(scope="module")
 def folder(
     random_model: Callable[[str], Any], packed: Packed, tmp_path_factory: pytest.TempPathFactory
@@ -208,9 +220,7 @@ def test_the_headless_model_of_a_language_model(
     set_activations(base, "int8")
     set_activations(own, "int8")
     packed = [module for module in base.modules() if isinstance(module, (QuantizedLinear, QuantizedEmbedding))]
-    assert len(packed) == sum(
-        isinstance(module, (QuantizedLinear, QuantizedEmbedding)) for module in inner.modules()
-    )
+    assert len(packed) == sum(isinstance(module, (QuantizedLinear, QuantizedEmbedding)) for module in inner.modules())
     with torch.no_grad():
         found, expected = (model(input_ids=token_windows).last_hidden_state for model in (base, inner))
     assert torch.equal(found, expected)
@@ -245,7 +255,9 @@ def test_a_changed_byte_anywhere_is_refused(folder: pathlib.Path, tmp_path_facto
         (target / "model.safetensors").write_bytes(content)
         with pytest.raises((ValueError, OSError)) as caught:
             load(target)
-        assert "model.safetensors" in str(caught.value) or "format" in str(caught.value) or "metadata" in str(caught.value)
+        assert (
+            "model.safetensors" in str(caught.value) or "format" in str(caught.value) or "metadata" in str(caught.value)
+        )
 
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(some.integers(0, len(whole) - 1), some.integers(0, 255))
@@ -372,7 +384,11 @@ def test_the_rest_has_the_precision_that_was_chosen(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_model_in_half_precision(
-    dtype: torch.dtype, random_model: Callable[[str], Any], packed: Packed, tmp_path: pathlib.Path, token_windows: Tensor
+    dtype: torch.dtype,
+    random_model: Callable[[str], Any],
+    packed: Packed,
+    tmp_path: pathlib.Path,
+    token_windows: Tensor,
 ) -> None:
     full = random_model("gpt2")
     compressed(full, packed(full, "groups")).save_pretrained(tmp_path / "whole")
@@ -463,7 +479,9 @@ def test_adapters_are_trained_on_top(tuned: Any, token_windows: Tensor, tmp_path
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["adapter_model.safetensors"]
 
 
-def test_adapters_are_loaded_on_top(tuned: Any, folder: pathlib.Path, tmp_path: pathlib.Path, token_windows: Tensor) -> None:
+def test_adapters_are_loaded_on_top(
+    tuned: Any, folder: pathlib.Path, tmp_path: pathlib.Path, token_windows: Tensor
+) -> None:
     for name, part in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(part, std=0.1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nashswarm import checkpoint, metrics
 from nashswarm.linear import PackedMatrix
-from nashswarm.measures import Load, Measure, Quality, Size, Speed, Subject, resident_bytes
+from nashswarm.measures import Load, Measure, Quality, Several, Size, Speed, Subject, resident_bytes
 from nashswarm.models import find_layers
 from nashswarm.quant.calibration import no_track
 from nashswarm.quant.grid import Scheme, quantize
@@ -98,7 +98,9 @@ def test_speed(subject: Subject) -> None:
     assert all(value > 0 for value in found.values())
     for suffix in suffixes:
         assert 0.005 < found[f"decode_ratio{suffix}"] < 200
-        assert found[f"decode_ratio{suffix}_low"] <= found[f"decode_ratio{suffix}"] <= found[f"decode_ratio{suffix}_high"]
+        assert (
+            found[f"decode_ratio{suffix}_low"] <= found[f"decode_ratio{suffix}"] <= found[f"decode_ratio{suffix}_high"]
+        )
     assert min(series["decode_ms_int8"]) <= found["decode_ms"] <= max(series["decode_ms_int8"])
     assert found["bytes_resident"] == found["bytes_resident_float32"] == resident_bytes(subject.packed())
     assert found["bytes_resident_bfloat16"] == found["bytes_resident_full"] / 2
@@ -157,3 +159,10 @@ def test_decoding_is_greedy_and_counts_the_tokens(subject: Subject, monkeypatch:
         for _ in range(5):
             tokens = torch.cat([tokens, forward(input_ids=tokens).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(torch.cat(read, 1), tokens)
+
+
+def test_several_measures_are_taken_one_after_the_other(subject: Subject) -> None:
+    parts = [Size(), Quality(batch_size=2)]
+    found, series = Several(parts).measure(subject)
+    alone = [part.measure(subject) for part in parts]
+    assert found == alone[0][0] | alone[1][0] and series == alone[1][1]

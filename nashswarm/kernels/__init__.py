@@ -7,6 +7,7 @@ either the torch reference does.
 """
 
 import dataclasses
+import importlib.util
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from nashswarm.kernels import native, reference
 from nashswarm.kernels.tiles import Tiles
 
 ACTIVATIONS = tuple(native.DIGITS)
+TRITON = importlib.util.find_spec("triton") is not None
 PARTS = tuple(field.name for field in dataclasses.fields(Tiles) if field.type is not int)
 WEIGHT = f"{''.join(f'Tensor {name}, ' for name in PARTS)}Tensor order, int rows, int columns, int group_size"
 
@@ -31,13 +33,20 @@ def matmul(
     activations: str = "int8",
     bias: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "*batch rows"]:
-    """x Wᵀ + bias in the dtype of x; ``activations``: int8 rounds x to 8 bits group by group, float32 does not."""
-    return cast(Tensor, torch.ops.nashswarm.matmul(x, bias, activations, *_flat(tiles)))
+    """x Wᵀ + bias in the dtype of x; ``activations``: int8 rounds x to 8 bits group by group, float32 does not.
+
+    The operator where something follows what is computed, and ``direct`` where nothing does.
+    """
+    if _followed(x) or (bias is not None and _followed(bias)):
+        return cast(Tensor, torch.ops.nashswarm.matmul(x, bias, activations, *flat(tiles)))
+    return direct(x, tiles, activations, bias)
 
 
 def rows_of(tiles: Tiles, ids: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape columns"]:
     """The rows of the dequantized matrix that ``ids`` name, in float32."""
-    return cast(Tensor, torch.ops.nashswarm.rows(ids, *_flat(tiles)))
+    if _followed(ids):
+        return cast(Tensor, torch.ops.nashswarm.rows(ids, *flat(tiles)))
+    return _rows(ids, tiles)
 
 
 def direct(
@@ -46,27 +55,42 @@ def direct(
     activations: str = "int8",
     bias: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "*batch rows"]:
-    """``matmul`` without the dispatcher: no gradients, no tracing."""
+    """``matmul`` as a bare call: without gradients, unseen by compilers."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"unknown activations {activations!r}: choose {' or '.join(ACTIVATIONS)}")
     if x.shape[-1] != tiles.columns:
         raise ValueError(f"x has {x.shape[-1]} columns and the packed matrix {tiles.columns}: give x as many")
-    batch = x.reshape(-1, tiles.columns).float()
-    if x.is_cuda:
+    if x.device != tiles.payload.device:
+        raise ValueError(f"x is on {x.device} and the packed matrix on {tiles.payload.device}: move one to the other")
+    single = x.float().contiguous()
+    offset = None if bias is None else bias.float().contiguous()
+    if x.is_cpu and native.path() != native.SLOW:
+        return native.matmul(single, tiles, activations, offset).to(x.dtype)
+    flat = single.view(-1, tiles.columns)
+    if x.is_cuda and TRITON:
         from nashswarm.kernels import triton_kernels
 
-        answer = triton_kernels.matmul(batch, tiles)
-    elif x.is_cpu and native.path() != native.SLOW:
-        answer = native.matmul(batch.contiguous(), tiles, activations, None if bias is None else bias.float().contiguous())
-        bias = None
+        answer = triton_kernels.matmul(flat, tiles)
     else:
-        answer = reference.matmul(batch, tiles, activations)
-    if bias is not None:
-        answer += bias
-    return answer.to(x.dtype).view(*x.shape[:-1], tiles.rows)
+        answer = reference.matmul(flat, tiles, activations)
+    if offset is not None:
+        answer += offset
+    return answer.view(*x.shape[:-1], tiles.rows).to(x.dtype)
 
 
-def _flat(tiles: Tiles) -> tuple[Any, ...]:
+def _followed(x: Tensor) -> bool:
+    """Whether autograd, a compiler or a transform of functions has to see what is done with x."""
+    return (
+        torch.compiler.is_compiling()
+        or (x.requires_grad and torch.is_grad_enabled())
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def flat(tiles: Tiles) -> tuple[Any, ...]:
+    """The tiles as arguments of the operators."""
     return *(getattr(tiles, name) for name in PARTS), tiles.order, tiles.rows, tiles.columns, tiles.group_size
 
 
@@ -77,21 +101,22 @@ def _tiles(*flat: Any) -> Tiles:
     return tiles
 
 
-def _matmul(x: Tensor, bias: Tensor | None, activations: str, *flat: Any) -> Tensor:
+def _rows(ids: Tensor, tiles: Tiles) -> Tensor:
+    if ids.is_cpu and native.path() != native.SLOW:
+        return native.rows_of(tiles, ids.long().contiguous())
+    return reference.rows_of(tiles, ids.flatten()).view(*ids.shape, tiles.columns)
+
+
+def _matmul_operator(x: Tensor, bias: Tensor | None, activations: str, *flat: Any) -> Tensor:
     return direct(x, _tiles(*flat), activations, bias)
 
 
-def _rows(ids: Tensor, *flat: Any) -> Tensor:
-    tiles = _tiles(*flat)
-    if ids.is_cpu and native.path() != native.SLOW:
-        found = native.rows_of(tiles, ids.flatten().long().contiguous())
-    else:
-        found = reference.rows_of(tiles, ids.flatten())
-    return found.view(*ids.shape, tiles.columns)
+def _rows_operator(ids: Tensor, *flat: Any) -> Tensor:
+    return _rows(ids, _tiles(*flat))
 
 
-for _name, _kernel in (("matmul", _matmul), ("rows", _rows)):
-    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+LIBRARY.impl("matmul", _matmul_operator, "CompositeExplicitAutograd")
+LIBRARY.impl("rows", _rows_operator, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("nashswarm::matmul")

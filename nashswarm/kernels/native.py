@@ -11,7 +11,7 @@ import pathlib
 from typing import cast
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from nashswarm.kernels import tiles as layout
@@ -21,7 +21,8 @@ LIBRARY = pathlib.Path(__file__).parent / "nashswarm_kernels.so"
 VARIABLE = "NASHSWARM_KERNEL"
 PATHS = {"avx512": 2, "avx2": 1, "portable": 0}  # best first; the number is the library's
 SLOW = "torch"
-DIGITS = {"int8": 1, "float32": 3}
+INTERFACE = 1  # of csrc/library.cpp: that of the functions and of Matrix
+DIGITS = {"int8": 1, "float32": 3}  # signed bytes that stand for an activation
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +46,16 @@ class Matrix(ctypes.Structure):
 def library() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     if not LIBRARY.exists():
-        return "it was not built: install nashswarm again where CMake finds a C++ compiler"
+        return "the C++ library was not built: install nashswarm again where CMake finds a C++ compiler"
     try:
         found = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return str(error)
+    if found.nashswarm_interface() != INTERFACE:
+        return "the C++ library was built of other sources: install nashswarm again"
     found.nashswarm_matmul.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.c_int] * 3]
     found.nashswarm_rows.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
-    found.nashswarm_rows.restype = None
+    found.nashswarm_rows.restype = ctypes.c_int64
     return found
 
 
@@ -72,62 +75,68 @@ def path() -> str:
         raise ValueError(f"{VARIABLE}={chosen} is no path: choose {', '.join((*PATHS, SLOW))}, or unset it")
     if chosen not in paths:
         raise ValueError(f"{VARIABLE}={chosen} cannot be taken here: choose {', '.join(paths)}, or unset it")
-    if chosen == SLOW:
-        why = library() if len(paths) == 1 else f"{VARIABLE} says so"
-        log.warning("packed weights are multiplied by torch, which is slow: no C++ library (%s)", why)
-    else:
-        log.info("packed weights are multiplied by the C++ library, path %s", chosen)
+    log.log(logging.WARNING if chosen == SLOW else logging.INFO, path_taken(chosen))
     return chosen
 
 
+def path_taken(chosen: str) -> str:
+    """What the log says."""
+    if chosen != SLOW:
+        return f"packed weights are multiplied by the C++ library, path {chosen}"
+    found = library()
+    why = found if isinstance(found, str) else f"{VARIABLE}={SLOW}"
+    return f"packed weights are multiplied by torch, which is slow: {why}"
+
+
 def matrix_of(tiles: Tiles) -> Matrix:
-    """What the library reads; made once, and again where the tensors were moved."""
-    found = tiles.__dict__.get("matrix")
+    """What the library reads; made once, kept with the order of the tiles, and made again where tensors were moved."""
+    found = tiles.order.__dict__.get("matrix")
     if found is None or found.payload != tiles.payload.data_ptr():
-        found = tiles.__dict__["matrix"] = _matrix(tiles)
+        found = tiles.order.__dict__["matrix"] = _matrix(tiles)
     return cast(Matrix, found)
 
 
 def _matrix(tiles: Tiles) -> Matrix:
-    floats = [part.float().contiguous() for part in (tiles.row_scale, tiles.column_scale)]
-    escapes = [part.int().contiguous() for part in (tiles.escape_starts, tiles.escape_places, tiles.escape_codes)]
-    grid = [tiles.scale.half().contiguous(), tiles.zero_point.contiguous()]
-    order = tiles.order.contiguous()
-    parts = [tiles.payload.contiguous(), *grid, *floats, *escapes, order]
-    starts = 4 * -(-len(tiles.widths) // layout.SPAN) + 1
-    addresses = [part.data_ptr() if part.numel() else 0 for part in parts]
-    found = Matrix(tiles.rows, tiles.columns, tiles.group_size, *addresses, order.data_ptr() + 4 * starts)
+    floats = [part.float() for part in (tiles.row_scale, tiles.column_scale)]
+    escapes = [part.int() for part in (tiles.escape_starts, tiles.escape_places, tiles.escape_codes)]
+    parts = [part.contiguous() for part in (tiles.payload, tiles.scale.half(), tiles.zero_point, *floats, *escapes)]
+    starts = 4 * (len(layout.WIDTHS) - 1) * -(-len(tiles.widths) // layout.SPAN) + 4
+    addresses = [part.data_ptr() if part.numel() else 0 for part in (*parts, tiles.order)]
+    found = Matrix(tiles.rows, tiles.columns, tiles.group_size, *addresses, tiles.order.data_ptr() + starts)
     found.kept = parts  # alive as long as their addresses are
     return found
 
 
 def matmul(
-    x: Float32[Tensor, "batch columns"], tiles: Tiles, activations: str, bias: Float32[Tensor, " rows"] | None
-) -> Float32[Tensor, "batch rows"]:
+    x: Float32[Tensor, "*batch columns"], tiles: Tiles, activations: str, bias: Float32[Tensor, " rows"] | None
+) -> Float32[Tensor, "*batch rows"]:
     """x Wᵀ + bias, of contiguous tensors on the CPU."""
     matrix = matrix_of(tiles)
-    batch = x.shape[0]
-    answer = torch.empty(batch, tiles.rows)
-    failed = cast(ctypes.CDLL, library()).nashswarm_matmul(
+    answer = torch.empty(*x.shape[:-1], tiles.rows)
+    failed = _library().nashswarm_matmul(
         ctypes.byref(matrix),
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
         answer.data_ptr(),
-        batch,
+        x.numel() // tiles.columns,
         DIGITS[activations],
         torch.get_num_threads(),
         PATHS[path()],
     )
     if failed:
-        raise MemoryError(f"no memory is left for the activations of a batch of {batch}: make it smaller")
+        raise MemoryError(f"no memory is left to round activations of shape {tuple(x.shape)}: take fewer at once")
     return answer
 
 
-def rows_of(tiles: Tiles, ids: Int64[Tensor, " count"]) -> Float32[Tensor, "count columns"]:
-    """The rows of the dequantized matrix that ``ids`` name."""
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tiles.rows:
-        raise IndexError(f"rows {int(ids.min())} … {int(ids.max())} are asked for; the packed matrix has {tiles.rows}")
-    found = torch.empty(len(ids), tiles.columns)
+def rows_of(tiles: Tiles, ids: Int64[Tensor, "*shape"]) -> Float32[Tensor, "*shape columns"]:
+    """The rows of the dequantized matrix that ``ids`` name, of a contiguous tensor on the CPU."""
     matrix = matrix_of(tiles)
-    cast(ctypes.CDLL, library()).nashswarm_rows(ctypes.byref(matrix), ids.data_ptr(), found.data_ptr(), len(ids))
+    found = torch.empty(*ids.shape, tiles.columns)
+    wrong = _library().nashswarm_rows(ctypes.byref(matrix), ids.data_ptr(), found.data_ptr(), ids.numel())
+    if wrong >= 0:
+        raise IndexError(f"row {int(ids.flatten()[wrong])} is asked for: the packed matrix has rows 0 … {tiles.rows - 1}")
     return found
+
+
+def _library() -> ctypes.CDLL:
+    return cast(ctypes.CDLL, library())

@@ -5,7 +5,7 @@ with a = max |x| / 127,
 
     q = round(x / a),  half away from zero        y = row_scale · (Σ over groups  a Σ scale · (code − zero_point) · q)
 
-Escapes are multiplied with x itself.
+Escapes are multiplied with the scaled x itself.
 """
 
 import torch
@@ -25,8 +25,14 @@ def matmul(x: Float[Tensor, "batch columns"], tiles: Tiles, activations: str) ->
         return x @ layout.dequantize(tiles).T
     if tiles.column_scale.numel():
         x = x * tiles.column_scale.float()
+    return finished(rounded(x, tiles.group_size) @ layout.grid_values(tiles).T, x, tiles)
+
+
+def finished(
+    answer: Float[Tensor, "batch rows"], x: Float[Tensor, "batch columns"], tiles: Tiles
+) -> Float[Tensor, "batch rows"]:
+    """What the codes gave, and the escapes, times the scales of the rows; x times those of the columns is given."""
     rows, columns = layout.escaped(tiles)
-    answer = rounded(x, tiles.group_size) @ layout.grid_values(tiles).T
     answer.index_add_(1, rows, x[:, columns] * tiles.escape_codes.float())
     return answer * tiles.row_scale.float() if tiles.row_scale.numel() else answer
 

@@ -152,7 +152,7 @@ def dequantize(tiles: Tiles) -> Float[Tensor, "rows columns"]:
     """The float32 matrix that the codes stand for."""
     matrix = grid_values(tiles)
     rows, columns = escaped(tiles)
-    matrix[rows, columns] += tiles.escape_codes.float()
+    matrix.index_put_((rows, columns), tiles.escape_codes.float(), accumulate=True)
     if tiles.row_scale.numel():
         matrix *= tiles.row_scale.float()[:, None]
     if tiles.column_scale.numel():

@@ -40,10 +40,14 @@ void write_row(const uint8_t* payload, int width, int row, float scale, float ze
 
 }  // namespace
 
+#define EXPORTED __attribute__((visibility("default")))
+
 extern "C" {
 
+EXPORTED int nashswarm_interface() { return 1; }
+
 // Whether this processor can take a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
-__attribute__((visibility("default"))) int nashswarm_supports(int path) {
+EXPORTED int nashswarm_supports(int path) {
     if (path == 0) return 1;
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -58,8 +62,8 @@ __attribute__((visibility("default"))) int nashswarm_supports(int path) {
 }
 
 // y = x Wᵀ + bias; 1 where memory runs out.
-__attribute__((visibility("default"))) int nashswarm_matmul(const Matrix* matrix, const float* x, const float* bias,
-                                                            float* y, int64_t batch, int count, int threads, int path) {
+EXPORTED int nashswarm_matmul(const Matrix* matrix, const float* x, const float* bias, float* y, int64_t batch, int count,
+                              int threads, int path) {
     const int64_t groups = matrix->groups();
     const int64_t digits = rounded_up(batch * count * groups * matrix->group_size);
     const int64_t steps = rounded_up(batch * groups * sizeof(float));
@@ -74,11 +78,12 @@ __attribute__((visibility("default"))) int nashswarm_matmul(const Matrix* matrix
     return 0;
 }
 
-// The rows of the dequantized matrix that ids name.
-__attribute__((visibility("default"))) void nashswarm_rows(const Matrix* matrix, const int64_t* ids, float* out,
-                                                           int64_t count) {
+// The rows of the dequantized matrix that ids name: -1, or the place of an id that names none.
+EXPORTED int64_t nashswarm_rows(const Matrix* matrix, const int64_t* ids, float* out, int64_t count) {
     constexpr int WIDTHS[] = {2, 3, 4, 8};
     const int64_t groups = matrix->groups();
+    for (int64_t number = 0; number < count; ++number)
+        if (ids[number] < 0 || ids[number] >= matrix->rows) return number;
     for (int64_t number = 0; number < count; ++number, out += matrix->columns) {
         const int64_t block = ids[number] / TILE_ROWS, row = ids[number] % TILE_ROWS;
         std::memset(out, 0, matrix->columns * sizeof(float));
@@ -103,6 +108,7 @@ __attribute__((visibility("default"))) void nashswarm_rows(const Matrix* matrix,
         if (matrix->column_scale)
             for (int64_t input = 0; input < matrix->columns; ++input) out[input] *= matrix->column_scale[input];
     }
+    return -1;
 }
 
 }  // extern "C"

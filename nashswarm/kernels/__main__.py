@@ -1,0 +1,132 @@
+"""How fast one packed matrix is, as a line of JSON:
+
+    python -m nashswarm.kernels --shape 3072x768 --bits 3 --group-size 64 --batch 1 --threads 1 --activations int8
+
+``microseconds``: a call of ``direct``; ``microseconds_fp32``: torch's product with floats; both medians of rounds in
+which they take turns, weights in cache.  ``ratio``: the median over rounds of the second over the first, with a 95 %
+interval; ``ratio_op``: that of the operator.  ``relative_error``: against float64 products of the same weights.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nashswarm import kernels
+from nashswarm.kernels import native
+from nashswarm.kernels import tiles as layout
+from nashswarm.kernels.tiles import Tiles
+
+MIXED = (2, 3, 4)
+ROUNDS = 61
+SECONDS = 5e-4  # of one product in a round
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point."""
+    parser = argparse.ArgumentParser(prog="python -m nashswarm.kernels", description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", type=_shape, default=(3072, 768), metavar="OUTxIN")
+    parser.add_argument("--bits", type=_widths, default=(3,), metavar="BITS", help="a width, several, or: mixed")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--lattice", action="store_true", help="scales of rows and columns instead of groups")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--activations", choices=kernels.ACTIVATIONS, default="int8")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args(arguments)
+    if options.group_size % layout.CHUNK:
+        parser.error(f"--group-size {options.group_size}: kernels read groups of multiples of {layout.CHUNK}")
+    torch.set_num_threads(options.threads)
+    tiles = example(*options.shape, options.bits, options.group_size, options.lattice)
+    print(json.dumps(measured(tiles, options.batch, options.activations, options.rounds)))
+
+
+def example(rows: int, columns: int, bits: Sequence[int], group_size: int, lattice: bool, seed: int = 0) -> Tiles:
+    """A matrix of bell-shaped codes; every tile has one of these widths, drawn alone."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (-(-rows // layout.TILE_ROWS), -(-columns // group_size))
+    widths = torch.tensor(bits)[torch.randint(len(bits), shape, generator=generator)].to(torch.uint8)
+    levels = 2.0 ** widths.float().view(-1, 1, 1)
+    codes = torch.randn(widths.numel(), layout.TILE_ROWS, group_size, generator=generator) * levels / 5 + levels / 2
+    codes = codes.floor().clamp(min=0).minimum(levels - 1).to(torch.uint8)
+    none = torch.zeros(0)
+    side = (*shape, layout.TILE_ROWS) if not lattice else (0,)
+    scale = (torch.rand(side, generator=generator) * 0.01 + 0.01).half()
+    zero_point = (levels.view(*shape, 1) / 2).expand(side) + torch.randint(-1, 2, side, generator=generator) if not lattice else none
+    across, down = (torch.rand(n, generator=generator) + 0.5 if lattice else none for n in (rows, columns))
+    escapes = [torch.zeros(n, dtype=torch.int32) for n in (shape[0] + 1, 0, 0)]
+    payload = layout.pack(codes, widths.flatten())
+    return Tiles(rows, columns, group_size, payload, widths, scale, zero_point.to(torch.uint8), across, down, *escapes)
+
+
+def measured(tiles: Tiles, batch: int, activations: str, rounds: int) -> dict[str, str | float]:
+    """What the line says."""
+    x = torch.randn(batch, tiles.columns, generator=torch.Generator().manual_seed(1))
+    weight = layout.dequantize(tiles)
+    exact = x.double() @ weight.double().T
+    found = kernels.direct(x, tiles, activations).double()
+    flat = kernels.flat(tiles)
+    ours, plain, operator = interleaved(
+        [
+            lambda: kernels.direct(x, tiles, activations),
+            lambda: torch.nn.functional.linear(x, weight),
+            lambda: torch.ops.nashswarm.matmul(x, None, activations, *flat),
+        ],
+        rounds,
+    )
+    ratios = sorted(second / first for first, second in zip(ours, plain, strict=True))
+    half = 0.98 * math.sqrt(rounds)  # of the order statistics between which the median lies in 95 % of cases
+    return {
+        "path": native.path(),
+        "microseconds": round(1e6 * statistics.median(ours), 2),
+        "microseconds_fp32": round(1e6 * statistics.median(plain), 2),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_low": round(ratios[max(0, math.floor(rounds / 2 - half))], 3),
+        "ratio_high": round(ratios[min(rounds - 1, math.ceil(rounds / 2 + half))], 3),
+        "ratio_op": round(statistics.median(b / a for a, b in zip(operator, plain, strict=True)), 3),
+        "relative_error": float(f"{float((found - exact).norm() / exact.norm()):.3g}"),
+        "bits_per_weight": round(8 * tiles.nbytes / tiles.rows / tiles.columns, 3),
+    }
+
+
+def interleaved(calls: Sequence[Callable[[], Tensor]], rounds: int) -> list[list[float]]:
+    """Seconds of every call in every round; in a round each has its turn, for as long as the others."""
+    with torch.inference_mode():
+        counts = []
+        for call in calls:
+            seconds = min(_seconds(call, 3) for _ in range(5))
+            counts.append(max(1, round(SECONDS / seconds)))
+        times: list[list[float]] = [[] for _ in calls]
+        for _ in range(rounds):
+            for call, count, found in zip(calls, counts, times, strict=True):
+                call()  # its weights into the cache
+                found.append(_seconds(call, count))
+    return times
+
+
+def _seconds(call: Callable[[], Tensor], count: int) -> float:
+    began = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - began) / count
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, columns = (int(part) for part in text.split("x"))
+    return rows, columns
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    widths = MIXED if text == "mixed" else tuple(int(part) for part in text.split(","))
+    if set(widths) - set(layout.WIDTHS):
+        raise argparse.ArgumentTypeError(f"{text}: widths are {', '.join(map(str, layout.WIDTHS))}")
+    return widths
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The command ``nashswarm``, from a full model to a compressed one and on."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import nashswarm
+from nashswarm import stdlib_docs
+from nashswarm.cli import main
+from nashswarm.linear import PackedMatrix
+from nashswarm.run import config_again
+
+FILES = ["config.json", "game.safetensors", "model.safetensors"]
+FILES = sorted([*FILES, "README.md", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"])
+SIZES = {"bytes_file", "compression", "bits_per_weight_model", "bits_per_weight", "bytes_resident"}
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Exit status, what went to stdout, what went to stderr."""
+
+    def typed(*words: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return typed
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def options(text_file: pathlib.Path, cache: pathlib.Path) -> list[str]:
+    return ["--calibration", str(text_file), "--windows", "6", "--length", "32", "--cache", str(cache)]
+
+
+@pytest.fixture(scope="module")
+def made(
+    model_folder: pathlib.Path, options: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The tiny model, compressed by the command, and what it printed; not to be changed."""
+    folder = tmp_path_factory.mktemp("made") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        printed: list[str] = []
+        patch.setattr("builtins.print", lambda text, **_: printed.append(text))
+        assert main(["compress", str(model_folder), "--out", str(folder), "--bits", "3.5", *options]) == 0
+    return folder, json.loads(printed[-1])
+
+
+def test_compress(made: Any, tiny: Any) -> None:
+    folder, printed = made
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert set(printed) == SIZES | {"folder", "regret_max", "seconds"} and printed["folder"] == str(folder)
+    assert printed["bytes_file"] == sum((folder / name).stat().st_size for name in ("config.json", "model.safetensors"))
+    assert 3.4 < printed["bits_per_weight_model"] <= 3.5
+    assert printed["bits_per_weight_model"] == 8 * printed["bytes_file"] / tiny.num_parameters()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer("the quiet flock follows", return_tensors="pt")["input_ids"]
+    assert model(input_ids=tokens).logits.isfinite().all()
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\ntags: [nashswarm, quantized]\n---\n\n# tiny, compressed")
+    assert f"{printed['bytes_file']:,}" in card and "import nashswarm" in card and "base_model" not in card
+
+
+def test_inspect(made: Any, command: Command) -> None:
+    folder, printed = made
+    status, table, _ = command("inspect", folder)
+    assert status == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    matrices = {name: one for name, one in model.named_modules() if isinstance(one, PackedMatrix)}
+    assert len(matrices) == 10
+    for name, matrix in matrices.items():
+        row = next(line for line in table.splitlines() if f" {name.removesuffix('.matrix')} " in line)
+        assert "x".join(map(str, matrix.shape)) in row and "lattice, coded" in row
+        weights = matrix.shape[0] * matrix.shape[1]
+        assert f"{8 * len(matrix.stored()) / weights:.3f}" in row and f"{8 * matrix.tiles.nbytes / weights:.3f}" in row
+        assert f"{int((matrix.widths == 2).sum())}×2" in row or not (matrix.widths == 2).any()
+    assert f"{printed['bytes_file']:,} bytes of weights and config" in table
+    assert f"{printed['bytes_resident']:,} bytes in memory" in table
+
+
+def test_inspect_an_encoder(
+    random_model: Callable[[str], Any], token_windows: torch.Tensor, command: Command, tmp_path: pathlib.Path
+) -> None:
+    """Whatever the Python API has saved, also without the files of a run."""
+    full = random_model("bert_encoder")
+    model, _ = nashswarm.compress(full, method="gptq", calibration=token_windows, bits=3, exclude=["pooler.*"])
+    model.save_pretrained(tmp_path)
+    status, table, _ = command("inspect", tmp_path)
+    assert status == 0 and "embeddings.word_embeddings" in table and "groups of 64, coded" in table
+
+
+def test_bench(made: Any, text_file: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, text = torch.get_num_threads(), text_file.read_text()
+    monkeypatch.setattr(stdlib_docs, "text", lambda purpose: text)  # the embedded one takes seconds to read
+    words = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 2, "--threads", 1, "--against", "bfloat16")
+    status, printed, _ = command("bench", made[0], *words)
+    torch.set_num_threads(threads)
+    found = json.loads(printed)
+    assert status == 0 and found["folder"] == str(made[0]) and found["threads"] == 1
+    for phase in ("decode", "prefill"):
+        assert 0 < found[f"{phase}_ratio_low"] <= found[f"{phase}_ratio"] <= found[f"{phase}_ratio_high"]
+    assert {"decode_ms", "decode_ms_full", "decode_ms_float32", "decode_ms_bfloat16"} <= set(found)
+    assert found["bytes_resident"] == made[1]["bytes_resident"] < found["bytes_resident_full"]
+    assert abs(found["kl_float32"]) < 1e-6 < found["kl_int8"]  # against its own weights
+
+
+def test_rebudget_remembers_and_certify_agrees(made: Any, command: Command, tmp_path: pathlib.Path) -> None:
+    status, printed, logged = command("rebudget", made[0], "--bits", 4.5, "--out", tmp_path / "larger")
+    found = json.loads(printed)
+    assert status == 0 and 4.4 < found["bits_per_weight_model"] <= 4.5 and set(found) == set(made[1])
+    assert sorted(path.name for path in (tmp_path / "larger").iterdir()) == FILES
+    about = json.loads((tmp_path / "larger/nashswarm.json").read_text())
+    assert about["record"]["provenance"]["cache_hits"] and about["config"]["method"]["bits"] == 4.5
+    status, printed, _ = command("certify", tmp_path / "larger")
+    assert status == 0 and json.loads(printed)["agrees"] is True
+    assert json.loads(printed)["recorded_regret_max"] == found["regret_max"]
+
+
+def test_rebudget_keeps_to_whole_bits_where_there_are_only_those(
+    model_folder: pathlib.Path, options: list[str], command: Command, tmp_path: pathlib.Path
+) -> None:
+    words = (model_folder, "--out", tmp_path / "gptq", "--method", "gptq", "--bits", 3, *options)
+    assert command("compress", *words)[0] == 0
+    config = config_again(json.loads((tmp_path / "gptq/nashswarm.json").read_text()), 2.5, "elsewhere")
+    assert config.method.bits == 2.5  # which gptq itself refuses: nothing is rounded in silence
+    status, printed, _ = command("rebudget", tmp_path / "gptq", "--bits", 4, "--out", tmp_path / "other")
+    assert status == 0 and 4 < json.loads(printed)["bits_per_weight"] < 5
+
+
+def test_a_budget_given_as_a_whole_number_can_become_a_fraction(made: Any) -> None:
+    about = json.loads((made[0] / "nashswarm.json").read_text())
+    about["config"]["method"]["bits"] = 3
+    config = config_again(about, 2.5, "elsewhere")
+    assert config.method.bits == 2.5 and config.save == "elsewhere"
+
+
+def test_compressing_again_into_the_same_folder_is_nothing(
+    made: Any, model_folder: pathlib.Path, options: list[str], command: Command
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made[0].iterdir()}
+    status, printed, _ = command("compress", model_folder, "--out", made[0], "--bits", 3.5, *options)
+    assert status == 0 and json.loads(printed) == made[1]
+    assert {path: path.stat().st_mtime_ns for path in made[0].iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compress", "/nowhere/model"], "the model /nowhere/model cannot be fetched|the model folder /nowhere/model"),
+        (["compress", "nobody/nothing"], "the model nobody/nothing cannot be fetched from the Hugging Face hub"),
+        (["compress", "MODEL", "--bits", "0.01"], "is below the smallest possible size of this model"),
+        (["compress", "MODEL", "--bits", "2.5", "--method", "gptq"], "gptq gives every weight the same whole number"),
+        (["compress", "MODEL", "--exclude", "nothing"], "names no matrix of this model: nothing"),
+        (["compress", "MODEL", "--calibration", "/nowhere.txt"], "--calibration /nowhere.txt is not a file"),
+        (["compress", "MODEL", "--length", "65"], "=65 is not between 2 and the model's maximum of 64"),
+        (["compress", "MODEL", "--windows", "100000"], "windows, fewer than the 100000"),
+        (["rebudget", "/nowhere", "--bits", "3"], "/nowhere holds no compressed model"),
+        (["rebudget", "MODEL", "--bits", "3"], "holds no compressed model"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_sentence(
+    words: list[str], said: str, model_folder: pathlib.Path, options: list[str], command: Command, tmp_path: pathlib.Path
+) -> None:
+    filled = [str(model_folder) if word == "MODEL" else word for word in words]
+    own = [] if words[0] == "rebudget" else options  # of an option given twice the last counts
+    status, printed, logged = command(*filled[:2], *own, *filled[2:], "--out", tmp_path / "out")
+    last = logged.strip().splitlines()[-1]
+    assert status == 2 and not printed and re.search(said, last) and last.startswith(f"nashswarm {words[0]}: ")
+    assert "Traceback" not in logged and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["inspect", "bench", "certify"])
+def test_a_folder_without_a_compressed_model_is_refused(
+    name: str, model_folder: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    for folder, said in ((tmp_path, "holds no"), (model_folder, "is not compressed|holds no compressed model")):
+        status, printed, logged = command(name, folder)
+        assert status == 2 and not printed and logged.count("\n") == 1
+            assert re.search(said, logged)
+
+
+def test_a_damaged_folder_is_refused(made: Any, command: Command, tmp_path: pathlib.Path) -> None:
+    folder = pathlib.Path(shutil.copytree(made[0], tmp_path / "model"))
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    for name, said in (("inspect", "the checksum of"), ("bench", "the checksum of"), ("certify", "the checksum of")):
+        status, printed, logged = command(name, folder)
+        assert status == 2 and not printed and said in logged
+    assert command("rebudget", folder, "--bits", 3, "--out", tmp_path / "other")[0] == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_full_disk_leaves_nothing(
+    model_folder: pathlib.Path, options: list[str], command: Command, tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    words = ("--method", "uniform", "--bits", 4, "--out", tmp_path / "out")
+    status, printed, logged = command("compress", model_folder, *words, *options)
+    assert status == 2 and not printed and "cannot write" in logged and "No space left on device" in logged
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_something_is_refused(
+    model_folder: pathlib.Path, options: list[str], command: Command, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "precious").touch()
+    status, printed, logged = command("compress", model_folder, "--out", tmp_path, *options)
+    assert status == 2 and not printed and "is not an empty folder; name another one or delete it" in logged
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("name", ["compress", "rebudget", "inspect", "bench", "certify"])
+def test_every_command_says_how_it_is_used(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    assert "FOLDER" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main([name])
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"nashswarm {nashswarm.__version__}\n"

@@ -1,0 +1,379 @@
+"""Products with packed matrices: every path against the torch reference, and the bytes against a slow packer."""
+
+import copy
+import dataclasses
+import json
+import logging
+import pickle
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+from torch import Tensor
+
+from nashswarm import kernels
+from nashswarm.kernels import __main__ as command
+from nashswarm.kernels import native, reference
+from nashswarm.kernels import tiles as layout
+from nashswarm.kernels.tiles import Tiles
+
+PATHS = native.available()
+few = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+def force(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.VARIABLE, path)
+    native.path.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def forget_the_path() -> Iterator[None]:
+    yield
+    native.path.cache_clear()
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    force(request.param, monkeypatch)
+    return str(request.param)
+
+
+def example(
+    rows: int, columns: int, group_size: int, bits: list[int], lattice: bool, escapes: int = 0, seed: int = 0
+) -> Tiles:
+    """Any codes, zero points far from the middle too, escapes anywhere."""
+    rng = np.random.default_rng(seed)
+    blocks, groups = -(-rows // 16), -(-columns // group_size)
+    widths = rng.choice(bits, (blocks, groups)).astype(np.uint8)
+    top = 2.0 ** widths.reshape(-1, 1, 1)
+    codes = torch.from_numpy(np.floor(rng.random((blocks * groups, 16, group_size)) * top).astype(np.uint8))
+    places = np.sort(rng.choice(rows * columns, min(escapes, rows * columns), replace=False))
+    row, column = places // columns, places % columns
+    order = np.argsort(row // 16, kind="stable")
+    starts = np.searchsorted(row[order] // 16, np.arange(blocks + 1))
+    none = np.zeros(0, np.float32)
+    scale = none if lattice else rng.uniform(-1, 1, (blocks, groups, 16)).astype(np.float32)
+    zero_point = none if lattice else rng.random((blocks, groups, 16)) * top.reshape(blocks, groups, 1)
+    across, down = (rng.uniform(0.5, 2, n).astype(np.float32) if lattice else none for n in (rows, columns))
+    parts = (
+        *(across, down, starts.astype(np.int32), (16 * column + row % 16)[order].astype(np.int32)),
+        rng.integers(-1000, 1000, len(places)).astype(np.int32),
+    )
+    tiles_widths = torch.from_numpy(widths)
+    return Tiles(
+        *(rows, columns, group_size, layout.pack(codes, tiles_widths.flatten()), tiles_widths),
+        torch.from_numpy(scale).half(),
+        torch.from_numpy(zero_point.astype(np.uint8)),
+        *map(torch.from_numpy, parts),
+    )
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    assert found.shape == exact.shape
+    return float((found.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("width", layout.WIDTHS[1:])
+def test_the_bytes_are_those_of_a_slow_packer(width: int) -> None:
+    """Positions of 4 inputs: bit by bit where the layout says they stand."""
+    codes = np.random.default_rng(width).integers(0, 2**width, (16, 64)).astype(np.uint8)
+    payload = np.zeros(2 * width * 64, np.uint8)
+    for row in range(16):
+        for column in range(64):
+            chunk, position, byte = column // 32, column % 32 // 4, 4 * row + column % 4
+            for bit in range(width):
+                if width == 3 and position >= 6:
+                    register, at = (position - 6, 6 + bit) if bit < 2 else (2, position)
+                elif width == 3:
+                    register, at = position // 2, position % 2 * 3 + bit
+                else:
+                    register, at = divmod(position * width + bit, 8)
+                value = codes[row, column] >> bit & 1
+                payload[(chunk * width + register) * 64 + byte] |= value << at
+    widths = torch.tensor([width], dtype=torch.uint8)
+    packed = layout.pack(torch.from_numpy(codes)[None], widths)
+    assert np.array_equal(packed.numpy(), payload)
+    assert torch.equal(layout.unpack(packed, widths, 64)[0], torch.from_numpy(codes))
+
+
+def test_a_weight_by_hand() -> None:
+    """row scale · column scale · (scale · (code − zero point) + escape)"""
+    tiles = example(20, 40, 32, [4], lattice=False)
+    places = torch.tensor([16 * 33 + 3], dtype=torch.int32)  # of row 19, column 33
+    tiles = dataclasses.replace(
+        tiles, row_scale=torch.full((20,), 2.0), column_scale=torch.full((40,), 0.5), escape_places=places,
+        escape_codes=torch.tensor([7], dtype=torch.int32), escape_starts=torch.tensor([0, 0, 1], dtype=torch.int32),
+    )  # fmt: skip
+    code = float(layout.unpack(tiles.payload, tiles.widths.flatten(), 32)[3, 3, 1])  # tile (1, 1), row 3, input 1
+    expected = float(tiles.scale[1, 1, 3]) * (code - float(tiles.zero_point[1, 1, 3])) + 7
+    assert float(layout.dequantize(tiles)[19, 33]) == pytest.approx(expected)
+
+
+shapes = some.fixed_dictionaries(
+    {
+        "rows": some.integers(1, 150),
+        "columns": some.integers(1, 300),
+        "group_size": some.sampled_from([32, 64, 96, 128]),
+        "bits": some.lists(some.sampled_from(layout.WIDTHS), min_size=1, max_size=5, unique=True),
+        "lattice": some.booleans(),
+        "escapes": some.sampled_from([0, 1, 20]),
+        "seed": some.integers(0, 2**16),
+    }
+)
+
+
+@pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
+@given(shapes, some.integers(1, 70))
+@few
+def test_any_shape_is_the_references(path: str, activations: str, shape: dict[str, Any], batch: int) -> None:
+    tiles = example(**shape)
+    x = torch.randn(batch, tiles.columns, generator=torch.Generator().manual_seed(shape["seed"]))
+    found = kernels.matmul(x, tiles, activations)
+    expected = reference.matmul(x, tiles, activations)
+    size = x.norm() * layout.dequantize(tiles).norm()  # products may cancel: their rounding does not
+    assert found.shape == expected.shape
+    assert float((found - expected).norm()) <= 1e-6 * float(size)
+
+
+@given(shapes)
+@few
+def test_rows_are_those_of_the_matrix(path: str, shape: dict[str, Any]) -> None:
+    tiles = example(**shape)
+    ids = torch.randint(tiles.rows, (2, 7), generator=torch.Generator().manual_seed(shape["seed"]))
+    torch.testing.assert_close(kernels.rows_of(tiles, ids), layout.dequantize(tiles)[ids], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", [[2], [3], [4], [8], [0, 2, 3, 4, 8]])
+@pytest.mark.parametrize("lattice", [False, True])
+def test_errors_of_rounding(path: str, bits: list[int], lattice: bool) -> None:
+    tiles = command.example(512, 768, bits, 64, lattice)
+    x = torch.randn(5, 768, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ layout.dequantize(tiles).double().T
+    assert relative(kernels.matmul(x, tiles, "float32"), exact) < 1e-6
+    assert relative(kernels.matmul(x, tiles, "int8"), exact) < 1e-2
+
+
+@pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
+def test_a_row_of_x_has_the_same_bits_in_every_batch(path: str, activations: str) -> None:
+    if path == native.SLOW:
+        pytest.skip("torch sums in an order of its own")
+    tiles = example(100, 200, 64, [2, 3, 4, 8], lattice=True, escapes=5)
+    x = torch.randn(15, 200)
+    together = kernels.matmul(x, tiles, activations)
+    assert torch.equal(together, torch.cat([kernels.matmul(row[None], tiles, activations) for row in x]))
+
+
+def test_a_hundred_threads_at_once_have_the_same_bits(path: str) -> None:
+    tiles, x = command.example(512, 768, [2, 3, 4], 64, False), torch.randn(9, 768)
+    expected, found = kernels.matmul(x, copy.deepcopy(tiles)), [torch.empty(0)] * 100
+    start = threading.Barrier(100)
+
+    def call(number: int) -> None:
+        start.wait()
+        found[number] = kernels.matmul(x, tiles)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(each, expected) for each in found)
+
+
+def test_threads_of_torch_share_the_work_and_change_no_bit(path: str) -> None:
+    tiles, x = command.example(1040, 768, [3], 64, False), torch.randn(17, 768)
+    alone = kernels.matmul(x, tiles)
+    torch.set_num_threads(2)
+    try:
+        together = kernels.matmul(x, tiles)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(together, alone) or path == native.SLOW
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_back_in_its_own_type(path: str, dtype: torch.dtype) -> None:
+    tiles, x = example(33, 70, 32, [3], lattice=False), torch.randn(2, 3, 70).to(dtype)
+    bias = torch.randn(33).to(dtype)
+    found = kernels.matmul(x, tiles, "float32", bias)
+    assert (found.dtype, found.shape) == (dtype, (2, 3, 33))
+    assert relative(found, x.float() @ layout.dequantize(tiles).T + bias.float()) < 1e-2
+
+
+@pytest.mark.parametrize("shape", [(70,), (0, 70), (2, 0, 70)])
+def test_vectors_and_nothing(path: str, shape: tuple[int, ...]) -> None:
+    tiles = example(33, 70, 32, [3], lattice=False)
+    assert kernels.matmul(torch.randn(shape), tiles).shape == (*shape[:-1], 33)
+
+
+@pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_not_hidden(path: str, activations: str, value: float) -> None:
+    tiles, x = command.example(16, 128, [3], 64, False), torch.zeros(3, 128)
+    x[1, 70] = value
+    found = kernels.matmul(x, tiles, activations)
+    assert not found[1].isfinite().any()
+    assert torch.equal(found[[0, 2]], torch.zeros(2, 16))
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-20, 1e20])
+def test_activations_of_any_size(path: str, size: float) -> None:
+    tiles, x = command.example(16, 128, [3], 64, False), torch.randn(3, 128) * size
+    exact = x.double() @ layout.dequantize(tiles).double().T
+    assert float((kernels.matmul(x, tiles, "float32") - exact).norm()) <= 1e-6 * float(exact.norm()) + 1e-35
+
+
+@pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
+def test_the_operators_are_as_torch_wants_them(activations: str) -> None:
+    tiles = example(33, 70, 32, [0, 2, 3, 4, 8], lattice=True, escapes=3)
+    for x in (torch.randn(2, 70), torch.randn(2, 70, requires_grad=True)):
+        bias = torch.randn(33, requires_grad=x.requires_grad)
+        torch.library.opcheck(torch.ops.nashswarm.matmul.default, (x, bias, activations, *kernels.flat(tiles)))
+    torch.library.opcheck(torch.ops.nashswarm.rows.default, (torch.tensor([3, 32]), *kernels.flat(tiles)))
+
+
+def test_gradients_reach_x_and_the_bias(path: str) -> None:
+    tiles = example(33, 70, 32, [2, 3], lattice=False, escapes=3)
+    x, bias = torch.randn(2, 3, 70, requires_grad=True), torch.randn(33, requires_grad=True)
+    weight, seen = layout.dequantize(tiles), torch.randn(2, 3, 33)
+    (kernels.matmul(x, tiles, "int8", bias) * seen).sum().backward()
+    torch.testing.assert_close(x.grad, seen @ weight, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(bias.grad, seen.sum((0, 1)))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiles = example(33, 70, 32, [2, 3], lattice=False, escapes=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.matmul(torch.relu(x), self.tiles) + kernels.rows_of(self.tiles, torch.tensor([1]))[:, :33]
+
+
+@pytest.fixture
+def no_shapes_checked() -> Iterator[None]:
+    """A compiler does not see through the checks of types, which are there in tests alone."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("no_shapes_checked")
+def test_compiled_and_exported_modules_are_the_eager_one() -> None:
+    layer, x = Layer(), torch.randn(4, 70)
+    expected = layer(x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    exported = torch.export.export(layer, (x,))
+    assert any("nashswarm.matmul" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), expected)
+
+
+def test_a_copy_does_not_read_the_memory_of_its_original() -> None:
+    tiles, x = example(33, 70, 32, [2, 3], lattice=False), torch.randn(4, 70)
+    expected = kernels.matmul(x, tiles)
+    others = [copy.deepcopy(tiles), pickle.loads(pickle.dumps(tiles))]
+    tiles.payload.zero_()
+    assert all(torch.equal(kernels.matmul(x, other), expected) for other in others)
+
+
+def test_tensors_that_moved_are_found_again(path: str) -> None:
+    tiles, x = example(33, 70, 32, [2, 3], lattice=False), torch.randn(4, 70)
+    expected = kernels.matmul(x, tiles)
+    for part in (tiles.payload, tiles.scale, tiles.zero_point, tiles.escape_starts):
+        part.share_memory_()
+    assert torch.equal(kernels.matmul(x, tiles), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda tiles: kernels.matmul(torch.zeros(1, 70), tiles, "int4"), "unknown activations 'int4': choose int8 or"),
+        (lambda tiles: kernels.matmul(torch.zeros(1, 71), tiles), "x has 71 columns and the packed matrix 70"),
+        (lambda tiles: kernels.matmul(torch.zeros(1, 70, device="meta"), tiles), "x is on meta and the packed matrix"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        call(example(33, 70, 32, [3], lattice=False))
+
+
+@pytest.mark.parametrize("row", [-1, 33])
+def test_rows_that_there_are_not(path: str, row: int) -> None:
+    with pytest.raises(IndexError, match=f"row {row} is asked for: the packed matrix has rows 0 … 32"):
+        kernels.rows_of(example(33, 70, 32, [3], lattice=False), torch.tensor([5, row]))
+
+
+def test_an_unknown_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    force("sse9", monkeypatch)
+    with pytest.raises(ValueError, match="NASHSWARM_KERNEL=sse9 is no path: choose avx512, avx2, portable, torch"):
+        native.path()
+
+
+def test_a_path_that_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: ["portable", native.SLOW])
+    force("avx512", monkeypatch)
+    with pytest.raises(ValueError, match="NASHSWARM_KERNEL=avx512 cannot be taken here: choose portable, torch"):
+        native.path()
+
+
+def test_the_log_says_once_which_path_is_taken(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiles = example(33, 70, 32, [3], lattice=False)
+    with caplog.at_level(logging.INFO, native.__name__):
+        for _ in range(3):
+            kernels.matmul(torch.zeros(1, 70), tiles)
+    assert [record.getMessage() for record in caplog.records] == [native.path_taken(path)]
+
+
+def test_without_a_library_torch_multiplies_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    native.library.cache_clear()
+    native.path.cache_clear()
+    try:
+        tiles, x = example(33, 70, 32, [3], lattice=False), torch.randn(1, 70)
+        assert relative(kernels.matmul(x, tiles), reference.matmul(x, tiles, "int8")) < 1e-6
+        assert native.path() == native.SLOW
+        assert "multiplied by torch, which is slow: the C++ library was not built" in caplog.text
+    finally:
+        native.library.cache_clear()
+
+
+def test_the_command_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["--shape", "96x128", "--bits", "mixed", "--lattice", "--batch", "2", "--rounds", "5"])
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert found["path"] in PATHS
+    assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
+    assert found["relative_error"] < 1e-2
+    assert found["microseconds"] > 0 < found["microseconds_fp32"]
+
+
+@pytest.mark.parametrize(("option", "said"), [("--bits=5", "widths are 0, 2, 3, 4, 8"), ("--group-size=48", "of 32")])
+def test_the_command_refuses(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main([option])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lattice", [False, True])
+def test_triton_in_its_interpreter(lattice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from nashswarm.kernels import triton_kernels
+
+    tiles = example(40, 100, 32, [0, 2, 3, 4, 8], lattice, escapes=3)
+    x = torch.randn(17, 100)
+    assert relative(triton_kernels.matmul(x, tiles), x.double() @ layout.dequantize(tiles).double().T) < 1e-6
