@@ -12,7 +12,7 @@ LATEX := latexmk texlive-latex-base texlive-latex-recommended texlive-fonts-reco
          texlive-latex-extra poppler-utils
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all sweep derive paper reproduce clean
+.PHONY: help install quickstart test test-all sanitize sweep derive paper reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +20,13 @@ help:  ## list the targets
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: pyproject.toml constraints.txt | $(BIN)/python
+KERNELS := nashswarm/kernels/csrc
+SANITIZED := build/sanitize
+# The library is loaded by a Python that was not built with the sanitizers: they come first.
+SANITIZER = SANITIZED=$(SANITIZED)/nashswarm_kernels.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+            LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"
+
+.venv/installed: pyproject.toml constraints.txt $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h) $(KERNELS)/CMakeLists.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -39,7 +45,12 @@ test: install  ## lint, types, layers, tests
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/pytest -n 2 --quiet
 
-test-all: test  ## test, then the slow tests
+sanitize: install  ## the tests of the kernels, built to find memory errors and undefined behaviour
+	@cmake -S $(KERNELS) -B $(SANITIZED) -DSANITIZE=ON > /dev/null
+	@cmake --build $(SANITIZED) > /dev/null
+	@$(SANITIZER) $(BIN)/python -m pytest --quiet -p tests.sanitized tests/test_kernels.py -k "not compiled and not triton"
+
+test-all: test sanitize  ## test, then the kernels under sanitizers and the slow tests
 	@$(BIN)/pytest --quiet -m slow
 
 sweep: install  ## one experiment: make sweep EXPERIMENT=main; what has a record is skipped

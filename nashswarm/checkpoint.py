@@ -75,6 +75,10 @@ class NashSwarmConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method, self.version, self.checksum = quant_method, version, checksum
         self.float_bits, self.activations = float_bits, activations
+        if float_bits not in FLOATS:
+            raise ValueError(
+                f"config.json says float_bits={float_bits}; the format knows {' and '.join(map(str, FLOATS))}"
+            )
 
 
 @register_quantizer(METHOD)
@@ -134,7 +138,8 @@ class NashSwarmQuantizer(HfQuantizer):
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """The model with plain floats, all of them of ``dtype``; by default of that it computes in now, whatever its
         config says."""
-        return super().dequantize(model, dtype or model.dtype).to(dtype or model.dtype)
+        wanted = dtype or model.dtype
+        return super().dequantize(model, wanted).to(wanted)  # type: ignore[no-untyped-call]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         found: dict[PackedMatrix, nn.Parameter] = {}
@@ -219,7 +224,7 @@ def decode(name: str, content: Bytes, tables: CodeTables | None) -> Decoded:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """crc32 over names, dtypes, shapes and contents, in hexadecimal digits; the order of the tensors does not matter."""
+    """crc32 over names, dtypes, shapes and contents, in hexadecimal digits, whatever the order of the tensors."""
     found = 0
     for name in sorted(tensors):
         part = tensors[name].detach().cpu().contiguous()
@@ -280,8 +285,12 @@ def _place(
 
 
 def _rounded(others: Mapping[str, Tensor], float_bits: int) -> dict[str, Tensor]:
+    """The tensors as they are stored.  Raises ValueError for one that 16-bit floats cannot hold."""
     kind = FLOATS[float_bits]
-    return {name: (part.to(kind) if part.is_floating_point() else part).detach() for name, part in others.items()}
+    rounded = {name: (part.to(kind) if part.is_floating_point() else part).detach() for name, part in others.items()}
+    if lost := [name for name, part in rounded.items() if not part.isfinite().all() and others[name].isfinite().all()]:
+        raise ValueError(f"{', '.join(lost)} does not fit {float_bits}-bit floats")
+    return rounded
 
 
 def _key(name: str) -> str:

@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     rebudgeted.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
     rebudgeted.add_argument("--bits", type=float, required=True)
     rebudgeted.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
+    _add_paths(rebudgeted)
     rebudgeted.set_defaults(run=_rebudget)
 
     inspected = commands.add_parser(
@@ -104,10 +105,14 @@ def _parser() -> argparse.ArgumentParser:
         f"{LIMIT:g} nats per token, 1 if not, 2 if it could not be computed.",
     )
     checked.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="a folder that compress or save= made")
-    checked.add_argument("--model", metavar="PATH", help="the full model, if it no longer lies where it lay")
-    checked.add_argument("--dataset", metavar="PATH", help="its calibration text, if it no longer lies where it lay")
+    _add_paths(checked)
     checked.set_defaults(run=_certify)
     return parser
+
+
+def _add_paths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH", help="the full model, if it no longer lies where it lay")
+    parser.add_argument("--dataset", metavar="PATH", help="its calibration text, if it no longer lies where it lay")
 
 
 def _compress(given: argparse.Namespace) -> int:
@@ -135,7 +140,9 @@ def _compress(given: argparse.Namespace) -> int:
 
 def _rebudget(given: argparse.Namespace) -> int:
     about = saved.read(given.folder).about
-    config = run.config_again(about, bits=given.bits, save=str(given.out))
+    config = run.config_again(
+        about, {"model": given.model, "dataset": given.dataset}, bits=given.bits, save=str(given.out), rerun=False
+    )
     return _show(run.run(config, about["record"]["labels"]).record, given.out)
 
 
@@ -174,6 +181,8 @@ def _inspect(given: argparse.Namespace) -> int:
 
 
 def _bench(given: argparse.Namespace) -> int:
+    if min(given.threads, given.repeats, given.new_tokens) < 1:
+        raise ValueError("--threads, --repeats and --new-tokens must be at least 1")
     torch.set_num_threads(given.threads)
     packed, full = _load(given.folder), _load(given.folder)
     full.dequantize()

@@ -253,7 +253,7 @@ def set_activations(model: nn.Module, activations: Activations) -> None:
 class _ReadOnly(Tensor):
     """Floats that nobody may change: what is made of them are ordinary tensors."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]

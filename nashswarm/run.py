@@ -258,22 +258,37 @@ def reopen(about: Mapping[str, Any], paths: Mapping[str, str | None]) -> Job:
 
     Raises ValueError if the model or the text is no longer the one that it was.
     """
+    config = config_again(about, paths)
+    torch.set_num_threads(about["record"]["config"]["threads"])
+    return Job(config, *plan(config))
+
+
+def config_again(about: Mapping[str, Any], paths: Mapping[str, str | None], **changed: Any) -> DictConfig:
+    """The config that left a saved model; ``changed``: keys of its root, and ``bits`` of its method.
+
+    Raises ValueError if the model or the text is no longer the one that it was, or the method has no size to choose.
+    """
     config, was = OmegaConf.create(dict(about["config"])), about["record"]["config"]
     for group, path in paths.items():
         if path is not None:
             if "path" not in config[group]:
                 raise ValueError(f"--{group} {path}: {config[group]._target_} comes with the package; leave it out")
             config[group].path = path
-    torch.set_num_threads(was["threads"])
-    planned = plan(config)
+    bits = changed.pop("bits", None)
+    if bits is not None:
+        if config.method.get("bits") is None:
+            raise ValueError(f"{about['record']['labels']['method']} has no method.bits that could be changed")
+        config.method.bits = int(bits) if bits == int(bits) else bits
+    config.update(changed)
+    identity = plan(config).identity
     hub_name = "@" in was["model"]["content"]  # a folder that stands in for it has a content of its own
-    for group, changed in {
-        "model": not hub_name and planned.identity["model"]["content"] != was["model"]["content"],
-        "dataset": any(planned.identity["dataset"][key] != was["dataset"][key] for key in TEXT_KEYS),
+    for group, differs in {
+        "model": not hub_name and identity["model"]["content"] != was["model"]["content"],
+        "dataset": any(identity["dataset"][key] != was["dataset"][key] for key in TEXT_KEYS),
     }.items():
-        if changed:
+        if differs:
             raise ValueError(f"the {group} is not the one of the saved run; name the right one by --{group}")
-    return Job(config, *planned)
+    return config
 
 
 def config_of(source: models.Source, method: Method, dataset: Any, measure: Measure, **root: Any) -> DictConfig:
@@ -281,18 +296,6 @@ def config_of(source: models.Source, method: Method, dataset: Any, measure: Meas
     groups = {"model": source, "method": method, "dataset": dataset, "measure": measure}
     plain = dataclasses.asdict(Root()) | {"wandb": "disabled"} | root
     return OmegaConf.create(plain | {name: _described(value) for name, value in groups.items()})
-
-
-def config_again(about: Mapping[str, Any], bits: float, save: str) -> DictConfig:
-    """The config that left a saved model, for another size and another folder.
-
-    Raises ValueError if its method has no size to choose.
-    """
-    config = OmegaConf.create(dict(about["config"]))
-    if config.method.get("bits") is None:
-        raise ValueError(f"{about['record']['labels']['method']} has no method.bits that could be changed")
-    config.method.bits, config.save, config.rerun = int(bits) if bits == int(bits) else bits, save, False
-    return config
 
 
 def _described(value: Any) -> Any:

@@ -28,8 +28,10 @@ from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 from nashswarm.quant.published import quantize_by_magnitude
 
-KINDS = ("gpt2", "llama", "llama_tied", "opt", "gpt_neox", "bert", "bert_encoder", "bert_classifier")
+KINDS = ("gpt2", "llama", "llama_tied", "opt", "bert", "bert_encoder")
 FORMATS = ("tiles", "groups", "lattice")
+CASES = [(kind, form) for kind in KINDS for form in FORMATS]
+CASES += [("gpt_neox", "lattice"), ("bert_classifier", "groups")]  # the first is stored under other names elsewhere
 FILES = ["config.json", "model.safetensors"]
 
 Packed = Callable[..., dict[str, np.ndarray]]
@@ -57,7 +59,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.fixture(scope="module", params=[(kind, form) for kind in KINDS for form in FORMATS], ids="-".join)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def saved(
     request: pytest.FixtureRequest,
     random_model: Callable[[str], Any],
@@ -290,7 +292,7 @@ def test_missing_code_tables_are_missed(damaged: pathlib.Path) -> None:
     tensors = safetensors.torch.load_file(damaged / "model.safetensors")
     del tensors["code_tables"]
     safetensors.torch.save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="damaged, or not the files that belong to this config.json"):
+    with pytest.raises(ValueError, match=r"damaged, or not the files that belong to this config\.json"):
         load(damaged)
     resealed(damaged, tensors)
     with pytest.raises(ValueError, match="cannot be read: the file lacks code_tables"):
@@ -309,7 +311,7 @@ def test_the_weights_of_another_model_are_refused(
     other = random_model("llama")
     compressed(other, packed(other, "tiles")).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other/model.safetensors", damaged)
-    with pytest.raises(ValueError, match="not the files that belong to this config.json; copy the whole folder again"):
+    with pytest.raises(ValueError, match=r"not the files that belong to this config\.json; copy the whole folder"):
         load(damaged)
 
 

@@ -27,7 +27,7 @@ from nashswarm.linear import (
     set_activations,
     to_tiles,
 )
-from nashswarm.quant.entropy import CodeTables, decode_groups, decode_lattice, encode_lattice
+from nashswarm.quant.entropy import CodeTables, decode_groups, decode_lattice
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor
 from nashswarm.quant.pack import unpack

@@ -58,14 +58,15 @@ def direct(
     """``matmul`` as a bare call: without gradients, unseen by compilers."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"unknown activations {activations!r}: choose {' or '.join(ACTIVATIONS)}")
-    if x.shape[-1] != tiles.columns:
-        raise ValueError(f"x has {x.shape[-1]} columns and the packed matrix {tiles.columns}: give x as many")
+    if x.size(-1) != tiles.columns:
+        raise ValueError(f"x has {x.size(-1)} columns and the packed matrix {tiles.columns}: give x as many")
     if x.device != tiles.payload.device:
         raise ValueError(f"x is on {x.device} and the packed matrix on {tiles.payload.device}: move one to the other")
-    single = x.float().contiguous()
-    offset = None if bias is None else bias.float().contiguous()
+    single = x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+    offset = bias if bias is None else bias.float().contiguous()
     if x.is_cpu and native.path() != native.SLOW:
-        return native.matmul(single, tiles, activations, offset).to(x.dtype)
+        answer = native.matmul(single, tiles, activations, offset)
+        return answer if x.dtype is torch.float32 else answer.to(x.dtype)
     flat = single.view(-1, tiles.columns)
     if x.is_cuda and TRITON:
         from nashswarm.kernels import triton_kernels
@@ -119,12 +120,10 @@ LIBRARY.impl("matmul", _matmul_operator, "CompositeExplicitAutograd")
 LIBRARY.impl("rows", _rows_operator, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("nashswarm::matmul")
 def _fake_matmul(x: Tensor, bias: Tensor | None, activations: str, *flat: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], flat[-3])
 
 
-@torch.library.register_fake("nashswarm::rows")
 def _fake_rows(ids: Tensor, *flat: Any) -> Tensor:
     return ids.new_empty(*ids.shape, flat[-2], dtype=torch.float32)
 
@@ -148,4 +147,6 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return x, bias, None, *(None for _ in (*ctx.saved_tensors, *ctx.sizes))
 
 
+torch.library.register_fake("nashswarm::matmul")(_fake_matmul)
+torch.library.register_fake("nashswarm::rows")(_fake_rows)
 torch.library.register_autograd("nashswarm::matmul", _gradients, setup_context=_keep)

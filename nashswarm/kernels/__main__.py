@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.group_size % layout.CHUNK:
         parser.error(f"--group-size {options.group_size}: kernels read groups of multiples of {layout.CHUNK}")
     torch.set_num_threads(options.threads)
-    tiles = example(*options.shape, options.bits, options.group_size, options.lattice)
+    rows, columns = options.shape
+    tiles = example(rows, columns, options.bits, options.group_size, options.lattice)
     print(json.dumps(measured(tiles, options.batch, options.activations, options.rounds)))
 
 
@@ -55,9 +56,9 @@ def example(rows: int, columns: int, bits: Sequence[int], group_size: int, latti
     codes = torch.randn(widths.numel(), layout.TILE_ROWS, group_size, generator=generator) * levels / 5 + levels / 2
     codes = codes.floor().clamp(min=0).minimum(levels - 1).to(torch.uint8)
     none = torch.zeros(0)
-    side = (*shape, layout.TILE_ROWS) if not lattice else (0,)
+    side = (0,) if lattice else (*shape, layout.TILE_ROWS)
     scale = (torch.rand(side, generator=generator) * 0.01 + 0.01).half()
-    zero_point = (levels.view(*shape, 1) / 2).expand(side) + torch.randint(-1, 2, side, generator=generator) if not lattice else none
+    zero_point = none if lattice else levels.view(*shape, 1) / 2 + torch.randint(-1, 2, side, generator=generator)
     across, down = (torch.rand(n, generator=generator) + 0.5 if lattice else none for n in (rows, columns))
     escapes = [torch.zeros(n, dtype=torch.int32) for n in (shape[0] + 1, 0, 0)]
     payload = layout.pack(codes, widths.flatten())

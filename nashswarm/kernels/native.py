@@ -62,8 +62,9 @@ def library() -> ctypes.CDLL | str:
 def available() -> list[str]:
     """The paths that this machine can take, the fastest first."""
     found = library()
-    native = [] if isinstance(found, str) else [name for name, number in PATHS.items() if found.nashswarm_supports(number)]
-    return [*native, SLOW]
+    if isinstance(found, str):
+        return [SLOW]
+    return [*(name for name, number in PATHS.items() if found.nashswarm_supports(number)), SLOW]
 
 
 @functools.cache
@@ -104,6 +105,7 @@ def _matrix(tiles: Tiles) -> Matrix:
     addresses = [part.data_ptr() if part.numel() else 0 for part in (*parts, tiles.order)]
     found = Matrix(tiles.rows, tiles.columns, tiles.group_size, *addresses, tiles.order.data_ptr() + starts)
     found.kept = parts  # alive as long as their addresses are
+    found.address = ctypes.addressof(found)
     return found
 
 
@@ -114,7 +116,7 @@ def matmul(
     matrix = matrix_of(tiles)
     answer = torch.empty(*x.shape[:-1], tiles.rows)
     failed = _library().nashswarm_matmul(
-        ctypes.byref(matrix),
+        matrix.address,
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
         answer.data_ptr(),
@@ -132,9 +134,9 @@ def rows_of(tiles: Tiles, ids: Int64[Tensor, "*shape"]) -> Float32[Tensor, "*sha
     """The rows of the dequantized matrix that ``ids`` name, of a contiguous tensor on the CPU."""
     matrix = matrix_of(tiles)
     found = torch.empty(*ids.shape, tiles.columns)
-    wrong = _library().nashswarm_rows(ctypes.byref(matrix), ids.data_ptr(), found.data_ptr(), ids.numel())
+    wrong = _library().nashswarm_rows(matrix.address, ids.data_ptr(), found.data_ptr(), ids.numel())
     if wrong >= 0:
-        raise IndexError(f"row {int(ids.flatten()[wrong])} is asked for: the packed matrix has rows 0 … {tiles.rows - 1}")
+        raise layout.no_row(tiles, int(ids.flatten()[wrong]))
     return found
 
 

@@ -47,5 +47,8 @@ def rounded(x: Float[Tensor, "batch columns"], group_size: int) -> Float[Tensor,
 
 
 def rows_of(tiles: Tiles, ids: Integer[Tensor, " count"]) -> Float[Tensor, "count columns"]:
-    """The rows of the dequantized matrix that ``ids`` name."""
-    return layout.dequantize(tiles)[ids]
+    """The rows of the dequantized matrix that ``ids`` name; only their row blocks are unpacked."""
+    if ids.is_cpu and ((ids < 0) | (ids >= tiles.rows)).any():
+        raise layout.no_row(tiles, int(ids[(ids < 0) | (ids >= tiles.rows)][0]))
+    blocks, places = (ids.long() // layout.TILE_ROWS).unique(return_inverse=True)
+    return layout.dequantize(layout.some_blocks(tiles, blocks))[places * layout.TILE_ROWS + ids % layout.TILE_ROWS]

@@ -7,13 +7,14 @@ The weight at (o, j), in row o mod 16 of its tile, is
 with one ``scale`` and ``zero_point`` for every row of a tile, or, where they are absent (codes of a lattice), 1 and the
 middle of the width's range; there, codes beyond that range are escapes, added by their place.
 
-A row of a tile is one 32-bit lane of a 512-bit register.  A register holds, lane by lane, four consecutive inputs, one in
-each byte of the lane; a chunk is 32 inputs, eight such positions, and takes ``width`` registers of 64 bytes:
+A row of a tile is one 32-bit lane of a 512-bit register.  A register holds, lane by lane, four consecutive inputs, one
+in each byte of the lane; a chunk is 32 inputs, eight such positions, and takes ``width`` registers of 64 bytes:
 
-    2 bits: positions 4k … 4k+3 at bits 0, 2, 4, 6 of register k        4 bits: positions 2k, 2k+1 at bits 0, 4
-    8 bits: position k                3 bits: positions 2k, 2k+1 at bits 0, 3 of register k; of position 6 the low two
-    bits are the spare ones of register 0 and the high one is bit 6 of register 2, of position 7 those of register 1
-    and bit 7 of register 2.
+    2 bits: positions 4k … 4k+3 at bits 0, 2, 4, 6 of register k
+    3 bits: positions 2k, 2k+1 at bits 0, 3 of register k; of position 6 the low two bits are the spare ones of
+            register 0 and the high one is bit 6 of register 2; of position 7 those of register 1 and bit 7 of 2
+    4 bits: positions 2k, 2k+1 at bits 0, 4 of register k
+    8 bits: position k is register k
 
 So one AND isolates a field, and a multiply-add of unsigned bytes by signed ones takes all four inputs at once.
 """
@@ -34,7 +35,8 @@ WIDTHS = (0, 2, 3, 4, 8)
 # width → (position, register, bit of the register's bytes, lowest bit of the code, how many bits)
 FIELDS = {
     2: [(p, p // 4, p % 4 * 2, 0, 2) for p in range(8)],
-    3: [(p, p // 2, p % 2 * 3, 0, 3) for p in range(6)] + [(6, 0, 6, 0, 2), (6, 2, 6, 2, 1), (7, 1, 6, 0, 2), (7, 2, 7, 2, 1)],
+    3: [(p, p // 2, p % 2 * 3, 0, 3) for p in range(6)]
+    + [(6, 0, 6, 0, 2), (6, 2, 6, 2, 1), (7, 1, 6, 0, 2), (7, 2, 7, 2, 1)],
     4: [(p, p // 2, p % 2 * 4, 0, 4) for p in range(8)],
     8: [(p, p, 0, 0, 8) for p in range(8)],
 }
@@ -115,7 +117,9 @@ def pack(codes: UInt8[Tensor, "tiles 16 inputs"], widths: UInt8[Tensor, " tiles"
     return payload
 
 
-def unpack(payload: UInt8[Tensor, " bytes"], widths: UInt8[Tensor, " tiles"], group_size: int) -> UInt8[Tensor, "tiles 16 inputs"]:
+def unpack(
+    payload: UInt8[Tensor, " bytes"], widths: UInt8[Tensor, " tiles"], group_size: int
+) -> UInt8[Tensor, "tiles 16 inputs"]:
     """The codes that ``pack`` packed; zeros where the width is 0."""
     starts = payload_starts(widths, group_size)
     codes = torch.zeros(len(widths), TILE_ROWS, group_size, dtype=torch.uint8, device=payload.device)
@@ -173,6 +177,43 @@ def grid_values(tiles: Tiles) -> Float[Tensor, "rows columns"]:
     row_blocks, groups = tiles.widths.shape
     matrix = values.view(row_blocks, groups, TILE_ROWS, tiles.group_size).transpose(1, 2)
     return matrix.reshape(row_blocks * TILE_ROWS, -1)[: tiles.rows, : tiles.columns].contiguous()
+
+
+def some_blocks(tiles: Tiles, blocks: Int[Tensor, " blocks"]) -> Tiles:
+    """The matrix of these row blocks, one after the other; the last is padded to a whole one."""
+    groups = tiles.widths.shape[1]
+    payload = tiles.payload[_ranges(payload_starts(tiles.widths, tiles.group_size)[::groups], blocks)]
+    starts = tiles.escape_starts.long()
+    escapes = _ranges(starts, blocks)
+    row_scale = tiles.row_scale
+    if row_scale.numel():
+        row_scale = (
+            torch.nn.functional.pad(row_scale, (0, -tiles.rows % TILE_ROWS)).view(-1, TILE_ROWS)[blocks].flatten()
+        )
+    return dataclasses.replace(
+        tiles,
+        rows=TILE_ROWS * len(blocks),
+        payload=payload,
+        widths=tiles.widths[blocks],
+        scale=tiles.scale.view(-1, groups, TILE_ROWS)[blocks] if tiles.scale.numel() else tiles.scale,
+        zero_point=tiles.zero_point.view(-1, groups, TILE_ROWS)[blocks] if tiles.scale.numel() else tiles.zero_point,
+        row_scale=row_scale,
+        escape_starts=torch.nn.functional.pad(starts.diff()[blocks].cumsum(0), (1, 0)),
+        escape_places=tiles.escape_places[escapes],
+        escape_codes=tiles.escape_codes[escapes],
+    )
+
+
+def _ranges(starts: Int[Tensor, " parts_and_one"], chosen: Int[Tensor, " chosen"]) -> Int[Tensor, " places"]:
+    """The places of the chosen parts, one after the other."""
+    counts = starts.diff()[chosen]
+    shifts = starts[chosen] - counts.cumsum(0) + counts
+    return torch.arange(int(counts.sum()), device=starts.device) + shifts.repeat_interleave(counts)
+
+
+def no_row(tiles: Tiles, row: int) -> IndexError:
+    """What to raise where a row is asked for that there is not."""
+    return IndexError(f"row {row} is asked for: the packed matrix has rows 0 … {tiles.rows - 1}")
 
 
 def escaped(tiles: Tiles) -> tuple[Int[Tensor, " escapes"], Int[Tensor, " escapes"]]:

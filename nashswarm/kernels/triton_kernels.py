@@ -20,7 +20,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     block, first = tl.program_id(0), tl.program_id(1) * BATCH
     item, row, input = first + tl.arange(0, BATCH), tl.arange(0, 16), tl.arange(0, 32)
     position = input // 4
-    total = tl.zeros((BATCH, 16), tl.float32)
+    total = tl.full((BATCH, 16), 0.0, tl.float32)
     for group in range(groups):
         tile = block * groups + group
         width = tl.load(widths + tile).to(tl.int32)
@@ -30,7 +30,7 @@ def _multiply(  # type: ignore[no-untyped-def]
             register = tl.where(width == 3, tl.where(split, position - 6, position // 2), position // fields)
             bit = tl.where(width == 3, tl.where(split, 6, position % 2 * 3), position % fields * width)
             mask = tl.where(split, 3, (1 << width) - 1)
-            point = (1 << width >> 1).to(tl.float32) + tl.zeros((16,), tl.float32)
+            point = (1 << width >> 1).to(tl.float32) + tl.full((16,), 0.0, tl.float32)
             factor = tl.full((16,), 1.0, tl.float32)
             if SCALED:
                 point = tl.load(zero_point + tile * 16 + row).to(tl.float32)
@@ -64,4 +64,3 @@ def matmul(x: Float32[Tensor, "batch columns"], tiles: Tiles) -> Float32[Tensor,
         GROUP_SIZE=tiles.group_size, SCALED=tiles.scale.numel() > 0, BATCH=BATCH,
     )  # fmt: skip
     return reference.finished(answer[:, : tiles.rows].contiguous(), x, tiles)
-

@@ -174,5 +174,5 @@ def calibrate(
         for window in track(list(windows), "calibrating"):
             score(model, window, generator).backward()
     if unused := [name for name, watch in sums.items() if watch.outputs is None]:
-        raise ValueError(f"the model never uses {', '.join(unused)}: name them in model.exclude")
+        raise ValueError(f"the model never uses {', '.join(unused)}: leave them out by model.exclude, or exclude=")
     return {name: watch.moments() for name, watch in sums.items()}
