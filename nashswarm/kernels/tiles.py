@@ -30,7 +30,7 @@ TILE_ROWS = 16
 CHUNK = 32  # inputs
 POSITIONS = 8  # of four inputs each, in a chunk
 REGISTER = 64  # bytes
-SPAN = 4  # row blocks whose tiles are taken together
+SPAN = 8  # row blocks whose tiles are taken together
 WIDTHS = (0, 2, 3, 4, 8)
 # width → (position, register, bit of the register's bytes, lowest bit of the code, how many bits)
 FIELDS = {
@@ -82,8 +82,7 @@ class Tiles:
         device = self.widths.device
         widths = self.widths.flatten().long()
         blocks = torch.arange(row_blocks, device=device).repeat_interleave(groups)
-        key = torch.where(widths > 0, blocks // SPAN * 16 + widths, 1 << 60)
-        key, order = key.sort(stable=True)
+        key, order = torch.where(widths > 0, blocks // SPAN * 16 + widths, 1 << 60).sort(stable=True)
         order = order[key < 1 << 60]
         firsts = torch.arange(-(-row_blocks // SPAN), device=device)[:, None] * 16
         firsts = (firsts + torch.tensor(WIDTHS[1:], device=device)).flatten()

@@ -33,7 +33,7 @@ struct Avx512 {
     template <int WIDTH>
     static Partial<WIDTH> begin(Sum sum) { return sum; }
     static Sum multiply(Sum sum, Codes codes, const int8_t* digits) {
-        // Written out, for compilers broadcast into a register first.
+        // Written out: compilers broadcast into a register first.
         const auto& four = *reinterpret_cast<const char(*)[4]>(digits);
         __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(four));
         return sum;

@@ -9,7 +9,7 @@ constexpr int TILE_ROWS = 16;  // of a row block
 constexpr int REGISTER = 64;   // bytes: four consecutive inputs of every row
 constexpr int CHUNK = 32;      // inputs
 constexpr int POSITIONS = 8;   // of four inputs each, in a chunk
-constexpr int SPAN = 4;        // row blocks whose tiles are taken together
+constexpr int SPAN = 8;        // row blocks whose tiles are taken together
 
 struct Tile {
     uint32_t place;  // in the payload, in registers

@@ -56,12 +56,13 @@ constexpr int place_of(int width, int position) {
 
 template <class Set, int WIDTH, int FACTORS, int PLACES, class Partial, int... POSITION>
 ALWAYS_INLINE void multiply_positions(const typename Set::Codes (&registers)[WIDTH], const int8_t* digits,
-                               Partial (&sums)[FACTORS][PLACES], std::integer_sequence<int, POSITION...>) {
+                                      Partial (&sums)[FACTORS][PLACES], std::integer_sequence<int, POSITION...>) {
     const auto one = [&](auto codes, int position, int place) {
         for (int factor = 0; factor < FACTORS; ++factor)
             sums[factor][place] = Set::multiply(sums[factor][place], codes, digits + 4 * (FACTORS * position + factor));
     };
-    (one(codes_of<Set, WIDTH, PLACES != 1, POSITION>(registers), POSITION, PLACES != 1 ? place_of(WIDTH, POSITION) : 0), ...);
+    (one(codes_of<Set, WIDTH, PLACES != 1, POSITION>(registers), POSITION, PLACES != 1 ? place_of(WIDTH, POSITION) : 0),
+     ...);
 }
 
 // The sum over the places of a byte, each shifted down to the lowest.
@@ -95,18 +96,19 @@ struct Pass {
 // Adds the products of LANES rows of a tile with COLUMNS rows of x to `totals`, which hold SPAN · 16 floats each.
 //
 // PLACES = 4: codes stay where they stand in their bytes, for a shift less, and every place has its own accumulator,
-// shifted once at the end; PLACES = 1: they are shifted down.
-template <class Set, int WIDTH, int COLUMNS, int COUNT>
+// shifted once at the end; PLACES = 1: they are shifted down.  GROUP: the group size, or 0 for any.
+template <class Set, int WIDTH, int COLUMNS, int COUNT, int GROUP>
 ALWAYS_INLINE void multiply_lanes(const Pass& pass, const Tile& tile, int lane, float* totals) {
     constexpr int FACTORS = COLUMNS * COUNT, PLACES = Set::IN_PLACE && COLUMNS == 1 ? 4 : 1;
     const int64_t group = tile.where / SPAN, block = tile.where % SPAN;
     const uint8_t* payload = pass.payload + int64_t(tile.place) * REGISTER + 4 * lane;
-    const int8_t* digits = pass.digits + group * pass.group_size * FACTORS;
+    const int64_t group_size = GROUP ? GROUP : pass.group_size;
+    const int8_t* digits = pass.digits + group * group_size * FACTORS;
 
     typename Set::Sum sums[FACTORS][PLACES];
     for (auto& factor : sums)
         for (auto& sum : factor) sum = Set::nothing();
-    for (int64_t chunk = 0; chunk < pass.group_size; chunk += CHUNK) {
+    for (int64_t chunk = 0; chunk < group_size; chunk += CHUNK) {
         typename Set::Codes registers[WIDTH];
         for (int number = 0; number < WIDTH; ++number) registers[number] = Set::load(payload + number * REGISTER);
         typename Set::template Partial<WIDTH> partials[FACTORS][PLACES];
@@ -135,17 +137,24 @@ ALWAYS_INLINE void multiply_lanes(const Pass& pass, const Tile& tile, int lane, 
             total = digit == COUNT - 1 ? part : Set::plus_product(part, total, 256.0f);
         }
         float* place = totals + (column * SPAN + block) * TILE_ROWS + lane;
-        const auto factor = Set::times(scale, pass.steps[group * COLUMNS + column]);
-        Set::store(place, Set::plus_product(Set::load_floats(place), total, factor));
+        const auto step = Set::times(scale, pass.steps[group * COLUMNS + column]);
+        Set::store(place, Set::plus_product(Set::load_floats(place), total, step));
     }
 }
 
-template <class Set, int WIDTH, int COLUMNS, int COUNT>
-__attribute__((noinline)) void multiply_tiles(const Pass& given, const Tile* tile, const Tile* end, float* totals) {
+template <class Set, int WIDTH, int COLUMNS, int COUNT, int GROUP>
+__attribute__((noinline)) void multiply_group_size(const Pass& given, const Tile* tile, const Tile* end, float* totals) {
     const Pass pass = given;
     for (; tile < end; ++tile)
         for (int lane = 0; lane < TILE_ROWS; lane += Set::LANES)
-            multiply_lanes<Set, WIDTH, COLUMNS, COUNT>(pass, *tile, lane, totals);
+            multiply_lanes<Set, WIDTH, COLUMNS, COUNT, GROUP>(pass, *tile, lane, totals);
+}
+
+template <class Set, int WIDTH, int COLUMNS, int COUNT>
+void multiply_tiles(const Pass& pass, const Tile* tile, const Tile* end, float* totals) {
+    if (tile == end) return;
+    if (pass.group_size == 64 && COLUMNS == 1) multiply_group_size<Set, WIDTH, 1, COUNT, 64>(pass, tile, end, totals);
+    else multiply_group_size<Set, WIDTH, COLUMNS, COUNT, 0>(pass, tile, end, totals);
 }
 
 // The rows of a span times COLUMNS rows of x, from the first on.
