@@ -101,31 +101,38 @@ class Grid:
     shift: Integer[Tensor, "out columns"] | None = None
 
     def best(
-        self, column: int, target: Float[Tensor, " out"], stiffness: Float[Tensor, " out"]
-    ) -> Float[Tensor, " out"]:
-        """The cheapest codes of a column: half the ``stiffness`` times the squared distance from ``target``, and the
-        price of the code."""
-        step = self.step[:, column]
+        self, columns: int | slice, target: Float[Tensor, "out *columns"], stiffness: Float[Tensor, "out *columns"]
+    ) -> Float[Tensor, "out *columns"]:
+        """The cheapest codes of these columns: half the ``stiffness`` times the squared distance from ``target``, and
+        the price of the code."""
+        step = self.step[:, columns]
         wanted = torch.where(step > 0, target / step, 0.0)
         if self.price is None:
             nearest = wanted.round()
             if self.low is not None and self.high is not None:
-                nearest = nearest.clamp(self.low[:, column], self.high[:, column])
+                nearest = nearest.clamp(self.low[:, columns], self.high[:, columns])
             return nearest
         size = wanted.abs()
-        choices = (size.round().unsqueeze(1) - torch.arange(REACH + 2)).clamp_(min=0)
-        choices[:, -1] = 0
+        choices = (size.round().unsqueeze(-1) - torch.arange(REACH + 2)).clamp_(min=0)
+        choices[..., -1] = 0
         cost = (
-            self.length(column, choices)
-            + (stiffness * step.square() / 2)[:, None] * (choices - size.unsqueeze(1)).square_()
+            self.length(columns, choices)
+            + (stiffness * step.square() / 2).unsqueeze(-1) * (choices - size.unsqueeze(-1)).square_()
         )
-        return choices.gather(1, cost.argmin(1, keepdim=True))[:, 0] * wanted.sign()
+        return choices.gather(-1, cost.argmin(-1, keepdim=True))[..., 0] * wanted.sign()
 
-    def length(self, column: int, magnitudes: Float[Tensor, "out choices"]) -> Float[Tensor, "out choices"]:
-        """What coding these magnitudes in this column costs, in nats per token."""
+    def length(
+        self, columns: int | slice, magnitudes: Float[Tensor, "out *columns choices"]
+    ) -> Float[Tensor, "out *columns choices"]:
+        """What coding these magnitudes in these columns costs, in nats per token."""
         assert self.price is not None and self.table is not None and self.shift is not None
-        symbols = (magnitudes.int() >> self.shift[:, column : column + 1]).clamp_(max=self.price.shape[1] - 1)
-        return self.price[self.table[:, column : column + 1], symbols]
+        shift, table = self.shift[:, columns].unsqueeze(-1), self.table[:, columns].unsqueeze(-1)
+        return self.price[table, (magnitudes.int() >> shift).clamp_(max=self.price.shape[1] - 1)]
+
+    def of_rows(self, rows: Integer[Tensor, " some"]) -> "Grid":
+        """The grid of some of the rows."""
+        parts = {name: getattr(self, name) for name in ("step", "low", "high", "table", "shift")}
+        return dataclasses.replace(self, **{name: part[rows] for name, part in parts.items() if part is not None})
 
 
 GridOf = Callable[[Tensor, Float[Tensor, "out columns"]], Grid]  # of columns, by number, and their weights by now
@@ -183,8 +190,8 @@ def settle(
     sweeps: int = 100,
     tolerance: float = 0.0,
 ) -> Settled:
-    """Best replies from ``codes``, column by column, until no weight moves, the gain of a sweep falls below
-    ``tolerance`` of the damage, or ``sweeps`` are over.  No move ever raises the cost of its row."""
+    """Best replies from ``codes``, one block of columns after the other, until no weight moves, the gain of a sweep
+    falls below ``tolerance`` of the damage, or ``sweeps`` are over.  No move ever raises the cost of its row."""
     assert curvature.inputs is not None
     codes = codes.clone()
     columns = torch.arange(weight.shape[1]).split(BLOCK)
@@ -194,40 +201,11 @@ def settle(
     moves: list[int] = []
     gains: list[float] = []
     while len(active) and len(moves) < sweeps:
-        moved = torch.zeros(len(active), dtype=torch.int32)
+        moved = torch.zeros(len(weight), dtype=torch.int32)
         gained = 0.0
-        own_error, own_codes, rows = _by_column(error[active]), _by_column(codes[active]), curvature.rows[active]
         for block, grid in zip(columns, grids, strict=True):
-            first = int(block[0])
-            span = slice(first, first + len(block))
-            near = curvature.inputs[span, span]
-            pull = (curvature.inputs[span] @ own_error.T).T
-            own = _rows_of(grid, active)
-            lookups = None if curvature.lookups is None else _by_column(curvature.lookups[active, span])
-            for column in range(len(block)):
-                at = first + column
-                stiffness = rows * near[column, column]
-                slope = rows * pull[:, column]
-                if lookups is not None:
-                    stiffness = stiffness + lookups[:, column]
-                    slope = slope + lookups[:, column] * own_error[:, at]
-                step, old = own.step[:, column], own_codes[:, at]
-                new = own.best(column, old * step + slope / stiffness.clamp(min=TINY), stiffness)
-                change = (new - old) * step
-                gain = change * slope - stiffness * change.square() / 2
-                if own.price is not None:
-                    length = own.length(column, torch.stack([old, new], 1).abs())
-                    gain = gain + length[:, 0] - length[:, 1]
-                better = gain > 1e-5 * stiffness * step.square()  # beyond what float32 can tell
-                if better.any():
-                    change = torch.where(better, change, 0.0)
-                    own_codes[:, at] = torch.where(better, new, old)
-                    own_error[:, at] -= change
-                    pull[:, column + 1 :].addr_(change, near[column, column + 1 :], alpha=-1)
-                    moved += better
-                    gained += float(gain[better].double().sum())
-        error[active], codes[active] = own_error, own_codes
-        active = active[moved > 0]
+            gained += _settle_block(block, active, error, codes, curvature, grid, moved)
+        active = active[moved[active] > 0]
         moves.append(int(moved.sum()))
         gains.append(gained)
         if gained <= tolerance * float(curvature.damage_by_row(error).double().sum()):
@@ -235,11 +213,45 @@ def settle(
     return Settled(codes, moves, gains)
 
 
-def _rows_of(grid: Grid, rows: Integer[Tensor, " active"]) -> Grid:
-    parts = {name: getattr(grid, name) for name in ("step", "low", "high", "table", "shift")}
-    return dataclasses.replace(
-        grid, **{name: _by_column(part[rows]) for name, part in parts.items() if part is not None}
-    )
+def _settle_block(
+    columns: Integer[Tensor, " columns"],
+    rows: Integer[Tensor, " some"],
+    error: Float[Tensor, "out in"],
+    codes: Float[Tensor, "out in"],
+    curvature: Curvature,
+    grid: Grid,
+    moved: Integer[Tensor, " out"],
+) -> float:
+    """What these ``rows`` gain in these columns, each by its best code again and again until it has none; ``error``,
+    ``codes`` and the count of moves change in place."""
+    assert curvature.inputs is not None
+    span = slice(int(columns[0]), int(columns[-1]) + 1)
+    near = curvature.inputs[span, span]
+    pull = error[rows] @ curvature.inputs[:, span]
+    gained = 0.0
+    while len(rows):
+        own, old, share = grid.of_rows(rows), codes[rows, span], curvature.rows[rows, None]
+        stiffness, slope = share * near.diagonal(), share * pull
+        if curvature.lookups is not None:
+            lookups = curvature.lookups[rows, span]
+            stiffness, slope = stiffness + lookups, slope + lookups * error[rows, span]
+        new = own.best(slice(None), old * own.step + slope / stiffness.clamp(min=TINY), stiffness)
+        change = (new - old) * own.step
+        gain = change * (slope - stiffness * change / 2)
+        if own.price is not None:
+            length = own.length(slice(None), torch.stack([old, new], -1).abs())
+            gain = gain + length[..., 0] - length[..., 1]
+        gain = torch.where(gain > 1e-5 * stiffness * own.step.square(), gain, 0.0)  # beyond what float32 can tell
+        most, chosen = gain.max(1)
+        (better,) = most.nonzero(as_tuple=True)
+        rows, chosen = rows[better], chosen[better]
+        change = change[better, chosen]
+        codes[rows, span.start + chosen] = new[better, chosen]
+        error[rows, span.start + chosen] -= change
+        pull = pull[better] - change[:, None] * near[chosen]
+        moved[rows] += 1
+        gained += float(most.double().sum())
+    return gained
 
 
 def _by_column(matrix: Tensor) -> Tensor:
