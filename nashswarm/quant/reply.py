@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nashswarm.quant.entropy import CodeTables, address
 from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme, quantize
-from nashswarm.quant.lattice import Lattice, LatticeTensor
+from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 BLOCK = 64  # columns replied to between two matrix products
@@ -52,6 +52,11 @@ class Curvature:
         if self.lookups is not None:
             total += (self.lookups * error.square()).sum(1)
         return total / 2
+
+    def of_rows(self, rows: Rows) -> "Curvature":
+        """Of some of the rows alone."""
+        lookups = None if self.lookups is None else self.lookups[rows]
+        return dataclasses.replace(self, rows=self.rows[rows], lookups=lookups)
 
     def damped(self, damping: float = DAMPING) -> "Curvature":
         """With ``damping`` times its mean on the diagonal of H: calibration text is a sample."""
@@ -349,6 +354,10 @@ class Whitened:
     rows: Float[Tensor, " out"]
     columns: Float[Tensor, " in"]
     factor: Float[Tensor, "in in"] | None
+
+    def of_rows(self, rows: Rows) -> "Whitened":
+        """Of some of the rows alone."""
+        return dataclasses.replace(self, curvature=self.curvature.of_rows(rows), rows=self.rows[rows])
 
 
 def whiten(curvature: Curvature, damping: float = DAMPING, feedback: bool = True) -> Whitened:
