@@ -30,7 +30,7 @@ from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_intege
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, lattice_of, stack
 from nashswarm.quant.pack import run_lengths
-from nashswarm.quant.reply import Coding, Settled, Whitened, lattice_reply, regret_by_row, whiten
+from nashswarm.quant.reply import Coding, Curvature, Settled, Whitened, lattice_reply, lattice_settle, regret_by_row, whiten
 from nashswarm.quant.resident import to_tiles
 
 BitGame = Literal["equilibrium", "uniform"]
@@ -39,7 +39,6 @@ BUDGET_TOLERANCE = 1e-3
 COARSE = 1e-2  # how closely a budget is met before offsets are chosen
 REFERENCE = 3.0  # bits per weight at which sensitivities are measured, whatever the budget
 REGRET = 5e-7  # nats per token: what a block must gain to move once the unit is settled
-TRIES = 4  # offsets that it tries then
 ROUNDS = 6  # of meeting the budget and moving, at most
 TRIALS = 12  # units tried until the budget is met
 TABLES = "code_tables"  # their name beside the packed layers
@@ -68,7 +67,7 @@ class NashSwarm:
     offsets: Sequence[int] = (-4, -2, -1, 0, 1, 2, 4)
     code_game: CodeGame = "equilibrium"
     sweeps: int = 20
-    rate_in_codes: float = 0.0
+    rate_in_codes: float = 1.0
     strength: Sequence[float] = (0.0, 0.5)
     cache: bool = True
     swarm: Flock | None = dataclasses.field(default_factory=lambda: Flock(align=(0.0, 0.25)))
@@ -183,8 +182,7 @@ class _Table:
         self, layer: Layer, tensor: LatticeTensor, stance: Stance, rows: Rows = ALL
     ) -> Float[Tensor, " out"]:
         """Nats per token of every row, as the players see it."""
-        error = layer.weight[rows] - tensor.dequantize()
-        return stance.weights[layer.name][rows] * self.whitened[layer.name].curvature.of_rows(rows).damage_by_row(error)
+        return self.curvature(layer, stance, rows).damage_by_row(layer.weight[rows] - tensor.dequantize())
 
     def cost(
         self, layer: Layer, tensor: LatticeTensor, played: Played, stance: Stance, rows: Rows = ALL
@@ -195,16 +193,28 @@ class _Table:
 
     # the whole model
 
-    def play(self, unit: float, stance: Stance, sweeps: int, coding: Coding | None = None) -> Played:
-        """Every layer's codes at ``unit``, and the tables that fit them."""
-        tensors, settled = {}, {}
+    def play(self, unit: float, stance: Stance, sweeps: int) -> Played:
+        """Every layer's codes at ``unit``: one pass, and ``sweeps`` at the price of the tables that fit the pass; where
+        codes mind their length, once more by the tables that fit those, which are the last."""
+        tensors: dict[str, LatticeTensor] = {}
+        settled: dict[str, Settled] = {}
         for layer in self.oracle.track(self.oracle.layers, "replying"):
-            lattice = self.lattice(layer, unit, stance)
-            answer = lattice_reply(layer.weight, self.whitened[layer.name], lattice, coding, sweeps)
-            tensors[layer.name] = _expected(answer[0])
-            if answer[1] is not None:
-                settled[layer.name] = answer[1]
-        return Played(unit, tensors, tables_of(count(tensors.values())), settled)
+            found = lattice_reply(layer.weight, self.whitened[layer.name], self.lattice(layer, unit, stance))
+            tensors[layer.name] = _expected(found)
+        tables = tables_of(count(tensors.values()))
+        for last in ((False, True) if self.rules.rate_in_codes else (False,)) if sweeps else ():
+            coding = self.coding(unit, tables)
+            for layer in self.oracle.track(self.oracle.layers, "settling"):
+                own = self.curvature(layer, stance)
+                found, ended = lattice_settle(layer.weight, tensors[layer.name], own, coding, sweeps)
+                tensors[layer.name] = found if last else _expected(found)
+                settled[layer.name] = ended.after(settled.get(layer.name))
+            tables = tables if last else tables_of(count(tensors.values()))
+        return Played(unit, tensors, tables, settled)
+
+    def curvature(self, layer: Layer, stance: Stance, rows: Rows = ALL) -> Curvature:
+        """Of these rows, as the players see it."""
+        return self.whitened[layer.name].curvature.of_rows(rows).weighed(stance.weights[layer.name][rows])
 
     def price(self, unit: float) -> float:
         """λ of a bit at ``unit``, in nats per token."""
@@ -212,15 +222,9 @@ class _Table:
 
     def meet(self, budget: int, unit: float, stance: Stance, sweeps: int, tolerance: float) -> Played:
         """The finest unit found whose bytes stay within ``budget``, to ``tolerance``."""
-        tables = CodeTables.of_laplace()
-
-        def trial(unit: float) -> Played:
-            nonlocal tables
-            played = self.play(unit, stance, sweeps, self.coding(unit, tables))
-            tables = played.tables
-            return played
-
-        return _meet(trial, lambda played: played.bytes, budget, unit, self.slope, tolerance)
+        return _meet(
+            lambda unit: self.play(unit, stance, sweeps), lambda played: played.bytes, budget, unit, self.slope, tolerance
+        )
 
     def coding(self, unit: float, tables: CodeTables) -> Coding | None:
         """What codes cost in their own eyes."""
@@ -341,41 +345,33 @@ class _Table:
     def calm(
         self, played: Played, stance: Stance, costs: Float[np.ndarray, "blocks actions"]
     ) -> tuple[Stance, Played, Float[np.ndarray, "blocks actions"]]:
-        """Blocks that regret their offset try others, the cheapest first, while unit, code tables and the sizes of
-        columns stay as they are; each keeps what it regrets least."""
-        align = stance.found["flock_align"]
-        game, profile, lowest = self.game(costs, played, stance, align)
-        others = game.costs(profile)
-        others[np.arange(len(profile)), profile] = np.inf
-        order = others.argsort(1) + lowest
-        regret, offsets = game.regret(profile), profile + lowest
-        best, least = offsets.copy(), regret.copy()
-        for number in range(TRIES + 1):
-            movers = regret > REGRET if number < TRIES else best != offsets
+        """Blocks that regret their offset move, while unit, code tables and the sizes of columns stay as they are.
+        Their codes reply at the price of those tables, so that nobody pays more than it moved for."""
+        for _ in range(ROUNDS):
+            game, profile, lowest = self.game(costs, played, stance, stance.found["flock_align"])
+            movers = game.regret(profile) > REGRET
             if not movers.any():
-                continue
-            offsets = np.where(movers, order[:, min(number, order.shape[1] - 1)] if number < TRIES else best, offsets)
-            stance = dataclasses.replace(stance, offsets=self.by_layer(offsets))
+                break
+            profile = np.where(movers, best_response(game, profile).profile, profile)
+            stance = dataclasses.replace(stance, offsets=self.by_layer(profile + lowest))
             played = self.moved(played, stance, movers)
             costs = costs.copy()
             costs[movers] = self.actions(played, stance, movers)
-            game, profile, _ = self.game(costs, played, stance, align)
-            regret = game.regret(profile)
-            better = regret < least
-            best, least = np.where(better, offsets, best), np.where(better, regret, least)
         return stance, played, costs
 
     def moved(self, played: Played, stance: Stance, movers: Blocks) -> Played:
         """These blocks reply anew, at the offsets of ``stance``; all others, the tables and column sizes stay."""
-        coding, sweeps = self.coding(played.unit, played.tables), self.sweeps
+        coding = self.coding(played.unit, played.tables)
         tensors = dict(played.tensors)
         for layer, rows in self.rows(movers):
-            now = tensors[layer.name]
+            weight, ground = layer.weight[rows], self.whitened[layer.name].of_rows(rows)
             lattice = self.lattice(layer, played.unit, stance).of_rows(rows)
-            lattice = dataclasses.replace(lattice, column_size=now.lattice.column_size)
-            ground = self.whitened[layer.name].of_rows(rows)
-            codes = lattice_reply(layer.weight[rows], ground, lattice, coding, sweeps)[0].codes
-            tensors[layer.name] = now.replaced(rows, _expected(LatticeTensor(codes, lattice), columns_too=False))
+            column_size = played.tensors[layer.name].lattice.column_size
+            passed = lattice_reply(weight, ground, dataclasses.replace(lattice, column_size=column_size))
+            found = _expected(passed, columns_too=False)
+            if self.sweeps:
+                found, _ = lattice_settle(weight, found, self.curvature(layer, stance, rows), coding, self.sweeps)
+            tensors[layer.name] = tensors[layer.name].replaced(rows, found)
         return dataclasses.replace(played, tensors=tensors)
 
     def choose(self, stances: Sequence[Stance], budget: int, unit: float) -> Stance:
@@ -446,7 +442,7 @@ class _Table:
                 lattices = [self.lattice(layer, played.unit, stance, shift).of_rows(rows) for shift in shifts]
                 ground = self.whitened[layer.name].of_rows(rows)
                 ground = dataclasses.replace(ground, rows=ground.rows.repeat(len(shifts)))
-                answer, _ = lattice_reply(weight.repeat(len(shifts), 1), ground, stack(lattices), None)
+                answer = lattice_reply(weight.repeat(len(shifts), 1), ground, stack(lattices))
                 for shift, codes, lattice in zip(shifts, answer.codes.split(len(weight)), lattices, strict=True):
                     placed = dataclasses.replace(lattice, column_size=now.lattice.column_size)
                     tensor = _expected(LatticeTensor(codes, placed), columns_too=False)
@@ -555,11 +551,9 @@ class _Table:
         ``costs`` tells, or by other codes for its weights, each alone, their gains added up."""
         game, profile, _ = self.game(costs, played, stance, stance.found["flock_align"])
         steps = game.regret(profile)
+        coding = self.coding(played.unit, played.tables)
         by_layer = [
-            _blocks(
-                stance.weights[layer.name]
-                * regret_by_row(layer.weight, played.tensors[layer.name], self.whitened[layer.name].curvature)
-            )
+            _blocks(regret_by_row(layer.weight, played.tensors[layer.name], self.curvature(layer, stance), coding))
             for layer in self.oracle.layers
         ]
         codes = torch.cat(by_layer).numpy()

@@ -23,7 +23,8 @@ from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 BLOCK = 64  # columns replied to between two matrix products
 TINY = torch.finfo(torch.float32).tiny
-REACH = 2  # codes below the nearest one that a reply considers, besides 0
+ALL = slice(None)
+REACH = 1  # codes below and above the nearest one that a priced reply considers, besides 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Curvature:
         """Of some of the rows alone."""
         lookups = None if self.lookups is None else self.lookups[rows]
         return dataclasses.replace(self, rows=self.rows[rows], lookups=lookups)
+
+    def weighed(self, weights: Float[Tensor, " out"]) -> "Curvature":
+        """Every row's damage times its weight."""
+        lookups = None if self.lookups is None else self.lookups * weights[:, None]
+        return dataclasses.replace(self, rows=self.rows * weights, lookups=lookups)
 
     def damped(self, damping: float = DAMPING) -> "Curvature":
         """With ``damping`` times its mean on the diagonal of H: calibration text is a sample."""
@@ -118,7 +124,8 @@ class Grid:
                 nearest = nearest.clamp(self.low[:, columns], self.high[:, columns])
             return nearest
         size = wanted.abs()
-        choices = (size.round().unsqueeze(-1) - torch.arange(REACH + 2)).clamp_(min=0)
+        near = torch.arange(REACH, -REACH - 2, -1)
+        choices = (size.round().unsqueeze(-1) + near).clamp_(min=0)
         choices[..., -1] = 0
         cost = (
             self.length(columns, choices)
@@ -126,13 +133,27 @@ class Grid:
         )
         return choices.gather(-1, cost.argmin(-1, keepdim=True))[..., 0] * wanted.sign()
 
+    def gains(
+        self, old: Float[Tensor, "out columns"], slope: Float[Tensor, "out columns"], stiffness: Float[Tensor, "out columns"]
+    ) -> tuple[Float[Tensor, "out columns"], Float[Tensor, "out columns"]]:
+        """The best code of every weight, if it alone moved, and what it would gain; ``slope``: how fast the damage
+        falls with the weight."""
+        new = self.best(ALL, old * self.step + slope / stiffness.clamp(min=TINY), stiffness)
+        change = (new - old) * self.step
+        gain = change * (slope - stiffness * change / 2)
+        if self.price is not None:
+            length = self.length(ALL, torch.stack([old, new], -1).abs())
+            gain += length[..., 0] - length[..., 1]
+        return new, gain
+
     def length(
         self, columns: int | slice, magnitudes: Float[Tensor, "out *columns choices"]
     ) -> Float[Tensor, "out *columns choices"]:
         """What coding these magnitudes in these columns costs, in nats per token."""
         assert self.price is not None and self.table is not None and self.shift is not None
         shift, table = self.shift[:, columns].unsqueeze(-1), self.table[:, columns].unsqueeze(-1)
-        return self.price[table, (magnitudes.int() >> shift).clamp_(max=self.price.shape[1] - 1)]
+        symbols = (magnitudes.int() >> shift).clamp_(max=self.price.shape[1] - 1)
+        return self.price.take((table * self.price.shape[1] + symbols).long())
 
     def of_rows(self, rows: Integer[Tensor, " some"]) -> "Grid":
         """The grid of some of the rows."""
@@ -151,6 +172,12 @@ class Settled:
     codes: Float[Tensor, "out in"]
     moves: list[int]
     gains: list[float]
+
+    def after(self, earlier: "Settled | None") -> "Settled":
+        """With the sweeps of ``earlier`` before these."""
+        if earlier is None:
+            return self
+        return Settled(self.codes, earlier.moves + self.moves, earlier.gains + self.gains)
 
 
 def pivots(inputs: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
@@ -197,7 +224,8 @@ def settle(
 ) -> Settled:
     """Best replies from ``codes``, one block of columns after the other, until no weight moves, the gain of a sweep
     falls below ``tolerance`` of the damage, or ``sweeps`` are over.  No move ever raises the cost of its row."""
-    assert curvature.inputs is not None
+    if curvature.inputs is None:
+        curvature = dataclasses.replace(curvature, inputs=torch.zeros(weight.shape[1], weight.shape[1]))
     codes = codes.clone()
     columns = torch.arange(weight.shape[1]).split(BLOCK)
     grids = [grid_of(block, weight[:, block]) for block in columns]
@@ -240,17 +268,12 @@ def _settle_block(
         if curvature.lookups is not None:
             lookups = curvature.lookups[rows, span]
             stiffness, slope = stiffness + lookups, slope + lookups * error[rows, span]
-        new = own.best(slice(None), old * own.step + slope / stiffness.clamp(min=TINY), stiffness)
-        change = (new - old) * own.step
-        gain = change * (slope - stiffness * change / 2)
-        if own.price is not None:
-            length = own.length(slice(None), torch.stack([old, new], -1).abs())
-            gain = gain + length[..., 0] - length[..., 1]
+        new, gain = own.gains(old, slope, stiffness)
         gain = torch.where(gain > 1e-5 * stiffness * own.step.square(), gain, 0.0)  # beyond what float32 can tell
         most, chosen = gain.max(1)
         (better,) = most.nonzero(as_tuple=True)
         rows, chosen = rows[better], chosen[better]
-        change = change[better, chosen]
+        change = (new - old)[better, chosen] * own.step[better, chosen]
         codes[rows, span.start + chosen] = new[better, chosen]
         error[rows, span.start + chosen] -= change
         pull = pull[better] - change[:, None] * near[chosen]
@@ -375,18 +398,46 @@ def whiten(curvature: Curvature, damping: float = DAMPING, feedback: bool = True
     return Whitened(damped, rows, 1 / factor.diagonal().square(), factor)
 
 
-def lattice_reply(
-    weight: Float[Tensor, "out in"],
-    whitened: Whitened,
-    lattice: Lattice,
-    coding: Coding | None,
-    sweeps: int = 0,
-    tolerance: float = 0.0,
-) -> tuple[LatticeTensor, Settled | None]:
-    """The codes of a matrix on its lattice after one pass and so many sweeps, and how the sweeps went.
+def lattice_reply(weight: Float[Tensor, "out in"], whitened: Whitened, lattice: Lattice) -> LatticeTensor:
+    """The codes of a matrix on its lattice after one pass, or after plain rounding where there is no factor."""
+    row_steps, column_steps = lattice.row_steps(), lattice.column_steps()
+    if whitened.factor is None:
+        steps = torch.outer(row_steps, column_steps)
+        return LatticeTensor(torch.where(steps > 0, weight / steps, 0.0).round().int(), lattice)
 
-    ``coding``: what codes cost; None: nothing.  ``tolerance``: as of ``settle``.
-    """
+    def grid_of(columns: Tensor, current: Tensor) -> Grid:
+        return Grid(torch.outer(column_steps[columns], row_steps).T)
+
+    return LatticeTensor(feedback(weight, whitened.rows, whitened.factor, grid_of).int(), lattice)
+
+
+def lattice_settle(
+    weight: Float[Tensor, "out in"],
+    tensor: LatticeTensor,
+    curvature: Curvature,
+    coding: Coding | None = None,
+    sweeps: int = 100,
+) -> tuple[LatticeTensor, Settled]:
+    """The codes after so many sweeps of best replies, and how those went.  ``coding``: what codes cost; None: nothing."""
+    settled = settle(weight, tensor.codes.float(), curvature, _lattice_grid(tensor.lattice, coding), sweeps)
+    return LatticeTensor(settled.codes.int(), tensor.lattice), settled
+
+
+def regret_by_row(
+    weight: Float[Tensor, "out in"], tensor: LatticeTensor, curvature: Curvature, coding: Coding | None = None
+) -> Float[Tensor, " out"]:
+    """What the weights of every row would still gain, in nats per token, each changing its code alone, all added up."""
+    error = weight - tensor.dequantize()
+    stiffness, slope = curvature.diagonal(), torch.zeros_like(error)
+    if curvature.inputs is not None:
+        slope += curvature.rows[:, None] * (error @ curvature.inputs)
+    if curvature.lookups is not None:
+        slope += curvature.lookups * error
+    grid = _lattice_grid(tensor.lattice, coding)(torch.arange(weight.shape[1]), weight)
+    return grid.gains(tensor.codes.float(), slope, stiffness)[1].clamp(min=0).double().sum(1)
+
+
+def _lattice_grid(lattice: Lattice, coding: Coding | None) -> GridOf:
     row_steps, column_steps = lattice.row_steps(), lattice.column_steps()
     price = None if coding is None else torch.from_numpy(coding.tables.bits() * coding.price).float()
 
@@ -397,29 +448,4 @@ def lattice_reply(
         table, shift = address(lattice.levels(columns))
         return Grid(step, price=price, table=table, shift=shift)
 
-    if whitened.factor is None:
-        grid = grid_of(torch.arange(weight.shape[1]), weight)
-        stiffness = torch.outer(whitened.rows, whitened.columns)
-        alone = [grid.best(column, weight[:, column], stiffness[:, column]) for column in range(weight.shape[1])]
-        return LatticeTensor(torch.stack(alone, 1).int(), lattice), None
-    codes = feedback(weight, whitened.rows, whitened.factor, grid_of)
-    if not sweeps:
-        return LatticeTensor(codes.int(), lattice), None
-    settled = settle(weight, codes, whitened.curvature, grid_of, sweeps, tolerance)
-    return LatticeTensor(settled.codes.int(), lattice), settled
-
-
-def regret_by_row(
-    weight: Float[Tensor, "out in"], tensor: LatticeTensor, curvature: Curvature
-) -> Float[Tensor, " out"]:
-    """What the weights of every row would still gain, in nats per token, each changing its code alone, all added up."""
-    steps = tensor.lattice.row_steps()[:, None] * tensor.lattice.column_steps()
-    error = weight - tensor.dequantize()
-    stiffness, slope = curvature.diagonal(), torch.zeros_like(error)
-    if curvature.inputs is not None:
-        slope += curvature.rows[:, None] * (error @ curvature.inputs)
-    if curvature.lookups is not None:
-        slope += curvature.lookups * error
-    wanted = slope / (stiffness * steps).clamp(min=TINY)
-    change = wanted.round() * steps
-    return (change * slope - stiffness * change.square() / 2).clamp(min=0).double().sum(1)
+    return grid_of
