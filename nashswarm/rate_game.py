@@ -39,6 +39,7 @@ BUDGET_TOLERANCE = 1e-3
 COARSE = 1e-2  # how closely a budget is met before offsets are chosen
 REFERENCE = 3.0  # bits per weight at which sensitivities are measured, whatever the budget
 REGRET = 5e-7  # nats per token: what a block must gain to move once the unit is settled
+FIRST = 3  # sweeps before code tables are fitted again
 ROUNDS = 6  # of meeting the budget and moving, at most
 TRIALS = 12  # units tried until the budget is met
 TABLES = "code_tables"  # their name beside the packed layers
@@ -202,11 +203,12 @@ class _Table:
             found = lattice_reply(layer.weight, self.whitened[layer.name], self.lattice(layer, unit, stance))
             tensors[layer.name] = _expected(found)
         tables = tables_of(count(tensors.values()))
-        for last in ((False, True) if self.rules.rate_in_codes else (False,)) if sweeps else ():
+        stages = ((FIRST, False), (sweeps, True)) if self.rules.rate_in_codes else ((sweeps, False),)
+        for most, last in stages if sweeps else ():
             coding = self.coding(unit, tables)
             for layer in self.oracle.track(self.oracle.layers, "settling"):
                 own = self.curvature(layer, stance)
-                found, ended = lattice_settle(layer.weight, tensors[layer.name], own, coding, sweeps)
+                found, ended = lattice_settle(layer.weight, tensors[layer.name], own, coding, most)
                 tensors[layer.name] = found if last else _expected(found)
                 settled[layer.name] = ended.after(settled.get(layer.name))
             tables = tables if last else tables_of(count(tensors.values()))
@@ -222,9 +224,11 @@ class _Table:
 
     def meet(self, budget: int, unit: float, stance: Stance, sweeps: int, tolerance: float) -> Played:
         """The finest unit found whose bytes stay within ``budget``, to ``tolerance``."""
-        return _meet(
-            lambda unit: self.play(unit, stance, sweeps), lambda played: played.bytes, budget, unit, self.slope, tolerance
-        )
+
+        def trial(unit: float) -> Played:
+            return self.play(unit, stance, sweeps)
+
+        return _meet(trial, lambda played: played.bytes, budget, unit, self.slope, tolerance)
 
     def coding(self, unit: float, tables: CodeTables) -> Coding | None:
         """What codes cost in their own eyes."""
@@ -326,8 +330,7 @@ class _Table:
             return stance, self.meet(budget, unit, stance, self.sweeps, BUDGET_TOLERANCE), None, rounds
         align = stance.found["flock_align"]
         played = self.meet(budget, unit, stance, 0, COARSE)
-        stance = self.replied(self.actions(played, stance), played, stance, align)
-        unit = played.unit
+        stance, unit = self.replied(self.actions(played, stance), played, stance, align), played.unit
         while True:
             met = self.meet(budget, unit, stance, self.sweeps, BUDGET_TOLERANCE)
             costs = self.actions(met, stance)

@@ -11,6 +11,7 @@ takes its cheapest code until nobody moves (coordinate descent, as QuantEase, Be
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
@@ -21,10 +22,9 @@ from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme
 from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
-BLOCK = 64  # columns replied to between two matrix products
+BLOCK = 128  # columns replied to between two matrix products
 TINY = torch.finfo(torch.float32).tiny
 ALL = slice(None)
-REACH = 1  # codes below and above the nearest one that a priced reply considers, besides 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,54 +111,53 @@ class Grid:
     table: Integer[Tensor, "out columns"] | None = None
     shift: Integer[Tensor, "out columns"] | None = None
 
-    def best(
-        self, columns: int | slice, target: Float[Tensor, "out *columns"], stiffness: Float[Tensor, "out *columns"]
-    ) -> Float[Tensor, "out *columns"]:
-        """The cheapest codes of these columns: half the ``stiffness`` times the squared distance from ``target``, and
-        the price of the code."""
-        step = self.step[:, columns]
-        wanted = torch.where(step > 0, target / step, 0.0)
-        if self.price is None:
-            nearest = wanted.round()
+    def nearest(self, column: int, target: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        """The codes of a column nearest to ``target``."""
+        step = self.step[:, column]
+        found = torch.where(step > 0, target / step, 0.0).round()
+        if self.low is not None and self.high is not None:
+            found = found.clamp(self.low[:, column], self.high[:, column])
+        return found
+
+    def saved(
+        self, codes: Float[Tensor, "*chosen"], chosen: tuple[Any, ...] = (ALL, ALL)
+    ) -> Float[Tensor, "moves *chosen"] | None:
+        """What these codes save on their length, in nats per token, by one step up, one step down, and by being 0."""
+        if self.price is None or self.table is None or self.shift is None:
+            return None
+        shift, start = self.shift[chosen], self.table[chosen] * self.price.shape[1]
+
+        def length(magnitudes: Tensor) -> Tensor:
+            symbols = (magnitudes >> shift).clamp_(max=self.price.shape[1] - 1)
+            return self.price.take((start + symbols).long())
+
+        whole = codes.int()
+        own = length(whole.abs())
+        return torch.stack([own - length(moved.abs()) for moved in (whole + 1, whole - 1, torch.zeros_like(whole))])
+
+    def moves(
+        self,
+        codes: Float[Tensor, "some columns"],
+        slope: Float[Tensor, "some columns"],
+        stiffness: Float[Tensor, "some columns"],
+        saved: Float[Tensor, "moves some columns"] | None,
+        rows: Integer[Tensor, " some"] | slice = ALL,
+    ) -> tuple[Float[Tensor, "some columns"], Float[Tensor, "some columns"]]:
+        """How far the code of every weight of these rows should move, if it alone moved, and what that would gain.
+
+        ``slope``: what the first bit of a step gains in damage; ``stiffness``: by how much less with every step.  A code
+        that pays for its length moves by one step at a time, or to 0.
+        """
+        if saved is None:
+            move = (slope / stiffness.clamp(min=TINY)).round_()
             if self.low is not None and self.high is not None:
-                nearest = nearest.clamp(self.low[:, columns], self.high[:, columns])
-            return nearest
-        size = wanted.abs()
-        near = torch.arange(REACH, -REACH - 2, -1)
-        choices = (size.round().unsqueeze(-1) + near).clamp_(min=0)
-        choices[..., -1] = 0
-        cost = (
-            self.length(columns, choices)
-            + (stiffness * step.square() / 2).unsqueeze(-1) * (choices - size.unsqueeze(-1)).square_()
-        )
-        return choices.gather(-1, cost.argmin(-1, keepdim=True))[..., 0] * wanted.sign()
-
-    def gains(
-        self, old: Float[Tensor, "out columns"], slope: Float[Tensor, "out columns"], stiffness: Float[Tensor, "out columns"]
-    ) -> tuple[Float[Tensor, "out columns"], Float[Tensor, "out columns"]]:
-        """The best code of every weight, if it alone moved, and what it would gain; ``slope``: how fast the damage
-        falls with the weight."""
-        new = self.best(ALL, old * self.step + slope / stiffness.clamp(min=TINY), stiffness)
-        change = (new - old) * self.step
-        gain = change * (slope - stiffness * change / 2)
-        if self.price is not None:
-            length = self.length(ALL, torch.stack([old, new], -1).abs())
-            gain += length[..., 0] - length[..., 1]
-        return new, gain
-
-    def length(
-        self, columns: int | slice, magnitudes: Float[Tensor, "out *columns choices"]
-    ) -> Float[Tensor, "out *columns choices"]:
-        """What coding these magnitudes in these columns costs, in nats per token."""
-        assert self.price is not None and self.table is not None and self.shift is not None
-        shift, table = self.shift[:, columns].unsqueeze(-1), self.table[:, columns].unsqueeze(-1)
-        symbols = (magnitudes.int() >> shift).clamp_(max=self.price.shape[1] - 1)
-        return self.price.take((table * self.price.shape[1] + symbols).long())
-
-    def of_rows(self, rows: Integer[Tensor, " some"]) -> "Grid":
-        """The grid of some of the rows."""
-        parts = {name: getattr(self, name) for name in ("step", "low", "high", "table", "shift")}
-        return dataclasses.replace(self, **{name: part[rows] for name, part in parts.items() if part is not None})
+                move = (codes + move).clamp_(self.low[rows], self.high[rows]).sub_(codes)
+            return move, move * (slope - stiffness * move / 2)
+        half = stiffness / 2
+        up, down, ending = saved[0] + slope - half, saved[1] - slope - half, saved[2] - codes * (slope + half * codes)
+        move = torch.where(up >= down, 1.0, -1.0)
+        gain = torch.maximum(up, down)
+        return torch.where(ending > gain, -codes, move), torch.maximum(ending, gain)
 
 
 GridOf = Callable[[Tensor, Float[Tensor, "out columns"]], Grid]  # of columns, by number, and their weights by now
@@ -206,7 +205,7 @@ def feedback(
         grid = grid_of(order[columns], now)
         errors = torch.empty_like(now)
         for column in range(now.shape[1]):
-            code = grid.best(column, now[:, column], rows / own[column, column] ** 2)
+            code = grid.nearest(column, now[:, column])
             error = (now[:, column] - code * grid.step[:, column]) / own[column, column]
             now[:, column + 1 :].addr_(error, own[column, column + 1 :], alpha=-1)
             codes[:, order[start + column]], errors[:, column] = code, error
@@ -224,62 +223,69 @@ def settle(
 ) -> Settled:
     """Best replies from ``codes``, one block of columns after the other, until no weight moves, the gain of a sweep
     falls below ``tolerance`` of the damage, or ``sweeps`` are over.  No move ever raises the cost of its row."""
-    if curvature.inputs is None:
-        curvature = dataclasses.replace(curvature, inputs=torch.zeros(weight.shape[1], weight.shape[1]))
     codes = codes.clone()
-    columns = torch.arange(weight.shape[1]).split(BLOCK)
-    grids = [grid_of(block, weight[:, block]) for block in columns]
+    spans = [slice(start, start + BLOCK) for start in range(0, weight.shape[1], BLOCK)]
+    grids = [grid_of(torch.arange(weight.shape[1])[span], weight[:, span]) for span in spans]
+    blocks = [_Block(span, grid, curvature, grid.saved(codes[:, span])) for span, grid in zip(spans, grids, strict=True)]
     error = weight - codes * torch.cat([grid.step for grid in grids], 1)
     active = torch.arange(len(weight))
     moves: list[int] = []
     gains: list[float] = []
     while len(active) and len(moves) < sweeps:
         moved = torch.zeros(len(weight), dtype=torch.int32)
-        gained = 0.0
-        for block, grid in zip(columns, grids, strict=True):
-            gained += _settle_block(block, active, error, codes, curvature, grid, moved)
+        gains.append(sum(block.settle(active, error, codes, moved) for block in blocks))
         active = active[moved[active] > 0]
         moves.append(int(moved.sum()))
-        gains.append(gained)
-        if gained <= tolerance * float(curvature.damage_by_row(error).double().sum()):
+        if tolerance and gains[-1] <= tolerance * float(curvature.damage_by_row(error).double().sum()):
             break
     return Settled(codes, moves, gains)
 
 
-def _settle_block(
-    columns: Integer[Tensor, " columns"],
-    rows: Integer[Tensor, " some"],
-    error: Float[Tensor, "out in"],
-    codes: Float[Tensor, "out in"],
-    curvature: Curvature,
-    grid: Grid,
-    moved: Integer[Tensor, " out"],
-) -> float:
-    """What these ``rows`` gain in these columns, each by its best code again and again until it has none; ``error``,
-    ``codes`` and the count of moves change in place."""
-    assert curvature.inputs is not None
-    span = slice(int(columns[0]), int(columns[-1]) + 1)
-    near = curvature.inputs[span, span]
-    pull = error[rows] @ curvature.inputs[:, span]
-    gained = 0.0
-    while len(rows):
-        own, old, share = grid.of_rows(rows), codes[rows, span], curvature.rows[rows, None]
-        stiffness, slope = share * near.diagonal(), share * pull
-        if curvature.lookups is not None:
-            lookups = curvature.lookups[rows, span]
-            stiffness, slope = stiffness + lookups, slope + lookups * error[rows, span]
-        new, gain = own.gains(old, slope, stiffness)
-        gain = torch.where(gain > 1e-5 * stiffness * own.step.square(), gain, 0.0)  # beyond what float32 can tell
-        most, chosen = gain.max(1)
-        (better,) = most.nonzero(as_tuple=True)
-        rows, chosen = rows[better], chosen[better]
-        change = (new - old)[better, chosen] * own.step[better, chosen]
-        codes[rows, span.start + chosen] = new[better, chosen]
-        error[rows, span.start + chosen] -= change
-        pull = pull[better] - change[:, None] * near[chosen]
-        moved[rows] += 1
-        gained += float(most.double().sum())
-    return gained
+class _Block:
+    """Some columns of a matrix whose weights reply: ``stiffness``, what a step of each costs, and ``saved``, what moves
+    would save of their codes' lengths."""
+
+    def __init__(
+        self, span: slice, grid: Grid, curvature: Curvature, saved: Float[Tensor, "moves out columns"] | None
+    ) -> None:
+        self.span, self.grid, self.saved = span, grid, saved
+        self.rows, self.lookups = curvature.rows, None if curvature.lookups is None else curvature.lookups[:, span]
+        self.inputs = None if curvature.inputs is None else curvature.inputs[:, span]
+        self.near = None if self.inputs is None else self.inputs[span]
+        self.stiffness = Curvature(self.rows, self.near, self.lookups).diagonal() * grid.step.square()
+
+    def settle(
+        self,
+        rows: Integer[Tensor, " some"],
+        error: Float[Tensor, "out in"],
+        codes: Float[Tensor, "out in"],
+        moved: Integer[Tensor, " out"],
+    ) -> float:
+        """What these ``rows`` gain here, each moving its best weight again and again until it has none; ``error``,
+        ``codes`` and the count of moves change in place."""
+        first, gained = self.span.start, 0.0
+        pull = None if self.inputs is None else error[rows] @ self.inputs
+        while len(rows):
+            step, stiffness = self.grid.step[rows], self.stiffness[rows]
+            slope = torch.zeros_like(step) if pull is None else self.rows[rows, None] * pull
+            if self.lookups is not None:
+                slope += self.lookups[rows] * error[rows, self.span]
+            saved = None if self.saved is None else self.saved[:, rows]
+            move, gain = self.grid.moves(codes[rows, self.span], slope.mul_(step), stiffness, saved, rows)
+            most, column = torch.where(gain > 1e-5 * stiffness, gain, 0.0).max(1)  # beyond what float32 can tell
+            (better,) = most.nonzero(as_tuple=True)
+            rows, column = rows[better], column[better]
+            move = move[better, column]
+            change = move * step[better, column]
+            codes[rows, first + column] += move
+            error[rows, first + column] -= change
+            if pull is not None and self.near is not None:
+                pull = pull[better].sub_(change[:, None] * self.near[column])
+            if self.saved is not None:
+                self.saved[:, rows, column] = self.grid.saved(codes[rows, first + column], (rows, column))
+            moved[rows] += 1
+            gained += float(most.double().sum())
+        return gained
 
 
 def _by_column(matrix: Tensor) -> Tensor:
@@ -434,7 +440,9 @@ def regret_by_row(
     if curvature.lookups is not None:
         slope += curvature.lookups * error
     grid = _lattice_grid(tensor.lattice, coding)(torch.arange(weight.shape[1]), weight)
-    return grid.gains(tensor.codes.float(), slope, stiffness)[1].clamp(min=0).double().sum(1)
+    slope, stiffness = slope * grid.step, stiffness * grid.step.square()
+    codes = tensor.codes.float()
+    return grid.moves(codes, slope, stiffness, grid.saved(codes))[1].clamp(min=0).double().sum(1)
 
 
 def _lattice_grid(lattice: Lattice, coding: Coding | None) -> GridOf:
@@ -442,7 +450,7 @@ def _lattice_grid(lattice: Lattice, coding: Coding | None) -> GridOf:
     price = None if coding is None else torch.from_numpy(coding.tables.bits() * coding.price).float()
 
     def grid_of(columns: Tensor, current: Tensor) -> Grid:
-        step = torch.outer(column_steps[columns], row_steps).T
+        step = torch.outer(row_steps, column_steps[columns])
         if price is None:
             return Grid(step)
         table, shift = address(lattice.levels(columns))
