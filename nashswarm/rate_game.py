@@ -30,7 +30,16 @@ from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_intege
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, lattice_of, stack
 from nashswarm.quant.pack import run_lengths
-from nashswarm.quant.reply import Coding, Curvature, Settled, Whitened, lattice_reply, lattice_settle, regret_by_row, whiten
+from nashswarm.quant.reply import (
+    Coding,
+    Curvature,
+    Settled,
+    Whitened,
+    lattice_reply,
+    lattice_settle,
+    regret_by_row,
+    whiten,
+)
 from nashswarm.quant.resident import to_tiles
 
 BitGame = Literal["equilibrium", "uniform"]
@@ -126,6 +135,11 @@ class Played:
         layers = {name: encode_lattice(tensor, self.tables) for name, tensor in self.tensors.items()}
         return layers | {TABLES: self.tables.pack()}
 
+    def fitted(self) -> "Played":
+        """The same codes; tables and sizes fitted to them."""
+        tensors = {name: _expected(tensor) for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors, tables=tables_of(count(tensors.values())))
+
     @property
     def bytes(self) -> int:
         return sum(len(packed) for packed in self.packed.values())
@@ -179,9 +193,7 @@ class _Table:
         moved = (found.row_scale + offsets[: len(layer.weight)]).clamp(-128, 127).to(torch.int8)
         return dataclasses.replace(found, row_scale=moved)
 
-    def damage(
-        self, layer: Layer, tensor: LatticeTensor, stance: Stance, rows: Rows = ALL
-    ) -> Float[Tensor, " out"]:
+    def damage(self, layer: Layer, tensor: LatticeTensor, stance: Stance, rows: Rows = ALL) -> Float[Tensor, " out"]:
         """Nats per token of every row, as the players see it."""
         return self.curvature(layer, stance, rows).damage_by_row(layer.weight[rows] - tensor.dequantize())
 
@@ -195,24 +207,28 @@ class _Table:
     # the whole model
 
     def play(self, unit: float, stance: Stance, sweeps: int) -> Played:
-        """Every layer's codes at ``unit``: one pass, and ``sweeps`` at the price of the tables that fit the pass; where
-        codes mind their length, once more by the tables that fit those, which are the last."""
+        """Every layer's codes at ``unit``, by one pass and so many ``sweeps``, and the tables that fit them; of codes
+        that mind their length, the tables that they paid by, which fit those of the ``FIRST`` sweeps."""
         tensors: dict[str, LatticeTensor] = {}
-        settled: dict[str, Settled] = {}
         for layer in self.oracle.track(self.oracle.layers, "replying"):
             found = lattice_reply(layer.weight, self.whitened[layer.name], self.lattice(layer, unit, stance))
             tensors[layer.name] = _expected(found)
-        tables = tables_of(count(tensors.values()))
-        stages = ((FIRST, False), (sweeps, True)) if self.rules.rate_in_codes else ((sweeps, False),)
-        for most, last in stages if sweeps else ():
-            coding = self.coding(unit, tables)
-            for layer in self.oracle.track(self.oracle.layers, "settling"):
-                own = self.curvature(layer, stance)
-                found, ended = lattice_settle(layer.weight, tensors[layer.name], own, coding, most)
-                tensors[layer.name] = found if last else _expected(found)
-                settled[layer.name] = ended.after(settled.get(layer.name))
-            tables = tables if last else tables_of(count(tensors.values()))
-        return Played(unit, tensors, tables, settled)
+        played = Played(unit, tensors, tables_of(count(tensors.values())), {})
+        if not sweeps:
+            return played
+        if not self.rules.rate_in_codes:
+            return self.settle(played, stance, sweeps).fitted()
+        return self.settle(self.settle(played, stance, FIRST).fitted(), stance, sweeps)
+
+    def settle(self, played: Played, stance: Stance, sweeps: int) -> Played:
+        """So many sweeps of best replies of all codes, at the price of the tables and sizes as they are."""
+        coding = self.coding(played.unit, played.tables)
+        tensors, settled = {}, {}
+        for layer in self.oracle.track(self.oracle.layers, "settling"):
+            now, own = played.tensors[layer.name], self.curvature(layer, stance)
+            tensors[layer.name], ended = lattice_settle(layer.weight, now, own, coding, sweeps)
+            settled[layer.name] = ended.after(played.settled.get(layer.name))
+        return Played(played.unit, tensors, played.tables, settled)
 
     def curvature(self, layer: Layer, stance: Stance, rows: Rows = ALL) -> Curvature:
         """Of these rows, as the players see it."""
@@ -330,7 +346,8 @@ class _Table:
             return stance, self.meet(budget, unit, stance, self.sweeps, BUDGET_TOLERANCE), None, rounds
         align = stance.found["flock_align"]
         played = self.meet(budget, unit, stance, 0, COARSE)
-        stance, unit = self.replied(self.actions(played, stance), played, stance, align), played.unit
+        stance = self.replied(self.actions(played, stance), played, stance, align)
+        unit = self.meet(budget, played.unit, stance, 0, BUDGET_TOLERANCE).unit
         while True:
             met = self.meet(budget, unit, stance, self.sweeps, BUDGET_TOLERANCE)
             costs = self.actions(met, stance)
@@ -343,7 +360,7 @@ class _Table:
             if len(rounds["regret"]) == ROUNDS:
                 return stance, met, costs, rounds
             stance = calm
-            unit = met.unit * 2.0 ** ((played.bytes - (1 - BUDGET_TOLERANCE / 3) * budget) / self.slope.now)
+            unit = met.unit * 2.0 ** ((played.bytes - (1 - BUDGET_TOLERANCE / 2) * budget) / self.slope.now)
 
     def calm(
         self, played: Played, stance: Stance, costs: Float[np.ndarray, "blocks actions"]
@@ -580,7 +597,7 @@ def _meet(
 ) -> Found:
     """Units are tried by secants, inside the bracket of those that fitted and those that did not, until one takes
     between (1 − ``tolerance``) and 1 times ``budget`` bytes; ``slope`` is where they begin and what they learn."""
-    aim = (1 - tolerance / 3) * budget
+    aim = (1 - tolerance / 2) * budget
     best: Found | None = None
     tried: list[tuple[float, int]] = []
     log_unit = math.log2(unit)

@@ -47,7 +47,7 @@ class Lattice:
         """Twice the binary logarithm of the expected magnitudes of the codes, in whole numbers."""
         scale = self.row_scale.int()[:, None] + self.column_scale.int()[columns]
         size = self.row_size.int()[:, None] + self.column_size.int()[columns]
-        return size - scale.div(SCALES_PER_OCTAVE // LEVELS_PER_OCTAVE, rounding_mode="floor")
+        return size - (scale >> 1)  # two scales a level
 
     def of_rows(self, rows: Rows) -> "Lattice":
         """The grid of some of the rows."""

@@ -10,7 +10,7 @@ takes its cheapest code until nobody moves (coordinate descent, as QuantEase, Be
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 BLOCK = 128  # columns replied to between two matrix products
 TINY = torch.finfo(torch.float32).tiny
+NEAR: Sequence[int] = (1, -1)
+FAR: Sequence[int] = (1, -1, 2, -2, 3, -3, 4, -4)  # by what codes that pay for their length try to move, or to 0
 ALL = slice(None)
 
 
@@ -101,7 +103,7 @@ class Grid:
     """Where the weights of some columns may lie: at ``step · code`` for whole codes from ``low`` to ``high``.
 
     ``price``: nats per token of every magnitude's code in every table, with the table and the shift of every weight;
-    None where codes are not entropy-coded.
+    None where codes are not entropy-coded.  ``bit``: of the sign that a magnitude has although its symbol is 0.
     """
 
     step: Float[Tensor, "out columns"]
@@ -110,6 +112,7 @@ class Grid:
     price: Float[Tensor, "tables symbols"] | None = None
     table: Integer[Tensor, "out columns"] | None = None
     shift: Integer[Tensor, "out columns"] | None = None
+    bit: float = 0.0
 
     def nearest(self, column: int, target: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
         """The codes of a column nearest to ``target``."""
@@ -119,21 +122,25 @@ class Grid:
             found = found.clamp(self.low[:, column], self.high[:, column])
         return found
 
+    def length(
+        self, codes: Integer[Tensor, "*chosen"], chosen: tuple[Any, ...] = (ALL, ALL)
+    ) -> Float[Tensor, "*chosen"]:
+        """What the length of these codes costs, in nats per token; without the bits that are stored whatever the code."""
+        assert self.price is not None and self.table is not None and self.shift is not None
+        magnitudes, symbols = codes.abs(), self.price.shape[1]
+        found = (magnitudes >> self.shift[chosen]).clamp_(max=symbols - 1)
+        price = self.price.take((self.table[chosen] * symbols + found).long())
+        return price + self.bit * ((magnitudes > 0) & (found == 0)) if self.bit else price
+
     def saved(
-        self, codes: Float[Tensor, "*chosen"], chosen: tuple[Any, ...] = (ALL, ALL)
+        self, codes: Float[Tensor, "*chosen"], jumps: Sequence[int], chosen: tuple[Any, ...] = (ALL, ALL)
     ) -> Float[Tensor, "moves *chosen"] | None:
-        """What these codes save on their length, in nats per token, by one step up, one step down, and by being 0."""
-        if self.price is None or self.table is None or self.shift is None:
+        """What these codes save on their length, in nats per token, by being 0 and by each of the ``jumps``."""
+        if self.price is None:
             return None
-        shift, start = self.shift[chosen], self.table[chosen] * self.price.shape[1]
-
-        def length(magnitudes: Tensor) -> Tensor:
-            symbols = (magnitudes >> shift).clamp_(max=self.price.shape[1] - 1)
-            return self.price.take((start + symbols).long())
-
         whole = codes.int()
-        own = length(whole.abs())
-        return torch.stack([own - length(moved.abs()) for moved in (whole + 1, whole - 1, torch.zeros_like(whole))])
+        own, ends = self.length(whole, chosen), [torch.zeros_like(whole), *(whole + jump for jump in jumps)]
+        return torch.stack([own - self.length(end, chosen) for end in ends])
 
     def moves(
         self,
@@ -141,12 +148,13 @@ class Grid:
         slope: Float[Tensor, "some columns"],
         stiffness: Float[Tensor, "some columns"],
         saved: Float[Tensor, "moves some columns"] | None,
-        rows: Integer[Tensor, " some"] | slice = ALL,
+        jumps: Sequence[int],
+        rows: Integer[Tensor, " some"],
     ) -> tuple[Float[Tensor, "some columns"], Float[Tensor, "some columns"]]:
         """How far the code of every weight of these rows should move, if it alone moved, and what that would gain.
 
-        ``slope``: what the first bit of a step gains in damage; ``stiffness``: by how much less with every step.  A code
-        that pays for its length moves by one step at a time, or to 0.
+        ``slope``: how fast damage falls with the code; ``stiffness``: how fast that ends.  A code that pays for its
+        length moves by one of the ``jumps``, or to 0.
         """
         if saved is None:
             move = (slope / stiffness.clamp(min=TINY)).round_()
@@ -154,10 +162,12 @@ class Grid:
                 move = (codes + move).clamp_(self.low[rows], self.high[rows]).sub_(codes)
             return move, move * (slope - stiffness * move / 2)
         half = stiffness / 2
-        up, down, ending = saved[0] + slope - half, saved[1] - slope - half, saved[2] - codes * (slope + half * codes)
-        move = torch.where(up >= down, 1.0, -1.0)
-        gain = torch.maximum(up, down)
-        return torch.where(ending > gain, -codes, move), torch.maximum(ending, gain)
+        move, gain = -codes, saved[0] - codes * (slope + half * codes)
+        for jump, saving in zip(jumps, saved[1:], strict=True):
+            other = saving + jump * slope - jump**2 * half
+            move = torch.where(other > gain, float(jump), move)
+            gain = torch.maximum(other, gain)
+        return move, gain
 
 
 GridOf = Callable[[Tensor, Float[Tensor, "out columns"]], Grid]  # of columns, by number, and their weights by now
@@ -222,16 +232,23 @@ def settle(
     tolerance: float = 0.0,
 ) -> Settled:
     """Best replies from ``codes``, one block of columns after the other, until no weight moves, the gain of a sweep
-    falls below ``tolerance`` of the damage, or ``sweeps`` are over.  No move ever raises the cost of its row."""
+    falls below ``tolerance`` of the damage, or ``sweeps`` are over.  No move ever raises the cost of its row.
+
+    Codes that pay for their length try near moves first, and once nobody moves, far ones.
+    """
     codes = codes.clone()
     spans = [slice(start, start + BLOCK) for start in range(0, weight.shape[1], BLOCK)]
     grids = [grid_of(torch.arange(weight.shape[1])[span], weight[:, span]) for span in spans]
-    blocks = [_Block(span, grid, curvature, grid.saved(codes[:, span])) for span, grid in zip(spans, grids, strict=True)]
+    blocks = [_Block(span, grid, curvature, codes) for span, grid in zip(spans, grids, strict=True)]
     error = weight - codes * torch.cat([grid.step for grid in grids], 1)
     active = torch.arange(len(weight))
     moves: list[int] = []
     gains: list[float] = []
-    while len(active) and len(moves) < sweeps:
+    while len(moves) < sweeps:
+        if not len(active):
+            if not any([block.look_far(codes) for block in blocks]):
+                break
+            active = torch.arange(len(weight))
         moved = torch.zeros(len(weight), dtype=torch.int32)
         gains.append(sum(block.settle(active, error, codes, moved) for block in blocks))
         active = active[moved[active] > 0]
@@ -245,14 +262,19 @@ class _Block:
     """Some columns of a matrix whose weights reply: ``stiffness``, what a step of each costs, and ``saved``, what moves
     would save of their codes' lengths."""
 
-    def __init__(
-        self, span: slice, grid: Grid, curvature: Curvature, saved: Float[Tensor, "moves out columns"] | None
-    ) -> None:
-        self.span, self.grid, self.saved = span, grid, saved
+    def __init__(self, span: slice, grid: Grid, curvature: Curvature, codes: Float[Tensor, "out in"]) -> None:
+        self.span, self.grid, self.jumps, self.saved = span, grid, NEAR, grid.saved(codes[:, span], NEAR)
         self.rows, self.lookups = curvature.rows, None if curvature.lookups is None else curvature.lookups[:, span]
         self.inputs = None if curvature.inputs is None else curvature.inputs[:, span]
         self.near = None if self.inputs is None else self.inputs[span]
         self.stiffness = Curvature(self.rows, self.near, self.lookups).diagonal() * grid.step.square()
+
+    def look_far(self, codes: Float[Tensor, "out in"]) -> bool:
+        """Try far moves from now on; False if there are none that were not tried."""
+        if self.saved is None or self.jumps == FAR:
+            return False
+        self.jumps, self.saved = FAR, self.grid.saved(codes[:, self.span], FAR)
+        return True
 
     def settle(
         self,
@@ -271,7 +293,7 @@ class _Block:
             if self.lookups is not None:
                 slope += self.lookups[rows] * error[rows, self.span]
             saved = None if self.saved is None else self.saved[:, rows]
-            move, gain = self.grid.moves(codes[rows, self.span], slope.mul_(step), stiffness, saved, rows)
+            move, gain = self.grid.moves(codes[rows, self.span], slope.mul_(step), stiffness, saved, self.jumps, rows)
             most, column = torch.where(gain > 1e-5 * stiffness, gain, 0.0).max(1)  # beyond what float32 can tell
             (better,) = most.nonzero(as_tuple=True)
             rows, column = rows[better], column[better]
@@ -281,8 +303,9 @@ class _Block:
             error[rows, first + column] -= change
             if pull is not None and self.near is not None:
                 pull = pull[better].sub_(change[:, None] * self.near[column])
-            if self.saved is not None:
-                self.saved[:, rows, column] = self.grid.saved(codes[rows, first + column], (rows, column))
+            renewed = self.grid.saved(codes[rows, first + column], self.jumps, (rows, column))
+            if self.saved is not None and renewed is not None:
+                self.saved[:, rows, column] = renewed
             moved[rows] += 1
             gained += float(most.double().sum())
         return gained
@@ -359,7 +382,8 @@ def _affine_grid(tensor: QuantizedTensor, columns: Tensor | None = None) -> Grid
     groups = torch.arange(len(tensor.scale[0])).repeat_interleave(size) if columns is None else columns // size
     levels = ((1 << tensor.bits.int()) - 1).repeat_interleave(TILE_ROWS, 0)[: len(tensor.scale)]
     zero = tensor.zero_point[:, groups].float()
-    return Grid(*map(_by_column, (tensor.scale[:, groups].float(), -zero, levels[:, groups] - zero)))
+    step, low, high = map(_by_column, (tensor.scale[:, groups].float(), -zero, levels[:, groups] - zero))
+    return Grid(step, low, high)
 
 
 def _stored(steps: Float[Tensor, "out in"], zero_point: Tensor, scheme: Scheme) -> Integer[Tensor, "out in"]:
@@ -424,7 +448,7 @@ def lattice_settle(
     coding: Coding | None = None,
     sweeps: int = 100,
 ) -> tuple[LatticeTensor, Settled]:
-    """The codes after so many sweeps of best replies, and how those went.  ``coding``: what codes cost; None: nothing."""
+    """The codes after so many sweeps of best replies, and how those went.  ``coding``: what codes cost, if they do."""
     settled = settle(weight, tensor.codes.float(), curvature, _lattice_grid(tensor.lattice, coding), sweeps)
     return LatticeTensor(settled.codes.int(), tensor.lattice), settled
 
@@ -432,7 +456,10 @@ def lattice_settle(
 def regret_by_row(
     weight: Float[Tensor, "out in"], tensor: LatticeTensor, curvature: Curvature, coding: Coding | None = None
 ) -> Float[Tensor, " out"]:
-    """What the weights of every row would still gain, in nats per token, each changing its code alone, all added up."""
+    """What the weights of every row would still gain, in nats per token, each changing its code alone, all added up.
+
+    Codes that pay for their length try 0 and those near the one of least damage.
+    """
     error = weight - tensor.dequantize()
     stiffness, slope = curvature.diagonal(), torch.zeros_like(error)
     if curvature.inputs is not None:
@@ -441,8 +468,14 @@ def regret_by_row(
         slope += curvature.lookups * error
     grid = _lattice_grid(tensor.lattice, coding)(torch.arange(weight.shape[1]), weight)
     slope, stiffness = slope * grid.step, stiffness * grid.step.square()
-    codes = tensor.codes.float()
-    return grid.moves(codes, slope, stiffness, grid.saved(codes))[1].clamp(min=0).double().sum(1)
+    nearest = (slope / stiffness.clamp(min=TINY)).round()
+    gains = torch.zeros_like(slope)
+    for move in (nearest,) if coding is None else (-tensor.codes.float(), *(nearest + jump for jump in (0, *FAR))):
+        gain = move * (slope - stiffness * move / 2)
+        if coding is not None:
+            gain += grid.length(tensor.codes) - grid.length(tensor.codes + move.int())
+        torch.maximum(gains, gain, out=gains)
+    return gains.double().sum(1)
 
 
 def _lattice_grid(lattice: Lattice, coding: Coding | None) -> GridOf:
@@ -454,6 +487,7 @@ def _lattice_grid(lattice: Lattice, coding: Coding | None) -> GridOf:
         if price is None:
             return Grid(step)
         table, shift = address(lattice.levels(columns))
-        return Grid(step, price=price, table=table, shift=shift)
+        sign = 0.0 if coding is None or not shift.any() else coding.price
+        return Grid(step, price=price, table=table, shift=shift, bit=sign)
 
     return grid_of
