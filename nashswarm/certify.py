@@ -4,8 +4,8 @@ Only decoders and calibration are shared with the program that compressed it.  E
 here a second time, in float64: the damage, the reply rule (one pass of error feedback, by a reversed Cholesky factor
 instead of an inverse), the lengths of codes, and the enumeration of all that a block could do alone.
 
-- Codes: every weight tries every code between the least and the largest of its layer, or of its tile's width; the gains
-  of a block's weights are added up.
+- Codes: every weight tries every code between the least and the largest of its layer, or of its tile's width, and pays
+  for its length what codes of its method pay; the gains of a block's weights are added up.
 - Steps: every block tries every other offset of the method, its codes answering by the reply rule and everything else
   as it is stored; fixed-width formats have no steps to try.
 """
@@ -48,6 +48,11 @@ class Bowl:
     inputs: Float[Array, "in in"] | None
     lookups: Float[Array, "out in"] | None
 
+    def weighed(self, weights: Float[Array, " out"]) -> "Bowl":
+        """Every row's second derivatives times its weight."""
+        lookups = None if self.lookups is None else weights[:, None] * self.lookups
+        return Bowl(weights * self.rows, self.inputs, lookups)
+
     def slope(self, error: Float[Array, "out in"], rows: slice = slice(None)) -> Float[Array, "out in"]:
         """How fast damage grows with each error of these rows."""
         total = np.zeros_like(error)
@@ -65,14 +70,34 @@ class Bowl:
 
 
 @dataclasses.dataclass(frozen=True)
+class Toll:
+    """What codes pay for their length: ``price`` nats per token a bit, by the ``bits`` of every symbol in every table;
+    the ``levels`` of the weights say which table."""
+
+    price: float
+    bits: Float[Array, "tables symbols"]
+    levels: Integer[Array, "out in"]
+
+    def length(self, codes: Integer[Array, "rows in"] | int, rows: slice = slice(None)) -> Float[Array, "rows in"]:
+        """Bits of these codes in these rows."""
+        level, magnitudes = self.levels[rows], np.abs(codes)
+        shift = np.maximum((level - HIGHEST + 1) // 2, 0)
+        symbols = np.minimum(magnitudes >> shift, ESCAPE)
+        signs = (magnitudes > 0) & (symbols == 0)
+        return self.bits[np.maximum(level - 2 * shift, LOWEST) - LOWEST, symbols] + shift + signs
+
+
+@dataclasses.dataclass(frozen=True)
 class Laid:
-    """A decoded matrix: where its weights lie, their codes and steps, and the least and largest code of each."""
+    """A decoded matrix: where its weights lie, their codes and steps, the least and largest code of each, and what they
+    pay for their length."""
 
     values: Float[Array, "out in"]
     codes: Integer[Array, "out in"]
     steps: Float[Array, "out in"]
     low: int
     high: Integer[Array, "out in"] | int
+    toll: Toll | None = None
 
 
 def certify(folder: pathlib.Path, model: str | None = None, dataset: str | None = None) -> dict[str, Any]:
@@ -90,20 +115,21 @@ def certify(folder: pathlib.Path, model: str | None = None, dataset: str | None 
     metrics = kept.about["record"]["metrics"]
     moments = job.evidence.moments()
     bowls = {layer.name: bowl(layer, moments, rules) for layer in layers}
+    steps, bits, price = None, None, 0.0
+    if kept.game:
+        bits, price = lengths(CodeTables.unpack(kept.tensors[checkpoint.TABLES])), metrics["price"] / 8
+        tensors = {name: tensor for name, tensor in decoded.items() if isinstance(tensor, LatticeTensor)}
+        steps = gain_of_steps(layers, tensors, bowls, bits, rules, metrics, kept.game)
+        bowls = {name: found.weighed(kept.game[f"weights/{name}"].astype(float)) for name, found in bowls.items()}
+    own_price = rules.get("rate_in_codes", 0.0) * price
     codes = np.concatenate(
         [
             by_block(
-                kept.game.get(f"weights/{layer.name}", 1.0)
-                * gain_of_codes(_double(layer.weight), laid(decoded[layer.name]), bowls[layer.name])
+                gain_of_codes(_double(layer.weight), laid(decoded[layer.name], bits, own_price), bowls[layer.name])
             )
             for layer in layers
         ]
     )
-    steps = None
-    if kept.game:
-        tables = CodeTables.unpack(kept.tensors[checkpoint.TABLES])
-        tensors = {name: tensor for name, tensor in decoded.items() if isinstance(tensor, LatticeTensor)}
-        steps = gain_of_steps(layers, tensors, bowls, lengths(tables), rules, metrics, kept.game)
     worst = codes if steps is None else np.maximum(codes, steps)
     recorded = metrics.get("regret_max") if steps is not None else None
     found = float(worst.max())
@@ -158,8 +184,11 @@ def bowl(layer: Layer, moments: Mapping[str, Moments], rules: Mapping[str, Any])
     return Bowl(rows, inputs, lookups)
 
 
-def laid(tensor: checkpoint.Decoded) -> Laid:
-    """Where the weights lie and could lie.  Raises ValueError for the prototype's format, in which nobody plays."""
+def laid(tensor: checkpoint.Decoded, bits: Float[Array, "tables symbols"] | None = None, price: float = 0.0) -> Laid:
+    """Where the weights lie and could lie, and what their codes pay at the ``price`` of a bit.
+
+    Raises ValueError for the prototype's format, in which nobody plays.
+    """
     if isinstance(tensor, ClassedTensor):
         raise ValueError("the format of method=as_published has no players: there is nothing to certify")
     if isinstance(tensor, LatticeTensor):
@@ -167,15 +196,16 @@ def laid(tensor: checkpoint.Decoded) -> Laid:
         codes = tensor.codes.numpy().astype(np.int64)
         columns = 2.0 ** (_double(lattice.column_scale) / 4)
         steps = np.outer(lattice.base * 2.0 ** (_double(lattice.row_scale) / 4), columns)
-        return Laid(codes * steps, codes, steps, int(codes.min()), int(codes.max()))
+        toll = None if bits is None or not price else Toll(price, bits, levels(*sides(tensor)))
+        return Laid(codes * steps, codes, steps, int(codes.min()), int(codes.max()), toll)
     size = tensor.scheme.group_size
     width = np.repeat(tensor.bits.numpy().astype(np.int64), BLOCK, 0)[: len(tensor.codes)]
     grid = np.isin(width, GRID_WIDTHS)
-    scale, levels = (
+    scale, largest = (
         np.repeat(np.where(grid, part, 0), size, 1) for part in (_double(tensor.scale), (1 << width % 16) - 1)
     )
     codes = np.where(np.repeat(grid, size, 1), tensor.codes.numpy(), 0).astype(np.int64)
-    return Laid(_double(tensor.dequantize()), codes, scale, 0, levels)
+    return Laid(_double(tensor.dequantize()), codes, scale, 0, largest)
 
 
 def gain_of_codes(weight: Float[Array, "out in"], found: Laid, bowl: Bowl) -> Float[Array, " out"]:
@@ -186,10 +216,13 @@ def gain_of_codes(weight: Float[Array, "out in"], found: Laid, bowl: Bowl) -> Fl
         rows = slice(start, start + count)
         slope, stiffness = bowl.slope(weight[rows] - found.values[rows], rows), bowl.stiffness(rows)
         high = found.high if isinstance(found.high, int) else found.high[rows]
-        best = np.zeros_like(slope)
+        best, toll = np.zeros_like(slope), found.toll
+        paid = toll.price * toll.length(found.codes[rows], rows) if toll else 0.0
         for code in range(found.low, int(np.max(high)) + 1):
             change = (code - found.codes[rows]) * found.steps[rows]
             gain = change * (slope - stiffness * change / 2)
+            if toll:
+                gain += paid - toll.price * toll.length(code, rows)
             np.maximum(best, gain if isinstance(high, int) else np.where(code <= high, gain, 0), out=best)
         gains[rows] = best.sum(1)
     return gains
@@ -210,8 +243,8 @@ def gain_of_steps(
     for layer in layers:
         tensor, curved = tensors[layer.name], bowls[layer.name]
         pull = None if rules["code_game"] == "rounding" else pulls(curved)
-        weights = game[f"weights/{layer.name}"].astype(float)
-        parts.append(costs(_double(layer.weight), tensor, curved, pull, bits, offsets, weights, price))
+        curved = curved.weighed(game[f"weights/{layer.name}"].astype(float))
+        parts.append(costs(_double(layer.weight), tensor, curved, pull, bits, offsets, price))
     found = np.concatenate(parts)
     stay = list(offsets).index(0)
     if align := metrics["flock_align"]:
@@ -231,20 +264,16 @@ def costs(
     pull: Float[Array, "in in"] | None,
     bits: Float[Array, "tables symbols"],
     offsets: Int[Array, " offsets"],
-    weights: Float[Array, " out"],
     price: float,
 ) -> Float[Array, "blocks offsets"]:
     """What every block pays at every offset, in nats per token, ``price`` a bit; at 0 for its codes as they are stored.
     The sizes that the coder expects of columns are the stored ones, for nobody else moves."""
     lattice = tensor.lattice
-    row_scale, column_scale, row_size, column_size = (
-        getattr(lattice, name).numpy().astype(np.int64)
-        for name in ("row_scale", "column_scale", "row_size", "column_size")
-    )
+    row_scale, column_scale, row_size, column_size = sides(tensor)
 
     def damage(codes: Int[Array, "out in"], steps: Float[Array, "out in"]) -> Float[Array, " blocks"]:
         error = weight - codes * steps
-        return by_block(weights * (bowl.slope(error) * error).sum(1) / 2)
+        return by_block((bowl.slope(error) * error).sum(1) / 2)
 
     def steps_at(scale: Int[Array, " out"]) -> Float[Array, "out in"]:
         return np.outer(lattice.base * 2.0 ** (scale / 4), 2.0 ** (column_scale / 4))
@@ -253,14 +282,16 @@ def costs(
     for offset in offsets:
         if offset == 0:
             own = tensor.codes.numpy().astype(np.int64)
-            length = by_block(coded(own, row_scale, column_scale, row_size, column_size, bits))
+            length = by_block(
+                Toll(price, bits, levels(row_scale, column_scale, row_size, column_size)).length(own).sum(1)
+            )
             found.append(damage(own, steps_at(row_scale)) + price * length)
             continue
         moved = (row_scale + offset).clip(-128, 127)
         steps = steps_at(moved)
         codes = replies(weight, steps, pull)
         rows = fitted(np.abs(codes).mean(1), moved)
-        length = by_block(coded(codes, moved, column_scale, rows, column_size, bits))
+        length = by_block(Toll(price, bits, levels(moved, column_scale, rows, column_size)).length(codes).sum(1))
         found.append(damage(codes, steps) + price * length)
     return np.stack(found, 1)
 
@@ -308,21 +339,20 @@ def fitted(magnitudes: Float[Array, " n"], scale: Int[Array, " n"]) -> Int[Array
     return np.rint(2 * np.log2(magnitudes + QUIETEST) + scale / 2).clip(-128, 127).astype(np.int64)
 
 
-def coded(
-    codes: Int[Array, "out in"],
+def sides(tensor: LatticeTensor) -> tuple[Int[Array, " n"], ...]:
+    """Scales of rows and columns, and the sizes of both that the coder expects."""
+    names = ("row_scale", "column_scale", "row_size", "column_size")
+    return tuple(getattr(tensor.lattice, name).numpy().astype(np.int64) for name in names)
+
+
+def levels(
     row_scale: Int[Array, " out"],
     column_scale: Int[Array, " in"],
     row_size: Int[Array, " out"],
     column_size: Int[Array, " in"],
-    bits: Float[Array, "tables symbols"],
-) -> Float[Array, " out"]:
-    """The length of every row in bits."""
-    magnitudes = np.abs(codes)
-    level = row_size[:, None] + column_size - (row_scale[:, None] + column_scale) // 2
-    shift = np.maximum((level - HIGHEST + 1) // 2, 0)
-    symbols = np.minimum(magnitudes >> shift, ESCAPE)
-    signs = (magnitudes > 0) & (symbols == 0)
-    return (bits[np.maximum(level - 2 * shift, LOWEST) - LOWEST, symbols] + shift + signs).sum(1)
+) -> Int[Array, "out in"]:
+    """Twice the binary logarithm of the magnitude that the coder expects of every code."""
+    return row_size[:, None] + column_size - (row_scale[:, None] + column_scale) // 2
 
 
 def by_block(rows: Float[Array, " out"]) -> Float[Array, " blocks"]:

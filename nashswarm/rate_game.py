@@ -18,33 +18,47 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
 from nashswarm import allocation, swarm
 from nashswarm.allocation import Layer
 from nashswarm.game import Coupling, Game, best_response
+from nashswarm.linear import to_tiles
 from nashswarm.methods import PROBE_TOKENS, Compressed, Flock, Oracle
 from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_integers, encode_lattice, tables_of
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
-from nashswarm.quant.lattice import Lattice, LatticeTensor, lattice_of, stack
+from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, lattice_of, stack
 from nashswarm.quant.pack import run_lengths
-from nashswarm.quant.reply import Coding, Settled, Whitened, lattice_reply, regret_by_row, whiten
-from nashswarm.quant.resident import to_tiles
+from nashswarm.quant.reply import (
+    Coding,
+    Curvature,
+    Settled,
+    Whitened,
+    lattice_reply,
+    lattice_settle,
+    regret_by_row,
+    whiten,
+)
 
 BitGame = Literal["equilibrium", "uniform"]
 CodeGame = Literal["equilibrium", "pass", "rounding"]
 BUDGET_TOLERANCE = 1e-3
-SETTLED = 1e-4  # sweeps end when one gains less than this share of the damage
-ROUNDS = 6  # of replies at the price of the budget, at most
-REGRET = 5e-7  # nats per token: what ends them
+COARSE = 1e-2  # how closely a budget is met before offsets are chosen
+REFERENCE = 3.0  # bits per weight at which sensitivities are measured, whatever the budget
+REGRET = 5e-7  # nats per token: what a block must gain to move once the unit is settled
+FIRST = 3  # sweeps before code tables are fitted again
+ROUNDS = 6  # of meeting the budget and moving, at most
 TRIALS = 12  # units tried until the budget is met
+AT_ONCE = 1 << 22  # weights that try all offsets together
 TABLES = "code_tables"  # their name beside the packed layers
 
 Found = TypeVar("Found")
 Offsets = Mapping[str, Int[np.ndarray, " row_blocks"]]
 Weights = Mapping[str, Float[Tensor, " out"]]
+Blocks = Bool[np.ndarray, " row_blocks"]
+ALL = slice(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +78,7 @@ class NashSwarm:
     offsets: Sequence[int] = (-4, -2, -1, 0, 1, 2, 4)
     code_game: CodeGame = "equilibrium"
     sweeps: int = 20
-    rate_in_codes: float = 0.0
+    rate_in_codes: float = 1.0
     strength: Sequence[float] = (0.0, 0.5)
     cache: bool = True
     swarm: Flock | None = dataclasses.field(default_factory=lambda: Flock(align=(0.0, 0.25)))
@@ -94,13 +108,7 @@ class NashSwarm:
                 f"method.bits={self.bits} is below the smallest possible size of this model, {least:.3f} bits per "
                 "parameter with every code zero; raise method.bits"
             )
-        unit = table.unit_of_rounding(budget)
-        stance = table.stance(round(math.log2(unit)))
-        played = table.meet(budget, unit, stance, 0)
-        stance, played, rounds = table.play_on(budget, played, stance)
-        if self.code_game == "equilibrium" and self.sweeps:
-            played = table.meet(budget, played.unit, stance, self.sweeps)
-        return table.report(played, stance, rounds)
+        return table.report(*table.play_on(budget, table.stance()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +136,11 @@ class Played:
         layers = {name: encode_lattice(tensor, self.tables) for name, tensor in self.tensors.items()}
         return layers | {TABLES: self.tables.pack()}
 
+    def fitted(self) -> "Played":
+        """The same codes; tables and sizes fitted to them."""
+        tensors = {name: _expected(tensor) for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors, tables=tables_of(count(tensors.values())))
+
     @property
     def bytes(self) -> int:
         return sum(len(packed) for packed in self.packed.values())
@@ -139,8 +152,9 @@ class Slope:
     def __init__(self, at_high_rate: float) -> None:
         self.at_high_rate = self.now = at_high_rate
 
-    def learn(self, measured: float) -> None:
-        self.now = min(max(measured, self.at_high_rate / 20), 2 * self.at_high_rate)
+    def learn(self, octaves: float, saved: int) -> None:
+        if abs(octaves) > 0.01:  # what is nearer tells more of ties than of the slope
+            self.now = min(max(saved / octaves, self.at_high_rate / 20), 2 * self.at_high_rate)
 
 
 class _Table:
@@ -158,6 +172,7 @@ class _Table:
                 curved = curved.neighbourly(local)
             self.whitened[layer.name] = whiten(curved, feedback=rules.code_game != "rounding")
         self.counts = [row_blocks(len(layer.weight)) for layer in oracle.layers]
+        self.sweeps = rules.sweeps if rules.code_game == "equilibrium" else 0
         self.passes = 0
         self.slope = Slope(sum(layer.parameters for layer in oracle.layers) / 8)
         self.plain = Stance(
@@ -179,49 +194,62 @@ class _Table:
         moved = (found.row_scale + offsets[: len(layer.weight)]).clamp(-128, 127).to(torch.int8)
         return dataclasses.replace(found, row_scale=moved)
 
-    def damage(self, layer: Layer, tensor: LatticeTensor, stance: Stance) -> Float[Tensor, " out"]:
+    def damage(self, layer: Layer, tensor: LatticeTensor, stance: Stance, rows: Rows = ALL) -> Float[Tensor, " out"]:
         """Nats per token of every row, as the players see it."""
-        error = layer.weight - tensor.dequantize()
-        return stance.weights[layer.name] * self.whitened[layer.name].curvature.damage_by_row(error)
+        return self.curvature(layer, stance, rows).damage_by_row(layer.weight[rows] - tensor.dequantize())
 
-    def cost(self, layer: Layer, tensor: LatticeTensor, played: Played, stance: Stance) -> Float[Tensor, " blocks"]:
+    def cost(
+        self, layer: Layer, tensor: LatticeTensor, played: Played, stance: Stance, rows: Rows = ALL
+    ) -> Float[Tensor, " blocks"]:
         """What every block pays for these codes, in nats per token: damage and bits."""
         paid = self.price(played.unit) * coded_bits(tensor, played.tables)
-        return _blocks(self.damage(layer, tensor, stance) + paid)
+        return _blocks(self.damage(layer, tensor, stance, rows) + paid)
 
     # the whole model
 
-    def play(self, unit: float, stance: Stance, sweeps: int, coding: Coding | None = None) -> Played:
-        """Every layer's codes at ``unit``, and the tables that fit them."""
-        tensors, settled = {}, {}
+    def play(self, unit: float, stance: Stance, sweeps: int) -> Played:
+        """Every layer's codes at ``unit``, by one pass and so many ``sweeps``, and the tables that fit them; of codes
+        that mind their length, the tables that they paid by, which fit those of the ``FIRST`` sweeps."""
+        tensors: dict[str, LatticeTensor] = {}
         for layer in self.oracle.track(self.oracle.layers, "replying"):
-            lattice = self.lattice(layer, unit, stance)
-            answer = lattice_reply(layer.weight, self.whitened[layer.name], lattice, coding, sweeps, SETTLED)
-            tensors[layer.name] = _expected(answer[0])
-            if answer[1] is not None:
-                settled[layer.name] = answer[1]
-        return Played(unit, tensors, tables_of(count(tensors.values())), settled)
+            found = lattice_reply(layer.weight, self.whitened[layer.name], self.lattice(layer, unit, stance))
+            tensors[layer.name] = _expected(found)
+        played = Played(unit, tensors, tables_of(count(tensors.values())), {})
+        if not sweeps:
+            return played
+        if not self.rules.rate_in_codes:
+            return self.settle(played, stance, sweeps).fitted()
+        return self.settle(self.settle(played, stance, FIRST).fitted(), stance, sweeps)
+
+    def settle(self, played: Played, stance: Stance, sweeps: int) -> Played:
+        """So many sweeps of best replies of all codes, at the price of the tables and sizes as they are."""
+        coding = self.coding(played.unit, played.tables)
+        tensors, settled = {}, {}
+        for layer in self.oracle.track(self.oracle.layers, "settling"):
+            now, own = played.tensors[layer.name], self.curvature(layer, stance)
+            tensors[layer.name], ended = lattice_settle(layer.weight, now, own, coding, sweeps)
+            settled[layer.name] = ended.after(played.settled.get(layer.name))
+        return Played(played.unit, tensors, played.tables, settled)
+
+    def curvature(self, layer: Layer, stance: Stance, rows: Rows = ALL) -> Curvature:
+        """Of these rows, as the players see it."""
+        return self.whitened[layer.name].curvature.of_rows(rows).weighed(stance.weights[layer.name][rows])
 
     def price(self, unit: float) -> float:
         """λ of a bit at ``unit``, in nats per token."""
         return unit**2 * math.log(2) / 12
 
-    def meet(self, budget: int, unit: float, stance: Stance, sweeps: int) -> Played:
-        """The finest unit found whose bytes stay within ``budget``, to 0.1 %."""
-        coding = None
+    def meet(self, budget: int, unit: float, stance: Stance, sweeps: int, tolerance: float) -> Played:
+        """The finest unit found whose bytes stay within ``budget``, to ``tolerance``."""
 
         def trial(unit: float) -> Played:
-            nonlocal coding
-            if self.rules.rate_in_codes:
-                coding = Coding(
-                    coding.tables if coding else CodeTables.of_laplace(), self.rules.rate_in_codes * self.price(unit)
-                )
-            played = self.play(unit, stance, sweeps, coding)
-            if coding:
-                coding = dataclasses.replace(coding, tables=played.tables)
-            return played
+            return self.play(unit, stance, sweeps)
 
-        return _meet(trial, lambda played: played.bytes, budget, unit, self.slope)
+        return _meet(trial, lambda played: played.bytes, budget, unit, self.slope, tolerance)
+
+    def coding(self, unit: float, tables: CodeTables) -> Coding | None:
+        """What codes cost in their own eyes."""
+        return Coding(tables, self.rules.rate_in_codes * self.price(unit)) if self.rules.rate_in_codes else None
 
     def unit_of_rounding(self, budget: int) -> float:
         """The unit at which plain rounding on the lattice would take ``budget`` bytes: where the search begins."""
@@ -235,7 +263,7 @@ class _Table:
             return unit, _estimated_bytes(tensors, tables_of(count(tensors.values())))
 
         first = 2.0**-12 if self.rules.bit_game == "equilibrium" else 2.0**-1
-        return _meet(trial, lambda found: found[1], budget, first, self.slope, 0.02)[0]
+        return _meet(trial, lambda found: found[1], budget, first, Slope(self.slope.at_high_rate), 2 * COARSE)[0]
 
     def smallest_bytes(self) -> int:
         """Bytes with every code zero."""
@@ -245,22 +273,23 @@ class _Table:
             tensors[layer.name] = _expected(LatticeTensor(zeros, self.lattice(layer, 1.0, self.plain)))
         return _estimated_bytes(tensors, tables_of(count(tensors.values())))
 
-    # what is found once an octave
+    # what is found once
 
-    def stance(self, octave: int) -> Stance:
-        """How the players stand at the unit 2^``octave``: solved, or remembered."""
+    def stance(self) -> Stance:
+        """How the players stand at the ``REFERENCE``, from where every budget starts: solved, or remembered."""
         if self.rules.bit_game == "uniform":
             return self.plain
         rules = {key: value for key, value in dataclasses.asdict(self.rules).items() if key not in ("bits", "cache")}
 
         def solve() -> dict[str, Tensor]:
-            stance = self.solve(2.0**octave)
+            budget = max(REFERENCE * self.slope.at_high_rate, 2.0 * self.smallest_bytes())
+            stance = self.solve(self.unit_of_rounding(int(budget)))
             parts: dict[str, Tensor] = {f"weights/{name}": part for name, part in stance.weights.items()}
             parts |= {f"offsets/{name}": torch.from_numpy(part) for name, part in stance.offsets.items()}
             found = {f"found/{name}": torch.tensor(float(value)).double() for name, value in stance.found.items()}
             return parts | found | {"found/heldout_passes": torch.tensor(float(self.passes)).double()}
 
-        parts = self.oracle.remember("game", {"rules": rules, "octave": octave}, solve)
+        parts = self.oracle.remember("game", {"rules": rules}, solve)
         names = [layer.name for layer in self.oracle.layers]
         return Stance(
             {name: parts[f"weights/{name}"] for name in names},
@@ -307,20 +336,64 @@ class _Table:
         stance = self.choose(stances, budget, unit)
         return dataclasses.replace(stance, found=stance.found | found)
 
-    def play_on(self, budget: int, played: Played, stance: Stance) -> tuple[Stance, Played, dict[str, list[float]]]:
-        """Replies at the price of the budget until no block regrets its step; potential and largest regret of every
-        round, before its moves."""
+    def play_on(
+        self, budget: int, stance: Stance
+    ) -> tuple[Stance, Played, Float[np.ndarray, "blocks actions"] | None, dict[str, list[float]]]:
+        """The game at the price of the budget: the end, what every offset costs there, and the potential and the
+        largest regret of every round, before its moves."""
         rounds: dict[str, list[float]] = {"potential": [], "regret": []}
-        while self.rules.bit_game == "equilibrium" and len(rounds["regret"]) < ROUNDS:
-            costs = self.actions(played, stance)
-            game, profile, _ = self.game(costs, played, stance, stance.found["flock_align"])
+        unit = self.unit_of_rounding(budget)
+        if self.rules.bit_game == "uniform":
+            return stance, self.meet(budget, unit, stance, self.sweeps, BUDGET_TOLERANCE), None, rounds
+        align = stance.found["flock_align"]
+        played = self.meet(budget, unit, stance, 0, COARSE)
+        stance = self.replied(self.actions(played, stance), played, stance, align)
+        unit = self.meet(budget, played.unit, stance, 0, BUDGET_TOLERANCE).unit
+        while True:
+            met = self.meet(budget, unit, stance, self.sweeps, BUDGET_TOLERANCE)
+            costs = self.actions(met, stance)
+            game, profile, _ = self.game(costs, met, stance, align)
             rounds["potential"].append(game.potential(profile))
             rounds["regret"].append(float(game.regret(profile).max()))
-            if rounds["regret"][-1] <= REGRET:
+            calm, played, after = self.calm(met, stance, costs)
+            if (1 - BUDGET_TOLERANCE) * budget <= played.bytes <= budget:
+                return calm, played, after, rounds
+            if len(rounds["regret"]) == ROUNDS:
+                return stance, met, costs, rounds
+            stance = calm
+            unit = met.unit * 2.0 ** ((played.bytes - (1 - BUDGET_TOLERANCE / 2) * budget) / self.slope.now)
+
+    def calm(
+        self, played: Played, stance: Stance, costs: Float[np.ndarray, "blocks actions"]
+    ) -> tuple[Stance, Played, Float[np.ndarray, "blocks actions"]]:
+        """Blocks that regret their offset move, while unit, code tables and the sizes of columns stay as they are.
+        Their codes reply at the price of those tables, so that nobody pays more than it moved for."""
+        for _ in range(ROUNDS):
+            game, profile, lowest = self.game(costs, played, stance, stance.found["flock_align"])
+            movers = game.regret(profile) > REGRET
+            if not movers.any():
                 break
-            stance = self.replied(costs, played, stance, stance.found["flock_align"])
-            played = self.meet(budget, played.unit, stance, 0)
-        return stance, played, rounds
+            profile = np.where(movers, best_response(game, profile).profile, profile)
+            stance = dataclasses.replace(stance, offsets=self.by_layer(profile + lowest))
+            played = self.moved(played, stance, movers)
+            costs = costs.copy()
+            costs[movers] = self.actions(played, stance, movers)
+        return stance, played, costs
+
+    def moved(self, played: Played, stance: Stance, movers: Blocks) -> Played:
+        """These blocks reply anew, at the offsets of ``stance``; all others, the tables and column sizes stay."""
+        coding = self.coding(played.unit, played.tables)
+        tensors = dict(played.tensors)
+        for layer, rows in self.rows(movers):
+            weight, ground = layer.weight[rows], self.whitened[layer.name].of_rows(rows)
+            lattice = self.lattice(layer, played.unit, stance).of_rows(rows)
+            column_size = played.tensors[layer.name].lattice.column_size
+            passed = lattice_reply(weight, ground, dataclasses.replace(lattice, column_size=column_size))
+            found = _expected(passed, columns_too=False)
+            if self.sweeps:
+                found, _ = lattice_settle(weight, found, self.curvature(layer, stance, rows), coding, self.sweeps)
+            tensors[layer.name] = tensors[layer.name].replaced(rows, found)
+        return dataclasses.replace(played, tensors=tensors)
 
     def choose(self, stances: Sequence[Stance], budget: int, unit: float) -> Stance:
         """The stance of least KL on held-out calibration text, as it would be at ``budget`` bytes: all play at
@@ -376,25 +449,40 @@ class _Table:
             for name, part in logs.items()
         }
 
-    def actions(self, played: Played, stance: Stance) -> Float[np.ndarray, "blocks actions"]:
-        """What every offset would cost every block that moves alone, in nats per token: code tables and the expected
-        sizes of columns stay as they are, and so do the codes of a block that stays."""
+    def actions(
+        self, played: Played, stance: Stance, movers: Blocks | None = None
+    ) -> Float[np.ndarray, "blocks actions"]:
+        """What every offset would cost every block (of ``movers``, or of all) that moves alone, in nats per token: code
+        tables and the expected sizes of columns stay as they are, and so do the codes of a block that stays."""
         costs = []
-        stay = list(self.rules.offsets).index(0)
-        for layer in self.oracle.track(self.oracle.layers, "trying offsets"):
-            lattices = [self.lattice(layer, played.unit, stance, shift) for shift in self.rules.offsets]
-            ground = self.whitened[layer.name]
-            ground = dataclasses.replace(ground, rows=ground.rows.repeat(len(lattices)))
-            answer, _ = lattice_reply(layer.weight.repeat(len(lattices), 1), ground, stack(lattices), None)
-            now = played.tensors[layer.name]
-            by_action = []
-            for codes, lattice in zip(answer.codes.split(len(layer.weight)), lattices, strict=True):
-                placed = dataclasses.replace(lattice, column_size=now.lattice.column_size)
-                tensor = LatticeTensor(codes, placed.expecting(codes.abs().float(), columns_too=False))
-                by_action.append(self.cost(layer, tensor, played, stance))
-            by_action[stay] = self.cost(layer, now, played, stance)
-            costs.append(torch.stack(by_action, 1))
+        shifts = [shift for shift in self.rules.offsets if shift]
+        for layer, rows in self.oracle.track(self.rows(movers), "trying offsets"):
+            weight, now = layer.weight[rows], played.tensors[layer.name].of_rows(rows)
+            by_shift = {0: self.cost(layer, now, played, stance, rows)}
+            if shifts:
+                lattices = [self.lattice(layer, played.unit, stance, shift).of_rows(rows) for shift in shifts]
+                ground = self.whitened[layer.name].of_rows(rows)
+                ground = dataclasses.replace(ground, rows=ground.rows.repeat(len(shifts)))
+                answer = lattice_reply(weight.repeat(len(shifts), 1), ground, stack(lattices))
+                for shift, codes, lattice in zip(shifts, answer.codes.split(len(weight)), lattices, strict=True):
+                    placed = dataclasses.replace(lattice, column_size=now.lattice.column_size)
+                    tensor = _expected(LatticeTensor(codes, placed), columns_too=False)
+                    by_shift[shift] = self.cost(layer, tensor, played, stance, rows)
+            costs.append(torch.stack([by_shift[shift] for shift in self.rules.offsets], 1))
         return torch.cat(costs).numpy()
+
+    def rows(self, movers: Blocks | None) -> list[tuple[Layer, Rows]]:
+        """The rows of these blocks (None: of all), layer by layer, not more at a time than memory should hold."""
+        found: list[tuple[Layer, Rows]] = []
+        for layer in self.oracle.layers:
+            size = max(AT_ONCE // layer.weight.shape[1] // TILE_ROWS, 1) * TILE_ROWS
+            if movers is None:
+                found += [(layer, slice(start, start + size)) for start in range(0, len(layer.weight), size)]
+                continue
+            moving = torch.from_numpy(self.by_layer(movers)[layer.name]).repeat_interleave(TILE_ROWS)
+            chosen = moving[: len(layer.weight)].nonzero()[:, 0]
+            found += [(layer, rows) for rows in chosen.split(size) if len(rows)]
+        return found
 
     def game(
         self, costs: Float[np.ndarray, "blocks actions"], played: Played, stance: Stance, align: float
@@ -424,7 +512,13 @@ class _Table:
 
     # the end
 
-    def report(self, played: Played, stance: Stance, rounds: Mapping[str, list[float]]) -> Compressed:
+    def report(
+        self,
+        stance: Stance,
+        played: Played,
+        costs: Float[np.ndarray, "blocks actions"] | None,
+        rounds: Mapping[str, list[float]],
+    ) -> Compressed:
         """Packed bytes, weights, and the certificate."""
         price = self.price(played.unit)
         names = [layer.name for layer in self.oracle.layers]
@@ -433,15 +527,15 @@ class _Table:
             for layer in self.oracle.layers
         }
         bits = {name: float(coded_bits(part, played.tables).sum()) for name, part in played.tensors.items()}
-        resident = sum(len(to_tiles(tensor)) for tensor in played.tensors.values())
+        resident = sum(to_tiles(tensor).nbytes for tensor in played.tensors.values())
         metrics = {
             "damage": sum(damage.values()),
             "bits_per_weight_resident": 8 * resident / sum(layer.parameters for layer in self.oracle.layers),
             "players": sum(self.counts),
             **stance.found,
         }
-        if self.rules.bit_game == "equilibrium":
-            metrics |= {"price": 8 * price} | self.certificate(played, stance)
+        if costs is not None:
+            metrics |= {"price": 8 * price} | self.certificate(costs, played, stance)
             metrics["potential_start"] = [*rounds["potential"], metrics["potential_end"]][0]
         series = {name: values for name, values in rounds.items() if values}
         if played.settled:
@@ -460,7 +554,7 @@ class _Table:
             damage=damage,
             metrics=metrics,
             series=series,
-            game=self.brought(stance) if self.rules.bit_game == "equilibrium" else {},
+            game={} if costs is None else self.brought(stance),
         )
 
     def brought(self, stance: Stance) -> dict[str, Tensor]:
@@ -473,16 +567,16 @@ class _Table:
             parts |= {"flock/pairs": pairs, "flock/weights": torch.from_numpy(links.data)}
         return parts
 
-    def certificate(self, played: Played, stance: Stance) -> dict[str, float]:
-        """The largest and the mean gain of a block that deviates alone, in nats per token: by another offset, or by
-        other codes for its weights, each alone, their gains added up."""
-        game, profile, _ = self.game(self.actions(played, stance), played, stance, stance.found["flock_align"])
+    def certificate(
+        self, costs: Float[np.ndarray, "blocks actions"], played: Played, stance: Stance
+    ) -> dict[str, float]:
+        """The largest and the mean gain of a block that deviates alone, in nats per token: by another offset, as
+        ``costs`` tells, or by other codes for its weights, each alone, their gains added up."""
+        game, profile, _ = self.game(costs, played, stance, stance.found["flock_align"])
         steps = game.regret(profile)
+        coding = self.coding(played.unit, played.tables)
         by_layer = [
-            _blocks(
-                stance.weights[layer.name]
-                * regret_by_row(layer.weight, played.tensors[layer.name], self.whitened[layer.name].curvature)
-            )
+            _blocks(regret_by_row(layer.weight, played.tensors[layer.name], self.curvature(layer, stance), coding))
             for layer in self.oracle.layers
         ]
         codes = torch.cat(by_layer).numpy()
@@ -506,7 +600,7 @@ def _meet(
 ) -> Found:
     """Units are tried by secants, inside the bracket of those that fitted and those that did not, until one takes
     between (1 − ``tolerance``) and 1 times ``budget`` bytes; ``slope`` is where they begin and what they learn."""
-    aim = (1 - tolerance / 3) * budget
+    aim = (1 - tolerance / 2) * budget
     best: Found | None = None
     tried: list[tuple[float, int]] = []
     log_unit = math.log2(unit)
@@ -522,8 +616,8 @@ def _meet(
             best = found
         if best is not None and size(best) >= (1 - tolerance) * budget:
             return best
-        if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
-            slope.learn((tried[-2][1] - tried[-1][1]) / (tried[-1][0] - tried[-2][0]))
+        if len(tried) > 1:
+            slope.learn(tried[-1][0] - tried[-2][0], tried[-2][1] - tried[-1][1])
         log_unit += min(max((size(found) - aim) / slope.now, -8.0), 8.0)
         if not finest < log_unit < coarsest:
             log_unit = (finest + coarsest) / 2 if math.isfinite(finest + coarsest) else log_unit
@@ -537,8 +631,8 @@ def _moves(stance: Stance, other: Stance) -> int:
     return sum(int((part != other.offsets[name]).sum()) for name, part in stance.offsets.items())
 
 
-def _expected(tensor: LatticeTensor) -> LatticeTensor:
-    return LatticeTensor(tensor.codes, tensor.lattice.expecting(tensor.codes.abs().float()))
+def _expected(tensor: LatticeTensor, columns_too: bool = True) -> LatticeTensor:
+    return LatticeTensor(tensor.codes, tensor.lattice.expecting(tensor.codes.abs().float(), columns_too))
 
 
 def _estimated_bytes(tensors: Mapping[str, LatticeTensor], tables: CodeTables) -> int:

@@ -78,7 +78,7 @@ def tables_of(counts: Float[np.ndarray, "tables symbols"]) -> CodeTables:
 
 def address(levels: Integer[Tensor, "*shape"]) -> tuple[Integer[Tensor, "*shape"], Integer[Tensor, "*shape"]]:
     """(table, shift) of every level: how many low bits of the magnitude are stored plainly."""
-    shift = (levels - HIGHEST + 1).div(2, rounding_mode="floor").clamp(min=0)
+    shift = ((levels - HIGHEST + 1) >> 1).clamp(min=0)
     return (levels - 2 * shift).clamp(min=LOWEST) - LOWEST, shift
 
 
@@ -97,8 +97,10 @@ def coded_bits(tensor: LatticeTensor, tables: CodeTables) -> Float[Tensor, " out
     table, shift = address(tensor.lattice.levels())
     magnitudes = tensor.codes.abs()
     symbols = (magnitudes >> shift).clamp(max=ESCAPE)
-    bits = torch.from_numpy(tables.bits()).float()[table, symbols]
-    return (bits + shift + ((magnitudes > 0) & (symbols == 0))).double().sum(1)
+    bits = torch.from_numpy(tables.bits()).float().take((table * (ESCAPE + 1) + symbols).long())
+    if shift.any():
+        bits += shift + ((magnitudes > 0) & (symbols == 0))
+    return bits.sum(1, dtype=torch.float64)
 
 
 def encode_lattice(tensor: LatticeTensor, tables: CodeTables) -> UInt8[np.ndarray, " bytes"]:

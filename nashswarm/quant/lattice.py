@@ -21,6 +21,7 @@ from torch import Tensor
 
 SCALES_PER_OCTAVE = 4
 LEVELS_PER_OCTAVE = 2
+Rows = Integer[Tensor, " some"] | slice
 QUIETEST = 2.0**-7  # added to mean magnitudes, so that rows of zeros have a level too
 
 
@@ -46,7 +47,11 @@ class Lattice:
         """Twice the binary logarithm of the expected magnitudes of the codes, in whole numbers."""
         scale = self.row_scale.int()[:, None] + self.column_scale.int()[columns]
         size = self.row_size.int()[:, None] + self.column_size.int()[columns]
-        return size - scale.div(SCALES_PER_OCTAVE // LEVELS_PER_OCTAVE, rounding_mode="floor")
+        return size - (scale >> 1)  # two scales a level
+
+    def of_rows(self, rows: Rows) -> "Lattice":
+        """The grid of some of the rows."""
+        return dataclasses.replace(self, row_scale=self.row_scale[rows], row_size=self.row_size[rows])
 
     def expecting(self, magnitudes: Float[Tensor, "out in"], columns_too: bool = True) -> "Lattice":
         """The same grid, its expected sizes fitted to the ``magnitudes`` of codes; or those of its rows only."""
@@ -78,6 +83,16 @@ class LatticeTensor:
     def dequantize(self) -> Float[Tensor, "out in"]:
         """The float32 matrix that the codes stand for."""
         return self.codes.float() * self.lattice.row_steps()[:, None] * self.lattice.column_steps()
+
+    def of_rows(self, rows: Rows) -> "LatticeTensor":
+        """Some of the rows."""
+        return LatticeTensor(self.codes[rows], self.lattice.of_rows(rows))
+
+    def replaced(self, rows: Rows, part: "LatticeTensor") -> "LatticeTensor":
+        """With ``part`` in the place of some of the rows."""
+        codes, scale, size = self.codes.clone(), self.lattice.row_scale.clone(), self.lattice.row_size.clone()
+        codes[rows], scale[rows], size[rows] = part.codes, part.lattice.row_scale, part.lattice.row_size
+        return LatticeTensor(codes, dataclasses.replace(self.lattice, row_scale=scale, row_size=size))
 
 
 def lattice_of(

@@ -10,7 +10,8 @@ takes its cheapest code until nobody moves (coordinate descent, as QuantEase, Be
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from nashswarm.quant.entropy import CodeTables, address
 from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme, quantize
-from nashswarm.quant.lattice import Lattice, LatticeTensor
+from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
-BLOCK = 64  # columns replied to between two matrix products
+BLOCK = 128  # columns replied to between two matrix products
 TINY = torch.finfo(torch.float32).tiny
-REACH = 2  # codes below the nearest one that a reply considers, besides 0
+NEAR: Sequence[int] = (1, -1)
+FAR: Sequence[int] = (1, -1, 2, -2, 3, -3, 4, -4)  # by what codes that pay for their length try to move, or to 0
+ALL = slice(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,16 @@ class Curvature:
         if self.lookups is not None:
             total += (self.lookups * error.square()).sum(1)
         return total / 2
+
+    def of_rows(self, rows: Rows) -> "Curvature":
+        """Of some of the rows alone."""
+        lookups = None if self.lookups is None else self.lookups[rows]
+        return dataclasses.replace(self, rows=self.rows[rows], lookups=lookups)
+
+    def weighed(self, weights: Float[Tensor, " out"]) -> "Curvature":
+        """Every row's damage times its weight."""
+        lookups = None if self.lookups is None else self.lookups * weights[:, None]
+        return dataclasses.replace(self, rows=self.rows * weights, lookups=lookups)
 
     def damped(self, damping: float = DAMPING) -> "Curvature":
         """With ``damping`` times its mean on the diagonal of H: calibration text is a sample."""
@@ -90,7 +103,7 @@ class Grid:
     """Where the weights of some columns may lie: at ``step · code`` for whole codes from ``low`` to ``high``.
 
     ``price``: nats per token of every magnitude's code in every table, with the table and the shift of every weight;
-    None where codes are not entropy-coded.
+    None where codes are not entropy-coded.  ``bit``: of the sign that a magnitude has although its symbol is 0.
     """
 
     step: Float[Tensor, "out columns"]
@@ -99,33 +112,62 @@ class Grid:
     price: Float[Tensor, "tables symbols"] | None = None
     table: Integer[Tensor, "out columns"] | None = None
     shift: Integer[Tensor, "out columns"] | None = None
+    bit: float = 0.0
 
-    def best(
-        self, column: int, target: Float[Tensor, " out"], stiffness: Float[Tensor, " out"]
-    ) -> Float[Tensor, " out"]:
-        """The cheapest codes of a column: half the ``stiffness`` times the squared distance from ``target``, and the
-        price of the code."""
+    def nearest(self, column: int, target: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        """The codes of a column nearest to ``target``."""
         step = self.step[:, column]
-        wanted = torch.where(step > 0, target / step, 0.0)
-        if self.price is None:
-            nearest = wanted.round()
-            if self.low is not None and self.high is not None:
-                nearest = nearest.clamp(self.low[:, column], self.high[:, column])
-            return nearest
-        size = wanted.abs()
-        choices = (size.round().unsqueeze(1) - torch.arange(REACH + 2)).clamp_(min=0)
-        choices[:, -1] = 0
-        cost = (
-            self.length(column, choices)
-            + (stiffness * step.square() / 2)[:, None] * (choices - size.unsqueeze(1)).square_()
-        )
-        return choices.gather(1, cost.argmin(1, keepdim=True))[:, 0] * wanted.sign()
+        found = torch.where(step > 0, target / step, 0.0).round()
+        if self.low is not None and self.high is not None:
+            found = found.clamp(self.low[:, column], self.high[:, column])
+        return found
 
-    def length(self, column: int, magnitudes: Float[Tensor, "out choices"]) -> Float[Tensor, "out choices"]:
-        """What coding these magnitudes in this column costs, in nats per token."""
+    def length(
+        self, codes: Integer[Tensor, "*chosen"], chosen: tuple[Any, ...] = (ALL, ALL)
+    ) -> Float[Tensor, "*chosen"]:
+        """What the length of these codes costs, in nats per token, but for bits that are stored whatever the code."""
         assert self.price is not None and self.table is not None and self.shift is not None
-        symbols = (magnitudes.int() >> self.shift[:, column : column + 1]).clamp_(max=self.price.shape[1] - 1)
-        return self.price[self.table[:, column : column + 1], symbols]
+        magnitudes, symbols = codes.abs(), self.price.shape[1]
+        found = (magnitudes >> self.shift[chosen]).clamp_(max=symbols - 1)
+        price = self.price.take((self.table[chosen] * symbols + found).long())
+        return price + self.bit * ((magnitudes > 0) & (found == 0)) if self.bit else price
+
+    def saved(
+        self, codes: Float[Tensor, "*chosen"], jumps: Sequence[int], chosen: tuple[Any, ...] = (ALL, ALL)
+    ) -> Float[Tensor, "moves *chosen"] | None:
+        """What these codes save on their length, in nats per token, by being 0 and by each of the ``jumps``."""
+        if self.price is None:
+            return None
+        whole = codes.int()
+        own, ends = self.length(whole, chosen), [torch.zeros_like(whole), *(whole + jump for jump in jumps)]
+        return torch.stack([own - self.length(end, chosen) for end in ends])
+
+    def moves(
+        self,
+        codes: Float[Tensor, "some columns"],
+        slope: Float[Tensor, "some columns"],
+        stiffness: Float[Tensor, "some columns"],
+        saved: Float[Tensor, "moves some columns"] | None,
+        jumps: Sequence[int],
+        rows: Integer[Tensor, " some"],
+    ) -> tuple[Float[Tensor, "some columns"], Float[Tensor, "some columns"]]:
+        """How far the code of every weight of these rows should move, if it alone moved, and what that would gain.
+
+        ``slope``: how fast damage falls with the code; ``stiffness``: how fast that ends.  A code that pays for its
+        length moves by one of the ``jumps``, or to 0.
+        """
+        if saved is None:
+            move = (slope / stiffness.clamp(min=TINY)).round_()
+            if self.low is not None and self.high is not None:
+                move = (codes + move).clamp_(self.low[rows], self.high[rows]).sub_(codes)
+            return move, move * (slope - stiffness * move / 2)
+        half = stiffness / 2
+        move, gain = -codes, saved[0] - codes * (slope + half * codes)
+        for jump, saving in zip(jumps, saved[1:], strict=True):
+            other = saving + jump * slope - jump**2 * half
+            move = torch.where(other > gain, float(jump), move)
+            gain = torch.maximum(other, gain)
+        return move, gain
 
 
 GridOf = Callable[[Tensor, Float[Tensor, "out columns"]], Grid]  # of columns, by number, and their weights by now
@@ -139,6 +181,12 @@ class Settled:
     codes: Float[Tensor, "out in"]
     moves: list[int]
     gains: list[float]
+
+    def after(self, earlier: "Settled | None") -> "Settled":
+        """With the sweeps of ``earlier`` before these."""
+        if earlier is None:
+            return self
+        return Settled(self.codes, earlier.moves + self.moves, earlier.gains + self.gains)
 
 
 def pivots(inputs: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
@@ -167,7 +215,7 @@ def feedback(
         grid = grid_of(order[columns], now)
         errors = torch.empty_like(now)
         for column in range(now.shape[1]):
-            code = grid.best(column, now[:, column], rows / own[column, column] ** 2)
+            code = grid.nearest(column, now[:, column])
             error = (now[:, column] - code * grid.step[:, column]) / own[column, column]
             now[:, column + 1 :].addr_(error, own[column, column + 1 :], alpha=-1)
             codes[:, order[start + column]], errors[:, column] = code, error
@@ -183,63 +231,84 @@ def settle(
     sweeps: int = 100,
     tolerance: float = 0.0,
 ) -> Settled:
-    """Best replies from ``codes``, column by column, until no weight moves, the gain of a sweep falls below
-    ``tolerance`` of the damage, or ``sweeps`` are over.  No move ever raises the cost of its row."""
-    assert curvature.inputs is not None
+    """Best replies from ``codes``, one block of columns after the other, until no weight moves, the gain of a sweep
+    falls below ``tolerance`` of the damage, or ``sweeps`` are over.  No move ever raises the cost of its row.
+
+    Codes that pay for their length try near moves first, and once nobody moves, far ones.
+    """
     codes = codes.clone()
-    columns = torch.arange(weight.shape[1]).split(BLOCK)
-    grids = [grid_of(block, weight[:, block]) for block in columns]
+    spans = [slice(start, start + BLOCK) for start in range(0, weight.shape[1], BLOCK)]
+    grids = [grid_of(torch.arange(weight.shape[1])[span], weight[:, span]) for span in spans]
+    blocks = [_Block(span, grid, curvature, codes) for span, grid in zip(spans, grids, strict=True)]
     error = weight - codes * torch.cat([grid.step for grid in grids], 1)
     active = torch.arange(len(weight))
     moves: list[int] = []
     gains: list[float] = []
-    while len(active) and len(moves) < sweeps:
-        moved = torch.zeros(len(active), dtype=torch.int32)
-        gained = 0.0
-        own_error, own_codes, rows = _by_column(error[active]), _by_column(codes[active]), curvature.rows[active]
-        for block, grid in zip(columns, grids, strict=True):
-            first = int(block[0])
-            span = slice(first, first + len(block))
-            near = curvature.inputs[span, span]
-            pull = (curvature.inputs[span] @ own_error.T).T
-            own = _rows_of(grid, active)
-            lookups = None if curvature.lookups is None else _by_column(curvature.lookups[active, span])
-            for column in range(len(block)):
-                at = first + column
-                stiffness = rows * near[column, column]
-                slope = rows * pull[:, column]
-                if lookups is not None:
-                    stiffness = stiffness + lookups[:, column]
-                    slope = slope + lookups[:, column] * own_error[:, at]
-                step, old = own.step[:, column], own_codes[:, at]
-                new = own.best(column, old * step + slope / stiffness.clamp(min=TINY), stiffness)
-                change = (new - old) * step
-                gain = change * slope - stiffness * change.square() / 2
-                if own.price is not None:
-                    length = own.length(column, torch.stack([old, new], 1).abs())
-                    gain = gain + length[:, 0] - length[:, 1]
-                better = gain > 1e-5 * stiffness * step.square()  # beyond what float32 can tell
-                if better.any():
-                    change = torch.where(better, change, 0.0)
-                    own_codes[:, at] = torch.where(better, new, old)
-                    own_error[:, at] -= change
-                    pull[:, column + 1 :].addr_(change, near[column, column + 1 :], alpha=-1)
-                    moved += better
-                    gained += float(gain[better].double().sum())
-        error[active], codes[active] = own_error, own_codes
-        active = active[moved > 0]
+    while len(moves) < sweeps:
+        if not len(active):
+            if not any([block.look_far(codes) for block in blocks]):
+                break
+            active = torch.arange(len(weight))
+        moved = torch.zeros(len(weight), dtype=torch.int32)
+        gains.append(sum(block.settle(active, error, codes, moved) for block in blocks))
+        active = active[moved[active] > 0]
         moves.append(int(moved.sum()))
-        gains.append(gained)
-        if gained <= tolerance * float(curvature.damage_by_row(error).double().sum()):
+        if tolerance and gains[-1] <= tolerance * float(curvature.damage_by_row(error).double().sum()):
             break
     return Settled(codes, moves, gains)
 
 
-def _rows_of(grid: Grid, rows: Integer[Tensor, " active"]) -> Grid:
-    parts = {name: getattr(grid, name) for name in ("step", "low", "high", "table", "shift")}
-    return dataclasses.replace(
-        grid, **{name: _by_column(part[rows]) for name, part in parts.items() if part is not None}
-    )
+class _Block:
+    """Some columns of a matrix whose weights reply: ``stiffness``, what a step of each costs, and ``saved``, what moves
+    would save of their codes' lengths."""
+
+    def __init__(self, span: slice, grid: Grid, curvature: Curvature, codes: Float[Tensor, "out in"]) -> None:
+        self.span, self.grid, self.jumps, self.saved = span, grid, NEAR, grid.saved(codes[:, span], NEAR)
+        self.rows, self.lookups = curvature.rows, None if curvature.lookups is None else curvature.lookups[:, span]
+        self.inputs = None if curvature.inputs is None else curvature.inputs[:, span]
+        self.near = None if self.inputs is None else self.inputs[span]
+        self.stiffness = Curvature(self.rows, self.near, self.lookups).diagonal() * grid.step.square()
+
+    def look_far(self, codes: Float[Tensor, "out in"]) -> bool:
+        """Try far moves from now on; False if there are none that were not tried."""
+        if self.saved is None or self.jumps == FAR:
+            return False
+        self.jumps, self.saved = FAR, self.grid.saved(codes[:, self.span], FAR)
+        return True
+
+    def settle(
+        self,
+        rows: Integer[Tensor, " some"],
+        error: Float[Tensor, "out in"],
+        codes: Float[Tensor, "out in"],
+        moved: Integer[Tensor, " out"],
+    ) -> float:
+        """What these ``rows`` gain here, each moving its best weight again and again until it has none; ``error``,
+        ``codes`` and the count of moves change in place."""
+        first, gained = self.span.start, 0.0
+        pull = None if self.inputs is None else error[rows] @ self.inputs
+        while len(rows):
+            step, stiffness = self.grid.step[rows], self.stiffness[rows]
+            slope = torch.zeros_like(step) if pull is None else self.rows[rows, None] * pull
+            if self.lookups is not None:
+                slope += self.lookups[rows] * error[rows, self.span]
+            saved = None if self.saved is None else self.saved[:, rows]
+            move, gain = self.grid.moves(codes[rows, self.span], slope.mul_(step), stiffness, saved, self.jumps, rows)
+            most, column = torch.where(gain > 1e-5 * stiffness, gain, 0.0).max(1)  # beyond what float32 can tell
+            (better,) = most.nonzero(as_tuple=True)
+            rows, column = rows[better], column[better]
+            move = move[better, column]
+            change = move * step[better, column]
+            codes[rows, first + column] += move
+            error[rows, first + column] -= change
+            if pull is not None and self.near is not None:
+                pull = pull[better].sub_(change[:, None] * self.near[column])
+            renewed = self.grid.saved(codes[rows, first + column], self.jumps, (rows, column))
+            if self.saved is not None and renewed is not None:
+                self.saved[:, rows, column] = renewed
+            moved[rows] += 1
+            gained += float(most.double().sum())
+        return gained
 
 
 def _by_column(matrix: Tensor) -> Tensor:
@@ -313,7 +382,8 @@ def _affine_grid(tensor: QuantizedTensor, columns: Tensor | None = None) -> Grid
     groups = torch.arange(len(tensor.scale[0])).repeat_interleave(size) if columns is None else columns // size
     levels = ((1 << tensor.bits.int()) - 1).repeat_interleave(TILE_ROWS, 0)[: len(tensor.scale)]
     zero = tensor.zero_point[:, groups].float()
-    return Grid(*map(_by_column, (tensor.scale[:, groups].float(), -zero, levels[:, groups] - zero)))
+    step, low, high = map(_by_column, (tensor.scale[:, groups].float(), -zero, levels[:, groups] - zero))
+    return Grid(step, low, high)
 
 
 def _stored(steps: Float[Tensor, "out in"], zero_point: Tensor, scheme: Scheme) -> Integer[Tensor, "out in"]:
@@ -338,6 +408,10 @@ class Whitened:
     columns: Float[Tensor, " in"]
     factor: Float[Tensor, "in in"] | None
 
+    def of_rows(self, rows: Rows) -> "Whitened":
+        """Of some of the rows alone."""
+        return dataclasses.replace(self, curvature=self.curvature.of_rows(rows), rows=self.rows[rows])
+
 
 def whiten(curvature: Curvature, damping: float = DAMPING, feedback: bool = True) -> Whitened:
     """The damped curvature, factored; without ``feedback`` the columns cost what they cost alone."""
@@ -354,51 +428,66 @@ def whiten(curvature: Curvature, damping: float = DAMPING, feedback: bool = True
     return Whitened(damped, rows, 1 / factor.diagonal().square(), factor)
 
 
-def lattice_reply(
-    weight: Float[Tensor, "out in"],
-    whitened: Whitened,
-    lattice: Lattice,
-    coding: Coding | None,
-    sweeps: int = 0,
-    tolerance: float = 0.0,
-) -> tuple[LatticeTensor, Settled | None]:
-    """The codes of a matrix on its lattice after one pass and so many sweeps, and how the sweeps went.
-
-    ``coding``: what codes cost; None: nothing.  ``tolerance``: as of ``settle``.
-    """
+def lattice_reply(weight: Float[Tensor, "out in"], whitened: Whitened, lattice: Lattice) -> LatticeTensor:
+    """The codes of a matrix on its lattice after one pass, or after plain rounding where there is no factor."""
     row_steps, column_steps = lattice.row_steps(), lattice.column_steps()
-    price = None if coding is None else torch.from_numpy(coding.tables.bits() * coding.price).float()
+    if whitened.factor is None:
+        steps = torch.outer(row_steps, column_steps)
+        return LatticeTensor(torch.where(steps > 0, weight / steps, 0.0).round().int(), lattice)
 
     def grid_of(columns: Tensor, current: Tensor) -> Grid:
-        step = torch.outer(column_steps[columns], row_steps).T
-        if price is None:
-            return Grid(step)
-        table, shift = address(lattice.levels(columns))
-        return Grid(step, price=price, table=table, shift=shift)
+        return Grid(torch.outer(column_steps[columns], row_steps).T)
 
-    if whitened.factor is None:
-        grid = grid_of(torch.arange(weight.shape[1]), weight)
-        stiffness = torch.outer(whitened.rows, whitened.columns)
-        alone = [grid.best(column, weight[:, column], stiffness[:, column]) for column in range(weight.shape[1])]
-        return LatticeTensor(torch.stack(alone, 1).int(), lattice), None
-    codes = feedback(weight, whitened.rows, whitened.factor, grid_of)
-    if not sweeps:
-        return LatticeTensor(codes.int(), lattice), None
-    settled = settle(weight, codes, whitened.curvature, grid_of, sweeps, tolerance)
-    return LatticeTensor(settled.codes.int(), lattice), settled
+    return LatticeTensor(feedback(weight, whitened.rows, whitened.factor, grid_of).int(), lattice)
+
+
+def lattice_settle(
+    weight: Float[Tensor, "out in"],
+    tensor: LatticeTensor,
+    curvature: Curvature,
+    coding: Coding | None = None,
+    sweeps: int = 100,
+) -> tuple[LatticeTensor, Settled]:
+    """The codes after so many sweeps of best replies, and how those went.  ``coding``: what codes cost, if they do."""
+    settled = settle(weight, tensor.codes.float(), curvature, _lattice_grid(tensor.lattice, coding), sweeps)
+    return LatticeTensor(settled.codes.int(), tensor.lattice), settled
 
 
 def regret_by_row(
-    weight: Float[Tensor, "out in"], tensor: LatticeTensor, curvature: Curvature
+    weight: Float[Tensor, "out in"], tensor: LatticeTensor, curvature: Curvature, coding: Coding | None = None
 ) -> Float[Tensor, " out"]:
-    """What the weights of every row would still gain, in nats per token, each changing its code alone, all added up."""
-    steps = tensor.lattice.row_steps()[:, None] * tensor.lattice.column_steps()
+    """What the weights of every row would still gain, in nats per token, each changing its code alone, all added up.
+
+    Codes that pay for their length try 0 and those near the one of least damage.
+    """
     error = weight - tensor.dequantize()
     stiffness, slope = curvature.diagonal(), torch.zeros_like(error)
     if curvature.inputs is not None:
         slope += curvature.rows[:, None] * (error @ curvature.inputs)
     if curvature.lookups is not None:
         slope += curvature.lookups * error
-    wanted = slope / (stiffness * steps).clamp(min=TINY)
-    change = wanted.round() * steps
-    return (change * slope - stiffness * change.square() / 2).clamp(min=0).double().sum(1)
+    grid = _lattice_grid(tensor.lattice, coding)(torch.arange(weight.shape[1]), weight)
+    slope, stiffness = slope * grid.step, stiffness * grid.step.square()
+    nearest = (slope / stiffness.clamp(min=TINY)).round()
+    gains = torch.zeros_like(slope)
+    for move in (nearest,) if coding is None else (-tensor.codes.float(), *(nearest + jump for jump in (0, *FAR))):
+        gain = move * (slope - stiffness * move / 2)
+        if coding is not None:
+            gain += grid.length(tensor.codes) - grid.length(tensor.codes + move.int())
+        torch.maximum(gains, gain, out=gains)
+    return gains.double().sum(1)
+
+
+def _lattice_grid(lattice: Lattice, coding: Coding | None) -> GridOf:
+    row_steps, column_steps = lattice.row_steps(), lattice.column_steps()
+    price = None if coding is None else torch.from_numpy(coding.tables.bits() * coding.price).float()
+
+    def grid_of(columns: Tensor, current: Tensor) -> Grid:
+        step = torch.outer(row_steps, column_steps[columns])
+        if price is None:
+            return Grid(step)
+        table, shift = address(lattice.levels(columns))
+        sign = 0.0 if coding is None or not shift.any() else coding.price
+        return Grid(step, price=price, table=table, shift=shift, bit=sign)
+
+    return grid_of
