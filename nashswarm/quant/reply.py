@@ -25,7 +25,7 @@ DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 BLOCK = 128  # columns replied to between two matrix products
 TINY = torch.finfo(torch.float32).tiny
 NEAR: Sequence[int] = (1, -1)
-FAR: Sequence[int] = (1, -1, 2, -2, 3, -3, 4, -4)  # by what codes that pay for their length try to move, or to 0
+FAR: Sequence[int] = (1, -1, 2, -2)  # by what codes that pay for their length try to move, or to 0
 ALL = slice(None)
 
 
