@@ -5,9 +5,11 @@ A player is a block of 16 rows.  Its action is an offset, in quarter octaves, to
 ``D_i(a) + λ · bits_i(a)``, both of them true: cross terms of H in full, lengths by the code tables of the whole model.
 Where the flock aligns, a block pays λ · ``align`` bytes for every quarter octave between it and a neighbour.
 
-Offsets are set at whole octaves of the unit, where they can be remembered; the unit itself then meets the budget, and
-best replies of the codes end the game.  The certificate enumerates all actions of all blocks, and all codes of all
-weights, at the end.
+What held-out text has to choose is chosen once, at one reference whatever the budget, and remembered.  A budget is then
+met by the unit and best replies of the codes, each of which minds damage and, at the same price, its length: a block
+that moves and lets its codes reply pays no more than the one pass it moved for.  At the end unit, code tables and the
+sizes of columns stand still, which makes blocks independent of one another but for the flock, and they move until none
+gains.  The certificate enumerates all actions of all blocks, and codes of all weights, at the end.
 """
 
 import dataclasses
@@ -69,8 +71,10 @@ class NashSwarm:
     its place ``uniform``, the same step in proportion to its weights in every matrix.  ``offsets``: what a block may
     add to its step, in quarter octaves.  ``code_game``: ``equilibrium``, one ``pass`` of error feedback, or
     ``rounding``.  ``sweeps``: of best replies, at most.  ``rate_in_codes``: how much of its length's price a code
-    minds, 0 to 1.  ``strength``: how far measured damages of layers correct predicted ones, 0 to 1; where several
-    values stand, held-out calibration text chooses.  ``cache``: reuse statistics and solved games of earlier runs.
+    minds in its best replies, 0 to 1; below 1 codes and blocks disagree on what a bit is worth, and at few bits some
+    blocks then regret every offset.  ``strength``: how far measured damages of layers correct predicted ones, 0 to 1;
+    where several values stand, held-out calibration text chooses.  ``cache``: reuse statistics and solved games of
+    earlier runs.
     """
 
     bits: float = 3.0

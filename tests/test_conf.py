@@ -21,12 +21,12 @@ EXPERIMENTS = [choice.split("/")[1] for choice in CHOICES if choice.startswith("
 MANDATORY = {"model/local": ["model.path=folder"], "dataset/local_text": ["dataset.path=file.txt"]}
 CHANGED = {  # method → what it is made from, and what it changes of that
     "no_nash": ("fixed_width", {"bit_game", "code_game", "bit_widths"}),
-    "no_bit_game": ("nash_swarm", {"bit_game", "swarm"}),
+    "no_bit_game": ("nash_swarm", {"bit_game", "rate_in_codes", "swarm"}),
     "no_code_game": ("nash_swarm", {"code_game"}),
     "no_swarm": ("nash_swarm", {"swarm"}),
     "no_quantization": ("fixed_width", {"bit_widths"}),
     "no_cache": ("nash_swarm", {"cache"}),
-    "gptq_one_step": ("nash_swarm", {"bit_game", "code_game", "strength", "swarm"}),
+    "gptq_one_step": ("nash_swarm", {"bit_game", "code_game", "rate_in_codes", "strength", "swarm"}),
     "baq": ("fixed_width", {"bit_game", "swarm"}),
     "radio": ("fixed_width", {"bit_game", "swarm"}),
     "evopress": ("fixed_width", {"bit_game", "swarm", "generations"}),
