@@ -105,7 +105,7 @@ def _matrix(tiles: Tiles) -> Matrix:
     addresses = [part.data_ptr() if part.numel() else 0 for part in (*parts, tiles.order)]
     found = Matrix(tiles.rows, tiles.columns, tiles.group_size, *addresses, tiles.order.data_ptr() + starts)
     found.kept = parts  # alive as long as their addresses are
-    found.address = ctypes.addressof(found)
+    found.address, found.multiply = ctypes.addressof(found), _library().nashswarm_matmul
     return found
 
 
@@ -114,13 +114,14 @@ def matmul(
 ) -> Float32[Tensor, "*batch rows"]:
     """x Wᵀ + bias, of contiguous tensors on the CPU."""
     matrix = matrix_of(tiles)
-    answer = torch.empty(*x.shape[:-1], tiles.rows)
-    failed = _library().nashswarm_matmul(
+    batch = x.numel() // matrix.columns
+    answer = torch.empty(batch, matrix.rows) if x.dim() == 2 else torch.empty(*x.shape[:-1], matrix.rows)
+    failed = matrix.multiply(
         matrix.address,
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
         answer.data_ptr(),
-        x.numel() // tiles.columns,
+        batch,
         DIGITS[activations],
         torch.get_num_threads(),
         PATHS[path()],

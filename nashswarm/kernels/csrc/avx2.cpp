@@ -23,10 +23,9 @@ struct Avx2 {
     static Codes mask(Codes codes) { return _mm256_and_si256(codes, _mm256_set1_epi8(char(BITS))); }
     template <int BY>  // bits of the neighbour come in from above: to be masked
     static Codes shift(Codes codes) { return BY ? _mm256_srli_epi16(codes, BY) : codes; }
-    template <int BITS>
-    static Codes select(Codes here, Codes elsewhere) {
-        const Codes chosen = _mm256_set1_epi8(char(BITS));
-        return _mm256_or_si256(_mm256_and_si256(chosen, here), _mm256_andnot_si256(chosen, elsewhere));
+    template <int BY, int BIT>  // the two highest bits of `low`, shifted, and one bit of `high`
+    static Codes join(Codes low, Codes high) {
+        return _mm256_or_si256(mask<(0xc0 >> BY)>(shift<BY>(low)), mask<BIT>(high));
     }
 
     static Sum nothing() { return _mm256_setzero_si256(); }

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: a register is sixteen rows of four inputs, multiplied and summed by one instruction.
+// AVX-512 with VNNI and GFNI: a register is sixteen rows of four inputs, multiplied and summed by one instruction.
 #include <immintrin.h>
 
 #include "multiply.h"
@@ -24,9 +24,12 @@ struct Avx512 {
     static Codes mask(Codes codes) { return _mm512_and_si512(codes, _mm512_set1_epi8(char(BITS))); }
     template <int BY>  // bits of the neighbour come in from above: to be masked
     static Codes shift(Codes codes) { return BY ? _mm512_srli_epi16(codes, BY) : codes; }
-    template <int BITS>
-    static Codes select(Codes here, Codes elsewhere) {
-        return _mm512_ternarylogic_epi32(here, elsewhere, _mm512_set1_epi8(char(BITS)), 0xe4);
+    template <int BY, int BIT>  // the two highest bits of `low`, shifted, and one bit of `high`
+    static Codes join(Codes low, Codes high) {
+        // Byte 7 − i of the matrix names the bits that bit i is the sum of.
+        constexpr int64_t MATRIX = 0x80ll << 8 * BY | 0x40ll << 8 * (BY + 1);
+        const Codes shifted = _mm512_gf2p8affine_epi64_epi8(low, _mm512_set1_epi64(MATRIX), 0);
+        return _mm512_ternarylogic_epi32(shifted, high, _mm512_set1_epi8(char(BIT)), 0xf8);  // a | (b & c)
     }
 
     static Sum nothing() { return _mm512_setzero_si512(); }

@@ -46,7 +46,7 @@ extern "C" {
 
 EXPORTED int nashswarm_interface() { return 1; }
 
-// Whether this processor can take a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
+// Whether this processor can take a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI and GFNI.
 EXPORTED int nashswarm_supports(int path) {
     if (path == 0) return 1;
 #if defined(__x86_64__)
@@ -56,7 +56,7 @@ EXPORTED int nashswarm_supports(int path) {
     if (path == 2)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vnni");
+               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
 #endif
     return 0;
 }

@@ -26,26 +26,21 @@ constexpr int bit_of(int width, int position) {
     return width != 3 ? position % (8 / width) * width : position < 6 ? position % 2 * 3 : position - 2;
 }
 
-// Bytes that hold the code of a position at bit_of, among others.
-template <class Set, int WIDTH, int POSITION>
-ALWAYS_INLINE typename Set::Codes raw(const typename Set::Codes (&registers)[WIDTH]) {
-    if constexpr (WIDTH == 3 && POSITION == 6)
-        return Set::template select<0x30>(Set::template shift<2>(registers[0]), registers[2]);
-    else if constexpr (WIDTH == 3 && POSITION == 7)
-        return Set::template select<0x60>(Set::template shift<1>(registers[1]), registers[2]);
-    else if constexpr (WIDTH == 3)
-        return registers[POSITION / 2];
-    else
-        return registers[POSITION * WIDTH / 8];
-}
-
+// The codes of a position, one a byte: at bit_of where IN_PLACE, else shifted down.
 template <class Set, int WIDTH, bool IN_PLACE, int POSITION>
 ALWAYS_INLINE typename Set::Codes codes_of(const typename Set::Codes (&registers)[WIDTH]) {
-    constexpr int BIT = bit_of(WIDTH, POSITION);
-    const auto bytes = raw<Set, WIDTH, POSITION>(registers);
-    if constexpr (WIDTH == 8) return bytes;
-    else if constexpr (IN_PLACE) return Set::template mask<((1 << WIDTH) - 1) << BIT>(bytes);
-    else return Set::template mask<(1 << WIDTH) - 1>(Set::template shift<BIT>(bytes));
+    constexpr int BIT = bit_of(WIDTH, POSITION), MASK = (1 << WIDTH) - 1;
+    if constexpr (WIDTH == 8) {
+        return registers[POSITION];
+    } else if constexpr (WIDTH == 3 && POSITION >= 6) {
+        const auto joined = Set::template join<6 - BIT, 4 << BIT>(registers[POSITION - 6], registers[2]);
+        if constexpr (IN_PLACE) return joined;
+        else return Set::template mask<MASK>(Set::template shift<BIT>(joined));
+    } else {
+        const auto bytes = registers[WIDTH == 3 ? POSITION / 2 : POSITION * WIDTH / 8];
+        if constexpr (IN_PLACE) return Set::template mask<MASK << BIT>(bytes);
+        else return Set::template mask<MASK>(Set::template shift<BIT>(bytes));
+    }
 }
 
 // Which accumulator takes the products of a position: one for every place in a byte, and four at least, so that a sum

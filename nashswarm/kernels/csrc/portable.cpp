@@ -32,9 +32,9 @@ struct Portable {
     static Codes mask(const Codes& codes) { return each_byte([&](int byte) { return codes.bytes[byte] & BITS; }); }
     template <int BY>
     static Codes shift(const Codes& codes) { return each_byte([&](int byte) { return codes.bytes[byte] >> BY; }); }
-    template <int BITS>
-    static Codes select(const Codes& here, const Codes& elsewhere) {
-        return each_byte([&](int byte) { return (here.bytes[byte] & BITS) | (elsewhere.bytes[byte] & ~BITS); });
+    template <int BY, int BIT>  // the two highest bits of `low`, shifted, and one bit of `high`
+    static Codes join(const Codes& low, const Codes& high) {
+        return each_byte([&](int byte) { return (low.bytes[byte] & 0xc0) >> BY | (high.bytes[byte] & BIT); });
     }
 
     static Sum nothing() { return {}; }

@@ -1,0 +1,134 @@
+"""How fast products with packed matrices are, beside torch and onnxruntime:
+
+    python benchmarks/kernels.py
+
+Ratios to torch's float32 product of the same shape, medians of rounds in which the two take turns, weights in cache,
+one thread, with 95 % intervals; the error is relative to float64 products of the same weights.
+"""
+
+import argparse
+import datetime
+import functools
+import itertools
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from nashswarm import kernels, record
+from nashswarm.kernels import native
+from nashswarm.kernels import tiles as layout
+from nashswarm.kernels.__main__ import example, interleaved, interval, raw
+from nashswarm.run import provenance
+
+OUT = pathlib.Path("results/benchmarks/kernels")
+SHAPES = ((3072, 768), (768, 3072))
+BITS: tuple[tuple[int, ...], ...] = ((2,), (3,), (4,), (8,), (2, 3, 4))
+BATCHES = (1, 64, 512)
+GROUP_SIZE = 64
+
+
+def main() -> None:
+    """Measure, save and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    parser.add_argument("--rounds", type=int, default=61)
+    options = parser.parse_args()
+    started = datetime.datetime.now(datetime.UTC)
+    torch.set_num_threads(1)
+    rows = [row for shape in SHAPES for batch in BATCHES for row in measured(shape, batch, options.rounds)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"path": native.path(), "rows": rows, "provenance": provenance(started)}
+    record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
+    record.write_whole(options.out.with_suffix(".md"), as_table(rows).encode())
+    print(as_table(rows))
+
+
+def measured(shape: tuple[int, int], batch: int, rounds: int) -> list[dict[str, str | float]]:
+    """A row for every kernel."""
+    x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    calls: dict[str, Callable[[], Tensor]] = {"torch fp32": lambda: torch.nn.functional.linear(x, weight)}
+    exact = {"torch fp32": x.double() @ weight.double().T}
+    for bits, lattice, activations in itertools.product(BITS, (False, True), kernels.ACTIVATIONS):
+        tiles = example(*shape, bits, GROUP_SIZE, lattice)
+        kind = "lattice" if lattice else f"groups of {GROUP_SIZE}"
+        name = f"{'+'.join(map(str, bits))} bits, {kind}, {activations}"
+        exact[name] = exact[f"{name}, operator"] = x.double() @ layout.dequantize(tiles).double().T
+        calls[name] = functools.partial(raw(), x, tiles, activations, None)
+        if bits == (3,):
+            calls[f"{name}, operator"] = functools.partial(kernels.matmul, x, tiles, activations)
+    for bits, (level, activations) in itertools.product((2, 4, 8), ((4, "int8"), (1, "float32"))):
+        name = f"onnxruntime {bits} bits, groups of {GROUP_SIZE}, {activations}"
+        calls[name], dequantized = onnx_product(shape, bits, level, x)
+        exact[name] = x.double() @ dequantized.double().T
+    found = []
+    for name, call in calls.items():
+        ours, plain = interleaved([call, calls["torch fp32"]], rounds)
+        ratios = sorted(second / first for first, second in zip(ours, plain, strict=True))
+        low, high = interval(ratios)
+        found.append(
+            {"shape": f"{shape[0]}x{shape[1]}", "batch": batch, "kernel": name}
+            | {"microseconds": 1e6 * statistics.median(ours), "ratio": statistics.median(ratios)}
+            | {"low": low, "high": high}
+            | {"relative error": float((call().double() - exact[name]).norm() / exact[name].norm())}
+        )
+    return found
+
+
+def onnx_product(shape: tuple[int, int], bits: int, level: int, x: Tensor) -> tuple[Callable[[], Tensor], Tensor]:
+    """onnxruntime's MatMulNBits on random codes in groups, bound to x, and the matrix that they stand for."""
+    rng = np.random.default_rng(bits)
+    rows, columns = shape
+    groups = columns // GROUP_SIZE
+    codes = rng.integers(0, 2**bits, (rows, groups, GROUP_SIZE)).astype(np.uint8)
+    scale = rng.uniform(0.01, 0.02, (rows, groups)).astype(np.float32)
+    each = 8 // bits
+    packed = sum(codes[..., place::each].astype(np.uint16) << bits * place for place in range(each)).astype(np.uint8)
+    node = onnx.helper.make_node(
+        "MatMulNBits", ["x", "codes", "scale"], ["y"], domain="com.microsoft", K=columns, N=rows, bits=bits,
+        block_size=GROUP_SIZE, accuracy_level=level,
+    )  # fmt: skip
+    graph = onnx.helper.make_graph(
+        [node],
+        "product",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, tuple(x.shape))],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (len(x), rows))],
+        [onnx.numpy_helper.from_array(packed, "codes"), onnx.numpy_helper.from_array(scale.flatten(), "scale")],
+    )
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    answer = torch.empty(len(x), rows)
+    binding = session.io_binding()
+    for bind, name, part in ((binding.bind_input, "x", x), (binding.bind_output, "y", answer)):
+        bind(name, "cpu", 0, np.float32, tuple(part.shape), part.data_ptr())
+
+    def call() -> Tensor:
+        session.run_with_iobinding(binding)
+        return answer
+
+    matrix = (codes - np.float32(2 ** (bits - 1))) * scale[..., None]
+    return call, torch.from_numpy(matrix.reshape(rows, columns))
+
+
+def as_table(rows: Sequence[dict[str, str | float]]) -> str:
+    """The rows as Markdown."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("--:" for _ in names) + " |"]
+    for found in rows:
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in found.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
