@@ -90,12 +90,13 @@ class Evidence:
     def oracle(self) -> Oracle:
         """All that the method may know."""
         others = models.other_tensors(self.full, self.layers)
-        empty = {layer.name: np.zeros(0, np.uint8) for layer in self.layers}
-        slack = 24 * len(self.layers) + 100  # of the header: longer offsets once layers are filled, and code tables
-        fixed = sum(len(content) for content in checkpoint.files(self.full, empty, others, 16).values())
+        likely = {layer.name: np.zeros(layer.parameters // 3, np.uint8) for layer in self.layers}
+        likely[checkpoint.TABLES] = np.zeros(1000, np.uint8)
+        fixed = sum(len(content) for content in checkpoint.files(self.full, likely, others, 16).values())
+        fixed -= sum(len(content) for content in likely.values())
         return Oracle(
             layers=self.layers,
-            fixed_bytes=fixed + slack,
+            fixed_bytes=fixed + 3 * len(self.layers),  # of the header: longer numbers, if layers take more
             parameters=self.parameters,
             moments=functools.cache(self.moments),
             heldout_kl=self.heldout_kl,

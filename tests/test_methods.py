@@ -125,7 +125,7 @@ def tiles(result: Compressed) -> np.ndarray:
 
 def read_classed(packed: np.ndarray) -> np.ndarray:
     """The matrix in the bytes of the published quantizer, bit by bit."""
-    content = packed.tobytes()
+    content = packed.tobytes().removeprefix(b"NSp1")
     rows, columns = (int.from_bytes(content[start : start + 4], "little") for start in (0, 4))
     grids = np.frombuffer(content[8:32], np.float32).reshape(3, 2)
     position = 32
