@@ -233,6 +233,16 @@ def test_activations_of_any_size(path: str, size: float) -> None:
     assert float((kernels.matmul(x, tiles, "float32") - exact).norm()) <= 1e-6 * float(exact.norm()) + 1e-35
 
 
+def test_the_order_of_tiles_by_hand() -> None:
+    """Nine row blocks are two spans; widths in their order, then row blocks; what is empty comes last."""
+    widths = torch.tensor([[4, 2]] + [[0, 0]] * 6 + [[2, 4]] + [[3, 0]], dtype=torch.uint8)
+    starts, tiles = layout.order(widths, 32).split([2 * 4 + 1, 2 * 18])
+    assert starts.tolist() == [0, 2, 2, 4, 4, 4, 5, 5, 5]
+    # in registers: 32 × 16 codes of 4, 2, 2, 4, 3 bits begin at 0, 4, 6, 8, 12
+    found = [(place, where // layout.SPAN, where % layout.SPAN) for place, where in tiles.view(-1, 2).tolist()[:5]]
+    assert found == [(4, 1, 0), (6, 0, 7), (0, 0, 0), (8, 1, 7), (12, 0, 0)]
+
+
 @pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
 def test_the_operators_are_as_torch_wants_them(activations: str) -> None:
     tiles = example(33, 70, 32, [0, 2, 3, 4, 8], lattice=True, escapes=3)
@@ -249,6 +259,15 @@ def test_gradients_reach_x_and_the_bias(path: str) -> None:
     (kernels.matmul(x, tiles, "int8", bias) * seen).sum().backward()
     torch.testing.assert_close(x.grad, seen @ weight, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(bias.grad, seen.sum((0, 1)))
+
+
+def test_gradients_pass_tiles_that_were_made_in_inference_mode() -> None:
+    made = example(33, 70, 32, [2, 3], lattice=False)
+    with torch.inference_mode():
+        tiles = dataclasses.replace(made)
+    x = torch.randn(2, 70, requires_grad=True)
+    kernels.matmul(x, tiles).sum().backward()
+    assert x.grad is not None
 
 
 class Layer(torch.nn.Module):
@@ -271,9 +290,9 @@ def no_shapes_checked() -> Iterator[None]:
 @pytest.mark.usefixtures("no_shapes_checked")
 def test_compiled_and_exported_modules_are_the_eager_one() -> None:
     layer, x = Layer(), torch.randn(4, 70)
-    expected = layer(x)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), expected)
+    found, expected = compiled(x), layer(x)  # nothing was called before it is compiled
+    torch.testing.assert_close(found, expected)
     exported = torch.export.export(layer, (x,))
     assert any("nashswarm.matmul" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x), expected)

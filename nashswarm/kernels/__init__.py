@@ -95,10 +95,12 @@ def flat(tiles: Tiles) -> tuple[Any, ...]:
     return *(getattr(tiles, name) for name in PARTS), tiles.order, tiles.rows, tiles.columns, tiles.group_size
 
 
-def _tiles(*flat: Any) -> Tiles:
-    *parts, order, rows, columns, group_size = flat
-    tiles = Tiles(rows, columns, group_size, *parts)
-    tiles.__dict__["order"] = order
+def _tiles(*arguments: Any) -> Tiles:
+    """The tiles that ``flat`` took apart; their order is not made anew."""
+    *parts, order, rows, columns, group_size = arguments
+    tiles = object.__new__(Tiles)
+    sizes = {"rows": rows, "columns": columns, "group_size": group_size, "_order": order}
+    tiles.__dict__.update(sizes, **dict(zip(PARTS, parts, strict=True)))
     return tiles
 
 

@@ -20,7 +20,7 @@ So one AND isolates a field, and a multiply-add of unsigned bytes by signed ones
 """
 
 import dataclasses
-import functools
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int, Int32, Integer, UInt8
@@ -71,29 +71,36 @@ class Tiles:
         parts = (getattr(self, field.name) for field in dataclasses.fields(self))
         return sum(part.nbytes for part in (*parts, self.order) if isinstance(part, Tensor))
 
-    @functools.cached_property
+    def __post_init__(self) -> None:
+        with torch.inference_mode(False):  # the first call may be in that mode, a later one train what stands on top
+            object.__setattr__(self, "_order", order(self.widths, self.group_size))
+
+    @property
     def order(self) -> Int32[Tensor, " words"]:
-        """In which order kernels take the tiles: span by span, in a span width by width, so that no branch is guessed.
+        """In which order kernels take the tiles."""
+        return cast(Tensor, self.__dict__["_order"])
 
-        First where the tiles of every span and width begin, and the end of the last; then, of every tile that is not
-        empty, its place in the payload in units of 64 bytes, and SPAN · group + row block in the span.
-        """
-        row_blocks, groups = self.widths.shape
-        device = self.widths.device
-        widths = self.widths.flatten().long()
-        blocks = torch.arange(row_blocks, device=device).repeat_interleave(groups)
-        key, order = torch.where(widths > 0, blocks // SPAN * 16 + widths, 1 << 60).sort(stable=True)
-        order = order[key < 1 << 60]
-        firsts = torch.arange(-(-row_blocks // SPAN), device=device)[:, None] * 16
-        firsts = (firsts + torch.tensor(WIDTHS[1:], device=device)).flatten()
-        starts = torch.searchsorted(key, torch.cat([firsts, firsts.new_tensor([(1 << 60) - 1])]))
-        places = payload_starts(self.widths, self.group_size)[order] // REGISTER
-        where = order % groups * SPAN + blocks[order] % SPAN
-        return torch.cat([starts, torch.stack([places, where], 1).flatten()]).int()
+    def __reduce__(self) -> tuple[type["Tiles"], tuple[object, ...]]:
+        """A copy is made of the fields alone: what was derived from them is derived again."""
+        return Tiles, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
-    def __getstate__(self) -> dict[str, object]:
-        """The fields alone: what was derived from them is derived again, also in a copy."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+def order(widths: UInt8[Tensor, "row_blocks groups"], group_size: int) -> Int32[Tensor, " words"]:
+    """In which order kernels take tiles: span by span, in a span width by width, so that no branch is guessed.
+
+    First where the tiles of every span and width begin, and the end of the last; then, of every tile, its place in the
+    payload in units of 64 bytes, and SPAN · group + row block in the span; those of width 0 stand after the end.
+    """
+    row_blocks, groups = widths.shape
+    flat = widths.flatten().long()
+    blocks = torch.arange(row_blocks, device=widths.device).repeat_interleave(groups)
+    spans = -(-row_blocks // SPAN)
+    key, chosen = torch.where(flat > 0, blocks // SPAN * 16 + flat, 16 * spans).sort(stable=True)
+    firsts = torch.arange(spans, device=widths.device)[:, None] * 16 + torch.tensor(WIDTHS[1:], device=widths.device)
+    starts = torch.searchsorted(key, torch.nn.functional.pad(firsts.flatten(), (0, 1), value=16 * spans))
+    places = payload_starts(widths, group_size)[chosen] // REGISTER
+    where = chosen % groups * SPAN + blocks[chosen] % SPAN
+    return torch.cat([starts, torch.stack([places, where], 1).flatten()]).int()
 
 
 def pack(codes: UInt8[Tensor, "tiles 16 inputs"], widths: UInt8[Tensor, " tiles"]) -> UInt8[Tensor, " bytes"]:
