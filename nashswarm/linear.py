@@ -179,8 +179,7 @@ class QuantizedLinear(nn.Linear):
         return _read_only(self.matrix)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        answer = kernels.matmul(x, self.matrix.tiles, self.activations)
-        return answer if self.bias is None else answer + self.bias
+        return kernels.matmul(x, self.matrix.tiles, self.activations, self.bias)
 
 
 class QuantizedEmbedding(nn.Embedding):

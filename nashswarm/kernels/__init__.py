@@ -145,7 +145,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight = torch.ops.nashswarm.rows(every, *ctx.saved_tensors, *ctx.sizes)
         x = gradient @ weight.to(gradient.dtype)
     if ctx.needs_input_grad[1]:
-        bias = gradient.flatten(0, -2).sum(0)
+        bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
     return x, bias, None, *(None for _ in (*ctx.saved_tensors, *ctx.sizes))
 
 
