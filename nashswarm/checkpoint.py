@@ -9,6 +9,7 @@ Importing this module makes the format known to transformers.
 """
 
 import copy
+import json
 import logging
 import pathlib
 import zlib
@@ -244,12 +245,24 @@ def check_files(paths: Sequence[pathlib.Path], expected: str) -> dict[str, int]:
             tensors |= safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is cut short or damaged ({error}); copy it again") from error
+        if not _plain_header(path):
+            raise ValueError(f"the header of {path} is not as save_pretrained writes it: damaged; copy it again")
     if (found := checksum(tensors)) != expected:
         raise ValueError(
             f"the checksum of {', '.join(map(str, paths))} is {found}, not {expected}: damaged, or not the files that "
             "belong to this config.json; copy the whole folder again"
         )
     return {name: len(part) for name, part in tensors.items() if part.dtype == torch.uint8 and part.ndim == 1}
+
+
+def _plain_header(path: pathlib.Path) -> bool:
+    """Whether a safetensors header says nothing beyond the tensors, in the one way that it is written: readers pass
+    over blanks and metadata, where a changed byte would go unseen."""
+    with path.open("rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little")).decode()
+    found = json.loads(text)
+    plain = json.dumps(found, separators=(",", ":"), ensure_ascii=False)
+    return text.rstrip(" ") == plain and found.get("__metadata__") == {"format": "pt"}
 
 
 def _place(

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "weights, tokenizer, model card, and what certifies it. Prints one JSON object.",
     )
     made.add_argument("model", metavar="MODEL", help="folder or hub name; 'default' is the one that comes along")
-    made.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
+    _add_out(made)
     made.add_argument("--bits", type=float, default=3.0, help="stored bits per parameter, everything counted (3.0)")
     made.add_argument("--method", choices=sorted(api.METHODS), default="nash_swarm", help="default: nash_swarm")
     made.add_argument("--calibration", type=pathlib.Path, metavar="TEXT", help="a text file; default: embedded prose")
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     rebudgeted.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
     rebudgeted.add_argument("--bits", type=float, required=True)
-    rebudgeted.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
+    _add_out(rebudgeted)
     _add_paths(rebudgeted)
     rebudgeted.set_defaults(run=_rebudget)
 
@@ -108,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_paths(checked)
     checked.set_defaults(run=_certify)
     return parser
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
 
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:

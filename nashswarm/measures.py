@@ -4,7 +4,6 @@ load."""
 import concurrent.futures
 import dataclasses
 import time
-from collections import ChainMap
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -136,7 +135,8 @@ class Several:
 
     def measure(self, subject: Subject) -> Found:
         parts = [part.measure(subject) for part in self.measures]
-        return dict(ChainMap(*(found for found, _ in parts))), dict(ChainMap(*(series for _, series in parts)))
+        found = {name: value for own, _ in parts for name, value in own.items()}
+        return found, {name: values for _, own in parts for name, values in own.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,12 +26,13 @@ from torch import Tensor
 
 from nashswarm import allocation, swarm
 from nashswarm.allocation import Layer
+from nashswarm.checkpoint import TABLES
 from nashswarm.game import Coupling, Game, best_response
 from nashswarm.linear import to_tiles
 from nashswarm.methods import PROBE_TOKENS, Compressed, Flock, Oracle
 from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_integers, encode_lattice, tables_of
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
-from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, lattice_of, stack
+from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, lattice_of, price_at, stack
 from nashswarm.quant.pack import run_lengths
 from nashswarm.quant.reply import (
     Coding,
@@ -54,7 +55,6 @@ FIRST = 3  # sweeps before code tables are fitted again
 ROUNDS = 6  # of meeting the budget and moving, at most
 TRIALS = 12  # units tried until the budget is met
 AT_ONCE = 1 << 22  # weights that try all offsets together
-TABLES = "code_tables"  # their name beside the packed layers
 
 Found = TypeVar("Found")
 Offsets = Mapping[str, Int[np.ndarray, " row_blocks"]]
@@ -206,7 +206,7 @@ class _Table:
         self, layer: Layer, tensor: LatticeTensor, played: Played, stance: Stance, rows: Rows = ALL
     ) -> Float[Tensor, " blocks"]:
         """What every block pays for these codes, in nats per token: damage and bits."""
-        paid = self.price(played.unit) * coded_bits(tensor, played.tables)
+        paid = price_at(played.unit) * coded_bits(tensor, played.tables)
         return _blocks(self.damage(layer, tensor, stance, rows) + paid)
 
     # the whole model
@@ -239,10 +239,6 @@ class _Table:
         """Of these rows, as the players see it."""
         return self.whitened[layer.name].curvature.of_rows(rows).weighed(stance.weights[layer.name][rows])
 
-    def price(self, unit: float) -> float:
-        """λ of a bit at ``unit``, in nats per token."""
-        return unit**2 * math.log(2) / 12
-
     def meet(self, budget: int, unit: float, stance: Stance, sweeps: int, tolerance: float) -> Played:
         """The finest unit found whose bytes stay within ``budget``, to ``tolerance``."""
 
@@ -253,7 +249,7 @@ class _Table:
 
     def coding(self, unit: float, tables: CodeTables) -> Coding | None:
         """What codes cost in their own eyes."""
-        return Coding(tables, self.rules.rate_in_codes * self.price(unit)) if self.rules.rate_in_codes else None
+        return Coding(tables, self.rules.rate_in_codes * price_at(unit)) if self.rules.rate_in_codes else None
 
     def unit_of_rounding(self, budget: int) -> float:
         """The unit at which plain rounding on the lattice would take ``budget`` bytes: where the search begins."""
@@ -499,7 +495,7 @@ class _Table:
         own = np.full((len(costs), int(reached.max()) - least + 1), 10 * costs.max())
         np.put_along_axis(own, reached - least, costs, 1)
         steps = np.arange(own.shape[1])
-        apart = 8 * self.price(played.unit) * align * np.abs(steps[:, None] - steps)
+        apart = 8 * price_at(played.unit) * align * np.abs(steps[:, None] - steps)
         return Game(own, (Coupling(self.flock, apart),) if align else ()), offsets - least, least
 
     def replied(
@@ -524,7 +520,7 @@ class _Table:
         rounds: Mapping[str, list[float]],
     ) -> Compressed:
         """Packed bytes, weights, and the certificate."""
-        price = self.price(played.unit)
+        price = price_at(played.unit)
         names = [layer.name for layer in self.oracle.layers]
         damage = {
             layer.name: float(self.damage(layer, played.tensors[layer.name], self.plain).double().sum())

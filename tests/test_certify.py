@@ -132,7 +132,7 @@ def test_every_format_is_read_and_says_what_was_enumerated(
     stepped = method == "no_swarm"
     assert found["enumerated"] == ("codes and steps" if stepped else "codes")
     assert found["agrees"] is (True if stepped else None)
-    assert (found["regret_of_codes"] < 1e-7) == (method in ("no_swarm", "baseline"))  # an equilibrium, and floats
+    assert (found["regret_of_codes"] == 0) == (method in ("no_swarm", "baseline"))  # an exact equilibrium, and floats
     assert found["layers"] == len(record.layers)
 
 

@@ -255,14 +255,8 @@ def test_a_changed_byte_anywhere_is_refused(folder: pathlib.Path, tmp_path_facto
         content = bytearray(whole)
         content[place] = value if content[place] != value else value ^ 1
         (target / "model.safetensors").write_bytes(content)
-        try:
+        with pytest.raises((ValueError, OSError), match=r"model\.safetensors|format|metadata"):
             load(target)
-        except (ValueError, OSError) as error:
-            assert any(word in str(error) for word in ("model.safetensors", "format", "metadata"))
-        else:  # a blank of the header, or a word that nobody reads
-            found, expected = (safetensors.torch.load(bytes(part)) for part in (content, whole))
-            assert place < header and found.keys() == expected.keys()
-            assert all(torch.equal(part, expected[name]) for name, part in found.items())
 
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(some.integers(0, len(whole) - 1), some.integers(0, 255))
@@ -272,10 +266,12 @@ def test_a_changed_byte_anywhere_is_refused(folder: pathlib.Path, tmp_path_facto
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(some.integers(0, header - 1), some.integers(32, 126))
     def in_the_header(place: int, value: int) -> None:
-        if whole[place] != ord(" ") and b"__metadata__" not in whole[max(place - 40, 0) : place + 40]:
-            check(place, value)
+        check(place, value)
 
     check(norm, 0x7F)
+    check(whole.index(b'"pt"') + 1, ord("n"))
+    if whole[header - 1] == ord(" "):
+        check(header - 1, ord("\t"))
     check(kinds[0], ord("I"))
     check(kinds[1], ord("I"))
     anywhere()

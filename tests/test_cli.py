@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import hydra
 import pytest
 import torch
 import transformers
@@ -138,6 +139,9 @@ def test_rebudget_keeps_to_whole_bits_where_there_are_only_those(
     assert command("compress", *words)[0] == 0
     status, printed, _ = command("rebudget", tmp_path / "gptq", "--bits", 4, "--out", tmp_path / "other")
     assert status == 0 and 4 < json.loads(printed)["bits_per_weight"] < 5
+    with pytest.raises(hydra.errors.InstantiationException, match=r"2\.5"):  # tests check types before the method does
+        command("rebudget", tmp_path / "gptq", "--bits", 2.5, "--out", tmp_path / "between")
+    assert not (tmp_path / "between").exists()
 
 
 def test_a_budget_given_as_a_whole_number_can_become_a_fraction(made: Any) -> None:

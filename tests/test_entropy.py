@@ -30,10 +30,10 @@ from nashswarm.quant.entropy import (
 )
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize
 from nashswarm.quant.lattice import Lattice, LatticeTensor
+from tests.laplace import LAPLACE
 
 some = settings(max_examples=40, deadline=None)
 INT8 = st.integers(-128, 127)
-LAPLACE = CodeTables.of_laplace()
 
 
 def flat(rows: int, columns: int, level: int = 0) -> Lattice:

@@ -27,10 +27,11 @@ from nashswarm.linear import (
     set_activations,
     to_tiles,
 )
-from nashswarm.quant.entropy import CodeTables, decode_groups, decode_lattice
+from nashswarm.quant.entropy import decode_groups, decode_lattice
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor
 from nashswarm.quant.pack import unpack
+from tests.laplace import LAPLACE
 
 Drawn = dict[str, Callable[..., Any]]
 few = settings(max_examples=30, deadline=None)
@@ -64,10 +65,10 @@ def assert_same(found: Any, tensor: Any) -> None:
 @given(some.integers(1, 70), some.integers(1, 150), some.sampled_from([0.0, 0.3, 2.0, 50.0, 1e6]), some.integers(0, 9))
 def test_a_lattice_comes_back_whatever_its_shape_and_spread(rows: int, columns: int, spread: float, seed: int) -> None:
     tensor = on_lattice(heavy_tailed(rows, columns, spread, seed), seed)
-    matrix = PackedMatrix(tensor, True, CodeTables.of_laplace())
+    matrix = PackedMatrix(tensor, True, LAPLACE)
     assert_same(matrix.tensor(), tensor)
     assert torch.equal(matrix.dequantize(), tensor.dequantize())
-    assert_same(decode_lattice(matrix.stored(), CodeTables.of_laplace()), tensor)
+    assert_same(decode_lattice(matrix.stored(), LAPLACE), tensor)
 
 
 @some.composite
@@ -144,7 +145,7 @@ def tensor(request: pytest.FixtureRequest, drawn: Drawn) -> Any:
 
 @pytest.fixture
 def matrix(tensor: Any) -> PackedMatrix:
-    return PackedMatrix(tensor, True, CodeTables.of_laplace())
+    return PackedMatrix(tensor, True, LAPLACE)
 
 
 def layer_of(matrix: PackedMatrix, bias: bool = True) -> QuantizedLinear:

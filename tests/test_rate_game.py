@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from nashswarm.allocation import Layer
 from nashswarm.methods import Compressed, Flock, Method, Oracle
 from nashswarm.quant.calibration import Moments
 from nashswarm.quant.entropy import ESCAPE, CodeTables, address, coded_bits, decode_lattice
-from nashswarm.quant.lattice import Lattice, LatticeTensor, unit_at
+from nashswarm.quant.lattice import Lattice, LatticeTensor, price_at
 from nashswarm.quant.reply import Curvature
 from nashswarm.rate_game import BUDGET_TOLERANCE, REGRET, TABLES, NashSwarm, Slope, _meet, _Table
 
@@ -192,7 +193,7 @@ def test_with_a_price_a_step_costs_the_same_everywhere() -> None:
     """½ a κ step² is the price of the unit, to a quarter of an octave and the offset of the block."""
     layers, moments = example()
     found = compress(dataclasses.replace(ALONE, offsets=(0,)))
-    unit = unit_at(found.metrics["price"] / 8)
+    unit = math.sqrt(12 * found.metrics["price"] / 8 / math.log(2))
     for layer in layers:
         rows, inputs = allocation.curvature(layer, moments).damped().shared()
         h = inputs.double()
@@ -287,7 +288,7 @@ def test_measured_damages_correct_predicted_ones_where_those_are_wrong() -> None
     assert finer[0] < 0.5 * finer[1]
     assert -1 <= told.metrics["damage_correlation"] <= 1
     table = _Table(ALONE, oracle, np.random.default_rng(0))
-    ratios = table.probe(table.play(unit_at(blind.metrics["price"] / 8), table.plain, 0))[0]
+    ratios = table.probe(table.play(math.sqrt(12 * blind.metrics["price"] / 8 / math.log(2)), table.plain, 0))[0]
     assert ratios["h.0.up"] / ratios["h.0.down"] == pytest.approx(30, rel=0.3)
 
 
@@ -411,7 +412,7 @@ def test_where_nothing_is_coupled_blocks_choose_from_the_hull_of_rate_and_distor
     )
     for unit in (2.0**-8, 2.0**-5):
         played = table.play(unit, table.plain, 0)
-        price, costs = table.price(unit), table.actions(played, table.plain)
+        price, costs = price_at(unit), table.actions(played, table.plain)
         chosen = table.replied(costs, played, table.plain, 0.0).offsets
         block = 0
         for layer in layers:

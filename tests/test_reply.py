@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nashswarm.quant.entropy import CodeTables, address
+from nashswarm.quant.entropy import address
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.lattice import Lattice, LatticeTensor, lattice_of
 from nashswarm.quant.reply import (
@@ -27,9 +27,9 @@ from nashswarm.quant.reply import (
     settle,
     whiten,
 )
+from tests.laplace import LAPLACE
 
 SCHEME = Scheme(8, search=True)
-TABLES = CodeTables.of_laplace()
 some = settings(max_examples=30, deadline=None)
 
 
@@ -178,7 +178,7 @@ class Case:
             return Grid(self.steps[:, columns])
         table, shift = address(self.lattice.levels(columns))
         return Grid(
-            self.steps[:, columns], None, None, self.price * torch.from_numpy(TABLES.bits()).float(), table, shift
+            self.steps[:, columns], None, None, self.price * torch.from_numpy(LAPLACE.bits()).float(), table, shift
         )
 
     def settle(self, codes: torch.Tensor, sweeps: int = 100) -> Settled:
@@ -195,7 +195,7 @@ class Case:
         if self.price is not None:
             for column, code in enumerate(codes):
                 table, shift = (int(part) for part in address(self.lattice.levels()[row, column]))
-                total += self.price * TABLES.bits()[table, min(int(abs(code)) >> shift, 48)]
+                total += self.price * LAPLACE.bits()[table, min(int(abs(code)) >> shift, 48)]
         return float(total)
 
     def costs(self, codes: torch.Tensor) -> np.ndarray:
@@ -358,7 +358,7 @@ def test_the_end_is_one_of_the_equilibria_that_exhaustive_search_finds(
 def test_regret_of_the_codes_by_brute_force(one: Case) -> None:
     """Before: what every weight would gain alone, added up.  After: nothing."""
     start = (one.weight / one.steps).round()
-    coding = Coding(TABLES, one.price) if one.price else None
+    coding = Coding(LAPLACE, one.price) if one.price else None
     gains = np.zeros(len(start))
     for row, own in enumerate(start.double().numpy()):
         for column in range(len(own)):
@@ -385,7 +385,7 @@ def test_a_matrix_that_is_only_looked_up_takes_the_cheapest_codes(seed: int, pri
     whitened = whiten(Curvature(torch.zeros(5), None, sensitivity[:, :4]))
     lattice = lattice_of(weight, unit, whitened.rows, whitened.columns)
     one = Case(weight, whitened.curvature, lattice, price * unit**2 * np.log(2) / 12 if price else None)
-    coding = Coding(TABLES, one.price) if one.price else None
+    coding = Coding(LAPLACE, one.price) if one.price else None
     answer = lattice_reply(weight, whitened, lattice)
     assert torch.equal(answer.codes, (weight / one.steps).round().int())
     settled, found = lattice_settle(weight, answer, whitened.curvature, coding)
@@ -398,13 +398,13 @@ def test_a_price_makes_codes_shorter_and_damage_larger() -> None:
     one = case(20, 24, 7, unit=1.0)
     whitened, lengths, damages = whiten(one.curvature), [], []
     for price in (0.0, 0.3, 1.0, 3.0):
-        coding = Coding(TABLES, price * np.log(2) / 12) if price else None
+        coding = Coding(LAPLACE, price * np.log(2) / 12) if price else None
         answer, _ = lattice_settle(
             one.weight, lattice_reply(one.weight, whitened, one.lattice), one.curvature, coding, 20
         )
         table, shift = address(one.lattice.levels())
         symbols = (answer.codes.abs() >> shift).clamp(max=48)
-        lengths.append(TABLES.bits()[table.numpy(), symbols.numpy()].sum())
+        lengths.append(LAPLACE.bits()[table.numpy(), symbols.numpy()].sum())
         damages.append(float(one.curvature.damage_by_row(one.weight - answer.dequantize()).sum()))
     assert lengths == sorted(lengths, reverse=True) and lengths[-1] < 0.995 * lengths[0]
     assert damages[0] == min(damages) and damages[-1] == max(damages)

@@ -58,13 +58,6 @@ class CodeTables:
         frequencies = np.frombuffer(zlib.decompress(_opened("tables", packed)[0]), np.uint16).astype(np.int64)
         return CodeTables(frequencies.reshape(TABLES, ESCAPE + 1))
 
-    @staticmethod
-    def of_laplace() -> "CodeTables":
-        """What to expect before any code was seen: two-sided geometric magnitudes of the level's mean."""
-        means = 2.0 ** (np.arange(LOWEST, HIGHEST + 1) / 2)
-        ratio = means / (1 + means)
-        return tables_of((1 - ratio)[:, None] * ratio[:, None] ** np.arange(ESCAPE + 1) * TOTAL)
-
 
 def tables_of(counts: Float[np.ndarray, "tables symbols"]) -> CodeTables:
     """Tables in proportion to ``counts``; every symbol keeps a frequency of at least 1."""

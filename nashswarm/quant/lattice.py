@@ -116,13 +116,13 @@ def lattice_of(
     return lattice.expecting((weight / steps).abs())
 
 
-def unit_at(price: float) -> float:
-    """The unit whose next bit is worth ``price`` nats per token.
+def price_at(unit: float) -> float:
+    """What the next bit is worth at ``unit``, in nats per token.
 
-    >>> round(unit_at(math.log(2) / 12), 6)
+    >>> round(price_at(1.0) * 12 / math.log(2), 6)
     1.0
     """
-    return math.sqrt(12 * price / math.log(2))
+    return unit**2 * math.log(2) / 12
 
 
 def _scale(sensitivity: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

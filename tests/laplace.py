@@ -1,0 +1,9 @@
+"""Code tables that fit no model in particular: two-sided geometric magnitudes of every level's mean."""
+
+import numpy as np
+
+from nashswarm.quant.entropy import ESCAPE, HIGHEST, LOWEST, TOTAL, tables_of
+
+_MEANS = 2.0 ** (np.arange(LOWEST, HIGHEST + 1)[:, None] / 2)
+_RATIOS = _MEANS / (1 + _MEANS)
+LAPLACE = tables_of((1 - _RATIOS) * _RATIOS ** np.arange(ESCAPE + 1) * TOTAL)
