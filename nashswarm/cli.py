@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
     timed.add_argument("--threads", type=int, default=torch.get_num_threads())
     timed.add_argument("--prompt-tokens", type=int, help="default: 512 or half the window, whichever is less")
+    timed.add_argument("--context-tokens", type=int, default=32, help="before those decoded (32)")
     timed.add_argument("--new-tokens", type=int, default=32)
     timed.add_argument("--repeats", type=int, default=30)
     timed.add_argument("--against", nargs="+", default=(), choices=sorted(peers.CONTESTANTS))
@@ -193,7 +194,7 @@ def _bench(given: argparse.Namespace) -> int:
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
     length = models.LoadedModel(full, tokenizer).window_length(None)
     windows = data.windows(data.StdlibDocs().text("test"), tokenizer, length, "test")
-    measure = measures.Speed(given.prompt_tokens, given.new_tokens, given.repeats, given.against)
+    measure = measures.Speed(given.prompt_tokens, given.context_tokens, given.new_tokens, given.repeats, given.against)
 
     def reference(batch_size: int) -> metrics.Reference:
         return metrics.reference(full, windows[: measure.quality_windows], batch_size)

@@ -72,13 +72,16 @@ class Speed:
     """Milliseconds per new token (batch 1, KV cache), prefill tokens per second and bytes in memory of the packed
     model, of the full one and of others, interleaved in one process; and what rounded activations cost in KL.
 
-    The packed model runs twice, with int8 activations (no suffix) and with float32 ones.  ``against``: further
-    contestants, ``bfloat16``, ``compile``, ``onnxruntime`` (4 bits), ``bitsandbytes`` (NF4).  Ratios are those of the
-    full model's time to the contestant's, above 1 where it is faster.  ``prompt_tokens`` of None: 512 or half the
-    window, whichever is less.  ``quality_windows``: the test windows that KL is measured on.
+    ``prompt_tokens`` are read at once (prefill; None: 512 or half the window, whichever is less), and ``new_tokens``
+    decoded after them (``decode_long``: at every step transformers copies the whole cache, in all models alike) and
+    after ``context_tokens`` alone (``decode``).  The packed model runs twice, with int8 activations (no suffix) and
+    with float32 ones.  ``against``: further contestants, ``bfloat16``, ``compile``, ``onnxruntime`` (4 bits),
+    ``bitsandbytes`` (NF4).  Ratios are those of the full model's time to the contestant's, above 1 where it is faster.
+    ``quality_windows``: the test windows that KL is measured on.
     """
 
     prompt_tokens: int | None = None
+    context_tokens: int = 32
     new_tokens: int = 32
     repeats: int = 30
     against: Sequence[str] = ()
@@ -91,6 +94,7 @@ class Speed:
     def measure(self, subject: Subject) -> Found:
         length = subject.windows.shape[1]
         prompt = min(512, length // 2) if self.prompt_tokens is None else self.prompt_tokens
+        context = min(self.context_tokens, prompt)
         if prompt + self.new_tokens > length:
             raise ValueError(
                 f"measure.prompt_tokens={prompt} and measure.new_tokens={self.new_tokens} exceed the window of {length}"
@@ -99,21 +103,25 @@ class Speed:
         models = {"full": subject.full, "": packed, "float32": packed}
         models |= {name: peers.CONTESTANTS[name](subject.full) for name in self.against}
         tokens = subject.windows[:1, :prompt]
-        times: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+        phases = ("decode", "decode_long", "prefill")
+        times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in phases} for name in models}
         for repeat in subject.track(range(self.repeats + 2), "timing"):
             for name, model in models.items():
                 set_activations(packed, "float32" if name == "float32" else "int8")
-                prefill, decode = _generate(model, tokens, self.new_tokens)
+                _, short = _generate(model, tokens[:, :context], self.new_tokens)
+                prefill, long = _generate(model, tokens, self.new_tokens)
                 if repeat >= 2:  # the first two warm up
                     times[name]["prefill"].append(prefill)
-                    times[name]["decode"].append(1000 * decode / self.new_tokens)
+                    times[name]["decode"].append(1000 * short / self.new_tokens)
+                    times[name]["decode_long"].append(1000 * long / self.new_tokens)
         found: dict[str, float] = {}
         for name, own in times.items():
             suffix = f"_{name}" if name else ""
             found[f"decode_ms{suffix}"] = float(np.median(own["decode"]))
+            found[f"decode_long_ms{suffix}"] = float(np.median(own["decode_long"]))
             found[f"prefill_tokens_per_second{suffix}"] = prompt / float(np.median(own["prefill"]))
             found[f"bytes_resident{suffix}"] = resident_bytes(models[name])
-            for phase in ("decode", "prefill") if name != "full" else ():
+            for phase in phases if name != "full" else ():
                 ratios = [full / mine for full, mine in zip(times["full"][phase], own[phase], strict=True)]
                 found[f"{phase}_ratio{suffix}"] = float(np.median(ratios))
                 low, high = compare.interval(ratios)

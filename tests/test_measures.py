@@ -85,13 +85,18 @@ def test_quality_refuses_logits_that_are_not_finite(subject: Subject) -> None:
 
 
 def test_speed(subject: Subject) -> None:
-    measure = Speed(prompt_tokens=8, new_tokens=4, repeats=5, against=["bfloat16"], quality_windows=3)
+    measure = Speed(prompt_tokens=8, context_tokens=3, new_tokens=4, repeats=5, against=["bfloat16"], quality_windows=3)
     found, series = measure.measure(subject)
-    ratios = {f"{phase}_ratio{end}" for phase in ("decode", "prefill") for end in ("", "_low", "_high")}
+    ratios = {f"{phase}_ratio{end}" for phase in ("decode", "decode_long", "prefill") for end in ("", "_low", "_high")}
     suffixes = ("", "_float32", "_bfloat16")
     expected = {name.replace("ratio", f"ratio{suffix}") for name in ratios for suffix in suffixes}
     for suffix in (*suffixes, "_full"):
-        expected |= {f"decode_ms{suffix}", f"prefill_tokens_per_second{suffix}", f"bytes_resident{suffix}"}
+        expected |= {
+            f"decode_ms{suffix}",
+            f"decode_long_ms{suffix}",
+            f"prefill_tokens_per_second{suffix}",
+            f"bytes_resident{suffix}",
+        }
     assert set(found) == expected | {"kl_int8", "kl_float32"}
     names = ("full", "int8", "float32", "bfloat16")
     assert {name: len(values) for name, values in series.items()} == {f"decode_ms_{name}": 5 for name in names}
