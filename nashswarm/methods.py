@@ -245,8 +245,9 @@ class FixedWidth:
     the ablations put in its place: ``quantiles`` of importance or ``lot``, bits handed out at random; or the idea of
     another: ``equal_loss`` (BAQ), ``dual_ascent`` (Radio), ``evolution`` (EvoPress).  ``code_game``: each block replies
     with the codes of least damage; otherwise one min-max rounding.  ``split``: a preset's budget instead of ``bits``,
-    with at least its share of pruned blocks.  ``generations`` and ``offspring``: of the evolution.  ``cache``: reuse
-    statistics and baselines of earlier runs.
+    with at least its share of pruned blocks.  ``coded``: entropy-code the tiles of the budget, so that the file takes
+    less.  ``generations`` and ``offspring``: of the evolution.  ``cache``: reuse statistics and baselines of earlier
+    runs.
     """
 
     bits: float | None = 3.0
@@ -255,6 +256,7 @@ class FixedWidth:
     bit_game: BitGame = "equilibrium"
     quantiles: Sequence[float] = (0.9, 0.7)
     code_game: bool = True
+    coded: bool = False
     split: Split | None = None
     generations: int = 20
     offspring: int = 8
@@ -277,6 +279,8 @@ class FixedWidth:
         if tuple(self.bit_widths) != tuple(sorted(set(self.bit_widths) & set(WIDTHS))) or not self.bit_widths:
             known = ", ".join(map(str, WIDTHS))
             raise ValueError(f"method.bit_widths {list(self.bit_widths)} must be ascending widths among {known}")
+        if self.coded and max(self.bit_widths) > max(GRID_WIDTHS):
+            raise ValueError(f"method.coded is for codes; method.bit_widths {list(self.bit_widths)} stores floats")
 
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(self.group_size, search=self.code_game)
@@ -307,7 +311,8 @@ class FixedWidth:
             else:
                 profile = by_lot(blocks, budget, rng)
             damage, metrics = _report_regret(blocks, profile)
-            return _pack(blocks.bits(profile), tensors_at(profile), damage, metrics | {"heldout_passes": passes})
+            metrics["heldout_passes"] = passes
+            return _pack(blocks.bits(profile), tensors_at(profile), damage, metrics, coded=self.coded)
 
         pruned = self.split.pruned if self.split else 0.0
         alone = solve(blocks, budget, pruned)
@@ -337,7 +342,7 @@ class FixedWidth:
             "heldout_passes": passes,
         }
         damage = blocks.damage_by_layer(best.profile)
-        return _pack(blocks.bits(best.profile), tensors_at(best.profile), damage, metrics, series)
+        return _pack(blocks.bits(best.profile), tensors_at(best.profile), damage, metrics, series, coded=self.coded)
 
     def _budget(self, oracle: Oracle, scheme: Scheme) -> int:
         """Bytes that the packed layers may take.  Raises ValueError if not even the smallest widths fit."""

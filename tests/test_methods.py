@@ -47,6 +47,7 @@ METHODS: dict[str, Method] = {
     "lot": FixedWidth(bit_game="lot"),
     "rounding": FixedWidth(code_game=False),
     "alone": FixedWidth(swarm=None),
+    "alone_coded": FixedWidth(swarm=None, coded=True),
     "no_quantization": FixedWidth(bit_widths=(0, 16), bits=6.0),
     "low_resource": FixedWidth(bits=None, split=Split(2, 0.5)),
     "balanced": FixedWidth(bits=None, split=Split(4, 0.3), swarm=None),
@@ -218,7 +219,7 @@ def test_searching_the_range_lowers_the_error(oracle: Oracle) -> None:
 
 
 def test_the_coder_changes_the_bytes_and_nothing_else(results: Callable[[str], Compressed]) -> None:
-    for coded, packed in (("gptq", "gptq_packed"), ("uniform4_coded", "uniform4")):
+    for coded, packed in (("gptq", "gptq_packed"), ("uniform4_coded", "uniform4"), ("alone_coded", "alone")):
         one, other = results(coded), results(packed)
         assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
         assert one.damage == other.damage and one.code_bits == other.code_bits
@@ -411,6 +412,7 @@ def test_a_matrix_of_zeros_costs_nothing(model: Any, token_windows: Tensor) -> N
         lambda: Uniform(5),
         lambda: Uniform(0),
         lambda: Uniform(16, coded=True),
+        lambda: FixedWidth(bit_widths=(0, 16), coded=True),
         lambda: Gptq(5),
         lambda: Gptq(16),
         lambda: Gptq(damping=0.0),
