@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import mirror
+from nashswarm.peers import NotInstalled
 from nashswarm.run import run
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def labels_of(config: DictConfig) -> dict[str, str]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(config: DictConfig) -> None:
     """Run one job.  In a sweep a failed job is reported and the others go on; the sweep's summary sets the exit
-    status."""
+    status, to which a job whose optional library is absent is no failure."""
     hydra_config = HydraConfig.get()
     folder = pathlib.Path(hydra_config.runtime.output_dir)
     outcome: dict[str, Any] = {
@@ -59,12 +60,13 @@ def main(config: DictConfig) -> None:
         log.info("%s: %s", ended.status, ended.path)
     except Exception as error:
         sentence = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
-        outcome |= {"status": "failed", "message": sentence}
+        many = hydra_config.mode == RunMode.MULTIRUN
+        outcome |= {"status": "absent" if many and isinstance(error, NotInstalled) else "failed", "message": sentence}
         logging.getLogger("nashswarm.traceback").error(traceback.format_exc())
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         log.error("%s", sentence)
-        if hydra_config.mode != RunMode.MULTIRUN:
+        if not many:
             sys.exit(1)
     finally:
         (folder / "outcome.json").write_text(json.dumps(outcome, indent=1) + "\n")

@@ -1,4 +1,5 @@
-"""The end of a sweep: what finished, was skipped and failed, as a table; the exit status says if anything failed."""
+"""The end of a sweep: what finished, was skipped, lacked a library or failed, as a table; the exit status says if
+anything failed."""
 
 import pathlib
 import sys

@@ -3,6 +3,7 @@ load."""
 
 import concurrent.futures
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from nashswarm.linear import Activations, set_activations
 from nashswarm.quant.calibration import Track
 
 BATCH = 8  # windows
+log = logging.getLogger(__name__)
 Found = tuple[dict[str, float], dict[str, list[float]]]
 
 
@@ -76,8 +78,8 @@ class Speed:
     decoded after them (``decode_long``: at every step transformers copies the whole cache, in all models alike) and
     after ``context_tokens`` alone (``decode``).  The packed model runs twice, with int8 activations (no suffix) and
     with float32 ones.  ``against``: further contestants, ``bfloat16``, ``compile``, ``onnxruntime`` (4 bits),
-    ``bitsandbytes`` (NF4).  Ratios are those of the full model's time to the contestant's, above 1 where it is faster.
-    ``quality_windows``: the test windows that KL is measured on.
+    ``bitsandbytes`` (NF4), where they are installed.  Ratios are those of the full model's time to the contestant's,
+    above 1 where it is faster.  ``quality_windows``: the test windows that KL is measured on.
     """
 
     prompt_tokens: int | None = None
@@ -101,7 +103,11 @@ class Speed:
             )
         packed = subject.packed()
         models = {"full": subject.full, "": packed, "float32": packed}
-        models |= {name: peers.CONTESTANTS[name](subject.full) for name in self.against}
+        for name in self.against:
+            try:
+                models[name] = peers.CONTESTANTS[name](subject.full)
+            except peers.NotInstalled as missing:
+                log.warning("not timed: %s", missing)
         tokens = subject.windows[:1, :prompt]
         phases = ("decode", "decode_long", "prefill")
         times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in phases} for name in models}

@@ -54,7 +54,7 @@ class Library:
     together: int = 1
 
     def require(self, setting: str) -> None:
-        """Raises ValueError if a package is not installed."""
+        """Raises NotInstalled if a package is absent."""
         require(setting, self.needs, self.extra)
 
     def fits(self, layer: Layer, group_size: int | None) -> bool:
@@ -112,8 +112,12 @@ class Peer:
         )
 
 
+class NotInstalled(ValueError):
+    """An optional package is absent."""
+
+
 def require(setting: str, packages: Sequence[str], extra: str = "peers") -> None:
-    """Raises ValueError that names the packages which ``setting`` needs and which are not installed."""
+    """Raises NotInstalled, which names the packages that ``setting`` needs and that are absent."""
     missing = []
     for package in packages:
         try:
@@ -121,7 +125,7 @@ def require(setting: str, packages: Sequence[str], extra: str = "peers") -> None
         except importlib.metadata.PackageNotFoundError:
             missing.append(package)
     if missing:
-        raise ValueError(f"{setting} needs {', '.join(missing)}: pip install 'nashswarm[{extra}]'")
+        raise NotInstalled(f"{setting} needs {', '.join(missing)}: pip install 'nashswarm[{extra}]'")
 
 
 def _hqq(weight: Tensor, bits: int, group_size: int | None) -> Packed:

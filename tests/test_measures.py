@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import checkpoint, metrics
+from nashswarm import checkpoint, metrics, peers
 from nashswarm.linear import PackedMatrix
 from nashswarm.measures import Load, Measure, Quality, Several, Size, Speed, Subject, resident_bytes
 from nashswarm.models import find_layers
@@ -122,6 +122,17 @@ def test_speed_tells_what_rounded_activations_cost(subject: Subject) -> None:
 def test_an_unknown_contestant_is_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown measure\.against 'onxruntime': choose among bfloat16"):
         Speed(against=["bfloat16", "onxruntime"])
+
+
+def test_a_contestant_that_is_not_installed_is_not_timed(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(peers, "ONNX_PACKAGES", ("no-such-package",))
+    found, _ = Speed(prompt_tokens=4, new_tokens=1, repeats=1, against=["onnxruntime"], quality_windows=1).measure(
+        subject
+    )
+    assert "decode_ms" in found and "decode_ms_onnxruntime" not in found
+    assert "not timed: measure.against=onnxruntime needs no-such-package" in caplog.text
 
 
 def test_load(subject: Subject) -> None:

@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import os
 import pathlib
+import re
 import runpy
 import signal
 import subprocess
@@ -20,7 +22,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from nashswarm import bit_game, record
+from nashswarm import bit_game, peers, record
 from nashswarm.run import Outcome, run
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -411,6 +413,23 @@ def test_a_sweep_outlives_jobs_that_fail(overrides: list[str], tmp_path: pathlib
     assert not any("\n" in reason for reason in reasons.values())
     logs = {path.parent.name: path.read_text() for path in tmp_path.rglob("*.log")}
     assert [("Traceback" in logs[job]) for job in "0123"] == [False, True, True, True]
+
+
+def test_a_peer_that_is_not_installed_is_a_line_and_no_failure(
+    overrides: list[str],
+    tmp_path: pathlib.Path,
+    command: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    absent = dataclasses.replace(peers.LIBRARIES["hqq"], needs=("no-such-package",))
+    monkeypatch.setattr(peers, "LIBRARIES", dict(peers.LIBRARIES) | {"hqq": absent})
+    code, printed = command("-m", "method=uniform4,peer_hqq")
+    assert code == 0 and "2 jobs: 1 finished, 0 skipped, 1 absent, 0 failed" in printed
+    assert (
+        re.search("absent: .*method=peer_hqq", printed)
+        and "needs no-such-package: pip install 'nashswarm[peers]'" in printed
+    )
+    assert len(records_in(tmp_path)) == 1
 
 
 def test_a_killed_sweep_leaves_whole_records_and_goes_on(
