@@ -34,6 +34,7 @@ PLAIN = (
     "method.swarm.align=[0.0]",
 )
 SHRINK = 0.5
+HELD_OUT = 8  # windows of calibration text, which with 64 others are all there are
 FIXED = ("method=fixed_width", "method.swarm.shrink=[0.0]")
 
 
@@ -61,7 +62,7 @@ def align(mass: float, graph: str = "features") -> tuple[str, ...]:
 # role → (windows, control, its variants by name)
 ROLES = {
     "shrink": (
-        (1, 2, 8),
+        (1, 2, 4, 8, 64),
         {
             "no shrinkage": shrink(0.0),
             "flock of 7": shrink(SHRINK),
@@ -70,13 +71,12 @@ ROLES = {
     ),
     "shrink, size and graph": (
         (2,),
-        {"no shrinkage": shrink(0.0)}
-        | {f"{graph} graph": shrink(SHRINK, graph) for graph in ("random",)}
-        | {f"flock of {size}": shrink(SHRINK, neighbours=size) for size in (2, 7, 24)},
+        {"no shrinkage": shrink(0.0), "random graph": shrink(SHRINK, "random"), "index graph": shrink(SHRINK, "index")}
+        | {f"flock of {size}": shrink(SHRINK, neighbours=size) for size in (2, 4, 6, 7, 12, 24)},
     ),
     "local_reply": (
         (8,),
-        {"full reply": local(None)} | {f"{size} columns": local(size) for size in (7,)},
+        {"full reply": local(None)} | {f"{size} columns": local(size) for size in (7, 24)},
     ),
     "align": (
         (8,),
@@ -128,6 +128,7 @@ def measured(variant: Sequence[str], windows: int, seed: int, options: argparse.
                 f"records={options.records}",
                 f"seed={seed}",
                 f"dataset.calibration_windows={windows}",
+                f"dataset.holdout_windows={HELD_OUT}",
                 f"dataset.test_windows={options.test_windows}",
                 *variant,
                 *options.overrides,
