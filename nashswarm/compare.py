@@ -117,6 +117,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return found.tolist()
 
 
+def correlations(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:
+    """Pearson's and Spearman's correlation, of the values and of their ranks; neither side may be constant.
+
+    >>> tuple(round(found, 3) for found in correlations([1, 2, 3], [1, 10, 0]))
+    (-0.091, -0.5)
+    """
+    pearson, spearman = stats.pearsonr(predicted, measured), stats.spearmanr(predicted, measured)
+    return float(pearson.statistic), float(spearman.statistic)
+
+
 def at_bytes(
     sizes: Sequence[float], values: Float[np.ndarray, "sizes windows"], size: float
 ) -> Float[np.ndarray, " windows"]:

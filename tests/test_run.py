@@ -389,7 +389,7 @@ def test_a_sweep_from_the_command_line(
     assert len(list(tmp_path.rglob("offline-run-*/*.wandb"))) == 3
     labels = [record.read(path).labels for path in records_in(tmp_path)]
     assert sorted(label["method"] for label in labels) == ["baseline", "nash_swarm", "uniform4"]
-    assert {(label["model"], label["dataset"]) for label in labels} == {("tiny", "story.txt")}
+    assert {(label["model"], label["dataset"]) for label in labels} == {("tiny", "story.txt[calibration_windows=6]")}
     before = {path: path.stat().st_mtime_ns for path in records_in(tmp_path)}
     code, printed = command("-m", methods)
     assert code == 0 and "3 jobs: 0 finished, 3 skipped, 0 failed" in printed
