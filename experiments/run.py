@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def labels_of(config: DictConfig) -> dict[str, str]:
-    """What the run is called: Hydra's choices, the method's overrides in brackets, a local folder by its name."""
+    """What the run is called: Hydra's choices, in brackets the method's overrides and the size of the calibration, a
+    local folder by its name."""
     choices = HydraConfig.get().runtime.choices
     overrides = [
         text.removeprefix("method.") for text in HydraConfig.get().overrides.task if text.startswith("method.")
@@ -29,9 +30,12 @@ def labels_of(config: DictConfig) -> dict[str, str]:
     labels = {name: str(choices[name]) for name in ("model", "method", "dataset", "measure")}
     if overrides:
         labels["method"] += f"[{','.join(sorted(overrides))}]"
+    sizes = [text for text in HydraConfig.get().overrides.task if text.startswith("dataset.calibration_windows=")]
     for group, choice in (("model", "local"), ("dataset", "local_text")):
         if labels[group] == choice and config[group].path is not None:
             labels[group] = pathlib.Path(config[group].path).name
+    if sizes:
+        labels["dataset"] += f"[{sizes[-1].removeprefix('dataset.')}]"
     return labels | {"experiment": str(choices.get("experiment") or "single")}
 
 

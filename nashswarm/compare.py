@@ -1,9 +1,19 @@
-"""Statistics over windows: how sure a difference is."""
+"""Statistics over windows: how sure a difference is, between runs that read the same windows.
 
-from collections.abc import Sequence
+Intervals are bootstrapped, BCa (Efron, Better Bootstrap Confidence Intervals, 1987), tests flip signs (Fisher, The
+Design of Experiments, 1935), several tests share one error rate (Holm, A Simple Sequentially Rejective Multiple Test
+Procedure, 1979), and sizes are made equal on the line of log KL over log bytes.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 from scipy import stats
+
+RESAMPLES = 2000
+FLIPS = 4999  # the least two-sided p-value is 2 / (FLIPS + 1)
 
 
 def interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> tuple[float, float]:
@@ -21,6 +31,122 @@ def interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> tup
         return float(sample.mean()), float(sample.mean())
     rng = np.random.default_rng(seed)
     found = stats.bootstrap(
-        (sample,), np.mean, n_resamples=2000, confidence_level=level, method="BCa", rng=rng, batch=200
+        (sample,), np.mean, n_resamples=RESAMPLES, confidence_level=level, method="BCa", rng=rng, batch=200
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def interval_of(
+    statistic: Callable[[Int[np.ndarray, " drawn"]], float], windows: int, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Bootstrap confidence interval (BCa) of what ``statistic`` makes of the numbers of some windows.
+
+    A statistic that no window moves is its own interval.  Where all resamples lie on one side of the estimate, or each
+    window left out moves it alike, BCa's corrections are not finite and the interval is that of the percentiles.
+    """
+    numbers = np.arange(windows)
+    point = float(statistic(numbers))
+    without = [statistic(np.delete(numbers, number)) for number in numbers] if windows > 1 else [point]
+    if np.ptp([point, *without]) <= 1e-12 * abs(point):
+        return point, point
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            (numbers,),
+            statistic,
+            n_resamples=RESAMPLES,
+            confidence_level=level,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+            vectorized=False,
+        )
+    ends = found.confidence_interval
+    if np.isnan(ends).any():
+        ends = np.quantile(found.bootstrap_distribution, [(1 - level) / 2, (1 + level) / 2])
+    return float(ends[0]), float(ends[1])
+
+
+def ratio(own: Sequence[float], other: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """The mean of ``own`` over that of ``other``, window by window of the same text, with its 95 % interval.
+
+    Raises ValueError for windows that are not the same in number.
+
+    >>> ratio([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    (0.5, 0.5, 0.5)
+    """
+    if len(own) != len(other):
+        raise ValueError(f"{len(own)} windows cannot be paired with {len(other)}")
+    above, below = np.asarray(own, float), np.asarray(other, float)
+
+    def of(drawn: Int[np.ndarray, " drawn"]) -> float:
+        return float(above[drawn].mean() / below[drawn].mean())
+
+    return of(np.arange(len(above))), *interval_of(of, len(above), seed)
+
+
+def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
+    """Two-sided p-value of the paired differences of two runs that do not differ: twice the share of flipped signs
+    whose mean is as far on the same side.  All flips of few windows, FLIPS drawn ones of many.
+
+    >>> sign_flip([1.0, 1.0, 1.0])  # of 8 flips one is as large
+    0.25
+    """
+    if not len(differences):
+        raise ValueError("no differences: a test needs at least one window")
+    found = stats.permutation_test(
+        (np.asarray(differences, float),),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=FLIPS,
+        batch=1000,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Each p-value as it counts among all of them: below α where Holm's procedure rejects at α.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p_values, kind="stable")
+    scaled = np.asarray(p_values, float)[order] * np.arange(len(order), 0, -1)
+    found = np.empty(len(order))
+    found[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return found.tolist()
+
+
+def correlations(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:
+    """Pearson's and Spearman's correlation, of the values and of their ranks; neither side may be constant.
+
+    >>> tuple(round(found, 3) for found in correlations([1, 2, 3], [1, 10, 0]))
+    (-0.091, -0.5)
+    """
+    pearson, spearman = stats.pearsonr(predicted, measured), stats.spearmanr(predicted, measured)
+    return float(pearson.statistic), float(spearman.statistic)
+
+
+def at_bytes(
+    sizes: Sequence[float], values: Float[np.ndarray, "sizes windows"], size: float
+) -> Float[np.ndarray, " windows"]:
+    """Per-window ``values`` (KL, positive) at ``size`` bytes: lines of their logs over the logs of ``sizes``.
+
+    Raises ValueError for fewer than two sizes, for one of them twice, for a ``size`` outside of them, and for a value
+    without a log.
+
+    >>> at_bytes([1.0, 4.0], np.array([[8.0], [2.0]]), 2.0).round(6).tolist()
+    [4.0]
+    """
+    order = np.argsort(sizes)
+    known = np.asarray(sizes, float)[order]
+    if len(known) < 2 or not known[0] <= size <= known[-1]:
+        raise ValueError(f"{size:,.0f} bytes lie outside the measured sizes: {', '.join(f'{s:,.0f}' for s in known)}")
+    if (np.diff(known) == 0).any():
+        raise ValueError("two runs have the same bytes: average them first")
+    after = min(int(np.searchsorted(known, size, side="right")), len(known) - 1)
+    share = np.log(size / known[after - 1]) / np.log(known[after] / known[after - 1])
+    low, high = values[order[after - 1]], values[order[after]]
+    if min(low.min(), high.min()) <= 0:
+        raise ValueError("a value that is not positive has no log: equal bytes are for KL")
+    return np.exp((1 - share) * np.log(low) + share * np.log(high))

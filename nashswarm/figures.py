@@ -15,10 +15,10 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from nashswarm import compare
 from nashswarm.record import Record
-from nashswarm.report import FORMATS, rank
+from nashswarm.report import FORMATS, REFERENCE, paired, rank
 
-REFERENCE = "nash_swarm"
 NEGLIGIBLE = {"kl": 1e-5, "regret": 1e-12, "perplexity": 0.0}  # nats per token; below it a value counts as zero
 AXES = {"kl": "KL to full precision (nats per token)", "perplexity": "perplexity"}
 COLOURS = {
@@ -162,24 +162,9 @@ def free_places(
 def paired_ratio(records: Sequence[Record], reference: Sequence[Record]) -> tuple[float, float, float]:
     """KL of ``records`` over KL of ``reference`` on the same windows, with its 95 % paired bootstrap interval.
 
-    Windows are resampled together for both; several seeds are averaged window by window first.
-    Raises ValueError if the windows are not the same.
+    Several seeds are averaged window by window first.  Raises ValueError if the windows are not the same.
     """
-    sums, tokens = [], []
-    for group in (records, reference):
-        counts = [record.series["tokens"] for record in group]
-        if any(count != counts[0] for count in counts):
-            raise ValueError(
-                f"runs of {group[0].labels['method']} saw different windows; measure them on the same text"
-            )
-        tokens.append(counts[0])
-        sums.append(np.mean([record.series["kl"] for record in group], axis=0) * np.array(counts[0]))
-    if tokens[0] != tokens[1]:
-        names = f"{records[0].labels['method']} and {reference[0].labels['method']}"
-        raise ValueError(f"{names} saw different windows; measure them on the same text")
-    draws = np.random.default_rng(0).multinomial(len(tokens[0]), np.full(len(tokens[0]), 1 / len(tokens[0])), 2000)
-    low, high = np.quantile((draws @ sums[0]) / (draws @ sums[1]), [0.025, 0.975])
-    return float(sums[0].sum() / sums[1].sum()), float(low), float(high)
+    return compare.ratio(*(kl.tolist() for kl in paired(records, reference, "kl")))
 
 
 def by_method(records: Iterable[Record], *series: str) -> dict[str, list[Record]]:

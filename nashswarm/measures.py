@@ -2,18 +2,21 @@
 load."""
 
 import concurrent.futures
+import copy
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm import compare, metrics, peers
+from nashswarm import compare, metrics, models, peers
+from nashswarm.allocation import Layer
 from nashswarm.linear import Activations, set_activations
 from nashswarm.quant.calibration import Track
 
@@ -25,7 +28,9 @@ Found = tuple[dict[str, float], dict[str, list[float]]]
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """A full model, its compressed copy as floats, and the test windows.  ``packed``: the compressed model as it is
-    loaded, computing on packed weights.  ``reference``: the full model's answers to the windows, given a batch size."""
+    loaded, computing on packed weights.  ``reference``: the full model's answers to the windows, given a batch size.
+    ``layers``: the full model's matrices, ``weights``: the compressed ones by the layers' names, ``damage``: what the
+    method predicts of each, in nats per token, if it predicts any."""
 
     full: Any
     compressed: Any
@@ -33,6 +38,16 @@ class Subject:
     windows: Int[Tensor, "windows length"]
     reference: Callable[[int], metrics.Reference]
     track: Track
+    tokenizer: Any = None
+    layers: tuple[Layer, ...] = ()
+    weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    damage: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def first(self, windows: int) -> Int[Tensor, "windows length"]:
+        """The first test windows.  Raises ValueError if there are not so many."""
+        if windows < 1 or windows > len(self.windows):
+            raise ValueError(f"measure.windows={windows} must be between 1 and the {len(self.windows)} test windows")
+        return self.windows[:windows]
 
 
 @runtime_checkable
@@ -189,6 +204,170 @@ class Load:
         found = {f"latency_p{level}_ms": float(np.percentile(latencies, level)) for level in (50, 95, 99)}
         found |= {"tokens_per_second": done * self.new_tokens / seconds, "error_rate": 1 - done / self.requests}
         return found, {"latency_ms": latencies}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """What each matrix costs when it alone is compressed, on the first test ``windows``: KL and ΔNLL, nats per token.
+
+    ``layer_kl``, with its interval over windows, and ``layer_nll_delta``: series in the order of the record's layers.
+    ``damage_pearson`` and ``damage_spearman`` correlate that KL with the predicted damage, where one was predicted and
+    differs between layers.  ``layer_kl_sum`` beside ``kl_together``, of all matrices at once, says how far damages add
+    up.  ``forward_passes``: batches of 8 windows that were run, (layers + 2) · ⌈windows / 8⌉.
+    """
+
+    windows: int = 16
+
+    def measure(self, subject: Subject) -> Found:
+        windows = subject.first(self.windows)
+        full = metrics.reference(subject.full, windows, BATCH)
+        together = metrics.evaluate(subject.compressed, windows, BATCH, full)
+        trial = copy.deepcopy(subject.full)
+        series: dict[str, list[float]] = {f"layer_{name}": [] for name in ("kl", "kl_low", "kl_high", "nll_delta")}
+        for layer in subject.track(subject.layers, "one layer after the other"):
+            models.put(trial, {layer.name: subject.weights[layer.name]})
+            found = metrics.evaluate(trial, windows, BATCH, full)
+            models.put(trial, {layer.name: layer.weight})
+            alone = metrics.summarise(found)
+            alone["kl_low"], alone["kl_high"] = compare.interval(found["kl"])
+            for name, values in series.items():
+                values.append(alone[name.removeprefix("layer_")])
+        measured = series["layer_kl"]
+        batches = -(-self.windows // BATCH)
+        metric = {
+            "layer_kl_sum": sum(measured),
+            "kl_together": metrics.summarise(together)["kl"],
+            "forward_passes": (len(subject.layers) + 2) * batches,
+        }
+        predicted = [subject.damage[layer.name] for layer in subject.layers if layer.name in subject.damage]
+        if len(predicted) == len(measured) and min(len(set(predicted)), len(set(measured))) > 1:
+            metric["damage_pearson"], metric["damage_spearman"] = compare.correlations(predicted, measured)
+        return metric, series
+
+
+@dataclasses.dataclass(frozen=True)
+class Bleu:
+    """BLEU (sacrebleu, 0 to 100) of greedy continuations of the first test ``windows``, with intervals over windows.
+
+    ``bleu``: the compressed model's against the full model's.  ``bleu_text``: against the true text, and
+    ``bleu_text_full``: the full model's against it; ``bleu_text_delta``: their paired difference.  Series: the same of
+    each window alone.  ``packed``: the model runs on its packed weights; false: on the floats that they stand for.
+    """
+
+    NEEDS: ClassVar = ("sacrebleu",)
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    windows: int = 64
+    packed: bool = True
+
+    def measure(self, subject: Subject) -> Found:
+        windows, length = subject.first(self.windows), self.prompt_tokens + self.new_tokens
+        if length > windows.shape[1]:
+            raise ValueError(
+                f"measure.prompt_tokens + measure.new_tokens exceed the window of {subject.windows.shape[1]}"
+            )
+        prompts, rest = windows[:, : self.prompt_tokens], windows[:, self.prompt_tokens : length]
+        own, full = (
+            metrics.continuations(model, prompts, self.new_tokens, BATCH, subject.track)
+            for model in (subject.packed() if self.packed else subject.compressed, subject.full)
+        )
+        texts = [subject.tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (own, full, rest)]
+        pairs = {"bleu": (0, 1), "bleu_text": (0, 2), "bleu_text_full": (1, 2)}
+        counted = {name: _bleu_counts(texts[one], texts[other]) for name, (one, other) in pairs.items()}
+        everything = np.arange(self.windows)
+
+        def bleu(name: str, drawn: Int[np.ndarray, " drawn"]) -> float:
+            return _bleu(counted[name][drawn].sum(0))
+
+        def delta(drawn: Int[np.ndarray, " drawn"]) -> float:
+            return bleu("bleu_text", drawn) - bleu("bleu_text_full", drawn)
+
+        statistics = {name: functools.partial(bleu, name) for name in pairs} | {"bleu_text_delta": delta}
+        found = {name: statistic(everything) for name, statistic in statistics.items()}
+        for name, statistic in statistics.items():
+            found[f"{name}_low"], found[f"{name}_high"] = compare.interval_of(statistic, self.windows)
+        return found, {name: [_bleu(counts) for counts in counted[name]] for name in pairs}
+
+
+def _bleu_counts(written: Sequence[str], references: Sequence[str]) -> Int[np.ndarray, "windows counts"]:
+    """Of each text: n-grams found in its reference and n-grams in all, of one to four words, its words, and the
+    reference's."""
+    from sacrebleu.metrics import BLEU
+
+    scorer = BLEU()
+    scores = [scorer.corpus_score([own], [[other]]) for own, other in zip(written, references, strict=True)]
+    return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])
+
+
+def _bleu(counts: Int[np.ndarray, " counts"]) -> float:
+    """BLEU of a corpus (Papineni et al. 2002) from its counts, smoothed as sacrebleu does."""
+    from sacrebleu.metrics import BLEU
+
+    correct, total, (own, other) = (part.tolist() for part in np.split(counts, [4, 8]))
+    return float(BLEU.compute_bleu(correct, total, own, other, smooth_method="exp").score)
+
+
+@dataclasses.dataclass(frozen=True)
+class LmEval:
+    """Accuracy on tasks of the lm-evaluation-harness, of the compressed model and of the full one.
+
+    ``accuracy_<task>`` with its ``_stderr``, the same with ``_full``, and ``_delta``, compressed minus full, with its
+    paired interval over examples; series: right or wrong, example by example.  ``folder``: task files (YAML) of one's
+    own instead of the harness's, whose examples come from the hub.  ``limit``: so many examples of each; null: all.
+    The weights are the floats that the packed ones stand for: the harness takes no other module than torch's own.
+    """
+
+    NEEDS: ClassVar = ("lm-eval",)
+    tasks: Sequence[str] = ("lambada_openai",)
+    folder: str | None = None
+    limit: int | None = None
+
+    def measure(self, subject: Subject) -> Found:
+        models = {"": subject.compressed, "_full": subject.full}
+        metric: dict[str, float] = {}
+        series: dict[str, list[float]] = {}
+        for suffix, model in models.items():
+            found = self._evaluate(model, subject.tokenizer)
+            for task in self.tasks:
+                name = f"accuracy_{task}{suffix}"
+                metric[name], metric[f"{name}_stderr"] = (
+                    float(found["results"][task][key]) for key in ("acc,none", "acc_stderr,none")
+                )
+                answered = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+                series[name] = [float(sample["acc"]) for sample in answered]
+        for task in self.tasks:
+            own, full = (np.array(series[f"accuracy_{task}{suffix}"]) for suffix in models)
+            name = f"accuracy_{task}_delta"
+            metric[name] = float((own - full).mean())
+            metric[f"{name}_low"], metric[f"{name}_high"] = compare.interval((own - full).tolist())
+        return metric, series
+
+    def _evaluate(self, model: Any, tokenizer: Any) -> Any:
+        """The harness's own report.  Raises ValueError for a task that it does not know or that has no accuracy."""
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=self.folder, include_defaults=self.folder is None)
+        if unknown := [task for task in self.tasks if task not in manager.all_tasks]:
+            raise ValueError(f"measure.tasks: there is no {', '.join(unknown)}; set measure.folder to its files")
+        found = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
+            tasks=list(self.tasks),
+            task_manager=manager,
+            limit=self.limit,
+            log_samples=True,
+            verbosity="ERROR",
+        )
+        if without := [task for task in self.tasks if "acc,none" not in found["results"].get(task, {})]:
+            raise ValueError(f"measure.tasks: {', '.join(without)} measure no accuracy (acc)")
+        return found
+
+
+def require(measure: Measure) -> None:
+    """Raises ValueError if a package that a measure needs is not installed."""
+    for part in measure.measures if isinstance(measure, Several) else [measure]:
+        peers.require(f"measure={type(part).__name__}", getattr(part, "NEEDS", ()), "eval")
 
 
 def resident_bytes(model: Any) -> int:

@@ -81,6 +81,22 @@ def evaluate(
     return found
 
 
+@torch.no_grad()
+def continuations(
+    model: Any, prompts: Int[Tensor, "windows length"], new_tokens: int, batch_size: int, track: Track = no_track
+) -> Int[Tensor, "windows new_tokens"]:
+    """What a model writes after each prompt, always its most likely token."""
+    found = []
+    for tokens in track(prompts.split(batch_size), "continuing"):
+        past, written = None, []
+        for _ in range(new_tokens):
+            answer = model(input_ids=tokens, past_key_values=past, use_cache=True)
+            tokens, past = answer.logits[:, -1:].argmax(-1), answer.past_key_values
+            written.append(tokens)
+        found.append(torch.cat(written, 1))
+    return torch.cat(found)
+
+
 def embed(model: Any, windows: Int[Tensor, "windows length"]) -> Float[Tensor, "windows width"]:
     """The answer of a model without a vocabulary as a vector of unit length: the roots of a classifier's probabilities,
     or the mean over positions of an encoder's last states."""

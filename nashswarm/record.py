@@ -22,9 +22,9 @@ class Record:
 
     ``labels``: the choices that made it (experiment, method, model, dataset, seed).  ``config``: its identity, all that
     can move a number.  ``metrics``: scalars, named as the protocol names them.  ``series``: per-window values (``nll``
-    and ``kl`` in nats per token, ``top1_agreement``, ``tokens``) and per-sweep values (``potential``, ``regret``, in
-    nats per token).  ``layers``: one row per weight matrix.  ``allocation``: run-length text, one line per layer.
-    ``provenance``: commit, versions, machine, start time.
+    and ``kl`` in nats per token, ``top1_agreement``, ``tokens``), per-sweep values (``potential``, ``regret``, in nats
+    per token) and per-layer values (``layer_kl``).  ``layers``: one row per weight matrix.  ``allocation``: run-length
+    text, one line per layer.  ``provenance``: commit, versions, machine, start time.
     """
 
     labels: dict[str, str]

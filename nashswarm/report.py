@@ -14,14 +14,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from nashswarm import compare
 from nashswarm.record import Record
 
 CELL = ["experiment", "model", "dataset", "measure", "method"]
 LABELS = [*CELL, "seed"]
+REFERENCE = "nash_swarm"  # the method that the others are tested against
+TESTED = {"kl": "kl", "nll_delta": "nll"}  # metric → the per-window series in which it is paired
+LEVEL = 0.05  # of all tests of a table together
+MARK = "†"
+WORDS = [*LABELS, "layer"]  # columns of text
 PAGE_WIDTH = 150  # characters
 MISSING = "-"
 
@@ -41,6 +48,11 @@ def scientific(value: float) -> str:
     return "0" if value == 0 else format(value, ".1e")
 
 
+def signed_scientific(value: float) -> str:
+    """Two significant digits and a power of ten, the sign always shown."""
+    return "0" if value == 0 else format(value, "+.1e")
+
+
 FORMATS: dict[str, Callable[[float], str]] = {
     "bits_per_weight_model": fixed(2),
     "bits_per_weight": fixed(2),
@@ -57,10 +69,30 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "kl": fixed(4),
     "kl_low": fixed(4),
     "kl_high": fixed(4),
+    "kl_p": scientific,
+    "nll_delta_p": scientific,
+    "kl_spread": fixed(4),
+    "nll_delta_spread": fixed(4),
+    "kl_at_bytes": fixed(4),
+    "kl_ratio": fixed(3),
+    "kl_ratio_low": fixed(3),
+    "kl_ratio_high": fixed(3),
+    "layer_kl": scientific,
+    "layer_kl_low": scientific,
+    "layer_kl_high": scientific,
+    "layer_nll_delta": signed_scientific,
     "top1_agreement": fixed(1, 100.0),
     "tokens": fixed(0),
     "windows": fixed(0),
     "damage": fixed(4),
+    "layer_damage": scientific,
+    "bleu": fixed(1),
+    "bleu_low": fixed(1),
+    "bleu_high": fixed(1),
+    "bleu_text": fixed(1),
+    "bleu_text_low": fixed(1),
+    "bleu_text_high": fixed(1),
+    "bleu_text_full": fixed(1),
     "regret_max": scientific,
     "regret_mean": scientific,
     "potential_start": fixed(4),
@@ -94,12 +126,28 @@ COLUMNS = (
     Column("perplexity", "perplexity"),
     Column("ΔNLL (nats)", "nll_delta"),
     Column("KL (nats)", "kl"),
+    Column("KL ± over seeds", "kl_spread"),
     Column("top-1 %", "top1_agreement"),
     Column("max regret", "regret_max"),
     Column("flock moves", "flock_moves"),
     Column("quantize s", "quantize_seconds"),
     Column("MB in memory", "bytes_resident"),
     Column("× decode", "decode_ratio"),
+    Column("BLEU to full", "bleu"),
+    Column("BLEU to text", "bleu_text"),
+)
+EQUAL_BYTES = (
+    Column("MB", "bytes_file"),
+    Column("KL (nats)", "kl"),
+    Column("nash_swarm's KL at these bytes", "kl_at_bytes"),
+    Column("nash_swarm's ÷ the method's", "kl_ratio"),
+)
+LAYERS = (
+    Column("weights", "parameters"),
+    Column("bits/weight", "bits_per_weight"),
+    Column("predicted damage (nats)", "layer_damage"),
+    Column("KL alone (nats)", "layer_kl"),
+    Column("ΔNLL alone (nats)", "layer_nll_delta"),
 )
 
 
@@ -155,7 +203,7 @@ def rank(method: str) -> tuple[int, int, str]:
 
 def ordered(table: pd.DataFrame) -> pd.DataFrame:
     """Rows in the order of methods, columns in the order of ``FORMATS``, unknown metrics after them by name."""
-    known = [*LABELS, *FORMATS, "fingerprint", "identity", "dirty"]
+    known = [*WORDS, *FORMATS, "fingerprint", "identity", "dirty"]
     columns = [name for name in known if name in table] + sorted(set(table.columns) - set(known))
     keys = [tuple(row) for row in table[[name for name in LABELS if name in table]].to_numpy().tolist()]
     method = CELL.index("method")
@@ -187,12 +235,14 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds, one row per configuration; ``seeds`` says over how many.
 
     Intervals are over test windows; their ends are averaged like every metric.  A metric that one seed lacks is
-    missing in the mean as well.
+    missing in the mean as well.  ``_spread``: the standard deviation over seeds, where there are several.
     """
     labelled = {*LABELS, "fingerprint", "identity", "dirty"}
     groups = table.groupby([*CELL, "identity"], sort=False)
     means = groups[[name for name in table if name not in labelled]].agg(mean_of_all)
     means = means.assign(seeds=groups["seed"].nunique(), dirty=groups["dirty"].any())
+    if (means["seeds"] > 1).any():
+        means = means.assign(**{f"{name}_spread": groups[name].std() for name in TESTED if name in table})
     return ordered(with_perplexity(means.reset_index()))
 
 
@@ -210,6 +260,113 @@ def average(table: pd.DataFrame) -> pd.DataFrame:
                 "delete the stale records or give them their own label"
             )
     return means.drop(columns="identity")
+
+
+def paired(
+    records: Sequence[Record], reference: Sequence[Record], name: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Per-window ``name`` of two methods on the same windows, by their tokens, each averaged over its seeds first.
+
+    Raises ValueError if the windows are not the same.
+    """
+    tokens = records[0].series["tokens"]
+    for one in (*records, *reference):
+        if one.series["tokens"] != tokens:
+            names = " and ".join(dict.fromkeys(group[0].labels["method"] for group in (records, reference)))
+            raise ValueError(f"runs of {names} saw different windows; measure them on the same text")
+    weights = np.array(tokens) / np.mean(tokens)
+    own, other = (np.mean([one.series[name] for one in group], axis=0) for group in (records, reference))
+    return own * weights, other * weights
+
+
+def by_cell(records: Iterable[Record]) -> dict[tuple[str, ...], list[Record]]:
+    """The records of each (experiment, model, dataset, measure, method)."""
+    cells: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        cells.setdefault(tuple(record.labels[label] for label in CELL), []).append(record)
+    return cells
+
+
+def tested(means: pd.DataFrame, records: Iterable[Record]) -> pd.DataFrame:
+    """``means`` with ``kl_p`` and ``nll_delta_p``: sign-flip tests of each method against the table's ``nash_swarm`` on
+    paired windows, as they count among all tests of the table (Holm); no column where nothing can be paired."""
+    groups = by_cell(records)
+    found: dict[tuple[int, str], float] = {}
+    for row, labels in enumerate(means[CELL].itertuples(index=False, name=None)):
+        own, reference = groups[labels], groups.get((*labels[:-1], REFERENCE), [])
+        for metric, series in TESTED.items():
+            if own != reference and reference and all(series in one.series for one in (*own, *reference)):
+                ours, theirs = paired(own, reference, series)
+                found[row, metric] = compare.sign_flip((ours - theirs).tolist())
+    adjusted = dict(zip(found, compare.holm(list(found.values())), strict=True))
+    columns = {
+        f"{metric}_p": [adjusted.get((row, metric), np.nan) for row in range(len(means))]
+        for metric in dict.fromkeys(metric for _, metric in found)
+    }
+    return ordered(means.assign(**columns))
+
+
+def equal_bytes(records: Iterable[Record]) -> pd.DataFrame:
+    """Each method beside ``nash_swarm`` at the method's own bytes: ``kl_at_bytes``, interpolated window by window on
+    the line of log KL over log bytes, and ``kl_ratio``, that KL over the method's, with its paired 95 % interval.
+
+    The sizes of ``nash_swarm`` come from all experiments with the same model, calibration and test text, whose runs saw
+    at least the method's windows; seeds are averaged first.  A method whose bytes lie outside them has no ratio; one
+    that meets fewer than two sizes has no row, and there may be none.
+    """
+    gathered = list(records)
+    curve = [one for one in gathered if re.fullmatch(rf"{REFERENCE}(\[bits=[^,]*\])?", one.labels["method"])]
+    rows = []
+    for labels, own in by_cell(gathered).items():
+        if labels[-1].startswith(REFERENCE) or any("kl" not in one.series for one in own):
+            continue
+        windows = len(own[0].series["kl"])
+        steps: dict[str, list[Record]] = {}
+        for one in curve:
+            if circumstances(one) == circumstances(own[0]) and len(one.series.get("kl", [])) >= windows:
+                steps.setdefault(json.dumps(one.config["method"], sort_keys=True), []).append(_first(one, windows))
+        if len(steps) < 2:
+            continue
+        pairs = [paired(own, step, "kl") for step in steps.values()]
+        kl, size = pairs[0][0], float(np.mean([one.metrics["bytes_file"] for one in own]))
+        sizes = [float(np.mean([one.metrics["bytes_file"] for one in step])) for step in steps.values()]
+        row = dict(zip(CELL, labels, strict=True)) | {"bytes_file": size, "kl": kl.mean()}
+        row["kl_low"], row["kl_high"] = compare.interval(kl.tolist())
+        if min(sizes) <= size <= max(sizes) and kl.mean() > 0:
+            theirs = compare.at_bytes(sizes, np.array([other for _, other in pairs]), size)
+            row["kl_at_bytes"] = theirs.mean()
+            row["kl_ratio"], row["kl_ratio_low"], row["kl_ratio_high"] = compare.ratio(theirs.tolist(), kl.tolist())
+        rows.append(row)
+    return ordered(pd.DataFrame(rows)) if rows else pd.DataFrame(columns=CELL)
+
+
+def circumstances(record: Record) -> dict[str, Any]:
+    """Of a run's identity, all that must be the same for its windows to be paired with another's."""
+    aside = {"method", "measure", "seed", "threads"}
+    kept = {key: value for key, value in record.config.items() if key not in aside}
+    return kept | {"dataset": {key: value for key, value in kept["dataset"].items() if key != "test_windows"}}
+
+
+def _first(record: Record, windows: int) -> Record:
+    """The record of the first windows alone."""
+    return dataclasses.replace(record, series={name: record.series[name][:windows] for name in ("kl", "tokens")})
+
+
+def layers(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per method and weight matrix of the records whose measure was ``layers``, seeds averaged: what the matrix
+    was predicted to cost (``layer_damage``) and what it costs when it alone is compressed, nats per token."""
+    rows = [
+        {label: record.labels[label] for label in CELL}
+        | {"layer": layer["name"], "parameters": layer["parameters"], "bits_per_weight": layer["bits_per_weight"]}
+        | {"layer_damage": layer.get("damage")}
+        | {name: values[place] for name, values in record.series.items() if name.startswith("layer_")}
+        for record in records
+        if "layer_kl" in record.series
+        for place, layer in enumerate(record.layers)
+    ]
+    if not rows:
+        return pd.DataFrame(columns=[*CELL, "layer"])
+    return ordered(pd.DataFrame(rows).groupby([*CELL, "layer"], sort=False).agg(mean_of_all).reset_index())
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -245,16 +402,29 @@ def text(row: pd.Series, metric: str) -> str:
     if value is None or pd.isna(value):
         return MISSING
     write = FORMATS.get(metric, fixed(4))
+    written = write(value) + (MARK if row.get(f"{metric}_p", 1.0) <= LEVEL else "")
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
     if low is None or high is None or pd.isna(low) or pd.isna(high) or low == high or metric == "perplexity":
-        return write(value)
-    return f"{write(value)} [{write(low)}, {write(high)}]"
+        return written
+    return f"{written} [{write(low)}, {write(high)}]"
 
 
-def cells(table: pd.DataFrame) -> pd.DataFrame:
-    """The main table as text: the labels that vary, the method, and the columns that are not wholly empty."""
+def note(table: pd.DataFrame) -> str:
+    """What the marks of a table mean; empty without tests."""
+    tests = sum(int(table[name].notna().sum()) for name in (f"{metric}_p" for metric in TESTED) if name in table)
+    if not tests:
+        return ""
+    return (
+        f"{MARK} differs from {REFERENCE} on the same windows: sign-flip test, "
+        f"{LEVEL} for the {tests} tests of this table together (Holm)."
+    )
+
+
+def cells(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
+    """A table as text: the labels that vary, the method, and the columns that are not wholly empty."""
     varying = [label for label in CELL if label == "method" or table[label].nunique() > 1]
-    shown = [column for column in COLUMNS if column.metric in table and table[column.metric].notna().any()]
+    varying += [label for label in ("layer",) if label in table]
+    shown = [column for column in columns if column.metric in table and table[column.metric].notna().any()]
     if "seeds" in table and (table["seeds"] > 1).any():
         shown.append(Column("seeds", "seeds"))
     content = {label: table[label].astype(str) for label in varying}
@@ -263,12 +433,12 @@ def cells(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(content)
 
 
-def terminal(table: pd.DataFrame, title: str | None = None) -> Table:
-    """The main table for the terminal."""
-    content = cells(table)
-    view = Table(title=title, header_style="bold", pad_edge=False)
+def terminal(table: pd.DataFrame, title: str | None = None, columns: Sequence[Column] = COLUMNS) -> Table:
+    """A table for the terminal."""
+    content = cells(table, columns)
+    view = Table(title=title, caption=note(table) or None, header_style="bold", pad_edge=False)
     for heading in content:
-        view.add_column(str(heading), justify="left" if heading in LABELS else "right", overflow="fold")
+        view.add_column(str(heading), justify="left" if heading in WORDS else "right", overflow="fold")
     for row in content.itertuples(index=False):
         view.add_row(*map(Text, row), style="bold" if "nash_swarm" in row else None)
     return view
@@ -279,23 +449,24 @@ def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=PAGE_WIDTH)
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """The main table in Markdown."""
-    content = cells(table)
-    rule = [":--" if heading in LABELS else "--:" for heading in content]
+def markdown(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> str:
+    """A table in Markdown, what its marks mean below it."""
+    content = cells(table, columns)
+    rule = [":--" if heading in WORDS else "--:" for heading in content]
     rows = [list(content.columns), rule, *content.to_numpy().tolist()]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    explained = f"\n{note(table)}\n" if note(table) else ""
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + explained
 
 
-def csv(table: pd.DataFrame) -> str:
-    """Every column with every digit, one line per row."""
+def csv(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> str:
+    """Every column, shown or not, with every digit, one line per row."""
     return table.drop(columns=["identity", "dirty"], errors="ignore").to_csv(index=False, lineterminator="\n")
 
 
-def latex(table: pd.DataFrame) -> str:
-    """The main table as a LaTeX ``tabular`` with booktabs rules; the caption belongs to the paper."""
-    content = cells(table)
-    alignment = "".join("l" if heading in LABELS else "r" for heading in content)
+def latex(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> str:
+    """A table as a LaTeX ``tabular`` with booktabs rules; the caption, and the note in it, belong to the paper."""
+    content = cells(table, columns)
+    alignment = "".join("l" if heading in WORDS else "r" for heading in content)
     style = content.style.hide(axis="index").format(tex).format_index(tex_heading, axis=1)
     return str(style.to_latex(hrules=True, column_format=f"@{{}}{alignment}@{{}}"))
 
@@ -307,6 +478,8 @@ ESCAPES = str.maketrans(
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
         "Δ": r"$\Delta$",
+        "÷": r"$\div$",
+        MARK: r"$^\dagger$",
     }
 )
 
@@ -360,6 +533,7 @@ def macros(table: pd.DataFrame) -> str:
     first = table.iloc[0]
     values = {macro_name(label, "name"): tex(first[label]) for label in ("model", "dataset", "measure")}
     values |= {macro_name(name, "count"): text(first, name) for name in ("tokens", "windows") if name in table}
+    values[macro_name("significance", "level")] = str(LEVEL)
     values[macro_name("seeds", "count")] = FORMATS["seeds"](table["seeds"].max())
     for _, row in table.iterrows():
         for metric, write in FORMATS.items():

@@ -30,7 +30,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor
 
-from nashswarm import checkpoint, data, metrics, models, peers, record, saved
+from nashswarm import checkpoint, data, measures, metrics, models, peers, record, saved
 from nashswarm.evidence import Cache, Evidence, show_progress
 from nashswarm.measures import Measure, Subject
 from nashswarm.methods import Compressed, Method
@@ -41,6 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 GROUPS = ("model", "method", "dataset", "measure")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TEXT_KEYS = ("calibration_sha256", "test_sha256")
+EVALUATORS = ("lm-eval", "sacrebleu")
 PACKAGES = ("nashswarm", "torch", "transformers", "datasets", "numpy", "scipy", "scikit-learn", "safetensors")
 
 
@@ -117,6 +118,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
         if isinstance(planned.method, peers.Peer):
             raise ValueError(f"save={target}: what {planned.method.library} packs cannot be loaded again; leave it out")
         saved.check_free(target)
+    measures.require(planned.measure)
 
     reset_peak()
     threads = torch.get_num_threads()
@@ -212,7 +214,11 @@ class Job:
             checkpoint.adopt(model, evidence.layers, result.packed, result.float_bits)
             return model
 
-        subject = Subject(self.full, compressed, functools.cache(pack), self.test, self.reference, show_progress)
+        packed = functools.cache(pack)
+        subject = Subject(
+            self.full, compressed, packed, self.test, self.reference, show_progress,
+            self.tokenizer, evidence.layers, result.weights, result.damage,
+        )  # fmt: skip
         measured, series = self.measure.measure(subject)
         return result, found | measured, dict(result.series) | series, {"quantize_seconds": quantize_seconds}
 
@@ -338,12 +344,30 @@ def identify(config: DictConfig, device: str, source: models.Source, texts: Mapp
         "model": model | {"content": models.content_of(source)},
         "method": groups["method"],
         "dataset": dataset | {f"{purpose}_sha256": data.sha256(text) for purpose, text in texts.items()},
-        "measure": groups["measure"],
+        "measure": _by_content(groups["measure"]),
         "seed": config.seed,
         "device": device,
         "dtype": config.dtype,
         "threads": torch.get_num_threads(),
     }
+
+
+def _by_content(group: Any) -> Any:
+    """A config group, each ``folder`` that it names told by its files.  Raises ValueError for a folder without any."""
+    if isinstance(group, list):
+        return [_by_content(part) for part in group]
+    if not isinstance(group, dict):
+        return group
+    found = {key: _by_content(value) for key, value in group.items()}
+    if found.get("folder") is not None:
+        folder = pathlib.Path(found["folder"])
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        if not files:
+            raise ValueError(f"the folder {folder} holds no file; set measure.folder to one with task files")
+        found["folder"] = fingerprint(
+            {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        )
+    return found
 
 
 def provenance(started: datetime.datetime) -> dict[str, Any]:
@@ -370,8 +394,9 @@ def provenance(started: datetime.datetime) -> dict[str, Any]:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    """Name and version of every package that numbers can depend on, peers where they are installed."""
-    for name in (*PACKAGES, *sorted({need for library in peers.LIBRARIES.values() for need in library.needs})):
+    """Name and version of every package that numbers can depend on, the optional ones where they are installed."""
+    needs = {need for library in peers.LIBRARIES.values() for need in library.needs}
+    for name in (*PACKAGES, *EVALUATORS, *sorted(needs)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             yield name, importlib.metadata.version(name)
 

@@ -2,7 +2,8 @@
 
     python scripts/tables.py --experiment ablation --paper paper/generated
 
-Prints each experiment's table and writes it as Markdown, CSV and LaTeX.  With ``--paper`` the LaTeX table and
+Prints each experiment's table and writes it as Markdown, CSV and LaTeX; where matrices were measured one by one, a
+second one, ``<experiment>_layers``; of all experiments together, ``equal_bytes``.  With ``--paper`` the LaTeX table and
 ``numbers.tex`` (one macro per number) go there too; runs from uncommitted code are refused then.
 """
 
@@ -10,6 +11,8 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
+
+import pandas as pd
 
 from nashswarm import record, report
 
@@ -36,21 +39,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write_tables(options: argparse.Namespace) -> None:
     """Write what the options ask for.  Raises ValueError where there is nothing to write."""
-    chosen = {name: getattr(options, name) for name in ("experiment", "model", "dataset", "measure")}
-    table = report.select(
-        report.frame(record.read_all(options.records)), **{name: value for name, value in chosen.items() if value}
-    )
+    names = ("experiment", "model", "dataset", "measure")
+    chosen = {name: getattr(options, name) for name in names if getattr(options, name)}
+    records = list(record.read_all(options.records))
+    table = report.select(report.frame(records), **chosen)
+    records = [one for one in records if all(one.labels[name] == value for name, value in chosen.items())]
     if options.paper:
         report.refuse_dirty(table)
     for experiment in sorted(set(table["experiment"])):
         rows = report.select(table, experiment=experiment)
-        means = report.average(rows.dropna(axis=1, how="all"))  # columns that only other experiments have
-        report.console().print(report.terminal(means, title=experiment))
-        for suffix, render in ((".md", report.markdown), (".csv", report.csv), (".tex", report.latex)):
-            record.write_whole(options.out / f"{experiment}{suffix}", render(means).encode())
+        own = [one for one in records if one.labels["experiment"] == experiment]
+        means = report.tested(report.average(rows.dropna(axis=1, how="all")), own)  # without what others alone have
+        write(options.out, experiment, means)
+        write(options.out, f"{experiment}_layers", report.layers(own), report.LAYERS)
         if options.paper:
             record.write_whole(options.paper / f"{experiment}.tex", report.latex(means).encode())
             record.write_whole(options.paper / "numbers.tex", report.macros(means).encode())
+    if not options.experiment:
+        write(options.out, "equal_bytes", report.equal_bytes(records), report.EQUAL_BYTES)
+
+
+def write(
+    folder: pathlib.Path, name: str, table: pd.DataFrame, columns: Sequence[report.Column] = report.COLUMNS
+) -> None:
+    """Print a table and write it in every format; one without rows is no table."""
+    if len(table):
+        report.console().print(report.terminal(table, name, columns))
+        for suffix, render in ((".md", report.markdown), (".csv", report.csv), (".tex", report.latex)):
+            record.write_whole(folder / f"{name}{suffix}", render(table, columns).encode())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """Every measure keeps its promises on the tiny model."""
 
 import copy
+import dataclasses
 import functools
+import importlib.metadata
+import json
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +15,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import checkpoint, metrics, peers
+from nashswarm import checkpoint, compare, metrics, peers
 from nashswarm.linear import PackedMatrix
-from nashswarm.measures import Load, Measure, Quality, Several, Size, Speed, Subject, resident_bytes
+from nashswarm.measures import (
+    Bleu,
+    Layers,
+    LmEval,
+    Load,
+    Measure,
+    Quality,
+    Several,
+    Size,
+    Speed,
+    Subject,
+    require,
+    resident_bytes,
+)
 from nashswarm.models import find_layers
 from nashswarm.quant.calibration import no_track
 from nashswarm.quant.grid import Scheme, quantize
@@ -30,16 +47,23 @@ def packed_model(tiny: Any) -> Any:
 
 
 @pytest.fixture
-def subject(tiny: Any, packed_model: Any, token_windows: Tensor) -> Subject:
-    """The tiny model, its packed copy, and that copy's weights as floats."""
+def subject(tiny: Any, packed_model: Any, token_windows: Tensor, tokenizer: Any) -> Subject:
+    """The tiny model, its packed copy, that copy's weights as floats, and damages as if they were predicted."""
     own, floats = copy.deepcopy(packed_model), copy.deepcopy(packed_model)
     floats.dequantize()
     reference = functools.partial(metrics.reference, tiny, token_windows)
-    return Subject(tiny, floats, lambda: own, token_windows, lambda size: reference(size), no_track)
+    layers, weights = find_layers(tiny), {layer.name: layer.weight for layer in find_layers(floats)}
+    damage = {layer.name: float(number % 3) for number, layer in enumerate(layers)}
+    return Subject(
+        tiny, floats, lambda: own, token_windows, lambda size: reference(size), no_track, tokenizer,
+        layers, weights, damage,
+    )  # fmt: skip
 
 
 def test_every_measure_is_one() -> None:
-    assert all(isinstance(measure, Measure) for measure in (Quality(), Size(), Speed(), Load()))
+    assert all(
+        isinstance(measure, Measure) for measure in (Quality(), Size(), Speed(), Load(), Layers(), Bleu(), LmEval())
+    )
 
 
 @pytest.mark.parametrize("form", ["groups", "lattice"])
@@ -182,3 +206,171 @@ def test_several_measures_are_taken_one_after_the_other(subject: Subject) -> Non
     found, series = Several(parts).measure(subject)
     alone = [part.measure(subject) for part in parts]
     assert found == alone[0][0] | alone[1][0] and series == alone[1][1]
+
+
+def test_each_layer_is_measured_alone(subject: Subject, tiny: Any) -> None:
+    """By hand: a fresh copy of the full model per matrix, one window at a time."""
+    found, series = Layers(windows=3).measure(subject)
+    windows, full = subject.windows[:3], metrics.reference(tiny, subject.windows[:3], 1)
+    floats = dict(subject.compressed.named_parameters())
+    for place, layer in enumerate(subject.layers):
+        alone = copy.deepcopy(tiny)
+        with torch.no_grad():
+            name = f"{layer.name}.weight"
+            dict(alone.named_parameters())[name].copy_(floats[name])
+        expected = metrics.summarise(metrics.evaluate(alone, windows, 1, full))
+        assert series["layer_kl"][place] == pytest.approx(expected["kl"], rel=1e-3)
+        assert series["layer_nll_delta"][place] == pytest.approx(expected["nll_delta"], abs=1e-6)
+        assert series["layer_kl_low"][place] <= series["layer_kl"][place] <= series["layer_kl_high"][place]
+    assert set(series) == {"layer_kl", "layer_kl_low", "layer_kl_high", "layer_nll_delta"}
+    assert all(len(values) == len(subject.layers) for values in series.values())
+    assert found["layer_kl_sum"] == pytest.approx(sum(series["layer_kl"]))
+    whole = metrics.summarise(metrics.evaluate(subject.compressed, windows, 3, full))
+    assert found["kl_together"] == pytest.approx(whole["kl"], rel=1e-3)
+    predicted = [subject.damage[layer.name] for layer in subject.layers]
+    assert (found["damage_pearson"], found["damage_spearman"]) == compare.correlations(predicted, series["layer_kl"])
+    assert found["damage_pearson"] == pytest.approx(np.corrcoef(predicted, series["layer_kl"])[0, 1])
+
+
+def test_the_forward_passes_are_as_many_as_it_says(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = 0
+    forward = type(subject.full).forward
+
+    def counted(*given: Any, **named: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return forward(*given, **named)
+
+    monkeypatch.setattr(type(subject.full), "forward", counted)
+    found, _ = Layers(windows=5).measure(subject)
+    assert found["forward_passes"] == passes == len(subject.layers) + 2
+
+
+def test_a_method_that_predicts_nothing_has_no_correlation(subject: Subject) -> None:
+    found, _ = Layers(windows=2).measure(dataclasses.replace(subject, damage={}))
+    assert set(found) == {"layer_kl_sum", "kl_together", "forward_passes"}
+
+
+@pytest.mark.parametrize("measure", [Layers(windows=6), Bleu(windows=6), Bleu(windows=0)])
+def test_more_windows_than_there_are_are_refused(subject: Subject, measure: Layers | Bleu) -> None:
+    with pytest.raises(
+        ValueError, match=rf"measure\.windows={measure.windows} must be between 1 and the 5 test windows"
+    ):
+        measure.measure(subject)
+
+
+def test_continuations_are_those_of_generate(tiny: Any, token_windows: Tensor) -> None:
+    found = metrics.continuations(tiny, token_windows[:, :8], 6, batch_size=2)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(found, tiny.generate(token_windows[:, :8], **options)[:, 8:])
+
+
+def test_bleu_is_sacrebleus(subject: Subject) -> None:
+    sacrebleu = pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
+    found, series = Bleu(prompt_tokens=8, new_tokens=16, windows=5).measure(subject)
+    names = ("bleu", "bleu_text", "bleu_text_full")
+    assert set(found) == {f"{name}{end}" for name in (*names, "bleu_text_delta") for end in ("", "_low", "_high")}
+    assert set(series) == set(names) and all(len(series[name]) == 5 for name in names)
+    prompts = subject.windows[:, :8]
+    own, full = (metrics.continuations(model, prompts, 16, 5) for model in (subject.packed(), subject.full))
+    texts = [
+        subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for tokens in (own, full, subject.windows[:, 8:])
+    ]
+    for name, one, other in (("bleu", 0, 1), ("bleu_text", 0, 2), ("bleu_text_full", 1, 2)):
+        assert found[name] == pytest.approx(sacrebleu.corpus_bleu(texts[one], [texts[other]]).score)
+        alone = [sacrebleu.corpus_bleu([a], [[b]]).score for a, b in zip(texts[one], texts[other], strict=True)]
+        assert series[name] == pytest.approx(alone)
+        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+    assert found["bleu_text_delta"] == pytest.approx(found["bleu_text"] - found["bleu_text_full"])
+
+
+def test_a_model_writes_like_itself(subject: Subject) -> None:
+    pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
+    same = dataclasses.replace(subject, compressed=subject.full)
+    found, _ = Bleu(prompt_tokens=4, new_tokens=20, windows=4, packed=False).measure(same)
+    assert found["bleu"] == pytest.approx(100)
+    assert found["bleu_text"] == found["bleu_text_full"] and found["bleu_text_delta"] == 0
+    with pytest.raises(ValueError, match=r"measure\.new_tokens exceed the window of 24"):
+        Bleu(prompt_tokens=20, new_tokens=5, windows=4).measure(same)
+
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {path}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - metric: {metric}
+    aggregation: mean
+    higher_is_better: true
+"""
+QUESTIONS = [("the quiet", [" starling", " price of"], 0), ("every old", [" and or", " flock"], 1)] * 4
+
+
+@pytest.fixture
+def task_folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Two tasks of eight questions with two choices each; the second measures no accuracy."""
+    path = tmp_path / "questions.json"
+    rows = [{"text": text, "choices": choices, "label": label} for text, choices, label in QUESTIONS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks").mkdir()
+    for name, metric in (("small_questions", "acc"), ("no_questions", "acc_norm")):
+        (tmp_path / f"tasks/{name}.yaml").write_text(TASK.format(name=name, path=path, metric=metric))
+    return tmp_path / "tasks"
+
+
+def test_the_harness_asks_both_models(subject: Subject, task_folder: pathlib.Path) -> None:
+    """By hand: the choice whose tokens are likelier after the text."""
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    found, series = LmEval(["small_questions"], str(task_folder)).measure(subject)
+    name = "accuracy_small_questions"
+    for suffix, model in (("", subject.compressed), ("_full", subject.full)):
+        right = []
+        for text, choices, label in QUESTIONS:
+            scores = []
+            for choice in choices:
+                start = len(subject.tokenizer(text)["input_ids"])
+                tokens = torch.tensor(subject.tokenizer(text + choice)["input_ids"])
+                with torch.no_grad():
+                    log_p = model(input_ids=tokens[None]).logits[0].log_softmax(-1)
+                scores.append(sum(log_p[place - 1, tokens[place]].item() for place in range(start, len(tokens))))
+            right.append(float(int(np.argmax(scores)) == label))
+        assert series[name + suffix] == right
+        assert found[name + suffix] == np.mean(right)
+        assert found[f"{name}{suffix}_stderr"] == pytest.approx(np.std(right, ddof=1) / math.sqrt(8))
+    assert found[f"{name}_delta"] == found[name] - found[f"{name}_full"]
+    assert found[f"{name}_delta_low"] <= found[f"{name}_delta"] <= found[f"{name}_delta_high"]
+
+
+def test_the_harness_asks_no_more_than_the_limit(subject: Subject, task_folder: pathlib.Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    _, series = LmEval(["small_questions"], str(task_folder), limit=3).measure(subject)
+    assert all(len(values) == 3 for values in series.values())
+
+
+@pytest.mark.parametrize(
+    ("task", "message"), [("riddles", "there is no riddles"), ("no_questions", "no_questions measure no accuracy")]
+)
+def test_a_task_that_cannot_be_scored_is_named(
+    task: str, message: str, subject: Subject, task_folder: pathlib.Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    with pytest.raises(ValueError, match=message):
+        LmEval([task], str(task_folder)).measure(subject)
+
+
+def test_a_missing_package_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    for measure, package in ((Bleu(), "sacrebleu"), (LmEval(), "lm-eval")):
+        with pytest.raises(ValueError, match=rf"needs {package}: pip install 'nashswarm\[eval\]'"):
+            require(Several([Quality(), measure]))
+    require(Several([Quality(), Size()]))

@@ -19,11 +19,25 @@ def test_its_tables_are_the_derived_ones() -> None:
         assert table.strip() == (ROOT / path).read_text().strip(), path
 
 
+FORMATS = [(".md", report.markdown), (".csv", report.csv), (".tex", report.latex)]
+
+
 @pytest.mark.parametrize("experiment", sorted(path.name for path in COMMITTED.iterdir()))
-@pytest.mark.parametrize(("suffix", "render"), [(".md", report.markdown), (".csv", report.csv), (".tex", report.latex)])
-def test_committed_tables_follow_from_the_records(experiment: str, suffix: str, render) -> None:
-    means = report.average(report.frame(record.read_all(COMMITTED / experiment)))
-    assert render(means) == (ROOT / f"results/tables/{experiment}{suffix}").read_text()
+def test_committed_tables_follow_from_the_records(experiment: str) -> None:
+    records = list(record.read_all(COMMITTED / experiment))
+    means = report.tested(report.average(report.frame(records)), records)
+    layers = report.layers(records)
+    for suffix, render in FORMATS:
+        assert render(means) == (ROOT / f"results/tables/{experiment}{suffix}").read_text()
+        if len(layers):
+            path = ROOT / f"results/tables/{experiment}_layers{suffix}"
+            assert render(layers, report.LAYERS) == path.read_text()
+
+
+def test_the_committed_table_of_equal_bytes_follows_from_all_records() -> None:
+    table = report.equal_bytes(record.read_all(COMMITTED))
+    for suffix, render in FORMATS:
+        assert render(table, report.EQUAL_BYTES) == (ROOT / f"results/tables/equal_bytes{suffix}").read_text()
 
 
 def test_the_budgeted_game_beats_its_ablations_in_the_committed_table() -> None:

@@ -261,6 +261,113 @@ def test_a_paired_ratio_of_a_run_with_itself_is_one() -> None:
         figures.paired_ratio([other], one)
 
 
+def of_windows(method: str, kl: list[float], seed: int = 0, size: float = 1e6, **config: Any) -> Record:
+    """A record of windows with these KL, of as many nats more than the full model's NLL."""
+    one = synthetic(method, seed, **config)
+    series = {"kl": kl, "nll": [FULL_NLL + value for value in kl], "tokens": [255.0] * len(kl)}
+    return dataclasses.replace(one, series=series, metrics=one.metrics | {"bytes_file": size})
+
+
+def test_marks_are_the_differences_that_survive_holm() -> None:
+    """Ten windows, all flips: p of a difference of one sign everywhere is 2/1024."""
+    rng = np.random.default_rng(0)
+    level = 0.1 + rng.random(10)
+    noise = rng.permutation([-0.02, -0.01, 0.01, 0.02, 0, 0.005, -0.005, 0.03, -0.03, 0.001])
+    kl = {"nash_swarm": level, "gptq": level + 0.01, "no_cache": level, "no_swarm": level + noise}
+    records = [of_windows(method, values.tolist()) for method, values in kl.items()]
+    means = report.tested(report.average(report.frame(records)), records).set_index("method")
+    assert means.loc["gptq", "kl_p"] == pytest.approx(6 * 2 / 1024)
+    assert means.loc["gptq", "nll_delta_p"] == pytest.approx(6 * 2 / 1024)
+    assert means.loc["no_cache", "kl_p"] == 1 and means.loc["no_swarm", "kl_p"] > 0.05
+    assert np.isnan(means.loc["nash_swarm", "kl_p"])
+    table = means.reset_index()
+    shown = report.cells(table).set_index("method")["KL (nats)"]
+    assert [report.MARK in shown[method] for method in kl] == [False, True, False, False]
+    assert "the 6 tests of this table together (Holm)" in report.note(table)
+    assert report.markdown(table).endswith(f"\n\n{report.note(table)}\n")
+    assert r"$^\dagger$" in report.latex(table) and report.MARK not in report.latex(table)
+    assert report.MARK in rendered(report.terminal(table))
+
+
+def test_more_tests_need_more_evidence() -> None:
+    """Six windows: p = 2/64 alone, and nothing beside other tests."""
+    level = np.linspace(0.1, 0.2, 6)
+
+    def p_of(*methods: str) -> float:
+        values = {method: level + 0.01 for method in methods} | {"nash_swarm": level}
+        records = [of_windows(method, kl.tolist()) for method, kl in values.items()]
+        for one in records:
+            del one.series["nll"]
+        means = report.tested(report.average(report.frame(records)), records)
+        return float(means.set_index("method").loc["gptq", "kl_p"])
+
+    assert p_of("gptq") == pytest.approx(1 / 32) and p_of("gptq", "rtn") == pytest.approx(1 / 16)
+
+
+def test_without_the_reference_nothing_is_tested(records: list[Record]) -> None:
+    others = [one for one in records if one.labels["method"] != "nash_swarm"]
+    means = report.average(report.frame(others))
+    assert "kl_p" not in report.tested(means, others) and report.note(means) == ""
+    assert report.markdown(report.tested(means, others)) == report.markdown(means)
+
+
+def test_seeds_are_paired_by_their_means_and_their_spread_is_shown() -> None:
+    records = [of_windows("gptq", [kl] * 4, seed) for seed, kl in enumerate((0.1, 0.2, 0.6))]
+    own, other = report.paired(records, records[:1], "kl")
+    assert own == pytest.approx([0.3] * 4) and other == pytest.approx([0.1] * 4)
+    for one, kl in zip(records, (0.1, 0.2, 0.6), strict=True):
+        one.metrics["kl"] = kl
+    means = report.average(report.frame(records))
+    assert means["kl_spread"][0] == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1))
+    assert report.cells(means)["KL ± over seeds"][0] == "0.2646"
+    assert "kl_spread" not in report.average(report.frame(records[:1]))
+
+
+def test_equal_bytes_by_hand() -> None:
+    """KL of nash_swarm falls as 1 / bytes²: at 2 MB it is a quarter of what it was at 1 MB, whatever is in between."""
+    text = np.random.default_rng(1).uniform(1, 2, 12)
+    sizes = {1.0: 1e6, 4.0: 4e6, 3.0: 3e6}
+    curve = [
+        of_windows(f"nash_swarm[bits={bits}]", [*(text * (1e6 / size) ** 2).tolist(), 9.0], 0, size, bits=bits)
+        for bits, size in sizes.items()
+    ]
+    for one in curve:  # of another experiment, on one window more
+        one.labels["experiment"], one.config["method"]["name"] = "bit_budget", "nash_swarm"
+    own = [of_windows("gptq", (text * scale).tolist(), seed, 2e6) for seed, scale in enumerate((0.4, 0.6))]
+    large = of_windows("uniform8", text.tolist(), size=5e6)
+    table = report.equal_bytes([*own, *curve, large]).set_index("method")
+    assert list(table.index) == ["uniform8", "gptq"]
+    assert table.loc["gptq", "kl_at_bytes"] == pytest.approx(text.mean() / 4)
+    ends = table.loc["gptq", ["kl_ratio", "kl_ratio_low", "kl_ratio_high"]].astype(float).tolist()
+    assert ends == pytest.approx([0.5] * 3)
+    assert np.isnan(table.loc["uniform8", "kl_ratio"])
+    shown = report.cells(table.reset_index(), report.EQUAL_BYTES)
+    assert list(shown.iloc[:, -1]) == [report.MISSING, "0.500"]
+
+    for alien in ("model", "dataset"):
+        changed = [dataclasses.replace(one, config=one.config | {alien: {"sha256": "ef"}}) for one in curve[1:]]
+        assert len(report.equal_bytes([*own, curve[0], *changed])) == 0, alien
+    fewer = [of_windows(one.labels["method"], one.series["kl"][:9], size=9e5) for one in curve]
+    assert len(report.equal_bytes([*own, *fewer])) == 0
+    assert len(report.equal_bytes(own)) == 0
+
+
+def test_the_layers_of_a_record_become_rows() -> None:
+    records = []
+    for seed in (0, 1):
+        one = synthetic("nash_swarm", seed)
+        one.series["layer_kl"], one.series["layer_nll_delta"] = [0.01, 0.03 + seed / 50], [-0.001, 0.02]
+        names = ("wte", "c_fc")
+        layers = [{"name": n, "parameters": 64, "bits_per_weight": 3.0, "damage": 0.02} for n in names]
+        records.append(dataclasses.replace(one, layers=layers))
+    table = report.layers([*records, synthetic("gptq")])
+    assert list(table["layer"]) == ["wte", "c_fc"] and table["layer_kl"].tolist() == pytest.approx([0.01, 0.04])
+    shown = report.cells(table, report.LAYERS)
+    assert list(shown.columns[:2]) == ["method", "layer"]
+    assert shown["KL alone (nats)"][0] == "1.0e-02" and shown["ΔNLL alone (nats)"][0] == "-1.0e-03"
+    assert len(report.layers([synthetic("gptq")])) == 0
+
+
 def test_a_baseline_without_damage_stays_on_the_log_axis(records: list[Record]) -> None:
     axes = figures.pareto(report.average(report.frame(records))).axes[0]
     low, high = axes.get_ylim()

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from nashswarm import bit_game, peers, record
-from nashswarm.run import Outcome, run
+from nashswarm.run import Outcome, _by_content, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "quality"}
@@ -117,6 +118,46 @@ def test_a_run_leaves_a_record_with_everything_it_promises(
     if method in ("nash_swarm", "no_swarm", "no_bit_game"):
         assert 0.995 * 3 < found.metrics["bits_per_weight_model"] <= 3
         assert len(found.series["moves"]) == found.metrics["sweeps"]
+
+
+def test_every_layer_alone_lands_in_the_record(execute: Callable[..., Outcome]) -> None:
+    found = execute("method=gptq", "measure=layers", "measure.windows=2").record
+    assert {"damage_pearson", "damage_spearman", "layer_kl_sum", "kl_together"} <= set(found.metrics)
+    assert len(found.series["layer_kl"]) == len(found.series["layer_nll_delta"]) == len(found.layers)
+    predicted = [row["damage"] for row in found.layers]
+    assert found.metrics["damage_pearson"] == pytest.approx(np.corrcoef(predicted, found.series["layer_kl"])[0, 1])
+
+
+def test_what_it_writes_lands_in_the_record(execute: Callable[..., Outcome]) -> None:
+    pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
+    lengths = ["measure.prompt_tokens=8", "measure.new_tokens=16", "measure.windows=3"]
+    found = execute("method=uniform4", "measure=bleu", *lengths).record
+    assert 0 <= found.metrics["bleu_text"] <= 100 and len(found.series["bleu"]) == 3
+
+
+def test_a_measure_without_its_package_is_refused_before_any_work(
+    execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr("nashswarm.models.load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="needs sacrebleu"):
+        execute("measure=bleu")
+
+
+def test_a_folder_counts_by_its_files(tmp_path: pathlib.Path) -> None:
+    def told(folder: pathlib.Path) -> Any:
+        return _by_content({"measures": [{"folder": str(folder), "limit": 3}, {"folder": None}]})
+
+    for name, content in (("one", "a"), ("same", "a"), ("other", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "task.yaml").write_text(content)
+    assert told(tmp_path / "one") == told(tmp_path / "same") != told(tmp_path / "other")
+    assert told(tmp_path / "one")["measures"][1] == {"folder": None}
+    with pytest.raises(ValueError, match=r"holds no file; set measure\.folder"):
+        told(tmp_path / "absent")
 
 
 def test_the_baseline_at_32_bits_changes_nothing(execute: Callable[..., Outcome]) -> None:
@@ -390,7 +431,7 @@ def test_a_sweep_from_the_command_line(
     assert len(list(tmp_path.rglob("offline-run-*/*.wandb"))) == 3
     labels = [record.read(path).labels for path in records_in(tmp_path)]
     assert sorted(label["method"] for label in labels) == ["baseline", "nash_swarm", "uniform4"]
-    assert {(label["model"], label["dataset"]) for label in labels} == {("tiny", "story.txt")}
+    assert {(label["model"], label["dataset"]) for label in labels} == {("tiny", "story.txt[calibration_windows=6]")}
     before = {path: path.stat().st_mtime_ns for path in records_in(tmp_path)}
     code, printed = command("-m", methods)
     assert code == 0 and "3 jobs: 0 finished, 3 skipped, 0 failed" in printed
