@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from nashswarm import kernels, record
+from nashswarm.compare import median_interval
 from nashswarm.kernels import native
 from nashswarm.kernels import tiles as layout
-from nashswarm.kernels.__main__ import example, interleaved, interval, raw
+from nashswarm.kernels.__main__ import example, interleaved, raw
 from nashswarm.run import provenance
 
 OUT = pathlib.Path("results/benchmarks/kernels")
@@ -72,7 +73,7 @@ def measured(shape: tuple[int, int], batch: int, rounds: int) -> list[dict[str, 
     for name, call in calls.items():
         ours, plain = interleaved([call, calls["torch fp32"]], rounds)
         ratios = sorted(second / first for first, second in zip(ours, plain, strict=True))
-        low, high = interval(ratios)
+        low, high = median_interval(ratios)
         found.append(
             {"shape": f"{shape[0]}x{shape[1]}", "batch": batch, "kernel": name}
             | {"microseconds": 1e6 * statistics.median(ours), "ratio": statistics.median(ratios)}

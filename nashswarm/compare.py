@@ -5,6 +5,7 @@ Design of Experiments, 1935), several tests share one error rate (Holm, A Simple
 Procedure, 1979), and sizes are made equal on the line of log KL over log bytes.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,18 @@ def interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> tup
         (sample,), np.mean, n_resamples=RESAMPLES, confidence_level=level, method="BCa", rng=rng, batch=200
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The order statistics between which the median lies in 95 % of cases.
+
+    >>> median_interval(range(101))
+    (40, 60)
+    """
+    half = 0.98 * math.sqrt(len(values))
+    first, last = math.floor(len(values) / 2 - half), math.floor(len(values) / 2 + half)
+    ordered = sorted(values)
+    return ordered[max(0, first)], ordered[min(len(ordered) - 1, last)]
 
 
 def interval_of(

@@ -143,9 +143,9 @@ class Speed:
             found[f"prefill_tokens_per_second{suffix}"] = prompt / float(np.median(own["prefill"]))
             found[f"bytes_resident{suffix}"] = resident_bytes(models[name])
             for phase in phases if name != "full" else ():
-                ratios = [full / mine for full, mine in zip(times["full"][phase], own[phase], strict=True)]
+                ratios = np.array(times["full"][phase]) / np.array(own[phase])
                 found[f"{phase}_ratio{suffix}"] = float(np.median(ratios))
-                low, high = compare.interval(ratios)
+                low, high = compare.median_interval(ratios.tolist())
                 found |= {f"{phase}_ratio{suffix}_low": low, f"{phase}_ratio{suffix}_high": high}
         kinds: tuple[Activations, ...] = ("float32", "int8")
         for activations in kinds:

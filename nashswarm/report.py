@@ -28,7 +28,7 @@ REFERENCE = "nash_swarm"  # the method that the others are tested against
 TESTED = {"kl": "kl", "nll_delta": "nll"}  # metric → the per-window series in which it is paired
 LEVEL = 0.05  # of all tests of a table together
 MARK = "†"
-WORDS = [*LABELS, "layer"]  # columns of text
+WORDS = [*LABELS, "layer", "contestant"]  # columns of text
 PAGE_WIDTH = 150  # characters
 MISSING = "-"
 
@@ -106,6 +106,8 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "bytes_resident": fixed(2, 1e-6),
     "decode_ms": fixed(2),
     "decode_ratio": fixed(2),
+    "decode_long_ratio": fixed(2),
+    "prefill_ratio": fixed(2),
     "prefill_tokens_per_second": fixed(0),
     "seeds": fixed(0),
 }
@@ -141,6 +143,14 @@ EQUAL_BYTES = (
     Column("KL (nats)", "kl"),
     Column("nash_swarm's KL at these bytes", "kl_at_bytes"),
     Column("nash_swarm's ÷ the method's", "kl_ratio"),
+)
+SPEED = (
+    Column("MB in memory", "bytes_resident"),
+    Column("decode ms", "decode_ms"),
+    Column("× decode", "decode_ratio"),
+    Column("× decode after the prompt", "decode_long_ratio"),
+    Column("× prefill", "prefill_ratio"),
+    Column("KL", "kl"),
 )
 LAYERS = (
     Column("weights", "parameters"),
@@ -352,6 +362,22 @@ def _first(record: Record, windows: int) -> Record:
     return dataclasses.replace(record, series={name: record.series[name][:windows] for name in ("kl", "tokens")})
 
 
+def speed(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per method and contestant of the records whose measure was ``speed``: the full model, the packed one with
+    either kind of activations, and others timed beside them.  Ratios are the full model's time over theirs."""
+    rows = []
+    for record in records:
+        names = [name.removeprefix("decode_ms_") for name in record.series if name.startswith("decode_ms_")]
+        for name in names if record.labels["measure"] == "speed" else ():
+            suffix = "" if name == "int8" else f"_{name}"
+            keys = {metric: f"{metric}{suffix}" for metric in ("bytes_resident", "decode_ms")} | {"kl": f"kl_{name}"}
+            for phase in ("decode", "decode_long", "prefill"):
+                keys |= {f"{phase}_ratio{end}": f"{phase}_ratio{suffix}{end}" for end in ("", "_low", "_high")}
+            found = {metric: record.metrics.get(key, np.nan) for metric, key in keys.items()}
+            rows.append({label: record.labels[label] for label in CELL} | {"contestant": name} | found)
+    return pd.DataFrame(rows)
+
+
 def layers(records: Iterable[Record]) -> pd.DataFrame:
     """One row per method and weight matrix of the records whose measure was ``layers``, seeds averaged: what the matrix
     was predicted to cost (``layer_damage``) and what it costs when it alone is compressed, nats per token."""
@@ -423,7 +449,7 @@ def note(table: pd.DataFrame) -> str:
 def cells(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
     """A table as text: the labels that vary, the method, and the columns that are not wholly empty."""
     varying = [label for label in CELL if label == "method" or table[label].nunique() > 1]
-    varying += [label for label in ("layer",) if label in table]
+    varying += [label for label in ("layer", "contestant") if label in table]
     shown = [column for column in columns if column.metric in table and table[column.metric].notna().any()]
     if "seeds" in table and (table["seeds"] > 1).any():
         shown.append(Column("seeds", "seeds"))

@@ -51,6 +51,7 @@ def write_tables(options: argparse.Namespace) -> None:
         own = [one for one in records if one.labels["experiment"] == experiment]
         means = report.tested(report.average(rows.dropna(axis=1, how="all")), own)  # without what others alone have
         write(options.out, experiment, means)
+        write(options.out, f"{experiment}_contestants", report.speed(own), report.SPEED)
         write(options.out, f"{experiment}_layers", report.layers(own), report.LAYERS)
         if options.paper:
             record.write_whole(options.paper / f"{experiment}.tex", report.latex(means).encode())

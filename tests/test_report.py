@@ -368,6 +368,24 @@ def test_the_layers_of_a_record_become_rows() -> None:
     assert len(report.layers([synthetic("gptq")])) == 0
 
 
+def test_the_contestants_of_a_record_become_rows() -> None:
+    one = synthetic("gptq")
+    one.labels["measure"] = "speed"
+    one.series.update({f"decode_ms_{name}": [1.0, 2.0] for name in ("full", "int8", "bfloat16")})
+    for suffix, decode in (("_full", 8.0), ("", 2.0), ("_bfloat16", 4.0)):
+        one.metrics.update({f"decode_ms{suffix}": decode, f"bytes_resident{suffix}": 1e6 * decode})
+        if suffix != "_full":
+            for end, factor in (("", 1), ("_low", 0.5), ("_high", 2)):
+                one.metrics[f"decode_ratio{suffix}{end}"] = factor * 8 / decode
+    one.metrics["kl_int8"] = 0.25
+    table = report.speed([one, synthetic("uniform4")])
+    assert table["contestant"].tolist() == ["full", "int8", "bfloat16"] and table["decode_ms"].tolist() == [8, 2, 4]
+    shown = report.cells(table, report.SPEED)
+    assert list(shown.columns[:2]) == ["method", "contestant"] and "× prefill" not in shown
+    assert shown["× decode"].tolist() == [report.MISSING, "4.00 [2.00, 8.00]", "2.00 [1.00, 4.00]"]
+    assert shown["KL"].tolist() == [report.MISSING, "0.2500", report.MISSING]
+
+
 def test_a_baseline_without_damage_stays_on_the_log_axis(records: list[Record]) -> None:
     axes = figures.pareto(report.average(report.frame(records))).axes[0]
     low, high = axes.get_ylim()

@@ -10,7 +10,6 @@ second.  ``relative_error``: against float64 products of the same weights.
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nashswarm import kernels
+from nashswarm.compare import median_interval
 from nashswarm.kernels import native
 from nashswarm.kernels import tiles as layout
 from nashswarm.kernels.tiles import Tiles
@@ -81,7 +81,7 @@ def measured(tiles: Tiles, batch: int, activations: str, rounds: int) -> dict[st
         rounds,
     )
     ratios = [second / first for first, second in zip(ours, plain, strict=True)]
-    low, high = interval(ratios)
+    low, high = median_interval(ratios)
     return {
         "path": native.path(),
         "microseconds": round(1e6 * statistics.median(ours), 2),
@@ -94,18 +94,6 @@ def measured(tiles: Tiles, batch: int, activations: str, rounds: int) -> dict[st
         "relative_error": float(f"{float((found - exact).norm() / exact.norm()):.3g}"),
         "bits_per_weight": round(8 * tiles.nbytes / tiles.rows / tiles.columns, 3),
     }
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The order statistics between which the median lies in 95 % of cases.
-
-    >>> interval(range(101))
-    (40, 60)
-    """
-    half = 0.98 * math.sqrt(len(values))
-    first, last = math.floor(len(values) / 2 - half), math.floor(len(values) / 2 + half)
-    ordered = sorted(values)
-    return ordered[max(0, first)], ordered[min(len(ordered) - 1, last)]
 
 
 def raw() -> Callable[..., Tensor]:
