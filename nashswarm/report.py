@@ -84,6 +84,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "top1_agreement": fixed(1, 100.0),
     "tokens": fixed(0),
     "windows": fixed(0),
+    "parameters": fixed(0),
     "damage": fixed(4),
     "layer_damage": scientific,
     "bleu": fixed(1),
