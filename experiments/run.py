@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import mirror
-from nashswarm.peers import NotInstalled
+from nashswarm.methods import NotOffered
 from nashswarm.run import run
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def labels_of(config: DictConfig) -> dict[str, str]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(config: DictConfig) -> None:
     """Run one job.  In a sweep a failed job is reported and the others go on; the sweep's summary sets the exit
-    status, to which a job whose optional library is absent is no failure."""
+    status, to which a method that has nothing to offer is no failure."""
     hydra_config = HydraConfig.get()
     folder = pathlib.Path(hydra_config.runtime.output_dir)
     outcome: dict[str, Any] = {
@@ -65,7 +65,7 @@ def main(config: DictConfig) -> None:
     except Exception as error:
         sentence = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         many = hydra_config.mode == RunMode.MULTIRUN
-        outcome |= {"status": "absent" if many and isinstance(error, NotInstalled) else "failed", "message": sentence}
+        outcome |= {"status": "left out" if many and isinstance(error, NotOffered) else "failed", "message": sentence}
         logging.getLogger("nashswarm.traceback").error(traceback.format_exc())
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

@@ -1,4 +1,4 @@
-"""The end of a sweep: what finished, was skipped, lacked a library or failed, as a table; the exit status says if
+"""The end of a sweep: what finished, was skipped, left out or failed, as a table; the exit status says if
 anything failed."""
 
 import pathlib

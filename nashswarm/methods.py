@@ -83,6 +83,11 @@ class Method(Protocol):
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed: ...
 
 
+class NotOffered(ValueError):
+    """A method that has nothing to offer here: not at these bits, or not without a package that is absent.  In a sweep
+    it is left out, which is no failure."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Uniform:
     """``bits`` everywhere: round to nearest at 2, 3, 4 or 8 bits, or plain floats at 16 and 32 (the baseline).
@@ -97,7 +102,7 @@ class Uniform:
 
     def __post_init__(self) -> None:
         if self.bits not in (*GRID_WIDTHS, *FLOATS):
-            raise ValueError(
+            raise NotOffered(
                 f"method.bits={self.bits}: a uniform width is one of {', '.join(map(str, (*GRID_WIDTHS, *FLOATS)))}"
             )
         if self.coded and self.bits in FLOATS:
@@ -136,7 +141,7 @@ class Gptq:
 
     def __post_init__(self) -> None:
         if self.bits not in GRID_WIDTHS:
-            raise ValueError(f"method.bits={self.bits}: gptq knows {', '.join(map(str, GRID_WIDTHS))} bits")
+            raise NotOffered(f"method.bits={self.bits}: gptq knows {', '.join(map(str, GRID_WIDTHS))} bits")
         if self.damping <= 0 or self.sweeps < 0:
             raise ValueError(
                 f"method.damping={self.damping} must be positive, method.sweeps={self.sweeps} not negative"

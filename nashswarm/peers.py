@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm.allocation import Layer
-from nashswarm.methods import Compressed, Oracle
+from nashswarm.methods import Compressed, NotOffered, Oracle
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 
@@ -80,7 +80,7 @@ class Peer:
             raise ValueError(f"unknown method.library {self.library!r}: choose among {', '.join(LIBRARIES)}")
         formats = LIBRARIES[self.library].formats
         if self.bits not in formats:
-            raise ValueError(f"method.bits={self.bits}: {self.library} knows {_listed(formats)} bits")
+            raise NotOffered(f"method.bits={self.bits}: {self.library} knows {_listed(formats)} bits")
         if self.group_size not in formats[self.bits]:
             raise ValueError(
                 f"method.group_size={self.group_size}: {self.library} at {self.bits} bits knows "
@@ -112,7 +112,7 @@ class Peer:
         )
 
 
-class NotInstalled(ValueError):
+class NotInstalled(NotOffered):
     """An optional package is absent."""
 
 

@@ -589,17 +589,17 @@ def read_outcomes(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def summary(outcomes: Sequence[Mapping[str, Any]], records: Iterable[Record]) -> Group:
-    """What a sweep did: counts, the table of its records, and for each job that failed, or whose optional library is
-    absent, why and where its log is."""
+    """What a sweep did: counts, the table of its records, and for each job that failed or was left out, for its
+    method has nothing to offer there, why and where its log is."""
     statuses = [outcome["status"] for outcome in outcomes]
-    known = ("finished", "skipped", *(["absent"] if "absent" in statuses else []), "failed")
+    known = ("finished", "skipped", *(["left out"] if "left out" in statuses else []), "failed")
     counts = [f"{statuses.count(status)} {status}" for status in known]
     parts: list[Text | Table] = [Text(f"{len(outcomes)} jobs: {', '.join(counts)}")]
     gathered = list(records)
     if gathered:
         parts.append(terminal(points(frame(gathered))))
     for outcome in outcomes:
-        if outcome["status"] in ("failed", "absent"):
+        if outcome["status"] in ("failed", "left out"):
             name = " ".join(outcome.get("overrides") or outcome["labels"].values()) or "unknown job"
             reason = next(iter(str(outcome["message"]).splitlines()), "no message")
             parts.append(Text(f"{outcome['status']}: {name}\n  {reason}\n  log: {outcome['log']}"))

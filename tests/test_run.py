@@ -464,8 +464,8 @@ def test_a_peer_that_is_not_installed_is_a_line_and_no_failure(
     absent = dataclasses.replace(peers.LIBRARIES["hqq"], needs=("no-such-package",))
     monkeypatch.setattr(peers, "LIBRARIES", dict(peers.LIBRARIES) | {"hqq": absent})
     code, printed = command("-m", "method=uniform4,peer_hqq")
-    assert code == 0 and "2 jobs: 1 finished, 0 skipped, 1 absent, 0 failed" in printed
-    assert "absent: " in printed and "needs no-such-package: pip install 'nashswarm[peers]'" in " ".join(
+    assert code == 0 and "2 jobs: 1 finished, 0 skipped, 1 left out, 0 failed" in printed
+    assert "left out: " in printed and "needs no-such-package: pip install 'nashswarm[peers]'" in " ".join(
         printed.split()
     )
     assert len(records_in(tmp_path)) == 1
