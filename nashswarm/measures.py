@@ -24,7 +24,8 @@ Found = tuple[dict[str, float], dict[str, list[float]]]
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """A full model, its compressed copy as floats, and the test windows.  ``packed``: the compressed model as it is
-    loaded, computing on packed weights.  ``reference``: the full model's answers to the windows, given a batch size."""
+    loaded, computing on packed weights.  ``reference``: the full model's answers to the windows, given a batch size.
+    ``text``, ``tokenizer``: what the windows were cut from, and by what."""
 
     full: Any
     compressed: Any
@@ -32,6 +33,8 @@ class Subject:
     windows: Int[Tensor, "windows length"]
     reference: Callable[[int], metrics.Reference]
     track: Track
+    text: str = ""
+    tokenizer: Any = None
 
 
 @runtime_checkable

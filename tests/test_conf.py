@@ -46,6 +46,7 @@ SAID_TWICE = [  # the files whose values are the defaults of their dataclass
     "measure/size",
     "measure/speed",
     "measure/load",
+    "measure/published",
 ]
 
 
