@@ -2,8 +2,9 @@
 
     python scripts/tables.py --experiment ablation --paper paper/generated
 
-Prints each experiment's table and writes it as Markdown, CSV and LaTeX.  With ``--paper`` the LaTeX table and
-``numbers.tex`` (one macro per number) go there too; runs from uncommitted code are refused then.
+Prints each experiment's table and writes it as Markdown, CSV and LaTeX; ``scripts/audit.py`` does so for the audit.
+With ``--paper`` the LaTeX table and ``numbers.tex`` (one macro per number) go there too; runs from uncommitted code are
+refused then.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def write_tables(options: argparse.Namespace) -> None:
     )
     if options.paper:
         report.refuse_dirty(table)
-    for experiment in sorted(set(table["experiment"])):
+    for experiment in sorted(set(table["experiment"]) - {"audit"}):
         rows = report.select(table, experiment=experiment)
         means = report.average(rows.dropna(axis=1, how="all"))  # columns that only other experiments have
         report.console().print(report.terminal(means, title=experiment))
