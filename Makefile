@@ -59,11 +59,13 @@ sweep: install  ## one experiment: make sweep EXPERIMENT=main; what has a record
 derive: install  ## tables and figures of the committed records, into results/tables and results/figures
 	$(BIN)/python scripts/tables.py --records $(RECORDS)
 	$(BIN)/python scripts/figures.py --records $(RECORDS)
+	$(BIN)/python scripts/audit.py --records $(RECORDS)
 
 paper: install  ## the paper, every number from committed records
 	@command -v latexmk > /dev/null || { echo "make paper needs LaTeX: apt-get install $(LATEX)" >&2; exit 1; }
 	$(BIN)/python scripts/tables.py --records $(RECORDS) --experiment $(EXPERIMENT) --paper paper/generated
 	$(BIN)/python scripts/figures.py --records $(RECORDS) --experiment $(EXPERIMENT) --paper paper/generated
+	$(BIN)/python scripts/audit.py --records $(RECORDS) --paper paper/generated
 	latexmk -cd -pdf -interaction=nonstopmode -halt-on-error paper/main.tex
 
 reproduce: install  ## every experiment again, into results/reproduced; continues where it stopped

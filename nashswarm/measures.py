@@ -30,7 +30,8 @@ class Subject:
     """A full model, its compressed copy as floats, and the test windows.  ``packed``: the compressed model as it is
     loaded, computing on packed weights.  ``reference``: the full model's answers to the windows, given a batch size.
     ``layers``: the full model's matrices, ``weights``: the compressed ones by the layers' names, ``damage``: what the
-    method predicts of each, in nats per token, if it predicts any."""
+    method predicts of each, in nats per token, if it predicts any.  ``text``, ``tokenizer``: what the windows were cut
+    from, and by what."""
 
     full: Any
     compressed: Any
@@ -38,6 +39,7 @@ class Subject:
     windows: Int[Tensor, "windows length"]
     reference: Callable[[int], metrics.Reference]
     track: Track
+    text: str = ""
     tokenizer: Any = None
     layers: tuple[Layer, ...] = ()
     weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)

@@ -180,7 +180,7 @@ class Job:
         self.cache = Cache(pathlib.Path(config.cache) if getattr(method, "cache", True) else None, key)
         drawn_cache = self.cache.under({"seed": config.seed})
         self.evidence = Evidence(self.full, layers, *drawn, label_seed, drawn_cache)
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self.test_text = loaded.tokenizer, texts["test"]
         self.files: dict[str, bytes] = {}  # of the compressed model
 
     def execute(self) -> tuple[Compressed, dict[str, float], dict[str, list[float]], dict[str, float]]:
@@ -217,7 +217,7 @@ class Job:
         packed = functools.cache(pack)
         subject = Subject(
             self.full, compressed, packed, self.test, self.reference, show_progress,
-            self.tokenizer, evidence.layers, result.weights, result.damage,
+            self.test_text, self.tokenizer, evidence.layers, result.weights, result.damage,
         )  # fmt: skip
         measured, series = self.measure.measure(subject)
         return result, found | measured, dict(result.series) | series, {"quantize_seconds": quantize_seconds}

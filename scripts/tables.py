@@ -2,9 +2,10 @@
 
     python scripts/tables.py --experiment ablation --paper paper/generated
 
-Prints each experiment's table and writes it as Markdown, CSV and LaTeX; where matrices were measured one by one, a
-second one, ``<experiment>_layers``; of all experiments together, ``equal_bytes``.  With ``--paper`` the LaTeX table and
-``numbers.tex`` (one macro per number) go there too; runs from uncommitted code are refused then.
+Prints each experiment's table and writes it as Markdown, CSV and LaTeX; where matrices were measured one by one or
+contestants timed, a second one, ``<experiment>_layers`` or ``_contestants``; of all experiments together,
+``equal_bytes``; ``scripts/audit.py`` makes those of the audit.  With ``--paper`` the LaTeX table and ``numbers.tex``
+(one macro per number) go there too; runs from uncommitted code are refused then.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def write_tables(options: argparse.Namespace) -> None:
     records = [one for one in records if all(one.labels[name] == value for name, value in chosen.items())]
     if options.paper:
         report.refuse_dirty(table)
-    for experiment in sorted(set(table["experiment"])):
+    for experiment in sorted(set(table["experiment"]) - {"audit"}):
         rows = report.select(table, experiment=experiment)
         own = [one for one in records if one.labels["experiment"] == experiment]
         means = report.tested(report.average(rows.dropna(axis=1, how="all")), own)  # without what others alone have

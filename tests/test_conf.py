@@ -49,6 +49,7 @@ SAID_TWICE = [  # the files whose values are the defaults of their dataclass
     "measure/bleu",
     "measure/layers",
     "measure/lm_eval",
+    "measure/published",
 ]
 
 
