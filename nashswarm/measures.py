@@ -39,11 +39,11 @@ class Subject:
     windows: Int[Tensor, "windows length"]
     reference: Callable[[int], metrics.Reference]
     track: Track
-    text: str = ""
     tokenizer: Any = None
     layers: tuple[Layer, ...] = ()
     weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     damage: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    text: str = ""
 
     def first(self, windows: int) -> Int[Tensor, "windows length"]:
         """The first test windows.  Raises ValueError if there are not so many."""

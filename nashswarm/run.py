@@ -217,7 +217,7 @@ class Job:
         packed = functools.cache(pack)
         subject = Subject(
             self.full, compressed, packed, self.test, self.reference, show_progress,
-            self.test_text, self.tokenizer, evidence.layers, result.weights, result.damage,
+            self.tokenizer, evidence.layers, result.weights, result.damage, self.test_text,
         )  # fmt: skip
         measured, series = self.measure.measure(subject)
         return result, found | measured, dict(result.series) | series, {"quantize_seconds": quantize_seconds}

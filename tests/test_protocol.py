@@ -111,7 +111,9 @@ def test_it_is_a_measure_and_reports_both_protocols(
 ) -> None:
     assert isinstance(SMALL, Measure)
     reference = metrics.reference(tiny, token_windows, 8)
-    subject = Subject(tiny, None, lambda: None, token_windows, lambda size: reference, no_track, text, tokenizer)
+    subject = Subject(
+        tiny, None, lambda: None, token_windows, lambda size: reference, no_track, tokenizer=tokenizer, text=text
+    )
     found, series = SMALL.measure(subject)
     assert all(math.isfinite(value) for value in found.values())
     assert found["loss_adaptive"] / found["loss_full"] - 1 == pytest.approx(series["loss_change_adaptive"][0])
