@@ -104,6 +104,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "quantize_seconds": fixed(1),
     "seconds": fixed(1),
     "peak_bytes": fixed(0, 1e-6),
+    "quantize_peak_bytes": fixed(0, 1e-6),
     "bytes_resident": fixed(2, 1e-6),
     "decode_ms": fixed(2),
     "decode_ratio": fixed(2),

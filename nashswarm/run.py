@@ -126,11 +126,11 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
         "%s on %s: %s, seed %d, %d threads", labels["method"], labels["model"], labels["dataset"], config.seed, threads
     )
     job = Job(config, *planned)
-    result, found, series, seconds = job.execute()
+    result, found, series, cost = job.execute()
     finished = Record(
         labels=all_labels,
         config=identity,
-        metrics=found | {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes()} | seconds,
+        metrics=found | {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes()} | cost,
         series=series,
         layers=job.layer_table(result),
         allocation=result.allocation,
@@ -184,12 +184,12 @@ class Job:
         self.files: dict[str, bytes] = {}  # of the compressed model
 
     def execute(self) -> tuple[Compressed, dict[str, float], dict[str, list[float]], dict[str, float]]:
-        """Compress and measure: the result, its metrics and series, and the seconds that compression took; ``files``
-        are the compressed model from then on."""
+        """Compress and measure: the result, its metrics and series, and the time and memory (the process's peak, the
+        full model included) that compression took; ``files`` are the compressed model from then on."""
         evidence = self.evidence
         started = time.monotonic()
         result = self.method.compress(evidence.oracle(), self.rng)
-        quantize_seconds = time.monotonic() - started
+        cost = {"quantize_seconds": time.monotonic() - started, "quantize_peak_bytes": float(peak_bytes())}
         compressed = evidence.trial
         others = models.other_tensors(compressed, evidence.layers)
         models.put(compressed, result.weights)
@@ -220,7 +220,7 @@ class Job:
             self.tokenizer, evidence.layers, result.weights, result.damage, self.test_text,
         )  # fmt: skip
         measured, series = self.measure.measure(subject)
-        return result, found | measured, dict(result.series) | series, {"quantize_seconds": quantize_seconds}
+        return result, found | measured, dict(result.series) | series, cost
 
     def reference(self, batch_size: int) -> metrics.Reference:
         """The full model's states on the test windows."""
