@@ -132,12 +132,15 @@ class Evidence:
             self.trial.get_submodule(name).register_forward_pre_hook(functools.partial(see, name)) for name in names
         ]
         models.put(self.trial, weights)
+        positions = 0
         for window in self.calibration:
-            self.trial(input_ids=window[None])
+            tokens = metrics.unpadded(self.full, window)
+            self.trial(input_ids=tokens[None])
+            positions += len(tokens)
         models.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
         for hook in hooks:
             hook.remove()
-        return {name: (total / self.calibration.numel()).float() for name, total in sums.items()}
+        return {name: (total / positions).float() for name, total in sums.items()}
 
     @property
     def causal(self) -> bool:
@@ -156,9 +159,10 @@ class Evidence:
 
     def heldout_kl(self, weights: Mapping[str, Tensor], tokens: int | None) -> float:
         """KL in nats per token on held-out calibration text of the model with these layer weights; of a model without
-        a vocabulary 1 − cosine of its answers."""
-        length = self.holdout.shape[1]
-        windows = self.holdout if tokens is None else self.holdout[: -(-tokens // length)]
+        a vocabulary 1 − cosine of its answers, to all of it: a window is one answer, however many tokens it has."""
+        windows = self.holdout
+        if tokens is not None and self.causal:
+            windows = windows[: -(-tokens // windows.shape[1])]
         models.put(self.trial, weights)
         if self.causal:
             found = metrics.summarise(metrics.evaluate(self.trial, windows, self.batch, self.reference))["kl"]

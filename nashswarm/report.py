@@ -24,6 +24,7 @@ CELL = ["experiment", "model", "dataset", "measure", "method"]
 LABELS = [*CELL, "seed"]
 PAGE_WIDTH = 150  # characters
 MISSING = "-"
+OFFICIAL = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "spearman": "Spearman"}
 
 
 def fixed(digits: int, scale: float = 1.0) -> Callable[[float], str]:
@@ -58,6 +59,8 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "kl_low": fixed(4),
     "kl_high": fixed(4),
     "top1_agreement": fixed(1, 100.0),
+    **{f"{name}{suffix}": fixed(1, 100.0) for name in OFFICIAL for suffix in ("", "_full")},
+    "examples": fixed(0),
     "tokens": fixed(0),
     "windows": fixed(0),
     "damage": fixed(4),
@@ -95,6 +98,12 @@ COLUMNS = (
     Column("ΔNLL (nats)", "nll_delta"),
     Column("KL (nats)", "kl"),
     Column("top-1 %", "top1_agreement"),
+    *(
+        Column(f"{heading}{of} %", f"{name}{suffix}")
+        for name, heading in OFFICIAL.items()
+        for suffix, of in (("", ""), ("_full", " in full"))
+    ),
+    Column("examples", "examples"),
     Column("max regret", "regret_max"),
     Column("flock moves", "flock_moves"),
     Column("quantize s", "quantize_seconds"),
