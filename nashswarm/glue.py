@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ SAVED_EVERY = 100  # steps of training, from where it goes on if it is interrupt
 CHECKPOINTS = "checkpoints"
 RESAMPLES = 2000
 
+Precision = Literal["bfloat16", "float32"]
 Scores = Float[np.ndarray, "examples classes"]
 Labels = Float[np.ndarray, " examples"]
 
@@ -79,7 +80,8 @@ class Truth:
 class Training:
     """How a model is fine-tuned: AdamW, a linear warm-up over a twentieth of the steps and a linear decay.
 
-    ``examples``: so many of the training split, drawn by ``seed``; None: all of it.
+    ``examples``: so many of the training split, drawn by ``seed``; None: all of it.  ``precision``: of the products,
+    ``bfloat16`` or ``float32``; weights and their updates are float32.
     """
 
     epochs: float = 3.0
@@ -87,9 +89,14 @@ class Training:
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     examples: int | None = None
+    precision: Precision = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ValueError(
+                f"unknown dataset.training.precision {self.precision!r}: choose {', '.join(get_args(Precision))}"
+            )
         if min(self.epochs, self.batch_size, self.learning_rate) <= 0 or self.weight_decay < 0:
             raise ValueError(f"dataset.training {self} must have positive epochs, batch_size and learning_rate")
         if self.examples is not None and self.examples < 1:
@@ -233,6 +240,8 @@ def _train(loaded: models.LoadedModel, dataset: Glue, text: str, checkpoints: pa
         warmup_steps=steps // 20,
         train_sampling_strategy="group_by_length",
         seed=settings.seed,
+        bf16=settings.precision == "bfloat16",
+        optim="adamw_torch_fused",
         use_cpu=device == "cpu",
         save_steps=SAVED_EVERY,
         save_total_limit=1,

@@ -107,13 +107,15 @@ def embed(model: Any, windows: Int[Tensor, "windows length"]) -> Float[Tensor, "
 
 
 @torch.no_grad()
-def distance(full: Any, model: Any, windows: Int[Tensor, "windows length"], batch_size: int) -> float:
-    """Mean 1 − cosine of what two models without a vocabulary make of the windows; of numbers, half the squared
+def embed_all(model: Any, windows: Int[Tensor, "windows length"], batch_size: int) -> Float[Tensor, "windows width"]:
+    """What a model without a vocabulary makes of the windows."""
+    return torch.cat([embed(model, batch) for batch in windows.split(batch_size)])
+
+
+def distance(full: Float[Tensor, "windows width"], own: Float[Tensor, "windows width"]) -> float:
+    """Mean 1 − cosine of what two models without a vocabulary make of windows; of numbers, half the squared
     difference."""
-    total = 0.0
-    for batch in windows.split(batch_size):
-        total += float((embed(full, batch) - embed(model, batch)).double().square().sum()) / 2
-    return total / len(windows)
+    return float((full - own).double().square().sum()) / 2 / len(full)
 
 
 def projection(model: Any, window: Int[Tensor, " length"], generator: torch.Generator) -> Float[Tensor, ""]:
