@@ -1,5 +1,6 @@
 """Tasks of GLUE on tiny models: their examples, metrics by hand, one fine-tuning for all methods, and whole runs."""
 
+import copy
 import json
 import pathlib
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from torch import Tensor
 import nashswarm  # noqa: F401  (it makes the format known to transformers)
 from nashswarm import glue, metrics
 from nashswarm.data import Dataset
+from nashswarm.evidence import Cache, Evidence
 from nashswarm.glue import METRICS, TASKS, Glue, Training, fine_tuned, interval, labels, predictions, windows
-from nashswarm.models import ModelSource, PackagedModel
+from nashswarm.models import ModelSource, PackagedModel, find_layers, put
 from nashswarm.quant.calibration import no_track
 from nashswarm.record import read
 from nashswarm.run import run
@@ -272,3 +274,21 @@ def test_a_measure_that_does_not_belong_is_refused_before_any_work(
         config = compose("config", ["model=local", f"model.path={encoder}", f"dataset.path={text_file}", *overrides])
     with pytest.raises(ValueError, match=message):
         run(config, LABELS)
+
+
+def test_a_probe_counts_tokens_and_not_their_padding(classifier: Any, padded: Tensor) -> None:
+    evidence = Evidence(classifier, find_layers(classifier), padded, padded, 0, Cache(None, {}))
+    layer = evidence.layers[-1]
+    moved = {layer.name: 1.5 * layer.weight}
+    assert evidence.mean_length == (12 + 5 + 9) // 3
+    first = metrics.distance(
+        *(metrics.embed_all(model, padded[:1], 1) for model in (classifier, _with(classifier, moved)))
+    )
+    assert evidence.heldout_kl(moved, 8) == pytest.approx(first, rel=1e-4)
+    assert evidence.heldout_kl(moved, 9) != pytest.approx(first, rel=1e-4)
+
+
+def _with(model: Any, weights: dict[str, Tensor]) -> Any:
+    found = copy.deepcopy(model)
+    put(found, weights)
+    return found
