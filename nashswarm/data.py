@@ -83,46 +83,52 @@ class HubText:
         local = pathlib.Path(self.path)
         if local.is_file():
             return _part_of_file(local, purpose)
-        if not local.is_dir() and (self.path.startswith((".", "/", "~")) or self.path.count("/") > 1):
-            raise ValueError(
-                f"the dataset {self.path} does not exist; set dataset.path to a text file or a folder of splits"
-            )
-        rows = self._rows(split, local.is_dir())
+        rows = [" ".join(row) for row in rows_of(self.path, self.name, split, self.columns, self.columns)]
         if self.separator is None:
             return "\n".join(row.removesuffix("\n") for row in rows)
         return self.separator.join(row if not row or row.endswith("\n") else row + "\n" for row in rows)
 
-    def _rows(self, split: str, local: bool) -> list[str]:
-        import datasets
 
-        datasets.disable_progress_bars()
-        if not local:
-            hub.use_cache_if_unreachable()
-        try:
-            splits = datasets.load_dataset(self.path, None if local else self.name)
-        except Exception as error:  # the hub client's errors share no base class
-            where = "the folder" if local else "the Hugging Face hub (no network, or no such name)"
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"the dataset {self.path} cannot be read from {where}; point dataset.path at a local folder: {first}"
-            ) from error
-        if split not in splits:
-            raise ValueError(
-                f"the dataset {self.path} has no split {split!r}, only {', '.join(splits)}; "
-                "set dataset.calibration_split or dataset.test_split"
-            )
-        table = splits[split]
-        if missing := [column for column in self.columns if column not in table.column_names]:
-            raise ValueError(
-                f"the dataset {self.path} has no column {', '.join(missing)}, only {', '.join(table.column_names)}; "
-                "set dataset.columns"
-            )
-        columns: list[Iterable[Any]] = [table[column] for column in self.columns]
-        rows = list(zip(*columns, strict=True))
-        for column, value in zip(self.columns, rows[0] if rows else (), strict=bool(rows)):
-            if not isinstance(value, str):
-                raise ValueError(f"the column {column} of {self.path} holds {type(value).__name__}, not text")
-        return [" ".join(row) for row in rows]
+def rows_of(
+    path: str, name: str | None, split: str, columns: Sequence[str], texts: Sequence[str]
+) -> list[tuple[Any, ...]]:
+    """The ``columns`` of every row of a split, of a set on the hub or of a local folder; those in ``texts`` are text.
+
+    Raises ValueError in one sentence for a missing path, split or column and for a hub out of reach.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    local = pathlib.Path(path).is_dir()
+    if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(f"the dataset {path} does not exist; set dataset.path to a text file or a folder of splits")
+    if not local:
+        hub.use_cache_if_unreachable()
+    try:
+        splits = datasets.load_dataset(path, None if local else name)
+    except Exception as error:  # the hub client's errors share no base class
+        where = "the folder" if local else "the Hugging Face hub (no network, or no such name)"
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"the dataset {path} cannot be read from {where}; point dataset.path at a local folder: {first}"
+        ) from error
+    if split not in splits:
+        raise ValueError(
+            f"the dataset {path} has no split {split!r}, only {', '.join(splits)}; "
+            "set dataset.calibration_split or dataset.test_split"
+        )
+    table = splits[split]
+    if missing := [column for column in columns if column not in table.column_names]:
+        raise ValueError(
+            f"the dataset {path} has no column {', '.join(missing)}, only {', '.join(table.column_names)}; "
+            "set dataset.columns"
+        )
+    contents: list[Iterable[Any]] = [table[column] for column in columns]
+    rows = list(zip(*contents, strict=True))
+    for column, value in zip(columns, rows[0] if rows else (), strict=bool(rows)):
+        if column in texts and not isinstance(value, str):
+            raise ValueError(f"the column {column} of {path} holds {type(value).__name__}, not text")
+    return rows
 
 
 def _part_of_file(path: pathlib.Path, purpose: Purpose) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from jaxtyping import Integer
+from jaxtyping import Float, Integer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -132,12 +132,15 @@ class Evidence:
             self.trial.get_submodule(name).register_forward_pre_hook(functools.partial(see, name)) for name in names
         ]
         models.put(self.trial, weights)
+        positions = 0
         for window in self.calibration:
-            self.trial(input_ids=window[None])
+            tokens = metrics.unpadded(self.full, window)
+            self.trial(input_ids=tokens[None])
+            positions += len(tokens)
         models.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
         for hook in hooks:
             hook.remove()
-        return {name: (total / self.calibration.numel()).float() for name, total in sums.items()}
+        return {name: (total / positions).float() for name, total in sums.items()}
 
     @property
     def causal(self) -> bool:
@@ -148,6 +151,16 @@ class Evidence:
     def reference(self) -> metrics.Reference:
         return metrics.reference(self.full, self.holdout, self.batch)
 
+    @functools.cached_property
+    def embeddings(self) -> Float[Tensor, "holdout width"]:
+        """What a full model without a vocabulary makes of the held-out windows."""
+        return metrics.embed_all(self.full, self.holdout, self.batch)
+
+    @functools.cached_property
+    def mean_length(self) -> int:
+        """Tokens of a held-out window, its padding aside."""
+        return max(sum(len(metrics.unpadded(self.full, window)) for window in self.holdout) // len(self.holdout), 1)
+
     @property
     def batch(self) -> int:
         """Windows in a batch of held-out text: 8, or fewer of a long window and a large vocabulary."""
@@ -157,13 +170,15 @@ class Evidence:
     def heldout_kl(self, weights: Mapping[str, Tensor], tokens: int | None) -> float:
         """KL in nats per token on held-out calibration text of the model with these layer weights; of a model without
         a vocabulary 1 − cosine of its answers."""
-        length = self.holdout.shape[1]
-        windows = self.holdout if tokens is None else self.holdout[: -(-tokens // length)]
+        windows = self.holdout
+        if tokens is not None:
+            windows = windows[: -(-tokens // self.mean_length)]
         models.put(self.trial, weights)
         if self.causal:
             found = metrics.summarise(metrics.evaluate(self.trial, windows, self.batch, self.reference))["kl"]
         else:
-            found = metrics.distance(self.full, self.trial, windows, self.batch)
+            own = metrics.embed_all(self.trial, windows, self.batch)
+            found = metrics.distance(self.embeddings[: len(windows)], own)
         models.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
         return found
 

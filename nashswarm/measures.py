@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Int
+from scipy.special import rel_entr, softmax
 from torch import Tensor
 
-from nashswarm import compare, metrics, models, peers
+from nashswarm import compare, glue, metrics, models, peers
 from nashswarm.allocation import Layer
 from nashswarm.linear import Activations, set_activations
 from nashswarm.quant.calibration import Track
@@ -31,7 +32,7 @@ class Subject:
     loaded, computing on packed weights.  ``reference``: the full model's answers to the windows, given a batch size.
     ``layers``: the full model's matrices, ``weights``: the compressed ones by the layers' names, ``damage``: what the
     method predicts of each, in nats per token, if it predicts any.  ``text``, ``tokenizer``: what the windows were cut
-    from, and by what."""
+    from, and by what.  ``truth``: what is right of them, where each is an example of a task."""
 
     full: Any
     compressed: Any
@@ -44,6 +45,7 @@ class Subject:
     weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     damage: Mapping[str, float] = dataclasses.field(default_factory=dict)
     text: str = ""
+    truth: glue.Truth | None = None
 
     def first(self, windows: int) -> Int[Tensor, "windows length"]:
         """The first test windows.  Raises ValueError if there are not so many."""
@@ -84,6 +86,39 @@ class Quality:
         for name, values in (("kl", windows["kl"]), ("nll_delta", deltas)):
             found[f"{name}_low"], found[f"{name}_high"] = compare.interval(values)
         return found, windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Official:
+    """The official metrics of a task of GLUE, of the compressed model and, with ``_full``, of the full one, with
+    bootstrap intervals over ``examples``; of a classifier also ``kl``, in nats per example, and ``top1_agreement``."""
+
+    batch_size: int = 32
+
+    def measure(self, subject: Subject) -> Found:
+        truth = subject.truth
+        assert truth is not None, "the windows have no labels"
+        full, own = (
+            glue.scores(model, subject.windows, self.batch_size, subject.track)
+            for model in (subject.full, subject.compressed)
+        )
+        if not np.isfinite(own).all():
+            raise ValueError("the compressed model's logits are not finite on the test examples; raise method.bits")
+        found: dict[str, float] = {"examples": len(own)}
+        series = {"label": truth.labels.tolist()}
+        for suffix, scores in (("", own), ("_full", full)):
+            predicted = glue.predictions(scores)
+            series[f"prediction{suffix}"] = predicted.tolist()
+            for name in truth.metrics:
+                found[f"{name}{suffix}"] = float(glue.METRICS[name](truth.labels, predicted))
+                low, high = glue.interval(name, truth.labels, predicted)
+                found |= {f"{name}{suffix}_low": low, f"{name}{suffix}_high": high}
+        if own.shape[1] > 1:
+            series["kl"] = rel_entr(softmax(full, 1), softmax(own, 1)).sum(1).tolist()
+            found["kl"] = float(np.mean(series["kl"]))
+            found["kl_low"], found["kl_high"] = compare.interval(series["kl"])
+            found["top1_agreement"] = float((full.argmax(1) == own.argmax(1)).mean())
+        return found, series
 
 
 @dataclasses.dataclass(frozen=True)

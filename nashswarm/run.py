@@ -30,9 +30,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor
 
-from nashswarm import checkpoint, data, measures, metrics, models, peers, record, saved
+from nashswarm import checkpoint, data, glue, measures, metrics, models, peers, record, saved
 from nashswarm.evidence import Cache, Evidence, show_progress
-from nashswarm.measures import Measure, Subject
+from nashswarm.measures import Measure, Official, Size, Subject
 from nashswarm.methods import Compressed, Method
 from nashswarm.record import Record, fingerprint
 
@@ -94,6 +94,10 @@ def plan(config: DictConfig) -> Plan:
     """Raises ValueError or OSError in one sentence for anything the user can mend."""
     device, dtype = choose_device(config)
     source, method, dataset, measure = (build(config[group]) for group in GROUPS)
+    if isinstance(dataset, glue.Glue) and not isinstance(measure, Official | Size):
+        raise ValueError(f"{dataset.task} is a task, not a text: choose measure=official or measure=size")
+    if isinstance(measure, Official) and not isinstance(dataset, glue.Glue):
+        raise ValueError("measure=official needs labels: choose a task of GLUE, for example dataset=sst2")
     texts = {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
     return Plan(source, method, dataset, measure, device, dtype, texts, identify(config, device, source, texts))
 
@@ -108,6 +112,8 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
     planned = plan(config)
     identity = dict(planned.identity)
     all_labels = dict(labels) | {"seed": str(config.seed)}
+    if isinstance(planned.dataset, glue.Glue):
+        all_labels["dataset"] = planned.dataset.label
     folder = pathlib.Path(config.records) / (all_labels.get("experiment") or "single")
     path = record.path_of(folder, identity)
     target = None if config.save is None else pathlib.Path(config.save) / (fingerprint(identity) if many else "")
@@ -123,7 +129,12 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
     reset_peak()
     threads = torch.get_num_threads()
     log.info(
-        "%s on %s: %s, seed %d, %d threads", labels["method"], labels["model"], labels["dataset"], config.seed, threads
+        "%s on %s: %s, seed %d, %d threads",
+        labels["method"],
+        labels["model"],
+        all_labels["dataset"],
+        config.seed,
+        threads,
     )
     job = Job(config, *planned)
     result, found, series, cost = job.execute()
@@ -160,13 +171,19 @@ class Job:
     ) -> None:
         self.method, self.measure = method, measure
         self.rng = np.random.default_rng(config.seed)
-        loaded = models.load(source, device, dtype)
+        cut = data.windows
+        self.truth: glue.Truth | None = None
+        if isinstance(dataset, glue.Glue):
+            cut = glue.windows
+            loaded = glue.fine_tuned(dataset, source, texts["calibration"], device, dtype, pathlib.Path(config.cache))
+            self.truth = dataset.truth(texts["test"])
+        else:
+            loaded = models.load(source, device, dtype)
         self.full = loaded.model
         layers = models.find_layers(self.full, source.exclude)
         length = loaded.window_length(dataset.sequence_length)
         pool, test = (
-            data.windows(texts[purpose], loaded.tokenizer, length, purpose).to(device)
-            for purpose in ("calibration", "test")
+            cut(texts[purpose], loaded.tokenizer, length, purpose).to(device) for purpose in ("calibration", "test")
         )
         if dataset.test_windows is not None and len(test) < dataset.test_windows:
             raise ValueError(
@@ -217,7 +234,7 @@ class Job:
         packed = functools.cache(pack)
         subject = Subject(
             self.full, compressed, packed, self.test, self.reference, show_progress,
-            self.tokenizer, evidence.layers, result.weights, result.damage, self.test_text,
+            self.tokenizer, evidence.layers, result.weights, result.damage, self.test_text, self.truth,
         )  # fmt: skip
         measured, series = self.measure.measure(subject)
         return result, found | measured, dict(result.series) | series, cost

@@ -93,7 +93,9 @@ def card(about: Mapping[str, Any]) -> str:
     if "regret_max" in metrics:
         rows["largest regret of a player, nats per token"] = f"{metrics['regret_max']:.1e}"
     if "kl" in metrics:
-        rows[f"KL to the full model on {labels['dataset']}, nats per token"] = f"{metrics['kl']:.4f}"
+        unit = "example" if "examples" in metrics else "token"
+        rows[f"KL to the full model on {labels['dataset']}, nats per {unit}"] = f"{metrics['kl']:.4f}"
+    kind = "AutoModelForSequenceClassification" if "training" in about["config"]["dataset"] else "AutoModelForCausalLM"
     head = "\n".join(["---", "library_name: transformers", "tags: [nashswarm, quantized]"])
     head += f"\nbase_model: {base}\n---" if on_hub else "\n---"
     table = "\n".join(["| | |", "| :-- | --: |", *(f"| {name} | {value} |" for name, value in rows.items())])
@@ -105,9 +107,9 @@ def card(about: Mapping[str, Any]) -> str:
 
 ```python
 import nashswarm  # makes the format known to transformers
-from transformers import AutoModelForCausalLM
+from transformers import {kind}
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
+model = {kind}.from_pretrained("this folder")
 ```
 
 `nashswarm certify` computes the regret again from the bytes of this folder, `nashswarm inspect` lists what is in it.

@@ -20,6 +20,7 @@ VALUES = [choice for choice in CHOICES if choice.split("/")[0] in {"model", "met
 EXPERIMENTS = [choice.split("/")[1] for choice in CHOICES if choice.startswith("experiment/")]
 MANDATORY = {"model/local": ["model.path=folder"], "dataset/local_text": ["dataset.path=file.txt"]}
 CHANGED = {  # method → what it is made from, and what it changes of that
+    "nash_swarm4": ("nash_swarm", {"bits"}),
     "no_nash": ("fixed_width", {"bit_game", "code_game", "bit_widths"}),
     "no_bit_game": ("nash_swarm", {"bit_game", "rate_in_codes", "swarm"}),
     "no_code_game": ("nash_swarm", {"code_game"}),
