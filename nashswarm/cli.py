@@ -190,6 +190,8 @@ def _bench(given: argparse.Namespace) -> int:
         raise ValueError("--threads, --repeats and --new-tokens must be at least 1")
     torch.set_num_threads(given.threads)
     packed, full = _load(given.folder), _load(given.folder)
+    if not packed.can_generate():
+        raise ValueError(f"{given.folder} holds a {type(packed).__name__}, which writes no text: bench times decoding")
     full.dequantize()
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
     length = models.LoadedModel(full, tokenizer).window_length(None)

@@ -14,9 +14,10 @@ import torch
 import transformers
 
 import nashswarm
-from nashswarm import stdlib_docs
+from nashswarm import checkpoint, stdlib_docs
 from nashswarm.cli import main
 from nashswarm.linear import PackedMatrix
+from nashswarm.models import find_layers
 from nashswarm.run import config_again
 
 FILES = ["config.json", "game.safetensors", "model.safetensors"]
@@ -189,6 +190,16 @@ def test_a_mistake_is_answered_in_one_sentence(
     last = logged.strip().splitlines()[-1]
     assert status == 2 and not printed and re.search(said, last) and last.startswith(f"nashswarm {words[0]}: ")
     assert "Traceback" not in logged and not list(tmp_path.iterdir())
+
+
+def test_bench_is_for_models_that_write(
+    random_model: Callable[[str], Any], packed: Callable[..., Any], command: Command, tmp_path: pathlib.Path
+) -> None:
+    model = random_model("bert_encoder")
+    checkpoint.adopt(model, find_layers(model), packed(model, "tiles"))
+    model.save_pretrained(tmp_path)
+    status, printed, logged = command("bench", tmp_path)
+    assert status == 2 and not printed and "holds a BertModel, which writes no text" in logged.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["inspect", "bench", "certify"])
