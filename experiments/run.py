@@ -65,11 +65,12 @@ def main(config: DictConfig) -> None:
     except Exception as error:
         sentence = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         many = hydra_config.mode == RunMode.MULTIRUN
-        outcome |= {"status": "left out" if many and isinstance(error, NotOffered) else "failed", "message": sentence}
+        left_out = many and isinstance(error, NotOffered)
+        outcome |= {"status": "left out" if left_out else "failed", "message": sentence}
         logging.getLogger("nashswarm.traceback").error(traceback.format_exc())
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        log.error("%s", sentence)
+        log.log(logging.WARNING if left_out else logging.ERROR, "%s", sentence)
         if not many:
             sys.exit(1)
     finally:
