@@ -3,7 +3,7 @@
     python benchmarks/kernels.py
 
 Ratios to torch's float32 product of the same shape, medians of rounds in which the two take turns, weights in cache,
-one thread, with 95 % intervals; the error is relative to float64 products of the same weights.
+one thread and two, with 95 % intervals; the error is relative to float64 products of the same weights.
 """
 
 import argparse
@@ -32,6 +32,7 @@ OUT = pathlib.Path("results/benchmarks/kernels")
 SHAPES = ((3072, 768), (768, 3072))
 BITS: tuple[tuple[int, ...], ...] = ((2,), (3,), (4,), (8,), (2, 3, 4))
 BATCHES = (1, 64, 512)
+THREADS = (1, 2)
 GROUP_SIZE = 64
 
 
@@ -42,8 +43,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=61)
     options = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
-    torch.set_num_threads(1)
-    rows = [row for shape in SHAPES for batch in BATCHES for row in measured(shape, batch, options.rounds)]
+    rows = []
+    for threads, shape, batch in itertools.product(THREADS, SHAPES, BATCHES):
+        torch.set_num_threads(threads)
+        rows += [{"threads": threads} | row for row in measured(shape, batch, options.rounds)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"path": native.path(), "rows": rows, "provenance": provenance(started)}
     record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
@@ -106,7 +109,7 @@ def onnx_product(shape: tuple[int, int], bits: int, level: int, x: Tensor) -> tu
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     answer = torch.empty(len(x), rows)
     binding = session.io_binding()
