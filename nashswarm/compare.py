@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 RESAMPLES = 2000
-FLIPS = 4999  # the least two-sided p-value is 2 / (FLIPS + 1)
+FLIPS = 19999  # the least two-sided p-value is 2 / (FLIPS + 1)
 
 
 def interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> tuple[float, float]:

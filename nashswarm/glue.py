@@ -23,13 +23,13 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
 from nashswarm import data, metrics, models
+from nashswarm.compare import RESAMPLES
 from nashswarm.quant.calibration import Track
 from nashswarm.record import fingerprint, write_folder
 
 HUB = "nyu-mll/glue"
 SAVED_EVERY = 100  # steps of training, from where it goes on if it is interrupted
 CHECKPOINTS = "checkpoints"
-RESAMPLES = 2000
 
 Precision = Literal["bfloat16", "float32"]
 Scores = Float[np.ndarray, "examples classes"]
@@ -173,14 +173,16 @@ def predictions(scores: Scores) -> Labels:
     return scores[:, 0] if scores.shape[1] == 1 else scores.argmax(1).astype(float)
 
 
-def interval(name: str, labels: Labels, predicted: Labels, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval (percentiles) of an official metric, over examples; of perfect answers 1.0 twice."""
+def interval(
+    statistic: Callable[[Int[np.ndarray, " drawn"]], float], examples: int, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval (percentiles, for a resample may have no such metric) of what ``statistic`` makes of the
+    numbers of some examples."""
     rng = np.random.default_rng(seed)
     found = []
     with warnings.catch_warnings(action="ignore"):  # a resample may hold one class alone
         for _ in range(RESAMPLES):
-            drawn = rng.integers(len(labels), size=len(labels))
-            found.append(METRICS[name](labels[drawn], predicted[drawn]))
+            found.append(statistic(rng.integers(examples, size=examples)))
     low, high = np.nanquantile(found, (0.025, 0.975))
     return float(low), float(high)
 

@@ -47,12 +47,6 @@ class Subject:
     text: str = ""
     truth: glue.Truth | None = None
 
-    def first(self, windows: int) -> Int[Tensor, "windows length"]:
-        """The first test windows.  Raises ValueError if there are not so many."""
-        if windows < 1 or windows > len(self.windows):
-            raise ValueError(f"measure.windows={windows} must be between 1 and the {len(self.windows)} test windows")
-        return self.windows[:windows]
-
 
 @runtime_checkable
 class Measure(Protocol):
@@ -90,8 +84,9 @@ class Quality:
 
 @dataclasses.dataclass(frozen=True)
 class Official:
-    """The official metrics of a task of GLUE, of the compressed model and, with ``_full``, of the full one, with
-    bootstrap intervals over ``examples``; of a classifier also ``kl``, in nats per example, and ``top1_agreement``."""
+    """The official metrics of a task of GLUE, of the compressed model and, with ``_full``, of the full one, and with
+    ``_delta`` their paired difference, with bootstrap intervals over ``examples``; of a classifier also ``kl``, in nats
+    per example, and ``top1_agreement``."""
 
     batch_size: int = 32
 
@@ -105,14 +100,21 @@ class Official:
         if not np.isfinite(own).all():
             raise ValueError("the compressed model's logits are not finite on the test examples; raise method.bits")
         found: dict[str, float] = {"examples": len(own)}
+        predicted = {"": glue.predictions(own), "_full": glue.predictions(full)}
         series = {"label": truth.labels.tolist()}
-        for suffix, scores in (("", own), ("_full", full)):
-            predicted = glue.predictions(scores)
-            series[f"prediction{suffix}"] = predicted.tolist()
-            for name in truth.metrics:
-                found[f"{name}{suffix}"] = float(glue.METRICS[name](truth.labels, predicted))
-                low, high = glue.interval(name, truth.labels, predicted)
-                found |= {f"{name}{suffix}_low": low, f"{name}{suffix}_high": high}
+        series |= {f"prediction{suffix}": answers.tolist() for suffix, answers in predicted.items()}
+        for name in truth.metrics:
+
+            def score(suffix: str, drawn: Int[np.ndarray, " drawn"], name: str = name) -> float:
+                return float(glue.METRICS[name](truth.labels[drawn], predicted[suffix][drawn]))
+
+            def delta(drawn: Int[np.ndarray, " drawn"], score: Callable[..., float] = score) -> float:
+                return score("", drawn) - score("_full", drawn)
+
+            statistics = {suffix: functools.partial(score, suffix) for suffix in predicted} | {"_delta": delta}
+            for suffix, statistic in statistics.items():
+                found[f"{name}{suffix}"] = statistic(np.arange(len(own)))
+                found[f"{name}{suffix}_low"], found[f"{name}{suffix}_high"] = glue.interval(statistic, len(own))
         if own.shape[1] > 1:
             series["kl"] = rel_entr(softmax(full, 1), softmax(own, 1)).sum(1).tolist()
             found["kl"] = float(np.mean(series["kl"]))
@@ -145,14 +147,19 @@ class Speed:
         if unknown := [name for name in self.against if name not in peers.CONTESTANTS]:
             raise ValueError(f"unknown measure.against {unknown[0]!r}: choose among {', '.join(peers.CONTESTANTS)}")
 
-    def measure(self, subject: Subject) -> Found:
-        length = subject.windows.shape[1]
+    def check(self, windows: Int[Tensor, "windows length"]) -> int:
+        """The tokens of the prompt.  Raises ValueError if the windows are too short."""
+        length = windows.shape[1]
         prompt = min(512, length // 2) if self.prompt_tokens is None else self.prompt_tokens
-        context = min(self.context_tokens, prompt)
         if prompt + self.new_tokens > length:
             raise ValueError(
                 f"measure.prompt_tokens={prompt} and measure.new_tokens={self.new_tokens} exceed the window of {length}"
             )
+        return prompt
+
+    def measure(self, subject: Subject) -> Found:
+        prompt = self.check(subject.windows)
+        context = min(self.context_tokens, prompt)
         packed = subject.packed()
         models = {"full": subject.full, "": packed, "float32": packed}
         for name in self.against:
@@ -214,12 +221,12 @@ class Load:
     prompt_tokens: int = 32
     new_tokens: int = 16
 
-    def measure(self, subject: Subject) -> Found:
-        if self.prompt_tokens + self.new_tokens > subject.windows.shape[1]:
-            raise ValueError(
-                f"measure.prompt_tokens + measure.new_tokens exceed the window of {subject.windows.shape[1]}"
-            )
+    def check(self, windows: Int[Tensor, "windows length"]) -> None:
+        """Raises ValueError if the windows are too short."""
+        _check_length(self.prompt_tokens + self.new_tokens, windows)
 
+    def measure(self, subject: Subject) -> Found:
+        self.check(subject.windows)
         packed = subject.packed()
 
         def request(number: int) -> tuple[float, bool]:
@@ -255,8 +262,13 @@ class Layers:
 
     windows: int = 16
 
+    def check(self, windows: Int[Tensor, "windows length"]) -> None:
+        """Raises ValueError if the windows are too few."""
+        _check_number(self.windows, windows)
+
     def measure(self, subject: Subject) -> Found:
-        windows = subject.first(self.windows)
+        self.check(subject.windows)
+        windows = subject.windows[: self.windows]
         full = metrics.reference(subject.full, windows, BATCH)
         together = metrics.evaluate(subject.compressed, windows, BATCH, full)
         trial = copy.deepcopy(subject.full)
@@ -297,12 +309,14 @@ class Bleu:
     windows: int = 64
     packed: bool = True
 
+    def check(self, windows: Int[Tensor, "windows length"]) -> None:
+        """Raises ValueError if the windows are too few or too short."""
+        _check_number(self.windows, windows)
+        _check_length(self.prompt_tokens + self.new_tokens, windows)
+
     def measure(self, subject: Subject) -> Found:
-        windows, length = subject.first(self.windows), self.prompt_tokens + self.new_tokens
-        if length > windows.shape[1]:
-            raise ValueError(
-                f"measure.prompt_tokens + measure.new_tokens exceed the window of {subject.windows.shape[1]}"
-            )
+        self.check(subject.windows)
+        windows, length = subject.windows[: self.windows], self.prompt_tokens + self.new_tokens
         prompts, rest = windows[:, : self.prompt_tokens], windows[:, self.prompt_tokens : length]
         own, full = (
             metrics.continuations(model, prompts, self.new_tokens, BATCH, subject.track)
@@ -402,9 +416,32 @@ class LmEval:
 
 
 def require(measure: Measure) -> None:
-    """Raises ValueError if a package that a measure needs is not installed."""
-    for part in measure.measures if isinstance(measure, Several) else [measure]:
-        peers.require(f"measure={type(part).__name__}", getattr(part, "NEEDS", ()), "eval")
+    """Raises ValueError if a package that a measure needs is not installed: without it nothing can be measured."""
+    for part in parts_of(measure):
+        try:
+            peers.require(f"measure={type(part).__name__}", getattr(part, "NEEDS", ()), "eval")
+        except peers.NotInstalled as missing:
+            raise ValueError(str(missing)) from None
+
+
+def check(measure: Measure, windows: Int[Tensor, "windows length"]) -> None:
+    """Raises ValueError if a measure asks for more than these test windows are."""
+    for part in parts_of(measure):
+        getattr(part, "check", lambda _: None)(windows)
+
+
+def _check_number(asked: int, windows: Int[Tensor, "windows length"]) -> None:
+    if not 1 <= asked <= len(windows):
+        raise ValueError(f"measure.windows={asked} must be between 1 and the {len(windows)} test windows")
+
+
+def _check_length(tokens: int, windows: Int[Tensor, "windows length"]) -> None:
+    if tokens > windows.shape[1]:
+        raise ValueError(f"measure.prompt_tokens + measure.new_tokens exceed the window of {windows.shape[1]}")
+
+
+def parts_of(measure: Measure) -> Sequence[Measure]:
+    return measure.measures if isinstance(measure, Several) else [measure]
 
 
 def resident_bytes(model: Any) -> int:

@@ -98,9 +98,11 @@ def continuations(
 
 
 def unpadded(model: Any, window: Int[Tensor, " length"]) -> Int[Tensor, " tokens"]:
-    """A window without its padding."""
+    """A window without its padding; of a model that predicts tokens, the window as it is."""
     pad = getattr(model.config, "pad_token_id", None)
-    return window if pad is None else window[window != pad]
+    if pad is None or model.get_output_embeddings() is not None:
+        return window
+    return window[window != pad]
 
 
 def classify(model: Any, windows: Int[Tensor, "windows length"]) -> Any:

@@ -290,9 +290,10 @@ def paired(
 
     Raises ValueError if the windows are not the same.
     """
-    tokens = records[0].series["tokens"]
+    alike = [1.0] * len(records[0].series[name])  # examples of a task, each counted once
+    tokens = records[0].series.get("tokens", alike)
     for one in (*records, *reference):
-        if one.series["tokens"] != tokens:
+        if one.series.get("tokens", alike) != tokens or len(one.series[name]) != len(tokens):
             names = " and ".join(dict.fromkeys(group[0].labels["method"] for group in (records, reference)))
             raise ValueError(f"runs of {names} saw different windows; measure them on the same text")
     weights = np.array(tokens) / np.mean(tokens)
@@ -309,14 +310,18 @@ def by_cell(records: Iterable[Record]) -> dict[tuple[str, ...], list[Record]]:
 
 
 def tested(means: pd.DataFrame, records: Iterable[Record]) -> pd.DataFrame:
-    """``means`` with ``kl_p`` and ``nll_delta_p``: sign-flip tests of each method against the table's ``nash_swarm`` on
-    paired windows, as they count among all tests of the table (Holm); no column where nothing can be paired."""
+    """``means`` with ``kl_p`` and ``nll_delta_p``: sign-flip tests of each method against the table's ``nash_swarm`` of
+    the same overrides on paired windows, as they count among all tests of the table (Holm); no column where nothing can
+    be paired."""
     groups = by_cell(records)
     found: dict[tuple[int, str], float] = {}
     for row, labels in enumerate(means[CELL].itertuples(index=False, name=None)):
-        own, reference = groups[labels], groups.get((*labels[:-1], REFERENCE), [])
+        _, *overrides = labels[-1].partition("[")
+        own, reference = groups[labels], groups.get((*labels[:-1], REFERENCE + "".join(overrides)), [])
+        if not reference or circumstances(own[0]) != circumstances(reference[0]):
+            continue
         for metric, series in TESTED.items():
-            if own != reference and reference and all(series in one.series for one in (*own, *reference)):
+            if own != reference and all(series in one.series for one in (*own, *reference)):
                 ours, theirs = paired(own, reference, series)
                 found[row, metric] = compare.sign_flip((ours - theirs).tolist())
     adjusted = dict(zip(found, compare.holm(list(found.values())), strict=True))
@@ -370,7 +375,8 @@ def circumstances(record: Record) -> dict[str, Any]:
 
 def _first(record: Record, windows: int) -> Record:
     """The record of the first windows alone."""
-    return dataclasses.replace(record, series={name: record.series[name][:windows] for name in ("kl", "tokens")})
+    kept = {name: values[:windows] for name, values in record.series.items() if name in ("kl", "tokens")}
+    return dataclasses.replace(record, series=kept)
 
 
 def speed(records: Iterable[Record]) -> pd.DataFrame:

@@ -113,7 +113,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
     identity = dict(planned.identity)
     all_labels = dict(labels) | {"seed": str(config.seed)}
     if isinstance(planned.dataset, glue.Glue):
-        all_labels["dataset"] = planned.dataset.label
+        all_labels["dataset"] = planned.dataset.label + "".join(labels["dataset"].partition("[")[1:])
     folder = pathlib.Path(config.records) / (all_labels.get("experiment") or "single")
     path = record.path_of(folder, identity)
     target = None if config.save is None else pathlib.Path(config.save) / (fingerprint(identity) if many else "")
@@ -126,7 +126,6 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
         saved.check_free(target)
     measures.require(planned.measure)
 
-    reset_peak()
     threads = torch.get_num_threads()
     log.info(
         "%s on %s: %s, seed %d, %d threads",
@@ -137,6 +136,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
         threads,
     )
     job = Job(config, *planned)
+    reset_peak()
     result, found, series, cost = job.execute()
     finished = Record(
         labels=all_labels,
@@ -190,6 +190,7 @@ class Job:
                 f"the test text has {len(test)} windows, fewer than dataset.test_windows={dataset.test_windows}"
             )
         self.test = test[: dataset.test_windows]
+        measures.check(measure, self.test)
         drawn = data.draw(pool, dataset.calibration_windows, dataset.holdout_windows, self.rng)
         label_seed = int(self.rng.integers(2**31))
         key = {name: identity[name] for name in ("model", "dataset", "dtype", "device", "threads")}
