@@ -4,6 +4,7 @@ Logarithmic axes cannot show zero; a value below what is worth telling apart is 
 """
 
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 
 import matplotlib
@@ -66,7 +67,8 @@ def frontier(sizes: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray
 
 
 def pareto(points: pd.DataFrame, metric: str = "kl") -> Figure:
-    """``metric`` (``kl`` or ``perplexity``) against file size, both logarithmic, one labelled point per configuration.
+    """``metric`` (``kl`` or ``perplexity``) against file size, both logarithmic, one point per configuration; the sizes
+    of one method (``[bits=...]``) are joined, and named once.
 
     ``points``: from ``report.points`` or ``report.average``, of one model, dataset and measure.
     Raises ValueError if no row has both numbers, or if rows of several models, datasets or measures are mixed.
@@ -87,6 +89,12 @@ def pareto(points: pd.DataFrame, metric: str = "kl") -> Figure:
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="file size (MB)", ylabel=AXES[metric])
     best = frontier(sizes, values)
     axes.plot(sizes[best], values[best], drawstyle="steps-post", color="#BBBBBB", linewidth=0.8, zorder=0)
+    families = np.array([re.sub(r"\[bits=[^],]*\]$", "", method) for method in methods])
+    smallest = {family: np.flatnonzero(families == family)[sizes[families == family].argmin()] for family in families}
+    for family in smallest:
+        own = np.flatnonzero(families == family)
+        joined = own[sizes[own].argsort()]
+        axes.plot(sizes[joined], values[joined], color=colour(family), linewidth=0.7, alpha=0.6, zorder=0)
     for row in range(len(shown)):
         ink = colour(methods[row])
         low, high = (shown.iloc[row].get(f"{metric}_{end}", np.nan) for end in ("low", "high"))
@@ -98,7 +106,10 @@ def pareto(points: pd.DataFrame, metric: str = "kl") -> Figure:
         axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda tick, _: f"{tick:g}"))
         axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.margins(0.12, 0.1)
-    names = [f"{name} (KL about 0)" if low else name for name, low in zip(methods, raised, strict=True)]
+    names = [
+        "" if smallest[family] != row else f"{family} (KL about 0)" if raised[row] else family
+        for row, family in enumerate(families)
+    ]
     place_labels(figure, sizes, values, names, [colour(method) for method in methods])
     return figure
 
@@ -125,7 +136,7 @@ def place_labels(
     _, places = min(trials, key=lambda trial: trial[0])
     for label, dot, place in zip(labels, dots, places, strict=True):
         label.set(position=(place.x0 - dot[0], (place.y0 + place.y1) / 2 - dot[1]), verticalalignment="center")
-        if abs(label.get_position()[1]) > 5:
+        if label.get_text() and abs(label.get_position()[1]) > 5:
             near = (place.x0 - 1 if place.x0 > dot[0] else place.x1 + 1) - dot[0]
             leader = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
             line = axes.annotate("", label.xy, (near, label.get_position()[1]), "data", "offset points", leader)

@@ -219,7 +219,7 @@ def rank(method: str) -> tuple[int, int, str]:
         return 1, -int(uniform[1]), method
     kinds = ("baseline", "uniform", "rtn", "gptq", "as_published", "no_", "", "nash_swarm")
     kind = next((place for place, start in enumerate(kinds) if start and method.startswith(start)), kinds.index(""))
-    return kind, 0, method
+    return kind, 0, re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):09.3f}", method)  # 2 before 2.3
 
 
 def ordered(table: pd.DataFrame) -> pd.DataFrame:

@@ -43,6 +43,16 @@ def test_the_audit_ran_on_committed_code(evidence: audit.Evidence) -> None:
     assert not re.search(r"/(work|tmp|home|root)/", text)
 
 
+def test_without_evidence_there_is_no_verdict(evidence: audit.Evidence) -> None:
+    found = verdicts(dataclasses.replace(evidence, honest={}))
+    assert {found[name] for name in ("C2", "C3", "C6", "C7")} == {audit.LATER}
+
+
+def test_a_verdict_on_a_model_of_the_claim_is_not_one_from_elsewhere(evidence: audit.Evidence) -> None:
+    there = dataclasses.replace(evidence, honest={("gpt2", "wikitext2_raw"): evidence.honest[PLACE]})
+    assert verdicts(evidence)["C2"] == f"{audit.FAILS} here" and verdicts(there)["C2"] == audit.FAILS
+
+
 def test_verdicts_on_size_follow_the_sizes(evidence: audit.Evidence) -> None:
     """A model that is one linear layer saves as much at every size; without classes it would be what was published."""
     linear = {name: Sizes(10**9, (10**9,)) for name in evidence.sizes}
@@ -57,7 +67,7 @@ def test_verdicts_on_size_follow_the_sizes(evidence: audit.Evidence) -> None:
         ("C2", "as_published", {"kl_high": 0.0, "bytes_file": 1}),
         ("C3", "as_published", {"decode_ratio_low": 1.1}),
         ("C6", "nash_swarm", {"decode_ratio_high": 2.8}),
-        ("C7", "no_swarm", {"kl_low": 1.0}),
+        ("C7", "no_swarm", {"kl_p": 0.5}),
     ],
 )
 def test_verdicts_on_runs_follow_the_runs(
@@ -65,8 +75,9 @@ def test_verdicts_on_runs_follow_the_runs(
 ) -> None:
     rows = dict(evidence.honest[PLACE])
     rows[method] = pd.Series(dict(rows[method]) | changed)
-    assert verdicts(evidence)[claim] == f"{audit.FAILS} here"
-    assert verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[claim] == f"{audit.HOLDS} here"
+    other = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[claim]
+    assert {verdicts(evidence)[claim], other} == {f"{audit.FAILS} here", f"{audit.HOLDS} here"}
+    assert (other == f"{audit.FAILS} here") == ("kl_p" in changed)
 
 
 def test_an_equilibrium_would_be_recognized(evidence: audit.Evidence) -> None:

@@ -40,6 +40,14 @@ def test_the_committed_table_of_equal_bytes_follows_from_all_records() -> None:
         assert render(table, report.EQUAL_BYTES) == (ROOT / f"results/tables/equal_bytes{suffix}").read_text()
 
 
+def test_in_the_main_comparison_nash_swarm_has_less_than_a_tenth_of_every_rivals_divergence() -> None:
+    table = report.equal_bytes(record.read_all(COMMITTED))
+    rivals = table[(table["experiment"] == "main") & ~table["method"].str.startswith("no_swarm")]
+    compared = rivals.dropna(subset="kl_ratio")
+    assert len(compared) >= 30 and compared["method"].str.startswith("peer_").sum() >= 12
+    assert compared["kl_ratio_high"].max() < 0.1
+
+
 def test_the_budgeted_game_beats_its_ablations_in_the_committed_table() -> None:
     """The sentences of the README that say who wins."""
     rows = report.frame(record.read_all(COMMITTED / "ablation")).set_index("method")

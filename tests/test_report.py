@@ -304,6 +304,20 @@ def test_more_tests_need_more_evidence() -> None:
     assert p_of("gptq") == pytest.approx(1 / 32) and p_of("gptq", "rtn") == pytest.approx(1 / 16)
 
 
+def test_methods_are_tested_against_nash_swarm_of_the_same_overrides_on_the_same_text() -> None:
+    level = np.linspace(0.1, 0.2, 6)
+    shifts = {"gptq[bits=2]": 0.01, "nash_swarm[bits=2]": 0.0, "gptq[bits=3]": 0.01, "nash_swarm[bits=3]": 0.01}
+    records = [of_windows(method, (level + shift).tolist()) for method, shift in shifts.items()]
+    for one in records:
+        del one.series["nll"], one.series["tokens"]  # as of examples of a task
+    found = report.tested(report.average(report.frame(records)), records).set_index("method")["kl_p"]
+    assert found["gptq[bits=2]"] == pytest.approx(2 / 32) and found["gptq[bits=3]"] == 1
+    elsewhere = [
+        dataclasses.replace(one, config=one.config | {"dataset": {"sha256": one.labels["method"]}}) for one in records
+    ]
+    assert "kl_p" not in report.tested(report.average(report.frame(elsewhere)), elsewhere)
+
+
 def test_without_the_reference_nothing_is_tested(records: list[Record]) -> None:
     others = [one for one in records if one.labels["method"] != "nash_swarm"]
     means = report.average(report.frame(others))
