@@ -157,6 +157,8 @@ class _Training:
             series["finetune_loss"].append(self.step(self.batch(rng), price))
             optimizer.step()
             decay.step()
+            for latent in self.latents.values():
+                latent.settle()
             if step in judged and (state := self.fitted()) is not None:
                 kl = self.judge(state)
                 series["finetune_kl_heldout"].append(kl)

@@ -108,6 +108,25 @@ def test_where_nothing_helps_the_untrained_state_is_kept(
     assert found.result.packed is before.packed and found.result.weights is before.weights
 
 
+def test_a_model_without_a_vocabulary_is_trained_by_its_answers(random_model: Callable[[str], Any]) -> None:
+    model = random_model("bert_classifier")
+    windows = torch.randint(1, 512, (12, 24), generator=torch.Generator().manual_seed(1))
+    evidence = Evidence(model, models.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track)
+    found = trained(evidence, METHODS["tiles"].compress(evidence.oracle(), np.random.default_rng(0)))
+    assert found.series["finetune_loss"][-1] < found.series["finetune_loss"][0]
+    assert found.metrics["finetune_kl_heldout"] <= found.metrics["finetune_kl_heldout_before"]
+
+
+def test_codes_stay_on_their_grid() -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    latent = Latent(quantize(weight, 3, Scheme(64)), weight, torch.device("cpu"), coded=False)
+    with torch.no_grad():
+        latent.codes += torch.where(torch.arange(64) % 2 == 0, 50, -50)
+    latent.settle()
+    stored = latent.stored(0.0)
+    assert stored.codes.unique().tolist() == [0, 7] and torch.equal(stored.dequantize(), latent.weight())
+
+
 def test_of_float_tiles_only_what_stands_beside_them_moves(
     evidence: Evidence, compressed: Callable[[str], Compressed]
 ) -> None:

@@ -74,9 +74,13 @@ class Latent:
         return codes if self.low is None or self.high is None else codes.maximum(self.low).minimum(self.high)
 
     @torch.no_grad()
+    def settle(self) -> None:
+        """Bring latent codes that a step took off their grid back to its ends."""
+        self.codes.copy_(torch.where(self.trained, self.clamped(self.codes), self.origin))
+
+    @torch.no_grad()
     def weight(self) -> Float[Tensor, "out in"]:
         """What the matrix would be if it were stored now."""
-        self.codes.copy_(torch.where(self.trained, self.clamped(self.codes), self.origin))
         values = (self.codes.round() - self.zero) * self.step * self.scale.exp() + self.kept
         return values.view(self.tensor.codes.shape)
 
