@@ -212,6 +212,12 @@ class Several:
         return found, {name: values for _, own in parts for name, values in own.items()}
 
 
+def of_quality(measure: Measure) -> list[Measure]:
+    """What in a measure judges answers by the text or the task alone: how good a model was before it was trained."""
+    parts = measure.measures if isinstance(measure, Several) else [measure]
+    return [part for part in parts if isinstance(part, Quality | Official)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Load:
     """Closed-loop load inside this process: percentiles of latency in milliseconds, tokens per second, error rate."""

@@ -218,6 +218,15 @@ def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             _matrix(model.get_submodule(name)).copy_(weight)
 
 
+def gradient(model: nn.Module, name: str) -> Tensor:
+    """The gradient in the weight of a layer, as (out, in); zeros if the loss does not depend on it."""
+    module = model.get_submodule(name)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    found = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    return found.T if isinstance(module, Conv1D) else found
+
+
 def other_tensors(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
     """Everything a checkpoint stores beside the layers: norms, biases, excluded matrices, persistent buffers."""
     taken = {_matrix(model.get_submodule(layer.name)).data_ptr() for layer in layers}

@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -30,15 +31,18 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor
 
-from nashswarm import checkpoint, data, glue, measures, metrics, models, peers, record, saved
+from nashswarm import checkpoint, data, glue, measures, metrics, models, peers, record, recovery, saved
 from nashswarm.evidence import Cache, Evidence, show_progress
 from nashswarm.measures import Measure, Official, Size, Subject
-from nashswarm.methods import Compressed, Method
+from nashswarm.methods import AsPublished, Compressed, Method, NotOffered
 from nashswarm.record import Record, fingerprint
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GROUPS = ("model", "method", "dataset", "measure")
+CONSTANT = ("tokens", "examples")  # metrics that no training moves
+FINETUNE_STREAM = 1  # of random numbers, so that those of the method stay as they are without it
+TASKS = ("compress", "finetune")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TEXT_KEYS = ("calibration_sha256", "test_sha256")
 EVALUATORS = ("lm-eval", "sacrebleu")
@@ -50,6 +54,7 @@ class Root:
     """The types of the root config; the groups are typed by the dataclasses that they name."""
 
     task: str = "compress"
+    finetune: Any = None
     model: Any = MISSING
     method: Any = MISSING
     dataset: Any = MISSING
@@ -88,18 +93,22 @@ class Plan(NamedTuple):
     dtype: torch.dtype
     texts: Mapping[str, str]
     identity: Mapping[str, Any]
+    finetune: recovery.Recovery | None = None
 
 
 def plan(config: DictConfig) -> Plan:
     """Raises ValueError or OSError in one sentence for anything the user can mend."""
     device, dtype = choose_device(config)
     source, method, dataset, measure = (build(config[group]) for group in GROUPS)
+    finetune = choose_task(config, method)
     if isinstance(dataset, glue.Glue) and not isinstance(measure, Official | Size):
         raise ValueError(f"{dataset.task} is a task, not a text: choose measure=official or measure=size")
     if isinstance(measure, Official) and not isinstance(dataset, glue.Glue):
         raise ValueError("measure=official needs labels: choose a task of GLUE, for example dataset=sst2")
     texts = {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
-    return Plan(source, method, dataset, measure, device, dtype, texts, identify(config, device, source, texts))
+    return Plan(
+        source, method, dataset, measure, device, dtype, texts, identify(config, device, source, texts), finetune
+    )
 
 
 def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Outcome:
@@ -168,8 +177,10 @@ class Job:
         dtype: torch.dtype,
         texts: Mapping[str, str],
         identity: Mapping[str, Any],
+        finetune: recovery.Recovery | None = None,
     ) -> None:
-        self.method, self.measure = method, measure
+        self.method, self.measure, self.finetune = method, measure, finetune
+        self.seed = int(config.seed)
         self.rng = np.random.default_rng(config.seed)
         cut = data.windows
         self.truth: glue.Truth | None = None
@@ -191,6 +202,7 @@ class Job:
             )
         self.test = test[: dataset.test_windows]
         measures.check(measure, self.test)
+        self.pool = pool
         drawn = data.draw(pool, dataset.calibration_windows, dataset.holdout_windows, self.rng)
         label_seed = int(self.rng.integers(2**31))
         key = {name: identity[name] for name in ("model", "dataset", "dtype", "device", "threads")}
@@ -208,11 +220,12 @@ class Job:
         started = time.monotonic()
         result = self.method.compress(evidence.oracle(), self.rng)
         cost = {"quantize_seconds": time.monotonic() - started, "quantize_peak_bytes": float(peak_bytes())}
-        compressed = evidence.trial
-        others = models.other_tensors(compressed, evidence.layers)
-        models.put(compressed, result.weights)
-        models.round_others(others, result.float_bits)
-
+        before: dict[str, float] = {}
+        series: dict[str, list[float]] = dict(result.series)
+        if self.finetune is not None:
+            result, before, own = self.recover(result, self.finetune)
+            series |= own
+        others = self.place(result)
         layer_weights = sum(layer.parameters for layer in evidence.layers)
         layer_bytes = sum(len(packed) for packed in result.packed.values())
         self.files = checkpoint.files(self.full, result.packed, others, result.float_bits)
@@ -224,21 +237,52 @@ class Job:
             "nominal_bits": result.code_bits / layer_weights,
             "compression": 1 - size / (4 * evidence.parameters),
         }
+        measured, windows = self.measure.measure(self.subject(result))
+        return result, found | before | measured, series | windows, cost
+
+    def recover(
+        self, result: Compressed, settings: recovery.Recovery
+    ) -> tuple[Compressed, dict[str, float], dict[str, list[float]]]:
+        """The result after training; how good and how large it was before, how training went, and its series."""
+        evidence = self.evidence
+        started = copy.deepcopy(evidence.trial)  # in the precision that a trial of weights has
+        others = self.place(result)
+        files = checkpoint.files(self.full, result.packed, others, result.float_bits)
+        found = {"bytes_file_before": float(sum(len(content) for content in files.values()))}
+        for measure in measures.of_quality(self.measure):
+            measured, _ = measure.measure(self.subject(result))
+            found |= {_before(name): value for name, value in measured.items() if name not in CONSTANT}
+        evidence.trial = started
+        held = (self.pool[:, None] == evidence.holdout).all(-1).any(1)
+        began = time.monotonic()
+        trained = recovery.recover(
+            evidence, result, self.pool[~held], settings, np.random.default_rng((self.seed, FINETUNE_STREAM))
+        )
+        found |= trained.metrics | {"finetune_seconds": time.monotonic() - began}
+        return trained.result, found, trained.series
+
+    def place(self, result: Compressed) -> dict[str, Tensor]:
+        """Put the result's weights on the trial, everything else rounded as it is stored: those other tensors."""
+        others = models.other_tensors(self.evidence.trial, self.evidence.layers)
+        models.put(self.evidence.trial, result.weights)
+        models.round_others(others, result.float_bits)
+        return others
+
+    def subject(self, result: Compressed) -> Subject:
+        """What is measured: the trial, on which the result was put."""
+        compressed, layers = self.evidence.trial, self.evidence.layers
 
         def pack() -> Any:
             if result.foreign is not None:
                 raise ValueError(f"what {result.foreign} packs does not run here: only measure=quality is for it")
-            model = copy.deepcopy(self.full)
-            checkpoint.adopt(model, evidence.layers, result.packed, result.float_bits)
+            model = copy.deepcopy(compressed)
+            checkpoint.adopt(model, layers, result.packed, result.float_bits)
             return model
 
-        packed = functools.cache(pack)
-        subject = Subject(
-            self.full, compressed, packed, self.test, self.reference, show_progress,
-            self.tokenizer, evidence.layers, result.weights, result.damage, self.test_text, self.truth,
+        return Subject(
+            self.full, compressed, functools.cache(pack), self.test, self.reference, show_progress,
+            self.tokenizer, layers, result.weights, result.damage, self.test_text, self.truth,
         )  # fmt: skip
-        measured, series = self.measure.measure(subject)
-        return result, found | measured, dict(result.series) | series, cost
 
     def reference(self, batch_size: int) -> metrics.Reference:
         """The full model's states on the test windows."""
@@ -264,6 +308,15 @@ class Job:
             | ({"damage": result.damage[layer.name]} if layer.name in result.damage else {})
             for layer in self.evidence.layers
         ]
+
+
+def _before(name: str) -> str:
+    """The name of a metric of the model before it was trained.
+
+    >>> _before("kl"), _before("kl_low")
+    ('kl_before', 'kl_before_low')
+    """
+    return re.sub(r"(_low|_high)?$", r"_before\1", name, count=1)
 
 
 @functools.cache
@@ -331,6 +384,24 @@ def _described(value: Any) -> Any:
     return [_described(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def choose_task(config: DictConfig, method: Method) -> recovery.Recovery | None:
+    """How the compressed model is to be fine-tuned, if it is.  Raises ValueError for an unknown task, NotOffered for a
+    method whose format cannot be trained."""
+    settings = config.get("finetune")
+    if config.task not in TASKS or (settings is not None) != (config.task == "finetune"):
+        raise ValueError(f"task={config.task} is not a choice of the group task: {', '.join(TASKS)}")
+    if settings is None:
+        return None
+    if isinstance(method, peers.Peer | AsPublished):
+        whose = method.library if isinstance(method, peers.Peer) else "as_published"
+        raise NotOffered(f"task=finetune cannot train what {whose} packs; use task=compress")
+    if config.dtype != "float32":
+        raise ValueError(f"task=finetune trains in float32; leave dtype={config.dtype} out")
+    found = build(settings)
+    assert isinstance(found, recovery.Recovery)
+    return found
+
+
 def choose_device(config: DictConfig) -> tuple[str, torch.dtype]:
     """The device and dtype to compute in.  Raises ValueError for an unknown or absent one."""
     if config.device not in DEVICES:
@@ -357,8 +428,10 @@ def identify(config: DictConfig, device: str, source: models.Source, texts: Mapp
     groups: dict[str, Any] = {name: OmegaConf.to_container(config[name], resolve=True) for name in GROUPS}
     dataset = {key: value for key, value in groups["dataset"].items() if key not in ("path", "name")}
     model = {key: value for key, value in groups["model"].items() if key not in ("path", "revision")}
+    finetune = config.get("finetune")
     return {
         "task": config.task,
+        **({} if finetune is None else {"finetune": OmegaConf.to_container(finetune, resolve=True)}),
         "model": model | {"content": models.content_of(source)},
         "method": groups["method"],
         "dataset": dataset | {f"{purpose}_sha256": data.sha256(text) for purpose, text in texts.items()},

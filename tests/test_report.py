@@ -186,6 +186,14 @@ def test_latex_is_escaped(records: list[Record]) -> None:
     assert report.tex("50% of a_b & {c}") == r"50\% of a\_b \& \{c\}"
 
 
+def test_what_was_before_stands_beside_what_is_after() -> None:
+    one = synthetic("gptq")
+    one.metrics.update({"kl_before": 0.4, "kl_before_low": 0.3, "kl_before_high": 0.5, "bytes_file_before": 2e6})
+    shown = report.cells(report.average(report.frame([one])))
+    assert shown["KL before (nats)"].tolist() == ["0.4000 [0.3000, 0.5000]"] and shown["MB before"].tolist() == ["2.00"]
+    assert list(shown).index("KL before (nats)") == list(shown).index("KL (nats)") - 1
+
+
 def test_markdown_and_csv(records: list[Record]) -> None:
     means = report.average(report.frame(records))
     lines = report.markdown(means).splitlines()

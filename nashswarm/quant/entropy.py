@@ -85,15 +85,22 @@ def count(tensors: Iterable[LatticeTensor]) -> Float[np.ndarray, "tables symbols
     return total.view(TABLES, ESCAPE + 1).double().numpy()
 
 
-def coded_bits(tensor: LatticeTensor, tables: CodeTables) -> Float[Tensor, " out"]:
-    """The length of every row's codes in bits, scales and headers aside."""
-    table, shift = address(tensor.lattice.levels())
-    magnitudes = tensor.codes.abs()
+def lengths(
+    codes: Integer[Tensor, "out in"], levels: Integer[Tensor, "out in"], tables: CodeTables
+) -> Float[Tensor, "out in"]:
+    """The length of every code in bits."""
+    table, shift = address(levels)
+    magnitudes = codes.abs()
     symbols = (magnitudes >> shift).clamp(max=ESCAPE)
-    bits = torch.from_numpy(tables.bits()).float().take((table * (ESCAPE + 1) + symbols).long())
+    bits = torch.from_numpy(tables.bits()).float().to(codes.device).take((table * (ESCAPE + 1) + symbols).long())
     if shift.any():
         bits += shift + ((magnitudes > 0) & (symbols == 0))
-    return bits.sum(1, dtype=torch.float64)
+    return bits
+
+
+def coded_bits(tensor: LatticeTensor, tables: CodeTables) -> Float[Tensor, " out"]:
+    """The length of every row's codes in bits, scales and headers aside."""
+    return lengths(tensor.codes, tensor.lattice.levels(), tables).sum(1, dtype=torch.float64)
 
 
 def encode_lattice(tensor: LatticeTensor, tables: CodeTables) -> UInt8[np.ndarray, " bytes"]:
