@@ -32,8 +32,8 @@ SANITIZER = SANITIZED=$(SANITIZED)/nashswarm_kernels.so ASAN_OPTIONS=detect_leak
 
 install: .venv/installed  ## make .venv with the tested versions
 
-quickstart: install  ## the ablation on the embedded model and text, to one figure; no download
-	$(RUN) experiment=ablation records=results/quickstart/records
+quickstart: install  ## the ablation on the embedded model and 64 windows of its text, to one figure; no download
+	$(RUN) experiment=ablation dataset.test_windows=64 records=results/quickstart/records
 	$(BIN)/python scripts/tables.py --records results/quickstart/records --experiment ablation --out results/quickstart/tables
 	$(BIN)/python scripts/figures.py --records results/quickstart/records --experiment ablation --out results/quickstart/figures
 	@ls results/quickstart/figures/ablation_pareto.png
