@@ -245,6 +245,11 @@ def test_a_whole_run(
     found = read(run(config, LABELS).path)
     own = {"mrpc": ("f1", "accuracy"), "stsb": ("pearson", "spearman")}[task]
     assert {f"{name}{end}" for name in own for end in ("", "_low", "_high", "_full", "_full_low")} <= set(found.metrics)
+    for name in own:
+        delta, low, high = (found.metrics[f"{name}_delta{end}"] for end in ("", "_low", "_high"))
+        assert delta == pytest.approx(found.metrics[name] - found.metrics[f"{name}_full"]) and low <= delta <= high
+        if found.series["prediction"] == found.series["prediction_full"]:  # paired: nothing is left to chance
+            assert delta == low == high == 0
     assert found.metrics["examples"] == 30 == len(found.series["prediction"])
     assert ("kl" in found.metrics) == (task == "mrpc")
     assert found.labels["dataset"] == Glue(str(folder(task)), task).label
