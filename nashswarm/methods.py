@@ -22,7 +22,7 @@ from nashswarm.quant.calibration import Moments, Track, no_track
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, QuantizedTensor, Scheme, quantize
 from nashswarm.quant.pack import pack, packed_bytes
-from nashswarm.quant.published import quantize_by_magnitude
+from nashswarm.quant.published import QUANTILES, quantize_by_magnitude
 from nashswarm.quant.reply import DAMPING, reply
 from nashswarm.rivals import dual_ascent, equal_loss, evolve
 
@@ -170,7 +170,7 @@ class Gptq:
 class AsPublished:
     """The earlier prototype's quantizer: ``nn.Linear`` alone, three classes of weights by magnitude, true bytes."""
 
-    quantiles: Sequence[float] = (0.9, 0.7)
+    quantiles: Sequence[float] = QUANTILES
 
     def __post_init__(self) -> None:
         if len(self.quantiles) != 2 or not 1 > self.quantiles[0] > self.quantiles[1] > 0:
@@ -259,7 +259,7 @@ class FixedWidth:
     bit_widths: Sequence[int] = PLAYED_WIDTHS
     group_size: int = 64
     bit_game: BitGame = "equilibrium"
-    quantiles: Sequence[float] = (0.9, 0.7)
+    quantiles: Sequence[float] = QUANTILES
     code_game: bool = True
     coded: bool = False
     split: Split | None = None

@@ -6,6 +6,7 @@ measured: every function says what is wrong with it, and the audit (``scripts/au
 
 import copy
 import dataclasses
+import functools
 import os
 import pathlib
 import time
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 from nashswarm import compare, metrics
 from nashswarm.game import Game, best_response
 from nashswarm.measures import BATCH, Found, Subject
-from nashswarm.quant.published import quantize_by_magnitude
+from nashswarm.quant.published import QUANTILES, quantize_by_magnitude
 
-QUANTILES = (0.9, 0.7)
 WIDTHS = (2, 3, 4, 8)  # the actions of the game that random numbers are said to solve
 UNTRAINED = 1000  # tokens in the vocabulary of the small transformer
 RUNS = ("full", "adaptive", "uniform4", "full_again")  # timed one after the other, never in turn
@@ -88,7 +88,10 @@ class Published:
         """Microseconds per token of the prototype's router and of plain top-k, two experts each, rows as tokens."""
         centroids, tokens = states[: self.experts], states[self.experts : self.experts + self.routed_tokens]
         timed = {"loops": route_by_loops, "top_k": route}
-        micro = {name: 1e3 * min(_timed(router, tokens, centroids, self.samples)) for name, router in timed.items()}
+        micro = {
+            name: 1e3 * min(_timed(functools.partial(router, tokens, centroids), self.samples))
+            for name, router in timed.items()
+        }
         return {f"router_microseconds_{name}": spent / len(tokens) for name, spent in micro.items()}
 
 
@@ -161,12 +164,7 @@ def latencies(model: Any, ids: Int[Tensor, "1 tokens"], samples: int) -> list[fl
     """Milliseconds of single forward passes, one model after the other, and without waiting for the device to finish;
     32-bit kernels whatever the model is said to be."""
     ids = ids.to(next(model.parameters()).device)
-    found = []
-    for _ in range(samples):
-        started = time.perf_counter()
-        model(input_ids=ids)
-        found.append(1e3 * (time.perf_counter() - started))
-    return found
+    return _timed(lambda: model(input_ids=ids), samples)
 
 
 @torch.no_grad()
@@ -256,11 +254,11 @@ def width_costs(weight: Float[Tensor, "rows width"]) -> Float[np.ndarray, "rows 
     return found + price * np.array(WIDTHS)
 
 
-def _timed(router: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, centroids: Tensor, samples: int) -> list[float]:
+def _timed(call: Callable[[], Any], samples: int) -> list[float]:
     """Milliseconds of every call."""
     found = []
     for _ in range(samples):
         started = time.perf_counter()
-        router(tokens, centroids)
+        call()
         found.append(1e3 * (time.perf_counter() - started))
     return found

@@ -14,10 +14,9 @@ import torch
 import transformers
 from torch import nn
 
-from nashswarm.quant.published import CLASS_BITS, CLASS_WIDTHS, KIND
+from nashswarm.quant.published import CLASS_BITS, CLASS_WIDTHS, KIND, QUANTILES
 
 FLOAT_BYTES = 4
-TENTHS = (1, 2, 7)  # of the weights of a matrix that are in each class
 
 
 def _gpt2(width: int, layers: int, heads: int, **others: Any) -> Mapping[str, Any]:
@@ -119,7 +118,8 @@ def class_entropy() -> float:
     >>> round(class_entropy(), 3)
     1.157
     """
-    return -sum(tenth / 10 * math.log2(tenth / 10) for tenth in TENTHS)
+    shares = (1 - QUANTILES[0], QUANTILES[0] - QUANTILES[1], QUANTILES[1])
+    return -sum(share * math.log2(share) for share in shares)
 
 
 def _class_counts(count: int) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ from nashswarm.quant.pack import pack_bits, unpack_bits
 KIND = b"NSp1"  # how the packed bytes begin
 CLASS_BITS = 2
 CLASS_WIDTHS = (8, 4, 2)
+QUANTILES = (0.9, 0.7)  # of the magnitudes, where the classes part
 
 
 @dataclasses.dataclass(frozen=True)
