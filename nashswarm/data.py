@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from nashswarm import hub, stdlib_docs
 
-Purpose = Literal["calibration", "test"]
+Purpose = Literal["train", "calibration", "test"]
+TRAIN_SPLIT = "train"  # what task=train_moe learns from
 FILE_CALIBRATION_SHARE = 0.2  # of a single text file: its beginning calibrates, the rest tests
 
 
@@ -79,7 +80,7 @@ class HubText:
 
         Raises ValueError in one sentence for a missing path, split or column and for a hub out of reach.
         """
-        split = self.calibration_split if purpose == "calibration" else self.test_split
+        split = {"train": TRAIN_SPLIT, "calibration": self.calibration_split, "test": self.test_split}[purpose]
         local = pathlib.Path(self.path)
         if local.is_file():
             return _part_of_file(local, purpose)

@@ -1,0 +1,140 @@
+"""Experts: feed-forward networks of which each token uses k, executed in groups.
+
+Assignments are sorted by expert, and one grouped product per matrix serves them all.  Fused, the experts of a layer are
+two tensors of three dimensions, as in the models of transformers; ``unfuse`` gives every matrix a linear layer of its
+own instead, which is what is compressed, and does the same to Mixtral, DeepSeek and all that is built as they are.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+FEW = 32  # assignments: so few are multiplied by copies of their matrices, without sorting
+
+
+class Experts(nn.Module):
+    """All experts of a layer: ``up_proj`` (experts, hidden, width), ``down_proj`` (experts, width, hidden)."""
+
+    has_gate, has_bias, is_transposed = False, False, False
+
+    def __init__(self, experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(experts, hidden, width) / math.sqrt(width))
+        self.down_proj = nn.Parameter(torch.randn(experts, width, hidden) / math.sqrt(hidden))
+
+    @staticmethod
+    def act_fn(x: Tensor) -> Tensor:
+        return functional.gelu(x, approximate="tanh")
+
+    def forward(
+        self, x: Float[Tensor, "tokens width"], experts: Int[Tensor, "tokens k"], gates: Float[Tensor, "tokens k"]
+    ) -> Float[Tensor, "tokens width"]:
+        """Each token's gated sum of what its experts make of it."""
+        k, flat = experts.shape[1], experts.flatten()
+        if len(flat) <= FEW and not torch.is_grad_enabled():
+            copies = x.repeat_interleave(k, 0)[:, :, None]
+            out = torch.bmm(self.down_proj[flat], self.act_fn(torch.bmm(self.up_proj[flat], copies)))
+            return (out.view(len(x), k, -1) * gates[:, :, None]).sum(1)
+        order = flat.argsort(stable=True)
+        ends = ends_of(flat, len(self.up_proj))
+        hidden = self.act_fn(functional.grouped_mm(x[order // k], self.up_proj.transpose(1, 2), offs=ends))
+        out = functional.grouped_mm(hidden, self.down_proj.transpose(1, 2), offs=ends)
+        return gathered(out * gates.flatten()[order, None], order, k)
+
+
+def ends_of(flat: Int[Tensor, " assignments"], experts: int) -> Int[Tensor, " experts"]:
+    """Where the assignments of each expert end, once they are sorted."""
+    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device).index_add(0, flat, torch.ones_like(flat))
+    return counts.cumsum(0).int()
+
+
+def gathered(
+    out: Float[Tensor, "assignments width"], order: Int[Tensor, " assignments"], k: int
+) -> Float[Tensor, "tokens width"]:
+    """The sums over each token's k assignments, which stand in ``order``."""
+    return torch.empty_like(out).index_copy(0, order, out).view(-1, k, out.shape[1]).sum(1)
+
+
+class ExpertLinear(nn.Linear):
+    """A matrix of one expert; ``routed``: it sees only the tokens that were sent to it."""
+
+    routed = True
+
+
+class Expert(nn.Module):
+    """The matrices of one expert, ``up`` (of gated ones gate above up) and ``down``, under names of their own, so that
+    transformers does not fuse them when it loads a checkpoint."""
+
+    def __init__(self, up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        for name, weight in (("expert_up", up), ("expert_down", down)):
+            linear = ExpertLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            self.add_module(name, linear)
+
+
+class SplitExperts(nn.ModuleList):
+    """Experts whose matrices are modules, so that each can be compressed by itself and compute on packed weights."""
+
+    def __init__(self, fused: Any) -> None:
+        up = fused.gate_up_proj if fused.has_gate else fused.up_proj
+        super().__init__(
+            Expert(*(part.T if fused.is_transposed else part for part in pair))
+            for pair in zip(up, fused.down_proj, strict=True)
+        )
+        self._activate: Callable[[Tensor], Tensor] = _activation(fused)
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Int[Tensor, "tokens k"], top_k_weights: Float[Tensor, "tokens k"]
+    ) -> Tensor:
+        k, flat = top_k_index.shape[1], top_k_index.flatten()
+        order = flat.argsort(stable=True)
+        ends = ends_of(flat, len(self)).tolist()
+        x, parts = hidden_states.flatten(0, -2)[order // k], []
+        for expert, (start, end) in zip(self, zip([0, *ends[:-1]], ends, strict=True), strict=True):
+            if start < end:
+                parts.append(expert.expert_down(self._activate(expert.expert_up(x[start:end]))))
+        gates = top_k_weights.flatten()[order, None]
+        return gathered((torch.cat(parts) * gates).to(hidden_states.dtype), order, k).view_as(hidden_states)
+
+
+class _activation:  # a class, for lambdas cannot be copied or pickled
+    """Between the two matrices of an expert: as the fused module has it, without its tensors."""
+
+    def __init__(self, fused: Any) -> None:
+        self.act_fn, self.gate = fused.act_fn, type(fused)._apply_gate if fused.has_gate else None
+        for name in ("limit", "alpha", "swiglu_limit", "swiglu_alpha", "gate_limit"):
+            if hasattr(fused, name):
+                setattr(self, name, getattr(fused, name))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.act_fn(x) if self.gate is None else self.gate(self, x)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module holds the matrices of many experts in tensors of three dimensions."""
+    parts = [getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj")]
+    return parts[2] is not None and all(part is None or getattr(part, "ndim", 0) == 3 for part in parts)
+
+
+def unfuse(model: nn.Module) -> list[str]:
+    """Give every matrix of every fused expert a linear layer of its own, in place; the modules that were split.
+
+    Raises ValueError for experts with biases, or of a layout that does not say how it is to be read.
+    """
+    found = [name for name, module in model.named_modules() if is_fused(module)]
+    if unknown := [name for name in found if not _readable(model.get_submodule(name))]:
+        raise ValueError(f"the experts of {', '.join(unknown)} are fused in a way that cannot be taken apart (biases?)")
+    for name in found:
+        model.set_submodule(name, SplitExperts(model.get_submodule(name)))
+    return found
+
+
+def _readable(module: Any) -> bool:
+    known = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "act_fn"))
+    return known and not module.has_bias and not getattr(module, "has_post_expert_norm", False)

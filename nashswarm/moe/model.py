@@ -1,0 +1,279 @@
+"""A language model in the manner of GPT-2 whose feed-forward layers are mixtures of experts.
+
+It is a model of transformers: ``AutoModelForCausalLM``, ``save_pretrained`` and ``from_pretrained`` know it once this
+module is imported.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from nashswarm.moe.experts import Experts
+from nashswarm.moe.loss import LossWeights
+from nashswarm.moe.router import Dense, ExpertChoice, LossFree, NashSwarmRouter, Router, Routing, Settings, TopK
+
+ROUTERS: Mapping[str, Any] = {kind.__name__: kind for kind in (Dense, TopK, LossFree, ExpertChoice, NashSwarmRouter)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeSource:
+    """A mixture of experts that is to be trained: its shape.
+
+    ``width``: of the residual stream; ``expert_width``: hidden units of one expert; ``experts`` and ``top_k``: in each
+    layer, and how many of them a token uses; ``context``: tokens that it reads at most.
+    """
+
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    experts: int = 8
+    top_k: int = 2
+    expert_width: int = 128
+    context: int = 128
+
+    def __post_init__(self) -> None:
+        if min(dataclasses.astuple(self)) < 1 or self.width % self.heads:
+            raise ValueError(
+                f"every size of the model must be at least 1, and model.width={self.width} a multiple of "
+                f"model.heads={self.heads}"
+            )
+        if self.top_k > self.experts:
+            raise ValueError(f"model.top_k={self.top_k} is not between 1 and model.experts={self.experts}")
+
+    @property
+    def label(self) -> str:
+        return f"moe_{self.experts}x{self.expert_width}_top{self.top_k}"
+
+    def build(self, router: Settings, vocabulary: int, end_token: int) -> "MoeForCausalLM":
+        """The model with fresh weights, drawn from torch's random numbers."""
+        described = {"kind": type(router).__name__, **dataclasses.asdict(router)}
+        return MoeForCausalLM(
+            MoeConfig(
+                vocab_size=vocabulary, hidden_size=self.width, num_hidden_layers=self.layers,
+                num_attention_heads=self.heads, num_experts=self.experts, num_experts_per_tok=self.top_k,
+                moe_intermediate_size=self.expert_width, max_position_embeddings=self.context, router=described,
+                bos_token_id=end_token, eos_token_id=end_token,
+            )
+        )  # fmt: skip
+
+
+class MoeConfig(transformers.PretrainedConfig):
+    """The shape of the model; ``router``: the kind of its router and the settings of it."""
+
+    model_type = "nashswarm_moe"
+
+    def __init__(
+        self,
+        vocab_size: int = 4096,
+        hidden_size: int = 128,
+        num_hidden_layers: int = 3,
+        num_attention_heads: int = 4,
+        num_experts: int = 8,
+        num_experts_per_tok: int = 2,
+        moe_intermediate_size: int = 128,
+        max_position_embeddings: int = 128,
+        router: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+        self.num_attention_heads, self.max_position_embeddings = num_attention_heads, max_position_embeddings
+        self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
+        self.moe_intermediate_size = moe_intermediate_size
+        self.router = dict(router or {"kind": "NashSwarmRouter"})
+        others.setdefault("tie_word_embeddings", True)
+        super().__init__(**others)
+
+    def settings(self) -> Settings:
+        """The router's settings.  Raises ValueError for a kind that is not known."""
+        fields = dict(self.router)
+        kind = fields.pop("kind")
+        if kind not in ROUTERS:
+            raise ValueError(f"unknown router {kind!r} in config.json: choose {', '.join(ROUTERS)}")
+        if isinstance(fields.get("loss"), Mapping):
+            fields["loss"] = LossWeights(**fields["loss"])
+        return ROUTERS[kind](**fields)
+
+
+@dataclasses.dataclass
+class MoeOutput(CausalLMOutputWithPast):
+    """What the model says, and of each layer that routes how it did."""
+
+    routings: tuple[Routing, ...] | None = None
+
+
+class Attention(nn.Module):
+    def __init__(self, config: MoeConfig, layer: int) -> None:
+        super().__init__()
+        self.heads, self.layer = config.num_attention_heads, layer
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Float[Tensor, "batch length width"], past: Cache | None) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        if past is not None:
+            key, value = past.update(key, value, self.layer)
+        if query.shape[2] == key.shape[2]:
+            found = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:  # query i stands at the end of what is cached, plus i
+            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=x.device)
+            seen = seen.tril(key.shape[2] - query.shape[2])
+            found = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        out: Tensor = self.out(found.transpose(1, 2).flatten(2))
+        return out
+
+
+class Mixture(nn.Module):
+    """A router and its experts."""
+
+    def __init__(self, config: MoeConfig, settings: Settings) -> None:
+        super().__init__()
+        self.router = Router(settings, config.hidden_size, config.num_experts, config.num_experts_per_tok)
+        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
+
+    def forward(self, x: Float[Tensor, "batch length width"]) -> tuple[Tensor, Routing | None]:
+        flat = x.flatten(0, 1)
+        routing = self.router(flat)
+        if routing.tokens is None:
+            out = self.experts(flat, routing.experts, routing.gates)
+        else:
+            made = self.experts(flat[routing.tokens], routing.experts, routing.gates)
+            out = torch.zeros_like(flat).index_add(0, routing.tokens, made)
+        return out.view_as(x), routing
+
+
+class FeedForward(nn.Module):
+    """The dense network of equal active size."""
+
+    def __init__(self, config: MoeConfig) -> None:
+        super().__init__()
+        hidden = config.num_experts_per_tok * config.moe_intermediate_size
+        self.up = nn.Linear(config.hidden_size, hidden, bias=False)
+        self.down = nn.Linear(hidden, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch length width"]) -> tuple[Tensor, Routing | None]:
+        return self.down(Experts.act_fn(self.up(x))), None
+
+
+class Block(nn.Module):
+    def __init__(self, config: MoeConfig, layer: int, settings: Settings) -> None:
+        super().__init__()
+        self.norm_attention, self.norm_mixture = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config, layer)
+        self.mixture = FeedForward(config) if isinstance(settings, Dense) else Mixture(config, settings)
+
+    def forward(self, x: Tensor, past: Cache | None) -> tuple[Tensor, Routing | None]:
+        x = x + self.attention(self.norm_attention(x), past)
+        out, routing = self.mixture(self.norm_mixture(x))
+        return x + out, routing
+
+
+class MoeForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):
+    """Token and position embeddings, blocks of attention and experts, and a head that is the token embedding."""
+
+    config_class = MoeConfig
+    config: MoeConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"head.weight": "tokens.weight"}  # noqa: RUF012  as transformers declares it
+    _supports_sdpa = True
+
+    def __init__(self, config: MoeConfig) -> None:
+        super().__init__(config)
+        settings = config.settings()
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer, settings) for layer in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal with the deviation of GPT-2, divided by √(2 · layers) where a product joins the residual stream."""
+        shrunk = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, Router):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.price)
+            nn.init.zeros_(module.settled)
+            nn.init.constant_(module.resident, False)
+            nn.init.constant_(module.last_use, -1)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.up_proj, std=0.02)
+            nn.init.normal_(module.down_proj, std=shrunk)
+        if isinstance(module, FeedForward):
+            nn.init.normal_(module.down.weight, std=shrunk)
+        elif isinstance(module, Attention):
+            nn.init.normal_(module.out.weight, std=shrunk)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def set_input_embeddings(self, module: nn.Module) -> None:
+        self.tokens = module
+
+    def set_output_embeddings(self, module: nn.Module) -> None:
+        self.head = module
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch length"],
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        labels: Int[Tensor, "batch length"] | None = None,
+        logits_to_keep: int = 0,
+        **others: Any,
+    ) -> MoeOutput:
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        start = 0 if past_key_values is None else past_key_values.get_seq_length()
+        place = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        x = self.tokens(input_ids) + self.positions(place)
+        routings = []
+        for block in self.blocks:
+            x, routing = block(x, past_key_values)
+            if routing is not None:
+                routings.append(routing)
+        logits = self.head(self.norm(x)[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return MoeOutput(loss=loss, logits=logits, past_key_values=past_key_values, routings=tuple(routings))
+
+    def settle(self, routings: Sequence[Routing], step: float | None = None) -> None:
+        """Move the prices of all layers after a batch of training."""
+        for block, routing in zip(self.blocks, routings, strict=bool(routings)):
+            block.mixture.router.settle(routing, step)  # type: ignore[operator,union-attr]
+
+    def routers(self) -> list[Router]:
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        unused = 1 - self.config.num_experts_per_tok / self.config.num_experts
+        pools = [part for module in self.modules() if isinstance(module, Experts) for part in module.parameters()]
+        return total - round(unused * sum(part.numel() for part in pools))
+
+
+transformers.AutoConfig.register(MoeConfig.model_type, MoeConfig)
+transformers.AutoModelForCausalLM.register(MoeConfig, MoeForCausalLM)
