@@ -11,6 +11,7 @@ from nashswarm.record import Record
 MODES = ("disabled", "offline", "online")
 PROJECT = "nashswarm"
 INIT_SECONDS = 30
+TRAINED = ("train_loss", "train_nll", "balance", "cache", "swarm", "nash")  # series by step of training
 
 
 def check(mode: str) -> None:
@@ -41,6 +42,10 @@ def mirror(record: Record, mode: str, folder: pathlib.Path) -> None:
         settings=wandb.Settings(init_timeout=INIT_SECONDS, silent=True),
     )
     session.summary.update(record.metrics)
-    session.log({"layers": wandb.Table(dataframe=pd.DataFrame(record.layers))})
-    session.log({"bits by layer": wandb.Image(figures.layer_bits(record))})
+    steps = [record.series[name] for name in TRAINED if name in record.series]
+    for values in zip(*steps, strict=True):
+        session.log(dict(zip(TRAINED, values, strict=True)))
+    if record.layers:
+        session.log({"layers": wandb.Table(dataframe=pd.DataFrame(record.layers))})
+        session.log({"bits by layer": wandb.Image(figures.layer_bits(record))})
     session.finish()

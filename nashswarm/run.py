@@ -31,10 +31,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor
 
-from nashswarm import checkpoint, data, glue, measures, metrics, models, peers, record, recovery, saved
+from nashswarm import checkpoint, data, glue, measures, metrics, models, moe_training, peers, record, recovery, saved
 from nashswarm.evidence import Cache, Evidence, show_progress
 from nashswarm.measures import Measure, Official, Size, Subject
 from nashswarm.methods import AsPublished, Compressed, Method, NotOffered
+from nashswarm.moe.model import MoeSource
+from nashswarm.moe.router import Settings
+from nashswarm.moe_measures import CALIBRATION, MoeMeasure, MoeSubject
 from nashswarm.record import Record, fingerprint
 
 log = logging.getLogger(__name__)
@@ -42,7 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 GROUPS = ("model", "method", "dataset", "measure")
 CONSTANT = ("tokens", "examples")  # metrics that no training moves
 FINETUNE_STREAM = 1  # of random numbers, so that those of the method stay as they are without it
-TASKS = ("compress", "finetune")
+TASKS = ("compress", "finetune", "train_moe")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TEXT_KEYS = ("calibration_sha256", "test_sha256")
 EVALUATORS = ("lm-eval", "sacrebleu")
@@ -55,6 +58,7 @@ class Root:
 
     task: str = "compress"
     finetune: Any = None
+    train_moe: Any = None
     model: Any = MISSING
     method: Any = MISSING
     dataset: Any = MISSING
@@ -96,11 +100,47 @@ class Plan(NamedTuple):
     finetune: recovery.Recovery | None = None
 
 
+class MoePlan(NamedTuple):
+    """The same of a mixture of experts that is to be trained."""
+
+    source: MoeSource
+    router: Settings
+    dataset: data.Dataset
+    measure: MoeMeasure
+    device: str
+    texts: Mapping[str, str]
+    identity: Mapping[str, Any]
+    training: moe_training.Training
+
+
+def plan_moe(config: DictConfig) -> MoePlan:
+    """Raises ValueError or OSError in one sentence for anything the user can mend."""
+    device, _ = choose_device(config)
+    source, router, dataset, measure = (build(config[group]) for group in GROUPS)
+    wanted = {"model": (source, MoeSource), "method": (router, Settings), "measure": (measure, MoeMeasure)}
+    examples = {"model": "moe_small", "method": "moe_nash_swarm", "measure": "routed"}
+    for group, (value, kind) in wanted.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"task=train_moe cannot use this {group}: choose for example {group}={examples[group]}")
+    if isinstance(dataset, glue.Glue):
+        raise ValueError(f"{dataset.task} is a task, not a text: choose for example dataset=wikitext2")
+    if config.dtype != "float32":
+        raise ValueError(f"task=train_moe trains in float32; leave dtype={config.dtype} out")
+    training = build(config.train_moe)
+    texts = {purpose: dataset.text(purpose) for purpose in ("train", "calibration")}
+    return MoePlan(
+        source, router, dataset, measure, device, texts, identify(config, device, source, texts), training
+    )
+
+
 def plan(config: DictConfig) -> Plan:
     """Raises ValueError or OSError in one sentence for anything the user can mend."""
     device, dtype = choose_device(config)
     source, method, dataset, measure = (build(config[group]) for group in GROUPS)
     finetune = choose_task(config, method)
+    for group, value in (("model", source), ("method", method), ("measure", measure)):
+        if isinstance(value, MoeSource | Settings | MoeMeasure):
+            raise ValueError(f"this {group} is for mixtures of experts that are to be trained: add task=train_moe")
     if isinstance(dataset, glue.Glue) and not isinstance(measure, Official | Size):
         raise ValueError(f"{dataset.task} is a task, not a text: choose measure=official or measure=size")
     if isinstance(measure, Official) and not isinstance(dataset, glue.Glue):
@@ -118,7 +158,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
     Raises ValueError or OSError in one sentence for anything the user can mend; no record is left behind then.
     """
     started, start_time = time.monotonic(), datetime.datetime.now(datetime.UTC)
-    planned = plan(config)
+    planned = plan_moe(config) if config.task == "train_moe" else plan(config)
     identity = dict(planned.identity)
     all_labels = dict(labels) | {"seed": str(config.seed)}
     if isinstance(planned.dataset, glue.Glue):
@@ -130,10 +170,9 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
     if path.exists() and not config.rerun and there:
         return Outcome("skipped", path, record.read(path))
     if target is not None:
-        if isinstance(planned.method, peers.Peer):
+        if isinstance(planned, Plan) and isinstance(planned.method, peers.Peer):
             raise ValueError(f"save={target}: what {planned.method.library} packs cannot be loaded again; leave it out")
         saved.check_free(target)
-    measures.require(planned.measure)
 
     threads = torch.get_num_threads()
     log.info(
@@ -144,8 +183,24 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
         config.seed,
         threads,
     )
-    job = Job(config, *planned)
     reset_peak()
+    if isinstance(planned, MoePlan):
+        trained, found, series = train_moe(config, planned)
+        finished = Record(
+            labels=all_labels,
+            config=identity,
+            metrics=found | {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes()},
+            series=series,
+            layers=[],
+            allocation="",
+            provenance=provenance(start_time) | {"parameters": sum(part.numel() for part in trained.model.parameters())},
+        )
+        if target is not None:
+            about = {"config": OmegaConf.to_container(config, resolve=True), "record": dataclasses.asdict(finished)}
+            saved.write_model(target, trained.model, trained.tokenizer, about)
+        return Outcome("finished", record.write(folder, finished), finished)
+    measures.require(planned.measure)
+    job = Job(config, *planned)
     result, found, series, cost = job.execute()
     finished = Record(
         labels=all_labels,
@@ -161,6 +216,23 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
         game = {name: part.numpy() for name, part in result.game.items()}
         saved.write(target, job.files, about, game, job.tokenizer)
     return Outcome("finished", record.write(folder, finished), finished)
+
+
+def train_moe(
+    config: DictConfig, planned: MoePlan
+) -> tuple[moe_training.Trained, dict[str, float], dict[str, list[float]]]:
+    """A mixture of experts, trained or found in the cache, what is measured of it, and the series of both."""
+    length = planned.dataset.sequence_length
+    trained = moe_training.trained(
+        planned.source, planned.router, planned.training, planned.texts["train"], length, int(config.seed),
+        planned.device, pathlib.Path(config.cache), show_progress, code_digest(),
+    )  # fmt: skip
+    wanted = length or planned.source.context
+    judged = data.windows(planned.texts["calibration"], trained.tokenizer, wanted, "validation")
+    taught = data.windows(planned.texts["train"][: CALIBRATION * wanted * 32], trained.tokenizer, wanted, "training")
+    subject = MoeSubject(trained, judged.to(planned.device), taught[:CALIBRATION].to(planned.device), show_progress)
+    found, series = planned.measure.measure(subject)
+    return trained, found, dict(trained.series) | series
 
 
 class Job:
@@ -423,16 +495,18 @@ def build(config: DictConfig) -> Any:
         raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
 
 
-def identify(config: DictConfig, device: str, source: models.Source, texts: Mapping[str, str]) -> dict[str, Any]:
+def identify(
+    config: DictConfig, device: str, source: models.Source | MoeSource, texts: Mapping[str, str]
+) -> dict[str, Any]:
     """Everything that can move a number; paths count by their content."""
     groups: dict[str, Any] = {name: OmegaConf.to_container(config[name], resolve=True) for name in GROUPS}
     dataset = {key: value for key, value in groups["dataset"].items() if key not in ("path", "name")}
     model = {key: value for key, value in groups["model"].items() if key not in ("path", "revision")}
-    finetune = config.get("finetune")
+    settings = {name: config[name] for name in ("finetune", "train_moe") if config.get(name) is not None}
     return {
         "task": config.task,
-        **({} if finetune is None else {"finetune": OmegaConf.to_container(finetune, resolve=True)}),
-        "model": model | {"content": models.content_of(source)},
+        **{name: OmegaConf.to_container(part, resolve=True) for name, part in settings.items()},
+        "model": model | {"content": source.label if isinstance(source, MoeSource) else models.content_of(source)},
         "method": groups["method"],
         "dataset": dataset | {f"{purpose}_sha256": data.sha256(text) for purpose, text in texts.items()},
         "measure": _by_content(groups["measure"]),

@@ -65,6 +65,17 @@ def write(
     write_folder(folder, contents | described, tokenizer.save_pretrained if tokenizer else lambda folder: None)
 
 
+def write_model(folder: pathlib.Path, model: Any, tokenizer: Any, about: Mapping[str, Any]) -> None:
+    """Put a trained model, its tokenizer and what is known about it at ``folder`` in one step."""
+
+    def fill(partial: pathlib.Path) -> None:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+    text = json.dumps({"schema": SCHEMA, "sha256": {}, **about}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_folder(folder, {ABOUT: f"{text}\n".encode()}, fill)
+
+
 def read(folder: pathlib.Path) -> Saved:
     """What ``write`` put there.  Raises ValueError if it is not whole and unchanged."""
     about = _about(folder)

@@ -210,6 +210,7 @@ class MoeForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
         elif isinstance(module, Router):
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.price)
+            nn.init.zeros_(module.centre)
             nn.init.zeros_(module.settled)
             nn.init.constant_(module.resident, False)
             nn.init.constant_(module.last_use, -1)

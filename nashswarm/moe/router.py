@@ -1,9 +1,11 @@
 """Who computes what: tokens choose experts as players choose resources of a congestion game.
 
-A token pays ``price_e − affinity_te`` for expert e and takes the k cheapest.  Its affinity is the product with the
-expert's centroid; the prices are those at which every expert would be wanted equally often, solved on tokens of earlier
+A token pays ``price_e − affinity_te`` for expert e and takes the k cheapest.  Its affinity is the product of what sets it
+apart from the mean of earlier batches with the expert's centroid: what all tokens share draws none of them to one
+expert more than to another, and the nearest experts are its own.  The prices are those at which every expert would be wanted equally often, solved on tokens of earlier
 batches and fixed before a token is routed, so that none sees the future.  The flock limits a token to the experts whose
-centroids are nearest, and what lies in memory already is a little cheaper.  Gates are affinities, never prices.
+centroids are nearest, and what lies in memory already is a little cheaper.  Gates are softmaxes of affinity less price:
+an expert that all tokens like is dear to all, and does not outweigh its partner in every sum.
 
 The settings of every router are a frozen dataclass, ``build`` makes its module, and what all of them return is a
 ``Routing``.  Sources: congestion games, Rosenthal 1973; Switch Transformer, Fedus et al. 2022; expert choice, Zhou et
@@ -34,7 +36,7 @@ class Routing(NamedTuple):
     ``experts`` and ``gates``: of each token its k experts and their weights in the output; where ``tokens`` is given
     each row is one assignment of that token instead.  ``logits``: affinities to all experts, None where not all were
     scored.  ``prices``, ``resident``: of the experts, as they were fixed beforehand.  ``dropped``: assignments that
-    found no room, whose gates are zero.
+    found no room, whose gates are zero.  ``mean``: of the tokens.
     """
 
     experts: Int[Tensor, "rows k"]
@@ -42,7 +44,8 @@ class Routing(NamedTuple):
     logits: Float[Tensor, "tokens experts"] | None
     prices: Float[Tensor, " experts"]
     resident: Bool[Tensor, " experts"]
-    dropped: Int[Tensor, ""]
+    dropped: Int[Tensor, ""] | int
+    mean: Float[Tensor, " width"] | None = None
     tokens: Int[Tensor, " rows"] | None = None
 
     def loads(self) -> Float[Tensor, " experts"]:
@@ -142,6 +145,7 @@ class Router(nn.Module):
     """A centroid and a price for every expert.  ``settle`` moves prices after a batch of training, never within it."""
 
     price: Tensor
+    centre: Tensor
     resident: Tensor
     last_use: Tensor
     settled: Tensor
@@ -157,6 +161,7 @@ class Router(nn.Module):
         self.serving = False  # from a store, so that it matters what lies in memory
         self.weight = nn.Parameter(torch.randn(experts, width) / math.sqrt(width))
         self.register_buffer("price", torch.zeros(experts))
+        self.register_buffer("centre", torch.zeros(width))
         self.register_buffer("resident", torch.zeros(experts, dtype=torch.bool))
         self.register_buffer("last_use", torch.full((experts,), -1, dtype=torch.int64))
         self.register_buffer("settled", torch.zeros((), dtype=torch.int64))
@@ -166,11 +171,12 @@ class Router(nn.Module):
             return self._chosen_by_experts(x)
         if getattr(self.settings, "search", "exact") == "leaders" and self.settings.flock < len(self.weight):
             return self._by_leaders(x)
-        logits = functional.linear(x, self.weight)
         if isinstance(self.settings, NashSwarmRouter):
+            logits = self.affinities(x)
             experts = self.cheapest(logits)
-            gates = self._gates(logits, experts)
-        elif isinstance(self.settings, LossFree):
+            return self._routing(experts, self._gates(logits - self.price, experts), logits, x)
+        logits = functional.linear(x, self.weight)
+        if isinstance(self.settings, LossFree):
             scores = logits.sigmoid()
             experts = top(scores - self.price, self.k)
             chosen = scores.gather(1, experts)
@@ -178,7 +184,10 @@ class Router(nn.Module):
         else:
             experts = top(logits, self.k)
             gates = self._gates(logits, experts)
-        return self._routing(experts, gates, logits)
+        return self._routing(experts, gates, logits, x)
+
+    def affinities(self, x: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens experts"]:
+        return functional.linear(x, self.weight, -(self.weight @ self.centre))
 
     def cheapest(self, logits: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens k"]:
         """The k best experts of each token's flock, prices and residency counted."""
@@ -193,19 +202,20 @@ class Router(nn.Module):
         return self.settings.residency * self.resident - self.price if self.serving else -self.price
 
     def _gates(self, logits: Tensor, experts: Tensor) -> Float[Tensor, "tokens k"]:
-        """Softmax over all experts, made to sum to one over the chosen k; of a single one its share of all."""
+        """Softmax over all that were scored, made to sum to one over the chosen k; of a single one its share of all."""
         chosen = logits.gather(1, experts)
         return chosen.softmax(1) if self.k > 1 else (chosen - logits.logsumexp(1, keepdim=True)).exp()
 
-    def _routing(self, experts: Tensor, gates: Tensor, logits: Tensor | None) -> Routing:
-        dropped = torch.zeros((), dtype=torch.int64, device=gates.device)
+    def _routing(self, experts: Tensor, gates: Tensor, logits: Tensor | None, x: Tensor) -> Routing:
+        dropped: Tensor | int = 0
         capacity = getattr(self.settings, "capacity", None)
         if capacity is not None:
             room = math.ceil(capacity * experts.numel() / len(self.price))
             taken = functional.one_hot(experts.flatten(), len(self.price)).cumsum(0)
             place = taken.gather(1, experts.flatten()[:, None]).view_as(experts)  # first come, first served
             gates, dropped = gates * (place <= room), (place > room).sum()
-        return Routing(experts, gates, logits, self.price.clone(), self.resident.clone(), dropped)
+        mean = x.detach().mean(0) if self.training else None
+        return Routing(experts, gates, logits, self.price, self.resident, dropped, mean)
 
     def _by_leaders(self, x: Float[Tensor, "tokens width"]) -> Routing:
         """Groups of ``flock`` experts with a leader each, the mean of their centroids; a token scores the leaders and
@@ -214,7 +224,7 @@ class Router(nn.Module):
         groups = -(-count // size)
         members = (torch.arange(groups * size, device=x.device) % count).view(groups, size)
         leaders = self.weight[members].mean(1)
-        bonus = self._bonus()
+        bonus, x = self._bonus(), x - self.centre
         group = (functional.linear(x, leaders).detach() + bonus[members].mean(1)).argmax(1)  # tokens
         order = group.argsort(stable=True)
         ends = torch.zeros_like(members[:, 0]).index_add(0, group, torch.ones_like(group)).cumsum(0).int()
@@ -223,20 +233,16 @@ class Router(nn.Module):
         near = torch.empty_like(found).index_copy(0, order, found)[:, :size]  # tokens, flock
         place = top(near.detach() + bonus[members][group], self.k)
         experts = members[group].gather(1, place)
-        chosen = near.gather(1, place)
-        gates = chosen.softmax(1) if self.k > 1 else (chosen - near.logsumexp(1, keepdim=True)).exp()
-        return self._routing(experts, gates, None)
+        return self._routing(experts, self._gates(near - self.price[members][group], place), None, x + self.centre)
 
     def _chosen_by_experts(self, x: Float[Tensor, "tokens width"]) -> Routing:
         logits = functional.linear(x, self.weight)
         share = max(len(x) * self.k // len(self.weight), 1)
         gates, tokens = logits.softmax(1).T.topk(share)  # experts, share
         experts = torch.arange(len(self.weight), device=x.device)[:, None].expand_as(tokens)
-        dropped = torch.zeros((), dtype=torch.int64, device=x.device)
         return Routing(
-            experts.reshape(-1, 1), gates.reshape(-1, 1), logits, self.price.clone(), self.resident.clone(), dropped,
-            tokens.flatten(),
-        )  # fmt: skip
+            experts.reshape(-1, 1), gates.reshape(-1, 1), logits, self.price, self.resident, 0, None, tokens.flatten()
+        )
 
     @torch.no_grad()
     def settle(self, routing: Routing, step: float | None = None) -> None:
@@ -246,6 +252,7 @@ class Router(nn.Module):
         """
         settings = self.settings
         if isinstance(settings, LossFree | NashSwarmRouter):
+            step = step or max(getattr(settings, "price_rate", 0.0), (int(self.settled) + 1) ** -0.5)
             rule = "sign" if isinstance(settings, LossFree) else settings.prices
             rate = settings.rate if isinstance(settings, LossFree) else settings.price_rate
             if rule == "sign":
@@ -259,8 +266,10 @@ class Router(nn.Module):
                     open_to = torch.zeros_like(wanted, dtype=torch.bool).scatter(1, nearest, True)
                     wanted = wanted.where(open_to, -torch.inf)
                 solved = equilibrium(wanted, self.k, self.price, settings.sweeps)
-                self.price += (step or max(rate, (int(self.settled) + 1) ** -0.5)) * (solved - self.price)
+                self.price += step * (solved - self.price)
         if isinstance(settings, NashSwarmRouter):
+            if routing.mean is not None:
+                self.centre += step * (routing.mean - self.centre)
             held = max(int(settings.resident * len(self.price)), 1)
             self.resident.copy_(self.recent(routing.experts, held))
         self.settled += 1

@@ -1,0 +1,311 @@
+"""What is measured of a trained mixture of experts: quality and load, the table of the quick validation, and where the
+time of routing goes.  Times are medians over repeats, contestants interleaved in one process."""
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from nashswarm import api, metrics
+from nashswarm.measures import Found, resident_bytes
+from nashswarm.moe import load, store
+from nashswarm.moe.loss import implied_prices
+from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
+from nashswarm.moe.router import NashSwarmRouter, Router, Routing, regrets, top
+from nashswarm.moe_training import Trained
+from nashswarm.quant.calibration import Track
+
+WARM_UP = 3
+FLOAT_BYTES = 4
+CALIBRATION = 64  # windows of the training text
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeSubject:
+    """A trained model, the windows that judge it, and some of those it was trained on."""
+
+    trained: Trained
+    windows: Int[Tensor, "windows length"]
+    calibration: Int[Tensor, "calibration length"]
+    track: Track
+
+    @property
+    def model(self) -> MoeForCausalLM:
+        return self.trained.model
+
+
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """NLL, load and time of a model on the validation text.
+
+    ``nll`` in nats per token, by window; ``max_violation``, ``load_gini``, ``load_cv``, ``dead_experts`` of all the text;
+    ``dropped``: share of assignments; ``regret_mean`` and ``regret_max`` of tokens over all experts at the prices that
+    their batch implies, in units of affinity.  ``token_microseconds`` of the whole model and ``router_microseconds`` of
+    one router, a token.  Then ``served_tokens`` are read one by one, experts coming from a file into memory that holds
+    ``resident`` of their bytes: ``resident_hits``, ``nll_served``, ``served_tokens_per_second``, and the same with
+    ``_without`` the residency term.  ``windows``: the first ones of the text; null: all.
+    """
+
+    batch_size: int = 16
+    windows: int | None = None
+    repeats: int = 20
+    served_tokens: int = 512
+    resident: float = 0.5
+
+    def measure(self, subject: MoeSubject) -> Found:
+        model, windows = subject.model, subject.windows[: self.windows]
+        found, series = judged(model, windows, self.batch_size, subject.track)
+        batch = windows[: self.batch_size]
+        found["token_microseconds"] = 1e6 * timed([lambda: model(input_ids=batch)], self.repeats)[0] / batch.numel()
+        found["active_parameters"] = model.active_parameters
+        found["looks_ahead"] = float(model.config.settings().looks_ahead)
+        routers = model.routers()
+        if routers:
+            x = torch.randn(batch.numel(), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+            found["router_microseconds"] = 1e6 * timed([lambda: routers[0](x)], self.repeats)[0] / len(x)
+        if routers and not found["looks_ahead"]:
+            found |= self.served(model, windows)
+        return found, series
+
+    def served(self, model: MoeForCausalLM, windows: Int[Tensor, "windows length"]) -> dict[str, float]:
+        """Experts from a store, with the residency term and, where the router has one, without it."""
+        found: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "experts.safetensors"
+            store.save(model, path)
+            residency = getattr(model.config.settings(), "residency", 0)
+            for suffix in ("", "_without") if residency else ("",):
+                own = MoeForCausalLM(model.config).eval()
+                own.load_state_dict(model.state_dict())
+                for router in own.routers() if suffix else ():
+                    router.settings = dataclasses.replace(router.settings, residency=0.0)
+                pools = sum(part.nbytes for name, part in own.named_parameters() if ".experts." in name)
+                held = store.ExpertStore(path, int(self.resident * pools))
+                store.serve(own, held)
+                started = time.perf_counter()
+                nll = one_by_one(own, windows, self.served_tokens)
+                spent = time.perf_counter() - started
+                found |= {
+                    f"resident_hits{suffix}": held.hits / (held.hits + held.misses),
+                    f"nll_served{suffix}": float(np.mean(nll)),
+                    f"served_tokens_per_second{suffix}": len(nll) / spent,
+                    f"served_bytes_read{suffix}": held.bytes_read,
+                }
+        return found
+
+
+@torch.no_grad()
+def judged(model: MoeForCausalLM, windows: Int[Tensor, "windows length"], batch_size: int, track: Track) -> Found:
+    """NLL, loads, drops and regrets on these windows; the loads of each layer as a series."""
+    series: dict[str, list[float]] = {"nll": [], "tokens": []}
+    loads: list[Tensor] = []
+    dropped, regret = 0, [torch.zeros(0)]
+    congestion = model.config.settings().loss.congestion
+    for batch in track(windows.split(batch_size), "evaluating"):
+        answer = model(input_ids=batch)
+        logits, targets = answer.logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten()
+        nll = functional.cross_entropy(logits, targets, reduction="none").double().view(len(batch), -1)
+        series["nll"] += nll.mean(1).tolist()
+        series["tokens"] += [float(nll.shape[1])] * len(batch)
+        routings: Sequence[Routing] = answer.routings or ()
+        loads = [one.loads().double() + (loads[place] if loads else 0) for place, one in enumerate(routings)]
+        dropped += sum(int(one.dropped) for one in routings)
+        for one in routings:
+            if one.tokens is None and one.logits is not None:
+                regret.append(regrets(one.logits, one.experts, implied_prices(one, congestion)))
+    found = metrics.summarise(series)
+    if loads:
+        table = torch.stack(loads).cpu().numpy()
+        found |= load.summarise(table) | {"dropped": dropped / (float(table.sum()) + dropped)}
+        series |= {f"load_{place}": row.tolist() for place, row in enumerate(table)}
+    if len(everyone := torch.cat(regret)):
+        found |= {"regret_mean": float(everyone.mean()), "regret_max": float(everyone.max())}
+    return found, series
+
+
+@torch.no_grad()
+def one_by_one(model: MoeForCausalLM, windows: Int[Tensor, "windows length"], tokens: int) -> list[float]:
+    """The NLL of each of the first ``tokens`` predictions, every token read by itself."""
+    found: list[float] = []
+    for window in windows:
+        past = None
+        for place in range(len(window) - 1):
+            if len(found) == tokens:
+                return found
+            answer = model(input_ids=window[None, place : place + 1], past_key_values=past, use_cache=True)
+            past = answer.past_key_values
+            found.append(functional.cross_entropy(answer.logits[0, -1:].float(), window[place + 1 : place + 2]).item())
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickValidation:
+    """The table of the earlier prototype, of a trained model: ``bytes_memory`` of its 32-bit floats, ``bytes_file`` once
+    compressed to ``bits`` per parameter, ``bytes_resident`` of the compressed model as it runs, ``nll`` before
+    and after (``nll_quantized``), milliseconds per batch and tokens per second of both.  Experts are players like all
+    other matrices, their traffic in calibration a part of their sensitivity."""
+
+    batch_size: int = 8
+    length: int = 32
+    batches: int = 20
+    bits: float = 4.0
+
+    def measure(self, subject: MoeSubject) -> Found:
+        tokens = subject.windows.flatten()[: self.batches * self.batch_size * self.length]
+        if len(tokens) < self.batches * self.batch_size * self.length:
+            raise ValueError(f"the validation text has {len(tokens)} tokens; lower measure.batches")
+        windows = tokens.view(-1, self.length)
+        packed, report = api.compress(subject.model, subject.trained.tokenizer, "nash_swarm", subject.calibration, self.bits)
+        found = {
+            "bytes_memory": float(FLOAT_BYTES * sum(part.numel() for part in subject.model.parameters())),
+            "bytes_file": report.bytes_file,
+            "bits_per_weight_model": report.bits_per_weight_model,
+            "bytes_resident": resident_bytes(packed),
+            "active_parameters": subject.model.active_parameters,
+            "quantize_seconds": report.seconds,
+        }
+        series: dict[str, list[float]] = {}
+        batches = windows.split(self.batch_size)
+        for suffix, model in (("", subject.model), ("_quantized", packed)):
+            seen = metrics.evaluate(model, windows, self.batch_size, track=subject.track)
+            found[f"nll{suffix}"] = metrics.summarise(seen)["nll"]
+            series[f"nll{suffix}"] = seen["nll"]
+        series["tokens"] = [float(self.length - 1)] * len(windows)
+        models = {"": subject.model, "_quantized": packed}
+        spent = {suffix: [] for suffix in models}  # type: dict[str, list[float]]
+        with torch.no_grad():
+            for batch in (*batches[:WARM_UP], *batches):
+                for suffix, model in models.items():
+                    started = time.perf_counter()
+                    model(input_ids=batch)
+                    spent[suffix].append(time.perf_counter() - started)
+        for suffix, times in spent.items():
+            median = float(np.median(times[WARM_UP:]))
+            found[f"latency_ms{suffix}"] = 1e3 * median
+            found[f"tokens_per_second{suffix}"] = self.batch_size * self.length / median
+        return found, series
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingTime:
+    """Where the time of routing goes, in microseconds a token: random tokens, the trained model's width.
+
+    ``route_<version>_<experts>``: ``plain`` softmax and top-k, the ``flock`` with prices, its ``leaders``, and ``first``,
+    the loops over tokens of a first version.  ``share_<component>``: of the parts of the flock's routing.  ``layer_…``:
+    a whole layer against the dense one of equal active size, as the ratio of their times at a batch of 1 and of all.
+    """
+
+    tokens: int = 2048
+    experts: Sequence[int] = (8, 64, 256, 1024)
+    repeats: int = 30
+
+    def measure(self, subject: MoeSubject) -> Found:
+        config = subject.model.config
+        width, k = config.hidden_size, config.num_experts_per_tok
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.tokens, width, generator=generator)
+        found: dict[str, float] = {}
+        for count in subject.track(list(self.experts), "timing"):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                exact = Router(NashSwarmRouter(), width, count, k)
+                leaders = Router(NashSwarmRouter(prices="sign", search="leaders"), width, count, k)
+            exact.price.normal_(generator=generator)
+            versions: dict[str, Callable[[], Any]] = {
+                "plain": functools.partial(plain_top_k, x, exact.weight, k),
+                "flock": functools.partial(exact, x),
+                "leaders": functools.partial(leaders, x),
+            }
+            spent = dict(zip(versions, timed(list(versions.values()), self.repeats), strict=True))
+            found |= {f"route_{name}_{count}": 1e6 * seconds / len(x) for name, seconds in spent.items()}
+            few = x[: max(self.tokens // 16, 1)]
+            first = timed([functools.partial(first_version, few, exact)], 3)[0]
+            found[f"route_first_{count}"] = 1e6 * first / len(few)
+            found |= {f"{name}_{count}": share for name, share in shares(exact, x, self.repeats).items()}
+            found |= {f"{name}_{count}": ratio for name, ratio in self.layer(config, count, x).items()}
+        return found, {}
+
+    def layer(self, config: Any, count: int, x: Float[Tensor, "tokens width"]) -> dict[str, float]:
+        """How many times the dense layer's time the mixture takes."""
+        source = MoeSource(
+            width=config.hidden_size, layers=1, experts=count, top_k=config.num_experts_per_tok,
+            expert_width=config.moe_intermediate_size,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            small = source.build(NashSwarmRouter(), 8, 0).config
+            mixture, dense = Mixture(small, NashSwarmRouter()).eval(), FeedForward(small).eval()
+        found = {}
+        for batch in (1, len(x)):
+            tokens = x[None, :batch]
+            own, other = timed([functools.partial(mixture, tokens), functools.partial(dense, tokens)], self.repeats)
+            found[f"layer_ratio_batch_{batch}"] = own / other
+        return found
+
+
+def shares(router: Router, x: Float[Tensor, "tokens width"], repeats: int) -> dict[str, float]:
+    """The shares of the time of the flock's routing that its components take, each run by itself."""
+    flock = min(router.settings.flock, len(router.weight))
+    logits = router.affinities(x)
+    nearest, candidates = logits.topk(flock, sorted=False)
+    bonus = -router.price
+    utility = nearest + bonus[candidates]
+    experts = candidates.gather(1, top(utility, router.k))
+    parts: Mapping[str, Callable[[], Any]] = {
+        "scores": lambda: router.affinities(x),
+        "flock": lambda: logits.topk(flock, sorted=False),
+        "prices": lambda: nearest + bonus[candidates],
+        "choice": lambda: candidates.gather(1, top(utility, router.k)),
+        "gates": lambda: logits.gather(1, experts).softmax(1),
+    }
+    spent = timed(list(parts.values()), repeats)
+    return {f"share_{name}": seconds / sum(spent) for name, seconds in zip(parts, spent, strict=True)}
+
+
+def plain_top_k(
+    x: Float[Tensor, "tokens width"], weight: Float[Tensor, "experts width"], k: int
+) -> tuple[Tensor, Tensor]:
+    """What everybody does: softmax over all experts, the k largest, made to sum to one."""
+    gates, experts = functional.linear(x, weight).softmax(1).topk(k)
+    return experts, gates / gates.sum(1, keepdim=True)
+
+
+def first_version(x: Float[Tensor, "tokens width"], router: Router) -> tuple[Tensor, Tensor]:
+    """The same routing, one token and one expert at a time: what the first version was, and what tests compare with."""
+    k, flock = router.k, router.settings.flock or len(router.weight)
+    prices = router.price.tolist()
+    chosen, gates = [], []
+    for token in x:
+        apart = token - router.centre
+        affinity = [float(apart @ centroid) for centroid in router.weight.detach()]
+        candidates = sorted(range(len(affinity)), key=lambda expert: -affinity[expert])[:flock]
+        best = sorted(candidates, key=lambda expert: prices[expert] - affinity[expert])[:k]
+        paid = [affinity[expert] - prices[expert] for expert in best]
+        weights = np.exp(np.array(paid) - max(paid))
+        chosen.append(best)
+        gates.append((weights / weights.sum()).tolist())
+    return torch.tensor(chosen), torch.tensor(gates)
+
+
+@torch.no_grad()
+def timed(contestants: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """The median seconds of each, run in turn."""
+    spent: list[list[float]] = [[] for _ in contestants]
+    for _ in range(repeats + WARM_UP):
+        for times, contestant in zip(spent, contestants, strict=True):
+            started = time.perf_counter()
+            contestant()
+            times.append(time.perf_counter() - started)
+    return [float(np.median(times[WARM_UP:])) for times in spent]
+
+
+MoeMeasure = Routed | QuickValidation | RoutingTime
