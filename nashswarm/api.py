@@ -14,6 +14,7 @@ from torch import Tensor
 from nashswarm import checkpoint, data, models, stdlib_docs
 from nashswarm.evidence import Cache, Evidence
 from nashswarm.methods import FixedWidth, Gptq, Method, Uniform
+from nashswarm.moe.experts import unfuse
 from nashswarm.rate_game import NashSwarm
 
 METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}
@@ -74,6 +75,7 @@ def compress(
     held_out = max(used // HELD_OUT, 1)
     drawn = data.draw(windows, used - held_out, held_out, rng)
     full = copy.deepcopy(model).float().eval()
+    unfuse(full)
     evidence = Evidence(full, models.find_layers(full, exclude), *drawn, int(rng.integers(2**31)), Cache(None, {}))
     result = chosen.compress(evidence.oracle(), rng)
     compressed = evidence.trial if model.device.type == "cpu" else evidence.trial.to(model.dtype)

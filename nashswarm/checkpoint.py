@@ -39,6 +39,7 @@ from nashswarm.linear import (
     set_activations,
 )
 from nashswarm.models import CONFIG, MATRICES, WEIGHTS, other_tensors, round_others
+from nashswarm.moe.experts import unfuse
 from nashswarm.quant.entropy import KINDS, CodeTables, decode_groups, decode_lattice
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
@@ -98,6 +99,7 @@ class NashSwarmQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **options: Any) -> Any:
         """Check the files, and give every matrix that is stored as bytes room for them."""
+        unfuse(model)  # compressed experts are stored matrix by matrix
         self.shapes: dict[str, tuple[int, int]] = {}
         modules = dict(model.named_modules())
         prefix = f"{model.base_model_prefix}."

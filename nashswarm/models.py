@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from nashswarm import hub
 from nashswarm.allocation import Layer
+from nashswarm.moe import model as moe_model  # noqa: F401  it makes the architecture known to transformers
+from nashswarm.moe.experts import ExpertLinear, unfuse
 
 LONGEST_WINDOW = 2048  # tokens; the protocol for models that could read further
 EMBEDDED = pathlib.Path(__file__).parent / "default_model"
@@ -134,6 +136,7 @@ def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = 
             torch.manual_seed(0)
             config = transformers.AutoConfig.for_model(source.architecture)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        unfuse(model)
         return LoadedModel(model.eval().to(device), tokenizer)
     path, revision = _place_of(source)
     folder = pathlib.Path(path)
@@ -170,6 +173,7 @@ def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = 
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
+    unfuse(model)
     return LoadedModel(model.eval().to(device), tokenizer)
 
 
@@ -204,7 +208,7 @@ def find_layers(model: Any, exclude: Sequence[str] = ()) -> tuple[Layer, ...]:
                 role=names[0].rpartition(".")[2],
                 depth=depth,
                 modules=tuple(names),
-                kinds=tuple("Embedding" if isinstance(m, nn.Embedding) else type(m).__name__ for m in modules),
+                kinds=tuple(_kind(module) for module in modules),
                 weight=_matrix(modules[0]).detach().float().cpu().contiguous(),
             )
         )
@@ -254,6 +258,13 @@ def _place_of(source: ModelSource | PackagedModel) -> tuple[str, str | None]:
     if isinstance(source, PackagedModel):
         return str(source.folder), None
     return str(EMBEDDED) if source.path is None else source.path, source.revision
+
+
+def _kind(module: nn.Module) -> str:
+    """The class of a module of which matrices are taken, whatever is derived from it."""
+    if isinstance(module, nn.Embedding | ExpertLinear):
+        return "Embedding" if isinstance(module, nn.Embedding) else "Linear"
+    return type(module).__name__
 
 
 def _matrix(module: nn.Module) -> Tensor:

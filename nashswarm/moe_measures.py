@@ -164,7 +164,9 @@ class QuickValidation:
         if len(tokens) < self.batches * self.batch_size * self.length:
             raise ValueError(f"the validation text has {len(tokens)} tokens; lower measure.batches")
         windows = tokens.view(-1, self.length)
-        packed, report = api.compress(subject.model, subject.trained.tokenizer, "nash_swarm", subject.calibration, self.bits)
+        packed, report = api.compress(
+            subject.model, subject.trained.tokenizer, "nash_swarm", subject.calibration, self.bits
+        )
         found = {
             "bytes_memory": float(FLOAT_BYTES * sum(part.numel() for part in subject.model.parameters())),
             "bytes_file": report.bytes_file,

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

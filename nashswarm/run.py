@@ -128,9 +128,7 @@ def plan_moe(config: DictConfig) -> MoePlan:
         raise ValueError(f"task=train_moe trains in float32; leave dtype={config.dtype} out")
     training = build(config.train_moe)
     texts = {purpose: dataset.text(purpose) for purpose in ("train", "calibration")}
-    return MoePlan(
-        source, router, dataset, measure, device, texts, identify(config, device, source, texts), training
-    )
+    return MoePlan(source, router, dataset, measure, device, texts, identify(config, device, source, texts), training)
 
 
 def plan(config: DictConfig) -> Plan:
@@ -193,7 +191,8 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
             series=series,
             layers=[],
             allocation="",
-            provenance=provenance(start_time) | {"parameters": sum(part.numel() for part in trained.model.parameters())},
+            provenance=provenance(start_time)
+            | {"parameters": sum(part.numel() for part in trained.model.parameters())},
         )
         if target is not None:
             about = {"config": OmegaConf.to_container(config, resolve=True), "record": dataclasses.asdict(finished)}

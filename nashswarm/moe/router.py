@@ -269,7 +269,9 @@ class Router(nn.Module):
                 self.price += step * (solved - self.price)
         if isinstance(settings, NashSwarmRouter):
             if routing.mean is not None:
-                self.centre += step * (routing.mean - self.centre)
+                moved = step * (routing.mean - self.centre)
+                self.centre += moved
+                self.price -= self.weight @ moved  # so that nobody's choice changes by it
             held = max(int(settings.resident * len(self.price)), 1)
             self.resident.copy_(self.recent(routing.experts, held))
         self.settled += 1

@@ -10,6 +10,9 @@ add up independently.  ``coupled`` is f with that taken in: ``E[‖G_o‖²] / (
 window's summed NLL with respect to row o of the weight; the two agree when positions are independent.  The same
 taken the other way, ``E[GᵀG]`` with the trace of H, is ``coupled_inputs``: which inputs meet large gradients.
 
+An expert of a mixture sees only the tokens that were sent to it, and an error in it costs nothing elsewhere: its inputs
+count by its traffic, the share of positions that it saw.
+
 A model that is judged by something else brings its own scalar score of a window.  Wherever the expectation of the
 squared change of the score is twice the damage that is meant, D is that damage per position.
 """
@@ -173,6 +176,37 @@ def calibrate(
     with _watched(model, names) as sums:
         for window in track(list(windows), "calibrating"):
             score(model, window, generator).backward()
-    if unused := [name for name, watch in sums.items() if watch.outputs is None]:
+    found = {name: watch.moments() for name, watch in sums.items() if watch.positions and watch.outputs is not None}
+    traffic = {name: sums[name].positions / windows.numel() for name in found if _routed(sums[name].module)}
+    for name, watch in sums.items():
+        if _routed(watch.module) and name not in found:
+            found[name] = _of_siblings(name, found, windows.numel())
+    found |= {name: _seen_by(found[name], share) for name, share in traffic.items()}
+    if unused := [name for name in names if name not in found]:
         raise ValueError(f"the model never uses {', '.join(unused)}: leave them out by model.exclude, or exclude=")
-    return {name: watch.moments() for name, watch in sums.items()}
+    return found
+
+
+def _routed(module: nn.Module) -> bool:
+    """Whether it is a matrix of one expert."""
+    return getattr(module, "routed", False)
+
+
+def _seen_by(moments: Moments, share: float) -> Moments:
+    """Moments over all positions of which a module saw this share."""
+    return dataclasses.replace(moments, inputs=share * moments.inputs, coupled_inputs=share * moments.coupled_inputs)
+
+
+def _of_siblings(name: str, found: dict[str, Moments], positions: int) -> Moments:
+    """Of an expert that no token was sent to: the mean of its layer's other experts, seen at one position, so that it
+    costs little and not nothing."""
+    stem, _, role = name.rpartition(".")
+    layer = stem.rpartition(".")[0]
+    others = [
+        moments for other, moments in found.items() if other.startswith(f"{layer}.") and other.endswith(f".{role}")
+    ]
+    if not others:
+        raise ValueError(f"no expert of {layer} was ever used: give more calibration text")
+    parts = (field.name for field in dataclasses.fields(Moments))
+    mean = Moments(*(torch.stack([getattr(one, part) for one in others]).mean(0) for part in parts))
+    return _seen_by(mean, 1 / positions)
