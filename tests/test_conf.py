@@ -21,6 +21,9 @@ EXPERIMENTS = [choice.split("/")[1] for choice in CHOICES if choice.startswith("
 MANDATORY = {"model/local": ["model.path=folder"], "dataset/local_text": ["dataset.path=file.txt"]}
 CHANGED = {  # method → what it is made from, and what it changes of that
     "nash_swarm4": ("nash_swarm", {"bits"}),
+    "moe_no_nash": ("moe_nash_swarm", {"prices", "loss"}),
+    "moe_no_swarm": ("moe_nash_swarm", {"flock", "loss"}),
+    "moe_no_cache": ("moe_nash_swarm", {"residency", "loss"}),
     "no_nash": ("fixed_width", {"bit_game", "code_game", "bit_widths"}),
     "no_bit_game": ("nash_swarm", {"bit_game", "rate_in_codes", "swarm"}),
     "no_code_game": ("nash_swarm", {"code_game"}),
@@ -51,6 +54,15 @@ SAID_TWICE = [  # the files whose values are the defaults of their dataclass
     "measure/layers",
     "measure/lm_eval",
     "measure/published",
+    "model/moe_small",
+    "method/moe_nash_swarm",
+    "method/moe_top_k",
+    "method/moe_loss_free",
+    "method/moe_expert_choice",
+    "method/moe_dense",
+    "measure/routed",
+    "measure/quick_validation",
+    "measure/routing_time",
 ]
 
 

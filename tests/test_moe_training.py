@@ -1,0 +1,189 @@
+"""Training a mixture of experts: it learns, resumes bit for bit, and leaves a record."""
+
+import copy
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from nashswarm import api, record
+from nashswarm.moe import loss
+from nashswarm.moe.model import MoeForCausalLM, MoeSource
+from nashswarm.moe.router import ExpertChoice, LossFree, NashSwarmRouter, TopK
+from nashswarm.moe_training import Training, batches, train
+from nashswarm.quant.calibration import no_track
+from nashswarm.run import Outcome, run
+
+ROOT = pathlib.Path(__file__).parent.parent
+LABELS = {"experiment": "single", "model": "moe_small", "method": "any", "dataset": "story", "measure": "routed"}
+SETTINGS = Training(steps=8, batch_size=2, warmup=2, save_every=3, price_steps=2)
+ROUTERS = ["moe_dense", "moe_top_k", "moe_expert_choice", "moe_loss_free"]
+ROUTERS += ["moe_no_nash", "moe_no_swarm", "moe_no_cache", "moe_nash_swarm"]
+LOAD = {"max_violation", "max_violation_worst", "load_gini", "load_cv", "dead_experts", "dropped"}
+
+
+def small(kind: Any) -> MoeForCausalLM:
+    torch.manual_seed(0)
+    return MoeSource(width=32, layers=2, expert_width=32, context=16).build(kind, 64, 0)
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    return torch.randint(64, (10, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", [TopK(), LossFree(), ExpertChoice(), NashSwarmRouter()])
+def test_a_killed_training_goes_on_to_the_same_bits(kind: Any, windows: torch.Tensor, tmp_path: pathlib.Path) -> None:
+    whole, path = small(kind), tmp_path / "killed"
+    series = train(whole, windows, SETTINGS, kind.loss, 0, tmp_path / "whole", no_track)
+
+    def kill(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small(kind), windows, SETTINGS, kind.loss, 0, path, no_track, kill)
+    again = small(kind)
+    assert train(again, windows, SETTINGS, kind.loss, 0, path, no_track) == series
+    for name, part in whole.state_dict().items():
+        assert torch.equal(part, again.state_dict()[name]), name
+
+
+def test_the_loss_falls_and_what_is_logged_adds_up(windows: torch.Tensor, tmp_path: pathlib.Path) -> None:
+    weights = loss.LossWeights(balance=0.1, cache=0.2, swarm=0.3, nash=0.4)
+    settings = dataclasses.replace(SETTINGS, steps=60, learning_rate=0.01, save_every=100)
+    series = train(small(NashSwarmRouter()), windows, settings, weights, 0, tmp_path / "none", no_track)
+    assert np.mean(series["train_nll"][-5:]) < series["train_nll"][0] - 1
+    for step in (0, 30, 59):
+        parts = sum(loss.SIGNS[name] * getattr(weights, name) * series[name][step] for name in loss.TERMS)
+        assert series["train_loss"][step] == pytest.approx(series["train_nll"][step] + parts, rel=1e-5)
+    assert not (tmp_path / "none").exists()
+
+
+def test_every_window_is_seen_before_one_is_seen_again() -> None:
+    order = torch.cat(batches(10, Training(steps=9, batch_size=4, warmup=1), 3)).tolist()
+    assert len(order) == 36 and all(sorted(order[start : start + 10]) == list(range(10)) for start in (0, 10, 20))
+    assert order != torch.cat(batches(10, Training(steps=9, batch_size=4, warmup=1), 4)).tolist()
+
+
+def test_prices_even_the_load(windows: torch.Tensor, tmp_path: pathlib.Path) -> None:
+    """On the text that they were settled on, of a router whose affinities are far from even."""
+    model = small(NashSwarmRouter())
+    with torch.no_grad():
+        for router in model.routers():
+            router.weight.normal_(std=0.5)
+
+    def worst() -> float:
+        with torch.no_grad():
+            routings = model(input_ids=windows).routings
+        return max(float(routing.loads().max() / routing.loads().mean()) - 1 for routing in routings)
+
+    before = worst()
+    for step in range(30):
+        with torch.no_grad():
+            model.settle(model(input_ids=windows).routings, 1 / (step + 1))
+    assert worst() < 0.2 * before
+
+
+@pytest.fixture
+def execute(text_folder: pathlib.Path, tmp_path: pathlib.Path) -> Callable[..., Outcome]:
+    """A short run on the small text; records and cache under ``tmp_path``."""
+    overrides = ["task=train_moe", "dataset=local_text", f"dataset.path={text_folder}", "device=cpu"]
+    overrides += ["model.width=32", "model.layers=1", "model.expert_width=32", "model.context=32"]
+    overrides += ["train_moe.steps=3", "train_moe.batch_size=4", "train_moe.price_steps=1"]
+    overrides += [f"records={tmp_path}/records", f"cache={tmp_path}/cache"]
+
+    def started(*more: str) -> Outcome:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return run(compose("config", [*overrides, *more]), LABELS)
+
+    return started
+
+
+@pytest.mark.parametrize("method", ROUTERS)
+def test_a_run_leaves_a_record_with_everything_it_promises(method: str, execute: Callable[..., Outcome]) -> None:
+    ended = execute(f"method={method}", "measure.served_tokens=5", "measure.repeats=1", "measure.windows=8")
+    found = ended.record
+    assert ended.status == "finished" and record.read(ended.path) == found
+    assert {"nll", "tokens", "token_microseconds", "active_parameters", "looks_ahead", "seconds"} <= set(found.metrics)
+    assert len(found.series["nll"]) == 8 and len(found.series["train_nll"]) == 3
+    assert (set(found.metrics) >= LOAD) == (method != "moe_dense")
+    assert ("resident_hits" in found.metrics) == (method not in ("moe_dense", "moe_expert_choice"))
+    assert ("resident_hits_without" in found.metrics) == (method in ("moe_no_nash", "moe_no_swarm", "moe_nash_swarm"))
+    if "load_0" in found.series:
+        assert sum(found.series["load_0"]) == 8 * 32 * 2
+    assert execute(
+        f"method={method}", "measure.served_tokens=5", "measure.repeats=1", "measure.windows=8"
+    ).status == ("skipped")
+
+
+def test_the_trained_model_is_saved_and_can_be_compressed(
+    execute: Callable[..., Outcome], tmp_path: pathlib.Path
+) -> None:
+    sizes = ["measure.served_tokens=5", "measure.repeats=1", "measure.windows=8", "model.width=64"]
+    found = execute(f"save={tmp_path}/trained", "model.expert_width=64", *sizes).record
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        changed = ["model=local", f"model.path={tmp_path}/trained", "method=gptq", "method.bits=4"]
+        changed += ["dataset=local_text", f"dataset.path={tmp_path}/story.txt", "device=cpu", "dataset.test_windows=4"]
+        changed += ["dataset.calibration_windows=4", "dataset.holdout_windows=2", f"records={tmp_path}/records"]
+        (tmp_path / "story.txt").write_text("the starling follows its flock and the block its price . " * 200)
+        compressed = run(compose("config", [*changed, f"cache={tmp_path}/cache"]), LABELS).record
+    assert sum(row["role"] == "expert_up" for row in compressed.layers) == 8
+    assert compressed.provenance["parameters"] == found.provenance["parameters"]
+    assert compressed.metrics["bits_per_weight_model"] < 8
+
+
+def test_the_quick_validation_fills_its_table(execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    compress = api.compress
+    monkeypatch.setattr(
+        api, "compress", lambda model, tokenizer, _, windows, bits: compress(model, tokenizer, "gptq", windows, bits)
+    )
+    sizes = ["model.width=64", "model.expert_width=64", "measure.batches=2", "measure.length=16", "measure.batch_size=2"]
+    found = execute("measure=quick_validation", *sizes).record.metrics
+    assert found["bytes_file"] < found["bytes_memory"] and found["bytes_resident"] < found["bytes_memory"]
+    assert abs(found["nll_quantized"] - found["nll"]) < 0.5
+    assert {f"{name}{end}" for name in ("latency_ms", "tokens_per_second") for end in ("", "_quantized")} <= set(found)
+
+
+def test_the_time_of_routing_is_taken_apart(execute: Callable[..., Outcome]) -> None:
+    found = execute("measure=routing_time", "measure.tokens=32", "measure.experts=[8]", "measure.repeats=2").record
+    shares = [value for name, value in found.metrics.items() if name.startswith("share_")]
+    assert len(shares) == 5 and sum(shares) == pytest.approx(1)
+    assert {"route_plain_8", "route_flock_8", "route_leaders_8", "route_first_8"} <= set(found.metrics)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["method=gptq"], "task=train_moe cannot use this method: choose for example method=moe_nash_swarm"),
+        (["measure=quality"], "task=train_moe cannot use this measure"),
+        (["dtype=bfloat16"], "task=train_moe trains in float32"),
+        (["model.top_k=9"], "model.top_k=9 is not between 1 and model.experts=8"),
+        (["dataset.sequence_length=64"], "dataset.sequence_length=64 is not between 2 and model.context=32"),
+        (["train_moe.batch_size=4000"], "lower train_moe.batch_size"),
+        (["train_moe.steps=0"], "train_moe.steps, batch_size and save_every must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_named(execute: Callable[..., Outcome], overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        execute(*overrides)
+
+
+def test_a_router_without_its_task_is_refused() -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", ["method=moe_top_k"])
+    with pytest.raises(ValueError, match="this method is for mixtures of experts that are to be trained: add task="):
+        run(config, LABELS)
+
+
+def test_settling_twice_is_not_settling_once(windows: torch.Tensor) -> None:
+    """A copy that settles has other prices than one that does not: nothing is shared between models."""
+    model = small(NashSwarmRouter())
+    other = copy.deepcopy(model)
+    model.settle(model(input_ids=windows).routings)
+    assert not torch.equal(model.routers()[0].price, other.routers()[0].price)
