@@ -47,9 +47,9 @@ class MoeSubject:
 class Routed:
     """NLL, load and time of a model on the validation text.
 
-    ``nll`` in nats per token, by window; ``max_violation``, ``load_gini``, ``load_cv``, ``dead_experts`` of all the text;
-    ``dropped``: share of assignments; ``regret_mean`` and ``regret_max`` of tokens over all experts at the prices that
-    their batch implies, in units of affinity.  ``token_microseconds`` of the whole model and ``router_microseconds`` of
+    ``nll`` in nats per token, by window; ``max_violation``, ``load_gini``, ``load_cv``, ``dead_experts`` of all the
+    text; ``dropped``: share of assignments; ``regret_mean`` and ``regret_max`` of tokens over all experts at the
+    prices that their batch implies, in units of affinity.  ``token_microseconds`` of the whole model and ``router_microseconds`` of
     one router, a token.  Then ``served_tokens`` are read one by one, experts coming from a file into memory that holds
     ``resident`` of their bytes: ``resident_hits``, ``nll_served``, ``served_tokens_per_second``, and the same with
     ``_without`` the residency term.  ``windows``: the first ones of the text; null: all.
@@ -149,8 +149,8 @@ def one_by_one(model: MoeForCausalLM, windows: Int[Tensor, "windows length"], to
 
 @dataclasses.dataclass(frozen=True)
 class QuickValidation:
-    """The table of the earlier prototype, of a trained model: ``bytes_memory`` of its 32-bit floats, ``bytes_file`` once
-    compressed to ``bits`` per parameter, ``bytes_resident`` of the compressed model as it runs, ``nll`` before
+    """The table of the earlier prototype, of a trained model: ``bytes_memory`` of its 32-bit floats, ``bytes_file``
+    once compressed to ``bits`` per parameter, ``bytes_resident`` of the compressed model as it runs, ``nll`` before
     and after (``nll_quantized``), milliseconds per batch and tokens per second of both.  Experts are players like all
     other matrices, their traffic in calibration a part of their sensitivity."""
 
@@ -201,9 +201,9 @@ class QuickValidation:
 class RoutingTime:
     """Where the time of routing goes, in microseconds a token: random tokens, the trained model's width.
 
-    ``route_<version>_<experts>``: ``plain`` softmax and top-k, the ``flock`` with prices, its ``leaders``, and ``first``,
-    the loops over tokens of a first version.  ``share_<component>``: of the parts of the flock's routing.  ``layer_…``:
-    a whole layer against the dense one of equal active size, as the ratio of their times at a batch of 1 and of all.
+    ``route_<version>_<experts>``: ``plain`` softmax and top-k, the ``flock`` with prices, its ``leaders``, and
+    ``first``, the loops over tokens of a first version.  ``share_<component>``: of the parts of the flock's routing.
+    ``layer_…``: a whole layer against the dense one of equal active size, as the ratio of their times at a batch of 1 and of all.
     """
 
     tokens: int = 2048

@@ -64,6 +64,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "perplexity_low": fixed(2),
     "perplexity_high": fixed(2),
     "nll": fixed(4),
+    "nll_spread": fixed(4),
     "nll_delta": signed(4),
     "nll_delta_low": signed(4),
     "nll_delta_high": signed(4),
@@ -125,6 +126,19 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "prefill_ratio": fixed(2),
     "prefill_tokens_per_second": fixed(0),
     "seeds": fixed(0),
+    "nll_to_top_k": signed(4),
+    "nll_to_top_k_low": signed(4),
+    "nll_to_top_k_high": signed(4),
+    "max_violation": fixed(3),
+    "load_gini": fixed(3),
+    "load_cv": fixed(3),
+    "dead_experts": fixed(1),
+    "dropped": fixed(1, 100.0),
+    "resident_hits": fixed(1, 100.0),
+    "resident_hits_without": fixed(1, 100.0),
+    "token_microseconds": fixed(1),
+    "router_microseconds": fixed(2),
+    "looks_ahead": fixed(0),
 }
 
 
@@ -184,6 +198,24 @@ LAYERS = (
     Column("predicted damage (nats)", "layer_damage"),
     Column("KL alone (nats)", "layer_kl"),
     Column("ΔNLL alone (nats)", "layer_nll_delta"),
+)
+ROUTERS = (
+    Column("validation NLL (nats)", "nll"),
+    Column("± over seeds", "nll_spread"),
+    Column("− top-k + Switch loss", "nll_to_top_k"),
+    Column("from", "nll_to_top_k_low"),
+    Column("to", "nll_to_top_k_high"),
+    Column("MaxVio", "max_violation"),
+    Column("Gini", "load_gini"),
+    Column("CV", "load_cv"),
+    Column("dead experts", "dead_experts"),
+    Column("dropped %", "dropped"),
+    Column("resident hits %", "resident_hits"),
+    Column("without the term %", "resident_hits_without"),
+    Column("µs/token", "token_microseconds"),
+    Column("router µs/token", "router_microseconds"),
+    Column("looks ahead", "looks_ahead"),
+    Column("seeds", "seeds"),
 )
 
 
@@ -314,6 +346,28 @@ def paired(
     weights = np.array(tokens) / np.mean(tokens)
     own, other = (np.mean([one.series[name] for one in group], axis=0) for group in (records, reference))
     return own * weights, other * weights
+
+
+def routers(records: Iterable[Record]) -> pd.DataFrame:
+    """Mixtures of experts: means over seeds, the spread of NLL over seeds, and NLL against ``moe_top_k`` of the same
+    seeds, with the 95 % interval over paired windows."""
+    cells = by_cell(one for one in records if "train_loss" in one.series and "token_microseconds" in one.metrics)
+    rows = []
+    for labels, own in cells.items():
+        names = dict.fromkeys(name for one in own for name in one.metrics)
+        row: dict[str, Any] = dict(zip(CELL, labels, strict=True)) | {"seeds": len(own)}
+        row |= {name: float(np.mean([one.metrics.get(name, np.nan) for one in own])) for name in names}
+        if len(own) > 1:
+            row["nll_spread"] = float(np.std([one.metrics["nll"] for one in own], ddof=1))
+        others = cells.get((*labels[:-1], "moe_top_k"), [])
+        seeds = {one.labels["seed"] for one in own} & {one.labels["seed"] for one in others}
+        if seeds and labels[-1] != "moe_top_k":
+            pairs = [[one for one in group if one.labels["seed"] in seeds] for group in (own, others)]
+            mine, theirs = paired(pairs[0], pairs[1], "nll")
+            row["nll_to_top_k"] = float((mine - theirs).mean())
+            row["nll_to_top_k_low"], row["nll_to_top_k_high"] = compare.interval((mine - theirs).tolist())
+        rows.append(row)
+    return ordered(pd.DataFrame(rows)) if rows else pd.DataFrame()
 
 
 def by_cell(records: Iterable[Record]) -> dict[tuple[str, ...], list[Record]]:

@@ -50,6 +50,9 @@ def write_tables(options: argparse.Namespace) -> None:
     for experiment in sorted(set(table["experiment"]) - {"audit"}):
         rows = report.select(table, experiment=experiment)
         own = [one for one in records if one.labels["experiment"] == experiment]
+        if len(routers := report.routers(own)):
+            write(options.out, experiment, routers, report.ROUTERS)
+            continue
         means = report.tested(report.average(rows.dropna(axis=1, how="all")), own)  # without what others alone have
         write(options.out, experiment, means)
         write(options.out, f"{experiment}_contestants", report.speed(own), report.SPEED)

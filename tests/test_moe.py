@@ -298,9 +298,7 @@ def test_the_terms_of_the_loss_by_hand(x: Tensor) -> None:
     shares = [counts[e] / len(x) * sum(row[e] for row in chances) / len(x) for e in range(EXPERTS)]
     assert found["balance"].item() == pytest.approx(EXPERTS * sum(shares), rel=1e-5)
     assert found["cache"].item() == pytest.approx(sum(sum(row[:4]) for row in chances) / len(x), rel=1e-5)
-    agreements = [
-        sum(chances[t][e] * chances[t - 1][e] for e in range(EXPERTS)) for t in range(len(x)) if t % 12 > 0
-    ]
+    agreements = [sum(chances[t][e] * chances[t - 1][e] for e in range(EXPERTS)) for t in range(len(x)) if t % 12 > 0]
     assert found["swarm"].item() == pytest.approx(np.mean(agreements), rel=1e-5)
     prices = router.price + 2.0 * torch.from_numpy(counts / counts.mean() - 1).float()
     assert found["nash"].item() == pytest.approx(
@@ -330,7 +328,7 @@ def test_what_an_lru_holds_after_many_tokens() -> None:
     for _ in range(6):
         experts = torch.randint(EXPERTS, (3, K), generator=generator)
         for expert in experts.flatten().tolist():
-            held = [other for other in held if other != expert][-3:] + [expert]
+            held = [*[other for other in held if other != expert][-3:], expert]
         assert torch.nonzero(router.recent(experts, 4)).flatten().tolist() == sorted(held)
 
 
@@ -433,7 +431,9 @@ def test_decoding_with_a_cache_says_the_same(tokens: Tensor) -> None:
 def test_the_dense_model_is_of_equal_active_size() -> None:
     dense, mixture = (MoeSource().build(kind, 512, 0) for kind in (Dense(), TopK()))
     centroids = sum(router.weight.numel() for router in mixture.routers())
-    assert mixture.active_parameters - centroids == dense.active_parameters == sum(p.numel() for p in dense.parameters())
+    assert (
+        mixture.active_parameters - centroids == dense.active_parameters == sum(p.numel() for p in dense.parameters())
+    )
     assert isinstance(dense.blocks[0].mixture, FeedForward)
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.integrations import moe as _registered  # noqa: F401  the grouped product that compilers can trace
 
 FEW = 32  # assignments: so few are multiplied by copies of their matrices, without sorting
 
@@ -42,9 +43,19 @@ class Experts(nn.Module):
             return (out.view(len(x), k, -1) * gates[:, :, None]).sum(1)
         order = flat.argsort(stable=True)
         ends = ends_of(flat, len(self.up_proj))
-        hidden = self.act_fn(functional.grouped_mm(x[order // k], self.up_proj.transpose(1, 2), offs=ends))
-        out = functional.grouped_mm(hidden, self.down_proj.transpose(1, 2), offs=ends)
+        hidden = self.act_fn(grouped(x[order // k], self.up_proj.transpose(1, 2), ends))
+        out = grouped(hidden, self.down_proj.transpose(1, 2), ends)
         return gathered(out * gates.flatten()[order, None], order, k)
+
+
+def grouped(
+    x: Float[Tensor, "assignments in"], weights: Float[Tensor, "experts in out"], ends: Int[Tensor, " experts"]
+) -> Float[Tensor, "assignments out"]:
+    """Each row times the matrix of its expert, rows sorted by expert.  Compilers cannot trace torch's in float32."""
+    if torch.compiler.is_compiling():
+        found: Tensor = torch.ops.transformers.grouped_mm_fallback(x, weights, ends)
+        return found
+    return functional.grouped_mm(x, weights, offs=ends)
 
 
 def ends_of(flat: Int[Tensor, " assignments"], experts: int) -> Int[Tensor, " experts"]:

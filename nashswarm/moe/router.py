@@ -1,11 +1,11 @@
 """Who computes what: tokens choose experts as players choose resources of a congestion game.
 
-A token pays ``price_e − affinity_te`` for expert e and takes the k cheapest.  Its affinity is the product of what sets it
-apart from the mean of earlier batches with the expert's centroid: what all tokens share draws none of them to one
-expert more than to another, and the nearest experts are its own.  The prices are those at which every expert would be wanted equally often, solved on tokens of earlier
-batches and fixed before a token is routed, so that none sees the future.  The flock limits a token to the experts whose
-centroids are nearest, and what lies in memory already is a little cheaper.  Gates are softmaxes of affinity less price:
-an expert that all tokens like is dear to all, and does not outweigh its partner in every sum.
+A token pays ``price_e − affinity_te`` for expert e and takes the k cheapest.  Its affinity is the product of what sets
+it apart from the mean of earlier batches with the expert's centroid: what all tokens share draws them to no expert.  The
+prices are those at which every expert would be wanted equally often, solved on tokens of earlier batches and fixed
+before a token is routed, so that none sees the future.  The flock limits a token to the experts whose centroids are
+nearest, and what lies in memory already is a little cheaper.  Gates are softmaxes of affinity less price: an expert
+that all tokens like is dear to all, and does not outweigh its partner in every sum.
 
 The settings of every router are a frozen dataclass, ``build`` makes its module, and what all of them return is a
 ``Routing``.  Sources: congestion games, Rosenthal 1973; Switch Transformer, Fedus et al. 2022; expert choice, Zhou et
@@ -22,11 +22,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nashswarm.moe.experts import ends_of, grouped
 from nashswarm.moe.loss import LossWeights
 
 Prices = Literal["equilibrium", "sign", "none"]
 Search = Literal["exact", "leaders"]
 DAMPING = 0.5  # of prices that all experts move at once
+SPREADS = 4.0
 ALIGNED = 4  # floats: a grouped product wants rows of whole 16 bytes
 
 
@@ -108,7 +110,8 @@ class NashSwarmRouter:
     ``flock``: how many nearest experts a token may choose among; null: all.  ``search``: ``exact`` scores all centroids
     to find them, ``leaders`` the means of groups of ``flock`` experts and then one group of each of the k nearest.
     ``residency``: by how much an expert in memory is cheaper while experts are served from a store, in units of
-    affinity; ``resident``: the share of a layer's expert bytes that memory is taken to hold in training.  ``capacity``: as in TopK.
+    affinity; ``resident``: the share of a layer's expert bytes that memory is taken to hold in training.  ``capacity``:
+    as in TopK.
     """
 
     looks_ahead: ClassVar[bool] = False
@@ -121,7 +124,7 @@ class NashSwarmRouter:
     resident: float = 0.5
     capacity: float | None = None
     loss: LossWeights = dataclasses.field(
-        default_factory=lambda: LossWeights(balance=0.001, cache=0.001, swarm=0.001, nash=0.01)
+        default_factory=lambda: LossWeights(balance=0.01, cache=0.001, swarm=0.001, nash=0.001)
     )
 
     def __post_init__(self) -> None:
@@ -227,9 +230,9 @@ class Router(nn.Module):
         bonus, x = self._bonus(), x - self.centre
         group = (functional.linear(x, leaders).detach() + bonus[members].mean(1)).argmax(1)  # tokens
         order = group.argsort(stable=True)
-        ends = torch.zeros_like(members[:, 0]).index_add(0, group, torch.ones_like(group)).cumsum(0).int()
+        ends = ends_of(group, groups)
         padded = functional.pad(members, (0, -size % ALIGNED))
-        found = functional.grouped_mm(x[order], self.weight[padded].transpose(1, 2), offs=ends)
+        found = grouped(x[order], self.weight[padded].transpose(1, 2), ends)
         near = torch.empty_like(found).index_copy(0, order, found)[:, :size]  # tokens, flock
         place = top(near.detach() + bonus[members][group], self.k)
         experts = members[group].gather(1, place)
@@ -300,13 +303,15 @@ def equilibrium(
     In a round each expert names the price at which exactly its even share of tokens would take it, all others' prices
     given: between the margins of the last token that fits and of the first that does not.  A token's margin is what it
     gains by this expert over the best that it leaves for it.  All experts bid at once, so their moves are damped.
-    Prices are relative: their mean is zero.
+    Prices are relative: their mean is zero.  Experts that too few tokens may take would undercut each other without
+    end, so no price goes beyond ``SPREADS`` standard deviations of ``wanted``.
     """
     tokens, experts = wanted.shape
     if k == experts:
         return torch.zeros_like(start)
     share = min(max(round(tokens * k / experts), 1), tokens - 1)
     price = start.clone()
+    bound = SPREADS * wanted[wanted.isfinite()].std()
     for _ in range(sweeps):
         utility = wanted - price
         best = utility.topk(k + 1).values
@@ -315,7 +320,7 @@ def equilibrium(
         least = margins.where(margins.isfinite(), torch.inf).amin(0)  # at it all tokens come that may
         edge = margins.where(margins.isfinite(), least).topk(share + 1, dim=0).values[-2:].mean(0)
         price = price + DAMPING * (edge.where(edge.isfinite(), price) - price)
-        price = price - price.mean()
+        price = (price - price.mean()).clamp(-bound, bound)
     return price
 
 
