@@ -49,8 +49,8 @@ class Routed:
 
     ``nll`` in nats per token, by window; ``max_violation``, ``load_gini``, ``load_cv``, ``dead_experts`` of all the
     text; ``dropped``: share of assignments; ``regret_mean`` and ``regret_max`` of tokens over all experts at the
-    prices that their batch implies, in units of affinity.  ``token_microseconds`` of the whole model and ``router_microseconds`` of
-    one router, a token.  Then ``served_tokens`` are read one by one, experts coming from a file into memory that holds
+    prices that their batch implies, in units of affinity.  ``token_microseconds`` of the whole model and
+    ``router_microseconds`` of one router, a token.  Then ``served_tokens`` are read one by one, experts coming from a file into memory that holds
     ``resident`` of their bytes: ``resident_hits``, ``nll_served``, ``served_tokens_per_second``, and the same with
     ``_without`` the residency term.  ``windows``: the first ones of the text; null: all.
     """
@@ -203,7 +203,8 @@ class RoutingTime:
 
     ``route_<version>_<experts>``: ``plain`` softmax and top-k, the ``flock`` with prices, its ``leaders``, and
     ``first``, the loops over tokens of a first version.  ``share_<component>``: of the parts of the flock's routing.
-    ``layer_…``: a whole layer against the dense one of equal active size, as the ratio of their times at a batch of 1 and of all.
+    ``layer_…``: a whole layer against the dense one of equal active size, as the ratio of their times at a batch of 1
+    and of all.
     """
 
     tokens: int = 2048

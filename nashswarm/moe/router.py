@@ -1,7 +1,7 @@
 """Who computes what: tokens choose experts as players choose resources of a congestion game.
 
 A token pays ``price_e − affinity_te`` for expert e and takes the k cheapest.  Its affinity is the product of what sets
-it apart from the mean of earlier batches with the expert's centroid: what all tokens share draws them to no expert.  The
+it apart from the mean of earlier batches with the expert's centroid: what all tokens share draws them nowhere.  The
 prices are those at which every expert would be wanted equally often, solved on tokens of earlier batches and fixed
 before a token is routed, so that none sees the future.  The flock limits a token to the experts whose centroids are
 nearest, and what lies in memory already is a little cheaper.  Gates are softmaxes of affinity less price: an expert
