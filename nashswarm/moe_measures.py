@@ -50,9 +50,10 @@ class Routed:
     ``nll`` in nats per token, by window; ``max_violation``, ``load_gini``, ``load_cv``, ``dead_experts`` of all the
     text; ``dropped``: share of assignments; ``regret_mean`` and ``regret_max`` of tokens over all experts at the
     prices that their batch implies, in units of affinity.  ``token_microseconds`` of the whole model and
-    ``router_microseconds`` of one router, a token.  Then ``served_tokens`` are read one by one, experts coming from a file into memory that holds
-    ``resident`` of their bytes: ``resident_hits``, ``nll_served``, ``served_tokens_per_second``, and the same with
-    ``_without`` the residency term.  ``windows``: the first ones of the text; null: all.
+    ``router_microseconds`` of one router, a token.  Then ``served_tokens`` are read one by one, experts coming from a
+    file into memory that holds ``resident`` of their bytes: ``resident_hits``, ``nll_served``,
+    ``served_tokens_per_second``, and the same with ``_without`` the residency term. ``windows``: the first ones of
+    the text; null: all.
     """
 
     batch_size: int = 16
@@ -84,7 +85,7 @@ class Routed:
             store.save(model, path)
             residency = getattr(model.config.settings(), "residency", 0)
             for suffix in ("", "_without") if residency else ("",):
-                own = MoeForCausalLM(model.config).eval()
+                own = MoeForCausalLM(model.config).train(False)
                 own.load_state_dict(model.state_dict())
                 for router in own.routers() if suffix else ():
                     router.settings = dataclasses.replace(router.settings, residency=0.0)

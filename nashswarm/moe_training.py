@@ -105,7 +105,7 @@ def trained(
             raise ValueError(f"the training text has {len(windows)} windows; lower train_moe.batch_size or give more")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = source.build(router, len(tokenizer), tokenizer.eos_token_id).to(device)
+            model = source.build(router, len(tokenizer), tokenizer.eos_token_id).to(torch.device(device))  # type: ignore[arg-type]
         checkpoint = folder.with_name(f"{folder.name}.checkpoint")
         series = train(model, windows, settings, router.loss, seed, checkpoint, track)
 
@@ -116,8 +116,8 @@ def trained(
         history = json.dumps({"made_of": made_of, "series": series}, allow_nan=False) + "\n"
         write_folder(folder, {HISTORY: history.encode()}, fill)
         checkpoint.unlink(missing_ok=True)
-    model = MoeForCausalLM.from_pretrained(folder).eval().to(device)
-    return Trained(model, tokenizer, json.loads((folder / HISTORY).read_text())["series"])
+    found: Any = MoeForCausalLM.from_pretrained(folder)
+    return Trained(found.eval().to(device), tokenizer, json.loads((folder / HISTORY).read_text())["series"])
 
 
 def train(
@@ -160,7 +160,7 @@ def train(
             write_whole(checkpoint, content.getvalue())
             log.info("step %d of %d: training NLL %.3f", step + 1, settings.steps, series["train_nll"][-1])
         stop(step + 1)
-    model.eval()
+    model.train(False)
     if any(hasattr(router.settings, "price_rate") or hasattr(router.settings, "rate") for router in model.routers()):
         for number in track(range(settings.price_steps), "settling prices"):
             with torch.no_grad():

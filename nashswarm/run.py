@@ -117,7 +117,11 @@ def plan_moe(config: DictConfig) -> MoePlan:
     """Raises ValueError or OSError in one sentence for anything the user can mend."""
     device, _ = choose_device(config)
     source, router, dataset, measure = (build(config[group]) for group in GROUPS)
-    wanted = {"model": (source, MoeSource), "method": (router, Settings), "measure": (measure, MoeMeasure)}
+    wanted: dict[str, tuple[Any, Any]] = {
+        "model": (source, MoeSource),
+        "method": (router, Settings),
+        "measure": (measure, MoeMeasure),
+    }
     examples = {"model": "moe_small", "method": "moe_nash_swarm", "measure": "routed"}
     for group, (value, kind) in wanted.items():
         if not isinstance(value, kind):

@@ -107,6 +107,7 @@ class SplitExperts(nn.ModuleList):
         order = flat.argsort(stable=True)
         ends = ends_of(flat, len(self)).tolist()
         x, parts = hidden_states.flatten(0, -2)[order // k], []
+        expert: Any
         for expert, (start, end) in zip(self, zip([0, *ends[:-1]], ends, strict=True), strict=True):
             if start < end:
                 parts.append(expert.expert_down(self._activate(expert.expert_up(x[start:end]))))

@@ -255,24 +255,24 @@ class Router(nn.Module):
         """
         settings = self.settings
         if isinstance(settings, LossFree | NashSwarmRouter):
-            step = step or max(getattr(settings, "price_rate", 0.0), (int(self.settled) + 1) ** -0.5)
+            share: float = step or max(getattr(settings, "price_rate", 0.0), (int(self.settled) + 1) ** -0.5)
             rule = "sign" if isinstance(settings, LossFree) else settings.prices
             rate = settings.rate if isinstance(settings, LossFree) else settings.price_rate
             if rule == "sign":
                 loads = routing.loads()
                 self.price += rate * (loads - loads.mean()).sign()
             elif rule == "equilibrium":
-                assert routing.logits is not None
+                assert isinstance(settings, NashSwarmRouter) and routing.logits is not None
                 wanted = routing.logits
                 if settings.flock is not None and settings.flock < len(self.price):
                     nearest = routing.logits.topk(settings.flock, sorted=False).indices
                     open_to = torch.zeros_like(wanted, dtype=torch.bool).scatter(1, nearest, True)
                     wanted = wanted.where(open_to, -torch.inf)
                 solved = equilibrium(wanted, self.k, self.price, settings.sweeps)
-                self.price += step * (solved - self.price)
+                self.price += share * (solved - self.price)
         if isinstance(settings, NashSwarmRouter):
             if routing.mean is not None:
-                moved = step * (routing.mean - self.centre)
+                moved = share * (routing.mean - self.centre)
                 self.centre += moved
                 self.price -= self.weight @ moved  # so that nobody's choice changes by it
             held = max(int(settings.resident * len(self.price)), 1)

@@ -51,7 +51,7 @@ class ExpertStore:
 
     def __init__(self, path: pathlib.Path, budget_bytes: int | None = None) -> None:
         self.budget_bytes = last_level_cache() if budget_bytes is None else budget_bytes
-        self._file = safetensors.safe_open(path, "pt").__enter__()
+        self._file = safetensors.safe_open(path, "pt").__enter__()  # type: ignore[no-untyped-call]
         self._slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
         self.layers = sorted({name.rpartition(".")[0] for name in self._slices})
         self.experts = {layer: self._slices[f"{layer}.up_proj"].get_shape()[0] for layer in self.layers}
