@@ -162,6 +162,7 @@ class _Table(Board):
         played = self.play(unit, stance, 0)
         budget = played.bytes
         ratios, found = self.probe(played) if max(self.rules.strength) > 0 else ({}, {})
+        del played  # its codes are as large as the model
         flock = self.rules.swarm
         coupling = self.flock if flock is not None else None
 
