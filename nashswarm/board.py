@@ -109,16 +109,15 @@ class Board:
 
     # one layer
 
-    def lattice(self, layer: Layer, unit: float, stance: Stance, shift: int = 0) -> Lattice:
-        """The layer's grid at ``unit``, every block at its offset and ``shift`` beyond."""
+    def lattice(self, layer: Layer, unit: float, stance: Stance) -> Lattice:
+        """The layer's grid at ``unit``, every block at its offset."""
         ground = self.whitened[layer.name]
         if self.uniform:
             flat = torch.ones(len(layer.weight)), torch.ones(layer.weight.shape[1])
             return lattice_of(layer.weight, unit * float(layer.weight.square().mean().sqrt()), *flat)
         found = lattice_of(layer.weight, unit, ground.rows * stance.weights[layer.name], ground.columns)
-        offsets = torch.from_numpy(stance.offsets[layer.name] + shift).repeat_interleave(TILE_ROWS)
-        moved = (found.row_scale + offsets[: len(layer.weight)]).clamp(-128, 127).to(torch.int8)
-        return dataclasses.replace(found, row_scale=moved)
+        offsets = torch.from_numpy(stance.offsets[layer.name]).repeat_interleave(TILE_ROWS)
+        return found.moved(offsets[: len(layer.weight)])
 
     def curvature(self, layer: Layer, stance: Stance, rows: Rows = ALL) -> Curvature:
         """Of these rows, as the players see it."""

@@ -299,11 +299,14 @@ class _Table(Board):
         tables and the expected sizes of columns stay as they are, and so do the codes of a block that stays."""
         costs = []
         shifts = [shift for shift in self.rules.offsets if shift]
-        for layer, rows in self.track(self.rows(movers), "trying offsets"):
+        parts = self.rows(movers)
+        own = {layer.name: layer for layer, _ in parts}
+        standing = {name: self.lattice(layer, played.unit, stance) for name, layer in own.items()}
+        for layer, rows in self.track(parts, "trying offsets"):
             weight, now = layer.weight[rows], played.tensors[layer.name].of_rows(rows)
             by_shift = {0: self.cost(layer, now, played, stance, rows)}
             if shifts:
-                lattices = [self.lattice(layer, played.unit, stance, shift).of_rows(rows) for shift in shifts]
+                lattices = [standing[layer.name].of_rows(rows).moved(shift) for shift in shifts]
                 ground = self.whitened[layer.name].of_rows(rows)
                 ground = dataclasses.replace(ground, rows=ground.rows.repeat(len(shifts)))
                 answer = lattice_reply(weight.repeat(len(shifts), 1), ground, stack(lattices))
