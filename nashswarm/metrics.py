@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from nashswarm.quant.calibration import Track, no_track
 
+LOGITS_AT_ONCE = 1 << 23  # compared together: those of a long window and a large vocabulary are as large as a model
+
 PerWindow = dict[str, list[float]]
 
 
@@ -26,9 +28,9 @@ class Reference:
     states: Float[Tensor, "windows length width"]
     head: nn.Module
 
-    def logits(self, window: int) -> Float[Tensor, "length vocabulary"]:
-        """The full model's logits on one window."""
-        logits: Tensor = self.head(self.states[window])
+    def logits(self, window: int, positions: slice) -> Float[Tensor, "positions vocabulary"]:
+        """The full model's logits at some positions of one window."""
+        logits: Tensor = self.head(self.states[window, positions])
         return logits
 
 
@@ -62,23 +64,38 @@ def evaluate(
     track: Track = no_track,
 ) -> PerWindow:
     """Per window: ``nll`` and ``tokens``; against ``full`` also ``nll_full``, ``kl`` and ``top1_agreement``."""
-    length = windows.shape[1]
     found: PerWindow = {"nll": [], "tokens": []}
     if full is not None:
         found |= {"nll_full": [], "kl": [], "top1_agreement": []}
+    last = windows.shape[1] - 1
     for number, batch in enumerate(track(windows.split(batch_size), "evaluating")):
         for offset, (window, logits) in enumerate(zip(batch, model(input_ids=batch).logits, strict=True)):
-            targets = window[1:].unsqueeze(1)
-            log_p = logits[:-1].float().log_softmax(-1)
-            found["nll"].append(-log_p.gather(1, targets).cpu().double().mean().item())
-            found["tokens"].append(length - 1)
-            if full is not None:
-                log_full = full.logits(number * batch_size + offset)[:-1].float().log_softmax(-1)
-                found["nll_full"].append(-log_full.gather(1, targets).cpu().double().mean().item())
-                divergence = functional.kl_div(log_p, log_full, reduction="none", log_target=True).sum(-1)
-                found["kl"].append(divergence.cpu().double().mean().item())
-                found["top1_agreement"].append((log_p.argmax(-1) == log_full.argmax(-1)).float().mean().item())
+            size = max(LOGITS_AT_ONCE // logits.shape[1], 1)
+            parts = []
+            for start in range(0, last, size):
+                positions = slice(start, min(start + size, last))
+                truth = None if full is None else full.logits(number * batch_size + offset, positions)
+                parts.append(_by_position(logits[positions], window[1:][positions], truth))
+            found["tokens"].append(last)
+            for name in parts[0]:
+                found[name].append(torch.cat([part[name] for part in parts]).mean().item())
     return found
+
+
+def _by_position(
+    logits: Float[Tensor, "positions vocabulary"],
+    targets: Int[Tensor, " positions"],
+    full: Float[Tensor, "positions vocabulary"] | None,
+) -> dict[str, Float[Tensor, " positions"]]:
+    """What ``evaluate`` finds at each position."""
+    log_p = logits.float().log_softmax(-1)
+    found = {"nll": -log_p.gather(1, targets[:, None])}
+    if full is not None:
+        log_full = full.float().log_softmax(-1)
+        found["nll_full"] = -log_full.gather(1, targets[:, None])
+        found["kl"] = functional.kl_div(log_p, log_full, reduction="none", log_target=True).sum(-1)
+        found["top1_agreement"] = log_p.argmax(-1) == log_full.argmax(-1)
+    return {name: values.flatten().cpu().double() for name, values in found.items()}
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def test_reference_states_give_the_logits(tiny: Any, token_windows: Tensor) -> N
     full = metrics.reference(tiny, token_windows, 2)
     with torch.no_grad():
         for number, window in enumerate(token_windows):
-            torch.testing.assert_close(full.logits(number), tiny(input_ids=window[None]).logits[0])
+            torch.testing.assert_close(full.logits(number, slice(None)), tiny(input_ids=window[None]).logits[0])
     assert not tiny.lm_head._forward_pre_hooks
 
 

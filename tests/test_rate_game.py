@@ -14,12 +14,14 @@ from torch import Tensor
 
 from nashswarm import allocation
 from nashswarm.allocation import Layer
+from nashswarm.board import BUDGET_TOLERANCE, Slope, meet
+from nashswarm.checkpoint import TABLES
 from nashswarm.methods import Compressed, Flock, Method, Oracle
 from nashswarm.quant.calibration import Moments
 from nashswarm.quant.entropy import ESCAPE, CodeTables, address, coded_bits, decode_lattice
 from nashswarm.quant.lattice import Lattice, LatticeTensor, price_at
 from nashswarm.quant.reply import Curvature
-from nashswarm.rate_game import BUDGET_TOLERANCE, REGRET, TABLES, NashSwarm, Slope, _meet, _Table
+from nashswarm.rate_game import REGRET, NashSwarm, _Table
 
 FIXED_BYTES = 100
 SHAPES = {"wte": (500, 16), "h.0.up": (600, 16), "h.0.down": (330, 24)}  # columns take time, rows do not
@@ -511,13 +513,13 @@ def test_the_budget_is_found_from_anywhere(rate: float, start: float) -> None:
     def trial(unit: float) -> int:
         return max(4 * round((60_000 - rate * 10_000 * np.log2(unit / 0.01)) / 4), 300)
 
-    assert 0.999 * 41_234 <= _meet(trial, lambda size: size, 41_234, start, Slope(10_000.0)) <= 41_234
+    assert 0.999 * 41_234 <= meet(trial, lambda size: size, 41_234, start, Slope(10_000.0)) <= 41_234
 
 
 def test_a_budget_that_no_unit_meets_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no step was found at which the layers take 100 bytes; raise method\.bits"):
-        _meet(lambda unit: 200, lambda size: size, 100, 1.0, Slope(1000.0))
+        meet(lambda unit: 200, lambda size: size, 100, 1.0, Slope(1000.0))
 
 
 def test_what_stays_below_the_budget_is_taken_where_nothing_comes_closer() -> None:
-    assert _meet(lambda unit: 50 if unit > 3 else 500, lambda size: size, 100, 1.0, Slope(100.0)) == 50
+    assert meet(lambda unit: 50 if unit > 3 else 500, lambda size: size, 100, 1.0, Slope(100.0)) == 50

@@ -53,6 +53,10 @@ class Lattice:
         """The grid of some of the rows."""
         return dataclasses.replace(self, row_scale=self.row_scale[rows], row_size=self.row_size[rows])
 
+    def moved(self, scales: Integer[Tensor, " out"] | int) -> "Lattice":
+        """With coarser rows, by so many scales."""
+        return dataclasses.replace(self, row_scale=(self.row_scale.int() + scales).clamp(-128, 127).to(torch.int8))
+
     def expecting(self, magnitudes: Float[Tensor, "out in"], columns_too: bool = True) -> "Lattice":
         """The same grid, its expected sizes fitted to the ``magnitudes`` of codes; or those of its rows only."""
         octaves = LEVELS_PER_OCTAVE * (magnitudes.mean() + QUIETEST).log2()
