@@ -139,10 +139,10 @@ def plan(config: DictConfig) -> Plan:
     """Raises ValueError or OSError in one sentence for anything the user can mend."""
     device, dtype = choose_device(config)
     source, method, dataset, measure = (build(config[group]) for group in GROUPS)
-    finetune = choose_task(config, method)
     for group, value in (("model", source), ("method", method), ("measure", measure)):
         if isinstance(value, MoeSource | Settings | MoeMeasure):
             raise ValueError(f"this {group} is for mixtures of experts that are to be trained: add task=train_moe")
+    finetune = choose_task(config, method)
     if isinstance(dataset, glue.Glue) and not isinstance(measure, Official | Size):
         raise ValueError(f"{dataset.task} is a task, not a text: choose measure=official or measure=size")
     if isinstance(measure, Official) and not isinstance(dataset, glue.Glue):
