@@ -1,6 +1,6 @@
 """Launchers of sweeps on engines that others operate: processes of one machine, a Ray cluster, a Slurm cluster.
 
-A job belongs to one worker, which writes its record and its ``outcome.json``; the engine only says that it ended.  A job
+A job belongs to one worker, which writes its record and its ``outcome.json``; the engine only says that it ended.  One
 that its engine lost is a failed job and the others go on.  All workers see the folder that the sweep was started in.
 """
 
@@ -110,7 +110,9 @@ class Processes(Engine):
         while waiting:
             parallel = joblib.Parallel(self.settings["n_jobs"], backend="loky", return_as="generator_unordered")
             try:
-                for number, trouble in parallel(joblib.delayed(_tried)(number, job) for number, job in list(waiting.items())):
+                for number, trouble in parallel(
+                    joblib.delayed(_tried)(number, job) for number, job in list(waiting.items())
+                ):
                     del waiting[number]
                     yield number, trouble
             except TerminatedWorkerError:

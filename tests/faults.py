@@ -18,7 +18,7 @@ import numpy as np
 
 from nashswarm.methods import Compressed, Uniform
 
-PATIENCE = 300.0  # seconds
+PATIENCE = 1800.0  # seconds: machines are busy, and every job imports torch
 PACKAGES = "slurm-wlm munge"
 
 
@@ -74,11 +74,13 @@ class RayCluster:
     nodes: list[subprocess.Popen[bytes]]
 
     def add(self, *words: str) -> None:
-        command = [str(pathlib.Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
-        log = tempfile.TemporaryFile()
-        self.nodes.append(
-            subprocess.Popen([*command, *words], env={**os.environ, **self.environment}, stdout=log, stderr=log)
-        )
+        """Start a node, and wait until it says that it runs."""
+        ray = str(pathlib.Path(sys.executable).with_name("ray"))
+        command = [ray, "start", "--block", "--disable-usage-stats", f"--object-store-memory={80 * 2**20}", *words]
+        with tempfile.NamedTemporaryFile(prefix="nashswarm-ray-") as log:
+            environment = {**os.environ, **self.environment}
+            self.nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            until(lambda: b"Ray runtime started" in pathlib.Path(log.name).read_bytes(), "a node of Ray")
 
     def add_worker(self, host: str) -> None:
         self.add(f"--address={self.address}", f"--node-ip-address={host}", "--num-cpus=1")
@@ -95,13 +97,13 @@ class RayCluster:
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[RayCluster]:
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment |= {"RAY_raylet_start_wait_time_s": "120"}  # on a busy machine
     port = free_port()
     cluster = RayCluster(environment, f"127.0.0.2:{port}", [])
     try:
         head = ("--head", "--node-ip-address=127.0.0.2", f"--port={port}", "--num-cpus=0", "--include-dashboard=false")
         cluster.add(*head)
-        until(lambda: socket.create_connection(("127.0.0.2", port), 1), "the head of Ray").close()
         for host in ("127.0.0.3", "127.0.0.4"):
             cluster.add_worker(host)
         yield cluster

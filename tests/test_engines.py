@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 
 from nashswarm import record
-from tests.faults import RayCluster, ray_cluster, slurm_cluster, small_disk, until
+from tests.faults import PATIENCE, RayCluster, ray_cluster, slurm_cluster, small_disk, until
 
 pytestmark = pytest.mark.engines
 ROOT = pathlib.Path(__file__).parent.parent
@@ -52,7 +52,7 @@ class Sweep:
 
     def ends(self, process: subprocess.Popen[str], status: int, said: str) -> None:
         """The sweep ends so, and says what it did."""
-        assert process.wait(600) == status and said in self.printed(), self.printed()
+        assert process.wait(PATIENCE) == status and said in self.printed(), self.printed()
 
     def make(self, fault: str) -> None:
         (self.folder / str(BAD)).write_text(fault)
@@ -147,14 +147,17 @@ def told(engine: Engine, request: pytest.FixtureRequest) -> Callable[[dict[str, 
 
     def tell(found: dict[str, int]) -> None:
         path = RESULTS / "faults.json"
-        rows = json.loads(path.read_text()) if path.exists() else {}
-        fault = request.node.originalname.removeprefix("test_").replace("_", " ")
-        rows |= {f"{engine.name}, {fault}": found}
-        record.write_whole(path, (json.dumps(rows, indent=1, sort_keys=True) + "\n").encode())
-        lines = [["engine", "fault", *COLUMNS], [":--", ":--", *["--:"] * len(COLUMNS)]]
-        lines += [[*name.split(", "), *(str(row[column]) for column in COLUMNS)] for name, row in sorted(rows.items())]
-        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        record.write_whole(RESULTS / "faults.md", table.encode())
+        with record.claim(path):
+            rows = json.loads(path.read_text()) if path.exists() else {}
+            fault = request.node.originalname.removeprefix("test_").replace("_", " ")
+            rows |= {f"{engine.name}, {fault}": found}
+            record.write_whole(path, (json.dumps(rows, indent=1, sort_keys=True) + "\n").encode())
+            lines = [["engine", "fault", *COLUMNS], [":--", ":--", *["--:"] * len(COLUMNS)]]
+            lines += [
+                [*name.split(", "), *(str(row[column]) for column in COLUMNS)] for name, row in sorted(rows.items())
+            ]
+            table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            record.write_whole(RESULTS / "faults.md", table.encode())
         assert found["lost"] == found["repeated"] == 0, found
 
     return tell
@@ -208,7 +211,7 @@ def test_the_driver_is_killed(sweep: Sweep, told: Callable[[dict[str, int]], Non
 def test_a_disk_fills(sweep: Sweep, told: Callable[[dict[str, int]], None]) -> None:
     with small_disk(sweep.records, "48k") as resize:
         process = sweep.start()
-        assert process.wait(600) == 1 and "No space left on device" in sweep.printed(), sweep.printed()
+        assert process.wait(PATIENCE) == 1 and "No space left on device" in sweep.printed(), sweep.printed()
         before = sweep.found()
         assert 0 < len(before) < JOBS
         resize("8m")
@@ -235,7 +238,7 @@ def test_a_time_limit_passes(engine: Engine, sweep: Sweep, told: Callable[[dict[
     if engine.name != "slurm":
         pytest.skip("only Slurm has time limits")
     sweep.make("wait")
-    limit = ["hydra.launcher.timeout_min=2", "+hydra.launcher.slurm_signal_delay_s=10"]
+    limit = ["hydra.launcher.timeout_min=3", "+hydra.launcher.slurm_signal_delay_s=10"]
     sweep.ends(sweep.start(*limit), 1, "8 jobs: 7 finished, 0 skipped, 1 failed")
     before = sweep.found()
     sweep.mend()
