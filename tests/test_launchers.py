@@ -109,10 +109,11 @@ def test_a_study_goes_on_where_it_was_killed(tmp_path: pathlib.Path, caplog: pyt
 
     first = start(5)
     second = start(1000)
+    third = start(1000)  # for the trial that failed in the second
     with caplog.at_level(logging.INFO):
         assert start(1000) == []
     assert "12 of 12 trials known" in caplog.text and "on the front: x=" in caplog.text
-    assert len(first) == 5 and all(values["seed"] == "1" for values in first + second)
+    assert (len(first), len(third)) == (5, 1) and all(values["seed"] == "1" for values in first + second + third)
     [name] = optuna.get_all_study_names(f"sqlite:///{tmp_path}/studies/hills.db")
     study = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path}/studies/hills.db")
     states = [trial.state.name for trial in study.trials]
