@@ -36,7 +36,7 @@ figcaption { color: #555 }
 figure.map { display: inline-block; vertical-align: bottom; margin: .5rem }
 figure.map img { image-rendering: pixelated; border: 1px solid #999 }
 figure.map figcaption { font-size: .75rem }
-.width { display: inline-block; width: 1em; height: 1em; margin: 0 .3em 0 1em; border: 1px solid #999; vertical-align: -.1em }
+.width { display: inline-block; width: 1em; height: 1em; margin: 0 .3em 0 1em; border: 1px solid #999 }
 """
 SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable"))
@@ -157,9 +157,9 @@ def bit_map(layer: str, grid: NDArray[np.int64]) -> str:
     picture = np.array([figures.shade(int(width)) for width in grid.flat]).reshape(*grid.shape, 3)
     matplotlib.image.imsave(content, picture, format="png", metadata={"Software": None})
     said = html.escape(f"{layer}: {grid.shape[0]} × {grid.shape[1]} tiles")
-    width, height = 8 * grid.shape[1], min(8 * grid.shape[0], 400)
+    size = f'width="{8 * grid.shape[1]}" height="{min(8 * grid.shape[0], 400)}"'
     return (
-        f'<figure class="map"><img alt="{said}" width="{width}" height="{height}" src="{_inline(content, "image/png")}">'
+        f'<figure class="map"><img alt="{said}" {size} src="{_inline(content, "image/png")}">'
         f"<figcaption>{said}</figcaption></figure>"
     )
 
