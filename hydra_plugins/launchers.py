@@ -88,7 +88,13 @@ class Engine(Launcher):
     def lost(self, number: int, overrides: Sequence[str], trouble: str) -> None:
         """Write the outcome of a job that could not write its own.  Raises OSError if the driver cannot either."""
         folder = self.folders[number]
-        outcome = {"status": "failed", "labels": {}, "record": None, "message": trouble, "log": str(folder)}
+        outcome: dict[str, Any] = {
+            "status": "failed",
+            "labels": {},
+            "record": None,
+            "message": trouble,
+            "log": str(folder),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "outcome.json").write_text(json.dumps(outcome | {"overrides": list(overrides)}, indent=1) + "\n")
 

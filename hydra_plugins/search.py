@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -33,8 +34,9 @@ class Study(Sweeper):
         self.batch, self.seed, self.storage = batch, seed, pathlib.Path(storage)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.context: HydraContext = hydra_context
+        self.config: DictConfig = config
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -95,6 +97,7 @@ def distribution(override: Override) -> Any:
     sweep: Any = override.value()
     log_scale = "log" in getattr(sweep, "tags", ())
     if isinstance(sweep, IntervalSweep):
+        assert sweep.start is not None and sweep.end is not None
         return distributions.FloatDistribution(float(sweep.start), float(sweep.end), log=log_scale)
     if isinstance(sweep, RangeSweep):
         values: list[Any] = list(sweep.range())

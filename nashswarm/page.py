@@ -69,7 +69,7 @@ def page(records: Sequence[Record]) -> str:
         raise ValueError(f"one page shows one experiment, not {', '.join(names)}; select one first")
     title = html.escape(names[0])
     parts = [f"<h1>{title}</h1>"]
-    for place, _ in table.groupby(list(PLACE), sort=False):
+    for place in table[list(PLACE)].drop_duplicates().itertuples(index=False, name=None):
         own = [one for one in records if tuple(one.labels[label] for label in PLACE) == place]
         parts += section(place, report.select(table, **dict(zip(PLACE, place, strict=True))), own)
     parts += ["<h2>Runs</h2>", runs(records)]
@@ -155,7 +155,7 @@ def bit_map(layer: str, grid: NDArray[np.int64]) -> str:
     """One pixel for each tile of a layer, coloured by its bits: row blocks down, column groups across."""
     content = io.BytesIO()
     picture = np.array([figures.shade(int(width)) for width in grid.flat]).reshape(*grid.shape, 3)
-    matplotlib.image.imsave(content, picture, format="png", metadata={"Software": None})
+    matplotlib.image.imsave(content, picture, format="png")
     said = html.escape(f"{layer}: {grid.shape[0]} × {grid.shape[1]} tiles")
     size = f'width="{8 * grid.shape[1]}" height="{min(8 * grid.shape[0], 400)}"'
     return (
