@@ -117,7 +117,7 @@ def real_blocks(seed: int) -> tuple[Blocks, int]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("config", ["method=fixed_width", f"seed={seed}", "wandb=disabled", "device=cpu"])
     oracle = Job(config, *plan(config)).evidence.oracle()
-    blocks = survey(oracle, PLAYED_WIDTHS, Scheme(search=True), code_game=True)
+    blocks = survey(oracle, oracle.moments(), PLAYED_WIDTHS, Scheme(search=True), code_game=True)
     return blocks, int(BITS * oracle.parameters / 8) - oracle.fixed_bytes
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from nashswarm.quant.calibration import Moments
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor, Scheme, quantize, row_blocks, tile_sums
 from nashswarm.quant.pack import packed_bytes, run_lengths
-from nashswarm.quant.reply import Curvature, reply
+from nashswarm.quant.reply import Curvature, pieces, reply
 
 Bits = Mapping[str, Integer[np.ndarray, "row_blocks groups"]]
 
@@ -139,20 +139,25 @@ def damage(
     return by_diagonal * (whole / on_diagonal) if on_diagonal > 0 else by_diagonal
 
 
-def describe(
+def log_sensitivity(
+    layers: Sequence[Layer], moments: Mapping[str, Moments], group_size: int
+) -> Float[np.ndarray, " blocks"]:
+    """The log of the mean s of every block of 16 rows × ``group_size`` columns."""
+    means = [block_means(curvature(layer, moments).diagonal(), group_size) for layer in layers]
+    return torch.cat([mean.clamp(min=TINY).log().flatten() for mean in means]).numpy()
+
+
+def features(
     layers: Sequence[Layer], moments: Mapping[str, Moments], group_size: int | None
-) -> tuple[Float[np.ndarray, " blocks"], Float[np.ndarray, "blocks features"]]:
-    """Log sensitivity and features of every block of 16 rows × ``group_size`` columns; None: of 16 whole rows."""
+) -> Float[np.ndarray, "blocks features"]:
+    """What the flock compares, of every block of 16 rows × ``group_size`` columns; None: of 16 whole rows."""
     roles = sorted({layer.role for layer in layers})
-    log_sensitivity, features = [], []
+    found = []
     for layer in layers:
-        size = group_size or layer.weight.shape[1]
-        mean = block_means(curvature(layer, moments).diagonal(), size)
-        log_sensitivity.append(mean.clamp(min=TINY).log().flatten().numpy())
-        own = block_features(layer, moments, size)
+        own = block_features(layer, moments, group_size or layer.weight.shape[1])
         shared = np.append(np.eye(len(roles))[roles.index(layer.role)], layer.depth)
-        features.append(np.hstack([np.tile(shared, (len(own), 1)), own]))
-    return np.concatenate(log_sensitivity), np.concatenate(features)
+        found.append(np.hstack([np.tile(shared, (len(own), 1)), own]))
+    return np.concatenate(found)
 
 
 def block_means(values: Float[Tensor, "out in"], group_size: int) -> Float[Tensor, "row_blocks groups"]:
@@ -163,17 +168,20 @@ def block_means(values: Float[Tensor, "out in"], group_size: int) -> Float[Tenso
 def block_features(layer: Layer, moments: Mapping[str, Moments], size: int) -> Float[np.ndarray, "blocks 4"]:
     """Log weight variance, kurtosis, log trace of the inputs' H and log mean f of the rows, of every block of 16 rows ×
     ``size`` columns."""
-    mean = block_means(layer.weight, size)
-    spread = mean.repeat_interleave(TILE_ROWS, 0)[: len(layer.weight)].repeat_interleave(size, 1)
-    deviation = layer.weight.double() - spread
-    variance = block_means(deviation.square(), size).clamp(min=TINY)
-    kurtosis = block_means(deviation**4, size) / variance.square()
     first = moments[next((name for name in layer.modules if not moments[name].lookup), layer.modules[0])]
     by_row, by_column = (first.inputs, first.outputs) if first.lookup else (first.outputs, first.inputs.diagonal())
-    trace = by_column.double().view(-1, size).sum(1).expand_as(mean)
-    fisher = block_means(by_row.unsqueeze(1).expand(-1, size), size).expand_as(mean)
-    parts = (variance.log(), kurtosis, trace.clamp(min=TINY).log(), fisher.clamp(min=TINY).log())
-    return torch.stack([part.flatten() for part in parts], 1).numpy()
+    found = []
+    for rows in pieces(layer.weight):
+        weight = layer.weight[rows]
+        mean = block_means(weight, size)
+        deviation = weight.double() - mean.repeat_interleave(TILE_ROWS, 0)[: len(weight)].repeat_interleave(size, 1)
+        variance = block_means(deviation.square(), size).clamp(min=TINY)
+        kurtosis = block_means(deviation**4, size) / variance.square()
+        trace = by_column.double().view(-1, size).sum(1).expand_as(mean)
+        fisher = block_means(by_row[rows].unsqueeze(1).expand(-1, size), size).expand_as(mean)
+        parts = (variance.log(), kurtosis, trace.clamp(min=TINY).log(), fisher.clamp(min=TINY).log())
+        found.append(torch.stack([part.flatten() for part in parts], 1))
+    return torch.cat(found).numpy()
 
 
 def quantize_layers(

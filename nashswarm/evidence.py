@@ -70,7 +70,7 @@ class Cache:
 
 class Evidence:
     """A model, its layers, and the windows that calibrate it and those held out; ``seed`` is that of labels drawn from
-    the model, and ``trial`` a copy of it to try weights on."""
+    the model."""
 
     def __init__(
         self,
@@ -84,8 +84,12 @@ class Evidence:
     ) -> None:
         self.full, self.layers, self.calibration, self.holdout = model, layers, calibration, holdout
         self.seed, self.cache, self.track = seed, cache, track
-        self.trial = copy.deepcopy(model)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    @functools.cached_property
+    def trial(self) -> Any:
+        """A copy of the model to try weights on, made when first asked for: calibration needs the room."""
+        return copy.deepcopy(self.full)
 
     def oracle(self) -> Oracle:
         """All that the method may know."""
@@ -98,7 +102,7 @@ class Evidence:
             layers=self.layers,
             fixed_bytes=fixed + 3 * len(self.layers),  # of the header: longer numbers, if layers take more
             parameters=self.parameters,
-            moments=functools.cache(self.moments),
+            moments=self.moments,
             heldout_kl=self.heldout_kl,
             remember=self.cache,
             track=self.track,

@@ -37,7 +37,7 @@ class Oracle:
     """All that a method may know.
 
     ``fixed_bytes``: stored bytes outside the layers (norms, biases, headers, config).  ``parameters``: of the whole
-    model. ``moments``: calibration statistics by module, computed or read when first asked for.  ``heldout_kl``: KL in
+    model. ``moments``: calibration statistics by module, computed or read when asked for.  ``heldout_kl``: KL in
     nats per token of the model with these layer weights (the others at full precision), on so many tokens of held-out
     calibration text (None: all of it).  ``remember``: tensors by kind and key, read from an earlier run or computed.
     ``track``: iterate with progress shown.  ``inputs_after``: E[x xᵀ] of these modules, by name, once the model has
@@ -116,7 +116,7 @@ class Uniform:
         }
         if self.bits in FLOATS:
             return _pack(bits, allocation.quantize_layers(oracle.layers, bits, scheme), float_bits=self.bits)
-        blocks = survey(oracle, PLAYED_WIDTHS, scheme, code_game=False)
+        blocks = survey(oracle, oracle.moments(), PLAYED_WIDTHS, scheme, code_game=False)
         profile = np.full(len(blocks.damage), PLAYED_WIDTHS.index(self.bits))
         tensors = allocation.quantize_layers(oracle.layers, bits, scheme)
         return _pack(bits, tensors, *_report_regret(blocks, profile), coded=self.coded)
@@ -292,7 +292,7 @@ class FixedWidth:
         allocation.check_divisible(oracle.layers, self.group_size)
         budget = self._budget(oracle, scheme)
         moments = oracle.moments()
-        blocks = survey(oracle, self.bit_widths, scheme, self.code_game)
+        blocks = survey(oracle, moments, self.bit_widths, scheme, self.code_game)
         weighed = moments if self.code_game else None
 
         def tensors_at(profile: Int[np.ndarray, " blocks"]) -> dict[str, QuantizedTensor]:
@@ -371,14 +371,15 @@ class FixedWidth:
         return budget
 
 
-def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme, code_game: bool) -> Blocks:
+def survey(
+    oracle: Oracle, moments: Mapping[str, Moments], widths: Sequence[int], scheme: Scheme, code_game: bool
+) -> Blocks:
     """All players: what every width would cost each block, and what its flock compares.
 
     The second-order formula is right for small errors and was seen to mislead for large ones, so below 8 bits
     each layer is compressed alone, the KL of that is measured on held-out calibration text, and the damages of its
     blocks are scaled to add up to it.
     """
-    moments = oracle.moments()
 
     def at_width(width: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -403,8 +404,10 @@ def survey(oracle: Oracle, widths: Sequence[int], scheme: Scheme, code_game: boo
         }
         by_layer = oracle.remember("damage", key, functools.partial(at_width, width))
         columns.append(torch.cat([by_layer[layer.name] for layer in oracle.layers]).numpy())
-    log_sensitivity, features = allocation.describe(oracle.layers, moments, scheme.group_size)
-    return Blocks(oracle.layers, scheme, tuple(widths), np.stack(columns, 1), log_sensitivity, features)
+    described = (
+        each(oracle.layers, moments, scheme.group_size) for each in (allocation.log_sensitivity, allocation.features)
+    )
+    return Blocks(oracle.layers, scheme, tuple(widths), np.stack(columns, 1), *described)
 
 
 def _after(

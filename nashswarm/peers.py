@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm.allocation import Layer
@@ -32,6 +33,7 @@ from nashswarm.quant.pack import pack
 Packed = tuple[UInt8[np.ndarray, " bytes"], Float[Tensor, "out in"]]  # the bytes, and the weights that they stand for
 SHARED = (32, 64, 128, 256)  # columns that may share a scale in most formats
 BLOCK = 64  # columns that share a scale in the contestants' 4-bit weights
+NF4_ROWS = 32  # bitsandbytes' kernel takes whole blocks of rows
 ONNX_OPSET, ONNX_FORMAT = 21, 10
 ONNX_PACKAGES = ("onnx", "onnx-ir", "onnxruntime")
 
@@ -286,10 +288,14 @@ def _nf4_linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | N
     import bitsandbytes
 
     rows, columns = weight.shape
-    layer = bitsandbytes.nn.Linear4bit(columns, rows, bias is not None, torch.bfloat16, False, "nf4").eval()
+    missing = -rows % NF4_ROWS
+    weight = functional.pad(weight, (0, 0, 0, missing))
+    layer = bitsandbytes.nn.Linear4bit(columns, rows + missing, bias is not None, torch.bfloat16, False, "nf4").eval()
     packed = bitsandbytes.nn.Params4bit(weight, False, None, BLOCK, compress_statistics=False, quant_type="nf4")
     layer.weight = packed.to("cpu")
-    layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(functional.pad(bias.detach(), (0, missing)), False)
+    if missing:
+        layer.register_forward_hook(lambda module, arguments, output: output[..., :rows])
     with torch.no_grad():
         layer(torch.zeros(1, columns))  # it lays the weights out for its kernel when it is first called
     layer.weight_bytes = layer.weight.quant_state.absmax.nbytes

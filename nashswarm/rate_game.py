@@ -41,6 +41,7 @@ from nashswarm.quant.reply import (
     Whitened,
     lattice_reply,
     lattice_settle,
+    pieces,
     regret_by_row,
     whiten,
 )
@@ -54,7 +55,6 @@ REGRET = 5e-7  # nats per token: what a block must gain to move once the unit is
 FIRST = 3  # sweeps before code tables are fitted again
 ROUNDS = 6  # of meeting the budget and moving, at most
 TRIALS = 12  # units tried until the budget is met
-AT_ONCE = 1 << 22  # weights that try all offsets together
 
 Found = TypeVar("Found")
 Offsets = Mapping[str, Int[np.ndarray, " row_blocks"]]
@@ -167,11 +167,14 @@ class _Table:
     def __init__(self, rules: NashSwarm, oracle: Oracle, rng: np.random.Generator) -> None:
         self.rules, self.oracle = rules, oracle
         self.flock_seed = int(rng.integers(2**31))
-        self.moments = oracle.moments()
+        moments = dict(oracle.moments())
+        self.features = allocation.features(oracle.layers, moments, None) if rules.swarm else None
         local = rules.swarm.local_reply if rules.swarm else None
         self.whitened: dict[str, Whitened] = {}
         for layer in oracle.track(oracle.layers, "factoring"):
-            curved = allocation.curvature(layer, self.moments)
+            curved = allocation.curvature(layer, moments)
+            for name in layer.modules:
+                del moments[name]  # as large as the model, and told now
             if local is not None:
                 curved = curved.neighbourly(local)
             self.whitened[layer.name] = whiten(curved, feedback=rules.code_game != "rounding")
@@ -200,7 +203,12 @@ class _Table:
 
     def damage(self, layer: Layer, tensor: LatticeTensor, stance: Stance, rows: Rows = ALL) -> Float[Tensor, " out"]:
         """Nats per token of every row, as the players see it."""
-        return self.curvature(layer, stance, rows).damage_by_row(layer.weight[rows] - tensor.dequantize())
+        weight, curvature = layer.weight[rows], self.curvature(layer, stance, rows)
+        by_piece = [
+            curvature.of_rows(piece).damage_by_row(weight[piece] - tensor.of_rows(piece).dequantize())
+            for piece in pieces(weight)
+        ]
+        return torch.cat(by_piece)
 
     def cost(
         self, layer: Layer, tensor: LatticeTensor, played: Played, stance: Stance, rows: Rows = ALL
@@ -428,10 +436,9 @@ class _Table:
     @functools.cached_property
     def flock(self) -> sparse.csr_array:
         """The coupling of the row blocks."""
-        assert self.rules.swarm is not None
-        _, features = allocation.describe(self.oracle.layers, self.moments, None)
+        assert self.rules.swarm is not None and self.features is not None
         rng = np.random.default_rng(self.flock_seed)
-        return swarm.flock(features, self.rules.swarm.neighbours, self.rules.swarm.graph, rng)
+        return swarm.flock(self.features, self.rules.swarm.neighbours, self.rules.swarm.graph, rng)
 
     def shrink(self, stance: Stance, coupling: sparse.csr_array, strength: float) -> Weights:
         """Every row's log sensitivity moved by ``strength`` toward the mean of its block's flock."""
@@ -475,13 +482,12 @@ class _Table:
         """The rows of these blocks (None: of all), layer by layer, not more at a time than memory should hold."""
         found: list[tuple[Layer, Rows]] = []
         for layer in self.oracle.layers:
-            size = max(AT_ONCE // layer.weight.shape[1] // TILE_ROWS, 1) * TILE_ROWS
             if movers is None:
-                found += [(layer, slice(start, start + size)) for start in range(0, len(layer.weight), size)]
+                found += [(layer, piece) for piece in pieces(layer.weight)]
                 continue
             moving = torch.from_numpy(self.by_layer(movers)[layer.name]).repeat_interleave(TILE_ROWS)
             chosen = moving[: len(layer.weight)].nonzero()[:, 0]
-            found += [(layer, rows) for rows in chosen.split(size) if len(rows)]
+            found += [(layer, chosen[piece]) for piece in pieces(layer.weight[chosen])]
         return found
 
     def game(

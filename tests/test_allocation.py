@@ -130,7 +130,7 @@ def test_features_of_a_constant_block_are_finite_and_moderate(constant: float) -
 def test_description_puts_roles_and_depth_first_and_is_the_mean_sensitivity() -> None:
     layers = [layer("a", 20, 16, role="mlp"), layer("b", 16, 8, role="attn")]
     moments = {"a": multiplied(20, 16), "b": multiplied(16, 8)}
-    log_sensitivity, features = allocation.describe(layers, moments, 8)
+    log_sensitivity, features = (each(layers, moments, 8) for each in (allocation.log_sensitivity, allocation.features))
     assert features.shape == (5, 2 + 1 + 4)
     assert features[:, :3].tolist() == [[0, 1, 0.25]] * 4 + [[1, 0, 0.25]]
     assert features[:4, 3:] == pytest.approx(allocation.block_features(layers[0], moments, 8))

@@ -299,6 +299,18 @@ def test_a_contestant_really_computes_with_4_bits(
     assert again.logits.isfinite().all()
 
 
+@torch.no_grad()
+def test_bitsandbytes_computes_rows_that_its_kernel_does_not_divide(random_model: Callable[[str], Any]) -> None:
+    installed("bitsandbytes")
+    model = random_model("gpt2")
+    odd = model.resize_token_embeddings(model.config.vocab_size + 5).num_embeddings
+    ids, full = torch.tensor([[odd - 1, 3]]), model.get_output_embeddings()
+    head = CONTESTANTS["bitsandbytes"](model).get_output_embeddings()
+    x = model.transformer(ids).last_hidden_state
+    assert head(x).shape == (1, 2, odd)
+    assert (full(x) - head(x)).square().sum() < 0.02 * full(x).square().sum()
+
+
 def has_bfloat16() -> bool:
     """Whether bitsandbytes lays weights and scales out for the processor's bfloat16 instructions."""
     from bitsandbytes.functional import has_avx512bf16

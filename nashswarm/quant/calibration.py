@@ -56,7 +56,8 @@ class Moments:
 
 
 class _Sums:
-    """Running sums of one module, in float64 on the CPU, fed by hooks."""
+    """Running sums of one module on the CPU, fed by hooks: matrices in float32, as each window's part of them, vectors
+    in float64."""
 
     def __init__(self, module: nn.Module, head: bool) -> None:
         self.module, self.head = module, head
@@ -89,10 +90,10 @@ class _Sums:
     def see_gradient(self, inputs: Tensor | None, gradient: Tensor) -> None:
         """Backward hook: add the squared gradients of the outputs, and those of the weight's rows."""
         gradients = gradient.detach().float().flatten(0, -2)
-        self.outputs = _added(self.outputs, gradients.square().sum(0).cpu())
+        self.outputs = _added(self.outputs, gradients.square().sum(0).cpu().double())
         if inputs is not None and not self.head:
             of_weight = gradients.T @ inputs
-            self.rows = _added(self.rows, of_weight.square().sum(1).cpu())
+            self.rows = _added(self.rows, of_weight.square().sum(1).cpu().double())
             self.columns = _added(self.columns, (of_weight.T @ of_weight).cpu())
 
     def moments(self) -> Moments:
@@ -104,21 +105,20 @@ class _Sums:
             inputs = (inputs * self.positions + 1) / (self.positions + len(inputs))
         if self.head:
             outputs = (self.outputs + 1) / (self.positions + len(outputs))
-        trace = float(inputs.trace()) if inputs.ndim == 2 else 0.0
-        inputs, self.inputs = inputs.float(), None
+        trace = float(inputs.diagonal().double().sum()) if inputs.ndim == 2 else 0.0
+        inputs = inputs.float()
         if self.rows is None or self.columns is None:
             return Moments(inputs, outputs.float(), outputs.float(), inputs.clone())
-        gradient = float(self.columns.trace())
+        gradient = float(self.columns.diagonal().double().sum())
         if not trace or not gradient:  # nothing comes in, or nothing that goes out matters
             return Moments(inputs, outputs.float(), torch.zeros_like(outputs).float(), inputs.clone())
         coupled = self.rows / (self.positions * trace)
-        columns, self.columns = self.columns.mul_(trace / gradient).float(), None
-        return Moments(inputs, outputs.float(), coupled.float(), columns)
+        return Moments(inputs, outputs.float(), coupled.float(), self.columns.mul_(trace / gradient))
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    """``total``, a float64 sum, with ``part`` added in place: a second copy of all sums would not fit."""
-    return part.double() if total is None else total.add_(part)
+    """``total`` with ``part`` added in place: a second copy of all sums would not fit."""
+    return part if total is None else total.add_(part)
 
 
 @contextlib.contextmanager

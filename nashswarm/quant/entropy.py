@@ -107,12 +107,12 @@ def encode_lattice(tensor: LatticeTensor, tables: CodeTables) -> UInt8[np.ndarra
     """The stored bytes of a lattice tensor, to be decoded with the same tables."""
     lattice = tensor.lattice
     table, shift = (part.flatten().numpy() for part in address(lattice.levels()))
-    codes = tensor.codes.flatten().numpy().astype(np.int64)
+    codes = tensor.codes.flatten().numpy()
     magnitudes = np.abs(codes)
     symbols = np.minimum(magnitudes >> shift, ESCAPE)
     coder = constriction.stream.stack.AnsCoder()
     for used in np.unique(table)[::-1].tolist():
-        coder.encode_reverse(symbols[table == used].astype(np.int32), _model(tables.probabilities(used)))
+        coder.encode_reverse(symbols[table == used], _model(tables.probabilities(used)))
     escaped = symbols == ESCAPE
     low = [_planes(magnitudes[(shift == size) & ~escaped], size) for size in range(1, int(shift.max()) + 1)]
     sides = (lattice.row_scale, lattice.column_scale, lattice.row_size, lattice.column_size)

@@ -10,11 +10,12 @@ takes its cheapest code until nobody moves (coordinate descent, as QuantEase, Be
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Real
 from torch import Tensor
 
 from nashswarm.quant.entropy import CodeTables, address
@@ -23,6 +24,7 @@ from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 BLOCK = 128  # columns replied to between two matrix products
+AT_ONCE = 1 << 22  # weights that reply together: memory is for the model
 TINY = torch.finfo(torch.float32).tiny
 NEAR: Sequence[int] = (1, -1)
 FAR: Sequence[int] = (1, -1, 2, -2)  # by what codes that pay for their length try to move, or to 0
@@ -178,7 +180,7 @@ class Settled:
     """Where best replies ended: the codes, the sweeps it took, the weights that moved in each of them and what was
     gained, in nats per token; at the equilibrium the last sweep moves nobody."""
 
-    codes: Float[Tensor, "out in"]
+    codes: Real[Tensor, "out in"]
     moves: list[int]
     gains: list[float]
 
@@ -187,6 +189,21 @@ class Settled:
         if earlier is None:
             return self
         return Settled(self.codes, earlier.moves + self.moves, earlier.gains + self.gains)
+
+    @classmethod
+    def beside(cls, parts: Sequence["Settled"]) -> "Settled":
+        """Of all rows, where each of the ``parts`` settled some."""
+        moves, gains = (
+            [sum(sweep) for sweep in itertools.zip_longest(*each, fillvalue=0)]
+            for each in ([part.moves for part in parts], [part.gains for part in parts])
+        )
+        return cls(torch.cat([part.codes for part in parts]), moves, gains)
+
+
+def pieces(matrix: Float[Tensor, "out in"]) -> list[slice]:
+    """Its rows, whole blocks at a time, so many that ``AT_ONCE`` weights are in work: rows play for themselves."""
+    size = max(AT_ONCE // matrix.shape[1] // TILE_ROWS, 1) * TILE_ROWS
+    return [slice(start, start + size) for start in range(0, len(matrix), size)]
 
 
 def pivots(inputs: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
@@ -430,15 +447,20 @@ def whiten(curvature: Curvature, damping: float = DAMPING, feedback: bool = True
 
 def lattice_reply(weight: Float[Tensor, "out in"], whitened: Whitened, lattice: Lattice) -> LatticeTensor:
     """The codes of a matrix on its lattice after one pass, or after plain rounding where there is no factor."""
-    row_steps, column_steps = lattice.row_steps(), lattice.column_steps()
-    if whitened.factor is None:
-        steps = torch.outer(row_steps, column_steps)
-        return LatticeTensor(torch.where(steps > 0, weight / steps, 0.0).round().int(), lattice)
+    column_steps = lattice.column_steps()
 
-    def grid_of(columns: Tensor, current: Tensor) -> Grid:
-        return Grid(torch.outer(column_steps[columns], row_steps).T)
+    def codes(rows: slice) -> Integer[Tensor, "some in"]:
+        row_steps = lattice.of_rows(rows).row_steps()
+        if whitened.factor is None:
+            steps = torch.outer(row_steps, column_steps)
+            return torch.where(steps > 0, weight[rows] / steps, 0.0).round().int()
 
-    return LatticeTensor(feedback(weight, whitened.rows, whitened.factor, grid_of).int(), lattice)
+        def grid_of(columns: Tensor, current: Tensor) -> Grid:
+            return Grid(torch.outer(column_steps[columns], row_steps).T)
+
+        return feedback(weight[rows], whitened.rows[rows], whitened.factor, grid_of).int()
+
+    return LatticeTensor(torch.cat([codes(rows) for rows in pieces(weight)]), lattice)
 
 
 def lattice_settle(
@@ -449,8 +471,15 @@ def lattice_settle(
     sweeps: int = 100,
 ) -> tuple[LatticeTensor, Settled]:
     """The codes after so many sweeps of best replies, and how those went.  ``coding``: what codes cost, if they do."""
-    settled = settle(weight, tensor.codes.float(), curvature, _lattice_grid(tensor.lattice, coding), sweeps)
-    return LatticeTensor(settled.codes.int(), tensor.lattice), settled
+
+    def settled(rows: slice) -> Settled:
+        own = tensor.of_rows(rows)
+        grid_of = _lattice_grid(own.lattice, coding)
+        found = settle(weight[rows], own.codes.float(), curvature.of_rows(rows), grid_of, sweeps)
+        return dataclasses.replace(found, codes=found.codes.int())
+
+    ended = Settled.beside([settled(rows) for rows in pieces(weight)])
+    return LatticeTensor(ended.codes, tensor.lattice), ended
 
 
 def regret_by_row(
@@ -460,22 +489,27 @@ def regret_by_row(
 
     Codes that pay for their length try 0 and those near the one of least damage.
     """
-    error = weight - tensor.dequantize()
-    stiffness, slope = curvature.diagonal(), torch.zeros_like(error)
-    if curvature.inputs is not None:
-        slope += curvature.rows[:, None] * (error @ curvature.inputs)
-    if curvature.lookups is not None:
-        slope += curvature.lookups * error
-    grid = _lattice_grid(tensor.lattice, coding)(torch.arange(weight.shape[1]), weight)
-    slope, stiffness = slope * grid.step, stiffness * grid.step.square()
-    nearest = (slope / stiffness.clamp(min=TINY)).round()
-    gains = torch.zeros_like(slope)
-    for move in (nearest,) if coding is None else (-tensor.codes.float(), *(nearest + jump for jump in (0, *FAR))):
-        gain = move * (slope - stiffness * move / 2)
-        if coding is not None:
-            gain += grid.length(tensor.codes) - grid.length(tensor.codes + move.int())
-        torch.maximum(gains, gain, out=gains)
-    return gains.double().sum(1)
+
+    def regret(rows: slice) -> Float[Tensor, " some"]:
+        own, curved = tensor.of_rows(rows), curvature.of_rows(rows)
+        error = weight[rows] - own.dequantize()
+        stiffness, slope = curved.diagonal(), torch.zeros_like(error)
+        if curved.inputs is not None:
+            slope += curved.rows[:, None] * (error @ curved.inputs)
+        if curved.lookups is not None:
+            slope += curved.lookups * error
+        grid = _lattice_grid(own.lattice, coding)(torch.arange(weight.shape[1]), error)
+        slope, stiffness = slope * grid.step, stiffness * grid.step.square()
+        nearest = (slope / stiffness.clamp(min=TINY)).round()
+        gains = torch.zeros_like(slope)
+        for move in (nearest,) if coding is None else (-own.codes.float(), *(nearest + jump for jump in (0, *FAR))):
+            gain = move * (slope - stiffness * move / 2)
+            if coding is not None:
+                gain += grid.length(own.codes) - grid.length(own.codes + move.int())
+            torch.maximum(gains, gain, out=gains)
+        return gains.double().sum(1)
+
+    return torch.cat([regret(rows) for rows in pieces(weight)])
 
 
 def _lattice_grid(lattice: Lattice, coding: Coding | None) -> GridOf:
