@@ -12,7 +12,7 @@ LATEX := latexmk texlive-latex-base texlive-latex-recommended texlive-fonts-reco
          texlive-latex-extra poppler-utils
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all sanitize sweep derive paper reproduce clean
+.PHONY: help install quickstart test test-engines test-all sanitize sweep derive pages paper reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,7 +50,15 @@ sanitize: install  ## the tests of the kernels, built to find memory errors and 
 	@cmake --build $(SANITIZED) > /dev/null
 	@$(SANITIZER) $(BIN)/python -m pytest --quiet -p tests.sanitized tests/test_kernels.py -k "not compiled and not triton"
 
-test-all: test sanitize  ## test, then the kernels under sanitizers and the slow tests
+ENGINES := slurm-wlm munge chromium
+
+test-engines: install  ## sweeps on a real Ray and a real Slurm of this machine, and what happens there; needs root
+	@for command in munged slurmctld slurmd sbatch chromium; do command -v $$command > /dev/null \
+		|| { echo "make test-engines needs Debian packages: apt-get install $(ENGINES)" >&2; exit 1; }; done
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm,search]'
+	@$(BIN)/pytest --quiet -m engines tests
+
+test-all: test sanitize test-engines  ## test, then the kernels under sanitizers, the engines, and the slow tests
 	@$(BIN)/pytest --quiet -m slow
 
 sweep: install  ## one experiment: make sweep EXPERIMENT=main; what has a record is skipped
@@ -60,6 +68,9 @@ derive: install  ## tables and figures of the committed records, into results/ta
 	$(BIN)/python scripts/tables.py --records $(RECORDS)
 	$(BIN)/python scripts/figures.py --records $(RECORDS)
 	$(BIN)/python scripts/audit.py --records $(RECORDS)
+
+pages: install  ## one self-contained HTML page per experiment, into results/pages
+	$(BIN)/python scripts/page.py --records $(RECORDS)
 
 paper: install  ## the paper, every number from committed records
 	@command -v latexmk > /dev/null || { echo "make paper needs LaTeX: apt-get install $(LATEX)" >&2; exit 1; }
@@ -74,7 +85,7 @@ reproduce: install  ## every experiment again, into results/reproduced; continue
 	done; exit $$status
 
 clean:  ## remove what can be made again; .venv and the records stay
-	rm -rf results/logs results/cache results/quickstart results/reproduced wandb multirun outputs build dist
+	rm -rf results/logs results/cache results/studies results/pages results/quickstart results/reproduced wandb multirun outputs build dist
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	rm -rf paper/generated $(addprefix paper/main.,aux bbl blg fdb_latexmk fls log out pdf toc)

@@ -1,11 +1,13 @@
 """Weights & Biases mirrors records; nothing here ever reads from it."""
 
+import dataclasses
+import json
 import os
 import pathlib
 
 import pandas as pd
 
-from nashswarm import figures
+from nashswarm import figures, page, report
 from nashswarm.record import Record
 
 MODES = ("disabled", "offline", "online")
@@ -25,7 +27,7 @@ def check(mode: str) -> None:
 
 
 def mirror(record: Record, mode: str, folder: pathlib.Path) -> None:
-    """Send a finished record: config, summary, the table of layers, and a figure."""
+    """Send a finished record: config, summary, the table of layers, a figure, and an artifact of its files."""
     if mode == "disabled":
         return
     import matplotlib.pyplot  # noqa: F401  wandb.Image looks for it
@@ -42,10 +44,27 @@ def mirror(record: Record, mode: str, folder: pathlib.Path) -> None:
         settings=wandb.Settings(init_timeout=INIT_SECONDS, silent=True),
     )
     session.summary.update(record.metrics)
-    steps = [record.series[name] for name in TRAINED if name in record.series]
-    for values in zip(*steps, strict=True):
-        session.log(dict(zip(TRAINED, values, strict=True)))
+    curves = {name: record.series[name] for name in TRAINED if name in record.series}
+    for values in zip(*curves.values(), strict=True):
+        session.log(dict(zip(curves, values, strict=True)))
     if record.layers:
         session.log({"layers": wandb.Table(dataframe=pd.DataFrame(record.layers))})
         session.log({"bits by layer": wandb.Image(figures.layer_bits(record))})
+    artifact = wandb.Artifact(f"record-{record.fingerprint}", type="record", metadata=dict(labels))
+    for name, content in contents(record).items():
+        with artifact.new_file(name) as file:
+            file.write(content)
+    session.log_artifact(artifact)
     session.finish()
+
+
+def contents(record: Record) -> dict[str, str]:
+    """The files of a run's artifact: its numbers, its allocation, its row of the table, its page."""
+    fields = dataclasses.asdict(record)
+    allocation = fields.pop("allocation")
+    return {
+        "record.json": json.dumps(fields, indent=1, ensure_ascii=False) + "\n",
+        "allocation.txt": allocation,
+        "table.md": report.markdown(report.points(report.frame([record]))),
+        "page.html": page.page([record]),
+    }

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import mirror
+from nashswarm import record
 from nashswarm.methods import NotOffered
 from nashswarm.run import run
 
@@ -46,9 +47,10 @@ def main(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = pathlib.Path(hydra_config.runtime.output_dir)
     outcome: dict[str, Any] = {
+        "status": "failed",
         "labels": {},
         "record": None,
-        "message": "",
+        "message": "stopped before its end",
         "log": str(folder / f"{hydra_config.job.name}.log"),
     }
     outcome["overrides"] = list(hydra_config.overrides.task)
@@ -58,7 +60,7 @@ def main(config: DictConfig) -> None:
         outcome["labels"] = labels_of(config)
         mirror.check(config.wandb)
         ended = run(config, outcome["labels"], many=hydra_config.mode == RunMode.MULTIRUN)
-        outcome |= {"status": ended.status, "record": str(ended.path), "labels": ended.record.labels}
+        outcome |= {"status": ended.status, "record": str(ended.path), "labels": ended.record.labels, "message": ""}
         if ended.status == "finished":
             mirror.mirror(ended.record, config.wandb, folder)
         log.info("%s: %s", ended.status, ended.path)
@@ -74,7 +76,10 @@ def main(config: DictConfig) -> None:
         if not many:
             sys.exit(1)
     finally:
-        (folder / "outcome.json").write_text(json.dumps(outcome, indent=1) + "\n")
+        try:
+            record.write_whole(folder / "outcome.json", (json.dumps(outcome, indent=1) + "\n").encode())
+        except OSError as error:  # a full disk: the sweep counts the job as failed
+            log.error("%s", error)
 
 
 if __name__ == "__main__":

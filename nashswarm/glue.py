@@ -25,7 +25,7 @@ from torch import Tensor
 from nashswarm import data, metrics, models
 from nashswarm.compare import RESAMPLES
 from nashswarm.quant.calibration import Track
-from nashswarm.record import fingerprint, write_folder
+from nashswarm.record import claim, fingerprint, write_folder
 
 HUB = "nyu-mll/glue"
 SAVED_EVERY = 100  # steps of training, from where it goes on if it is interrupted
@@ -209,16 +209,17 @@ def fine_tuned(
     }
     folder = cache / f"{dataset.task}-{fingerprint(made_of)}"
     classes = TASKS[dataset.task].classes
-    if not folder.is_dir():
-        loaded = models.load(source, device, dtype, classes)
-        _train(loaded, dataset, text, folder.with_name(f"{folder.name}-{CHECKPOINTS}"), device)
+    with claim(folder):  # workers of one sweep want the same model
+        if not folder.is_dir():
+            loaded = models.load(source, device, dtype, classes)
+            _train(loaded, dataset, text, folder.with_name(f"{folder.name}-{CHECKPOINTS}"), device)
 
-        def fill(partial: pathlib.Path) -> None:
-            loaded.model.save_pretrained(partial)
-            loaded.tokenizer.save_pretrained(partial)
+            def fill(partial: pathlib.Path) -> None:
+                loaded.model.save_pretrained(partial)
+                loaded.tokenizer.save_pretrained(partial)
 
-        write_folder(folder, {"training.json": (json.dumps(made_of, indent=1) + "\n").encode()}, fill)
-        shutil.rmtree(folder.with_name(f"{folder.name}-{CHECKPOINTS}"), ignore_errors=True)
+            write_folder(folder, {"training.json": (json.dumps(made_of, indent=1) + "\n").encode()}, fill)
+            shutil.rmtree(folder.with_name(f"{folder.name}-{CHECKPOINTS}"), ignore_errors=True)
     return models.load(models.ModelSource(str(folder)), device, dtype, classes)
 
 

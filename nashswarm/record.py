@@ -4,15 +4,20 @@ A record is named by its fingerprint, the sha256 of everything that can move a n
 whoever reads the folder sees whole records or none.  The allocation stands beside it as run-length text.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
+log = logging.getLogger(__name__)
 SCHEMA = 1
 
 
@@ -56,6 +61,47 @@ def path_of(folder: pathlib.Path, config: Mapping[str, Any]) -> pathlib.Path:
     return folder / f"{fingerprint(config)}.json"
 
 
+@contextlib.contextmanager
+def claim(path: pathlib.Path) -> Iterator[None]:
+    """Have ``path`` alone among all processes that see its folder, whichever machine they run on; one that comes later
+    waits.  What a killed process left half-written of it is removed.
+
+    It is the kernel's lock of a hidden file beside it: it ends with its process, killed or not, so none is ever stale.
+    Raises OSError with the path in its message, for example where the file system has no locks.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(lock)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot claim {path}: {error.strerror}") from error
+    with file:
+        try:
+            for partial in lock.parent.glob(f".{path.stem}.*.partial"):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(path: pathlib.Path) -> IO[str]:
+    """The file at ``path``, locked; not one that its last holder has removed meanwhile."""
+    while True:
+        file = path.open("a")
+        try:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("another worker holds %s; waiting for it", path)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
 def write_whole(path: pathlib.Path, content: bytes) -> None:
     """Put ``content`` at ``path`` in one step; after an error nothing is left behind.
 
@@ -69,7 +115,7 @@ def write_together(contents: Mapping[pathlib.Path, bytes]) -> None:
 
     Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
     """
-    partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in contents}
+    partials = {path: _beside(path) for path in contents}
     path = next(iter(contents))
     try:
         for path, content in contents.items():
@@ -87,12 +133,17 @@ def write_together(contents: Mapping[pathlib.Path, bytes]) -> None:
             partial.unlink(missing_ok=True)
 
 
+def _beside(path: pathlib.Path) -> pathlib.Path:
+    """Where ``path`` is prepared; process numbers repeat from machine to machine, so a lot is drawn."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
 def write_by(path: pathlib.Path, writer: Callable[[pathlib.Path], None]) -> None:
     """Let ``writer`` fill a file beside ``path`` and put it there in one step: for contents too large to hold twice.
 
     Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer(partial)
@@ -111,7 +162,7 @@ def write_folder(
     Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
     """
     folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = _beside(folder)
     try:
         partial.mkdir(parents=True)
         fill(partial)

@@ -168,9 +168,31 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
     folder = pathlib.Path(config.records) / (all_labels.get("experiment") or "single")
     path = record.path_of(folder, identity)
     target = None if config.save is None else pathlib.Path(config.save) / (fingerprint(identity) if many else "")
-    there = target is None or saved.holds(target, fingerprint(identity))
-    if path.exists() and not config.rerun and there:
+
+    def there() -> bool:
+        saved_too = target is None or saved.holds(target, fingerprint(identity))
+        return path.exists() and not config.rerun and saved_too
+
+    if there():
         return Outcome("skipped", path, record.read(path))
+    waits = time.monotonic()
+    with record.claim(path):
+        started += time.monotonic() - waits
+        if there():  # another worker has made it meanwhile
+            return Outcome("skipped", path, record.read(path))
+        finished = _execute(config, planned, all_labels, target, started, start_time)
+        return Outcome("finished", record.write(folder, finished), finished)
+
+
+def _execute(
+    config: DictConfig,
+    planned: Plan,
+    labels: Mapping[str, str],
+    target: pathlib.Path | None,
+    started: float,
+    start_time: datetime.datetime,
+) -> Record:
+    """The record of a run, whose compressed model lies in ``target`` if it is to be kept."""
     if target is not None:
         if isinstance(planned, Plan) and isinstance(planned.method, peers.Peer):
             raise ValueError(f"save={target}: what {planned.method.library} packs cannot be loaded again; leave it out")
@@ -181,7 +203,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
         "%s on %s: %s, seed %d, %d threads",
         labels["method"],
         labels["model"],
-        all_labels["dataset"],
+        labels["dataset"],
         config.seed,
         threads,
     )
@@ -206,8 +228,8 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
     job = Job(config, *planned)
     result, found, series, cost = job.execute()
     finished = Record(
-        labels=all_labels,
-        config=identity,
+        labels=dict(labels),
+        config=dict(planned.identity),
         metrics=found | {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes()} | cost,
         series=series,
         layers=job.layer_table(result),
@@ -218,7 +240,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
         about = {"config": OmegaConf.to_container(config, resolve=True), "record": dataclasses.asdict(finished)}
         game = {name: part.numpy() for name, part in result.game.items()}
         saved.write(target, job.files, about, game, job.tokenizer)
-    return Outcome("finished", record.write(folder, finished), finished)
+    return finished
 
 
 def train_moe(

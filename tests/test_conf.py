@@ -156,6 +156,8 @@ def test_an_experiment_is_a_sweep_whose_second_line_starts_it(name: str) -> None
     hydra = composed(f"experiment/{name}").hydra
     assert hydra.mode.name == "MULTIRUN"
     assert hydra.job.name == name
+    if hydra.sweeper._target_ == "hydra_plugins.search.Study":
+        return  # its params are no lists: tests/test_launchers.py
     sweep = {
         key: [choice.strip() for choice in str(choices).split(",")] for key, choices in hydra.sweeper.params.items()
     }

@@ -5,6 +5,7 @@ import math
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -503,9 +504,7 @@ def test_experts_that_cannot_be_taken_apart_are_named() -> None:
     "build, message",
     [
         (  # the types that tests check would refuse it before the class can
-            lambda: NashSwarmRouter.__post_init__(
-                types.SimpleNamespace(**vars(NashSwarmRouter()) | {"prices": "free"})
-            ),
+            lambda: NashSwarmRouter.__post_init__(SimpleNamespace(**vars(NashSwarmRouter()) | {"prices": "free"})),
             "unknown method.prices 'free'",
         ),
         (lambda: NashSwarmRouter(search="leaders"), "method.search=leaders needs"),

@@ -3,7 +3,11 @@
 import dataclasses
 import errno
 import json
+import os
 import pathlib
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -170,3 +174,49 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: pathlib.Path) -> None:
     assert not list((tmp_path / "folder").iterdir())
     record.write_by(tmp_path / "folder" / "file", lambda partial: partial.write_bytes(b"whole"))
     assert (tmp_path / "folder" / "file").read_bytes() == b"whole"
+
+
+HOLD = """
+import pathlib, sys, time
+import record  # from its own folder: the package would import torch
+with record.claim(pathlib.Path(sys.argv[1])):
+    (pathlib.Path(sys.argv[1]).parent / "held").touch()
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def held(path: pathlib.Path, seconds: float) -> "subprocess.Popen[bytes]":
+    """A process that holds the claim for so long."""
+    root = str(pathlib.Path(record.__file__).parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), str(seconds)], env=os.environ | {"PYTHONPATH": root}
+    )
+    while not (path.parent / "held").exists():
+        time.sleep(0.02)
+    return process
+
+
+def test_a_claim_is_waited_for(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "abc.json"
+    with caplog.at_level("INFO"), held(path, 0.7) as process, record.claim(path):
+        assert process.wait(60) == 0
+        assert "another worker holds" in caplog.text
+    assert [one.name for one in tmp_path.iterdir()] == ["held"]
+
+
+def test_a_claim_ends_with_a_killed_process(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "abc.json"
+    (tmp_path / ".abc.txt.1234.partial").write_text("half")
+    (tmp_path / ".abd.txt.1234.partial").write_text("of another record")
+    with held(path, 600) as process:
+        process.kill()
+    assert (tmp_path / ".abc.json.lock").exists()
+    with record.claim(path):
+        pass
+    assert sorted(one.name for one in tmp_path.iterdir()) == [".abd.txt.1234.partial", "held"]
+
+
+def test_a_claim_that_cannot_be_made_says_so(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot claim .*abc\.json"), record.claim(tmp_path / "file" / "abc.json"):
+        pass

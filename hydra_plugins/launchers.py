@@ -1,0 +1,233 @@
+"""Launchers of sweeps on engines that others operate: processes of one machine, a Ray cluster, a Slurm cluster.
+
+A job belongs to one worker, which writes its record and its ``outcome.json``; the engine only says that it ended.  One
+that its engine lost is a failed job and the others go on.  All workers see the folder that the sweep was started in.
+"""
+
+import abc
+import getpass
+import json
+import logging
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import cloudpickle
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 2.0
+FORWARDED = ("NASHSWARM_", "HF_", "WANDB_", "OMP_", "MKL_", "TOKENIZERS_")  # variables that a Ray worker inherits
+SECRET = ("KEY", "TOKEN")  # not those that end so: Ray shows them in its dashboard
+Ended = Iterator[tuple[int, str | None]]  # number of a job, and what its engine says went wrong
+
+
+def work(folder: str, job: bytes) -> None:
+    """Run one job, in a worker: ``job`` is pickled so that nothing of it is imported before the folder is right."""
+    os.chdir(folder)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    context, task, config, singletons = pickle.loads(job)
+    setup_globals()
+    Singleton.set_state(singletons)
+    ended = run_job(
+        hydra_context=context,
+        task_function=task,
+        config=config,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+    )
+    if ended.status != JobStatus.COMPLETED:
+        raise ended._return_value
+
+
+class Engine(Launcher):
+    """What the engines share.  ``settings``: the keys of the launcher's config, for the engine."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.task, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs to their ends; each has an ``outcome.json`` then."""
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        self.folder = pathlib.Path(self.config.hydra.sweep.dir).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folders: dict[int, pathlib.Path] = {}
+        jobs: dict[int, bytes] = {}
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = number
+                config.hydra.sweep.dir = str(self.folder)
+            self.folders[number] = self.folder / str(config.hydra.sweep.subdir)
+            jobs[number] = cloudpickle.dumps((self.context, self.task, config, Singleton.get_state()))
+            log.info("#%d: %s", number, " ".join(filter_overrides(overrides)))
+        log.info("%d jobs, logs in %s", len(jobs), self.folder)
+        for count, (number, trouble) in enumerate(self.execute(jobs), 1):
+            if not self.ended(number):
+                self.lost(number, job_overrides[number - initial_job_idx], trouble or "the job left no outcome")
+            log.info("#%d ended, %d of %d", number, count, len(jobs))
+        return [_returned(overrides) for overrides in job_overrides]
+
+    def ended(self, number: int) -> bool:
+        return (self.folders[number] / "outcome.json").exists()
+
+    def lost(self, number: int, overrides: Sequence[str], trouble: str) -> None:
+        """Write the outcome of a job that could not write its own.  Raises OSError if the driver cannot either."""
+        folder = self.folders[number]
+        outcome: dict[str, Any] = {
+            "status": "failed",
+            "labels": {},
+            "record": None,
+            "message": trouble,
+            "log": str(folder),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "outcome.json").write_text(json.dumps(outcome | {"overrides": list(overrides)}, indent=1) + "\n")
+
+    @abc.abstractmethod
+    def execute(self, jobs: Mapping[int, bytes]) -> Ended:
+        """Run pickled jobs; each comes back once, when it has ended."""
+
+
+class Processes(Engine):
+    """Processes of this machine, by joblib; ``n_jobs`` as joblib knows it."""
+
+    def execute(self, jobs: Mapping[int, bytes]) -> Ended:
+        """A worker that dies takes the others with it: what had begun then is done again alone, the rest goes on, so
+        that a job that kills its worker costs no other job."""
+        import joblib
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+        waiting, begun = dict(jobs), dict[int, bytes]()
+        while waiting:
+            parallel = joblib.Parallel(self.settings["n_jobs"], backend="loky", return_as="generator_unordered")
+            try:
+                for number, trouble in parallel(
+                    joblib.delayed(_tried)(number, job) for number, job in list(waiting.items())
+                ):
+                    del waiting[number]
+                    yield number, trouble
+            except TerminatedWorkerError:
+                for number in [number for number in waiting if self.ended(number)]:
+                    del waiting[number]
+                    yield number, None
+                here = {number: job for number, job in waiting.items() if self.folders[number].exists()} or waiting
+                log.warning("a worker died; done again alone: %s", ", ".join(f"#{number}" for number in here))
+                begun |= here
+                waiting = {number: job for number, job in waiting.items() if number not in begun}
+        for number, job in begun.items():
+            try:
+                [(_, trouble)] = joblib.Parallel(n_jobs=2, backend="loky")([joblib.delayed(_tried)(number, job)])
+            except TerminatedWorkerError:
+                trouble = "its worker died, twice: killed, or out of memory"
+            yield number, trouble
+
+
+class Ray(Engine):
+    """Tasks of a Ray cluster.  ``address``: of the cluster, ``local`` for one of this machine alone; ``num_cpus``,
+    ``num_gpus``: what a job takes; ``max_retries``: how often it begins again after its worker or node was lost."""
+
+    def execute(self, jobs: Mapping[int, bytes]) -> Ended:
+        try:
+            import ray
+        except ImportError:
+            sys.exit("hydra/launcher=ray needs Ray: pip install -e '.[ray]'")
+        variables = {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(FORWARDED) and not name.endswith(SECRET)
+        }
+        variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        options = {key: value for key, value in self.settings.items() if key != "address"}
+        ray.init(address=self.settings["address"], runtime_env={"env_vars": variables})
+        try:
+            task = ray.remote(work).options(**options)
+            running = {task.remote(os.getcwd(), job): number for number, job in jobs.items()}
+            while running:
+                [first], _ = ray.wait(list(running), num_returns=1)
+                trouble = None
+                try:
+                    ray.get(first)
+                except Exception as error:
+                    trouble = _sentence(getattr(error, "cause", None) or error)
+                yield running.pop(first), trouble
+        finally:
+            ray.shutdown()
+
+
+class Slurm(Engine):
+    """One array job of a Slurm cluster, by submitit; ``settings``: parameters of submitit's executor."""
+
+    def execute(self, jobs: Mapping[int, bytes]) -> Ended:
+        """``squeue`` says what has ended: ``sacct`` needs a data base that small clusters lack."""
+        try:
+            import submitit
+        except ImportError:
+            sys.exit("hydra/launcher=slurm needs submitit: pip install -e '.[slurm]'")
+        executor = submitit.AutoExecutor(folder=self.folder / ".submitit", cluster="slurm")
+        executor.update_parameters(**{key: value for key, value in self.settings.items() if value is not None})
+        submitted = executor.map_array(work, [os.getcwd()] * len(jobs), list(jobs.values()))
+        running = {job.job_id: number for job, number in zip(submitted, jobs, strict=True)}
+        array = submitted[0].job_id.split("_")[0]
+        log.info("array job %s of Slurm", array)
+        try:
+            while running:
+                time.sleep(POLL_SECONDS)
+                queued = _queued()
+                for name in [name for name in running if queued is not None and name not in queued]:
+                    number = running.pop(name)
+                    yield number, None if self.ended(number) else f"Slurm ended the job: {_fate(name)}"
+        except KeyboardInterrupt:
+            log.warning("the jobs stay with Slurm: scancel %s ends them; the same command again waits for them", array)
+            raise
+
+
+def _queued() -> set[str] | None:
+    """The jobs of this user that wait or run, as Slurm names them; None if Slurm does not answer now."""
+    found = subprocess.run(
+        ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i"],
+        capture_output=True,
+        text=True,
+    )
+    return set(found.stdout.split()) if found.returncode == 0 else None
+
+
+def _fate(name: str) -> str:
+    """In Slurm's words, how a job ended."""
+    found = subprocess.run(["scontrol", "show", "job", "--oneliner", name], capture_output=True, text=True)
+    words = dict(word.partition("=")[::2] for word in found.stdout.split())
+    return ", ".join(f"{key}={words[key]}" for key in ("JobState", "Reason", "ExitCode") if key in words) or "unknown"
+
+
+def _tried(number: int, job: bytes) -> tuple[int, str | None]:
+    """A job in a process: its number, and what went wrong around it."""
+    try:
+        work(os.getcwd(), job)
+    except Exception as error:
+        return number, _sentence(error)
+    return number, None
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _returned(overrides: Sequence[str]) -> JobReturn:
+    """What Hydra wants to hear of a job; how it ended stands in its ``outcome.json``."""
+    returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
+    returned.return_value = None
+    return returned

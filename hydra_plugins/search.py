@@ -1,0 +1,122 @@
+"""Searches instead of grids: an Optuna study whose trials are jobs of whichever launcher is chosen."""
+
+import json
+import logging
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
+ASIDE = ("records", "cache", "wandb", "rerun", "save")  # keys that move no number: the study stays the same
+
+
+class Study(Sweeper):
+    """A multi-objective study that goes on where it stopped.
+
+    ``params``: what is searched, in Hydra's own words for sweeps: ``interval(low, high)``, ``range(low, stop, step)``,
+    choices, ``tag(log, ...)``.  ``minimize``: metrics of the records.  ``trials``: how many are to succeed, those of
+    earlier starts counted.  ``batch``: how many at a time.  ``seed``: of the sampler.  ``storage``: the SQLite file.
+    """
+
+    def __init__(
+        self, params: dict[str, str], minimize: list[str], trials: int, batch: int, seed: int, storage: str
+    ) -> None:
+        self.params, self.minimize, self.trials = dict(params), list(minimize), trials
+        self.batch, self.seed, self.storage = batch, seed, pathlib.Path(storage)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context: HydraContext = hydra_context
+        self.config: DictConfig = config
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Ask and tell until enough trials have succeeded; one that fails is not tried again in this start."""
+        try:
+            import optuna
+        except ImportError:
+            sys.exit("hydra/sweeper=study needs Optuna: pip install -e '.[search]'")
+        from nashswarm import record
+
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+        overrides = {one.get_key_element(): one for one in parser.parse_overrides(words)}  # the last of a key counts
+        space = {key: distribution(one) for key, one in overrides.items() if one.is_sweep_override()}
+        fixed = {key: one.get_value_element_as_str() for key, one in overrides.items() if not one.is_sweep_override()}
+        if not space:
+            sys.exit("there is nothing to search; give hydra.sweeper.params, for example method.bits: interval(2, 4)")
+        name = record.fingerprint(
+            {key: one.input_line for key, one in overrides.items() if key not in ASIDE} | {"minimize": self.minimize}
+        )
+        folder = pathlib.Path(self.config.hydra.sweep.dir)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with record.claim(self.storage):
+            study = optuna.create_study(
+                storage=f"sqlite:///{self.storage}",
+                study_name=name,
+                directions=["minimize"] * len(self.minimize),
+                load_if_exists=True,
+            )
+            # Seeded by what is known, for a sampler that begins again would repeat its first questions.
+            study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
+            for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # its sweep was killed
+                study.enqueue_trial(trial.params)
+            known = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
+            log.info("study %s in %s: %d of %d trials known", name, self.storage, known, self.trials)
+            for start in range(0, self.trials - known, self.batch):
+                asked = [study.ask(space) for _ in range(min(self.batch, self.trials - known - start))]
+                jobs = [[f"{key}={value}" for key, value in (fixed | trial.params).items()] for trial in asked]
+                self.launcher.launch(jobs, initial_job_idx=start)
+                for number, trial in enumerate(asked, start):
+                    values = objectives(folder / str(number) / "outcome.json", self.minimize)
+                    study.tell(trial, values, state=None if values else optuna.trial.TrialState.FAIL)
+            for trial in sorted(study.best_trials, key=lambda trial: trial.values[-1]):
+                found = zip(self.minimize, trial.values, strict=True)
+                log.info(
+                    "on the front: %s: %s",
+                    " ".join(f"{key}={value}" for key, value in trial.params.items()),
+                    ", ".join(f"{metric} {value:.6g}" for metric, value in found),
+                )
+
+
+def distribution(override: Override) -> Any:
+    """Optuna's words for a sweep in Hydra's.  A range ends before its stop, as in Hydra."""
+    from optuna import distributions
+
+    sweep: Any = override.value()
+    log_scale = "log" in getattr(sweep, "tags", ())
+    if isinstance(sweep, IntervalSweep):
+        assert sweep.start is not None and sweep.end is not None
+        return distributions.FloatDistribution(float(sweep.start), float(sweep.end), log=log_scale)
+    if isinstance(sweep, RangeSweep):
+        values: list[Any] = list(sweep.range())
+        kind = distributions.IntDistribution if isinstance(values[0], int) else distributions.FloatDistribution
+        return kind(values[0], values[-1], step=sweep.step)
+    return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def objectives(path: pathlib.Path, metrics: Sequence[str]) -> list[float] | None:
+    """The metrics of the record that a job made or found; None if it has none.
+
+    Raises ValueError for a metric that its record lacks.
+    """
+    from nashswarm import record
+
+    outcome = json.loads(path.read_text()) if path.exists() else {"record": None}
+    if outcome["record"] is None:
+        return None
+    found = record.read(pathlib.Path(outcome["record"])).metrics
+    if missing := [name for name in metrics if name not in found]:
+        raise ValueError(f"hydra.sweeper.minimize: no record has {', '.join(missing)}; choose among {', '.join(found)}")
+    return [found[name] for name in metrics]

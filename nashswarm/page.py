@@ -1,0 +1,200 @@
+"""The page of an experiment: one HTML file that needs nothing beside it, made from records alone.
+
+A table that sorts by any column, quality against size, the sweeps of the games, the bits of every layer, and where each
+record comes from.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from nashswarm import figures, report
+from nashswarm.record import Record
+
+PLACE = ("model", "dataset", "measure")  # what one chart has one of
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child, td.word { text-align: left }
+th button { all: unset; cursor: pointer; font-weight: 600 }
+th button:focus-visible { outline: 2px solid #0072B2 }
+th[aria-sort=ascending] button::after { content: " ▲" }
+th[aria-sort=descending] button::after { content: " ▼" }
+tr.ours { font-weight: 600 }
+.flag { color: #A33 }
+figure { margin: 1rem 0 } figure img { max-width: 100% }
+figcaption { color: #555 }
+figure.map { display: inline-block; vertical-align: bottom; margin: .5rem }
+figure.map img { image-rendering: pixelated; border: 1px solid #999 }
+figure.map figcaption { font-size: .75rem }
+.width { display: inline-block; width: 1em; height: 1em; margin: 0 .3em 0 1em; border: 1px solid #999 }
+"""
+SCRIPT = """
+for (const table of document.querySelectorAll("table.sortable"))
+  table.querySelectorAll("th button").forEach((button, column) => button.addEventListener("click", () => {
+    const head = button.parentElement, up = head.getAttribute("aria-sort") !== "ascending";
+    table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const key = row => row.cells[column].dataset.value;
+    const number = value => value === "" ? NaN : Number(value);
+    const compare = (a, b) => {
+      const [x, y] = [number(key(a)), number(key(b))];
+      if (isNaN(x) && isNaN(y)) return key(a).localeCompare(key(b)) * (up ? 1 : -1);
+      if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y);
+      return (x - y) * (up ? 1 : -1);
+    };
+    const body = table.tBodies[0];
+    body.append(...[...body.rows].sort(compare));
+  }));
+"""
+
+
+def page(records: Sequence[Record]) -> str:
+    """The page of the records of one experiment; runs of other models, texts or measures have sections of their own.
+
+    Raises ValueError if there is no record, or if the records are of several experiments.
+    """
+    table = report.frame(records)
+    names = sorted(set(table["experiment"]))
+    if len(names) > 1:
+        raise ValueError(f"one page shows one experiment, not {', '.join(names)}; select one first")
+    title = html.escape(names[0])
+    parts = [f"<h1>{title}</h1>"]
+    for place in table[list(PLACE)].drop_duplicates().itertuples(index=False, name=None):
+        own = [one for one in records if tuple(one.labels[label] for label in PLACE) == place]
+        parts += section(place, report.select(table, **dict(zip(PLACE, place, strict=True))), own)
+    parts += ["<h2>Runs</h2>", runs(records)]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width">\n<link rel="icon" href="data:,">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def section(place: Sequence[str], rows: pd.DataFrame, records: Sequence[Record]) -> list[str]:
+    """Table and figures of one model, dataset and measure."""
+    means = report.tested(report.points(rows.dropna(axis=1, how="all")), records)
+    parts = [f"<h2>{html.escape(' · '.join(place))}</h2>", results(means)]
+    if note := report.note(means):
+        parts.append(f"<p>{html.escape(note)}</p>")
+    drawn = {
+        "Quality against size": lambda: figures.pareto(means),
+        "Convergence of the games": lambda: figures.convergence(records),
+    }
+    parts += [shown for caption, draw in drawn.items() if (shown := drawing(draw, caption))]
+    for one in sorted({one.labels["method"]: one for one in records}.values(), key=lambda one: _rank(one)):
+        parts += bits(one)
+    return parts
+
+
+def results(means: pd.DataFrame) -> str:
+    """The table of means over seeds, each cell with its number to sort by."""
+    shown = [column for column in report.COLUMNS if column.metric in means and means[column.metric].notna().any()]
+    lines = []
+    for _, row in means.iterrows():
+        cells = [_cell(row["method"], row["method"], "word")]
+        for column in shown:
+            value = row[column.metric]
+            cells.append(_cell(report.text(row, column.metric), "" if pd.isna(value) else repr(float(value))))
+        flag = ' <span class="flag">uncommitted code</span>' if row["dirty"] else ""
+        ours = ' class="ours"' if row["method"] == report.REFERENCE else ""
+        lines.append(f"<tr{ours}>{''.join(cells)}<td data-value='{int(row['dirty'])}'>{flag}</td></tr>")
+    return _table(["method", *(column.heading for column in shown), ""], lines)
+
+
+def runs(records: Sequence[Record]) -> str:
+    """Where each record comes from; one made by uncommitted code is flagged."""
+    lines = []
+    for one in sorted(records, key=lambda one: (_rank(one), one.labels["seed"])):
+        found = one.provenance
+        commit = str(found.get("commit") or "unknown")[:10]
+        cells = [_cell(one.labels[name], one.labels[name], "word") for name in ("method", "model", "dataset", "seed")]
+        cells += [_cell(one.fingerprint, one.fingerprint), _cell(commit, commit)]
+        flag = '<span class="flag">uncommitted code</span>' if found.get("dirty") else ""
+        cells.append(f'<td data-value="{int(bool(found.get("dirty")))}">{flag}</td>')
+        cells += [_cell(str(found.get(name, "")), str(found.get(name, ""))) for name in ("started", "machine")]
+        seconds = one.metrics.get("seconds", float("nan"))
+        cells.append(_cell(report.FORMATS["seconds"](seconds), repr(seconds)))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    heads = ["method", "model", "dataset", "seed", "record", "commit", "", "started", "machine", "seconds"]
+    return _table(heads, lines)
+
+
+def bits(one: Record) -> list[str]:
+    """The bits of every layer of a run, and the map of every layer made of tiles of several widths, folded away."""
+    if not one.layers:
+        return []
+    method = html.escape(one.labels["method"])
+    tiled = figures.tiles(one.allocation)
+    several = [layer for layer, grid in tiled.items() if len(set(grid.flat)) > 1]
+    bars = drawing(lambda: figures.layer_bits(one), f"Stored bits per weight of every layer, {method}")
+    maps = [bit_map(layer, tiled[layer]) for layer in several]
+    widths = sorted({int(width) for layer in several for width in tiled[layer].flat})
+    legend = [f'<span class="width" style="background:{_ink(width)}"></span>{width} bits' for width in widths]
+    return [
+        f'<details class="bits"><summary>Bits of {method}, seed {one.labels["seed"]}</summary>',
+        bars,
+        f"<p>{' '.join(legend)}</p>" if legend else "",
+        *maps,
+        "</details>",
+    ]
+
+
+def bit_map(layer: str, grid: NDArray[np.int64]) -> str:
+    """One pixel for each tile of a layer, coloured by its bits: row blocks down, column groups across."""
+    content = io.BytesIO()
+    picture = np.array([figures.shade(int(width)) for width in grid.flat]).reshape(*grid.shape, 3)
+    matplotlib.image.imsave(content, picture, format="png")
+    said = html.escape(f"{layer}: {grid.shape[0]} × {grid.shape[1]} tiles")
+    size = f'width="{8 * grid.shape[1]}" height="{min(8 * grid.shape[0], 400)}"'
+    return (
+        f'<figure class="map"><img alt="{said}" {size} src="{_inline(content, "image/png")}">'
+        f"<figcaption>{said}</figcaption></figure>"
+    )
+
+
+def drawing(draw: Callable[[], Figure], caption: str) -> str:
+    """A figure inside the page; nothing where the records do not carry what it shows."""
+    content = io.BytesIO()
+    try:
+        with matplotlib.rc_context({"svg.hashsalt": "nashswarm", "figure.constrained_layout.use": True}):
+            draw().savefig(content, format="svg", metadata={"Date": None})
+    except ValueError:
+        return ""
+    said = html.escape(caption)
+    return (
+        f'<figure><img alt="{said}" src="{_inline(content, "image/svg+xml")}"><figcaption>{said}</figcaption></figure>'
+    )
+
+
+def _inline(content: io.BytesIO, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _ink(width: int) -> str:
+    return "#" + "".join(f"{round(255 * part):02x}" for part in figures.shade(width))
+
+
+def _rank(one: Record) -> tuple[int, int, str]:
+    return report.rank(one.labels["method"])
+
+
+def _cell(text: str, value: str, kind: str = "") -> str:
+    named = f' class="{kind}"' if kind else ""
+    return f'<td{named} data-value="{html.escape(value)}">{html.escape(text)}</td>'
+
+
+def _table(heads: Sequence[str], lines: Sequence[str]) -> str:
+    head = "".join(f'<th scope="col"><button>{html.escape(name)}</button></th>' for name in heads)
+    return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>\n' + "\n".join(lines) + "\n</tbody></table>"

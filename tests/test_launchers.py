@@ -1,0 +1,155 @@
+"""What launchers and searches are made of; sweeps on real engines are in test_engines.py."""
+
+import json
+import logging
+import pathlib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+
+import nashswarm.run  # noqa: F401  (it registers the types of the root config)
+from hydra_plugins import launchers, search
+from nashswarm import record, report
+
+CONF = pathlib.Path(__file__).parent.parent / "conf"
+
+
+@pytest.fixture(autouse=True)
+def conf() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (CONF / "hydra/launcher").glob("*.yaml")])
+def test_a_launcher_is_a_choice_of_the_config(name: str) -> None:
+    config = compose("config", [f"hydra/launcher={name}"], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    made = Plugins.instance()._instantiate(config.hydra.launcher)
+    assert isinstance(made, Launcher) and isinstance(made, launchers.Engine)
+    assert made.settings == {key: value for key, value in config.hydra.launcher.items() if key != "_target_"}
+
+
+class Careless(launchers.Engine):
+    """An engine that loses its second job without a trace, and the third for a reason."""
+
+    def execute(self, jobs: Mapping[int, bytes]) -> launchers.Ended:
+        for number, job in jobs.items():
+            assert isinstance(job, bytes)
+            if number == 5:
+                self.folders[number].mkdir(parents=True)
+                done = {"status": "skipped", "labels": {}, "record": None, "message": "", "log": "", "overrides": []}
+                (self.folders[number] / "outcome.json").write_text(json.dumps(done))
+            yield number, "the node burnt" if number == 7 else None
+
+
+def test_a_job_that_its_engine_lost_is_a_failed_job(tmp_path: pathlib.Path) -> None:
+    words = [f"hydra.sweep.dir={tmp_path}/logs", "hydra.job.num=0"]
+    config = compose("config", words, return_hydra_config=True)
+    loader = types.SimpleNamespace(load_sweep_config=lambda config, overrides: config.copy())
+    engine = Careless()
+    engine.setup(hydra_context=types.SimpleNamespace(config_loader=loader), task_function=print, config=config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launchers, "configure_log", lambda *_: None)
+        returned = engine.launch([["seed=1"], ["seed=2"], ["seed=3"]], 5)
+    assert [one.return_value for one in returned] == [None] * 3
+    outcomes = report.read_outcomes(tmp_path / "logs")
+    assert [one["status"] for one in outcomes] == ["skipped", "failed", "failed"]
+    assert [one["message"] for one in outcomes[1:]] == ["the job left no outcome", "the node burnt"]
+    assert outcomes[2]["overrides"] == ["seed=3"]
+
+
+class Hills:
+    """A launcher whose jobs know their results: two objectives that pull ``x`` apart, and a job that fails at times."""
+
+    def __init__(self, folder: pathlib.Path, killed_after: int = 1000) -> None:
+        self.folder, self.left = folder, killed_after
+        self.asked: list[dict[str, str]] = []
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
+        for number, words in enumerate(job_overrides, initial_job_idx):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            values = dict(word.split("=") for word in words)
+            self.asked.append(values)
+            x = float(values["x"])
+            metrics = {"kl": x**2 + (values["kind"] == "bad"), "bytes_file": (x - 2) ** 2}
+            path = record.write(self.folder / "records", record.Record({}, {**values}, metrics, {}, [], "", {}))
+            job = self.folder / "logs" / str(number)
+            job.mkdir(parents=True, exist_ok=True)
+            failed = len(self.asked) == 3
+            (job / "outcome.json").write_text(json.dumps({"record": None if failed else str(path)}))
+        return []
+
+
+def test_a_study_goes_on_where_it_was_killed(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    optuna = pytest.importorskip("optuna", reason="the extra search is not installed")
+    params = {"x": "interval(-4.0, 4.0)", "kind": "choice(good, bad)"}
+
+    def start(killed_after: int) -> list[dict[str, str]]:
+        study = search.Study(params, ["kl", "bytes_file"], 12, 2, 0, str(tmp_path / "studies/hills.db"))
+        study.context = types.SimpleNamespace(config_loader=None)
+        study.config = types.SimpleNamespace(
+            hydra=types.SimpleNamespace(sweep=types.SimpleNamespace(dir=tmp_path / "logs"))
+        )
+        study.launcher = Hills(tmp_path, killed_after)
+        try:
+            study.sweep(["records=elsewhere", "seed=1"])
+        except KeyboardInterrupt:
+            assert killed_after < 1000
+        return study.launcher.asked
+
+    first = start(5)
+    second = start(1000)
+    third = start(1000)  # for the trial that failed in the second
+    with caplog.at_level(logging.INFO):
+        assert start(1000) == []
+    assert "12 of 12 trials known" in caplog.text and "on the front: x=" in caplog.text
+    assert (len(first), len(third)) == (5, 1) and all(values["seed"] == "1" for values in first + second + third)
+    [name] = optuna.get_all_study_names(f"sqlite:///{tmp_path}/studies/hills.db")
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path}/studies/hills.db")
+    states = [trial.state.name for trial in study.trials]
+    assert states.count("COMPLETE") == 12 and "RUNNING" not in states and "WAITING" not in states
+    assert {values["x"] for values in first[4:]} <= {values["x"] for values in second}  # asked again
+    points = [tuple(trial.values) for trial in study.trials if trial.values]
+    front = {one for one in points if not any(a <= one[0] and b <= one[1] and (a, b) != one for a, b in points)}
+    assert {tuple(trial.values) for trial in study.best_trials} == front
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("x=interval(1, 4)", {"name": "FloatDistribution", "low": 1.0, "high": 4.0, "log": False}),
+        ("x=tag(log, interval(0.1, 10))", {"name": "FloatDistribution", "low": 0.1, "high": 10.0, "log": True}),
+        ("x=range(3, 12)", {"name": "IntDistribution", "low": 3, "high": 11, "step": 1}),
+        ("x=range(1.5, 3.0, 0.5)", {"name": "FloatDistribution", "low": 1.5, "high": 2.5, "step": 0.5}),
+        ("x=a,b", {"name": "CategoricalDistribution", "choices": ("a", "b")}),
+    ],
+)
+def test_a_sweep_of_hydra_is_a_distribution(words: str, expected: dict[str, Any]) -> None:
+    pytest.importorskip("optuna", reason="the extra search is not installed")
+    found = search.distribution(OverridesParser.create().parse_override(words))
+    attributes = {key: getattr(found, key) for key in expected if key != "name"}
+    assert {"name": type(found).__name__} | attributes == expected
+
+
+def test_the_search_composes() -> None:
+    config = compose("config", ["experiment=search"], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    made = Plugins.instance()._instantiate(config.hydra.sweeper)
+    assert isinstance(made, Sweeper) and isinstance(made, search.Study)
+    assert str(made.storage) == "results/studies/search.db"
+    parser = OverridesParser.create()
+    values = [f"{key}={value}" for key, value in made.params.items()]
+    pytest.importorskip("optuna", reason="the extra search is not installed")
+    first = [search.distribution(one) for one in parser.parse_overrides(values)]
+    lows = [one.choices[0] if hasattr(one, "choices") else one.low for one in first]
+    compose("config", ["experiment=search", *(f"{k}={v}" for k, v in zip(made.params, lows, strict=True))])
