@@ -21,9 +21,12 @@ import torch
 
 from nashswarm import record
 from nashswarm.allocation import curvature
+from nashswarm.evidence import show_progress
+from nashswarm.plan import plan
+from nashswarm.provenance import provenance
 from nashswarm.quant.grid import Scheme
 from nashswarm.quant.reply import Curvature, reply
-from nashswarm.run import Job, plan, provenance, show_progress
+from nashswarm.run import Job
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 SCHEME = Scheme(64, search=True)

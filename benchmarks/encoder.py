@@ -31,11 +31,13 @@ from torch import Tensor
 from nashswarm import data, models, record
 from nashswarm.allocation import Layer
 from nashswarm.compare import interval
+from nashswarm.evidence import show_progress
 from nashswarm.methods import Method, Oracle
 from nashswarm.metrics import embed, projection
+from nashswarm.plan import build
+from nashswarm.provenance import provenance
 from nashswarm.quant.calibration import Moments, calibrate
 from nashswarm.quant.grid import Scheme, quantize
-from nashswarm.run import build, provenance, show_progress
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 UNTOUCHED = ("embeddings.*", "pooler.*")

@@ -18,8 +18,9 @@ import numpy as np
 
 from nashswarm import record
 from nashswarm.compare import interval
+from nashswarm.provenance import provenance
 from nashswarm.record import Record
-from nashswarm.run import provenance, run
+from nashswarm.run import run
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 RIVALS = ("gptq_one_step", "no_swarm", "nash_swarm")

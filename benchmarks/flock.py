@@ -22,8 +22,10 @@ import numpy as np
 
 from nashswarm import record
 from nashswarm.compare import interval
+from nashswarm.evidence import show_progress
+from nashswarm.provenance import provenance
 from nashswarm.record import Record
-from nashswarm.run import provenance, run, show_progress
+from nashswarm.run import run
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 PLAIN = (

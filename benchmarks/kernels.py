@@ -26,7 +26,7 @@ from nashswarm.compare import median_interval
 from nashswarm.kernels import native
 from nashswarm.kernels import tiles as layout
 from nashswarm.kernels.__main__ import example, interleaved, raw
-from nashswarm.run import provenance
+from nashswarm.provenance import provenance
 
 OUT = pathlib.Path("results/benchmarks/kernels")
 SHAPES = ((3072, 768), (768, 3072))

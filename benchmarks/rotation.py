@@ -26,7 +26,8 @@ from torch import Tensor
 
 from nashswarm import record
 from nashswarm.compare import interval
-from nashswarm.run import provenance, run
+from nashswarm.provenance import provenance
+from nashswarm.run import run
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 METHODS = ("nash_swarm method.bits=3.0", "nash_swarm method.bits=2.0", "gptq method.bits=3", "gptq method.bits=2")

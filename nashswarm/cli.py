@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from nashswarm import __version__, api, data, measures, metrics, models, peers, run, saved
+from nashswarm import __version__, api, data, measures, metrics, models, peers, plan, run, saved
 from nashswarm.certify import LIMIT, certify
 from nashswarm.evidence import show_progress
 from nashswarm.linear import PackedMatrix
@@ -135,7 +135,7 @@ def _compress(given: argparse.Namespace) -> int:
         dataset = data.HubText(str(given.calibration.resolve()), **windows)
     method = api.method_of(given.method, given.bits)
     cache = given.cache.expanduser().resolve()
-    config = run.config_of(
+    config = plan.config_of(
         source, method, dataset, measures.Size(), seed=given.seed, save=str(given.out), cache=str(cache),
         records=str(cache / "records"),
     )  # fmt: skip
@@ -145,7 +145,7 @@ def _compress(given: argparse.Namespace) -> int:
 
 def _rebudget(given: argparse.Namespace) -> int:
     about = saved.read(given.folder).about
-    config = run.config_again(
+    config = plan.config_again(
         about, {"model": given.model, "dataset": given.dataset}, bits=given.bits, save=str(given.out), rerun=False
     )
     return _show(run.run(config, about["record"]["labels"]).record, given.out)

@@ -18,7 +18,7 @@ from nashswarm import checkpoint, stdlib_docs
 from nashswarm.cli import main
 from nashswarm.linear import PackedMatrix
 from nashswarm.models import find_layers
-from nashswarm.run import config_again
+from nashswarm.plan import config_again
 
 FILES = ["config.json", "game.safetensors", "model.safetensors"]
 FILES = sorted([*FILES, "README.md", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"])

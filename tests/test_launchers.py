@@ -15,7 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 
-import nashswarm.run  # noqa: F401  (it registers the types of the root config)
+import nashswarm.plan  # noqa: F401  (it registers the types of the root config)
 from hydra_plugins import launchers, search
 from nashswarm import record, report
 

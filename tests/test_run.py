@@ -23,7 +23,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from nashswarm import bit_game, peers, record
-from nashswarm.run import Outcome, _by_content, run
+from nashswarm.plan import _by_content
+from nashswarm.run import Outcome, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "quality"}

@@ -1,0 +1,78 @@
+"""Where a record comes from: code, versions, machine, time; and what memory it took."""
+
+import contextlib
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from nashswarm import peers
+
+EVALUATORS = ("lm-eval", "sacrebleu")
+PACKAGES = ("nashswarm", "torch", "transformers", "datasets", "numpy", "scipy", "scikit-learn", "safetensors")
+
+
+def provenance(started: datetime.datetime) -> dict[str, Any]:
+    """Where a record comes from: code, versions, machine, time."""
+    root = pathlib.Path(__file__).parent.parent
+
+    def git(*words: str) -> str | None:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+            ).stdout.strip()
+        return None
+
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    cores = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "python": platform.python_version(),
+        "versions": dict(_versions()),
+        "machine": f"{platform.system()} {platform.machine()}, {cores}",
+        "started": started.isoformat(timespec="seconds"),
+    }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Name and version of every package that numbers can depend on, the optional ones where they are installed."""
+    needs = {need for library in peers.LIBRARIES.values() for need in library.needs}
+    for name in (*PACKAGES, *EVALUATORS, *sorted(needs)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
+
+
+@functools.cache
+def code_digest() -> str:
+    """The sha256 over this package's sources: what other code computed is not read back as if this code had."""
+    digest = hashlib.sha256()
+    folder = pathlib.Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def reset_peak() -> None:
+    """Start a new high-water mark of this process's resident set, where the kernel allows it."""
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The high-water mark of the resident set, in bytes."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
