@@ -26,8 +26,15 @@ SANITIZED := build/sanitize
 SANITIZER = SANITIZED=$(SANITIZED)/nashswarm_kernels.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
             LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"
 
+# Python compiles what it imports; compiling all that is installed would take a minute.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
 .venv/installed: pyproject.toml constraints.txt $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h) $(KERNELS)/CMakeLists.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e .
+	@touch $@
+
+.venv/tested: .venv/installed
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 install: .venv/installed  ## make .venv with the tested versions
@@ -38,24 +45,24 @@ quickstart: install  ## the ablation on the embedded model and 64 windows of its
 	$(BIN)/python scripts/figures.py --records results/quickstart/records --experiment ablation --out results/quickstart/figures
 	@ls results/quickstart/figures/ablation_pareto.png
 
-test: install  ## lint, types, layers, tests
+test: .venv/tested  ## lint, types, layers, tests
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/pytest -n 2 --quiet
 
-sanitize: install  ## the tests of the kernels, built to find memory errors and undefined behaviour
+sanitize: .venv/tested  ## the tests of the kernels, built to find memory errors and undefined behaviour
 	@cmake -S $(KERNELS) -B $(SANITIZED) -DSANITIZE=ON > /dev/null
 	@cmake --build $(SANITIZED) > /dev/null
 	@$(SANITIZER) $(BIN)/python -m pytest --quiet -p tests.sanitized tests/test_kernels.py -k "not compiled and not triton"
 
 ENGINES := slurm-wlm munge chromium
 
-test-engines: install  ## sweeps on a real Ray and a real Slurm of this machine, and what happens there; needs root
+test-engines: .venv/tested  ## sweeps on a real Ray and a real Slurm of this machine, and what happens there; needs root
 	@for command in munged slurmctld slurmd sbatch chromium; do command -v $$command > /dev/null \
 		|| { echo "make test-engines needs Debian packages: apt-get install $(ENGINES)" >&2; exit 1; }; done
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm,search]'
+	@$(PIP) -e '.[ray,slurm,search]'
 	@$(BIN)/pytest --quiet -m engines tests
 
 test-all: test sanitize test-engines  ## test, then the kernels under sanitizers, the engines, and the slow tests

@@ -153,7 +153,8 @@ class Board:
             return played
         if not self.rate_in_codes:
             return self.settle(played, stance, sweeps).fitted()
-        return self.settle(self.settle(played, stance, FIRST).fitted(), stance, sweeps)
+        played = self.settle(played, stance, FIRST).fitted()
+        return self.settle(played, stance, sweeps)
 
     def settle(self, played: Played, stance: Stance, sweeps: int) -> Played:
         """So many sweeps of best replies of all codes, at the price of the tables and sizes as they are."""
@@ -248,18 +249,20 @@ def meet(
     finest, coarsest = -math.inf, math.inf  # too fine, coarse enough
     while len(tried) < TRIALS or (best is None and len(tried) < 4 * TRIALS):
         found = trial(2.0**log_unit)
-        if size(found) > budget:
+        taken = size(found)
+        if taken > budget:
             finest = max(finest, log_unit)
         else:
             coarsest = min(coarsest, log_unit)
-        tried.append((log_unit, size(found)))
-        if size(found) <= budget and (best is None or size(found) > size(best)):
+        tried.append((log_unit, taken))
+        if taken <= budget and (best is None or taken > size(best)):
             best = found
+        del found  # what is tried may be as large as the model
         if best is not None and size(best) >= (1 - tolerance) * budget:
             return best
         if len(tried) > 1:
             slope.learn(tried[-1][0] - tried[-2][0], tried[-2][1] - tried[-1][1])
-        log_unit += min(max((size(found) - aim) / slope.now, -8.0), 8.0)
+        log_unit += min(max((taken - aim) / slope.now, -8.0), 8.0)
         if not finest < log_unit < coarsest:
             log_unit = (finest + coarsest) / 2 if math.isfinite(finest + coarsest) else log_unit
     if best is None:

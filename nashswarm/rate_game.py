@@ -205,9 +205,10 @@ class _Table(Board):
         if self.uniform:
             return stance, self.meet(budget, unit, stance, self.sweeps, BUDGET_TOLERANCE), None, rounds
         align = stance.found["flock_align"]
-        played = self.meet(budget, unit, stance, 0, COARSE)
-        stance = self.replied(self.actions(played, stance), played, stance, align)
-        unit = self.meet(budget, played.unit, stance, 0, BUDGET_TOLERANCE).unit
+        coarse = self.meet(budget, unit, stance, 0, COARSE)
+        stance, unit = self.replied(self.actions(coarse, stance), coarse, stance, align), coarse.unit
+        del coarse  # its codes, as those of every round, are as large as the model
+        unit = self.meet(budget, unit, stance, 0, BUDGET_TOLERANCE).unit
         while True:
             met = self.meet(budget, unit, stance, self.sweeps, BUDGET_TOLERANCE)
             costs = self.actions(met, stance)
@@ -221,6 +222,7 @@ class _Table(Board):
                 return stance, met, costs, rounds
             stance = calm
             unit = met.unit * 2.0 ** ((played.bytes - (1 - BUDGET_TOLERANCE / 2) * budget) / self.slope.now)
+            del met, played
 
     def calm(
         self, played: Played, stance: Stance, costs: Float[np.ndarray, "blocks actions"]

@@ -171,6 +171,7 @@ COLUMNS = (
     Column("max regret", "regret_max"),
     Column("flock moves", "flock_moves"),
     Column("quantize s", "quantize_seconds"),
+    Column("quantize MB", "quantize_peak_bytes"),
     Column("fine-tune s", "finetune_seconds"),
     Column("after step", "finetune_chosen_step"),
     Column("MB in memory", "bytes_resident"),
