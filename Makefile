@@ -12,7 +12,7 @@ LATEX := latexmk texlive-latex-base texlive-latex-recommended texlive-fonts-reco
          texlive-latex-extra poppler-utils
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-engines test-all sanitize sweep derive pages paper reproduce clean
+.PHONY: help install quickstart test test-engines test-all sanitize docs sweep derive pages paper reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,7 @@ help:  ## list the targets
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
+SPHINX := $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir build/docs/doctrees
 KERNELS := nashswarm/kernels/csrc
 SANITIZED := build/sanitize
 # The library is loaded by a Python that was not built with the sanitizers: they come first.
@@ -37,6 +38,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+.venv/documented: .venv/installed
+	$(PIP) -e '.[docs]'
+	@touch $@
+
 install: .venv/installed  ## make .venv with the tested versions
 
 quickstart: install  ## the ablation on the embedded model and 64 windows of its text, to one figure; no download
@@ -52,6 +57,11 @@ test: .venv/tested  ## lint, types, layers, tests
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/pytest -n 2 --quiet
 
+docs: .venv/documented  ## the documentation, warnings being errors, its examples run
+	@$(SPHINX) --fresh-env -b doctest docs build/docs/doctest
+	@$(SPHINX) -b html docs build/docs/html
+	@ls build/docs/html/index.html
+
 sanitize: .venv/tested  ## the tests of the kernels, built to find memory errors and undefined behaviour
 	@cmake -S $(KERNELS) -B $(SANITIZED) -DSANITIZE=ON > /dev/null
 	@cmake --build $(SANITIZED) > /dev/null
@@ -65,7 +75,7 @@ test-engines: .venv/tested  ## sweeps on a real Ray and a real Slurm of this mac
 	@$(PIP) -e '.[ray,slurm,search]'
 	@$(BIN)/pytest --quiet -m engines tests
 
-test-all: test sanitize test-engines  ## test, then the kernels under sanitizers, the engines, and the slow tests
+test-all: test docs sanitize test-engines  ## test, then the documentation, the kernels under sanitizers, the engines, and the slow tests
 	@$(BIN)/pytest --quiet -m slow
 
 sweep: install  ## one experiment: make sweep EXPERIMENT=main; what has a record is skipped

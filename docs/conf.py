@@ -1,0 +1,41 @@
+"""How Sphinx makes the documentation; ``make docs`` runs it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nashswarm
+
+project = "nashswarm"
+author = "Şükrü Uzun and the nashswarm contributors"
+copyright = author
+version = release = nashswarm.__version__
+myst_enable_extensions = ["deflist", "dollarmath"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "nashswarm"
+myst_heading_anchors = 3
+autodoc_inherit_docstrings = False  # those of transformers are Markdown
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True}
+doctest_test_doctest_blocks = ""  # those of docstrings are run by pytest
+highlight_language = "python"
+
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?:)[^)#]+)\)")
+
+
+def name_files(app: Any, path: Path, document: str, source: list[str]) -> None:
+    """What is included from outside links to files of the repository; a page can only name them."""
+    source[0] = LINK.sub(r"\1 (`\2`)", source[0])
+
+
+def skip(app: Any, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool:
+    """Fields of named tuples say nothing of themselves."""
+    return skipped or str(getattr(thing, "__doc__", "")).startswith("Alias for field number")
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-skip-member", skip)
+    app.connect("include-read", name_files)

@@ -1,0 +1,39 @@
+"""A measure of one's own: how sure a model is of its next token."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from nashswarm import compare
+from nashswarm.measures import Found, Subject
+
+
+@dataclasses.dataclass(frozen=True)
+class Confidence:
+    """The probability of the most probable next token, mean over the test windows: ``confidence``, of the full model
+    ``confidence_full``, and of their paired difference ``confidence_delta`` with its interval."""
+
+    batch_size: int = 8
+
+    def measure(self, subject: Subject) -> Found:
+        own, full = (self.by_window(model, subject) for model in (subject.compressed, subject.full))
+        deltas = np.subtract(own, full).tolist()
+        low, high = compare.interval(deltas)
+        found = {
+            "confidence": float(np.mean(own)),
+            "confidence_full": float(np.mean(full)),
+            "confidence_delta": float(np.mean(deltas)),
+            "confidence_delta_low": low,
+            "confidence_delta_high": high,
+        }
+        return found, {"confidence": own, "confidence_full": full}
+
+    @torch.no_grad()
+    def by_window(self, model: Any, subject: Subject) -> list[float]:
+        found: list[float] = []
+        for batch in subject.track(subject.windows.split(self.batch_size), "confidence"):
+            chances = model(input_ids=batch).logits.float().softmax(-1)
+            found += chances.amax(-1).double().mean(1).tolist()
+        return found

@@ -1,0 +1,45 @@
+"""A method of one's own: the layers at both ends of a model keep more bits than those between."""
+
+import dataclasses
+
+import numpy as np
+
+from nashswarm import allocation
+from nashswarm.allocation import Layer
+from nashswarm.methods import Compressed, NotOffered, Oracle
+from nashswarm.quant.entropy import encode_groups
+from nashswarm.quant.grid import GRID_WIDTHS, Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """``ends`` bits for the matrices of the smallest and of the largest depth, ``bits`` for all others; each replies
+    with the codes of least damage."""
+
+    bits: int = 3
+    ends: int = 8
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if unknown := {self.bits, self.ends} - set(GRID_WIDTHS):
+            raise NotOffered(f"method=ends knows {', '.join(map(str, GRID_WIDTHS))} bits, not {min(unknown)}")
+
+    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
+        allocation.check_divisible(oracle.layers, self.group_size)
+        scheme = Scheme(self.group_size, search=True)
+        widths = {layer.name: self.width(layer, oracle.layers) for layer in oracle.layers}
+        bits = {
+            layer.name: np.full(allocation.grid_shape(layer, scheme), widths[layer.name], np.uint8)
+            for layer in oracle.layers
+        }
+        tensors = allocation.quantize_layers(oracle.layers, bits, scheme, oracle.moments())
+        return Compressed(
+            packed={name: encode_groups(tensor) for name, tensor in tensors.items()},
+            weights={name: tensor.dequantize() for name, tensor in tensors.items()},
+            allocation=allocation.text(bits),
+            code_bits=sum(widths[layer.name] * layer.parameters for layer in oracle.layers),
+        )
+
+    def width(self, layer: Layer, layers: tuple[Layer, ...]) -> int:
+        depths = [other.depth for other in layers]
+        return self.ends if layer.depth in (min(depths), max(depths)) else self.bits

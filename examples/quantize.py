@@ -1,0 +1,35 @@
+"""Quantization: the embedded model at three bits, by error feedback alone and by the game.
+
+    python examples/quantize.py
+
+Both files hold everything that the model needs; KL is measured on text that neither method has seen.
+"""
+
+import transformers
+
+import nashswarm
+from nashswarm import data, metrics, models, stdlib_docs
+
+LENGTH = 128  # tokens of a window
+WINDOWS = 24
+
+
+def main() -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.EMBEDDED)
+    full = transformers.AutoModelForCausalLM.from_pretrained(models.EMBEDDED).float().eval()
+    calibration, test = (
+        data.windows(stdlib_docs.text(part), tokenizer, LENGTH, part)[:WINDOWS] for part in ("calibration", "test")
+    )
+    reference = metrics.reference(full, test, 8)
+    for method in ("gptq", "nash_swarm"):
+        small, report = nashswarm.compress(full, tokenizer, method, calibration, bits=3)
+        found = metrics.summarise(metrics.evaluate(small, test, 8, reference))
+        regret = "-" if report.regret_max is None else f"{report.regret_max:.1e}"
+        print(
+            f"{method:10}  {report.bits_per_weight_model:.2f} bits per parameter, {report.bytes_file:,} bytes, "
+            f"KL {found['kl']:.4f} nats per token, largest regret {regret}"
+        )
+
+
+if __name__ == "__main__":
+    main()

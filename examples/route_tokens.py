@@ -1,0 +1,56 @@
+"""MoE routing: what prices do to the load of experts.
+
+    python examples/route_tokens.py
+
+Tokens are states of the embedded model, experts are random centroids: nothing is trained but the prices.  They move
+after every batch of calibration text, never within it, and the load is measured on text that no price has seen.
+"""
+
+import torch
+import transformers
+from torch import Tensor
+
+from nashswarm import data, models, stdlib_docs
+from nashswarm.moe import load
+from nashswarm.moe.router import LossFree, NashSwarmRouter, Router, TopK
+
+EXPERTS, TOP_K = 16, 2
+LENGTH, BATCH = 128, 8  # tokens of a window, windows
+ROUTERS = {
+    "top-k": TopK(),
+    "loss-free bias": LossFree(rate=0.01),
+    "nash swarm": NashSwarmRouter(),
+}
+
+
+@torch.no_grad()
+def states(model: transformers.PreTrainedModel, windows: Tensor) -> Tensor:
+    """What the third block of ``model`` would route, normalised as it would be: (tokens, width)."""
+    found = model(input_ids=windows, output_hidden_states=True).hidden_states[2].flatten(0, 1)
+    return torch.nn.functional.layer_norm(found, found.shape[1:])
+
+
+def main() -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.EMBEDDED)
+    model = transformers.AutoModelForCausalLM.from_pretrained(models.EMBEDDED).float().eval()
+    calibration, test = (
+        data.windows(stdlib_docs.text(part), tokenizer, LENGTH, part) for part in ("calibration", "test")
+    )
+    batches = [states(model, batch) for batch in calibration[: 20 * BATCH].split(BATCH)]
+    unseen = states(model, test[: 8 * BATCH])
+
+    for name, settings in ROUTERS.items():
+        torch.manual_seed(0)  # the same centroids for all
+        router = Router(settings, unseen.shape[1], EXPERTS, TOP_K).train()
+        with torch.no_grad():
+            for batch in batches:
+                router.settle(router(batch))
+            loads = router.eval()(unseen).loads().numpy()
+        print(
+            f"{name:15} largest load {load.max_violation(loads):.2f} above the mean, Gini {load.gini(loads):.2f}, "
+            f"{int((loads == 0).sum())} of {EXPERTS} experts unused"
+        )
+
+
+if __name__ == "__main__":
+    main()
