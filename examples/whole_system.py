@@ -7,6 +7,7 @@ FOLDER, new or empty, keeps the compressed model; without it a temporary one is 
 
 import sys
 import tempfile
+from typing import Any
 
 import transformers
 
@@ -26,7 +27,7 @@ def main(folder: str, cache: str) -> None:
         if status := cli.main(command):
             sys.exit(status)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     prompt = tokenizer("The function returns", return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     print(tokenizer.decode(written[0]))

@@ -66,7 +66,7 @@ class ClassedTensor:
 
 
 def quantize_by_magnitude(weight: Float[Tensor, "out in"], quantiles: Sequence[float]) -> ClassedTensor:
-    """Classes by the quantiles of their magnitudes (descending, as 0.9 and 0.7), then min-max rounding inside each class."""
+    """Classes by the quantiles of magnitudes (descending, as 0.9 and 0.7), then min-max rounding inside each class."""
     values = weight.numpy()
     thresholds = np.quantile(np.abs(values), quantiles)
     classes = (np.abs(values)[..., None] < thresholds).sum(-1, dtype=np.uint8)
