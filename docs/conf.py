@@ -28,7 +28,7 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?:)[^)#]+)\)")
 
 def name_files(app: Any, path: Path, document: str, source: list[str]) -> None:
     """What is included from outside links to files of the repository; a page can only name them."""
-    source[0] = LINK.sub(r"\1 (`\2`)", source[0])
+    source[0] = LINK.sub(lambda found: f"{found[1]} (`{found[2].removeprefix('../')}`)", source[0])
 
 
 def skip(app: Any, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool:
