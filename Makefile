@@ -105,4 +105,4 @@ clean:  ## remove what can be made again; .venv and the records stay
 	rm -rf results/logs results/cache results/studies results/pages results/quickstart results/reproduced wandb multirun outputs build dist
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
-	rm -rf paper/generated $(addprefix paper/main.,aux bbl blg fdb_latexmk fls log out pdf toc)
+	rm -rf docs/generated paper/generated $(addprefix paper/main.,aux bbl blg fdb_latexmk fls log out pdf toc)

@@ -4,13 +4,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import nashswarm
+import matplotlib.style
 
+import nashswarm
+from nashswarm import figures, record
+
+ROOT = Path(__file__).parent.parent
 project = "nashswarm"
 author = "Şükrü Uzun and the nashswarm contributors"
 copyright = author
 version = release = nashswarm.__version__
-myst_enable_extensions = ["deflist", "dollarmath"]
+myst_enable_extensions = ["deflist"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
@@ -36,6 +40,15 @@ def skip(app: Any, what: str, name: str, thing: Any, skipped: bool, options: Any
     return skipped or str(getattr(thing, "__doc__", "")).startswith("Alias for field number")
 
 
+def draw(app: Any) -> None:
+    """The picture that only these pages have: the bits of every matrix, from the record of the whole method."""
+    runs = record.read_all(ROOT / "results/records/ablation")
+    whole = next(one for one in runs if one.labels["method"] == "nash_swarm")
+    with matplotlib.style.context(ROOT / "paper/style.mplstyle"):
+        figures.save(figures.layer_bits(whole), ROOT / "docs/generated/layer_bits")
+
+
 def setup(app: Any) -> None:
+    app.connect("builder-inited", draw)
     app.connect("autodoc-skip-member", skip)
     app.connect("include-read", name_files)

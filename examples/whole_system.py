@@ -16,7 +16,7 @@ from nashswarm import cli
 
 
 def main(folder: str, cache: str) -> None:
-    few = ["--windows", "12", "--length", "128", "--cache", cache]
+    few = ["--windows", "8", "--length", "128", "--cache", cache]
     for command in (
         ["compress", "default", "--bits", "3", "--out", folder, *few],
         ["inspect", folder],
