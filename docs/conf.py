@@ -43,9 +43,11 @@ def skip(app: Any, what: str, name: str, thing: Any, skipped: bool, options: Any
 def draw(app: Any) -> None:
     """The picture that only these pages have: the bits of every matrix, from the record of the whole method."""
     runs = record.read_all(ROOT / "results/records/ablation")
+    folder = ROOT / "docs/generated"
     whole = next(one for one in runs if one.labels["method"] == "nash_swarm")
     with matplotlib.style.context(ROOT / "paper/style.mplstyle"):
-        figures.save(figures.layer_bits(whole), ROOT / "docs/generated/layer_bits")
+        folder.mkdir(exist_ok=True)
+        figures.layer_bits(whole).savefig(folder / "layer_bits.png")
 
 
 def setup(app: Any) -> None:
