@@ -11,7 +11,7 @@ import nashswarm
 from nashswarm import data, metrics, models, stdlib_docs
 
 LENGTH = 128  # tokens of a window
-WINDOWS = 24
+WINDOWS = 12
 
 
 def main() -> None:
