@@ -16,7 +16,9 @@ from rich.table import Table
 from nashswarm import __version__, api, data, measures, metrics, models, peers, plan, run, saved
 from nashswarm.certify import LIMIT, certify
 from nashswarm.evidence import show_progress
+from nashswarm.kernels import ACTIVATIONS
 from nashswarm.linear import PackedMatrix
+from nashswarm.runtime import export
 
 CACHE = pathlib.Path("~/.cache/nashswarm")
 WIDE = 160  # columns of a table that goes to a file or a pipe, where nothing is to be cut off
@@ -95,6 +97,20 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument("--repeats", type=int, default=30)
     timed.add_argument("--against", nargs="+", default=(), choices=sorted(peers.CONTESTANTS))
     timed.set_defaults(run=_bench)
+
+    exported = commands.add_parser(
+        "export",
+        help="a compressed model as one file for onnxruntime, or as a program of torch.export",
+        description="Write the compressed model in FOLDER, weights packed, cache in and out, to FILE, and compare its "
+        "logits with the model's own on real text. Prints one JSON object.",
+    )
+    exported.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    exported.add_argument("--to", choices=sorted(export.TARGETS), required=True)
+    exported.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new .onnx or .pt2")
+    exported.add_argument(
+        "--activations", choices=ACTIVATIONS, default="float32", help="what inputs of products are rounded to (float32)"
+    )
+    exported.set_defaults(run=_export)
 
     checked = commands.add_parser(
         "certify",
@@ -204,6 +220,17 @@ def _bench(given: argparse.Namespace) -> int:
     subject = measures.Subject(full, full, lambda: packed, windows, reference, show_progress)
     found, _ = measure.measure(subject)
     print(json.dumps({"folder": str(given.folder), "threads": given.threads} | found, indent=1))
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    model = _load(given.folder)
+    export.check(model, given.to, given.out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
+    length = export.PROMPT + export.DECODED
+    tokens = data.windows(data.StdlibDocs().text("test"), tokenizer, length, "test")[:1]
+    found = export.export(model, given.to, given.out, tokens, given.activations)
+    print(json.dumps({"file": str(given.out), "to": given.to} | found, indent=1))
     return 0
 
 
