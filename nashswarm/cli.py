@@ -16,9 +16,10 @@ from rich.table import Table
 from nashswarm import __version__, api, data, measures, metrics, models, peers, plan, run, saved
 from nashswarm.certify import LIMIT, certify
 from nashswarm.evidence import show_progress
-from nashswarm.kernels import ACTIVATIONS
+from nashswarm.kernels import ACTIVATIONS, native
 from nashswarm.linear import PackedMatrix
-from nashswarm.runtime import export
+from nashswarm.runtime import export, profile
+from nashswarm.runtime.machine import machine
 
 CACHE = pathlib.Path("~/.cache/nashswarm")
 WIDE = 160  # columns of a table that goes to a file or a pipe, where nothing is to be cut off
@@ -97,6 +98,20 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument("--repeats", type=int, default=30)
     timed.add_argument("--against", nargs="+", default=(), choices=sorted(peers.CONTESTANTS))
     timed.set_defaults(run=_bench)
+
+    profiled = commands.add_parser(
+        "profile",
+        help="where the time of a compressed model goes, by layer and by batch size",
+        description="Time every matrix product of decoding with the compressed model in FOLDER, its bytes and the "
+        "share of this machine's memory bandwidth that it reaches beside it, and steps of growing batches.",
+    )
+    profiled.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    profiled.add_argument("--threads", type=int, default=torch.get_num_threads())
+    profiled.add_argument("--context-tokens", type=int, default=32, help="before those decoded (32)")
+    profiled.add_argument("--steps", type=int, default=30, help="timed steps (30)")
+    profiled.add_argument("--largest-batch", type=int, default=16, help="batches of 1, 2, 4 … are tried up to it (16)")
+    profiled.add_argument("--latency-ms", type=float, help="the longest step that the batch size may cost")
+    profiled.set_defaults(run=_profile)
 
     exported = commands.add_parser(
         "export",
@@ -220,6 +235,46 @@ def _bench(given: argparse.Namespace) -> int:
     subject = measures.Subject(full, full, lambda: packed, windows, reference, show_progress)
     found, _ = measure.measure(subject)
     print(json.dumps({"folder": str(given.folder), "threads": given.threads} | found, indent=1))
+    return 0
+
+
+def _profile(given: argparse.Namespace) -> int:
+    if min(given.threads, given.steps, given.context_tokens, given.largest_batch) < 1:
+        raise ValueError("--threads, --steps, --context-tokens and --largest-batch must be at least 1")
+    model = _load(given.folder)
+    if not model.can_generate():
+        raise ValueError(f"{given.folder} holds a {type(model).__name__}, which writes no text: profile times decoding")
+    longest = models.LoadedModel(model, None).window_length(None)
+    if given.context_tokens + given.steps + profile.WARM_UP > longest:
+        raise ValueError(f"--context-tokens, --steps and {profile.WARM_UP} to warm up exceed the window of {longest}")
+    torch.set_num_threads(given.threads)
+    here = machine()
+    speed = profile.bandwidth(min(max(profile.BEYOND * max(here.caches.values()), 1 << 26), 1 << 29))
+    tokens = torch.randint(model.config.vocab_size, (1, given.context_tokens), generator=torch.manual_seed(0))
+    found, whole = profile.layers(model, tokens, given.steps, show_progress)
+    table = Table("matrix", "format", "bytes", "fits", "µs", "GB/s", "of memory's", "of the step", box=None)
+    for layer in found:
+        share, reached = layer.seconds / whole, layer.bandwidth / speed
+        table.add_row(
+            layer.name, layer.kind, f"{layer.size:,}", here.level(layer.size), f"{1e6 * layer.seconds:.0f}",
+            f"{layer.bandwidth / 1e9:.1f}", f"{reached:.0%}", f"{share:.1%}",
+        )  # fmt: skip
+    rest = whole - sum(layer.seconds for layer in found)
+    table.add_row("everything else", "", "", "", f"{1e6 * rest:.0f}", "", "", f"{rest / whole:.1%}")
+    size = sum(layer.size for layer in found)
+    batches = [1 << power for power in range(given.largest_batch.bit_length())]
+    points = profile.curve(model, tokens, batches, given.steps, show_progress)
+    steps = Table("batch", "ms a step", "tokens per second", box=None)
+    for point in points:
+        steps.add_row(str(point.batch), f"{1000 * point.seconds:.2f}", f"{point.throughput:.0f}")
+    limit = None if given.latency_ms is None else given.latency_ms / 1000
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console.print(str(here), highlight=False)
+    console.print(f"reading memory: {speed / 1e9:.1f} GB/s with {given.threads} threads; kernels: {native.path()}")
+    console.print(table)
+    console.print(f"a step reads {size:,} bytes of matrices, which fit in {here.level(size)}, in {1000 * whole:.2f} ms")
+    console.print(steps)
+    console.print(profile.best(points, limit)[1])
     return 0
 
 
