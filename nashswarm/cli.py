@@ -113,6 +113,21 @@ def _parser() -> argparse.ArgumentParser:
     profiled.add_argument("--latency-ms", type=float, help="the longest step that the batch size may cost")
     profiled.set_defaults(run=_profile)
 
+    served = commands.add_parser(
+        "serve",
+        help="answer HTTP requests in the words of OpenAI's completions",
+        description="Serve the compressed model in FOLDER: POST /v1/completions, GET /v1/models, GET /health. One "
+        "request is computed at a time; a full queue answers 429, too long a wait 503.",
+    )
+    served.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    served.add_argument("--host", default="127.0.0.1", help="127.0.0.1: for this machine alone")
+    served.add_argument("--port", type=int, default=8000)
+    served.add_argument("--threads", type=int, default=torch.get_num_threads())
+    served.add_argument("--queue", type=int, default=16, help="requests that may wait (16)")
+    served.add_argument("--patience", type=float, default=60.0, help="seconds that one may wait (60)")
+    served.add_argument("--name", help="of the model in requests; default: the folder's")
+    served.set_defaults(run=_serve)
+
     exported = commands.add_parser(
         "export",
         help="a compressed model as one file for onnxruntime, or as a program of torch.export",
@@ -275,6 +290,27 @@ def _profile(given: argparse.Namespace) -> int:
     console.print(f"a step reads {size:,} bytes of matrices, which fit in {here.level(size)}, in {1000 * whole:.2f} ms")
     console.print(steps)
     console.print(profile.best(points, limit)[1])
+    return 0
+
+
+def _serve(given: argparse.Namespace) -> int:
+    peers.require("serve", measures.Load.NEEDS, measures.Load.EXTRA)
+    if given.threads < 1 or given.queue < 0 or given.patience <= 0 or not 0 <= given.port < 65536:
+        raise ValueError("--threads must be at least 1, --queue 0, --patience above 0 and --port below 65536")
+    import uvicorn
+
+    from nashswarm.runtime import server
+
+    model = _load(given.folder)
+    if not model.can_generate():
+        raise ValueError(
+            f"{given.folder} holds a {type(model).__name__}, which writes no text: there is nothing to serve"
+        )
+    torch.set_num_threads(given.threads)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
+    name = given.name or given.folder.resolve().name
+    app = server.application(model, tokenizer, name, server.Limits(given.queue, given.patience))
+    uvicorn.run(app, host=given.host, port=given.port, lifespan="off")
     return 0
 
 
