@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import threading
 import time
 from collections.abc import Sequence
 
@@ -39,25 +38,25 @@ def answers(
     where all clients are busy.
     """
     due = np.zeros(requests) if rate is None else np.random.default_rng(seed).exponential(1 / rate, requests).cumsum()
-    local = threading.local()
     started = time.perf_counter()
 
     def ask(number: int) -> Answer:
-        if not hasattr(local, "client"):
-            local.client = httpx.Client(base_url=url, timeout=LONGEST, trust_env=False)
         time.sleep(max(0.0, started + due[number] - time.perf_counter()))
         begun = time.perf_counter() if rate is None else started + due[number]
         body = {"prompt": list(prompts[number % len(prompts)]), "max_tokens": new_tokens, "temperature": 0}
         try:
-            found = local.client.post("/v1/completions", json=body)
+            found = client.post("/v1/completions", json=body)
         except httpx.HTTPError:
             return Answer(time.perf_counter() - begun, UNANSWERED, 0)
         tokens = found.json()["usage"]["completion_tokens"] if found.status_code == 200 else 0
         return Answer(time.perf_counter() - begun, found.status_code, tokens)
 
-    with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
-        found = list(pool.map(ask, range(requests)))
-    return found, time.perf_counter() - started
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    with (
+        httpx.Client(base_url=url, timeout=LONGEST, trust_env=False, limits=limits) as client,
+        concurrent.futures.ThreadPoolExecutor(concurrency) as pool,
+    ):
+        return list(pool.map(ask, range(requests))), time.perf_counter() - started
 
 
 def summary(found: Sequence[Answer], seconds: float) -> dict[str, float]:

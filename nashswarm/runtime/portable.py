@@ -9,7 +9,7 @@ of bytes, eight columns to a byte, and sums of masked bytes give the codes back.
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ NBITS_GROUPS = (16, 32, 64, 128, 256)
 ACCURACY = {"float32": 1, "int8": 4}  # onnxruntime's accuracy_level
 
 
+@runtime_checkable
 class Weight(Protocol):
     """A packed matrix of one of the layouts."""
 
