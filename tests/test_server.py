@@ -221,3 +221,13 @@ def test_what_was_shed_and_what_failed_are_counted_apart() -> None:
 def test_nobody_at_the_address_is_a_failure() -> None:
     found, seconds = load.answers("http://127.0.0.1:9", [[1]], 2, 2, 1)
     assert {answer.status for answer in found} == {load.UNANSWERED} and load.summary(found, seconds)["error_rate"] == 1
+
+
+def test_the_client_of_openai(start: Start) -> None:
+    openai = pytest.importorskip("openai", reason="not installed")
+    client = openai.OpenAI(base_url=f"{start().base_url}v1", api_key="none", max_retries=0)
+    answer = client.completions.create(model="tiny", prompt="the quiet flock", max_tokens=3)
+    assert answer.object == "text_completion" and 1 <= answer.usage.completion_tokens <= 3
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.BadRequestError, match="best_of"):
+        client.completions.create(model="tiny", prompt="the", best_of=2)
