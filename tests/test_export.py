@@ -61,7 +61,7 @@ def test_groups_of_one_width_hold_the_same_matrix(bits: int, columns: int) -> No
 
 
 @pytest.mark.parametrize("form", ["grid", "lattice"])
-@pytest.mark.parametrize("shape", [(37, 128), (16, 64), (50, 192)])
+@pytest.mark.parametrize("shape", [(37, 128), (48, 64), (50, 192)])
 def test_planes_hold_the_same_matrix_in_no_more_bytes(form: str, shape: tuple[int, int], drawn: Drawn) -> None:
     torch.manual_seed(0)
     matrix = PackedMatrix(drawn[form](torch.randn(shape)), False)

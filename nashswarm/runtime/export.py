@@ -58,7 +58,7 @@ def check(model: Any, target: str, out: pathlib.Path) -> None:
     kind = model.config.model_type
     if kind not in ARCHITECTURES or not model.can_generate():
         raise ValueError(
-            f"a {type(model).__name__} cannot be exported: only language models, {' or '.join(ARCHITECTURES)}"
+            f"{type(model).__name__} cannot be exported: only language models of {' and '.join(ARCHITECTURES)}"
         )
     rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
     if rope in GROWING_ROPE:
@@ -155,12 +155,12 @@ def _names(parts: int) -> tuple[list[str], list[str]]:
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: pathlib.Path, parts: int) -> None:
-    from onnx_ir.passes.common import DeduplicateHashedInitializersPass
+    from onnx_ir.passes.common import DeduplicateInitializersPass
 
     inputs, outputs = _names(parts)
     found = torch.onnx.export(program, input_names=inputs, output_names=outputs, verbose=False)
     assert found is not None
-    DeduplicateHashedInitializersPass()(found.model)  # a head that is tied to the embedding
+    DeduplicateInitializersPass(size_limit=LARGEST)(found.model)  # a head that is tied to the embedding
     size = sum(tensor.const_value.nbytes for tensor in found.model.graph.initializers.values())
     if size >= LARGEST:
         raise ValueError(f"{size:,} bytes of weights do not fit an ONNX file of 2 GiB: take --to torch-export")
