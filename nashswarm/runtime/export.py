@@ -47,10 +47,11 @@ class Step(nn.Module):
             input_ids=input_ids,
             position_ids=places.unsqueeze(0),
             attention_mask=mask[None, None],
-            past_key_values=Cache(layers=layers),
+            past_key_values=Cache(layers=list(layers)),
             use_cache=True,
         )
-        return answer.logits, [part for layer in layers for part in (layer.keys, layer.values)]
+        grown = [part for layer in layers for part in (layer.keys, layer.values) if part is not None]
+        return answer.logits, grown
 
 
 def check(model: Any, target: str, out: pathlib.Path) -> None:

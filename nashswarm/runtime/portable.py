@@ -46,10 +46,10 @@ class Native(nn.Module):
         self.sizes, self.activations = (*matrix.shape, matrix.group_size), activations
 
     def product(self, x: Tensor) -> Tensor:
-        return torch.ops.nashswarm.matmul(x, None, self.activations, *self._flat())  # type: ignore[no-any-return]
+        return torch.ops.nashswarm.matmul(x, None, self.activations, *self._flat())
 
     def rows(self, ids: Tensor) -> Tensor:
-        return torch.ops.nashswarm.rows(ids, *self._flat())  # type: ignore[no-any-return]
+        return torch.ops.nashswarm.rows(ids, *self._flat())
 
     def _flat(self) -> tuple[Any, ...]:
         return *(getattr(self, name) for name in self.names), *self.sizes
@@ -76,7 +76,7 @@ class Grouped(nn.Module):
         shifts = torch.arange(0, 8, bits)
         self.register_buffer("masks", (((1 << bits) - 1) << shifts).to(torch.uint8))
         self.register_buffer("places", 1.0 / (1 << shifts))
-        self.attributes = {"K": columns, "N": rows, "bits": bits, "block_size": size}
+        self.attributes: dict[str, Any] = {"K": columns, "N": rows, "bits": bits, "block_size": size}
         self.attributes["accuracy_level"] = ACCURACY[activations]
 
     def product(self, x: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def layers(model: Any, tokens: Int[Tensor, "1 context"], steps: int, track: Trac
     times: dict[str, list[float]] = {}
     with torch.no_grad(), _timed(model, times) as found:
         answer = model(input_ids=tokens, use_cache=True)
-        whole = []
+        whole: list[float] = []
         for step in track(range(WARM_UP + steps), "decoding"):
             if step == WARM_UP:
                 times.clear()
@@ -149,7 +149,9 @@ def _held(module: nn.Module) -> tuple[str, int]:
 @contextmanager
 def _timed(model: nn.Module, times: dict[str, list[float]]) -> Iterator[dict[str, nn.Module]]:
     """The linear modules by name; ``times`` gets the seconds of each of their calls."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     started = dict.fromkeys(found, 0.0)
 
     def begin(name: str) -> None:

@@ -73,7 +73,7 @@ def application(model: Any, tokenizer: Any, name: str, limits: Limits = Limits()
     app = fastapi.FastAPI(title="nashswarm", openapi_url=None)
 
     async def refuse(request: fastapi.Request, error: Exception) -> JSONResponse:
-        status = getattr(error, "status", None) or getattr(error, "status_code", 500)
+        status = int(error.status if isinstance(error, Refused) else getattr(error, "status_code", 500))
         kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
         reason = getattr(error, "detail", None) or str(error)
         body = {"error": {"message": reason, "type": kind, "param": None, "code": None}}
