@@ -159,7 +159,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: pathlib.Path, parts
     from onnx_ir.passes.common import DeduplicateInitializersPass
 
     inputs, outputs = _names(parts)
-    found = torch.onnx.export(program, input_names=inputs, output_names=outputs, verbose=False)
+    found = torch.onnx.export(program, input_names=inputs, output_names=outputs, verbose=False, optimize=False)
     assert found is not None
     DeduplicateInitializersPass(size_limit=LARGEST)(found.model)  # a head that is tied to the embedding
     size = sum(tensor.const_value.nbytes for tensor in found.model.graph.initializers.values())
