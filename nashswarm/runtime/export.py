@@ -6,6 +6,7 @@ to real text differ from the model's own.
 """
 
 import io
+import logging
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -156,12 +157,16 @@ def _names(parts: int) -> tuple[list[str], list[str]]:
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: pathlib.Path, parts: int) -> None:
-    from onnx_ir.passes.common import DeduplicateInitializersPass
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass
+
+    for name in ("onnx_ir", "torch.onnx"):  # they tell of every step
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     inputs, outputs = _names(parts)
     found = torch.onnx.export(program, input_names=inputs, output_names=outputs, verbose=False, optimize=False)
     assert found is not None
     DeduplicateInitializersPass(size_limit=LARGEST)(found.model)  # a head that is tied to the embedding
+    ClearMetadataAndDocStringPass()(found.model)  # of every node, where in the sources it came from
     size = sum(tensor.const_value.nbytes for tensor in found.model.graph.initializers.values())
     if size >= LARGEST:
         raise ValueError(f"{size:,} bytes of weights do not fit an ONNX file of 2 GiB: take --to torch-export")
