@@ -150,10 +150,8 @@ def _layer(key: Tensor, value: Tensor) -> DynamicLayer:
 def _names(parts: int) -> tuple[list[str], list[str]]:
     """Of inputs and outputs, as in other exports of transformers' models."""
     sides = [f"{layer}.{side}" for layer in range(parts // 2) for side in ("key", "value")]
-    return ["input_ids", *(f"past_key_values.{side}" for side in sides)], [
-        "logits",
-        *(f"present.{side}" for side in sides),
-    ]
+    inputs, outputs = ([f"{name}.{side}" for side in sides] for name in ("past_key_values", "present"))
+    return ["input_ids", *inputs], ["logits", *outputs]
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: pathlib.Path, parts: int) -> None:
