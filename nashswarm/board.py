@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nashswarm.allocation import Layer
 from nashswarm.checkpoint import TABLES
+from nashswarm.memory import give_back
 from nashswarm.quant.calibration import Track
 from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_integers, encode_lattice, tables_of
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
@@ -148,6 +149,7 @@ class Board:
         for layer in self.track(self.layers, "replying"):
             found = lattice_reply(layer.weight, self.whitened[layer.name], self.lattice(layer, unit, stance))
             tensors[layer.name] = expected(found)
+        give_back()
         played = Played(unit, tensors, tables_of(count(tensors.values())), {})
         if not sweeps:
             return played
@@ -164,6 +166,7 @@ class Board:
             now, own = played.tensors[layer.name], self.curvature(layer, stance)
             tensors[layer.name], ended = lattice_settle(layer.weight, now, own, coding, sweeps)
             settled[layer.name] = ended.after(played.settled.get(layer.name))
+        give_back()
         return Played(played.unit, tensors, played.tables, settled)
 
     def moved(self, played: Played, stance: Stance, movers: Blocks, sweeps: int) -> Played:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nashswarm import checkpoint, metrics, models, record
 from nashswarm.allocation import Layer
+from nashswarm.memory import give_back
 from nashswarm.methods import Oracle
 from nashswarm.quant.calibration import Moments, Track, calibrate, summed_nll
 
@@ -118,6 +119,7 @@ class Evidence:
         def compute() -> dict[str, Tensor]:
             generator = torch.Generator().manual_seed(self.seed)
             found = calibrate(self.full, names, self.calibration, generator, track=self.track, score=score)
+            give_back()
             return {f"{name}/{part}": getattr(moments, part) for name, moments in found.items() for part in parts}
 
         tensors = self.cache("moments", {}, compute)
@@ -184,6 +186,7 @@ class Evidence:
             own = metrics.embed_all(self.trial, windows, self.batch)
             found = metrics.distance(self.embeddings[: len(windows)], own)
         models.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
+        give_back()
         return found
 
 

@@ -1,4 +1,4 @@
-"""Where a record comes from: code, versions, machine, time; and what memory it took."""
+"""Where a record comes from: code, versions, machine, time."""
 
 import contextlib
 import datetime
@@ -8,9 +8,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-import resource
 import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,18 +59,3 @@ def code_digest() -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def reset_peak() -> None:
-    """Start a new high-water mark of this process's resident set, where the kernel allows it."""
-    with contextlib.suppress(OSError):
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """The high-water mark of the resident set, in bytes."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

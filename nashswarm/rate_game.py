@@ -39,6 +39,7 @@ from nashswarm.board import (
 )
 from nashswarm.game import Coupling, Game, best_response
 from nashswarm.linear import to_tiles
+from nashswarm.memory import give_back
 from nashswarm.methods import PROBE_TOKENS, Compressed, Flock, Oracle
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.quant.grid import TILE_ROWS
@@ -127,6 +128,7 @@ class _Table(Board):
             if local is not None:
                 curved = curved.neighbourly(local)
             whitened[layer.name] = whiten(curved, feedback=rules.code_game != "rounding")
+        give_back()
         super().__init__(oracle.layers, whitened, rules.bit_game == "uniform", rules.rate_in_codes, oracle.track)
         self.sweeps = rules.sweeps if rules.code_game == "equilibrium" else 0
         self.passes = 0
@@ -317,6 +319,7 @@ class _Table(Board):
                     tensor = expected(LatticeTensor(codes, placed), columns_too=False)
                     by_shift[shift] = self.cost(layer, tensor, played, stance, rows)
             costs.append(torch.stack([by_shift[shift] for shift in self.rules.offsets], 1))
+        give_back()
         return torch.cat(costs).numpy()
 
     def game(

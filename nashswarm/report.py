@@ -126,6 +126,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "prefill_ratio": fixed(2),
     "prefill_tokens_per_second": fixed(0),
     "seeds": fixed(0),
+    "threads": fixed(0),
     "nll_to_top_k": signed(4),
     "nll_to_top_k_low": signed(4),
     "nll_to_top_k_high": signed(4),
@@ -237,6 +238,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
             **labels,
             **record.metrics,
             **({"windows": len(record.series["nll"])} if "nll" in record.series else {}),
+            **({"threads": record.config["threads"]} if "threads" in record.config else {}),
             "fingerprint": record.fingerprint,
             "identity": json.dumps(identity, sort_keys=True, ensure_ascii=False),
             "dirty": bool(record.provenance.get("dirty", False)),
@@ -316,12 +318,12 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def average(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds, one row per (experiment, model, dataset, measure, method).
+    """Means over seeds, one row per (experiment, model, dataset, measure, method) and number of threads.
 
     Raises ValueError if the runs of one row differ in more than the seed, and says in what.
     """
     means = points(table)
-    for cell, runs in means.groupby(CELL, sort=False):
+    for (*cell, _), runs in means.assign(threads=means.get("threads", 0)).groupby([*CELL, "threads"], sort=False):
         if len(runs) > 1:
             differing = "; ".join(differences([json.loads(text) for text in runs["identity"]]))
             raise ValueError(
@@ -461,7 +463,8 @@ def speed(records: Iterable[Record]) -> pd.DataFrame:
             for phase in ("decode", "decode_long", "prefill"):
                 keys |= {f"{phase}_ratio{end}": f"{phase}_ratio{suffix}{end}" for end in ("", "_low", "_high")}
             found = {metric: record.metrics.get(key, np.nan) for metric, key in keys.items()}
-            rows.append({label: record.labels[label] for label in CELL} | {"contestant": name} | found)
+            about = {label: record.labels[label] for label in CELL} | {"threads": record.config.get("threads")}
+            rows.append(about | {"contestant": name} | found)
     return pd.DataFrame(rows)
 
 
@@ -538,6 +541,8 @@ def cells(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> pd.DataFr
     varying = [label for label in CELL if label == "method" or table[label].nunique() > 1]
     varying += [label for label in ("layer", "contestant") if label in table]
     shown = [column for column in columns if column.metric in table and table[column.metric].notna().any()]
+    if "threads" in table and table["threads"].nunique() > 1:
+        shown.insert(0, Column("threads", "threads"))
     if "seeds" in table and (table["seeds"] > 1).any():
         shown.append(Column("seeds", "seeds"))
     content = {label: table[label].astype(str) for label in varying}

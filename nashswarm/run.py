@@ -23,10 +23,11 @@ from torch import Tensor
 from nashswarm import checkpoint, data, glue, measures, metrics, models, moe_training, peers, record, recovery, saved
 from nashswarm.evidence import Cache, Evidence, show_progress
 from nashswarm.measures import Measure, Subject
+from nashswarm.memory import peak_bytes, reset_peak
 from nashswarm.methods import Compressed, Method
 from nashswarm.moe_measures import CALIBRATION, MoeSubject
 from nashswarm.plan import MoePlan, Plan, config_again, plan, plan_moe
-from nashswarm.provenance import code_digest, peak_bytes, provenance, reset_peak
+from nashswarm.provenance import code_digest, provenance
 from nashswarm.record import Record, fingerprint
 
 log = logging.getLogger(__name__)

@@ -145,6 +145,17 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged() -> None:
     assert len(report.points(runs)) == 2
 
 
+def test_one_thread_and_two_are_rows_of_their_own() -> None:
+    def on(threads: int, method: str) -> Record:
+        plain = synthetic(method)
+        return dataclasses.replace(plain, config=plain.config | {"threads": threads})
+
+    means = report.average(report.frame([on(1, "gptq"), on(2, "gptq"), on(2, "uniform4")]))
+    shown = report.cells(means)[["method", "threads"]].to_numpy().tolist()
+    assert shown == [["uniform4", "2"], ["gptq", "1"], ["gptq", "2"]]
+    assert "threads" not in report.cells(report.average(report.frame([on(2, "gptq")])))
+
+
 def test_select_names_what_there_is(records: list[Record]) -> None:
     table = report.frame(records)
     assert set(report.select(table, method="no_nash", seed="1")["seed"]) == {"1"}
