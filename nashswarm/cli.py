@@ -16,7 +16,10 @@ from rich.table import Table
 from nashswarm import __version__, api, data, measures, metrics, models, peers, plan, run, saved
 from nashswarm.certify import LIMIT, certify
 from nashswarm.evidence import show_progress
+from nashswarm.kernels import ACTIVATIONS, native
 from nashswarm.linear import PackedMatrix
+from nashswarm.runtime import export, profile
+from nashswarm.runtime.machine import machine
 
 CACHE = pathlib.Path("~/.cache/nashswarm")
 WIDE = 160  # columns of a table that goes to a file or a pipe, where nothing is to be cut off
@@ -95,6 +98,49 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument("--repeats", type=int, default=30)
     timed.add_argument("--against", nargs="+", default=(), choices=sorted(peers.CONTESTANTS))
     timed.set_defaults(run=_bench)
+
+    profiled = commands.add_parser(
+        "profile",
+        help="where the time of a compressed model goes, by layer and by batch size",
+        description="Time every matrix product of decoding with the compressed model in FOLDER, its bytes and the "
+        "share of this machine's memory bandwidth that it reaches beside it, and steps of growing batches.",
+    )
+    profiled.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    profiled.add_argument("--threads", type=int, default=torch.get_num_threads())
+    profiled.add_argument("--context-tokens", type=int, default=32, help="before those decoded (32)")
+    profiled.add_argument("--steps", type=int, default=30, help="timed steps (30)")
+    profiled.add_argument("--largest-batch", type=int, default=16, help="batches of 1, 2, 4 … are tried up to it (16)")
+    profiled.add_argument("--latency-ms", type=float, help="the longest step that the batch size may cost")
+    profiled.set_defaults(run=_profile)
+
+    served = commands.add_parser(
+        "serve",
+        help="answer HTTP requests in the words of OpenAI's completions",
+        description="Serve the compressed model in FOLDER: POST /v1/completions, GET /v1/models, GET /health. One "
+        "request is computed at a time; a full queue answers 429, too long a wait 503.",
+    )
+    served.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    served.add_argument("--host", default="127.0.0.1", help="127.0.0.1: for this machine alone")
+    served.add_argument("--port", type=int, default=8000)
+    served.add_argument("--threads", type=int, default=torch.get_num_threads())
+    served.add_argument("--queue", type=int, default=16, help="requests that may wait (16)")
+    served.add_argument("--patience", type=float, default=60.0, help="seconds that one may wait (60)")
+    served.add_argument("--name", help="of the model in requests; default: the folder's")
+    served.set_defaults(run=_serve)
+
+    exported = commands.add_parser(
+        "export",
+        help="a compressed model as one file for onnxruntime, or as a program of torch.export",
+        description="Write the compressed model in FOLDER, weights packed, cache in and out, to FILE, and compare its "
+        "logits with the model's own on real text. Prints one JSON object.",
+    )
+    exported.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    exported.add_argument("--to", choices=sorted(export.TARGETS), required=True)
+    exported.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new .onnx or .pt2")
+    exported.add_argument(
+        "--activations", choices=ACTIVATIONS, default="float32", help="what inputs of products are rounded to (float32)"
+    )
+    exported.set_defaults(run=_export)
 
     checked = commands.add_parser(
         "certify",
@@ -204,6 +250,78 @@ def _bench(given: argparse.Namespace) -> int:
     subject = measures.Subject(full, full, lambda: packed, windows, reference, show_progress)
     found, _ = measure.measure(subject)
     print(json.dumps({"folder": str(given.folder), "threads": given.threads} | found, indent=1))
+    return 0
+
+
+def _profile(given: argparse.Namespace) -> int:
+    if min(given.threads, given.steps, given.context_tokens, given.largest_batch) < 1:
+        raise ValueError("--threads, --steps, --context-tokens and --largest-batch must be at least 1")
+    model = _load(given.folder)
+    if not model.can_generate():
+        raise ValueError(f"{given.folder} holds a {type(model).__name__}, which writes no text: profile times decoding")
+    longest = models.LoadedModel(model, None).window_length(None)
+    if given.context_tokens + given.steps + profile.WARM_UP > longest:
+        raise ValueError(f"--context-tokens, --steps and {profile.WARM_UP} to warm up exceed the window of {longest}")
+    torch.set_num_threads(given.threads)
+    here = machine()
+    speed = profile.bandwidth(min(max(profile.BEYOND * max(here.caches.values()), 1 << 26), 1 << 29))
+    tokens = torch.randint(model.config.vocab_size, (1, given.context_tokens), generator=torch.manual_seed(0))
+    found, whole = profile.layers(model, tokens, given.steps, show_progress)
+    table = Table("matrix", "format", "bytes", "fits", "µs", "GB/s", "of memory's", "of the step", box=None)
+    for layer in found:
+        share, reached = layer.seconds / whole, layer.bandwidth / speed
+        table.add_row(
+            layer.name, layer.kind, f"{layer.size:,}", here.level(layer.size), f"{1e6 * layer.seconds:.0f}",
+            f"{layer.bandwidth / 1e9:.1f}", f"{reached:.0%}", f"{share:.1%}",
+        )  # fmt: skip
+    rest = whole - sum(layer.seconds for layer in found)
+    table.add_row("everything else", "", "", "", f"{1e6 * rest:.0f}", "", "", f"{rest / whole:.1%}")
+    size = sum(layer.size for layer in found)
+    batches = [1 << power for power in range(given.largest_batch.bit_length())]
+    points = profile.curve(model, tokens, batches, given.steps, show_progress)
+    steps = Table("batch", "ms a step", "tokens per second", box=None)
+    for point in points:
+        steps.add_row(str(point.batch), f"{1000 * point.seconds:.2f}", f"{point.throughput:.0f}")
+    limit = None if given.latency_ms is None else given.latency_ms / 1000
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console.print(str(here), highlight=False)
+    console.print(f"reading memory: {speed / 1e9:.1f} GB/s with {given.threads} threads; kernels: {native.path()}")
+    console.print(table)
+    console.print(f"a step reads {size:,} bytes of matrices, which fit in {here.level(size)}, in {1000 * whole:.2f} ms")
+    console.print(steps)
+    console.print(profile.best(points, limit)[1])
+    return 0
+
+
+def _serve(given: argparse.Namespace) -> int:
+    peers.require("serve", measures.Load.NEEDS, measures.Load.EXTRA)
+    if given.threads < 1 or given.queue < 0 or given.patience <= 0 or not 0 <= given.port < 65536:
+        raise ValueError("--threads must be at least 1, --queue 0, --patience above 0 and --port below 65536")
+    import uvicorn
+
+    from nashswarm.runtime import server
+
+    model = _load(given.folder)
+    if not model.can_generate():
+        raise ValueError(
+            f"{given.folder} holds a {type(model).__name__}, which writes no text: there is nothing to serve"
+        )
+    torch.set_num_threads(given.threads)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
+    name = given.name or given.folder.resolve().name
+    app = server.application(model, tokenizer, name, server.Limits(given.queue, given.patience))
+    uvicorn.run(app, host=given.host, port=given.port, lifespan="off")
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    model = _load(given.folder)
+    export.check(model, given.to, given.out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
+    length = export.PROMPT + export.DECODED
+    tokens = data.windows(data.StdlibDocs().text("test"), tokenizer, length, "test")[:1]
+    found = export.export(model, given.to, given.out, tokens, given.activations)
+    print(json.dumps({"file": str(given.out), "to": given.to} | found, indent=1))
     return 0
 
 

@@ -1,7 +1,6 @@
 """What is measured of a compressed model.  Its size always is; a measure adds quality, speed or behaviour under
 load."""
 
-import concurrent.futures
 import copy
 import dataclasses
 import functools
@@ -220,40 +219,48 @@ def of_quality(measure: Measure) -> list[Measure]:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """Closed-loop load inside this process: percentiles of latency in milliseconds, tokens per second, error rate."""
+    """What clients of the packed model's server on this machine see, and with ``_full`` those of the full model's: the
+    percentiles of latency in milliseconds, tokens per second, shares of requests shed and failed.
 
+    ``concurrency``: clients.  ``rate``: requests per second in open loop; None: closed loop, a client asks as soon as
+    it is answered.  ``queue``: requests that may wait before the server sheds.
+    """
+
+    NEEDS: ClassVar = ("fastapi", "httpx", "uvicorn")
+    EXTRA: ClassVar = "serve"
     requests: int = 64
     concurrency: int = 4
+    rate: float | None = None
+    queue: int = 16
     prompt_tokens: int = 32
     new_tokens: int = 16
 
     def check(self, windows: Int[Tensor, "windows length"]) -> None:
-        """Raises ValueError if the windows are too short."""
+        """Raises ValueError if the windows are too short, or numbers no numbers of requests."""
         _check_length(self.prompt_tokens + self.new_tokens, windows)
+        if min(self.requests, self.concurrency, self.new_tokens, self.prompt_tokens) < 1 or self.queue < 0:
+            raise ValueError("measure.requests, concurrency, prompt_tokens and new_tokens must be at least 1, queue 0")
+        if self.rate is not None and self.rate <= 0:
+            raise ValueError(f"measure.rate={self.rate} must be above 0, or null for a closed loop")
 
     def measure(self, subject: Subject) -> Found:
         self.check(subject.windows)
-        packed = subject.packed()
+        from nashswarm.runtime import load, server
 
-        def request(number: int) -> tuple[float, bool]:
-            window = subject.windows[number % len(subject.windows)]
-            started = time.perf_counter()
-            try:
-                _generate(packed, window[None, : self.prompt_tokens], self.new_tokens)
-            except RuntimeError:
-                return time.perf_counter() - started, False
-            return time.perf_counter() - started, True
-
-        request(0)
-        started = time.perf_counter()
-        with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-            answers = list(subject.track(list(pool.map(request, range(self.requests))), "load"))
-        seconds = time.perf_counter() - started
-        latencies = [1000 * latency for latency, _ in answers]
-        done = sum(good for _, good in answers)
-        found = {f"latency_p{level}_ms": float(np.percentile(latencies, level)) for level in (50, 95, 99)}
-        found |= {"tokens_per_second": done * self.new_tokens / seconds, "error_rate": 1 - done / self.requests}
-        return found, {"latency_ms": latencies}
+        found: dict[str, float] = {}
+        series: dict[str, list[float]] = {}
+        prompts = subject.windows[:, : self.prompt_tokens].tolist()
+        for suffix, model in subject.track([("_full", subject.full), ("", subject.packed())], "load"):
+            app = server.application(model, subject.tokenizer, "model", server.Limits(self.queue))
+            with server.running(app) as url:
+                load.answers(url, prompts, self.new_tokens, 1, 1)  # warms up
+                answers, seconds = load.answers(
+                    url, prompts, self.new_tokens, self.requests, self.concurrency, self.rate
+                )
+            found |= {f"{name}{suffix}": value for name, value in load.summary(answers, seconds).items()}
+            series[f"latency_ms{suffix}"] = [1000 * answer.seconds for answer in answers]
+        found["latency_p95_ratio"] = found["latency_p95_ms_full"] / found["latency_p95_ms"]
+        return found, series
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,7 +432,7 @@ def require(measure: Measure) -> None:
     """Raises ValueError if a package that a measure needs is not installed: without it nothing can be measured."""
     for part in parts_of(measure):
         try:
-            peers.require(f"measure={type(part).__name__}", getattr(part, "NEEDS", ()), "eval")
+            peers.require(f"measure={type(part).__name__}", getattr(part, "NEEDS", ()), getattr(part, "EXTRA", "eval"))
         except peers.NotInstalled as missing:
             raise ValueError(str(missing)) from None
 

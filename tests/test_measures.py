@@ -160,19 +160,27 @@ def test_a_contestant_that_is_not_installed_is_not_timed(
 
 
 def test_load(subject: Subject) -> None:
+    pytest.importorskip("fastapi", reason="not installed")
     found, series = Load(requests=6, concurrency=2, prompt_tokens=8, new_tokens=3).measure(subject)
-    assert set(found) == {"latency_p50_ms", "latency_p95_ms", "latency_p99_ms", "tokens_per_second", "error_rate"}
-    assert len(series["latency_ms"]) == 6 and found["error_rate"] == 0 and found["tokens_per_second"] > 0
-    assert 0 < found["latency_p50_ms"] <= found["latency_p95_ms"] <= found["latency_p99_ms"]
+    names = ("latency_p50_ms", "latency_p95_ms", "latency_p99_ms", "tokens_per_second", "shed_rate", "error_rate")
+    assert set(found) == {f"{name}{end}" for name in names for end in ("", "_full")} | {"latency_p95_ratio"}
+    for end in ("", "_full"):
+        assert (
+            len(series[f"latency_ms{end}"]) == 6 and found[f"error_rate{end}"] == 0 < found[f"tokens_per_second{end}"]
+        )
+        assert 0 < found[f"latency_p50_ms{end}"] <= found[f"latency_p95_ms{end}"] <= found[f"latency_p99_ms{end}"]
+    assert found["latency_p95_ratio"] == found["latency_p95_ms_full"] / found["latency_p95_ms"]
 
 
 def test_load_counts_requests_that_fail(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi", reason="not installed")
+
     def broken(**_: Any) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(subject.packed(), "forward", broken)
     found, _ = Load(requests=4, concurrency=2, prompt_tokens=8, new_tokens=2).measure(subject)
-    assert found["error_rate"] == 1 and found["tokens_per_second"] == 0
+    assert found["error_rate"] == 1 and found["tokens_per_second"] == 0 == found["error_rate_full"]
 
 
 @pytest.mark.parametrize(

@@ -285,10 +285,13 @@ def test_the_other_measures_are_recorded(execute: Callable[..., Outcome]) -> Non
     speed = execute("method=uniform4", "measure=speed", "measure.new_tokens=4", "measure.repeats=3").record
     names = {"decode_ms", "decode_ms_full", "decode_ratio", "prefill_ratio", "bytes_resident", "kl_int8", "kl_float32"}
     assert names <= set(speed.metrics)
+
+
+def test_load_is_recorded(execute: Callable[..., Outcome]) -> None:
+    pytest.importorskip("fastapi", reason="not installed")
     load = ["measure=load", "measure.requests=4", "measure.prompt_tokens=8", "measure.new_tokens=4"]
-    assert {"latency_p99_ms", "tokens_per_second", "error_rate"} <= set(
-        execute("method=uniform4", *load).record.metrics
-    )
+    found = execute("method=uniform4", *load).record.metrics
+    assert {"latency_p99_ms", "latency_p99_ms_full", "tokens_per_second", "error_rate"} <= set(found)
 
 
 def test_excluded_matrices_stay_at_16_bits(execute: Callable[..., Outcome]) -> None:

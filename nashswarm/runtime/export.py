@@ -1,0 +1,192 @@
+"""A compressed model as one file for other runtimes: ONNX, or a program of torch.export.
+
+Both take token ids and a cache, of any batch size and length, and give logits and the cache grown by those tokens; the
+rows of a batch are equally long.  Weights stay packed in the file (``portable``).  No file is left behind whose answers
+to real text differ from the model's own.
+"""
+
+import io
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from nashswarm import peers
+from nashswarm.linear import set_activations
+from nashswarm.record import write_by
+from nashswarm.runtime.portable import Grouped, Planes, for_onnx, for_torch, portable
+
+TARGETS = {"onnx": ".onnx", "torch-export": ".pt2"}
+ARCHITECTURES = ("gpt2", "llama")
+GROWING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the text
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+LARGEST = 2**31  # bytes of an ONNX file
+PARITY = 1e-4  # the largest difference of logits that is let pass, relative to the largest logit
+PROMPT, DECODED = 24, 8  # tokens of the text that parity is checked on
+Run = Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
+
+
+class Step(nn.Module):
+    """Ids and a cache (keys and values of every layer, one after another) → logits and the longer cache."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        seen, new = past[0].shape[2], input_ids.shape[1]
+        places = torch.arange(new) + seen
+        hidden = torch.arange(seen + new) > places.unsqueeze(1)
+        mask = hidden.float() * torch.finfo(torch.float32).min
+        layers = [_layer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
+        answer = self.model(
+            input_ids=input_ids,
+            position_ids=places.unsqueeze(0),
+            attention_mask=mask[None, None],
+            past_key_values=Cache(layers=list(layers)),
+            use_cache=True,
+        )
+        grown = [part for layer in layers for part in (layer.keys, layer.values) if part is not None]
+        return answer.logits, grown
+
+
+def check(model: Any, target: str, out: pathlib.Path) -> None:
+    """Raises ValueError for what cannot be exported, or not there."""
+    kind = model.config.model_type
+    if kind not in ARCHITECTURES or not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} cannot be exported: only language models of {' and '.join(ARCHITECTURES)}"
+        )
+    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
+    if rope in GROWING_ROPE:
+        raise ValueError(f"rope_type={rope} depends on the length of the text, which no exported graph can follow")
+    if out.suffix != TARGETS[target]:
+        raise ValueError(f"--out {out}: name a file that ends in {TARGETS[target]}")
+    if out.exists():
+        raise ValueError(f"--out {out} exists; name another file or delete it")
+    if target == "onnx":
+        peers.require("--to onnx", PACKAGES, "onnx")
+
+
+def export(
+    model: Any, target: str, out: pathlib.Path, tokens: Int[Tensor, "1 length"], activations: str
+) -> dict[str, float]:
+    """Write the model (in float32) to ``out``: bytes, how its matrices are stored, and ``parity``, the largest
+    difference of logits on ``tokens`` relative to the largest logit.
+
+    ``activations``: int8 or float32, as in products of the model itself; in ONNX, int8 is left to MatMulNBits, and the
+    model is compared with at float32.  Raises ValueError if the file would answer differently.
+    """
+    check(model, target, out)
+    changed = portable(model, activations, for_onnx if target == "onnx" else for_torch).eval()
+    changed.set_attn_implementation("eager")
+    found: dict[str, float] = {}
+    if target == "onnx":
+        modules = set(changed.modules())
+        found["matrices_matmulnbits"] = sum(isinstance(module, Grouped) for module in modules)
+        found["matrices_unpacked_when_run"] = sum(isinstance(module, Planes) for module in modules)
+    program = traced(changed)
+
+    def write(path: pathlib.Path) -> None:
+        (_write_onnx if target == "onnx" else _write_program)(program, path, len(_empty(model)))
+        run = _onnx_run(path) if target == "onnx" else torch.export.load(io.BytesIO(path.read_bytes())).module()
+        set_activations(model, "float32" if target == "onnx" else activations)  # type: ignore[arg-type]
+        found["parity"] = parity(model, run, tokens)
+        if not found["parity"] <= PARITY and not (target == "onnx" and activations == "int8"):
+            raise ValueError(f"the exported model's logits differ by {found['parity']:.1e} of the largest: not written")
+
+    write_by(out, write)
+    return {"bytes_file": out.stat().st_size} | found
+
+
+@torch.no_grad()
+def traced(model: Any) -> torch.export.ExportedProgram:
+    """One step of the model as a graph, for any batch, number of tokens and length of the cache."""
+    batch, tokens, past = (torch.export.Dim(name) for name in ("batch", "tokens", "past"))
+    cache = [part.new_zeros(2, part.shape[1], 5, part.shape[3]) for part in _empty(model)]
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    shapes = {"input_ids": {0: batch, 1: tokens}, "past": [{0: batch, 2: past} for _ in cache]}
+    return torch.export.export(Step(model), (ids, cache), dynamic_shapes=shapes, strict=False)
+
+
+@torch.no_grad()
+def parity(model: Any, run: Run, tokens: Int[Tensor, "1 length"]) -> float:
+    """The largest difference of logits, relative to the largest one: a prompt at once, then token by token, each side
+    with its own cache.  Raises ValueError if the text is too short."""
+    if tokens.shape[1] < PROMPT + DECODED:
+        raise ValueError(f"the text has {tokens.shape[1]} tokens, parity is checked on {PROMPT + DECODED}: give more")
+    own, cache, largest, difference = None, list(_empty(model)), 0.0, 0.0
+    for part in (tokens[:, :PROMPT], *tokens[:, PROMPT : PROMPT + DECODED].split(1, 1)):
+        answer = model(input_ids=part, past_key_values=own, use_cache=True)
+        own = answer.past_key_values
+        logits, found = run(part, cache)
+        cache = list(found)
+        largest = max(largest, float(answer.logits.abs().max()))
+        apart = (logits - answer.logits).abs().max()
+        difference = max(difference, float(apart) if apart.isfinite() else float("inf"))
+    return difference / largest
+
+
+def _empty(model: Any) -> list[Tensor]:
+    """The cache before the first token."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [torch.zeros(1, heads, 0, width) for _ in range(2 * config.num_hidden_layers)]
+
+
+def _layer(key: Tensor, value: Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.keys, layer.values, layer.dtype, layer.device = key, value, key.dtype, key.device
+    layer.is_initialized = True
+    return layer
+
+
+def _names(parts: int) -> tuple[list[str], list[str]]:
+    """Of inputs and outputs, as in other exports of transformers' models."""
+    sides = [f"{layer}.{side}" for layer in range(parts // 2) for side in ("key", "value")]
+    inputs, outputs = ([f"{name}.{side}" for side in sides] for name in ("past_key_values", "present"))
+    return ["input_ids", *inputs], ["logits", *outputs]
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: pathlib.Path, parts: int) -> None:
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass
+
+    for name in ("onnx_ir", "torch.onnx"):  # they tell of every step
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    inputs, outputs = _names(parts)
+    found = torch.onnx.export(program, input_names=inputs, output_names=outputs, verbose=False, optimize=False)
+    assert found is not None
+    DeduplicateInitializersPass(size_limit=LARGEST)(found.model)  # a head that is tied to the embedding
+    ClearMetadataAndDocStringPass()(found.model)  # of every node, where in the sources it came from
+    size = sum(tensor.const_value.nbytes for tensor in found.model.graph.initializers.values())
+    if size >= LARGEST:
+        raise ValueError(f"{size:,} bytes of weights do not fit an ONNX file of 2 GiB: take --to torch-export")
+    found.save(path, external_data=False)
+
+
+def _write_program(program: torch.export.ExportedProgram, path: pathlib.Path, parts: int) -> None:
+    with path.open("wb") as file:
+        torch.export.save(program, file)
+
+
+def _onnx_run(path: pathlib.Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+
+    def run(ids: Tensor, cache: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        inputs, _ = _names(len(cache))
+        given = dict(zip(inputs, (part.numpy() for part in (ids, *cache)), strict=True))
+        logits, *grown = (torch.from_numpy(part) for part in session.run(None, given))
+        return logits, grown
+
+    return run

@@ -1,0 +1,112 @@
+"""The machine that products run on: cores, caches and instruction sets, as Linux reports them."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+import platform
+
+CPUS, CPUINFO = pathlib.Path("/sys/devices/system/cpu"), pathlib.Path("/proc/cpuinfo")
+ASSUMED = {1: 32 << 10, 2: 1 << 20, 3: 8 << 20}  # bytes, where the system does not say
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+INSTRUCTIONS = (  # those that products with packed weights can use
+    *(
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512bw",
+        "avx512_vbmi",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx_vnni",
+        "amx_int8",
+    ),
+    *("asimd", "asimddp", "i8mm", "sve"),
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """``cores``: that this process may use.  ``caches``: level → bytes of data of one cache; ``sharers``: level → how
+    many processors of the machine share it.  ``assumed``: the levels that the system said nothing of."""
+
+    name: str
+    cores: int
+    caches: dict[int, int]
+    sharers: dict[int, int]
+    instructions: tuple[str, ...]
+    assumed: tuple[int, ...] = ()
+
+    def level(self, size: int) -> str:
+        """The nearest level that holds so many bytes.
+
+        >>> found = Machine("", 1, {1: 32768, 2: 1048576, 3: 33554432}, {1: 1, 2: 1, 3: 2}, ())
+        >>> found.level(20_000), found.level(2_000_000), found.level(10**9)
+        ('L1', 'L3', 'memory')
+        """
+        return next((f"L{level}" for level, room in sorted(self.caches.items()) if size <= room), "memory")
+
+    def __str__(self) -> str:
+        caches = ", ".join(
+            f"L{level} {_binary(size)}"
+            + (" (assumed)" if level in self.assumed else "")
+            + (f" for {self.sharers[level]} processors" if self.sharers.get(level, 1) > 1 else "")
+            for level, size in sorted(self.caches.items())
+        )
+        return f"{self.name}: {self.cores} cores, {caches}; {' '.join(self.instructions) or 'instruction sets unknown'}"
+
+
+def machine(cpus: pathlib.Path = CPUS, cpuinfo: pathlib.Path = CPUINFO) -> Machine:
+    """What this process runs on; the log names what had to be assumed."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    caches: dict[int, int] = {}
+    sharers: dict[int, int] = {}
+    for folder in sorted((cpus / f"cpu{min(allowed)}" / "cache").glob("index*")):
+        kind, level, size, shared = (_text(folder / name) for name in ("type", "level", "size", "shared_cpu_list"))
+        if kind in ("Data", "Unified") and level.isdigit() and size[:-1].isdigit() and size[-1] in UNITS:
+            caches[int(level)] = int(size[:-1]) * UNITS[size[-1]]
+            sharers[int(level)] = _count(shared)
+    top = max(caches, default=0)  # a machine without a third level is one
+    assumed = tuple(level for level in ASSUMED if level not in caches and (level < top or top < 2))
+    if assumed:
+        named = ", ".join(f"L{level} {_binary(ASSUMED[level])}" for level in assumed)
+        log.warning("the system does not say how large its caches are: assumed %s", named)
+    caches |= {level: ASSUMED[level] for level in assumed}
+    facts: dict[str, str] = {}
+    for line in _text(cpuinfo).splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())  # of the first processor
+    flags = set((facts.get("flags") or facts.get("Features") or "").split())
+    known = tuple(name for name in INSTRUCTIONS if name in flags)
+    return Machine(facts.get("model name") or platform.machine(), len(allowed), caches, sharers, known, assumed)
+
+
+def _text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _count(listed: str) -> int:
+    """How many processors a list like 0-3,8 names.
+
+    >>> _count("0-3,8"), _count("")
+    (5, 1)
+    """
+    ranges = [part.partition("-")[::2] for part in listed.split(",") if part]
+    return sum(int(last or first) - int(first) + 1 for first, last in ranges) or 1
+
+
+def _binary(size: int) -> str:
+    """
+    >>> _binary(32768), _binary(1 << 20), _binary(100)
+    ('32 KiB', '1 MiB', '100 B')
+    """
+    for shift, unit in ((20, "MiB"), (10, "KiB")):
+        if size >= 1 << shift:
+            return f"{size / (1 << shift):g} {unit}"
+    return f"{size} B"

@@ -1,0 +1,234 @@
+"""Packed matrices as other runtimes compute with them: the same weights, laid out for their operators.
+
+``Native`` keeps the tiles and calls our operators.  ``Grouped`` is the layout of onnxruntime's MatMulNBits: one width
+of 2, 4 or 8 bits and scales of groups.  ``Planes`` takes any widths: bit b of all codes of a width stands in one array
+of bytes, eight columns to a byte, and sums of masked bytes give the codes back.  Each has ``product``, x Wᵀ, and
+``rows``, the rows of the dequantized matrix that ids name.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Integer, UInt8
+from torch import Tensor, nn
+
+from nashswarm import kernels
+from nashswarm.kernels import tiles as layout
+from nashswarm.linear import PackedMatrix, QuantizedEmbedding, QuantizedLinear
+from nashswarm.quant.grid import QuantizedTensor
+
+NBITS_WIDTHS = (2, 4, 8)
+NBITS_GROUPS = (16, 32, 64, 128, 256)
+ACCURACY = {"float32": 1, "int8": 4}  # onnxruntime's accuracy_level
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """A packed matrix of one of the layouts."""
+
+    def product(self, x: Tensor) -> Tensor: ...
+
+    def rows(self, ids: Tensor) -> Tensor: ...
+
+
+class Native(nn.Module):
+    """Tiles and our operators; whoever loads the program imports nashswarm first."""
+
+    def __init__(self, matrix: PackedMatrix, activations: str) -> None:
+        super().__init__()
+        self.names = (*kernels.PARTS, "order")
+        for name in self.names:
+            self.register_buffer(name, getattr(matrix.tiles, name))
+        self.sizes, self.activations = (*matrix.shape, matrix.group_size), activations
+
+    def product(self, x: Tensor) -> Tensor:
+        return torch.ops.nashswarm.matmul(x, None, self.activations, *self._flat())
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return torch.ops.nashswarm.rows(ids, *self._flat())
+
+    def _flat(self) -> tuple[Any, ...]:
+        return *(getattr(self, name) for name in self.names), *self.sizes
+
+
+class Grouped(nn.Module):
+    """Codes of one width in groups, lowest first in every byte: MatMulNBits multiplies by them as they are."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    masks: Tensor
+    places: Tensor
+
+    def __init__(self, matrix: PackedMatrix, activations: str) -> None:
+        super().__init__()
+        tensor = matrix.tensor()
+        assert isinstance(tensor, QuantizedTensor)
+        bits, size = int(tensor.bits.flatten()[0]), tensor.scheme.group_size
+        rows, columns = matrix.shape
+        self.register_buffer("codes", _little(tensor.codes.view(rows, -1, size), bits))
+        self.register_buffer("scale", tensor.scale.half())
+        self.register_buffer("zero_point", _little(tensor.zero_point, bits))
+        shifts = torch.arange(0, 8, bits)
+        self.register_buffer("masks", (((1 << bits) - 1) << shifts).to(torch.uint8))
+        self.register_buffer("places", 1.0 / (1 << shifts))
+        self.attributes: dict[str, Any] = {"K": columns, "N": rows, "bits": bits, "block_size": size}
+        self.attributes["accuracy_level"] = ACCURACY[activations]
+
+    def product(self, x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            (x, self.codes, self.scale.float(), self.zero_point),
+            self.attributes,
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.attributes["N"]),
+            version=1,
+        )
+
+    def rows(self, ids: Tensor) -> Tensor:
+        codes, scale = self._fields(self.codes[ids]), self.scale[ids].float()
+        zero_point = self._fields(self.zero_point[ids])[..., : self.scale.shape[1]]
+        return ((codes - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)
+
+    def _fields(self, packed: Tensor) -> Tensor:
+        """Bytes → the codes in them, as floats."""
+        return ((packed.unsqueeze(-1) & self.masks).float() * self.places).flatten(-2)
+
+
+class Planes(nn.Module):
+    """Tiles of any widths, sorted by width: a plane of bytes for each bit of their codes, unpacked at every call."""
+
+    place: Tensor
+    masks: Tensor
+    places: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    row_scale: Tensor
+    escape_places: Tensor
+    escape_codes: Tensor
+
+    def __init__(self, matrix: PackedMatrix, activations: str) -> None:
+        super().__init__()
+        tiles = matrix.tiles
+        widths = tiles.widths.flatten().long()
+        codes = layout.unpack(tiles.payload, tiles.widths.flatten(), tiles.group_size).numpy()
+        self.widths = [width for width in layout.WIDTHS[1:] if (widths == width).any()]
+        order = torch.cat([torch.nonzero(widths == width).flatten() for width in (*self.widths, 0)])
+        self.shape, self.blocks, self.size = matrix.shape, tuple(tiles.widths.shape), tiles.group_size
+        self.empty = bool((widths == 0).any())
+        packed = len(widths) - int((widths == 0).sum())
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order)).clamp(max=packed)  # the empty tiles are one and the same
+        self.register_buffer("place", place.int())
+        self.register_buffer("masks", (1 << torch.arange(8)).to(torch.uint8))
+        self.register_buffer("places", 1.0 / (1 << torch.arange(8)))
+        for width in self.widths:
+            bits = codes[(widths == width).numpy()][None] >> np.arange(width, dtype=np.uint8)[:, None, None, None] & 1
+            planes = np.packbits(bits, -1, bitorder="little")
+            self.register_buffer(f"planes{width}", torch.from_numpy(planes))
+        self.grouped = tiles.scale.numel() > 0
+        if self.grouped:
+            for name in ("scale", "zero_point"):
+                part = getattr(tiles, name).reshape(-1, layout.TILE_ROWS)
+                self.register_buffer(name, part[order[:packed]].unsqueeze(-1))
+        self.sides = [name for name in ("row_scale", "column_scale") if getattr(tiles, name).numel()]
+        for name in self.sides:
+            self.register_buffer(name, getattr(tiles, name).float())
+        self.escapes = len(tiles.escape_codes)
+        if self.escapes:
+            rows, columns = layout.escaped(tiles)
+            self.register_buffer("escape_places", (rows * matrix.shape[1] + columns).int())
+            self.register_buffer("escape_codes", tiles.escape_codes)
+
+    def product(self, x: Tensor) -> Tensor:
+        answer = self._scaled("column_scale", x) @ self._values().T
+        return self._scaled("row_scale", answer)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        found = self._scaled("column_scale", self._values()[ids])
+        return found * self.row_scale[ids].unsqueeze(-1) if "row_scale" in self.sides else found
+
+    def _scaled(self, side: str, x: Tensor) -> Tensor:
+        return x * getattr(self, side) if side in self.sides else x
+
+    def _values(self) -> Tensor:
+        """The matrix before the scales of its rows and columns."""
+        parts = [self._codes(width) for width in self.widths]
+        values = torch.cat(parts) if parts else torch.zeros(0, layout.TILE_ROWS, self.size)
+        if self.grouped:
+            values = (values - self.zero_point.float()) * self.scale.float()
+        if self.empty:
+            values = torch.cat([values, torch.zeros(1, layout.TILE_ROWS, self.size)])
+        whole = values[self.place.long()].view(*self.blocks, layout.TILE_ROWS, self.size).transpose(1, 2)
+        matrix = whole.reshape(self.blocks[0] * layout.TILE_ROWS, -1)[: self.shape[0], : self.shape[1]]
+        if not self.escapes:
+            return matrix
+        places = self.escape_places.long()
+        return matrix.reshape(-1).scatter_add(0, places, self.escape_codes.float()).view(self.shape)
+
+    def _codes(self, width: int) -> Tensor:
+        planes = getattr(self, f"planes{width}")
+        bits = [(planes[bit].unsqueeze(-1) & self.masks).float() * (self.places * 2.0**bit) for bit in range(width)]
+        codes = sum(bits[1:], bits[0]).flatten(2)
+        return codes if self.grouped else codes - 2.0 ** (width - 1)
+
+
+class Product(nn.Module):
+    """y = x Wᵀ + b"""
+
+    def __init__(self, weight: Weight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = self.weight.product(x)
+        return answer if self.bias is None else answer + self.bias
+
+
+class Rows(nn.Module):
+    """The rows of W that ids name."""
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight.rows(ids)
+
+
+def for_torch(matrix: PackedMatrix, activations: str) -> Native:
+    """As a program of torch.export holds it."""
+    return Native(matrix, activations)
+
+
+def for_onnx(matrix: PackedMatrix, activations: str) -> Grouped | Planes:
+    """As an ONNX file holds it: MatMulNBits where that can read it."""
+    widths = set(matrix.tiles.widths.unique().tolist())
+    fits = matrix.scheme is not None and len(widths) == 1 and widths <= set(NBITS_WIDTHS)
+    return (Grouped if fits and matrix.group_size in NBITS_GROUPS else Planes)(matrix, activations)
+
+
+def portable(model: Any, activations: str, layout_of: Callable[[PackedMatrix, str], Any]) -> Any:
+    """A copy of a model with its packed modules in another layout; modules that share a matrix go on sharing it."""
+    found = copy.deepcopy(model)
+    weights: dict[PackedMatrix, Any] = {}
+    for name, module in list(found.named_modules(remove_duplicate=False)):
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+            if module.matrix not in weights:
+                weights[module.matrix] = layout_of(module.matrix, activations)
+            weight = weights[module.matrix]
+            bias = module.bias if isinstance(module, QuantizedLinear) else None
+            found.set_submodule(name, Product(weight, bias) if isinstance(module, QuantizedLinear) else Rows(weight))
+    return found
+
+
+def _little(codes: Integer[Tensor, "*rows columns"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
+    """Codes, 8 / bits to a byte, the first one lowest; the last byte is filled with zeros."""
+    count = 8 // bits
+    filled = nn.functional.pad(codes.int(), (0, -codes.shape[-1] % count))
+    fields = filled.view(*codes.shape[:-1], math.ceil(codes.shape[-1] / count), count)
+    return (fields << torch.arange(0, 8, bits)).sum(-1).to(torch.uint8)

@@ -1,0 +1,108 @@
+"""What the machine is, and where time goes on it."""
+
+import logging
+import os
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nashswarm import checkpoint
+from nashswarm.cli import main
+from nashswarm.models import find_layers
+from nashswarm.quant.calibration import no_track
+from nashswarm.quant.grid import Scheme, quantize
+from nashswarm.quant.pack import pack
+from nashswarm.runtime import profile
+from nashswarm.runtime.machine import ASSUMED, machine
+
+
+@pytest.fixture
+def system(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A system of caches that no machine has."""
+    for number, entry in enumerate(["1 Data 48K 0", "1 Instruction 32K 0", "2 Unified 3M 0-1", "3 Unified 9M 0-3,8"]):
+        folder = tmp_path / f"cpu{min(os.sched_getaffinity(0))}" / "cache" / f"index{number}"
+        folder.mkdir(parents=True)
+        for name, value in zip(("level", "type", "size", "shared_cpu_list"), entry.split(), strict=True):
+            (folder / name).write_text(f"{value}\n")
+    (tmp_path / "cpuinfo").write_text("model name\t: Slow One\nflags\t\t: fpu avx2 avx512_vnni\n\nflags\t: other\n")
+    return tmp_path
+
+
+def test_the_caches_are_those_that_the_system_names(system: pathlib.Path) -> None:
+    found = machine(system, system / "cpuinfo")
+    assert found.caches == {1: 48 << 10, 2: 3 << 20, 3: 9 << 20} and found.sharers == {1: 1, 2: 2, 3: 5}
+    assert found.instructions == ("avx2", "avx512_vnni") and found.assumed == ()
+    assert found.cores == len(os.sched_getaffinity(0))
+    assert [found.level(size) for size in (48 << 10, 49 << 10, 9 << 20, 10 << 20)] == ["L1", "L2", "L3", "memory"]
+    assert str(found).startswith("Slow One: ") and "L3 9 MiB for 5 processors; avx2 avx512_vnni" in str(found)
+
+
+def test_a_silent_system_is_assumed_and_said_so(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = machine(tmp_path, tmp_path / "cpuinfo")
+    assert found.caches == ASSUMED and found.assumed == (1, 2, 3) and found.instructions == ()
+    assert "assumed L1 32 KiB, L2 1 MiB, L3 8 MiB" in caplog.text and "L2 1 MiB (assumed)" in str(found)
+
+
+def test_a_machine_without_a_third_level_is_believed(system: pathlib.Path) -> None:
+    for entry in (next(system.glob("cpu*/cache")) / "index3").iterdir():
+        entry.unlink()
+    found = machine(system, system / "cpuinfo")
+    assert sorted(found.caches) == [1, 2] and found.assumed == () and found.level(4 << 20) == "memory"
+
+
+def test_every_product_of_a_step_is_timed(tiny: Any) -> None:
+    tokens = torch.arange(8)[None]
+    named = [name for name, module in tiny.named_modules() if isinstance(module, nn.Linear)]
+    found, whole = profile.layers(tiny, tokens, 4, no_track)
+    assert [layer.name for layer in found] == named == ["lm_head"]
+    assert found[0].size == tiny.lm_head.weight.nbytes and found[0].kind == "float32"
+    assert 0 < found[0].seconds < whole
+    assert found[0].bandwidth == found[0].size / found[0].seconds
+    assert not tiny.lm_head._forward_hooks and not tiny.lm_head._forward_pre_hooks
+
+
+def test_the_curve_has_a_point_for_every_batch(tiny: Any) -> None:
+    found = profile.curve(tiny, torch.arange(8)[None], (1, 3), 2, no_track)
+    assert [point.batch for point in found] == [1, 3] and all(point.seconds > 0 for point in found)
+
+
+def points(*seconds: float) -> list[profile.Point]:
+    return [profile.Point(1 << number, value) for number, value in enumerate(seconds)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "longest", "batch", "reason"),
+    [
+        ((0.010, 0.011, 0.012), None, 4, "the largest tried"),
+        ((0.010, 0.011, 0.021), None, 2, "4 sequences would give only 5 % more tokens per second"),
+        ((0.010, 0.021, 0.022), None, 1, "2 sequences would give 5 % fewer tokens per second"),
+        ((0.010, 0.011, 0.012), 0.0115, 2, "a step of 4 takes 12.0 ms, over the 11.5 asked"),
+        ((0.010, 0.011, 0.012), 0.005, 1, "even one step of 1 takes 10.0 ms, over the 5 asked"),
+    ],
+)
+def test_the_batch_size_and_its_reason(
+    seconds: tuple[float, ...], longest: float | None, batch: int, reason: str
+) -> None:
+    chosen, why = profile.best(points(*seconds), longest)
+    assert chosen.batch == batch and why.startswith(f"batch {batch}: {reason}")
+
+
+def test_bandwidth_is_that_of_reading() -> None:
+    assert 1e8 < profile.bandwidth(1 << 22) < 1e13
+
+
+def test_the_command(model: Any, tokenizer: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = find_layers(model)
+    checkpoint.adopt(model, found, {layer.name: pack(quantize(layer.weight, 3, Scheme(32))) for layer in found})
+    model.save_pretrained(tmp_path)
+    words = ["profile", str(tmp_path), "--steps", "2", "--largest-batch", "2", "--threads", "1"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    for name in ("transformer.h.1.mlp.c_fc", "lm_head", "everything else", "groups of 32", "GB/s", "batch"):
+        assert name in shown
+    assert main([*words, "--context-tokens", "60"]) == 2
+    assert "exceed the window of 64" in capsys.readouterr().err
