@@ -487,7 +487,7 @@ def regret_by_row(
 ) -> Float[Tensor, " out"]:
     """What the weights of every row would still gain, in nats per token, each changing its code alone, all added up.
 
-    Codes that pay for their length try 0 and those near the one of least damage.
+    Codes that pay for their length try 0, and from the one of least damage as far as a shorter code could pay.
     """
 
     def regret(rows: slice) -> Float[Tensor, " some"]:
@@ -502,11 +502,24 @@ def regret_by_row(
         slope, stiffness = slope * grid.step, stiffness * grid.step.square()
         nearest = (slope / stiffness.clamp(min=TINY)).round()
         gains = torch.zeros_like(slope)
-        for move in (nearest,) if coding is None else (-own.codes.float(), *(nearest + jump for jump in (0, *FAR))):
+
+        def consider(move: Tensor) -> None:
             gain = move * (slope - stiffness * move / 2)
             if coding is not None:
                 gain += grid.length(own.codes) - grid.length(own.codes + move.int())
             torch.maximum(gains, gain, out=gains)
+
+        consider(nearest)
+        if coding is not None:
+            for move in (-own.codes.float(), *(nearest + jump for jump in FAR)):
+                consider(move)
+            shorter = grid.length((own.codes + nearest).int()) - coding.price * coding.tables.bits().min()
+            for far in range(max(FAR) + 1, int(own.codes.abs().max()) + 1):
+                rise = stiffness * (far * (far - 1) / 2)  # at least, from the code of least damage
+                if not ((rise > 0) & (rise < shorter)).any():
+                    break
+                consider(nearest - far)
+                consider(nearest + far)
         return gains.double().sum(1)
 
     return torch.cat([regret(rows) for rows in pieces(weight)])
