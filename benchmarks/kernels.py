@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from nashswarm import kernels, record
@@ -31,7 +32,7 @@ from nashswarm.provenance import provenance
 OUT = pathlib.Path("results/benchmarks/kernels")
 SHAPES = ((3072, 768), (768, 3072))
 BITS: tuple[tuple[int, ...], ...] = ((2,), (3,), (4,), (8,), (2, 3, 4))
-BATCHES = (1, 64, 512)
+ROUNDS = {1: 61, 64: 21, 512: 7}  # of every batch
 THREADS = (1, 2)
 GROUP_SIZE = 64
 
@@ -40,16 +41,12 @@ def main() -> None:
     """Measure, save and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
-    parser.add_argument("--rounds", type=int, default=61, help="of batch 1; a third of them of larger batches")
     options = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
     rows = []
-    for threads, shape, batch in itertools.product(THREADS, SHAPES, BATCHES):
+    for threads, shape, batch in track(list(itertools.product(THREADS, SHAPES, ROUNDS)), "products"):
         torch.set_num_threads(threads)
-        rows += [
-            {"threads": threads} | row
-            for row in measured(shape, batch, options.rounds if batch == 1 else options.rounds // 3)
-        ]
+        rows += [{"threads": threads} | row for row in measured(shape, batch, ROUNDS[batch])]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"path": native.path(), "rows": rows, "provenance": provenance(started)}
     record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
