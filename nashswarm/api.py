@@ -13,8 +13,9 @@ from torch import Tensor
 
 from nashswarm import checkpoint, data, models, stdlib_docs
 from nashswarm.evidence import Cache, Evidence
-from nashswarm.methods import FixedWidth, Gptq, Method, Uniform
+from nashswarm.methods import FixedWidth, Gptq, Uniform
 from nashswarm.moe.experts import unfuse
+from nashswarm.oracle import Method
 from nashswarm.rate_game import NashSwarm
 
 METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}

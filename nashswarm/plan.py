@@ -17,10 +17,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nashswarm import data, glue, models, moe_training, peers, recovery
 from nashswarm.measures import Measure, Official, Size
-from nashswarm.methods import AsPublished, Method, NotOffered
+from nashswarm.methods import AsPublished
 from nashswarm.moe.model import MoeSource
 from nashswarm.moe.router import Settings
 from nashswarm.moe_measures import MoeMeasure
+from nashswarm.oracle import Method, NotOffered
 from nashswarm.record import fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -40,7 +40,8 @@ from nashswarm.board import (
 from nashswarm.game import Coupling, Game, best_response
 from nashswarm.linear import to_tiles
 from nashswarm.memory import give_back
-from nashswarm.methods import PROBE_TOKENS, Compressed, Flock, Oracle
+from nashswarm.methods import Flock
+from nashswarm.oracle import Compressed, Oracle
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.quant.grid import TILE_ROWS
 from nashswarm.quant.lattice import LatticeTensor, price_at, stack
@@ -51,6 +52,7 @@ from nashswarm.quant.reply import (
     regret_by_row,
     whiten,
 )
+from nashswarm.survey import PROBE_TOKENS
 
 BitGame = Literal["equilibrium", "uniform"]
 CodeGame = Literal["equilibrium", "pass", "rounding"]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nashswarm import checkpoint, models, record, recovery
 from nashswarm.evidence import Cache, Evidence
-from nashswarm.methods import Compressed, Gptq, NotOffered, Uniform
+from nashswarm.methods import Gptq, Uniform
+from nashswarm.oracle import Compressed, NotOffered
 from nashswarm.quant.calibration import no_track
 from nashswarm.quant.entropy import CodeTables, count, tables_of
 from nashswarm.quant.grid import Scheme, quantize
