@@ -73,6 +73,7 @@ class Engine(Launcher):
                 config.hydra.job.id = config.hydra.job.num = number
                 config.hydra.sweep.dir = str(self.folder)
             self.folders[number] = self.folder / str(config.hydra.sweep.subdir)
+            (self.folders[number] / "outcome.json").unlink(missing_ok=True)  # of an earlier sweep in this folder
             jobs[number] = cloudpickle.dumps((self.context, self.task, config, Singleton.get_state()))
             log.info("#%d: %s", number, " ".join(filter_overrides(overrides)))
         log.info("%d jobs, logs in %s", len(jobs), self.folder)

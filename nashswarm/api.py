@@ -104,7 +104,7 @@ def method_of(method: str | Method, bits: float) -> Method:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose {', '.join(METHODS)}, or give a method's value")
     whole = method in ("gptq", "uniform")
-    if whole and bits != int(bits):
+    if whole and not float(bits).is_integer():
         raise ValueError(f"bits={bits}: {method} gives every weight the same whole number of bits")
     return METHODS[method](bits=int(bits) if whole else bits)
 

@@ -6,6 +6,7 @@ nothing else, so it cannot look at the test text.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -212,6 +213,8 @@ class FixedWidth:
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.split is None):
             raise ValueError("give either method.bits or method.split: one of them must be null")
+        if self.bits is not None and not math.isfinite(self.bits):
+            raise ValueError(f"method.bits={self.bits} must be a finite number")
         if self.bit_game not in get_args(BitGame):
             raise ValueError(f"unknown method.bit_game {self.bit_game!r}: choose {', '.join(get_args(BitGame))}")
         if self.generations < 0 or self.offspring < 1:

@@ -66,6 +66,19 @@ def test_a_job_that_its_engine_lost_is_a_failed_job(tmp_path: pathlib.Path) -> N
     assert outcomes[2]["overrides"] == ["seed=3"]
 
 
+def test_an_outcome_of_an_earlier_sweep_is_none_of_this_one(tmp_path: pathlib.Path) -> None:
+    config = compose("config", [f"hydra.sweep.dir={tmp_path}/logs", "hydra.job.num=0"], return_hydra_config=True)
+    loader = types.SimpleNamespace(load_sweep_config=lambda config, overrides: config.copy())
+    engine = Careless()
+    engine.setup(hydra_context=types.SimpleNamespace(config_loader=loader), task_function=print, config=config)
+    (tmp_path / "logs/6").mkdir(parents=True)
+    (tmp_path / "logs/6/outcome.json").write_text(json.dumps({"status": "finished", "record": "of yesterday"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launchers, "configure_log", lambda *_: None)
+        engine.launch([["seed=2"]], 6)
+    assert [one["status"] for one in report.read_outcomes(tmp_path / "logs")] == ["failed"]
+
+
 class Hills:
     """A launcher whose jobs know their results: two objectives that pull ``x`` apart, and a job that fails at times."""
 
@@ -139,6 +152,13 @@ def test_a_sweep_of_hydra_is_a_distribution(words: str, expected: dict[str, Any]
     found = search.distribution(OverridesParser.create().parse_override(words))
     attributes = {key: getattr(found, key) for key in expected if key != "name"}
     assert {"name": type(found).__name__} | attributes == expected
+
+
+@pytest.mark.parametrize("words", ["x=tag(log, range(1, 100))", "x=tag(log, choice(1, 10))"])
+def test_only_an_interval_is_searched_on_a_logarithmic_scale(words: str) -> None:
+    pytest.importorskip("optuna", reason="the extra search is not installed")
+    with pytest.raises(SystemExit, match="only an interval can be searched on a logarithmic scale"):
+        search.distribution(OverridesParser.create().parse_override(words))
 
 
 def test_the_search_composes() -> None:
