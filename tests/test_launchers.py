@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 import pathlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import cloudpickle
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -77,6 +79,43 @@ def test_an_outcome_of_an_earlier_sweep_is_none_of_this_one(tmp_path: pathlib.Pa
         patch.setattr(launchers, "configure_log", lambda *_: None)
         engine.launch([["seed=2"]], 6)
     assert [one["status"] for one in report.read_outcomes(tmp_path / "logs")] == ["failed"]
+
+
+TOLD = """
+import os, pathlib
+folder = pathlib.Path({folder!r})
+folder.mkdir(exist_ok=True)
+with (folder / "told").open("a") as file:
+    print(os.getpid(), os.environ["OMP_NUM_THREADS"], file=file)
+{then}
+"""
+
+
+class Code(str):
+    """A job that executes itself when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return exec, (str(self),)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_job_that_kills_its_worker_costs_no_other_and_all_compute_alike(
+    count: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joblib = pytest.importorskip("joblib")
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    engine = launchers.Processes(n_jobs=count)
+    engine.folders = {number: tmp_path / str(number) for number in range(4)}
+    jobs = {
+        number: cloudpickle.dumps(Code(TOLD.format(folder=str(folder), then="os._exit(1)" if number == 1 else "")))
+        for number, folder in engine.folders.items()
+    }
+    ended = dict(engine.execute(jobs))
+    assert sorted(ended) == [0, 1, 2, 3] and ended[1] == "its worker died: killed, or out of memory"
+    lines = [line.split() for folder in engine.folders.values() for line in (folder / "told").read_text().splitlines()]
+    assert {threads for _, threads in lines} == {str(6 // count)}
+    assert str(os.getpid()) not in {process for process, _ in lines}
 
 
 class Hills:
