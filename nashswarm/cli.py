@@ -250,9 +250,7 @@ def _bench(given: argparse.Namespace) -> int:
     if min(given.threads, given.repeats, given.new_tokens) < 1:
         raise ValueError("--threads, --repeats and --new-tokens must be at least 1")
     torch.set_num_threads(given.threads)
-    packed, full = _load(given.folder), _load(given.folder)
-    if not packed.can_generate():
-        raise ValueError(f"{given.folder} holds a {type(packed).__name__}, which writes no text: bench times decoding")
+    packed, full = _load_writer(given.folder, "bench times decoding"), _load(given.folder)
     full.dequantize()
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
     length = models.LoadedModel(full, tokenizer).window_length(None)
@@ -271,9 +269,7 @@ def _bench(given: argparse.Namespace) -> int:
 def _profile(given: argparse.Namespace) -> int:
     if min(given.threads, given.steps, given.context_tokens, given.largest_batch) < 1:
         raise ValueError("--threads, --steps, --context-tokens and --largest-batch must be at least 1")
-    model = _load(given.folder)
-    if not model.can_generate():
-        raise ValueError(f"{given.folder} holds a {type(model).__name__}, which writes no text: profile times decoding")
+    model = _load_writer(given.folder, "profile times decoding")
     longest = models.LoadedModel(model, None).window_length(None)
     if given.context_tokens + given.steps + profile.WARM_UP > longest:
         raise ValueError(f"--context-tokens, --steps and {profile.WARM_UP} to warm up exceed the window of {longest}")
@@ -316,11 +312,7 @@ def _serve(given: argparse.Namespace) -> int:
 
     from nashswarm.runtime import server
 
-    model = _load(given.folder)
-    if not model.can_generate():
-        raise ValueError(
-            f"{given.folder} holds a {type(model).__name__}, which writes no text: there is nothing to serve"
-        )
+    model = _load_writer(given.folder, "there is nothing to serve")
     torch.set_num_threads(given.threads)
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
     name = given.name or given.folder.resolve().name
@@ -354,6 +346,14 @@ def _load(folder: pathlib.Path) -> Any:
     if "quantization_config" not in described:
         raise ValueError(f"the model in {folder} is not compressed: use nashswarm compress first")
     return getattr(transformers, described["architectures"][0]).from_pretrained(folder, dtype=torch.float32)
+
+
+def _load_writer(folder: pathlib.Path, why: str) -> Any:
+    """The same of a model that writes text.  Raises ValueError, and says ``why``, for another."""
+    model = _load(folder)
+    if not model.can_generate():
+        raise ValueError(f"{folder} holds a {type(model).__name__}, which writes no text: {why}")
+    return model
 
 
 def _weights(folder: pathlib.Path) -> list[str]:

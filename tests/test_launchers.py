@@ -52,15 +52,20 @@ class Careless(launchers.Engine):
             yield number, "the node burnt" if number == 7 else None
 
 
-def test_a_job_that_its_engine_lost_is_a_failed_job(tmp_path: pathlib.Path) -> None:
+@pytest.fixture
+def careless(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Careless:
+    """It works in ``logs`` under ``tmp_path``."""
     words = [f"hydra.sweep.dir={tmp_path}/logs", "hydra.job.num=0"]
     config = compose("config", words, return_hydra_config=True)
     loader = types.SimpleNamespace(load_sweep_config=lambda config, overrides: config.copy())
     engine = Careless()
     engine.setup(hydra_context=types.SimpleNamespace(config_loader=loader), task_function=print, config=config)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launchers, "configure_log", lambda *_: None)
-        returned = engine.launch([["seed=1"], ["seed=2"], ["seed=3"]], 5)
+    monkeypatch.setattr(launchers, "configure_log", lambda *_: None)
+    return engine
+
+
+def test_a_job_that_its_engine_lost_is_a_failed_job(careless: Careless, tmp_path: pathlib.Path) -> None:
+    returned = careless.launch([["seed=1"], ["seed=2"], ["seed=3"]], 5)
     assert [one.return_value for one in returned] == [None] * 3
     outcomes = report.read_outcomes(tmp_path / "logs")
     assert [one["status"] for one in outcomes] == ["skipped", "failed", "failed"]
@@ -68,16 +73,10 @@ def test_a_job_that_its_engine_lost_is_a_failed_job(tmp_path: pathlib.Path) -> N
     assert outcomes[2]["overrides"] == ["seed=3"]
 
 
-def test_an_outcome_of_an_earlier_sweep_is_none_of_this_one(tmp_path: pathlib.Path) -> None:
-    config = compose("config", [f"hydra.sweep.dir={tmp_path}/logs", "hydra.job.num=0"], return_hydra_config=True)
-    loader = types.SimpleNamespace(load_sweep_config=lambda config, overrides: config.copy())
-    engine = Careless()
-    engine.setup(hydra_context=types.SimpleNamespace(config_loader=loader), task_function=print, config=config)
+def test_an_outcome_of_an_earlier_sweep_is_none_of_this_one(careless: Careless, tmp_path: pathlib.Path) -> None:
     (tmp_path / "logs/6").mkdir(parents=True)
     (tmp_path / "logs/6/outcome.json").write_text(json.dumps({"status": "finished", "record": "of yesterday"}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launchers, "configure_log", lambda *_: None)
-        engine.launch([["seed=2"]], 6)
+    careless.launch([["seed=2"]], 6)
     assert [one["status"] for one in report.read_outcomes(tmp_path / "logs")] == ["failed"]
 
 
