@@ -32,8 +32,8 @@ from nashswarm import data, models, record
 from nashswarm.allocation import Layer
 from nashswarm.compare import interval
 from nashswarm.evidence import show_progress
-from nashswarm.methods import Method, Oracle
 from nashswarm.metrics import embed, projection
+from nashswarm.oracle import Method, Oracle
 from nashswarm.plan import build
 from nashswarm.provenance import provenance
 from nashswarm.quant.calibration import Moments, calibrate

@@ -26,12 +26,13 @@ from nashswarm.allocation import Blocks, Layer
 from nashswarm.bit_game import solve
 from nashswarm.evidence import show_progress
 from nashswarm.game import Coupling, Game, best_response, shadow_price
-from nashswarm.methods import PLAYED_WIDTHS, survey
+from nashswarm.methods import PLAYED_WIDTHS
 from nashswarm.plan import plan
 from nashswarm.provenance import provenance
 from nashswarm.quant.grid import Scheme
 from nashswarm.record import write_whole
 from nashswarm.run import Job
+from nashswarm.survey import survey
 
 ROOT = pathlib.Path(__file__).parent.parent
 SYNTHETIC_LAYERS = 50

@@ -7,7 +7,7 @@ import pathlib
 
 import pandas as pd
 
-from nashswarm import figures, page, report
+from nashswarm import figures, page, report, typeset
 from nashswarm.record import Record
 
 MODES = ("disabled", "offline", "online")
@@ -65,6 +65,6 @@ def contents(record: Record) -> dict[str, str]:
     return {
         "record.json": json.dumps(fields, indent=1, ensure_ascii=False) + "\n",
         "allocation.txt": allocation,
-        "table.md": report.markdown(report.points(report.frame([record]))),
+        "table.md": typeset.markdown(report.points(report.frame([record]))),
         "page.html": page.page([record]),
     }

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import mirror
 from nashswarm import record
-from nashswarm.methods import NotOffered
+from nashswarm.oracle import NotOffered
 from nashswarm.run import run
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from nashswarm import record, report
+from nashswarm import record, report, typeset
 
 
 class Summary(Callback):
@@ -17,6 +17,6 @@ class Summary(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         outcomes = report.read_outcomes(pathlib.Path(config.hydra.sweep.dir))
         records = [record.read(pathlib.Path(outcome["record"])) for outcome in outcomes if outcome["record"]]
-        report.console().print(report.summary(outcomes, records))
+        typeset.console().print(report.summary(outcomes, records))
         if any(outcome["status"] == "failed" for outcome in outcomes):
             sys.exit(1)

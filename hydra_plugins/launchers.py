@@ -73,6 +73,7 @@ class Engine(Launcher):
                 config.hydra.job.id = config.hydra.job.num = number
                 config.hydra.sweep.dir = str(self.folder)
             self.folders[number] = self.folder / str(config.hydra.sweep.subdir)
+            (self.folders[number] / "outcome.json").unlink(missing_ok=True)  # of an earlier sweep in this folder
             jobs[number] = cloudpickle.dumps((self.context, self.task, config, Singleton.get_state()))
             log.info("#%d: %s", number, " ".join(filter_overrides(overrides)))
         log.info("%d jobs, logs in %s", len(jobs), self.folder)
@@ -108,13 +109,22 @@ class Processes(Engine):
 
     def execute(self, jobs: Mapping[int, bytes]) -> Ended:
         """A worker that dies takes the others with it: what had begun then is done again alone, the rest goes on, so
-        that a job that kills its worker costs no other job."""
+        that a job that kills its worker costs no other job.  Alone or not, a job computes with the same threads."""
         import joblib
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+        count = joblib.effective_n_jobs(self.settings["n_jobs"])
+        share = None if "OMP_NUM_THREADS" in os.environ else max(joblib.cpu_count() // count, 1)
+
+        def workers(count: int, **more: Any) -> Any:
+            with joblib.parallel_config(backend="loky", inner_max_num_threads=share):
+                return joblib.Parallel(count, **more)
+
         waiting, begun = dict(jobs), dict[int, bytes]()
+        if count == 1:  # joblib would compute in this process, and a job that dies take it along
+            waiting, begun = begun, waiting
         while waiting:
-            parallel = joblib.Parallel(self.settings["n_jobs"], backend="loky", return_as="generator_unordered")
+            parallel = workers(count, return_as="generator_unordered")
             try:
                 for number, trouble in parallel(
                     joblib.delayed(_tried)(number, job) for number, job in list(waiting.items())
@@ -131,9 +141,9 @@ class Processes(Engine):
                 waiting = {number: job for number, job in waiting.items() if number not in begun}
         for number, job in begun.items():
             try:
-                [(_, trouble)] = joblib.Parallel(n_jobs=2, backend="loky")([joblib.delayed(_tried)(number, job)])
+                [(_, trouble)] = workers(2)([joblib.delayed(_tried)(number, job)])
             except TerminatedWorkerError:
-                trouble = "its worker died, twice: killed, or out of memory"
+                trouble = "its worker died: killed, or out of memory"
             yield number, trouble
 
 

@@ -96,6 +96,8 @@ def distribution(override: Override) -> Any:
 
     sweep: Any = override.value()
     log_scale = "log" in getattr(sweep, "tags", ())
+    if log_scale and not isinstance(sweep, IntervalSweep):
+        sys.exit(f"{override.input_line}: only an interval can be searched on a logarithmic scale")
     if isinstance(sweep, IntervalSweep):
         assert sweep.start is not None and sweep.end is not None
         return distributions.FloatDistribution(float(sweep.start), float(sweep.end), log=log_scale)

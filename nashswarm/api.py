@@ -13,8 +13,9 @@ from torch import Tensor
 
 from nashswarm import checkpoint, data, models, stdlib_docs
 from nashswarm.evidence import Cache, Evidence
-from nashswarm.methods import FixedWidth, Gptq, Method, Uniform
+from nashswarm.methods import FixedWidth, Gptq, Uniform
 from nashswarm.moe.experts import unfuse
+from nashswarm.oracle import Method
 from nashswarm.rate_game import NashSwarm
 
 METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}
@@ -103,7 +104,7 @@ def method_of(method: str | Method, bits: float) -> Method:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose {', '.join(METHODS)}, or give a method's value")
     whole = method in ("gptq", "uniform")
-    if whole and bits != int(bits):
+    if whole and not float(bits).is_integer():
         raise ValueError(f"bits={bits}: {method} gives every weight the same whole number of bits")
     return METHODS[method](bits=int(bits) if whole else bits)
 

@@ -14,8 +14,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy import sparse
 from torch import Tensor
 
+from nashswarm import swarm
 from nashswarm.allocation import Layer
 from nashswarm.checkpoint import TABLES
 from nashswarm.memory import give_back
@@ -45,6 +47,15 @@ class Stance:
     weights: Weights
     offsets: Offsets
     found: dict[str, float]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Multipliers and offsets by their kind and the names of the layers."""
+        offsets = {f"offsets/{name}": torch.from_numpy(part) for name, part in self.offsets.items()}
+        return {f"weights/{name}": part for name, part in self.weights.items()} | offsets
+
+    def moves_from(self, other: "Stance") -> int:
+        """How many blocks have another offset."""
+        return sum(int((part != other.offsets[name]).sum()) for name, part in self.offsets.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +228,22 @@ class Board:
             zeros = torch.zeros(layer.weight.shape, dtype=torch.int32)
             tensors[layer.name] = expected(LatticeTensor(zeros, self.lattice(layer, 1.0, self.plain)))
         return _estimated_bytes(tensors, tables_of(count(tensors.values())))
+
+    def shrink(self, stance: Stance, coupling: sparse.csr_array, strength: float) -> Weights:
+        """Every row's log sensitivity moved by ``strength`` toward the mean of its block's flock."""
+        logs = {
+            layer.name: (self.whitened[layer.name].rows * stance.weights[layer.name]).clamp(min=1e-30).log()
+            for layer in self.layers
+        }
+        means = np.concatenate([by_block(part, mean=True).numpy() for part in logs.values()])
+        toward = self.by_layer(swarm.shrink(means, coupling, 1.0))
+        return {
+            name: stance.weights[name]
+            * (
+                strength * (torch.from_numpy(toward[name]).float().repeat_interleave(TILE_ROWS)[: len(part)] - part)
+            ).exp()
+            for name, part in logs.items()
+        }
 
     def rows(self, movers: Blocks | None) -> list[tuple[Layer, Rows]]:
         """The rows of these blocks (None: of all), layer by layer, not more at a time than memory should hold."""

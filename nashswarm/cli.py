@@ -5,7 +5,7 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,10 +45,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nashswarm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    made = commands.add_parser(
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], does: str, description: str, epilog: str | None = None
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=does, description=description, epilog=epilog)
+        made.set_defaults(run=run)
+        return made
+
+    made = command(
         "compress",
-        help="compress a model into a folder that transformers loads",
-        description="Compress MODEL, a folder in Hugging Face layout or a name on the hub, into FOLDER: packed "
+        _compress,
+        "compress a model into a folder that transformers loads",
+        "Compress MODEL, a folder in Hugging Face layout or a name on the hub, into FOLDER: packed "
         "weights, tokenizer, model card, and what certifies it. Prints one JSON object.",
     )
     made.add_argument("model", metavar="MODEL", help="folder or hub name; 'default' is the one that comes along")
@@ -61,100 +69,107 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--exclude", nargs="+", default=(), metavar="PATTERN", help="matrices to leave at 16 bits")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"of statistics and games ({CACHE})")
-    made.set_defaults(run=_compress)
 
-    rebudgeted = commands.add_parser(
+    rebudgeted = command(
         "rebudget",
-        help="compress the same model again to another size, from the remembered game",
-        description="Compress the model that FOLDER was made of to another number of bits. Statistics and games that "
+        _rebudget,
+        "compress the same model again to another size, from the remembered game",
+        "Compress the model that FOLDER was made of to another number of bits. Statistics and games that "
         "the cache remembers are not computed again. Prints one JSON object.",
     )
-    rebudgeted.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    _add_folder(rebudgeted)
     rebudgeted.add_argument("--bits", type=float, required=True)
     _add_out(rebudgeted)
     _add_paths(rebudgeted)
-    rebudgeted.set_defaults(run=_rebudget)
 
-    inspected = commands.add_parser(
+    inspected = command(
         "inspect",
-        help="what is in a compressed model: formats and bytes by layer",
-        description="List the matrices of the compressed model in FOLDER: shape, format, bits in the file, bits in "
+        _inspect,
+        "what is in a compressed model: formats and bytes by layer",
+        "List the matrices of the compressed model in FOLDER: shape, format, bits in the file, bits in "
         "memory, and the widths of its tiles there.",
     )
-    inspected.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
-    inspected.set_defaults(run=_inspect)
+    _add_folder(inspected)
 
-    timed = commands.add_parser(
+    timed = command(
         "bench",
-        help="how fast a compressed model runs here",
-        description="Time decoding and prefill of the compressed model in FOLDER against its own weights as 32-bit "
+        _bench,
+        "how fast a compressed model runs here",
+        "Time decoding and prefill of the compressed model in FOLDER against its own weights as 32-bit "
         "floats, interleaved in one process. Prints one JSON object.",
     )
-    timed.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
-    timed.add_argument("--threads", type=int, default=torch.get_num_threads())
+    _add_folder(timed)
+    _add_threads(timed)
     timed.add_argument("--prompt-tokens", type=int, help="default: 512 or half the window, whichever is less")
     timed.add_argument("--context-tokens", type=int, default=32, help="before those decoded (32)")
     timed.add_argument("--new-tokens", type=int, default=32)
     timed.add_argument("--repeats", type=int, default=30)
     timed.add_argument("--against", nargs="+", default=(), choices=sorted(peers.CONTESTANTS))
-    timed.set_defaults(run=_bench)
 
-    profiled = commands.add_parser(
+    profiled = command(
         "profile",
-        help="where the time of a compressed model goes, by layer and by batch size",
-        description="Time every matrix product of decoding with the compressed model in FOLDER, its bytes and the "
+        _profile,
+        "where the time of a compressed model goes, by layer and by batch size",
+        "Time every matrix product of decoding with the compressed model in FOLDER, its bytes and the "
         "share of this machine's memory bandwidth that it reaches beside it, and steps of growing batches.",
     )
-    profiled.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
-    profiled.add_argument("--threads", type=int, default=torch.get_num_threads())
+    _add_folder(profiled)
+    _add_threads(profiled)
     profiled.add_argument("--context-tokens", type=int, default=32, help="before those decoded (32)")
     profiled.add_argument("--steps", type=int, default=30, help="timed steps (30)")
     profiled.add_argument("--largest-batch", type=int, default=16, help="batches of 1, 2, 4 … are tried up to it (16)")
     profiled.add_argument("--latency-ms", type=float, help="the longest step that the batch size may cost")
-    profiled.set_defaults(run=_profile)
 
-    served = commands.add_parser(
+    served = command(
         "serve",
-        help="answer HTTP requests in the words of OpenAI's completions",
-        description="Serve the compressed model in FOLDER: POST /v1/completions, GET /v1/models, GET /health. One "
+        _serve,
+        "answer HTTP requests in the words of OpenAI's completions",
+        "Serve the compressed model in FOLDER: POST /v1/completions, GET /v1/models, GET /health. One "
         "request is computed at a time; a full queue answers 429, too long a wait 503.",
     )
-    served.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    _add_folder(served)
+    _add_threads(served)
     served.add_argument("--host", default="127.0.0.1", help="127.0.0.1: for this machine alone")
     served.add_argument("--port", type=int, default=8000)
-    served.add_argument("--threads", type=int, default=torch.get_num_threads())
     served.add_argument("--queue", type=int, default=16, help="requests that may wait (16)")
     served.add_argument("--patience", type=float, default=60.0, help="seconds that one may wait (60)")
     served.add_argument("--name", help="of the model in requests; default: the folder's")
-    served.set_defaults(run=_serve)
 
-    exported = commands.add_parser(
+    exported = command(
         "export",
-        help="a compressed model as one file for onnxruntime, or as a program of torch.export",
-        description="Write the compressed model in FOLDER, weights packed, cache in and out, to FILE, and compare its "
+        _export,
+        "a compressed model as one file for onnxruntime, or as a program of torch.export",
+        "Write the compressed model in FOLDER, weights packed, cache in and out, to FILE, and compare its "
         "logits with the model's own on real text. Prints one JSON object.",
     )
-    exported.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
+    _add_folder(exported)
     exported.add_argument("--to", choices=sorted(export.TARGETS), required=True)
     exported.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new .onnx or .pt2")
     exported.add_argument(
         "--activations", choices=ACTIVATIONS, default="float32", help="what inputs of products are rounded to (float32)"
     )
-    exported.set_defaults(run=_export)
 
-    checked = commands.add_parser(
+    checked = command(
         "certify",
-        help="compute a compressed model's regret again from its file",
-        description="Decode the compressed model in FOLDER, calibrate the full model as it was calibrated then, and "
+        _certify,
+        "compute a compressed model's regret again from its file",
+        "Decode the compressed model in FOLDER, calibrate the full model as it was calibrated then, and "
         "enumerate what every player could still gain by changing alone, with code that shares no sum with the "
         "program that compressed it. Prints one JSON object.",
         epilog="Exit status: 0 if the regret agrees with the recorded one and is at most "
         f"{LIMIT:g} nats per token, 1 if not, 2 if it could not be computed.",
     )
-    checked.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="a folder that compress or save= made")
+    _add_folder(checked)
     _add_paths(checked)
-    checked.set_defaults(run=_certify)
     return parser
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="of a model that compress or save= made")
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all that torch takes")
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
@@ -235,9 +250,7 @@ def _bench(given: argparse.Namespace) -> int:
     if min(given.threads, given.repeats, given.new_tokens) < 1:
         raise ValueError("--threads, --repeats and --new-tokens must be at least 1")
     torch.set_num_threads(given.threads)
-    packed, full = _load(given.folder), _load(given.folder)
-    if not packed.can_generate():
-        raise ValueError(f"{given.folder} holds a {type(packed).__name__}, which writes no text: bench times decoding")
+    packed, full = _load_writer(given.folder, "bench times decoding"), _load(given.folder)
     full.dequantize()
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
     length = models.LoadedModel(full, tokenizer).window_length(None)
@@ -256,9 +269,7 @@ def _bench(given: argparse.Namespace) -> int:
 def _profile(given: argparse.Namespace) -> int:
     if min(given.threads, given.steps, given.context_tokens, given.largest_batch) < 1:
         raise ValueError("--threads, --steps, --context-tokens and --largest-batch must be at least 1")
-    model = _load(given.folder)
-    if not model.can_generate():
-        raise ValueError(f"{given.folder} holds a {type(model).__name__}, which writes no text: profile times decoding")
+    model = _load_writer(given.folder, "profile times decoding")
     longest = models.LoadedModel(model, None).window_length(None)
     if given.context_tokens + given.steps + profile.WARM_UP > longest:
         raise ValueError(f"--context-tokens, --steps and {profile.WARM_UP} to warm up exceed the window of {longest}")
@@ -301,11 +312,7 @@ def _serve(given: argparse.Namespace) -> int:
 
     from nashswarm.runtime import server
 
-    model = _load(given.folder)
-    if not model.can_generate():
-        raise ValueError(
-            f"{given.folder} holds a {type(model).__name__}, which writes no text: there is nothing to serve"
-        )
+    model = _load_writer(given.folder, "there is nothing to serve")
     torch.set_num_threads(given.threads)
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
     name = given.name or given.folder.resolve().name
@@ -339,6 +346,14 @@ def _load(folder: pathlib.Path) -> Any:
     if "quantization_config" not in described:
         raise ValueError(f"the model in {folder} is not compressed: use nashswarm compress first")
     return getattr(transformers, described["architectures"][0]).from_pretrained(folder, dtype=torch.float32)
+
+
+def _load_writer(folder: pathlib.Path, why: str) -> Any:
+    """The same of a model that writes text.  Raises ValueError, and says ``why``, for another."""
+    model = _load(folder)
+    if not model.can_generate():
+        raise ValueError(f"{folder} holds a {type(model).__name__}, which writes no text: {why}")
+    return model
 
 
 def _weights(folder: pathlib.Path) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from nashswarm import checkpoint, metrics, models, record
 from nashswarm.allocation import Layer
 from nashswarm.memory import give_back
-from nashswarm.methods import Oracle
+from nashswarm.oracle import Oracle
 from nashswarm.quant.calibration import Moments, Track, calibrate, summed_nll
 
 HELDOUT_LOGITS = 1 << 26  # in a batch of held-out windows: what their divergence may take in memory

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from nashswarm import compare
 from nashswarm.record import Record
-from nashswarm.report import FORMATS, REFERENCE, paired, rank
+from nashswarm.report import paired, rank
+from nashswarm.typeset import FORMATS, REFERENCE
 
 NEGLIGIBLE = {"kl": 1e-5, "regret": 1e-12, "perplexity": 0.0}  # nats per token; below it a value counts as zero
 AXES = {"kl": "KL to full precision (nats per token)", "perplexity": "perplexity"}

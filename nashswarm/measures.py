@@ -5,17 +5,15 @@ import copy
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from scipy.special import rel_entr, softmax
 from torch import Tensor
 
-from nashswarm import compare, glue, metrics, models, peers
+from nashswarm import compare, evaluators, glue, metrics, models, peers, timing
 from nashswarm.allocation import Layer
 from nashswarm.linear import Activations, set_activations
 from nashswarm.quant.calibration import Track
@@ -167,17 +165,11 @@ class Speed:
             except peers.NotInstalled as missing:
                 log.warning("not timed: %s", missing)
         tokens = subject.windows[:1, :prompt]
-        phases = ("decode", "decode_long", "prefill")
-        times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in phases} for name in models}
-        for repeat in subject.track(range(self.repeats + 2), "timing"):
-            for name, model in models.items():
-                set_activations(packed, "float32" if name == "float32" else "int8")
-                _, short = _generate(model, tokens[:, :context], self.new_tokens)
-                prefill, long = _generate(model, tokens, self.new_tokens)
-                if repeat >= 2:  # the first two warm up
-                    times[name]["prefill"].append(prefill)
-                    times[name]["decode"].append(1000 * short / self.new_tokens)
-                    times[name]["decode_long"].append(1000 * long / self.new_tokens)
+
+        def prepare(name: str) -> None:
+            set_activations(packed, "float32" if name == "float32" else "int8")
+
+        times = timing.interleaved(models, tokens, context, self.new_tokens, self.repeats, prepare, subject.track)
         found: dict[str, float] = {}
         for name, own in times.items():
             suffix = f"_{name}" if name else ""
@@ -185,11 +177,8 @@ class Speed:
             found[f"decode_long_ms{suffix}"] = float(np.median(own["decode_long"]))
             found[f"prefill_tokens_per_second{suffix}"] = prompt / float(np.median(own["prefill"]))
             found[f"bytes_resident{suffix}"] = resident_bytes(models[name])
-            for phase in phases if name != "full" else ():
-                ratios = np.array(times["full"][phase]) / np.array(own[phase])
-                found[f"{phase}_ratio{suffix}"] = float(np.median(ratios))
-                low, high = compare.median_interval(ratios.tolist())
-                found |= {f"{phase}_ratio{suffix}_low": low, f"{phase}_ratio{suffix}_high": high}
+            if name != "full":
+                found |= timing.ratios(times["full"], own, suffix)
         kinds: tuple[Activations, ...] = ("float32", "int8")
         for activations in kinds:
             set_activations(packed, activations)
@@ -213,8 +202,7 @@ class Several:
 
 def of_quality(measure: Measure) -> list[Measure]:
     """What in a measure judges answers by the text or the task alone: how good a model was before it was trained."""
-    parts = measure.measures if isinstance(measure, Several) else [measure]
-    return [part for part in parts if isinstance(part, Quality | Official)]
+    return [part for part in parts_of(measure) if isinstance(part, Quality | Official)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,11 +325,11 @@ class Bleu:
         )
         texts = [subject.tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (own, full, rest)]
         pairs = {"bleu": (0, 1), "bleu_text": (0, 2), "bleu_text_full": (1, 2)}
-        counted = {name: _bleu_counts(texts[one], texts[other]) for name, (one, other) in pairs.items()}
+        counted = {name: evaluators.bleu_counts(texts[one], texts[other]) for name, (one, other) in pairs.items()}
         everything = np.arange(self.windows)
 
         def bleu(name: str, drawn: Int[np.ndarray, " drawn"]) -> float:
-            return _bleu(counted[name][drawn].sum(0))
+            return evaluators.bleu(counted[name][drawn].sum(0))
 
         def delta(drawn: Int[np.ndarray, " drawn"]) -> float:
             return bleu("bleu_text", drawn) - bleu("bleu_text_full", drawn)
@@ -350,25 +338,7 @@ class Bleu:
         found = {name: statistic(everything) for name, statistic in statistics.items()}
         for name, statistic in statistics.items():
             found[f"{name}_low"], found[f"{name}_high"] = compare.interval_of(statistic, self.windows)
-        return found, {name: [_bleu(counts) for counts in counted[name]] for name in pairs}
-
-
-def _bleu_counts(written: Sequence[str], references: Sequence[str]) -> Int[np.ndarray, "windows counts"]:
-    """Of each text: n-grams found in its reference and n-grams in all, of one to four words, its words, and the
-    reference's."""
-    from sacrebleu.metrics import BLEU
-
-    scorer = BLEU()
-    scores = [scorer.corpus_score([own], [[other]]) for own, other in zip(written, references, strict=True)]
-    return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])
-
-
-def _bleu(counts: Int[np.ndarray, " counts"]) -> float:
-    """BLEU of a corpus (Papineni et al. 2002) from its counts, smoothed as sacrebleu does."""
-    from sacrebleu.metrics import BLEU
-
-    correct, total, (own, other) = (part.tolist() for part in np.split(counts, [4, 8]))
-    return float(BLEU.compute_bleu(correct, total, own, other, smooth_method="exp").score)
+        return found, {name: [evaluators.bleu(counts) for counts in counted[name]] for name in pairs}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,7 +361,7 @@ class LmEval:
         metric: dict[str, float] = {}
         series: dict[str, list[float]] = {}
         for suffix, model in models.items():
-            found = self._evaluate(model, subject.tokenizer)
+            found = evaluators.harness(model, subject.tokenizer, self.tasks, self.folder, self.limit, BATCH)
             for task in self.tasks:
                 name = f"accuracy_{task}{suffix}"
                 metric[name], metric[f"{name}_stderr"] = (
@@ -405,27 +375,6 @@ class LmEval:
             metric[name] = float((own - full).mean())
             metric[f"{name}_low"], metric[f"{name}_high"] = compare.interval((own - full).tolist())
         return metric, series
-
-    def _evaluate(self, model: Any, tokenizer: Any) -> Any:
-        """The harness's own report.  Raises ValueError for a task that it does not know or that has no accuracy."""
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-
-        manager = TaskManager(include_path=self.folder, include_defaults=self.folder is None)
-        if unknown := [task for task in self.tasks if task not in manager.all_tasks]:
-            raise ValueError(f"measure.tasks: there is no {', '.join(unknown)}; set measure.folder to its files")
-        found = lm_eval.simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
-            tasks=list(self.tasks),
-            task_manager=manager,
-            limit=self.limit,
-            log_samples=True,
-            verbosity="ERROR",
-        )
-        if without := [task for task in self.tasks if "acc,none" not in found["results"].get(task, {})]:
-            raise ValueError(f"measure.tasks: {', '.join(without)} measure no accuracy (acc)")
-        return found
 
 
 def require(measure: Measure) -> None:
@@ -462,22 +411,3 @@ def resident_bytes(model: Any) -> int:
     of torch's sight says how many they are as ``weight_bytes``."""
     tensors = {part.data_ptr(): part.nbytes for part in (*model.parameters(), *model.buffers())}
     return sum(tensors.values()) + sum(getattr(module, "weight_bytes", 0) for module in model.modules())
-
-
-@torch.no_grad()
-def _generate(model: Any, tokens: Int[Tensor, "1 prompt"], new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prefill and of the greedy decoding of ``new_tokens`` with a KV cache."""
-    started = time.perf_counter()
-    answer = model(input_ids=tokens, use_cache=True)
-    _wait(tokens)
-    prefilled = time.perf_counter()
-    for _ in range(new_tokens):
-        token = answer.logits[:, -1:].argmax(-1)
-        answer = model(input_ids=token, past_key_values=answer.past_key_values, use_cache=True)
-    _wait(tokens)
-    return prefilled - started, time.perf_counter() - prefilled
-
-
-def _wait(tokens: Tensor) -> None:
-    if tokens.is_cuda:
-        torch.cuda.synchronize()

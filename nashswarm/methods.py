@@ -5,87 +5,29 @@ nothing else, so it cannot look at the test text.
 """
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import numpy as np
-import torch
 from jaxtyping import Int
-from torch import Tensor
 
 from nashswarm import allocation, swarm
-from nashswarm.allocation import Blocks, Layer
+from nashswarm.allocation import Layer
 from nashswarm.bit_game import by_lot, by_quantiles, solve
-from nashswarm.quant.calibration import Moments, Track, no_track
+from nashswarm.oracle import Compressed, NotOffered, Oracle
+from nashswarm.quant.calibration import Moments
 from nashswarm.quant.entropy import encode_groups
-from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, QuantizedTensor, Scheme, quantize
+from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, QuantizedTensor, Scheme
 from nashswarm.quant.pack import pack, packed_bytes
 from nashswarm.quant.published import QUANTILES, quantize_by_magnitude
 from nashswarm.quant.reply import DAMPING, reply
 from nashswarm.rivals import dual_ascent, equal_loss, evolve
+from nashswarm.survey import report_regret, survey
 
 PLAYED_WIDTHS = (0, *GRID_WIDTHS)
-PROBED_WIDTHS = (0, 2, 3, 4)  # where the damage of a layer is measured, not only predicted
-PROBE_TOKENS = 1024
 BitGame = Literal["equilibrium", "quantiles", "lot", "equal_loss", "dual_ascent", "evolution"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Oracle:
-    """All that a method may know.
-
-    ``fixed_bytes``: stored bytes outside the layers (norms, biases, headers, config).  ``parameters``: of the whole
-    model. ``moments``: calibration statistics by module, computed or read when asked for.  ``heldout_kl``: KL in
-    nats per token of the model with these layer weights (the others at full precision), on so many tokens of held-out
-    calibration text (None: all of it).  ``remember``: tensors by kind and key, read from an earlier run or computed.
-    ``track``: iterate with progress shown.  ``inputs_after``: E[x xᵀ] of these modules, by name, once the model has
-    these layer weights.
-    """
-
-    layers: tuple[Layer, ...]
-    fixed_bytes: int
-    parameters: int
-    moments: Callable[[], Mapping[str, Moments]]
-    heldout_kl: Callable[[Mapping[str, Tensor], int | None], float]
-    remember: Callable[[str, Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
-    track: Track = no_track
-    inputs_after: Callable[[Mapping[str, Tensor], Sequence[str]], Mapping[str, Tensor]] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Compressed:
-    """The packed bytes of every layer, the weights they decode to, and what the method reports.
-
-    ``float_bits``: the width of everything outside the layers.  ``code_bits``: the payload of the codes alone, in
-    bits.  ``game``: what the players brought to the game, by which its certificate can be computed again; a saved model
-    keeps it in a file beside, for no decoder needs it and it counts as no part of the model's size.  ``foreign``: the
-    library whose packed form it is, if not ours.
-    """
-
-    packed: Mapping[str, Any]
-    weights: Mapping[str, Tensor]
-    allocation: str
-    code_bits: int
-    damage: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    series: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)
-    float_bits: int = 16
-    game: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    foreign: str | None = None
-
-
-@runtime_checkable
-class Method(Protocol):
-    """What the runner asks of a method."""
-
-    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed: ...
-
-
-class NotOffered(ValueError):
-    """A method that has nothing to offer here: not at these bits, or not without a package that is absent.  In a sweep
-    it is left out, which is no failure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +61,7 @@ class Uniform:
         blocks = survey(oracle, oracle.moments(), PLAYED_WIDTHS, scheme, code_game=False)
         profile = np.full(len(blocks.damage), PLAYED_WIDTHS.index(self.bits))
         tensors = allocation.quantize_layers(oracle.layers, bits, scheme)
-        return _pack(bits, tensors, *_report_regret(blocks, profile), coded=self.coded)
+        return _pack(bits, tensors, *report_regret(blocks, profile), coded=self.coded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +213,8 @@ class FixedWidth:
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.split is None):
             raise ValueError("give either method.bits or method.split: one of them must be null")
+        if self.bits is not None and not math.isfinite(self.bits):
+            raise ValueError(f"method.bits={self.bits} must be a finite number")
         if self.bit_game not in get_args(BitGame):
             raise ValueError(f"unknown method.bit_game {self.bit_game!r}: choose {', '.join(get_args(BitGame))}")
         if self.generations < 0 or self.offspring < 1:
@@ -315,7 +259,7 @@ class FixedWidth:
                 passes = self.offspring * (self.generations + 1)
             else:
                 profile = by_lot(blocks, budget, rng)
-            damage, metrics = _report_regret(blocks, profile)
+            damage, metrics = report_regret(blocks, profile)
             metrics["heldout_passes"] = passes
             return _pack(blocks.bits(profile), tensors_at(profile), damage, metrics, coded=self.coded)
 
@@ -371,45 +315,6 @@ class FixedWidth:
         return budget
 
 
-def survey(
-    oracle: Oracle, moments: Mapping[str, Moments], widths: Sequence[int], scheme: Scheme, code_game: bool
-) -> Blocks:
-    """All players: what every width would cost each block, and what its flock compares.
-
-    The second-order formula is right for small errors and was seen to mislead for large ones, so below 8 bits
-    each layer is compressed alone, the KL of that is measured on held-out calibration text, and the damages of its
-    blocks are scaled to add up to it.
-    """
-
-    def at_width(width: int) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for layer in oracle.track(oracle.layers, f"probing at {width} bits"):
-            curved = allocation.curvature(layer, moments)
-            answer = reply(layer.weight, width, scheme, curved) if code_game else quantize(layer.weight, width, scheme)
-            quantized = answer.dequantize()
-            predicted = allocation.damage(layer, quantized, curved, scheme)
-            found[layer.name] = predicted
-            if width in PROBED_WIDTHS and (total := float(predicted.sum())) > 0:
-                measured = oracle.heldout_kl({layer.name: quantized}, PROBE_TOKENS)
-                found[layer.name] = predicted * (measured / total)
-        return found
-
-    columns = []
-    for width in widths:
-        key = dataclasses.asdict(scheme) | {
-            "width": width,
-            "code_game": code_game,
-            "probed": PROBED_WIDTHS,
-            "probe_tokens": PROBE_TOKENS,
-        }
-        by_layer = oracle.remember("damage", key, functools.partial(at_width, width))
-        columns.append(torch.cat([by_layer[layer.name] for layer in oracle.layers]).numpy())
-    described = (
-        each(oracle.layers, moments, scheme.group_size) for each in (allocation.log_sensitivity, allocation.features)
-    )
-    return Blocks(oracle.layers, scheme, tuple(widths), np.stack(columns, 1), *described)
-
-
 def _after(
     tensors: Mapping[str, QuantizedTensor], layers: Sequence[Layer], moments: Mapping[str, Moments], oracle: Oracle
 ) -> dict[str, Moments]:
@@ -419,21 +324,6 @@ def _after(
     names = [name for layer in layers for name in layer.modules if not moments[name].lookup]
     seen = oracle.inputs_after({name: tensor.dequantize() for name, tensor in tensors.items()}, names)
     return {name: dataclasses.replace(moments[name], inputs=inputs) for name, inputs in seen.items()}
-
-
-def _report_regret(blocks: Blocks, profile: Int[np.ndarray, " blocks"]) -> tuple[dict[str, float], dict[str, float]]:
-    """Damage by layer, and how far a given profile is from an equilibrium at the price at which the game would have
-    spent the same bytes."""
-    solution = solve(blocks, blocks.packed_bytes(profile))
-    regret = solution.game.regret(profile)
-    metrics = {
-        "regret_max": float(regret.max()),
-        "regret_mean": float(regret.mean()),
-        "potential_end": solution.game.potential(profile),
-        "price": solution.price,
-        "players": len(profile),
-    }
-    return blocks.damage_by_layer(profile), metrics
 
 
 def _pack(

@@ -21,7 +21,7 @@ from nashswarm.moe import loss
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import Settings
 from nashswarm.quant.calibration import Track
-from nashswarm.record import fingerprint, write_folder, write_whole
+from nashswarm.record import claim, fingerprint, write_folder, write_whole
 
 HISTORY = "training.json"
 BETAS = (0.9, 0.95)
@@ -96,26 +96,29 @@ def trained(
     }
     folder = cache / f"moe-{fingerprint(made_of)}"
     tokenizer = transformers.AutoTokenizer.from_pretrained(models.EMBEDDED)
-    if not folder.is_dir():
-        wanted = source.context if length is None else length
-        if not 2 <= wanted <= source.context:
-            raise ValueError(f"dataset.sequence_length={wanted} is not between 2 and model.context={source.context}")
-        windows = data.windows(text, tokenizer, wanted, "training").to(device)
-        if len(windows) < settings.batch_size:
-            raise ValueError(f"the training text has {len(windows)} windows; lower train_moe.batch_size or give more")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = source.build(router, len(tokenizer), tokenizer.eos_token_id).to(torch.device(device))  # type: ignore[arg-type]
-        checkpoint = folder.with_name(f"{folder.name}.checkpoint")
-        series = train(model, windows, settings, router.loss, seed, checkpoint, track)
+    wanted = source.context if length is None else length
+    if not 2 <= wanted <= source.context:
+        raise ValueError(f"dataset.sequence_length={wanted} is not between 2 and model.context={source.context}")
+    checkpoint = folder.with_name(f"{folder.name}.checkpoint")
+    with claim(folder):  # another measure of a sweep may ask for the same model
+        if not folder.is_dir():
+            windows = data.windows(text, tokenizer, wanted, "training").to(device)
+            if len(windows) < settings.batch_size:
+                few = f"the training text has {len(windows)} windows"
+                raise ValueError(f"{few}; lower train_moe.batch_size or give more")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = source.build(router, len(tokenizer), tokenizer.eos_token_id)
+            model.to(torch.device(device))  # type: ignore[arg-type]
+            series = train(model, windows, settings, router.loss, seed, checkpoint, track)
 
-        def fill(partial: pathlib.Path) -> None:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            def fill(partial: pathlib.Path) -> None:
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
 
-        history = json.dumps({"made_of": made_of, "series": series}, allow_nan=False) + "\n"
-        write_folder(folder, {HISTORY: history.encode()}, fill)
-        checkpoint.unlink(missing_ok=True)
+            history = json.dumps({"made_of": made_of, "series": series}, allow_nan=False) + "\n"
+            write_folder(folder, {HISTORY: history.encode()}, fill)
+            checkpoint.unlink(missing_ok=True)
     found: Any = MoeForCausalLM.from_pretrained(folder)
     return Trained(found.eval().to(device), tokenizer, json.loads((folder / HISTORY).read_text())["series"])
 

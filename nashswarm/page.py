@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from nashswarm import figures, report
+from nashswarm import figures, report, typeset
 from nashswarm.record import Record
 
 PLACE = ("model", "dataset", "measure")  # what one chart has one of
@@ -86,7 +86,7 @@ def section(place: Sequence[str], rows: pd.DataFrame, records: Sequence[Record])
     """Table and figures of one model, dataset and measure."""
     means = report.tested(report.points(rows.dropna(axis=1, how="all")), records)
     parts = [f"<h2>{html.escape(' · '.join(place))}</h2>", results(means)]
-    if note := report.note(means):
+    if note := typeset.note(means):
         parts.append(f"<p>{html.escape(note)}</p>")
     drawn = {
         "Quality against size": lambda: figures.pareto(means),
@@ -100,15 +100,15 @@ def section(place: Sequence[str], rows: pd.DataFrame, records: Sequence[Record])
 
 def results(means: pd.DataFrame) -> str:
     """The table of means over seeds, each cell with its number to sort by."""
-    shown = [column for column in report.COLUMNS if column.metric in means and means[column.metric].notna().any()]
+    shown = [column for column in typeset.COLUMNS if column.metric in means and means[column.metric].notna().any()]
     lines = []
     for _, row in means.iterrows():
         cells = [_cell(row["method"], row["method"], "word")]
         for column in shown:
             value = row[column.metric]
-            cells.append(_cell(report.text(row, column.metric), "" if pd.isna(value) else repr(float(value))))
+            cells.append(_cell(typeset.text(row, column.metric), "" if pd.isna(value) else repr(float(value))))
         flag = ' <span class="flag">uncommitted code</span>' if row["dirty"] else ""
-        ours = ' class="ours"' if row["method"] == report.REFERENCE else ""
+        ours = ' class="ours"' if row["method"] == typeset.REFERENCE else ""
         lines.append(f"<tr{ours}>{''.join(cells)}<td data-value='{int(row['dirty'])}'>{flag}</td></tr>")
     return _table(["method", *(column.heading for column in shown), ""], lines)
 
@@ -125,7 +125,7 @@ def runs(records: Sequence[Record]) -> str:
         cells.append(f'<td data-value="{int(bool(found.get("dirty")))}">{flag}</td>')
         cells += [_cell(str(found.get(name, "")), str(found.get(name, ""))) for name in ("started", "machine")]
         seconds = one.metrics.get("seconds", float("nan"))
-        cells.append(_cell(report.FORMATS["seconds"](seconds), repr(seconds)))
+        cells.append(_cell(typeset.FORMATS["seconds"](seconds), repr(seconds)))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     heads = ["method", "model", "dataset", "seed", "record", "commit", "", "started", "machine", "seconds"]
     return _table(heads, lines)

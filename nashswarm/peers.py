@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm.allocation import Layer
-from nashswarm.methods import Compressed, NotOffered, Oracle
+from nashswarm.oracle import Compressed, NotOffered, Oracle
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 

@@ -17,10 +17,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nashswarm import data, glue, models, moe_training, peers, recovery
 from nashswarm.measures import Measure, Official, Size
-from nashswarm.methods import AsPublished, Method, NotOffered
+from nashswarm.methods import AsPublished
 from nashswarm.moe.model import MoeSource
 from nashswarm.moe.router import Settings
-from nashswarm.moe_measures import MoeMeasure
+from nashswarm.moe_measures import MoeMeasure, QuickValidation
+from nashswarm.oracle import Method, NotOffered
 from nashswarm.record import fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,6 +116,8 @@ def plan_moe(config: DictConfig) -> MoePlan:
             raise ValueError(f"task=train_moe cannot use this {group}: choose for example {group}={examples[group]}")
     if isinstance(dataset, glue.Glue):
         raise ValueError(f"{dataset.task} is a task, not a text: choose for example dataset=wikitext2")
+    if isinstance(measure, QuickValidation) and measure.length > source.context:
+        raise ValueError(f"measure.length={measure.length} exceeds model.context={source.context}")
     if config.dtype != "float32":
         raise ValueError(f"task=train_moe trains in float32; leave dtype={config.dtype} out")
     training = build(config.train_moe)
@@ -128,6 +131,8 @@ def config_again(about: Mapping[str, Any], paths: Mapping[str, str | None], **ch
     Raises ValueError if the model or the text is no longer the one that it was, or the method has no size to choose.
     """
     config, was = OmegaConf.create(dict(about["config"])), about["record"]["config"]
+    if config.get("task") == "train_moe":
+        raise ValueError("the saved model was trained, not compressed: compress it first, for example by model=local")
     for group, path in paths.items():
         if path is not None:
             if "path" not in config[group]:
@@ -137,7 +142,7 @@ def config_again(about: Mapping[str, Any], paths: Mapping[str, str | None], **ch
     if bits is not None:
         if config.method.get("bits") is None:
             raise ValueError(f"{about['record']['labels']['method']} has no method.bits that could be changed")
-        config.method.bits = int(bits) if bits == int(bits) else bits
+        config.method.bits = int(bits) if float(bits).is_integer() else bits
     config.update(changed)
     identity = plan(config).identity
     hub_name = "@" in was["model"]["content"]  # a folder that stands in for it has a content of its own

@@ -22,7 +22,8 @@ PACKAGES = ("nashswarm", "torch", "transformers", "datasets", "numpy", "scipy", 
 
 def provenance(started: datetime.datetime) -> dict[str, Any]:
     """Where a record comes from: code, versions, machine, time."""
-    root = pathlib.Path(__file__).parent.parent
+    here = pathlib.Path(__file__)
+    root = here.parent.parent
 
     def git(*words: str) -> str | None:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -31,10 +32,11 @@ def provenance(started: datetime.datetime) -> dict[str, Any]:
             ).stdout.strip()
         return None
 
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    ours = git("ls-files", "--error-unmatch", "--", str(here.relative_to(root))) is not None  # not around it
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") if ours else None
     cores = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD") if ours else None,
         "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "versions": dict(_versions()),

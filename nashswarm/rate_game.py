@@ -25,32 +25,17 @@ from scipy import sparse
 from torch import Tensor
 
 from nashswarm import allocation, swarm
-from nashswarm.board import (
-    BUDGET_TOLERANCE,
-    COARSE,
-    Blocks,
-    Board,
-    Offsets,
-    Played,
-    Stance,
-    Weights,
-    by_block,
-    expected,
-)
+from nashswarm.board import BUDGET_TOLERANCE, COARSE, Blocks, Board, Offsets, Played, Stance, by_block, expected
 from nashswarm.game import Coupling, Game, best_response
 from nashswarm.linear import to_tiles
 from nashswarm.memory import give_back
-from nashswarm.methods import PROBE_TOKENS, Compressed, Flock, Oracle
+from nashswarm.methods import Flock
+from nashswarm.oracle import Compressed, Oracle
 from nashswarm.quant.entropy import coded_bits
-from nashswarm.quant.grid import TILE_ROWS
 from nashswarm.quant.lattice import LatticeTensor, price_at, stack
 from nashswarm.quant.pack import run_lengths
-from nashswarm.quant.reply import (
-    Whitened,
-    lattice_reply,
-    regret_by_row,
-    whiten,
-)
+from nashswarm.quant.reply import Whitened, lattice_reply, regret_by_row, whiten
+from nashswarm.survey import PROBE_TOKENS
 
 BitGame = Literal["equilibrium", "uniform"]
 CodeGame = Literal["equilibrium", "pass", "rounding"]
@@ -144,10 +129,10 @@ class _Table(Board):
         def solve() -> dict[str, Tensor]:
             budget = max(REFERENCE * self.slope.at_high_rate, 2.0 * self.smallest_bytes())
             stance = self.solve(self.unit_of_rounding(int(budget)))
-            parts: dict[str, Tensor] = {f"weights/{name}": part for name, part in stance.weights.items()}
-            parts |= {f"offsets/{name}": torch.from_numpy(part) for name, part in stance.offsets.items()}
-            found = {f"found/{name}": torch.tensor(float(value)).double() for name, value in stance.found.items()}
-            return parts | found | {"found/heldout_passes": torch.tensor(float(self.passes)).double()}
+            found = stance.found | {"heldout_passes": self.passes}
+            return stance.tensors() | {
+                f"found/{name}": torch.tensor(float(value)).double() for name, value in found.items()
+            }
 
         parts = self.oracle.remember("game", {"rules": rules}, solve)
         names = [layer.name for layer in self.layers]
@@ -191,7 +176,7 @@ class _Table(Board):
         if flock is not None:
             stances = [self.replied(costs, played, stance, align) for align in flock.align]
             stances = [
-                dataclasses.replace(found, found=found.found | {"flock_moves": _moves(found, alone)})
+                dataclasses.replace(found, found=found.found | {"flock_moves": found.moves_from(alone)})
                 for found in stances
             ]
         stance = self.choose(stances, budget, unit)
@@ -280,22 +265,6 @@ class _Table(Board):
         assert self.rules.swarm is not None and self.features is not None
         rng = np.random.default_rng(self.flock_seed)
         return swarm.flock(self.features, self.rules.swarm.neighbours, self.rules.swarm.graph, rng)
-
-    def shrink(self, stance: Stance, coupling: sparse.csr_array, strength: float) -> Weights:
-        """Every row's log sensitivity moved by ``strength`` toward the mean of its block's flock."""
-        logs = {
-            layer.name: (self.whitened[layer.name].rows * stance.weights[layer.name]).clamp(min=1e-30).log()
-            for layer in self.layers
-        }
-        means = np.concatenate([by_block(part, mean=True).numpy() for part in logs.values()])
-        toward = self.by_layer(swarm.shrink(means, coupling, 1.0))
-        return {
-            name: stance.weights[name]
-            * (
-                strength * (torch.from_numpy(toward[name]).float().repeat_interleave(TILE_ROWS)[: len(part)] - part)
-            ).exp()
-            for name, part in logs.items()
-        }
 
     def actions(
         self, played: Played, stance: Stance, movers: Blocks | None = None
@@ -394,8 +363,7 @@ class _Table(Board):
 
     def brought(self, stance: Stance) -> dict[str, Tensor]:
         """What the certificate cannot read from the packed bytes: multipliers, offsets and, if it aligns, the flock."""
-        parts: dict[str, Tensor] = {f"weights/{name}": part for name, part in stance.weights.items()}
-        parts |= {f"offsets/{name}": torch.from_numpy(part) for name, part in stance.offsets.items()}
+        parts = stance.tensors()
         if stance.found["flock_align"]:
             links = self.flock.tocoo()
             pairs = torch.from_numpy(np.stack([links.row, links.col]).astype(np.int64))
@@ -423,11 +391,6 @@ class _Table(Board):
             "regret_of_steps": float(steps.max()),
             "regret_of_codes": float(codes.max()),
         }
-
-
-def _moves(stance: Stance, other: Stance) -> int:
-    """How many blocks have another offset."""
-    return sum(int((part != other.offsets[name]).sum()) for name, part in stance.offsets.items())
 
 
 def _text(offsets: Offsets, bits: Mapping[str, float]) -> str:

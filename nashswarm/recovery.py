@@ -23,7 +23,7 @@ from torch.nn import functional
 from nashswarm import checkpoint, metrics, models
 from nashswarm.evidence import Evidence
 from nashswarm.linear import to_tiles
-from nashswarm.methods import Compressed, NotOffered
+from nashswarm.oracle import Compressed, NotOffered
 from nashswarm.quant.entropy import KINDS, CodeTables, coded_bits
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.latent import Latent, encode

@@ -24,8 +24,8 @@ from nashswarm import checkpoint, data, glue, measures, metrics, models, moe_tra
 from nashswarm.evidence import Cache, Evidence, show_progress
 from nashswarm.measures import Measure, Subject
 from nashswarm.memory import peak_bytes, reset_peak
-from nashswarm.methods import Compressed, Method
 from nashswarm.moe_measures import CALIBRATION, MoeSubject
+from nashswarm.oracle import Compressed, Method
 from nashswarm.plan import MoePlan, Plan, config_again, plan, plan_moe
 from nashswarm.provenance import code_digest, provenance
 from nashswarm.record import Record, fingerprint

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from nashswarm import record, report
+from nashswarm import record, report, typeset
 from nashswarm.published import UNTRAINED
 from nashswarm.quant.published import CLASS_BITS
 from nashswarm.rate_game import NashSwarm
@@ -46,9 +46,9 @@ SIZE_HEADINGS = (
     "MB of `nash_swarm`",
     "saved %",
 )
-percent = report.fixed(1, 100)
-megabytes = report.fixed(2, 1e-6)
-mebibytes = report.fixed(1, 1 / 2**20)
+percent = typeset.fixed(1, 100)
+megabytes = typeset.fixed(2, 1e-6)
+mebibytes = typeset.fixed(1, 1 / 2**20)
 
 
 Place = tuple[str, str]  # a model and a text
@@ -62,7 +62,7 @@ def change(value: float) -> str:
 
 def interval(run: Record, metric: str) -> str:
     """A metric of the record with its 95 % interval."""
-    value, low, high = (report.fixed(4)(run.metrics[f"{metric}{end}"]) for end in ("", "_low", "_high"))
+    value, low, high = (typeset.fixed(4)(run.metrics[f"{metric}{end}"]) for end in ("", "_low", "_high"))
     return f"{value} [{low}, {high}]"
 
 
@@ -188,7 +188,7 @@ def quality(evidence: Evidence) -> Row:
 
     def honest(rows: Rows) -> str:
         return ", ".join(
-            f"`{method}` KL {report.text(rows[method], 'kl')} in {megabytes(rows[method]['bytes_file'])} MB"
+            f"`{method}` KL {typeset.text(rows[method], 'kl')} in {megabytes(rows[method]['bytes_file'])} MB"
             for method in ("as_published", "uniform4", "gptq", "nash_swarm")
             if method in rows
         )
@@ -220,7 +220,7 @@ def latency(evidence: Evidence) -> Row:
 
     def honest(rows: Rows) -> str:
         return ", ".join(
-            f"`{method}` decodes {report.text(rows[method], 'decode_ratio')} times as fast as 32-bit floats"
+            f"`{method}` decodes {typeset.text(rows[method], 'decode_ratio')} times as fast as 32-bit floats"
             for method in methods
         )
 
@@ -281,8 +281,8 @@ def faster(evidence: Evidence) -> Row:
     def honest(rows: Rows) -> str:
         own = rows["nash_swarm"]
         return (
-            f"`nash_swarm` saves {percent(own['compression'])} %, decodes {report.text(own, 'decode_ratio')} times as "
-            f"fast, perplexity {report.text(rows['baseline'], 'perplexity')} → {report.text(own, 'perplexity')}"
+            f"`nash_swarm` saves {percent(own['compression'])} %, decodes {typeset.text(own, 'decode_ratio')} times as "
+            f"fast, perplexity {typeset.text(rows['baseline'], 'perplexity')} → {typeset.text(own, 'perplexity')}"
         )
 
     tables = evidence.having("baseline", "nash_swarm", metric="decode_ratio")
@@ -304,10 +304,10 @@ def components(evidence: Evidence) -> Row:
     tables = evidence.having(*removed, "nash_swarm")
 
     def matters(rows: Rows, method: str) -> bool:
-        return bool(rows[method]["kl"] > rows["nash_swarm"]["kl"] and rows[method]["kl_p"] <= report.LEVEL)
+        return bool(rows[method]["kl"] > rows["nash_swarm"]["kl"] and rows[method]["kl_p"] <= typeset.LEVEL)
 
     def honest(rows: Rows) -> str:
-        return ", ".join(f"`{name}` KL {report.text(rows[name], 'kl')}" for name in (*removed, "nash_swarm"))
+        return ", ".join(f"`{name}` KL {typeset.text(rows[name], 'kl')}" for name in (*removed, "nash_swarm"))
 
     return Row(
         "C7",
@@ -331,7 +331,7 @@ def equilibrium(evidence: Evidence) -> Row:
 
     def honest(rows: Rows) -> str:
         own = rows["nash_swarm"]
-        sweeps, regret = report.text(own, "sweeps"), report.text(own, "regret_max")
+        sweeps, regret = typeset.text(own, "sweeps"), typeset.text(own, "regret_max")
         return f"`nash_swarm`, {sweeps} sweeps, largest regret {regret} nats per token"
 
     runs = evidence.published.values()
@@ -421,7 +421,7 @@ def helps(evidence: Evidence) -> Row:
 def size_rows(found: Mapping[str, Sizes]) -> list[tuple[str, ...]]:
     """The published scheme and the budget of ``nash_swarm`` at every shape."""
     bits = NashSwarm().bits
-    count = report.fixed(0)
+    count = typeset.fixed(0)
     return [
         (
             f"`{name}`",
@@ -457,7 +457,7 @@ def table_of(headings: Sequence[str], rows: Sequence[Sequence[str]], rules: Sequ
     return [f"| {' | '.join(line)} |" for line in (headings, rules, *rows)]
 
 
-TEX = report.ESCAPES | str.maketrans(
+TEX = typeset.ESCAPES | str.maketrans(
     {"×": r"$\times$", "−": "$-$", "→": r"$\to$", "–": "--", "µ": r"\textmu{}", "≥": r"$\geq$"}
 )
 
@@ -501,7 +501,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     for row in claims(evidence):
-        report.console().print(" ".join(row.cells()[i] for i in (0, 1)), f"[bold]{row.cells()[5]}[/bold]", sep=": ")
+        typeset.console().print(" ".join(row.cells()[i] for i in (0, 1)), f"[bold]{row.cells()[5]}[/bold]", sep=": ")
     record.write_whole(options.out / "audit.md", markdown(evidence).encode())
     for folder in filter(None, (options.out, options.paper)):
         record.write_whole(folder / "audit.tex", latex(evidence).encode())

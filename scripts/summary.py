@@ -11,7 +11,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from nashswarm import record, report
+from nashswarm import record, report, typeset
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    report.console().print(report.summary(outcomes, records))
+    typeset.console().print(report.summary(outcomes, records))
     return int(any(outcome["status"] == "failed" for outcome in outcomes))
 
 

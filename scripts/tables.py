@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from nashswarm import record, report
+from nashswarm import record, report, tables, typeset
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,27 +50,27 @@ def write_tables(options: argparse.Namespace) -> None:
     for experiment in sorted(set(table["experiment"]) - {"audit"}):
         rows = report.select(table, experiment=experiment)
         own = [one for one in records if one.labels["experiment"] == experiment]
-        if len(routers := report.routers(own)):
-            write(options.out, experiment, routers, report.ROUTERS)
+        if len(routers := tables.routers(own)):
+            write(options.out, experiment, routers, tables.ROUTERS)
             continue
         means = report.tested(report.average(rows.dropna(axis=1, how="all")), own)  # without what others alone have
         write(options.out, experiment, means)
-        write(options.out, f"{experiment}_contestants", report.speed(own), report.SPEED)
-        write(options.out, f"{experiment}_layers", report.layers(own), report.LAYERS)
+        write(options.out, f"{experiment}_contestants", tables.speed(own), tables.SPEED)
+        write(options.out, f"{experiment}_layers", tables.layers(own), tables.LAYERS)
         if options.paper:
-            record.write_whole(options.paper / f"{experiment}.tex", report.latex(means).encode())
-            record.write_whole(options.paper / "numbers.tex", report.macros(means).encode())
+            record.write_whole(options.paper / f"{experiment}.tex", typeset.latex(means).encode())
+            record.write_whole(options.paper / "numbers.tex", typeset.macros(means).encode())
     if not options.experiment:
-        write(options.out, "equal_bytes", report.equal_bytes(records), report.EQUAL_BYTES)
+        write(options.out, "equal_bytes", tables.equal_bytes(records), tables.EQUAL_BYTES)
 
 
 def write(
-    folder: pathlib.Path, name: str, table: pd.DataFrame, columns: Sequence[report.Column] = report.COLUMNS
+    folder: pathlib.Path, name: str, table: pd.DataFrame, columns: Sequence[typeset.Column] = typeset.COLUMNS
 ) -> None:
     """Print a table and write it in every format; one without rows is no table."""
     if len(table):
-        report.console().print(report.terminal(table, name, columns))
-        for suffix, render in ((".md", report.markdown), (".csv", report.csv), (".tex", report.latex)):
+        typeset.console().print(typeset.terminal(table, name, columns))
+        for suffix, render in ((".md", typeset.markdown), (".csv", typeset.csv), (".tex", typeset.latex)):
             record.write_whole(folder / f"{name}{suffix}", render(table, columns).encode())
 
 

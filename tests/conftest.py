@@ -128,6 +128,22 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> pa
 
 
 @pytest.fixture(scope="session")
+def small_run(model_folder: pathlib.Path, text_file: pathlib.Path) -> list[str]:
+    """The overrides of a run of the tiny model on the small text, a few short windows."""
+    return [
+        "model=local",
+        f"model.path={model_folder}",
+        "dataset=local_text",
+        f"dataset.path={text_file}",
+        "dataset.sequence_length=32",
+        "dataset.calibration_windows=6",
+        "dataset.holdout_windows=3",
+        "dataset.test_windows=6",
+        "device=cpu",
+    ]
+
+
+@pytest.fixture(scope="session")
 def tiny(model_folder: pathlib.Path) -> Any:
     """The tiny GPT-2; not to be changed."""
     return transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from nashswarm.methods import Compressed, Uniform
+from nashswarm.methods import Uniform
+from nashswarm.oracle import Compressed
 
 PATIENCE = 1800.0  # seconds: machines are busy, and every job imports torch
 PACKAGES = "slurm-wlm munge"

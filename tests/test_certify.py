@@ -32,21 +32,13 @@ Execute = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
-def execute(model_folder: pathlib.Path, text_file: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Execute:
+def execute(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Execute:
     """Run on the tiny model; records beside the folder that is saved, one cache for all."""
     cache = tmp_path_factory.mktemp("cache")
 
     def started(save: pathlib.Path, *more: str, many: bool = False) -> Outcome:
         overrides = [
-            "model=local",
-            f"model.path={model_folder}",
-            "dataset=local_text",
-            f"dataset.path={text_file}",
-            "dataset.sequence_length=32",
-            "dataset.calibration_windows=6",
-            "dataset.holdout_windows=3",
-            "dataset.test_windows=6",
-            "device=cpu",
+            *small_run,
             "measure=size",
             f"cache={cache}",
             f"records={save.parent}/records",

@@ -145,6 +145,11 @@ def test_rebudget_keeps_to_whole_bits_where_there_are_only_those(
     assert not (tmp_path / "between").exists()
 
 
+def test_a_budget_without_end_is_refused(made: Any, command: Command, tmp_path: pathlib.Path) -> None:
+    status, printed, logged = command("rebudget", made[0], "--bits", "inf", "--out", tmp_path / "endless")
+    assert status == 2 and not printed and "method.bits=inf must be a positive number" in logged
+
+
 def test_a_budget_given_as_a_whole_number_can_become_a_fraction(made: Any) -> None:
     about = json.loads((made[0] / "nashswarm.json").read_text())
     about["config"]["method"]["bits"] = 3
@@ -168,6 +173,8 @@ def test_compressing_again_into_the_same_folder_is_nothing(
         (["compress", "nobody/nothing"], "the model nobody/nothing cannot be fetched from the Hugging Face hub"),
         (["compress", "MODEL", "--bits", "0.01"], "is below the smallest possible size of this model"),
         (["compress", "MODEL", "--bits", "2.5", "--method", "gptq"], "gptq gives every weight the same whole number"),
+        (["compress", "MODEL", "--bits", "inf", "--method", "gptq"], "gptq gives every weight the same whole number"),
+        (["compress", "MODEL", "--bits", "inf", "--method", "fixed_width"], "method.bits=inf must be a finite number"),
         (["compress", "MODEL", "--exclude", "nothing"], "names no matrix of this model: nothing"),
         (["compress", "MODEL", "--calibration", "/nowhere.txt"], "--calibration /nowhere.txt is not a file"),
         (["compress", "MODEL", "--length", "65"], "=65 is not between 2 and the model's maximum of 64"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nashswarm import report
+from nashswarm import typeset
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -64,8 +64,8 @@ def test_where_an_include_begins_and_ends_is_in_the_file(page: str) -> None:
 
 def test_every_column_of_the_tables_is_explained() -> None:
     explained = set(re.findall(r"^\| ([^|]+) \|", PAGES["docs/results.md"], re.M))
-    official = {f"{name}{of} %" for name in report.OFFICIAL.values() for of in ("", " in full")}
-    assert {column.heading for column in report.COLUMNS} - official <= explained | {"examples"}
+    official = {f"{name}{of} %" for name in typeset.OFFICIAL.values() for of in ("", " in full")}
+    assert {column.heading for column in typeset.COLUMNS} - official <= explained | {"examples"}
 
 
 @functools.cache

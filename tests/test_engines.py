@@ -117,18 +117,10 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def sweep(engine: Engine, model_folder: pathlib.Path, text_file: pathlib.Path, tmp_path: pathlib.Path) -> Sweep:
+def sweep(engine: Engine, small_run: list[str], tmp_path: pathlib.Path) -> Sweep:
     tmp_path.chmod(0o755)
     words = [
-        "model=local",
-        f"model.path={model_folder}",
-        "dataset=local_text",
-        f"dataset.path={text_file}",
-        "dataset.sequence_length=32",
-        "dataset.calibration_windows=6",
-        "dataset.holdout_windows=3",
-        "dataset.test_windows=6",
-        "device=cpu",
+        *small_run,
         "wandb=disabled",
         "method=uniform4",
         "method._target_=tests.faults.Faulty",

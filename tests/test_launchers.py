@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 import pathlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import cloudpickle
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -50,20 +52,69 @@ class Careless(launchers.Engine):
             yield number, "the node burnt" if number == 7 else None
 
 
-def test_a_job_that_its_engine_lost_is_a_failed_job(tmp_path: pathlib.Path) -> None:
+@pytest.fixture
+def careless(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Careless:
+    """It works in ``logs`` under ``tmp_path``."""
     words = [f"hydra.sweep.dir={tmp_path}/logs", "hydra.job.num=0"]
     config = compose("config", words, return_hydra_config=True)
     loader = types.SimpleNamespace(load_sweep_config=lambda config, overrides: config.copy())
     engine = Careless()
     engine.setup(hydra_context=types.SimpleNamespace(config_loader=loader), task_function=print, config=config)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launchers, "configure_log", lambda *_: None)
-        returned = engine.launch([["seed=1"], ["seed=2"], ["seed=3"]], 5)
+    monkeypatch.setattr(launchers, "configure_log", lambda *_: None)
+    return engine
+
+
+def test_a_job_that_its_engine_lost_is_a_failed_job(careless: Careless, tmp_path: pathlib.Path) -> None:
+    returned = careless.launch([["seed=1"], ["seed=2"], ["seed=3"]], 5)
     assert [one.return_value for one in returned] == [None] * 3
     outcomes = report.read_outcomes(tmp_path / "logs")
     assert [one["status"] for one in outcomes] == ["skipped", "failed", "failed"]
     assert [one["message"] for one in outcomes[1:]] == ["the job left no outcome", "the node burnt"]
     assert outcomes[2]["overrides"] == ["seed=3"]
+
+
+def test_an_outcome_of_an_earlier_sweep_is_none_of_this_one(careless: Careless, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "logs/6").mkdir(parents=True)
+    (tmp_path / "logs/6/outcome.json").write_text(json.dumps({"status": "finished", "record": "of yesterday"}))
+    careless.launch([["seed=2"]], 6)
+    assert [one["status"] for one in report.read_outcomes(tmp_path / "logs")] == ["failed"]
+
+
+TOLD = """
+import os, pathlib
+folder = pathlib.Path({folder!r})
+folder.mkdir(exist_ok=True)
+with (folder / "told").open("a") as file:
+    print(os.getpid(), os.environ["OMP_NUM_THREADS"], file=file)
+{then}
+"""
+
+
+class Code(str):
+    """A job that executes itself when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return exec, (str(self),)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_job_that_kills_its_worker_costs_no_other_and_all_compute_alike(
+    count: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joblib = pytest.importorskip("joblib")
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    engine = launchers.Processes(n_jobs=count)
+    engine.folders = {number: tmp_path / str(number) for number in range(4)}
+    jobs = {
+        number: cloudpickle.dumps(Code(TOLD.format(folder=str(folder), then="os._exit(1)" if number == 1 else "")))
+        for number, folder in engine.folders.items()
+    }
+    ended = dict(engine.execute(jobs))
+    assert sorted(ended) == [0, 1, 2, 3] and ended[1] == "its worker died: killed, or out of memory"
+    lines = [line.split() for folder in engine.folders.values() for line in (folder / "told").read_text().splitlines()]
+    assert {threads for _, threads in lines} == {str(6 // count)}
+    assert str(os.getpid()) not in {process for process, _ in lines}
 
 
 class Hills:
@@ -139,6 +190,13 @@ def test_a_sweep_of_hydra_is_a_distribution(words: str, expected: dict[str, Any]
     found = search.distribution(OverridesParser.create().parse_override(words))
     attributes = {key: getattr(found, key) for key in expected if key != "name"}
     assert {"name": type(found).__name__} | attributes == expected
+
+
+@pytest.mark.parametrize("words", ["x=tag(log, range(1, 100))", "x=tag(log, choice(1, 10))"])
+def test_only_an_interval_is_searched_on_a_logarithmic_scale(words: str) -> None:
+    pytest.importorskip("optuna", reason="the extra search is not installed")
+    with pytest.raises(SystemExit, match="only an interval can be searched on a logarithmic scale"):
+        search.distribution(OverridesParser.create().parse_override(words))
 
 
 def test_the_search_composes() -> None:

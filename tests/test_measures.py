@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import checkpoint, compare, metrics, peers
+from nashswarm import checkpoint, compare, metrics, peers, timing
 from nashswarm.linear import PackedMatrix
 from nashswarm.measures import (
     Bleu,
@@ -197,10 +197,8 @@ def test_decoding_is_greedy_and_counts_the_tokens(subject: Subject, monkeypatch:
     read: list[Tensor] = []
     forward = subject.compressed.forward
     monkeypatch.setattr(subject.compressed, "forward", lambda **kw: (read.append(kw["input_ids"]), forward(**kw))[1])
-    from nashswarm.measures import _generate
-
     prompt = subject.windows[:1, :8]
-    prefill, decode = _generate(subject.compressed, prompt, 5)
+    prefill, decode = timing.generated(subject.compressed, prompt, 5)
     assert prefill > 0 and decode > 0
     tokens = prompt
     with torch.no_grad():

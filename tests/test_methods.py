@@ -12,23 +12,13 @@ import torch
 from torch import Tensor
 
 from nashswarm import allocation, metrics, models
-from nashswarm.methods import (
-    PROBE_TOKENS,
-    PROBED_WIDTHS,
-    AsPublished,
-    Compressed,
-    FixedWidth,
-    Flock,
-    Gptq,
-    Method,
-    Oracle,
-    Split,
-    Uniform,
-)
+from nashswarm.methods import AsPublished, FixedWidth, Flock, Gptq, Split, Uniform
+from nashswarm.oracle import Compressed, Method, Oracle
 from nashswarm.quant.calibration import calibrate
 from nashswarm.quant.entropy import decode_groups
 from nashswarm.quant.grid import QuantizedTensor, Scheme
 from nashswarm.quant.pack import packed_bytes, unpack
+from nashswarm.survey import PROBE_TOKENS, PROBED_WIDTHS
 
 FIXED_BYTES = 6000
 PLAIN = Flock(align=(0.0,), shrink=(0.0,))

@@ -429,6 +429,16 @@ def test_decoding_with_a_cache_says_the_same(tokens: Tensor) -> None:
     assert model.generate(tokens[:1, :5], max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (1, 9)
 
 
+def test_padding_is_refused_not_read(tokens: Tensor) -> None:
+    model = model_of(NashSwarmRouter()).eval()
+    seen = torch.ones_like(tokens)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens, attention_mask=seen).logits, model(input_ids=tokens).logits)
+        seen[0, 0] = 0
+        with pytest.raises(ValueError, match="this model reads no padding: give it texts of one length"):
+            model(input_ids=tokens, attention_mask=seen)
+
+
 def test_the_dense_model_is_of_equal_active_size() -> None:
     dense, mixture = (MoeSource().build(kind, 512, 0) for kind in (Dense(), TopK()))
     centroids = sum(router.weight.numel() for router in mixture.routers())

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +13,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm import api, record
+from nashswarm import api, moe_training, record, saved
 from nashswarm.moe import loss
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import ExpertChoice, LossFree, NashSwarmRouter, TopK
 from nashswarm.moe_training import Training, batches, train
 from nashswarm.quant.calibration import no_track
-from nashswarm.run import Outcome, run
+from nashswarm.run import Outcome, reopen, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 LABELS = {"experiment": "single", "model": "moe_small", "method": "any", "dataset": "story", "measure": "routed"}
@@ -106,6 +108,26 @@ def execute(text_folder: pathlib.Path, tmp_path: pathlib.Path) -> Callable[..., 
     return started
 
 
+def test_nobody_else_trains_the_same_model_meanwhile(
+    execute: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process cannot claim it while it is trained, and finds it afterwards."""
+    program = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    tried: list[str] = []
+
+    def spied(*arguments: Any) -> dict[str, list[float]]:
+        [lock] = (tmp_path / "cache").glob(".moe-*.lock")
+        ended = subprocess.run([sys.executable, "-c", program, str(lock)], capture_output=True, text=True)
+        tried.append(ended.stderr)
+        return train(*arguments)
+
+    monkeypatch.setattr(moe_training, "train", spied)
+    execute("method=moe_dense", "measure.repeats=1", "measure.windows=8")
+    execute("method=moe_dense", "measure.repeats=2", "measure.windows=8")
+    assert len(tried) == 1 and "BlockingIOError" in tried[0]
+    assert not list((tmp_path / "cache").glob(".moe-*"))
+
+
 @pytest.mark.parametrize("method", ROUTERS)
 def test_a_run_leaves_a_record_with_everything_it_promises(method: str, execute: Callable[..., Outcome]) -> None:
     ended = execute(f"method={method}", "measure.served_tokens=5", "measure.repeats=1", "measure.windows=8")
@@ -137,6 +159,8 @@ def test_the_trained_model_is_saved_and_can_be_compressed(
     assert sum(row["role"] == "expert_up" for row in compressed.layers) == 8
     assert compressed.provenance["parameters"] == found.provenance["parameters"]
     assert compressed.metrics["bits_per_weight_model"] < 8
+    with pytest.raises(ValueError, match="the saved model was trained, not compressed"):
+        reopen(saved.read(tmp_path / "trained").about, {})
 
 
 def test_the_quick_validation_fills_its_table(execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +197,7 @@ def test_the_time_of_routing_is_taken_apart(execute: Callable[..., Outcome]) -> 
         (["model.top_k=9"], "model.top_k=9 is not between 1 and model.experts=8"),
         (["dataset.sequence_length=64"], "dataset.sequence_length=64 is not between 2 and model.context=32"),
         (["train_moe.batch_size=4000"], "lower train_moe.batch_size"),
+        (["measure=quick_validation", "measure.length=64"], "measure.length=64 exceeds model.context=32"),
         (["train_moe.steps=0"], "train_moe.steps, batch_size and save_every must be at least 1"),
     ],
 )

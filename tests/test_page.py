@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from nashswarm import record, report
+from nashswarm import record, typeset
 from nashswarm.page import page
 from nashswarm.record import Record
 
@@ -42,7 +42,7 @@ def content(some: list[Record]) -> str:
 def test_the_page_shows_every_run_and_needs_nothing_beside_it(some: list[Record], content: str) -> None:
     for one in some:
         assert one.fingerprint in content and one.labels["method"] in content
-        assert repr(one.metrics["kl"]) in content and report.FORMATS["kl"](one.metrics["kl"]) in content
+        assert repr(one.metrics["kl"]) in content and typeset.FORMATS["kl"](one.metrics["kl"]) in content
     assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]*)"', content))
     assert "@import" not in content and "url(" not in content
     assert content.count("uncommitted code") == 2  # in the table and among the runs

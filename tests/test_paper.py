@@ -6,7 +6,7 @@ import re
 import pytest
 from test_report import ABLATION, synthetic
 
-from nashswarm import report
+from nashswarm import report, typeset
 
 PAPER = pathlib.Path(__file__).parents[1] / "paper"
 SOURCE = re.sub(r"(?<!\\)%.*", "", (PAPER / "main.tex").read_text())
@@ -38,7 +38,7 @@ def test_a_typed_result_would_be_seen(typed: str) -> None:
 
 def test_every_macro_is_written_by_the_tables_script() -> None:
     means = report.average(report.frame(synthetic(method) for method in ABLATION))
-    written = set(re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", report.macros(means)))
+    written = set(re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", typeset.macros(means)))
     used = set(re.findall(r"\\([A-Z][a-z]+[A-Z][A-Za-z]*)", BODY))
     assert len(used) > 20
     assert used <= written, f"nothing writes {sorted(used - written)}"

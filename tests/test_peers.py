@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nashswarm import models, peers
 from nashswarm.measures import resident_bytes
-from nashswarm.methods import Method, Oracle
+from nashswarm.oracle import Method, Oracle
 from nashswarm.peers import CONTESTANTS, LIBRARIES, Peer
 from nashswarm.quant.pack import unpack
 

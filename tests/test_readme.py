@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from nashswarm import record, report
+from nashswarm import record, report, tables, typeset
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -19,29 +19,29 @@ def test_its_tables_are_the_derived_ones() -> None:
         assert table.strip() == (ROOT / path).read_text().strip(), path
 
 
-FORMATS = [(".md", report.markdown), (".csv", report.csv), (".tex", report.latex)]
+FORMATS = [(".md", typeset.markdown), (".csv", typeset.csv), (".tex", typeset.latex)]
 
 
 @pytest.mark.parametrize("experiment", sorted({path.name for path in COMMITTED.iterdir()} - {"audit"}))
 def test_committed_tables_follow_from_the_records(experiment: str) -> None:
     records = list(record.read_all(COMMITTED / experiment))
     means = report.tested(report.average(report.frame(records)), records)
-    layers = report.layers(records)
+    layers = tables.layers(records)
     for suffix, render in FORMATS:
         assert render(means) == (ROOT / f"results/tables/{experiment}{suffix}").read_text()
         if len(layers):
             path = ROOT / f"results/tables/{experiment}_layers{suffix}"
-            assert render(layers, report.LAYERS) == path.read_text()
+            assert render(layers, tables.LAYERS) == path.read_text()
 
 
 def test_the_committed_table_of_equal_bytes_follows_from_all_records() -> None:
-    table = report.equal_bytes(record.read_all(COMMITTED))
+    table = tables.equal_bytes(record.read_all(COMMITTED))
     for suffix, render in FORMATS:
-        assert render(table, report.EQUAL_BYTES) == (ROOT / f"results/tables/equal_bytes{suffix}").read_text()
+        assert render(table, tables.EQUAL_BYTES) == (ROOT / f"results/tables/equal_bytes{suffix}").read_text()
 
 
 def test_in_the_main_comparison_nash_swarm_has_less_than_a_tenth_of_every_rivals_divergence() -> None:
-    table = report.equal_bytes(record.read_all(COMMITTED))
+    table = tables.equal_bytes(record.read_all(COMMITTED))
     rivals = table[(table["experiment"] == "main") & ~table["method"].str.startswith("no_swarm")]
     compared = rivals.dropna(subset="kl_ratio")
     assert len(compared) >= 30 and compared["method"].str.startswith("peer_").sum() >= 12

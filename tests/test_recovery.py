@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nashswarm import checkpoint, models, record, recovery
 from nashswarm.evidence import Cache, Evidence
-from nashswarm.methods import Compressed, Gptq, NotOffered, Uniform
+from nashswarm.methods import Gptq, Uniform
+from nashswarm.oracle import Compressed, NotOffered
 from nashswarm.quant.calibration import no_track
 from nashswarm.quant.entropy import CodeTables, count, tables_of
 from nashswarm.quant.grid import Scheme, quantize
@@ -181,16 +182,13 @@ def test_bad_settings_are_one_sentence(wrong: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def execute(model_folder: pathlib.Path, text_file: pathlib.Path, tmp_path: pathlib.Path) -> Callable[..., Outcome]:
+def execute(small_run: list[str], tmp_path: pathlib.Path) -> Callable[..., Outcome]:
     """A run of the tiny model on the small text."""
-    overrides = ["model=local", f"model.path={model_folder}", "dataset=local_text", f"dataset.path={text_file}",
-                 "dataset.sequence_length=32", "dataset.calibration_windows=6", "dataset.holdout_windows=3",
-                 "dataset.test_windows=6", "device=cpu",
-                 f"records={tmp_path}/records", f"cache={tmp_path}/cache"]  # fmt: skip
+    folders = [f"records={tmp_path}/records", f"cache={tmp_path}/cache"]
 
     def started(*more: str) -> Outcome:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return run(compose("config", [*overrides, *more]), LABELS)
+            return run(compose("config", [*small_run, *folders, *more]), LABELS)
 
     return started
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nashswarm import figures, record, report
+from nashswarm import figures, record, report, tables, typeset
 from nashswarm.record import Record
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -151,9 +151,9 @@ def test_one_thread_and_two_are_rows_of_their_own() -> None:
         return dataclasses.replace(plain, config=plain.config | {"threads": threads})
 
     means = report.average(report.frame([on(1, "gptq"), on(2, "gptq"), on(2, "uniform4")]))
-    shown = report.cells(means)[["method", "threads"]].to_numpy().tolist()
+    shown = typeset.cells(means)[["method", "threads"]].to_numpy().tolist()
     assert shown == [["uniform4", "2"], ["gptq", "1"], ["gptq", "2"]]
-    assert "threads" not in report.cells(report.average(report.frame([on(2, "gptq")])))
+    assert "threads" not in typeset.cells(report.average(report.frame([on(2, "gptq")])))
 
 
 def test_select_names_what_there_is(records: list[Record]) -> None:
@@ -171,11 +171,11 @@ def test_methods_keep_their_order() -> None:
 
 
 def test_intervals_and_empty_columns(records: list[Record]) -> None:
-    content = report.cells(report.average(report.frame(records))).set_index("method")
+    content = typeset.cells(report.average(report.frame(records))).set_index("method")
     assert re.fullmatch(r"0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", content.loc["nash_swarm", "KL (nats)"])
     assert content.loc["nash_swarm", "max regret"] == "2.1e-06"
     assert content.loc["baseline", "ΔNLL (nats)"] == "+0.0000"
-    assert content.loc["baseline", "max regret"] == report.MISSING
+    assert content.loc["baseline", "max regret"] == typeset.MISSING
     assert content.loc["nash_swarm", "MB"] == "2.67"
     assert "decode ms" not in content and "model" not in content and "seeds" in content
 
@@ -184,38 +184,38 @@ def test_a_label_that_varies_becomes_a_column(records: list[Record]) -> None:
     other = synthetic("baseline", 0, kl=0.0, other=True)
     other.labels["model"] = "gpt2_large"
     table = report.average(report.frame([*records, other]))
-    assert list(report.cells(table)["model"])[:2] == ["gpt2_large", "gpt2_small"]
+    assert list(typeset.cells(table)["model"])[:2] == ["gpt2_large", "gpt2_small"]
     with pytest.raises(ValueError, match="one value of model"):
-        report.macros(table)
+        typeset.macros(table)
 
 
 def test_latex_is_escaped(records: list[Record]) -> None:
-    text = report.latex(report.average(report.frame(records)))
+    text = typeset.latex(report.average(report.frame(records)))
     assert r"\toprule" in text and r"\bottomrule" in text
     assert r"no\_nash" in text and "no_nash" not in text.replace(r"no\_nash", "")
     assert r"{@{}r@{}}saved\\\%\end{tabular}" in text and r"$\Delta$NLL" in text and r"$2.1{\cdot}10^{-6}$" in text
-    assert report.tex("50% of a_b & {c}") == r"50\% of a\_b \& \{c\}"
+    assert typeset.tex("50% of a_b & {c}") == r"50\% of a\_b \& \{c\}"
 
 
 def test_what_was_before_stands_beside_what_is_after() -> None:
     one = synthetic("gptq")
     one.metrics.update({"kl_before": 0.4, "kl_before_low": 0.3, "kl_before_high": 0.5, "bytes_file_before": 2e6})
-    shown = report.cells(report.average(report.frame([one])))
+    shown = typeset.cells(report.average(report.frame([one])))
     assert shown["KL before (nats)"].tolist() == ["0.4000 [0.3000, 0.5000]"] and shown["MB before"].tolist() == ["2.00"]
     assert list(shown).index("KL before (nats)") == list(shown).index("KL (nats)") - 1
 
 
 def test_markdown_and_csv(records: list[Record]) -> None:
     means = report.average(report.frame(records))
-    lines = report.markdown(means).splitlines()
+    lines = typeset.markdown(means).splitlines()
     assert len(lines) == 2 + len(ABLATION) and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| baseline |") and lines[-1].startswith("| nash_swarm |")
-    assert repr(float(means["kl"].iloc[3])) in report.csv(means)
+    assert repr(float(means["kl"].iloc[3])) in typeset.csv(means)
 
 
 def test_macros_are_letters_and_hold_the_tables_numbers(records: list[Record]) -> None:
     means = report.average(report.frame(records))
-    text = report.macros(means)
+    text = typeset.macros(means)
     names = re.findall(r"\\newcommand\{\\(.+?)\}", text)
     assert len(names) == len(set(names)) and all(re.fullmatch("[A-Za-z]+", name) for name in names)
     assert r"\newcommand{\UniformFourBytesFile}{4.10}" in text and r"\newcommand{\ModelName}{gpt2\_small}" in text
@@ -226,7 +226,7 @@ def test_numbers_from_different_texts_do_not_meet(records: list[Record]) -> None
     other = synthetic("hqq")
     other.metrics["tokens"] = 1.0
     with pytest.raises(ValueError, match="different tokens"):
-        report.macros(report.average(report.frame([*records, other])))
+        typeset.macros(report.average(report.frame([*records, other])))
 
 
 def test_uncommitted_code_is_refused(records: list[Record]) -> None:
@@ -300,12 +300,12 @@ def test_marks_are_the_differences_that_survive_holm() -> None:
     assert means.loc["no_cache", "kl_p"] == 1 and means.loc["no_swarm", "kl_p"] > 0.05
     assert np.isnan(means.loc["nash_swarm", "kl_p"])
     table = means.reset_index()
-    shown = report.cells(table).set_index("method")["KL (nats)"]
-    assert [report.MARK in shown[method] for method in kl] == [False, True, False, False]
-    assert "the 6 tests of this table together (Holm)" in report.note(table)
-    assert report.markdown(table).endswith(f"\n\n{report.note(table)}\n")
-    assert r"$^\dagger$" in report.latex(table) and report.MARK not in report.latex(table)
-    assert report.MARK in rendered(report.terminal(table))
+    shown = typeset.cells(table).set_index("method")["KL (nats)"]
+    assert [typeset.MARK in shown[method] for method in kl] == [False, True, False, False]
+    assert "the 6 tests of this table together (Holm)" in typeset.note(table)
+    assert typeset.markdown(table).endswith(f"\n\n{typeset.note(table)}\n")
+    assert r"$^\dagger$" in typeset.latex(table) and typeset.MARK not in typeset.latex(table)
+    assert typeset.MARK in rendered(typeset.terminal(table))
 
 
 def test_more_tests_need_more_evidence() -> None:
@@ -340,8 +340,8 @@ def test_methods_are_tested_against_nash_swarm_of_the_same_overrides_on_the_same
 def test_without_the_reference_nothing_is_tested(records: list[Record]) -> None:
     others = [one for one in records if one.labels["method"] != "nash_swarm"]
     means = report.average(report.frame(others))
-    assert "kl_p" not in report.tested(means, others) and report.note(means) == ""
-    assert report.markdown(report.tested(means, others)) == report.markdown(means)
+    assert "kl_p" not in report.tested(means, others) and typeset.note(means) == ""
+    assert typeset.markdown(report.tested(means, others)) == typeset.markdown(means)
 
 
 def test_seeds_are_paired_by_their_means_and_their_spread_is_shown() -> None:
@@ -352,7 +352,7 @@ def test_seeds_are_paired_by_their_means_and_their_spread_is_shown() -> None:
         one.metrics["kl"] = kl
     means = report.average(report.frame(records))
     assert means["kl_spread"][0] == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1))
-    assert report.cells(means)["KL ± over seeds"][0] == "0.2646"
+    assert typeset.cells(means)["KL ± over seeds"][0] == "0.2646"
     assert "kl_spread" not in report.average(report.frame(records[:1]))
 
 
@@ -368,21 +368,21 @@ def test_equal_bytes_by_hand() -> None:
         one.labels["experiment"], one.config["method"]["name"] = "bit_budget", "nash_swarm"
     own = [of_windows("gptq", (text * scale).tolist(), seed, 2e6) for seed, scale in enumerate((0.4, 0.6))]
     large = of_windows("uniform8", text.tolist(), size=5e6)
-    table = report.equal_bytes([*own, *curve, large]).set_index("method")
+    table = tables.equal_bytes([*own, *curve, large]).set_index("method")
     assert list(table.index) == ["uniform8", "gptq"]
     assert table.loc["gptq", "kl_at_bytes"] == pytest.approx(text.mean() / 4)
     ends = table.loc["gptq", ["kl_ratio", "kl_ratio_low", "kl_ratio_high"]].astype(float).tolist()
     assert ends == pytest.approx([0.5] * 3)
     assert np.isnan(table.loc["uniform8", "kl_ratio"])
-    shown = report.cells(table.reset_index(), report.EQUAL_BYTES)
-    assert list(shown.iloc[:, -1]) == [report.MISSING, "0.500"]
+    shown = typeset.cells(table.reset_index(), tables.EQUAL_BYTES)
+    assert list(shown.iloc[:, -1]) == [typeset.MISSING, "0.500"]
 
     for alien in ("model", "dataset"):
         changed = [dataclasses.replace(one, config=one.config | {alien: {"sha256": "ef"}}) for one in curve[1:]]
-        assert len(report.equal_bytes([*own, curve[0], *changed])) == 0, alien
+        assert len(tables.equal_bytes([*own, curve[0], *changed])) == 0, alien
     fewer = [of_windows(one.labels["method"], one.series["kl"][:9], size=9e5) for one in curve]
-    assert len(report.equal_bytes([*own, *fewer])) == 0
-    assert len(report.equal_bytes(own)) == 0
+    assert len(tables.equal_bytes([*own, *fewer])) == 0
+    assert len(tables.equal_bytes(own)) == 0
 
 
 def test_the_layers_of_a_record_become_rows() -> None:
@@ -393,12 +393,12 @@ def test_the_layers_of_a_record_become_rows() -> None:
         names = ("wte", "c_fc")
         layers = [{"name": n, "parameters": 64, "bits_per_weight": 3.0, "damage": 0.02} for n in names]
         records.append(dataclasses.replace(one, layers=layers))
-    table = report.layers([*records, synthetic("gptq")])
+    table = tables.layers([*records, synthetic("gptq")])
     assert list(table["layer"]) == ["wte", "c_fc"] and table["layer_kl"].tolist() == pytest.approx([0.01, 0.04])
-    shown = report.cells(table, report.LAYERS)
+    shown = typeset.cells(table, tables.LAYERS)
     assert list(shown.columns[:2]) == ["method", "layer"]
     assert shown["KL alone (nats)"][0] == "1.0e-02" and shown["ΔNLL alone (nats)"][0] == "-1.0e-03"
-    assert len(report.layers([synthetic("gptq")])) == 0
+    assert len(tables.layers([synthetic("gptq")])) == 0
 
 
 def test_the_contestants_of_a_record_become_rows() -> None:
@@ -411,12 +411,12 @@ def test_the_contestants_of_a_record_become_rows() -> None:
             for end, factor in (("", 1), ("_low", 0.5), ("_high", 2)):
                 one.metrics[f"decode_ratio{suffix}{end}"] = factor * 8 / decode
     one.metrics["kl_int8"] = 0.25
-    table = report.speed([one, synthetic("uniform4")])
+    table = tables.speed([one, synthetic("uniform4")])
     assert table["contestant"].tolist() == ["full", "int8", "bfloat16"] and table["decode_ms"].tolist() == [8, 2, 4]
-    shown = report.cells(table, report.SPEED)
+    shown = typeset.cells(table, tables.SPEED)
     assert list(shown.columns[:2]) == ["method", "contestant"] and "× prefill" not in shown
-    assert shown["× decode"].tolist() == [report.MISSING, "4.00 [2.00, 8.00]", "2.00 [1.00, 4.00]"]
-    assert shown["KL"].tolist() == [report.MISSING, "0.2500", report.MISSING]
+    assert shown["× decode"].tolist() == [typeset.MISSING, "4.00 [2.00, 8.00]", "2.00 [1.00, 4.00]"]
+    assert shown["KL"].tolist() == [typeset.MISSING, "0.2500", typeset.MISSING]
 
 
 def test_a_baseline_without_damage_stays_on_the_log_axis(records: list[Record]) -> None:

@@ -48,30 +48,14 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module")
-def overrides(model_folder: pathlib.Path, text_file: pathlib.Path) -> list[str]:
-    """The tiny model on the small text, a few short windows."""
-    return [
-        "model=local",
-        f"model.path={model_folder}",
-        "dataset=local_text",
-        f"dataset.path={text_file}",
-        "dataset.sequence_length=32",
-        "dataset.calibration_windows=6",
-        "dataset.holdout_windows=3",
-        "dataset.test_windows=6",
-        "device=cpu",
-    ]
-
-
 @pytest.fixture
-def execute(overrides: list[str], tmp_path: pathlib.Path) -> Callable[..., Outcome]:
+def execute(small_run: list[str], tmp_path: pathlib.Path) -> Callable[..., Outcome]:
     """Run in this process with further overrides; records and cache under ``tmp_path``."""
 
     def started(*more: str) -> Outcome:
         folders = [f"records={tmp_path}/records", f"cache={tmp_path}/cache"]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("config", [*overrides, *folders, *more])
+            config = compose("config", [*small_run, *folders, *more])
         return run(config, LABELS)
 
     return started
@@ -304,7 +288,7 @@ def test_excluded_matrices_stay_at_16_bits(execute: Callable[..., Outcome]) -> N
 
 @pytest.fixture
 def command(
-    overrides: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    small_run: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., tuple[int, str]]]:
     """``python -m experiments.run`` in this process and in an empty folder: exit status and all that was printed."""
     monkeypatch.chdir(tmp_path)
@@ -317,7 +301,7 @@ def command(
     def started(*more: str) -> tuple[int, str]:
         flags = [word for word in more if word.startswith("-")]
         words = [word for word in more if word not in flags]
-        monkeypatch.setattr(sys, "argv", ["experiments.run", *flags, *overrides, "wandb=disabled", *words])
+        monkeypatch.setattr(sys, "argv", ["experiments.run", *flags, *small_run, "wandb=disabled", *words])
         capfd.readouterr()
         code = 0
         try:
@@ -423,11 +407,11 @@ def start(folder: pathlib.Path, *words: str) -> subprocess.Popen[str]:
 
 
 def test_a_sweep_from_the_command_line(
-    overrides: list[str], tmp_path: pathlib.Path, command: Callable[..., tuple[int, str]]
+    small_run: list[str], tmp_path: pathlib.Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     """It is mirrored to an offline folder of W&B; typed again, nothing is left to do."""
     methods = "method=baseline,uniform4,nash_swarm"
-    process = start(tmp_path, *overrides, "wandb=offline", methods)
+    process = start(tmp_path, *small_run, "wandb=offline", methods)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "Traceback" not in printed, printed
     table = printed[printed.index("3 jobs: 3 finished, 0 skipped, 0 failed") :]
@@ -442,11 +426,11 @@ def test_a_sweep_from_the_command_line(
     assert {path: path.stat().st_mtime_ns for path in records_in(tmp_path)} == before
 
 
-def test_a_sweep_outlives_jobs_that_fail(overrides: list[str], tmp_path: pathlib.Path) -> None:
+def test_a_sweep_outlives_jobs_that_fail(small_run: list[str], tmp_path: pathlib.Path) -> None:
     """Choices misspelt inside a method; not in this process, where the type checker of the tests would answer first."""
     misspelt = ["method.swarm.graph=features,featurs", "method.bit_game=equilibrium,equilibrum"]
     process = start(
-        tmp_path, *overrides, "wandb=disabled", "method.swarm.align=[0]", "method.swarm.shrink=[0]", *misspelt
+        tmp_path, *small_run, "wandb=disabled", "method.swarm.align=[0]", "method.swarm.shrink=[0]", *misspelt
     )
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in printed
@@ -460,7 +444,7 @@ def test_a_sweep_outlives_jobs_that_fail(overrides: list[str], tmp_path: pathlib
 
 
 def test_a_peer_that_is_not_installed_is_a_line_and_no_failure(
-    overrides: list[str],
+    small_run: list[str],
     tmp_path: pathlib.Path,
     command: Callable[..., tuple[int, str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -476,10 +460,10 @@ def test_a_peer_that_is_not_installed_is_a_line_and_no_failure(
 
 
 def test_a_killed_sweep_leaves_whole_records_and_goes_on(
-    overrides: list[str], tmp_path: pathlib.Path, command: Callable[..., tuple[int, str]]
+    small_run: list[str], tmp_path: pathlib.Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     sweep = ["method=uniform2,uniform3,uniform4", "seed=0,1"]
-    process = start(tmp_path, *overrides, "wandb=disabled", *sweep)
+    process = start(tmp_path, *small_run, "wandb=disabled", *sweep)
     try:
         deadline = time.monotonic() + 120
         while not records_in(tmp_path) and process.poll() is None and time.monotonic() < deadline:

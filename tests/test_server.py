@@ -1,6 +1,7 @@
 """A server on this machine and real clients of it: everyone gets an answer of his own, or a reason."""
 
 import concurrent.futures
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -59,6 +60,17 @@ def wait_for(client: Any, admitted: int) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"{admitted} requests were never admitted")
+
+
+@contextlib.contextmanager
+def two_at_once(client: Any) -> Iterator[list[concurrent.futures.Future[Any]]]:
+    """Two requests: the first is computed, the second waits."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        asked = []
+        for admitted in (1, 2):
+            asked.append(pool.submit(ask, client))
+            wait_for(client, admitted)
+        yield asked
 
 
 def greedy(model: Any, ids: list[int], count: int) -> list[int]:
@@ -135,11 +147,7 @@ def test_no_json_and_no_such_place(start: Start) -> None:
 
 def test_a_full_queue_sheds_and_recovers(start: Start, held: threading.Event) -> None:
     client = start(queue=1)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first = pool.submit(ask, client)
-        wait_for(client, 1)
-        second = pool.submit(ask, client)
-        wait_for(client, 2)
+    with two_at_once(client) as (first, second):
         shed = ask(client)
         assert shed.status_code == 429 and shed.headers["retry-after"] == "1"
         assert shed.json()["error"]["type"] == "rate_limit_error"
@@ -150,11 +158,7 @@ def test_a_full_queue_sheds_and_recovers(start: Start, held: threading.Event) ->
 
 def test_who_has_waited_too_long_is_told_so(start: Start, held: threading.Event) -> None:
     client = start(patience=0.2)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first = pool.submit(ask, client)
-        wait_for(client, 1)
-        second = pool.submit(ask, client)
-        wait_for(client, 2)
+    with two_at_once(client) as (first, second):
         time.sleep(0.3)
         held.set()
         assert first.result().status_code == 200

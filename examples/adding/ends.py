@@ -6,7 +6,7 @@ import numpy as np
 
 from nashswarm import allocation
 from nashswarm.allocation import Layer
-from nashswarm.methods import Compressed, NotOffered, Oracle
+from nashswarm.oracle import Compressed, NotOffered, Oracle
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import GRID_WIDTHS, Scheme
 

@@ -241,8 +241,12 @@ class MoeForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
         use_cache: bool | None = None,
         labels: Int[Tensor, "batch length"] | None = None,
         logits_to_keep: int = 0,
+        attention_mask: Tensor | None = None,
         **others: Any,
     ) -> MoeOutput:
+        """Raises ValueError for padded texts: padding would take part in attention and in routing."""
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("this model reads no padding: give it texts of one length, or one at a time")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         start = 0 if past_key_values is None else past_key_values.get_seq_length()

@@ -108,7 +108,7 @@ class NashSwarmRouter:
     ``prices``: ``equilibrium``, where each expert bids for its even share of a batch in ``sweeps`` rounds and the price
     follows the bids by steps that shrink to ``price_rate``; ``sign``, by steps of ``price_rate``; or ``none``.
     ``flock``: how many nearest experts a token may choose among; null: all.  ``search``: ``exact`` scores all centroids
-    to find them, ``leaders`` the means of groups of ``flock`` experts and then one group of each of the k nearest.
+    to find them, ``leaders`` the means of groups of ``flock`` experts and then the members of one group.
     ``residency``: by how much an expert in memory is cheaper while experts are served from a store, in units of
     affinity; ``resident``: the share of a layer's expert bytes that memory is taken to hold in training.  ``capacity``:
     as in TopK.
@@ -222,7 +222,7 @@ class Router(nn.Module):
 
     def _by_leaders(self, x: Float[Tensor, "tokens width"]) -> Routing:
         """Groups of ``flock`` experts with a leader each, the mean of their centroids; a token scores the leaders and
-        the members of its dearest one alone.  Work per token grows with experts / flock + flock."""
+        the members of the best one's group alone.  Work per token grows with experts / flock + flock."""
         size, count = self.settings.flock, len(self.weight)
         groups = -(-count // size)
         members = (torch.arange(groups * size, device=x.device) % count).view(groups, size)

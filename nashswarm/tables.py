@@ -1,0 +1,151 @@
+"""Tables of their own beside the main one: methods at equal bytes, contestants of speed, layers, routers."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nashswarm import compare
+from nashswarm.record import Record
+from nashswarm.report import by_cell, circumstances, mean_of_all, ordered, paired
+from nashswarm.typeset import CELL, REFERENCE, Column
+
+EQUAL_BYTES = (
+    Column("MB", "bytes_file"),
+    Column("KL (nats)", "kl"),
+    Column("nash_swarm's KL at these bytes", "kl_at_bytes"),
+    Column("nash_swarm's ÷ the method's", "kl_ratio"),
+)
+SPEED = (
+    Column("MB in memory", "bytes_resident"),
+    Column("decode ms", "decode_ms"),
+    Column("× decode", "decode_ratio"),
+    Column("× decode after the prompt", "decode_long_ratio"),
+    Column("× prefill", "prefill_ratio"),
+    Column("KL", "kl"),
+)
+LAYERS = (
+    Column("weights", "parameters"),
+    Column("bits/weight", "bits_per_weight"),
+    Column("predicted damage (nats)", "layer_damage"),
+    Column("KL alone (nats)", "layer_kl"),
+    Column("ΔNLL alone (nats)", "layer_nll_delta"),
+)
+ROUTERS = (
+    Column("validation NLL (nats)", "nll"),
+    Column("± over seeds", "nll_spread"),
+    Column("− top-k + Switch loss", "nll_to_top_k"),
+    Column("from", "nll_to_top_k_low"),
+    Column("to", "nll_to_top_k_high"),
+    Column("MaxVio", "max_violation"),
+    Column("Gini", "load_gini"),
+    Column("CV", "load_cv"),
+    Column("dead experts", "dead_experts"),
+    Column("dropped %", "dropped"),
+    Column("resident hits %", "resident_hits"),
+    Column("without the term %", "resident_hits_without"),
+    Column("µs/token", "token_microseconds"),
+    Column("router µs/token", "router_microseconds"),
+    Column("looks ahead", "looks_ahead"),
+    Column("seeds", "seeds"),
+)
+
+
+def equal_bytes(records: Iterable[Record]) -> pd.DataFrame:
+    """Each method beside ``nash_swarm`` at the method's own bytes: ``kl_at_bytes``, interpolated window by window on
+    the line of log KL over log bytes, and ``kl_ratio``, that KL over the method's, with its paired 95 % interval.
+
+    The sizes of ``nash_swarm`` come from all experiments with the same model, calibration and test text, whose runs saw
+    at least the method's windows; seeds are averaged first.  A method whose bytes lie outside them has no ratio; one
+    that meets fewer than two sizes has no row, and there may be none.
+    """
+    gathered = list(records)
+    curve = [one for one in gathered if re.fullmatch(rf"{REFERENCE}(\[bits=[^,]*\])?", one.labels["method"])]
+    rows = []
+    for labels, own in by_cell(gathered).items():
+        if labels[-1].startswith(REFERENCE) or any("kl" not in one.series for one in own):
+            continue
+        windows = len(own[0].series["kl"])
+        steps: dict[str, list[Record]] = {}
+        for one in curve:
+            if circumstances(one) == circumstances(own[0]) and len(one.series.get("kl", [])) >= windows:
+                steps.setdefault(json.dumps(one.config["method"], sort_keys=True), []).append(_first(one, windows))
+        if len(steps) < 2:
+            continue
+        pairs = [paired(own, step, "kl") for step in steps.values()]
+        kl, size = pairs[0][0], float(np.mean([one.metrics["bytes_file"] for one in own]))
+        sizes = [float(np.mean([one.metrics["bytes_file"] for one in step])) for step in steps.values()]
+        row = dict(zip(CELL, labels, strict=True)) | {"bytes_file": size, "kl": kl.mean()}
+        row["kl_low"], row["kl_high"] = compare.interval(kl.tolist())
+        if min(sizes) <= size <= max(sizes) and kl.mean() > 0:
+            theirs = compare.at_bytes(sizes, np.array([other for _, other in pairs]), size)
+            row["kl_at_bytes"] = theirs.mean()
+            row["kl_ratio"], row["kl_ratio_low"], row["kl_ratio_high"] = compare.ratio(theirs.tolist(), kl.tolist())
+        rows.append(row)
+    return ordered(pd.DataFrame(rows)) if rows else pd.DataFrame(columns=CELL)
+
+
+def _first(record: Record, windows: int) -> Record:
+    """The record of the first windows alone."""
+    kept = {name: values[:windows] for name, values in record.series.items() if name in ("kl", "tokens")}
+    return dataclasses.replace(record, series=kept)
+
+
+def speed(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per method and contestant of the records whose measure was ``speed``: the full model, the packed one with
+    either kind of activations, and others timed beside them.  Ratios are the full model's time over theirs."""
+    rows = []
+    for record in records:
+        names = [name.removeprefix("decode_ms_") for name in record.series if name.startswith("decode_ms_")]
+        for name in names if record.labels["measure"] == "speed" else ():
+            suffix = "" if name == "int8" else f"_{name}"
+            keys = {metric: f"{metric}{suffix}" for metric in ("bytes_resident", "decode_ms")} | {"kl": f"kl_{name}"}
+            for phase in ("decode", "decode_long", "prefill"):
+                keys |= {f"{phase}_ratio{end}": f"{phase}_ratio{suffix}{end}" for end in ("", "_low", "_high")}
+            found = {metric: record.metrics.get(key, np.nan) for metric, key in keys.items()}
+            about = {label: record.labels[label] for label in CELL} | {"threads": record.config.get("threads")}
+            rows.append(about | {"contestant": name} | found)
+    return pd.DataFrame(rows)
+
+
+def layers(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per method and weight matrix of the records whose measure was ``layers``, seeds averaged: what the matrix
+    was predicted to cost (``layer_damage``) and what it costs when it alone is compressed, nats per token."""
+    rows = [
+        {label: record.labels[label] for label in CELL}
+        | {"layer": layer["name"], "parameters": layer["parameters"], "bits_per_weight": layer["bits_per_weight"]}
+        | {"layer_damage": layer.get("damage")}
+        | {name: values[place] for name, values in record.series.items() if name.startswith("layer_")}
+        for record in records
+        if "layer_kl" in record.series
+        for place, layer in enumerate(record.layers)
+    ]
+    if not rows:
+        return pd.DataFrame(columns=[*CELL, "layer"])
+    return ordered(pd.DataFrame(rows).groupby([*CELL, "layer"], sort=False).agg(mean_of_all).reset_index())
+
+
+def routers(records: Iterable[Record]) -> pd.DataFrame:
+    """Mixtures of experts: means over seeds, the spread of NLL over seeds, and NLL against ``moe_top_k`` of the same
+    seeds, with the 95 % interval over paired windows."""
+    cells = by_cell(one for one in records if "train_loss" in one.series and "token_microseconds" in one.metrics)
+    rows = []
+    for labels, own in cells.items():
+        names = dict.fromkeys(name for one in own for name in one.metrics)
+        row: dict[str, Any] = dict(zip(CELL, labels, strict=True)) | {"seeds": len(own)}
+        row |= {name: float(np.mean([one.metrics.get(name, np.nan) for one in own])) for name in names}
+        if len(own) > 1:
+            row["nll_spread"] = float(np.std([one.metrics["nll"] for one in own], ddof=1))
+        others = cells.get((*labels[:-1], "moe_top_k"), [])
+        seeds = {one.labels["seed"] for one in own} & {one.labels["seed"] for one in others}
+        if seeds and labels[-1] != "moe_top_k":
+            pairs = [[one for one in group if one.labels["seed"] in seeds] for group in (own, others)]
+            mine, theirs = paired(pairs[0], pairs[1], "nll")
+            row["nll_to_top_k"] = float((mine - theirs).mean())
+            row["nll_to_top_k_low"], row["nll_to_top_k_high"] = compare.interval((mine - theirs).tolist())
+        rows.append(row)
+    return ordered(pd.DataFrame(rows)) if rows else pd.DataFrame()

@@ -1,0 +1,47 @@
+"""Where a record says that it comes from."""
+
+import datetime
+import pathlib
+import subprocess
+
+import pytest
+
+from nashswarm import provenance
+
+NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+
+
+def git(folder: pathlib.Path, *words: str) -> str:
+    who = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+    return subprocess.run(
+        ["git", *who, "-C", str(folder), *words], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """A repository with a commit, and a package in it that it does not track."""
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "paper.txt").write_text("about something else\n")
+    git(tmp_path, "add", "paper.txt")
+    git(tmp_path, "commit", "--quiet", "--message", "somebody's own")
+    code = tmp_path / "nashswarm" / "provenance.py"
+    code.parent.mkdir()
+    code.write_text("# the installed package\n")
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    return tmp_path
+
+
+def test_the_commit_of_a_repository_around_the_package_is_not_its_own(checkout: pathlib.Path) -> None:
+    (checkout / "paper.txt").write_text("changed\n")
+    found = provenance.provenance(NOW)
+    assert (found["commit"], found["dirty"]) == (None, None) and found["started"] == "2026-01-02T03:04:05+00:00"
+
+
+def test_the_commit_and_whether_anything_was_changed_since(checkout: pathlib.Path) -> None:
+    git(checkout, "add", "nashswarm")
+    git(checkout, "commit", "--quiet", "--message", "the package itself")
+    found = provenance.provenance(NOW)
+    assert (found["commit"], found["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
+    (checkout / "nashswarm/provenance.py").write_text("# changed\n")
+    assert provenance.provenance(NOW)["dirty"] is True
