@@ -192,6 +192,16 @@ def test_top_k_equals_mixtral_with_its_loss(x: Tensor) -> None:
     assert loss.balance(routing.logits, routing).item() == pytest.approx(float(wanted), rel=1e-5)
 
 
+def test_without_prices_affinities_alone_choose_after_training_too(x: Tensor) -> None:
+    router = router_of(NashSwarmRouter(prices="none", flock=None)).train()
+    router.price.zero_(), router.centre.zero_()
+    router.settle(router(x + 1))
+    with torch.no_grad():
+        router.weight += torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(5))
+    assert not router.price.any() and not router.centre.any()
+    assert torch.equal(router(x).experts, (x @ router.weight.T).topk(K).indices)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_equilibrium_prices_are_those_of_the_best_assignment(seed: int) -> None:
     """With one expert a token, places enough for all and prices at equilibrium, what tokens take of themselves is the

@@ -271,7 +271,7 @@ class Router(nn.Module):
                 solved = equilibrium(wanted, self.k, self.price, settings.sweeps)
                 self.price += share * (solved - self.price)
         if isinstance(settings, NashSwarmRouter):
-            if routing.mean is not None:
+            if routing.mean is not None and settings.prices != "none":
                 moved = share * (routing.mean - self.centre)
                 self.centre += moved
                 self.price -= self.weight @ moved  # so that nobody's choice changes by it
