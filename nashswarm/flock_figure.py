@@ -1,0 +1,80 @@
+"""The flock, drawn: blocks in feature space, the neighbours of one of them, and their bits while best replies run."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+COLOURS = matplotlib.colormaps["viridis_r"]  # as in the other figures: the darker, the more bits
+
+
+def still(dance: Mapping[str, Any]) -> Figure:
+    """Three panels: the blocks before the dynamics, half way, and after.
+
+    ``dance``: what ``benchmarks/flock_dynamics.py`` wrote.
+    """
+    frames = dance["frames"]
+    figure = Figure(figsize=(6.3, 2.5))
+    panels = figure.subplots(1, 3)
+    half = len(frames) // 2
+    for axes, place, name in zip(panels, (0, half, len(frames) - 1), ("before", "during", "after"), strict=True):
+        scatter(axes, dance, frames[place])
+        axes.set_title(f"{name}: {told(dance, frames[place])}")
+    figure.colorbar(ScalarMappable(scale(frames), COLOURS), ax=list(panels), label="bits per weight", shrink=0.8)
+    return figure
+
+
+def animate(dance: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Write the dynamics as a GIF, one frame for each class of blocks that moved together; the last one stays."""
+    frames = dance["frames"]
+    figure = Figure(figsize=(4.2, 3.6), dpi=100)
+    axes = figure.add_subplot()
+    figure.colorbar(ScalarMappable(scale(frames), COLOURS), ax=axes, label="bits per weight")
+
+    def draw(place: int) -> Sequence[Any]:
+        axes.clear()
+        scatter(axes, dance, frames[min(place, len(frames) - 1)])
+        axes.set_title(told(dance, frames[min(place, len(frames) - 1)]))
+        return ()
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FuncAnimation(figure, draw, frames=len(frames) + 4).save(path, PillowWriter(fps=2))
+
+
+def scale(frames: Sequence[Mapping[str, Any]]) -> Normalize:
+    """Bits per weight that all frames have in common, but for the most extreme blocks."""
+    every = np.concatenate([frame["bits"] for frame in frames])
+    return Normalize(*np.quantile(every, (0.02, 0.98)))
+
+
+def scatter(axes: Axes, dance: Mapping[str, Any], frame: Mapping[str, Any]) -> None:
+    """All blocks, coloured by their bits; the one that is watched with a line to each of its neighbours, and rings
+    around those that moved."""
+    places = np.array(dance["places"])
+    watched, near = dance["watched"], dance["neighbours"]
+    links = [(places[one], places[other]) for one, other in dance["links"]]
+    axes.add_collection(LineCollection(links, colors="#DDDDDD", linewidths=0.25, zorder=0))
+    norm = scale(dance["frames"])
+    axes.scatter(*places.T, c=np.array(frame["bits"]), cmap=COLOURS, norm=norm, s=5, linewidths=0)
+    moved = np.array(frame["offsets"]) != np.array(dance["frames"][0]["offsets"])
+    axes.scatter(*places[moved].T, s=9, facecolors="none", edgecolors="#D55E00", linewidths=0.35)
+    axes.add_collection(
+        LineCollection([(places[watched], places[other]) for other in near], colors="black", linewidths=0.9)
+    )
+    axes.scatter(*places[[watched]].T, s=26, marker="*", color="black", zorder=4)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def told(dance: Mapping[str, Any], frame: Mapping[str, Any]) -> str:
+    """How many blocks stand elsewhere than at the start."""
+    moved = sum(now != then for now, then in zip(frame["offsets"], dance["frames"][0]["offsets"], strict=True))
+    return f"{moved} of {len(frame['offsets'])} moved"
