@@ -37,6 +37,7 @@ COLUMNS = tuple(
         *(f"{name}_full" for name in report.OFFICIAL),
     }
 )  # fmt: skip
+SIZE = {"bytes_file", "bits_per_weight_model"}
 BUDGET = re.compile(r"(.+)\[bits=([\d.]+)\]")
 
 
@@ -75,6 +76,10 @@ def numbers(table: pd.DataFrame, *words: str) -> dict[str, str]:
     for name in ("tokens", "windows"):
         if name in table:
             found[macro_name(*words, name, "count")] = tex(report.text(first, name))
+    sized = table.dropna(subset=sorted(SIZE)) if SIZE <= set(table) else table[:0]
+    for _, row in sized[:1].iterrows():
+        count = 8 * row["bytes_file"] / row["bits_per_weight_model"]
+        found[macro_name(*words, "parameters", "millions")] = fixed(1, 1e-6)(count)
     if "seeds" in table:
         found[macro_name(*words, "seeds", "count")] = FORMATS["seeds"](table["seeds"].max())
     for _, row in table.iterrows():
