@@ -191,4 +191,3 @@ def memory(contestants: pd.DataFrame) -> Figure:
     _listed(axes, names)
     axes.margins(x=0.12)
     return figure
-

@@ -76,7 +76,7 @@ def numbers(table: pd.DataFrame, *words: str) -> dict[str, str]:
     for name in ("tokens", "windows"):
         if name in table:
             found[macro_name(*words, name, "count")] = tex(report.text(first, name))
-    sized = table.dropna(subset=sorted(SIZE)) if SIZE <= set(table) else table[:0]
+    sized = table.dropna(subset=sorted(SIZE)) if set(table) >= SIZE else table[:0]
     for _, row in sized[:1].iterrows():
         count = 8 * row["bytes_file"] / row["bits_per_weight_model"]
         found[macro_name(*words, "parameters", "millions")] = fixed(1, 1e-6)(count)

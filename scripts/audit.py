@@ -485,7 +485,9 @@ def included(evidence: Evidence) -> dict[str, str]:
         macro_name("audit", "open"): sum(verdict == LATER for *_, verdict in short),
     }
     return {
-        "audit_claims": "".join(rf"\claim{''.join(f'{{{escaped(cell)}}}' for cell in row[:-1])}" + "\n" for row in rows),
+        "audit_claims": "".join(
+            rf"\claim{''.join(f'{{{escaped(cell)}}}' for cell in row[:-1])}" + "\n" for row in rows
+        ),
         "audit_verdicts": tabular(r"@{}lp{.66\linewidth}l@{}", ("", HEADINGS[1], HEADINGS[5]), short),
         "audit_sizes": tabular(SIZE_COLUMNS, SIZE_HEADINGS, size_rows(evidence.sizes), stacked),
         "audit_numbers": commands({name: str(count) for name, count in counts.items()}),

@@ -63,7 +63,10 @@ def contestants() -> pd.DataFrame:
 
 def test_speed_has_intervals_and_memory_has_the_full_model() -> None:
     axes = charts.speed(contestants()).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["packed, 8-bit activations", charts.NAMES["compile"]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "packed, 8-bit activations",
+        charts.NAMES["compile"],
+    ]
     spans = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
     assert any(np.allclose(span, (4.5, 6.0)) for span in spans)
     axes = charts.memory(contestants()).axes[0]

@@ -107,7 +107,11 @@ def test_numbers_from_different_texts_do_not_meet() -> None:
 
 def test_budgets_stand_side_by_side_and_what_is_absent_is_a_dash() -> None:
     lines = paper.budgets(means(method=["gptq[bits=2]", "gptq[bits=3]", "hqq[bits=3]"]), ("2", "3")).splitlines()
-    assert lines[-5:-2] == [r"\midrule", r"gptq & 3.00 & 0.0625 & 3.00 & 0.0625 \\", r"hqq & -- & -- & 3.00 & 0.0625 \\"]
+    assert lines[-5:-2] == [
+        r"\midrule",
+        r"gptq & 3.00 & 0.0625 & 3.00 & 0.0625 \\",
+        r"hqq & -- & -- & 3.00 & 0.0625 \\",
+    ]
 
 
 def test_the_correlation_is_that_of_logarithms() -> None:
