@@ -26,6 +26,7 @@ FORMATS: Mapping[str, Callable[[float], str]] = report.FORMATS | {
     "kl_times": fixed(1),
     "kl_times_low": fixed(1),
     "kl_times_high": fixed(1),
+    **{f"{phase}_ratio{end}": fixed(2) for phase in ("decode", "decode_long", "prefill") for end in ("_low", "_high")},
 }
 COLUMNS = tuple(
     column
