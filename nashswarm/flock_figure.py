@@ -56,16 +56,13 @@ def scale(frames: Sequence[Mapping[str, Any]]) -> Normalize:
 
 
 def scatter(axes: Axes, dance: Mapping[str, Any], frame: Mapping[str, Any]) -> None:
-    """All blocks, coloured by their bits; the one that is watched with a line to each of its neighbours, and rings
-    around those that moved."""
+    """All blocks, coloured by their bits; the one that is watched with a line to each of its neighbours."""
     places = np.array(dance["places"])
     watched, near = dance["watched"], dance["neighbours"]
     links = [(places[one], places[other]) for one, other in dance["links"]]
     axes.add_collection(LineCollection(links, colors="#DDDDDD", linewidths=0.25, zorder=0))
     norm = scale(dance["frames"])
-    axes.scatter(*places.T, c=np.array(frame["bits"]), cmap=COLOURS, norm=norm, s=5, linewidths=0)
-    moved = np.array(frame["offsets"]) != np.array(dance["frames"][0]["offsets"])
-    axes.scatter(*places[moved].T, s=9, facecolors="none", edgecolors="#D55E00", linewidths=0.35)
+    axes.scatter(*places.T, c=np.array(frame["bits"]), cmap=COLOURS, norm=norm, s=7, linewidths=0)
     axes.add_collection(
         LineCollection([(places[watched], places[other]) for other in near], colors="black", linewidths=0.9)
     )
