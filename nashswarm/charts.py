@@ -54,7 +54,7 @@ def accuracy(points: pd.DataFrame) -> Figure:
         own = own[times[own].argsort()]
         axes.plot(times[own], agreement[own], "o-", color=colour(family), linewidth=0.8)
         names[own[-1]] = family
-    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)))
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda tick, _: f"{tick:g}×"))
     axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.margins(0.14, 0.08)

@@ -13,22 +13,29 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+NEIGHBOURHOOD = 120  # blocks around the watched one that the still shows
 COLOURS = matplotlib.colormaps["viridis_r"]  # as in the other figures: the darker, the more bits
 
 
 def still(dance: Mapping[str, Any]) -> Figure:
-    """Three panels: the blocks before the dynamics, half way, and after.
+    """Three panels: the surroundings of the watched block before the dynamics, half way, and after.
 
     ``dance``: what ``benchmarks/flock_dynamics.py`` wrote.
     """
-    frames = dance["frames"]
-    figure = Figure(figsize=(6.3, 2.5))
+    frames, places = dance["frames"], np.array(dance["places"])
+    away = np.linalg.norm(places - places[dance["watched"]], axis=1)
+    shown = away.argsort(kind="stable")[:NEIGHBOURHOOD]
+    low, high = places[shown].min(0), places[shown].max(0)
+    margin = 0.06 * (high - low)
+    norm = scale([{"bits": np.array(frame["bits"])[shown]} for frame in frames])
+    figure = Figure(figsize=(6.3, 2.4))
     panels = figure.subplots(1, 3)
     half = len(frames) // 2
     for axes, place, name in zip(panels, (0, half, len(frames) - 1), ("before", "during", "after"), strict=True):
-        scatter(axes, dance, frames[place])
+        scatter(axes, dance, frames[place], norm, size=16)
         axes.set_title(f"{name}: {told(dance, frames[place])}")
-    figure.colorbar(ScalarMappable(scale(frames), COLOURS), ax=list(panels), label="bits per weight", shrink=0.8)
+        axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+    figure.colorbar(ScalarMappable(norm, COLOURS), ax=list(panels), label="bits per weight", shrink=0.9)
     return figure
 
 
@@ -37,11 +44,12 @@ def animate(dance: Mapping[str, Any], path: pathlib.Path) -> None:
     frames = dance["frames"]
     figure = Figure(figsize=(4.2, 3.6), dpi=100)
     axes = figure.add_subplot()
-    figure.colorbar(ScalarMappable(scale(frames), COLOURS), ax=axes, label="bits per weight")
+    norm = scale(frames)
+    figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, label="bits per weight")
 
     def draw(place: int) -> Sequence[Any]:
         axes.clear()
-        scatter(axes, dance, frames[min(place, len(frames) - 1)])
+        scatter(axes, dance, frames[min(place, len(frames) - 1)], norm, size=7)
         axes.set_title(told(dance, frames[min(place, len(frames) - 1)]))
         return ()
 
@@ -55,14 +63,13 @@ def scale(frames: Sequence[Mapping[str, Any]]) -> Normalize:
     return Normalize(*np.quantile(every, (0.02, 0.98)))
 
 
-def scatter(axes: Axes, dance: Mapping[str, Any], frame: Mapping[str, Any]) -> None:
+def scatter(axes: Axes, dance: Mapping[str, Any], frame: Mapping[str, Any], norm: Normalize, size: float) -> None:
     """All blocks, coloured by their bits; the one that is watched with a line to each of its neighbours."""
     places = np.array(dance["places"])
     watched, near = dance["watched"], dance["neighbours"]
     links = [(places[one], places[other]) for one, other in dance["links"]]
     axes.add_collection(LineCollection(links, colors="#DDDDDD", linewidths=0.25, zorder=0))
-    norm = scale(dance["frames"])
-    axes.scatter(*places.T, c=np.array(frame["bits"]), cmap=COLOURS, norm=norm, s=7, linewidths=0)
+    axes.scatter(*places.T, c=np.array(frame["bits"]), cmap=COLOURS, norm=norm, s=size, linewidths=0)
     axes.add_collection(
         LineCollection([(places[watched], places[other]) for other in near], colors="black", linewidths=0.9)
     )
