@@ -69,11 +69,11 @@ def scatter(axes: Axes, dance: Mapping[str, Any], frame: Mapping[str, Any], norm
     watched, near = dance["watched"], dance["neighbours"]
     links = [(places[one], places[other]) for one, other in dance["links"]]
     axes.add_collection(LineCollection(links, colors="#DDDDDD", linewidths=0.25, zorder=0))
-    axes.scatter(*places.T, c=np.array(frame["bits"]), cmap=COLOURS, norm=norm, s=size, linewidths=0)
+    axes.scatter(places[:, 0], places[:, 1], c=np.array(frame["bits"]), cmap=COLOURS, norm=norm, s=size, linewidths=0)
     axes.add_collection(
         LineCollection([(places[watched], places[other]) for other in near], colors="black", linewidths=0.9)
     )
-    axes.scatter(*places[[watched]].T, s=26, marker="*", color="black", zorder=4)
+    axes.scatter(places[watched, 0], places[watched, 1], s=26, marker="*", color="black", zorder=4)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
