@@ -92,8 +92,8 @@ pages: install  ## one self-contained HTML page per experiment, into results/pag
 
 paper: install  ## the paper, every number from committed records
 	@command -v latexmk > /dev/null || { echo "make paper needs LaTeX: apt-get install $(LATEX)" >&2; exit 1; }
-	$(BIN)/python scripts/tables.py --records $(RECORDS) --experiment $(EXPERIMENT) --paper paper/generated
-	$(BIN)/python scripts/figures.py --records $(RECORDS) --experiment $(EXPERIMENT) --paper paper/generated
+	$(BIN)/python scripts/tables.py --records $(RECORDS) --paper paper/generated
+	$(BIN)/python scripts/figures.py --records $(RECORDS) --paper paper/generated
 	$(BIN)/python scripts/audit.py --records $(RECORDS) --paper paper/generated
 	latexmk -cd -pdf -interaction=nonstopmode -halt-on-error paper/main.tex
 

@@ -1,4 +1,4 @@
-"""How tables are written: in the terminal, in Markdown, CSV and LaTeX, and as macros for the paper's prose.
+"""How tables are written: in the terminal, in Markdown, CSV and LaTeX.
 
 A number is formatted in one place (``FORMATS``), so the terminal, the README, the paper's table and the paper's prose
 cannot disagree.
@@ -285,39 +285,3 @@ def tex_heading(content: object) -> str:
     words = tex(content).split()
     stacked = r"\\".join(words)
     return stacked if len(words) == 1 else rf"\begin{{tabular}}[b]{{@{{}}r@{{}}}}{stacked}\end{{tabular}}"
-
-
-def macro_name(*words: str) -> str:
-    """A LaTeX command name: letters only, digits spelled.
-
-    >>> macro_name("uniform4", "top1_agreement")
-    'UniformFourTopOneAgreement'
-    """
-    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    spelled = re.sub(r"\d", lambda digit: f"_{digits[int(digit[0])]}_", "_".join(words))
-    return "".join(part.capitalize() for part in re.split(r"[^A-Za-z]+", spelled))
-
-
-def macros(table: pd.DataFrame) -> str:
-    r"""``\newcommand`` lines: every metric of every method, and what they were measured on.
-
-    Units are those of the table: megabytes for bytes, per cent for shares, nats per token.  Raises ValueError if a
-    method has several rows (several models, say), or if methods were measured on different windows.
-    """
-    several = [label for label in CELL if label != "method" and table[label].nunique() > 1]
-    if several:
-        raise ValueError(f"numbers for prose need one value of {', '.join(several)}; select one before asking for them")
-    uneven = [name for name in ("tokens", "windows") if name in table and table[name].nunique() > 1]
-    if uneven:
-        raise ValueError(f"the methods were measured on different {', '.join(uneven)}; measure them on the same text")
-    first = table.iloc[0]
-    values = {macro_name(label, "name"): tex(first[label]) for label in ("model", "dataset", "measure")}
-    values |= {macro_name(name, "count"): text(first, name) for name in ("tokens", "windows") if name in table}
-    values[macro_name("significance", "level")] = str(LEVEL)
-    values[macro_name("seeds", "count")] = FORMATS["seeds"](table["seeds"].max())
-    for _, row in table.iterrows():
-        for metric, write in FORMATS.items():
-            if metric in table and pd.notna(row[metric]):
-                values[macro_name(str(row["method"]), metric)] = tex(write(row[metric]))
-    lines = [rf"\newcommand{{\{name}}}{{{value}}}" for name, value in values.items()]
-    return "\n".join(["% Written by scripts/tables.py from the records; do not edit.", *lines, ""])

@@ -3,8 +3,8 @@
     python scripts/audit.py --paper paper/generated
 
 Every number comes from a record (``experiment=audit``, ``experiment=ablation``) or is counted from shapes; every
-verdict follows from them by the rule in its row.  Writes Markdown and LaTeX; with ``--paper`` the LaTeX goes there too,
-and runs from uncommitted code are refused.
+verdict follows from them by the rule in its row.  Writes Markdown and LaTeX; with ``--paper`` the parts that the paper
+includes go there, and runs from uncommitted code are refused.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from nashswarm import record, report, typeset
+from nashswarm.paper import commands, macro_name
 from nashswarm.published import UNTRAINED
 from nashswarm.quant.published import CLASS_BITS
 from nashswarm.rate_game import NashSwarm
@@ -46,6 +47,7 @@ SIZE_HEADINGS = (
     "MB of `nash_swarm`",
     "saved %",
 )
+SIZE_COLUMNS = f"@{{}}l{'r' * (len(SIZE_HEADINGS) - 1)}@{{}}"
 percent = typeset.fixed(1, 100)
 megabytes = typeset.fixed(2, 1e-6)
 mebibytes = typeset.fixed(1, 1 / 2**20)
@@ -468,13 +470,46 @@ def latex(evidence: Evidence) -> str:
     return (
         tabular("@{}lp{.17\\linewidth}p{.25\\linewidth}p{.27\\linewidth}p{.12\\linewidth}l@{}", HEADINGS[:-1], claimed)
         + "\n"
-        + tabular(f"@{{}}l{'r' * (len(SIZE_HEADINGS) - 1)}@{{}}", SIZE_HEADINGS, size_rows(evidence.sizes))
+        + tabular(SIZE_COLUMNS, SIZE_HEADINGS, size_rows(evidence.sizes))
     )
 
 
-def tabular(columns: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" & ".join(cell.replace("`", "").translate(TEX) for cell in row) + r" \\" for row in (headings, *rows)]
-    head, *body = lines
+def included(evidence: Evidence) -> dict[str, str]:
+    """What the paper includes, by file: every claim in full, the verdicts alone, sizes, and how many claims hold."""
+    rows = [row.cells() for row in claims(evidence)]
+    short = [(name, claim, verdict) for name, claim, *_, verdict, _ in rows]
+    counts = {
+        macro_name("audit", "claims"): len(rows),
+        macro_name("audit", "holds"): sum(verdict.startswith(HOLDS) for *_, verdict in short),
+        macro_name("audit", "fails"): sum(verdict.startswith(FAILS) for *_, verdict in short),
+        macro_name("audit", "open"): sum(verdict == LATER for *_, verdict in short),
+    }
+    return {
+        "audit_claims": "".join(
+            rf"\claim{''.join(f'{{{escaped(cell)}}}' for cell in row[:-1])}" + "\n" for row in rows
+        ),
+        "audit_verdicts": tabular(r"@{}lp{.66\linewidth}l@{}", ("", HEADINGS[1], HEADINGS[5]), short),
+        "audit_sizes": tabular(SIZE_COLUMNS, SIZE_HEADINGS, size_rows(evidence.sizes), stacked),
+        "audit_numbers": commands({name: str(count) for name, count in counts.items()}),
+    }
+
+
+def escaped(cell: str) -> str:
+    return cell.replace("`", "").translate(TEX)
+
+
+def stacked(heading: str) -> str:
+    return typeset.tex_heading(heading.replace("`", ""))
+
+
+def tabular(
+    columns: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    heading: Callable[[str], str] = escaped,
+) -> str:
+    head = " & ".join(map(heading, headings)) + r" \\"
+    body = [" & ".join(map(escaped, row)) + r" \\" for row in rows]
     parts = [
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
@@ -503,8 +538,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in claims(evidence):
         typeset.console().print(" ".join(row.cells()[i] for i in (0, 1)), f"[bold]{row.cells()[5]}[/bold]", sep=": ")
     record.write_whole(options.out / "audit.md", markdown(evidence).encode())
-    for folder in filter(None, (options.out, options.paper)):
-        record.write_whole(folder / "audit.tex", latex(evidence).encode())
+    record.write_whole(options.out / "audit.tex", latex(evidence).encode())
+    for name, content in included(evidence).items() if options.paper else ():
+        record.write_whole(options.paper / f"{name}.tex", content.encode())
     return 0
 
 

@@ -2,11 +2,14 @@
 
     python scripts/figures.py --experiment ablation --paper paper/generated
 
-Writes ``<experiment>_pareto``, ``_perplexity``, ``_ablation``, ``_convergence`` and ``_bits`` as PDF and PNG, each
-where the records carry what it shows, and says which it left out and why.
+Writes ``<experiment>_pareto``, ``_perplexity``, ``_accuracy``, ``_ablation``, ``_convergence``, ``_settling``,
+``_bits``, ``_sensitivity``, ``_speed`` and ``_memory`` as PDF and PNG, each where the records carry what it shows, and
+says which it left out and why.  Of all experiments together also ``flock``, a still and an animation of what
+``benchmarks/flock_dynamics.py`` saw.
 """
 
 import argparse
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from nashswarm import figures, record, report
+from nashswarm import charts, figures, flock_figure, record, report, tables
 
 STYLE = pathlib.Path(__file__).parents[1] / "paper" / "style.mplstyle"
 
@@ -31,10 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layer", help="layer of the bit map; default: the one that varies most")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/figures"))
     parser.add_argument("--paper", type=pathlib.Path, help="also write the PDFs here")
+    parser.add_argument("--dance", type=pathlib.Path, default=pathlib.Path("results/benchmarks/flock_dynamics.json"))
     options = parser.parse_args(arguments)
     try:
         with matplotlib.style.context(STYLE):
             write_figures(options)
+            if not options.experiment and options.dance.exists():
+                write_flock(options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
@@ -63,6 +69,14 @@ def write_figures(options: argparse.Namespace) -> None:
                     console.print(str(path), markup=False, highlight=False)
 
 
+def write_flock(options: argparse.Namespace) -> None:
+    """Write the still of the flock where figures go, and its animation beside the figures that are shown on a page."""
+    dance = json.loads(options.dance.read_text())
+    for folder in filter(None, (options.out, options.paper)):
+        figures.save(flock_figure.still(dance), folder / "flock")
+    flock_figure.animate(dance, options.out / "flock.gif")
+
+
 def drawings(points: pd.DataFrame, runs: list[record.Record], layer: str | None) -> dict[str, Callable[[], Figure]]:
     """The figures of an experiment by name, each to be drawn when called."""
     tiled = [run for run in runs if figures.tiles(run.allocation)]
@@ -70,9 +84,14 @@ def drawings(points: pd.DataFrame, runs: list[record.Record], layer: str | None)
     return {
         "pareto": lambda: figures.pareto(points),
         "perplexity": lambda: figures.pareto(points, "perplexity"),
+        "accuracy": lambda: charts.accuracy(points),
         "ablation": lambda: figures.ablation(runs),
         "convergence": lambda: figures.convergence(runs),
+        "settling": lambda: charts.settling(runs),
         "bits": lambda: figures.bit_map(tiled[-1].allocation if tiled else "", layer),
+        "sensitivity": lambda: charts.sensitivity(tables.layers(runs)),
+        "speed": lambda: charts.speed(tables.speed(runs)),
+        "memory": lambda: charts.memory(tables.speed(runs)),
     }
 
 

@@ -1,11 +1,12 @@
 """Tables, and the numbers of the paper's prose, from records.
 
-    python scripts/tables.py --experiment ablation --paper paper/generated
+    python scripts/tables.py --paper paper/generated
 
 Prints each experiment's table and writes it as Markdown, CSV and LaTeX; where matrices were measured one by one or
 contestants timed, a second one, ``<experiment>_layers`` or ``_contestants``; of all experiments together,
-``equal_bytes``; ``scripts/audit.py`` makes those of the audit.  With ``--paper`` the LaTeX table and ``numbers.tex``
-(one macro per number) go there too; runs from uncommitted code are refused then.
+``equal_bytes``; ``scripts/audit.py`` makes those of the audit.  With ``--paper`` tables that fit its columns and
+``numbers.tex`` (one macro per number, of the chosen records and, where none were chosen, of the benchmarks) go there
+too; runs from uncommitted code are refused then.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from nashswarm import record, report, tables, typeset
+from nashswarm import paper, record, report, tables, typeset
+
+BUDGETS = ("2", "3", "4")  # bits of the paper's main table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,10 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", help="only this dataset")
     parser.add_argument("--measure", help="only this measure")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/tables"))
-    parser.add_argument("--paper", type=pathlib.Path, help="also write the paper's table and numbers.tex here")
+    parser.add_argument("--paper", type=pathlib.Path, help="also write the paper's tables and numbers.tex here")
+    parser.add_argument("--benchmarks", type=pathlib.Path, default=pathlib.Path("results/benchmarks"))
     options = parser.parse_args(arguments)
-    if options.paper and not options.experiment:
-        parser.error("--paper needs --experiment: numbers.tex holds the numbers of one experiment")
     try:
         write_tables(options)
     except ValueError as error:
@@ -52,16 +54,29 @@ def write_tables(options: argparse.Namespace) -> None:
         own = [one for one in records if one.labels["experiment"] == experiment]
         if len(routers := tables.routers(own)):
             write(options.out, experiment, routers, tables.ROUTERS)
+            for_paper(options.paper, experiment, typeset.latex(routers, tables.ROUTERS))
             continue
         means = report.tested(report.average(rows.dropna(axis=1, how="all")), own)  # without what others alone have
         write(options.out, experiment, means)
-        write(options.out, f"{experiment}_contestants", tables.speed(own), tables.SPEED)
-        write(options.out, f"{experiment}_layers", tables.layers(own), tables.LAYERS)
-        if options.paper:
-            record.write_whole(options.paper / f"{experiment}.tex", typeset.latex(means).encode())
-            record.write_whole(options.paper / "numbers.tex", typeset.macros(means).encode())
+        for_paper(options.paper, experiment, typeset.latex(means, paper.COLUMNS))
+        if means["method"].str.fullmatch(paper.BUDGET).all():
+            for_paper(options.paper, f"{experiment}_budgets", paper.budgets(means, BUDGETS))
+        seconds = {"contestants": (tables.speed(own), tables.SPEED), "layers": (tables.layers(own), tables.LAYERS)}
+        for name, (second, columns) in seconds.items():
+            write(options.out, f"{experiment}_{name}", second, columns)
+            if len(second):
+                for_paper(options.paper, f"{experiment}_{name}", typeset.latex(second, columns))
     if not options.experiment:
         write(options.out, "equal_bytes", tables.equal_bytes(records), tables.EQUAL_BYTES)
+    if options.paper:
+        benchmarks = {} if chosen else paper.of_benchmarks(options.benchmarks)
+        for_paper(options.paper, "numbers", paper.commands(paper.of_records(records) | benchmarks))
+
+
+def for_paper(folder: pathlib.Path | None, name: str, content: str) -> None:
+    """Write a file of the paper, if one is asked for."""
+    if folder is not None:
+        record.write_whole(folder / f"{name}.tex", content.encode())
 
 
 def write(

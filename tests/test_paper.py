@@ -1,19 +1,25 @@
 """The paper quotes no number by hand, only macros that the tables script writes, and cites only what it lists."""
 
+import json
+import math
 import pathlib
 import re
 
+import pandas as pd
 import pytest
-from test_report import ABLATION, synthetic
 
-from nashswarm import report, typeset
+from nashswarm import paper, record, typeset
+from nashswarm.record import Record
+from scripts import audit
 
-PAPER = pathlib.Path(__file__).parents[1] / "paper"
+ROOT = pathlib.Path(__file__).parents[1]
+PAPER = ROOT / "paper"
+RECORDS = ROOT / "results" / "records"
 SOURCE = re.sub(r"(?<!\\)%.*", "", (PAPER / "main.tex").read_text())
 PREAMBLE, BODY = SOURCE.split(r"\begin{document}")
 # lengths, widths of graphics, and names such as uniform4 are no results, nor are formulas and the level of intervals
 LAYOUT = r"\\(?:setlength\{[^}]*\}\{[^}]*\}|includegraphics\[[^]]*\]\{[^}]*\}|method\{[^}]*\}|(?:eq)?ref\{[^}]*\})"
-FORMULAS = r"\\begin\{equation\}.*?\\end\{equation\}|\$[^$]*\$"
+FORMULAS = r"\\begin\{equation\*?\}.*?\\end\{equation\*?\}|\$[^$]*\$"
 CITATIONS = r"\\cite[tp]?\{[^}]*\}"
 LEVEL = r"95\\,\\%"
 
@@ -36,11 +42,17 @@ def test_a_typed_result_would_be_seen(typed: str) -> None:
     assert re.search(r"\d", prose(typed))
 
 
-def test_every_macro_is_written_by_the_tables_script() -> None:
-    means = report.average(report.frame(synthetic(method) for method in ABLATION))
-    written = set(re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", typeset.macros(means)))
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return list(record.read_all(RECORDS))
+
+
+def test_every_macro_is_written_from_the_committed_records(records: list[Record]) -> None:
+    written = set(paper.of_records(records))
+    written |= set(paper.of_benchmarks(ROOT / "results/benchmarks"))
+    written |= set(re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", audit.included(audit.gather(RECORDS))["audit_numbers"]))
     used = set(re.findall(r"\\([A-Z][a-z]+[A-Z][A-Za-z]*)", BODY))
-    assert len(used) > 20
+    assert len(used) > 100
     assert used <= written, f"nothing writes {sorted(used - written)}"
 
 
@@ -50,8 +62,80 @@ def test_every_citation_is_listed_and_every_listed_work_is_cited() -> None:
     assert {key.strip() for group in groups for key in group.split(",")} == listed
 
 
-def test_what_is_included_is_generated() -> None:
-    included = re.findall(r"\\(?:input|includegraphics(?:\[[^]]*\])?)\{([^}]*)\}", SOURCE)
-    assert {path.split("/")[0] for path in included} == {"generated"}
-    names = {path.removeprefix("generated/") for path in included}
-    assert names == {"numbers", "ablation", "ablation_pareto.pdf", "ablation_convergence.pdf"}
+def test_what_is_included_is_generated_from_what_is_committed() -> None:
+    included = set(re.findall(r"\\(?:input|includegraphics(?:\[[^]]*\])?)\{([^}]*)\}", SOURCE))
+    assert {path.split("/")[0] for path in included} == {"generated", "architecture"}
+    names = {path.removeprefix("generated/") for path in included} - {"architecture", "numbers"}
+    optional = set(re.findall(r"\\whenmade\{([^}]*)\}", SOURCE))
+    figures = {path.name for path in (ROOT / "results/figures").glob("*.pdf")}
+    tables = {path.stem for path in (ROOT / "results/tables").glob("*.tex")}
+    made = figures | tables | {f"{name}_budgets" for name in tables} | {f"audit_{name}" for name in AUDIT}
+    assert names <= made | optional | {path.removesuffix(".tex") for path in optional}, names - made
+
+
+AUDIT = ("claims", "verdicts", "sizes", "numbers")
+
+
+def test_the_diagram_holds_no_number() -> None:
+    drawn = re.sub(r"(?<!\\)%.*", "", (PAPER / "architecture.tex").read_text())
+    words = re.findall(r"\{((?:[^{}]|\{[^{}]*\})*)\}\s*;|\{([^{}]*)\} \(", drawn)
+    assert len(words) > 10 and not re.search(r"\d", "".join(part for pair in words for part in pair))
+
+
+def means(**differing: list[str]) -> pd.DataFrame:
+    rows = {"model": "gpt", "dataset": "text", "measure": "quality", "experiment": "e", "method": "gptq[bits=3]"}
+    numbers = {"bytes_file": 3e6, "bits_per_weight_model": 3.0, "kl": 0.0625, "tokens": 100.0, "seeds": 1.0}
+    count = max(map(len, differing.values()))
+    return pd.DataFrame({name: [value] * count for name, value in (rows | numbers).items()} | differing)
+
+
+def test_macros_are_letters_named_by_where_they_come_from() -> None:
+    found = paper.numbers(means(method=["gptq[bits=2.3]", "nash_swarm"]), "main")
+    assert all(re.fullmatch("[A-Za-z]+", name) for name in found)
+    assert found["MainGptqBitsTwoThreeKl"] == "0.0625" and found["MainNashSwarmBytesFile"] == "3.00"
+    assert found["MainParametersMillions"] == "8.0" and found["MainModelName"] == "gpt"
+    tasks = paper.numbers(means(dataset=["sst2", "cola"]), "glue")
+    assert {"GlueSstTwoGptqBitsThreeKl", "GlueColaGptqBitsThreeKl"} <= set(tasks)
+    assert r"\newcommand{\MainModelName}{gpt}" in paper.commands(found)
+
+
+def test_numbers_from_different_texts_do_not_meet() -> None:
+    table = means(method=["gptq", "hqq"]).assign(tokens=[100.0, 1.0])
+    with pytest.raises(ValueError, match="different tokens"):
+        paper.numbers(table)
+
+
+def test_budgets_stand_side_by_side_and_what_is_absent_is_a_dash() -> None:
+    lines = paper.budgets(means(method=["gptq[bits=2]", "gptq[bits=3]", "hqq[bits=3]"]), ("2", "3")).splitlines()
+    assert lines[-5:-2] == [
+        r"\midrule",
+        r"gptq & 3.00 & 0.0625 & 3.00 & 0.0625 \\",
+        r"hqq & -- & -- & 3.00 & 0.0625 \\",
+    ]
+
+
+def test_the_correlation_is_that_of_logarithms() -> None:
+    layers = pd.DataFrame({"layer_damage": [1e-4, 1e-3, 1e-2, 0.0], "layer_kl": [2e-4, 2e-3, 2e-2, 1.0]})
+    assert math.isclose(paper.correlation(layers), 1)
+
+
+def test_settings_are_those_of_the_whole_method(records: list[Record]) -> None:
+    ablation = [one for one in records if one.labels["experiment"] == "ablation"]
+    own = next(one for one in ablation if one.labels["method"] == typeset.REFERENCE)
+    found = paper.settings(ablation)
+    assert found["SettingSwarmNeighbours"] == str(own.config["method"]["swarm"]["neighbours"])
+    assert found["SettingTestWindows"] == str(own.config["dataset"]["test_windows"])
+
+
+def test_benchmarks_tell_what_their_rows_say_and_must_be_committed(tmp_path: pathlib.Path) -> None:
+    row = {"role": "shrink", "windows": 1, "variant": "flock of 7"}
+    row |= {"difference_percent": -12.34, "low_percent": -15.0, "high_percent": 0.04}
+    content = {"rows": [row], "provenance": {"dirty": False}}
+    path = tmp_path / "flock.json"
+    path.write_text(json.dumps(content))
+    found = paper.of_benchmarks(tmp_path)
+    assert found["FlockShrinkOneFlockOfSevenDifferencePercent"] == "$-$12.3"
+    assert found["FlockShrinkOneFlockOfSevenHighPercent"] == "+0.0"
+    path.write_text(json.dumps(content | {"provenance": {"dirty": True}}))
+    with pytest.raises(ValueError, match=r"flock\.json comes from uncommitted code"):
+        paper.of_benchmarks(tmp_path)

@@ -185,8 +185,6 @@ def test_a_label_that_varies_becomes_a_column(records: list[Record]) -> None:
     other.labels["model"] = "gpt2_large"
     table = report.average(report.frame([*records, other]))
     assert list(typeset.cells(table)["model"])[:2] == ["gpt2_large", "gpt2_small"]
-    with pytest.raises(ValueError, match="one value of model"):
-        typeset.macros(table)
 
 
 def test_latex_is_escaped(records: list[Record]) -> None:
@@ -211,22 +209,6 @@ def test_markdown_and_csv(records: list[Record]) -> None:
     assert len(lines) == 2 + len(ABLATION) and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| baseline |") and lines[-1].startswith("| nash_swarm |")
     assert repr(float(means["kl"].iloc[3])) in typeset.csv(means)
-
-
-def test_macros_are_letters_and_hold_the_tables_numbers(records: list[Record]) -> None:
-    means = report.average(report.frame(records))
-    text = typeset.macros(means)
-    names = re.findall(r"\\newcommand\{\\(.+?)\}", text)
-    assert len(names) == len(set(names)) and all(re.fullmatch("[A-Za-z]+", name) for name in names)
-    assert r"\newcommand{\UniformFourBytesFile}{4.10}" in text and r"\newcommand{\ModelName}{gpt2\_small}" in text
-    assert r"\newcommand{\NashSwarmRegretMax}{$2.1{\cdot}10^{-6}$}" in text
-
-
-def test_numbers_from_different_texts_do_not_meet(records: list[Record]) -> None:
-    other = synthetic("hqq")
-    other.metrics["tokens"] = 1.0
-    with pytest.raises(ValueError, match="different tokens"):
-        typeset.macros(report.average(report.frame([*records, other])))
 
 
 def test_uncommitted_code_is_refused(records: list[Record]) -> None:
@@ -447,7 +429,7 @@ def test_scripts_from_records_to_files(folder: pathlib.Path, tmp_path: pathlib.P
     assert {path.name for path in (tmp_path / "tables").iterdir()} == {"ablation.md", "ablation.csv", "ablation.tex"}
     assert {path.name for path in (tmp_path / "paper").iterdir()} == {"ablation.tex", "numbers.tex"}
 
-    names = [f"ablation_{name}" for name in ("pareto", "perplexity", "ablation", "convergence", "bits")]
+    names = [f"ablation_{name}" for name in ("pareto", "perplexity", "accuracy", "ablation", "convergence", "bits")]
     for out in ("one", "two"):
         assert script("figures").main([*options, "--out", str(tmp_path / out)]) == 0
     for name in names:

@@ -1,0 +1,193 @@
+"""Figures of what compression costs and wins: accuracy, sensitivities of layers, the codes' way to rest, speed, memory.
+
+As in ``figures``: records or a data frame in, a matplotlib figure out, with whatever style is in force.
+"""
+
+from collections.abc import Iterable
+
+import matplotlib.ticker
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nashswarm import figures
+from nashswarm.figures import by_method, colour, place_labels
+from nashswarm.record import Record
+from nashswarm.typeset import FORMATS, REFERENCE
+
+NAMES = {
+    "full": "32-bit floats",
+    "int8": "packed, 8-bit activations",
+    "float32": "packed, 32-bit activations",
+    "compile": "32-bit floats, compiled",
+    "bfloat16": "16-bit floats",
+    "bitsandbytes": "bitsandbytes, NF4",
+    "onnxruntime": "ONNX Runtime, 4 bits",
+}
+OURS = ("int8", "float32")
+PHASES = {"decode_ratio": "one token", "decode_long_ratio": "one token after the prompt", "prefill_ratio": "the prompt"}
+
+
+def accuracy(points: pd.DataFrame) -> Figure:
+    """How often the compressed model's first choice is the full one's, in per cent, against how many times smaller than
+    32-bit floats its file is; the sizes of one method are joined, and named once.
+
+    ``points``: from ``report.points`` or ``report.average``, of one model, dataset and measure.
+    Raises ValueError if no row has both numbers, or if rows of several models, datasets or measures are mixed.
+    """
+    mixed = [label for label in ("model", "dataset", "measure") if points[label].nunique() > 1]
+    if mixed:
+        raise ValueError(f"one figure shows one {', one '.join(mixed)}; select it first")
+    if not {"top1_agreement", "compression"} <= set(points) or points["top1_agreement"].isna().all():
+        raise ValueError("no record has both compression and top1_agreement; measure quality and size first")
+    shown = points.dropna(subset=["top1_agreement", "compression"])
+    times = 1 / (1 - shown["compression"].to_numpy(float))
+    agreement = 100 * shown["top1_agreement"].to_numpy(float)
+    families = np.array([str(method).split("[bits=")[0] for method in shown["method"]])
+    figure = Figure()
+    axes = figure.add_subplot(xscale="log", xlabel="times smaller than 32-bit floats")
+    axes.set_ylabel("same first choice as in full (%)")
+    names = [""] * len(shown)
+    for family in dict.fromkeys(families):
+        own = np.flatnonzero(families == family)
+        own = own[times[own].argsort()]
+        axes.plot(times[own], agreement[own], "o-", color=colour(family), linewidth=0.8)
+        names[own[-1]] = family
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda tick, _: f"{tick:g}×"))
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.margins(0.14, 0.08)
+    place_labels(figure, times, agreement, names, [colour(family) for family in families])
+    return figure
+
+
+def settling(records: Iterable[Record]) -> Figure:
+    """The share of all codes that moved in each sweep of best replies, one line a method (its first seed); a hollow
+    mark at the end: nobody moved any more.
+
+    Raises ValueError if no record has such sweeps.
+    """
+    groups = by_method(records, "moves")
+    if not groups:
+        raise ValueError("no record has sweeps of codes; run a method whose codes settle, for example nash_swarm")
+    figure = Figure(figsize=(5.2, 2.6))
+    axes = figure.add_subplot(yscale="log", xlabel="sweep of best replies", ylabel="codes that moved (%)")
+    shares = {
+        method: 100 * np.array(group[0].series["moves"]) / sum(layer["parameters"] for layer in group[0].layers)
+        for method, group in groups.items()
+    }
+    floor = min(float(share[share > 0].min()) for share in shares.values()) / 2
+    for place, (method, share) in enumerate(reversed(shares.items())):
+        sweeps = 1 + np.arange(len(share))
+        axes.plot(sweeps, np.maximum(share, floor), "-", color=f"C{place % 7}", label=method, linewidth=0.9)
+        for moved, face in ((share > 0, f"C{place % 7}"), (share == 0, "white")):
+            axes.plot(
+                sweeps[moved], np.maximum(share[moved], floor), "o",
+                color=f"C{place % 7}", markerfacecolor=face, markersize=3,
+            )  # fmt: skip
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def sensitivity(layers: pd.DataFrame) -> Figure:
+    """What each matrix was predicted to cost against what it costs when it alone is compressed, one panel a method.
+
+    ``layers``: from ``tables.layers``.  Raises ValueError if no matrix has both numbers.
+    """
+    shown = layers if "layer_damage" not in layers else layers[(layers["layer_damage"] > 0) & (layers["layer_kl"] > 0)]
+    if "layer_damage" not in layers or shown.empty:
+        raise ValueError("no record tells predicted from measured damage of single matrices; run experiment=layers")
+    methods = list(dict.fromkeys(shown["method"]))
+    roles = shown["layer"].str.split(".").str[-2:].str.join(".").str.replace(r"^\d+\.", "", regex=True)
+    figure = Figure(figsize=(2.2 + 2.0 * len(methods), 2.6))
+    every = figure.subplots(1, len(methods), squeeze=False, sharex=True, sharey=True)[0]
+    values = shown[["layer_damage", "layer_kl"]].to_numpy(float)
+    ends = [values.min() / 1.5, values.max() * 1.5]
+    for axes, method in zip(every, methods, strict=True):
+        axes.set(xscale="log", yscale="log", title=method, xlabel="predicted damage (nats per token)")
+        axes.plot(ends, ends, color="#BBBBBB", linewidth=0.8, zorder=0)
+        for place, role in enumerate(dict.fromkeys(roles)):
+            own = shown[(shown["method"] == method) & (roles == role)]
+            marker = "osD^vP*X"[place % 8]
+            axes.plot(own["layer_damage"], own["layer_kl"], marker, color=f"C{place % 7}", label=role, linestyle="none")
+    every[0].set_ylabel("KL when alone (nats per token)")
+    handles, names = every[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center")
+    return figure
+
+
+def rows_of(contestants: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The contestants of one figure and their names, full precision first, what each packed form has in common with
+    others told once.
+
+    Raises ValueError if there are none, or if models differ.
+    """
+    if contestants.empty:
+        raise ValueError("no record timed contestants; run experiment=speed")
+    if contestants["model"].nunique() > 1:
+        raise ValueError("one figure shows one model; select it first")
+    first = contestants["method"].iloc[0]
+    others = contestants["contestant"].isin(OURS) | (contestants["method"] == first)
+    shown = contestants[others].reset_index(drop=True)
+    several = shown["method"].nunique() > 1
+    names = [
+        NAMES.get(one, one) + (f": {method}" if several and one in OURS else "")
+        for one, method in zip(shown["contestant"], shown["method"], strict=True)
+    ]
+    return shown, names
+
+
+def _listed(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+
+
+def speed(contestants: pd.DataFrame) -> Figure:
+    """How many times faster than the full model each contestant is, with 95 % intervals, for every phase.
+
+    ``contestants``: from ``tables.speed``.  Raises ValueError if none was timed against the full model.
+    """
+    shown, names = rows_of(contestants)
+    timed = (shown["contestant"] != "full").to_numpy()
+    shown, names = shown[timed].reset_index(drop=True), [name for name, own in zip(names, timed, strict=True) if own]
+    if shown.empty:
+        raise ValueError("no contestant was timed against the full model; run experiment=speed")
+    figure = Figure(figsize=(5.2, 0.9 + 0.34 * len(names)))
+    axes = figure.add_subplot(xscale="log", xlabel="times faster than 32-bit floats, 95 % interval")
+    axes.axvline(1, color="#BBBBBB", linewidth=0.8, zorder=0)
+    for place, (metric, phase) in enumerate(PHASES.items()):
+        if metric not in shown:
+            continue
+        rows = np.arange(len(shown)) + 0.22 * (place - 1)
+        for row, low, high in zip(rows, shown[f"{metric}_low"], shown[f"{metric}_high"], strict=True):
+            axes.plot([low, high], [row, row], color=f"C{place}", linewidth=1)
+        axes.plot(shown[metric], rows, "osD"[place], color=f"C{place}", markersize=3.5, label=phase)
+    _listed(axes, names)
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda tick, _: f"{tick:g}×"))
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+def memory(contestants: pd.DataFrame) -> Figure:
+    """What the running model of each contestant holds in memory, in megabytes.
+
+    ``contestants``: from ``tables.speed``.  Raises ValueError if none was measured.
+    """
+    shown, names = rows_of(contestants)
+    figure = Figure(figsize=(5.2, 0.6 + 0.24 * len(names)))
+    axes = figure.add_subplot(xlabel="held in memory (MB)")
+    sizes = shown["bytes_resident"].to_numpy(float)
+    ours = shown["contestant"].isin(OURS)
+    inks = [figures.COLOURS[REFERENCE] if own else "#777777" for own in ours]
+    axes.barh(range(len(names)), 1e-6 * sizes, height=0.6, color=inks)
+    for row, size in enumerate(sizes):
+        axes.annotate(FORMATS["bytes_resident"](size), (1e-6 * size, row), (4, 0), textcoords="offset points",
+                      va="center", fontsize=7)  # fmt: skip
+    _listed(axes, names)
+    axes.margins(x=0.12)
+    return figure

@@ -1,0 +1,103 @@
+"""Figures of accuracy, rest, sensitivity, speed, memory and the flock: what they show is what they were given."""
+
+import pathlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from test_report import synthetic
+
+from nashswarm import charts, flock_figure, report
+
+
+def test_accuracy_is_per_cent_against_how_many_times_smaller() -> None:
+    records = [synthetic(name) for name in ("baseline", "uniform4", "nash_swarm")]
+    points = report.average(report.frame(records))
+    axes = charts.accuracy(points).axes[0]
+    drawn = {label.get_text() for label in axes.texts if label.get_text()}
+    assert drawn == {"baseline", "uniform4", "nash_swarm"}
+    (smaller,) = points.loc[points["method"] == "uniform4", "compression"]
+    lines = [line.get_xydata()[0] for line in axes.lines]
+    assert any(np.allclose(dot, (1 / (1 - smaller), 100 * points["top1_agreement"][1])) for dot in lines)
+    with pytest.raises(ValueError, match="compression and top1_agreement"):
+        charts.accuracy(points.drop(columns="compression"))
+    with pytest.raises(ValueError, match="one model"):
+        charts.accuracy(points.assign(model=["a", "b", "c"]))
+
+
+def test_codes_at_rest_are_hollow() -> None:
+    one = synthetic("nash_swarm")
+    one.series["moves"] = [50.0, 5.0, 0.0]
+    one.layers.append({"name": "wte", "parameters": 1000})
+    axes = charts.settling([one]).axes[0]
+    line, *marks = axes.lines
+    assert line.get_ydata().tolist() == [5.0, 0.5, 0.25]
+    assert [mark.get_markerfacecolor() for mark in marks][-1] == "white"
+    assert marks[-1].get_xdata().tolist() == [3]
+    with pytest.raises(ValueError, match="no record has sweeps of codes"):
+        charts.settling([synthetic("baseline")])
+
+
+def test_sensitivities_have_a_panel_for_every_method() -> None:
+    table = pd.DataFrame(
+        {"method": ["gptq"] * 2 + ["nash_swarm"] * 2, "layer": ["h.0.attn.c_attn", "wte"] * 2,
+         "layer_damage": [1e-3, 1e-2] * 2, "layer_kl": [2e-3, 1e-2] * 2}
+    )  # fmt: skip
+    figure = charts.sensitivity(table)
+    assert [axes.get_title() for axes in figure.axes] == ["gptq", "nash_swarm"]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"attn.c_attn", "wte"}
+    with pytest.raises(ValueError, match="experiment=layers"):
+        charts.sensitivity(table.drop(columns="layer_damage"))
+
+
+def contestants() -> pd.DataFrame:
+    rows = []
+    for name, ratio in (("full", np.nan), ("int8", 5.0), ("compile", 1.1)):
+        row = {"model": "gpt2", "method": "gptq_tiles", "contestant": name, "bytes_resident": 1e6 * len(name)}
+        for phase in charts.PHASES:
+            row |= {phase: ratio, f"{phase}_low": 0.9 * ratio, f"{phase}_high": 1.2 * ratio}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def test_speed_has_intervals_and_memory_has_the_full_model() -> None:
+    axes = charts.speed(contestants()).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "packed, 8-bit activations",
+        charts.NAMES["compile"],
+    ]
+    spans = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
+    assert any(np.allclose(span, (4.5, 6.0)) for span in spans)
+    axes = charts.memory(contestants()).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [4.0, 4.0, 7.0]
+    with pytest.raises(ValueError, match="no record timed contestants"):
+        charts.memory(contestants()[:0])
+
+
+def test_shared_contestants_are_shown_once() -> None:
+    both = pd.concat([contestants(), contestants().assign(method="nash_swarm")])
+    shown, names = charts.rows_of(both)
+    assert len(shown) == 4 and names.count(charts.NAMES["compile"]) == 1
+    assert "packed, 8-bit activations: nash_swarm" in names
+
+
+DANCE = {
+    "places": [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]],
+    "links": [[0, 1], [0, 2]],
+    "watched": 0,
+    "neighbours": [1, 2],
+    "frames": [
+        {"offsets": [0, 0, 0], "bits": [3.0, 3.0, 2.0]},
+        {"offsets": [0, 1, 0], "bits": [3.0, 2.75, 2.0]},
+        {"offsets": [-1, 1, 0], "bits": [3.25, 2.75, 2.0]},
+    ],
+}
+
+
+def test_the_flock_moves(tmp_path: pathlib.Path) -> None:
+    titles = [axes.get_title() for axes in flock_figure.still(DANCE).axes if axes.get_title()]
+    assert titles == ["before: 0 of 3 moved", "during: 1 of 3 moved", "after: 2 of 3 moved"]
+    flock_figure.animate(DANCE, tmp_path / "flock.gif")
+    with Image.open(tmp_path / "flock.gif") as film:
+        assert film.n_frames >= len(DANCE["frames"])
