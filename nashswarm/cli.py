@@ -235,7 +235,15 @@ def _compress_by_layer(given: argparse.Namespace) -> int:
     length = models.LoadedModel(source.model, tokenizer).window_length(given.length)
     pool = data.windows(_text(given, {}).text("calibration"), tokenizer, length, "calibration")
     windows = data.draw(pool, given.windows, 1, np.random.default_rng(given.seed))[0]
-    found = by_layer.compress(source, tokenizer, windows, given.out, settings, show_progress)
+    try:
+        found = by_layer.compress(source, tokenizer, windows, given.out, settings, show_progress)
+    except (MemoryError, RuntimeError) as error:  # torch's for want of memory
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            "the memory is too small for a block and its statistics; --plan tells what it takes, and what is finished "
+            "is kept for the same command elsewhere"
+        ) from error
     print(json.dumps({"folder": str(given.out)} | found, indent=1))
     return 0
 

@@ -61,7 +61,7 @@ def a_folder(folder: pathlib.Path, tokenizer: Any, config: Any) -> pathlib.Path:
 def folder(request: pytest.FixtureRequest, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     made = tmp_path_factory.mktemp("large") / "llama"
     found = a_folder(made, tokenizer, a_config(request.param == "tied"))
-    assert (found / shards.INDEX).is_file() and len(list(found.glob("*.safetensors"))) > BLOCKS
+    assert (found / shards.INDEX).is_file() and len(list(found.glob("*.safetensors"))) > 2
     return found
 
 
