@@ -33,7 +33,7 @@ from nashswarm.provenance import code_digest, provenance
 from nashswarm.quant.calibration import Track, no_track
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.pack import pack, packed_bytes
-from nashswarm.quant.reply import DAMPING, Curvature, pieces, pivots, reply
+from nashswarm.quant.reply import DAMPING, TINY, Curvature, pieces, pivots, reply
 from nashswarm.shards import EMBEDDING, HEAD, INDEX, NORM, Shards, Source, file_bytes, names, some, tensors_of, units
 
 ARCHITECTURE = "LlamaForCausalLM"
@@ -135,12 +135,12 @@ def compress(
     seen = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     key = {"source": source.key(), "settings": dataclasses.asdict(settings), "windows": [*windows.shape, seen]}
     key |= {"code": code_digest(), "torch": torch.__version__}
-    if (out / saved.ABOUT).is_file() and _about(out).get("key") == key:
-        return dict(_about(out)["record"]["metrics"])
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder; name another one or delete it")
     work = out.with_name(f"{out.name}.unfinished")
     with record.claim(out):
+        if (out / saved.ABOUT).is_file() and _about(out).get("key") == key:
+            return dict(_about(out)["record"]["metrics"])
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} is not an empty folder; name another one or delete it")
         about = _begin(work, key)
         done = len(about["units"])
         todo = units(source.config)[done:]
@@ -289,8 +289,8 @@ def _block(source: Source, name: str, states: States, settings: ByLayer) -> tupl
                 weight[rows] = _of_rows(found, rows).dequantize()
             tensors[f"{name}.{part}.weight"] = _packed(found)
     after = _through(source, block, states)
-    error = (after - full).double().square().sum() / (full - states).double().square().sum()
-    return tensors, after, float(error)
+    error, added = ((one - other).double().square().sum() for one, other in ((after, full), (full, states)))
+    return tensors, after, float(error / added.clamp(min=TINY))
 
 
 def _through(source: Source, block: nn.Module, states: States) -> States:
