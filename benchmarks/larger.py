@@ -143,9 +143,7 @@ def write(folder: pathlib.Path) -> None:
 
 def command(words: Sequence[str]) -> str:
     """What the command prints."""
-    return subprocess.run(
-        [*COMMAND, *words], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
+    return subprocess.run([*COMMAND, *words], stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def watched(words: Sequence[str], folder: pathlib.Path | None = None, units: int = 0) -> dict[str, Any]:

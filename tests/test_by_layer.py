@@ -200,7 +200,7 @@ def test_plans_of_large_models(name: str) -> None:
 WRITES = 2 + 3 * (BLOCKS + 2) + 4  # notes, states, files; index, config, card
 
 
-@pytest.mark.parametrize("after", range(1, WRITES, 2))
+@pytest.mark.parametrize("after", (1, 2, 3, 4, 9, 11, WRITES - 5, WRITES - 1))
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     after: int, folder: pathlib.Path, tokenizer: Any, windows: Tensor, finished: Any, tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -228,6 +228,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("folder", ["untied"], indirect=True)
 def test_killed_by_the_system(folder: pathlib.Path, tmp_path: pathlib.Path, text_file: pathlib.Path) -> None:
     """The command, in a process of its own that is sent SIGKILL while its third block is written, within a limit of
     memory; then the command again."""
@@ -345,6 +346,7 @@ def test_what_does_not_fit() -> None:
         by_layer.layout(narrow, ByLayer())
 
 
+@pytest.mark.parametrize("folder", ["tied"], indirect=True)
 def test_the_command(
     folder: pathlib.Path, text_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -209,9 +209,19 @@ def pieces(matrix: Float[Tensor, "out in"]) -> list[slice]:
 
 def pivots(inputs: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     """U, upper triangular, with H⁻¹ = Uᵀ U; 1 / U_jj² is what an error of column j costs once later columns have
-    answered."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inputs.double()))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    answered.  It is the inverse of the upper triangular R with H = R Rᵀ."""
+    return _inverse(torch.linalg.cholesky(inputs.double().flip(0, 1)).flip(0, 1)).float()
+
+
+def _inverse(upper: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Of an upper triangular matrix, from those of its halves: nearly all of it is matrix products."""
+    size, half = len(upper), len(upper) // 2
+    if size <= BLOCK:
+        return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype), upper=True)
+    found = torch.zeros_like(upper)
+    found[:half, :half], found[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    found[:half, half:] = found[:half, :half] @ upper[:half, half:] @ found[half:, half:].neg()
+    return found
 
 
 def feedback(
