@@ -254,7 +254,7 @@ def _head(source: Source, name: str, states: States, settings: ByLayer) -> dict[
     norm = LlamaRMSNorm(source.config.hidden_size, source.config.rms_norm_eps)
     gain = source.shards[f"{NORM}.weight"].float()
     norm.weight.copy_(gain)
-    inputs = torch.zeros(states.shape[-1], states.shape[-1])
+    inputs = _none(states.shape[-1])
     for window in states:
         _add(inputs, norm(window))
     weight = source.shards[f"{name}.weight"]
@@ -268,7 +268,7 @@ def _block(source: Source, name: str, states: States, settings: ByLayer) -> tupl
         block = LlamaDecoderLayer(source.config, int(name.rpartition(".")[2])).eval()
     weights = {part: source.shards[f"{name}.{part}"].float() for part in block.state_dict()}
     block.load_state_dict(weights, assign=True)
-    moments = {shared: torch.zeros(2 * [block.get_submodule(shared[0]).in_features]) for shared in SHARED_INPUTS}
+    moments = {shared: _none(weights[f"{shared[0]}.weight"].shape[1]) for shared in SHARED_INPUTS}
     handles = [
         block.get_submodule(shared[0]).register_forward_pre_hook(lambda _, given, total=total: _add(total, given[0]))
         for shared, total in moments.items()
@@ -303,6 +303,10 @@ def _through(source: Source, block: nn.Module, states: States) -> States:
     return found
 
 
+def _none(columns: int) -> Float[Tensor, "in in"]:
+    return torch.zeros(columns, columns)
+
+
 def _add(total: Float[Tensor, "in in"], inputs: Float[Tensor, "*positions in"]) -> None:
     flat = inputs.flatten(0, -2)
     total.addmm_(flat.T, flat)
@@ -333,7 +337,8 @@ def _answer(
 def _joined(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
     """The rows of all ``parts``, one after the other."""
     fields = ("codes", "scale", "zero_point", "bits")
-    return QuantizedTensor(*(torch.cat([getattr(part, name) for part in parts]) for name in fields), parts[0].scheme)
+    codes, scale, zero_point, bits = (torch.cat([getattr(part, name) for part in parts]) for name in fields)
+    return QuantizedTensor(codes, scale, zero_point, bits, parts[0].scheme)
 
 
 def _of_rows(tensor: QuantizedTensor, rows: Tensor | slice) -> QuantizedTensor:
