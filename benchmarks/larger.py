@@ -202,7 +202,8 @@ def as_table(found: dict[str, Any]) -> str:
         ("bits per parameter", f"{made['bits_per_weight_model']:.3f}", f"{planned['bits_per_weight_model']:.3f}"),
         ("limit of private memory, GiB", f"{found['limit_bytes'] / gib:.2f}", ""),
         ("largest resident set, GiB", f"{peak / gib:.2f}", f"{planned['peak_bytes'] / gib:.2f}"),
-        ("minutes in finished blocks", f"{made['seconds'] / 60:.1f}", f"{planned['seconds'] / 60:.1f}"),
+        ("minutes of a core in finished blocks", f"{made['cpu_seconds'] / 60:.1f}", f"{planned['seconds'] / 60:.1f}"),
+        ("minutes in them, while others worked too", f"{made['seconds'] / 60:.1f}", ""),
         ("minutes until SIGKILL", f"{killed['seconds'] / 60:.1f}", ""),
         ("units finished then", f"{killed['units_finished']} of {len(found['units'])}", ""),
         ("minutes from there to the end", f"{resumed['seconds'] / 60:.1f}", ""),
@@ -211,7 +212,7 @@ def as_table(found: dict[str, Any]) -> str:
         ("largest resident set then, GiB", f"{generated['resident_bytes'] / gib:.2f}", ""),
     ]
     lines = ["|  | measured | planned |", "| :-- | --: | --: |", *(f"| {' | '.join(row)} |" for row in rows)]
-    slower = made["seconds"] / planned["seconds"]
+    slower = made["cpu_seconds"] / planned["seconds"]
     lines += ["", f"Plans on {found['threads']} thread; in the last column times {slower:.2f}, as measured above:", ""]
     lines += ["| model | parameters | GB after | bits | hours | GiB of memory | hours, corrected |"]
     lines += ["| :-- | --: | --: | --: | --: | --: | --: |"]

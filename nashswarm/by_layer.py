@@ -126,7 +126,7 @@ def compress(
     track: Track = no_track,
 ) -> dict[str, Any]:
     """Put the compressed model at ``out``, going on where an earlier run with the same settings was killed; what it
-    cost: bytes, seconds of all runs together, the largest resident set.
+    cost: bytes, seconds of all runs together and those of processors, the largest resident set.
 
     Raises ValueError for a folder of another run and OSError for a disk without room, both before anything slow.
     """
@@ -147,7 +147,7 @@ def compress(
         _check_room(out, sum(map(file_bytes, files[done:])) + 8 * windows.numel() * source.config.hidden_size)
         _note(work, about)
         for unit in track(todo, "compressing block by block"):
-            started = time.monotonic()
+            started, busy = time.monotonic(), time.process_time()
             memory.reset_peak()
             number = len(about["units"])
             before = _states(work, number, source, windows)
@@ -159,7 +159,7 @@ def compress(
             memory.give_back()
             about["units"].append(
                 {"modules": unit, "seconds": time.monotonic() - started, "error": error}
-                | {"peak_bytes": memory.peak_bytes()}
+                | {"cpu_seconds": time.process_time() - busy, "peak_bytes": memory.peak_bytes()}
             )
             _note(work, about)
             (work / _states_name(number)).unlink(missing_ok=True)
@@ -366,7 +366,7 @@ def _finish(
     packed = {name: part for file in files for name, part in file.items() if part.dtype == torch.uint8}
     tensors = tensors_of(source.model)
     parameters = sum(part.numel() for part in tensors.values())
-    seconds = sum(unit["seconds"] for unit in about["units"])
+    seconds, busy = (sum(unit[name] for unit in about["units"]) for name in ("seconds", "cpu_seconds"))
     metrics = {
         "bytes_file": size,
         "compression": 1 - size / (4 * parameters),
@@ -375,6 +375,7 @@ def _finish(
         / sum(tensors[name].numel() for name in packed),
         "parameters": parameters,
         "seconds": seconds,
+        "cpu_seconds": busy,
         "peak_bytes": max(unit["peak_bytes"] for unit in about["units"]),
         "starts": about["starts"],
     }  # fmt: skip
