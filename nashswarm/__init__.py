@@ -8,7 +8,10 @@ and ``run`` (one run, from config to record).
 transformers loads compressed ones.
 """
 
+import os
 from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large tensors in huge pages: a fault each 2 MB, not 4 KB
 
 from nashswarm import checkpoint as _checkpoint  # noqa: F401  what makes the format known
 from nashswarm.linear import set_activations

@@ -251,8 +251,9 @@ class _Table(Board):
         scores = []
         for stance in self.track(stances, "choosing on held-out text"):
             played = self.play(unit, stance, 0)
-            weights = {name: part.dequantize() for name, part in played.tensors.items()}
             octaves = (played.bytes - budget) / self.slope.at_high_rate
+            weights = {name: part.dequantize() for name, part in played.tensors.items()}
+            del played  # its codes are as large as the model
             scores.append(self.oracle.heldout_kl(weights, None) * 4.0**octaves)
             self.passes += 1
         return stances[int(np.argmin(scores))]

@@ -17,6 +17,7 @@ import tokenize
 SPLITS = ("train", "calibration", "test")
 NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_bundled", "__pycache__"}
 COMMENT_LINES = 3  # shorter comment blocks are remarks about the next line of code, not prose
+COMMENTED = re.compile(rf"(?:^[ \t\f]*#.*\n?){{{COMMENT_LINES}}}", re.MULTILINE)  # or a string that looks so
 
 
 def split_of(name: str) -> str:
@@ -31,6 +32,8 @@ def split_of(name: str) -> str:
 
 def comment_blocks(source: str) -> list[tuple[int, str]]:
     """(line number, text) of every run of at least three full-line comments."""
+    if not COMMENTED.search(source):
+        return []
     blocks: list[tuple[int, list[str]]] = []
     last_line = -1
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -149,8 +149,8 @@ def summed_nll(
     """The summed NLL of a window's next tokens, in nats: of tokens drawn from the model or of the text's own."""
     logits = model(input_ids=window.unsqueeze(0)).logits[0, :-1]
     if labels == "model":
-        chances = logits.detach().float().softmax(-1).cpu()
-        targets = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+        drawn = torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=generator)
+        targets = drawn[:, 0].to(logits.device)
     else:
         targets = window[1:]
     return functional.cross_entropy(logits.float(), targets, reduction="sum")
