@@ -184,11 +184,17 @@ def files(model: Any, packed: Mapping[str, Bytes], others: Mapping[str, Tensor],
     """The checkpoint of a compressed model, file by file, as ``save_pretrained`` will write it: from its packed
     matrices (by name; ``code_tables`` where there are any) and its ``other_tensors``."""
     tensors = {_key(name): torch.from_numpy(content.copy()) for name, content in packed.items()}
-    tensors |= _rounded(others, float_bits)
-    config = copy.deepcopy(model.config)
-    config.quantization_config = NashSwarmConfig(checksum=checksum(tensors), float_bits=float_bits).to_dict()
-    config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
-    return {WEIGHTS: safetensors.torch.save(tensors, {"format": "pt"}), CONFIG: config.to_json_string().encode()}
+    tensors |= rounded(others, float_bits)
+    config = described(model.config, type(model).__name__, model.dtype, checksum(tensors), float_bits)
+    return {WEIGHTS: safetensors.torch.save(tensors, {"format": "pt"}), CONFIG: config}
+
+
+def described(config: Any, architecture: str, dtype: torch.dtype, found: str, float_bits: int) -> bytes:
+    """The ``config.json`` of a compressed model whose tensors have the checksum ``found``."""
+    own = copy.deepcopy(config)
+    own.quantization_config = NashSwarmConfig(checksum=found, float_bits=float_bits).to_dict()
+    own.architectures, own.dtype = [architecture], str(dtype).removeprefix("torch.")
+    return own.to_json_string().encode()
 
 
 def stored(model: Any, float_bits: int) -> dict[str, Tensor]:
@@ -208,7 +214,7 @@ def stored(model: Any, float_bits: int) -> dict[str, Tensor]:
     for name, part in model.state_dict().items():
         if not name.startswith(tuple(packed)):
             others.setdefault(part.data_ptr(), (name, part))
-    return tensors | _rounded(dict(others.values()), float_bits)
+    return tensors | rounded(dict(others.values()), float_bits)
 
 
 def decode(name: str, content: Bytes, tables: CodeTables | None) -> Decoded:
@@ -299,7 +305,7 @@ def _place(
         log.warning("kernels cannot read the format of %d matrices, kept as floats: %s", len(floats), ", ".join(floats))
 
 
-def _rounded(others: Mapping[str, Tensor], float_bits: int) -> dict[str, Tensor]:
+def rounded(others: Mapping[str, Tensor], float_bits: int) -> dict[str, Tensor]:
     """The tensors as they are stored.  Raises ValueError for one that 16-bit floats cannot hold."""
     kind = FLOATS[float_bits]
     rounded = {name: (part.to(kind) if part.is_floating_point() else part).detach() for name, part in others.items()}

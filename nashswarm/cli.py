@@ -1,6 +1,7 @@
 """The command ``nashswarm``: compress a model, and work with compressed ones."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import pathlib
@@ -8,12 +9,28 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 
-from nashswarm import __version__, api, data, measures, metrics, models, peers, plan, run, saved
+from nashswarm import (
+    __version__,
+    api,
+    by_layer,
+    data,
+    forecast,
+    measures,
+    metrics,
+    models,
+    peers,
+    plan,
+    run,
+    saved,
+    shapes,
+    shards,
+)  # fmt: skip
 from nashswarm.certify import LIMIT, certify
 from nashswarm.evidence import show_progress
 from nashswarm.kernels import ACTIVATIONS, native
@@ -60,15 +77,26 @@ def _parser() -> argparse.ArgumentParser:
         "weights, tokenizer, model card, and what certifies it. Prints one JSON object.",
     )
     made.add_argument("model", metavar="MODEL", help="folder or hub name; 'default' is the one that comes along")
-    _add_out(made)
+    made.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="new or empty")
     made.add_argument("--bits", type=float, default=3.0, help="stored bits per parameter, everything counted (3.0)")
-    made.add_argument("--method", choices=sorted(api.METHODS), default="nash_swarm", help="default: nash_swarm")
+    made.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
     made.add_argument("--calibration", type=pathlib.Path, metavar="TEXT", help="a text file; default: embedded prose")
-    made.add_argument("--windows", type=int, default=48, help="of calibration text (48); a third more is held out")
+    made.add_argument("--windows", type=int, help="of calibration text (48, by layer 4); a third more is held out")
     made.add_argument("--length", type=int, help="tokens in a window; default: the model's maximum")
     made.add_argument("--exclude", nargs="+", default=(), metavar="PATTERN", help="matrices to leave at 16 bits")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"of statistics and games ({CACHE})")
+    large = made.add_argument_group("models larger than memory")
+    large.add_argument(
+        "--by-layer", action="store_true", help="a LLaMA in a folder, one decoder block in memory; "
+        "--bits is the width of a weight; the same command goes on where a killed run stopped"
+    )  # fmt: skip
+    large.add_argument("--head-bits", type=int, help="of embedding and head (--bits, but at least 4)")
+    large.add_argument("--sweeps", type=int, default=0, help="of best replies after error feedback (0)")
+    large.add_argument(
+        "--plan", action="store_true", help="only tell the bytes, seconds and memory that --by-layer will take; MODEL "
+        f"may also be one of {', '.join(shapes.LARGE)}"
+    )  # fmt: skip
 
     rebudgeted = command(
         "rebudget",
@@ -182,18 +210,20 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
 
 
 def _compress(given: argparse.Namespace) -> int:
+    if given.plan:
+        return _plan(given)
+    if given.out is None:
+        raise ValueError("say with --out where the compressed model is to go")
+    if given.by_layer:
+        return _compress_by_layer(given)
+    if given.head_bits is not None or given.sweeps:
+        raise ValueError("--head-bits and --sweeps go with --by-layer")
     folder = pathlib.Path(given.model)
     path = None if given.model == "default" else str(folder.resolve()) if folder.is_dir() else given.model
     source = models.ModelSource(path, exclude=list(given.exclude))
-    held_out = max(-(-given.windows // 3), 1)
-    windows = {"calibration_windows": given.windows, "holdout_windows": held_out, "sequence_length": given.length}
-    dataset: data.StdlibDocs | data.HubText
-    if given.calibration is None:
-        dataset = data.StdlibDocs(**windows)
-    else:
-        if not given.calibration.is_file():
-            raise ValueError(f"--calibration {given.calibration} is not a file; give a text file")
-        dataset = data.HubText(str(given.calibration.resolve()), **windows)
+    given.method, count = given.method or "nash_swarm", 48 if given.windows is None else given.windows
+    held_out = max(-(-count // 3), 1)
+    dataset = _text(given, {"calibration_windows": count, "holdout_windows": held_out, "sequence_length": given.length})
     method = api.method_of(given.method, given.bits)
     cache = given.cache.expanduser().resolve()
     config = plan.config_of(
@@ -202,6 +232,61 @@ def _compress(given: argparse.Namespace) -> int:
     )  # fmt: skip
     labels = {"model": source.label, "method": given.method, "dataset": dataset.label, "measure": "size"}
     return _show(run.run(config, labels).record, given.out)
+
+
+def _text(given: argparse.Namespace, windows: dict[str, Any]) -> data.StdlibDocs | data.HubText:
+    """What --calibration names."""
+    if given.calibration is None:
+        return data.StdlibDocs(**windows)
+    if not given.calibration.is_file():
+        raise ValueError(f"--calibration {given.calibration} is not a file; give a text file")
+    return data.HubText(str(given.calibration.resolve()), **windows)
+
+
+def _compress_by_layer(given: argparse.Namespace) -> int:
+    settings = _by_layer(given)
+    source = shards.open_source(pathlib.Path(given.model))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
+    length = models.LoadedModel(source.model, tokenizer).window_length(given.length)
+    pool = data.windows(_text(given, {}).text("calibration"), tokenizer, length, "calibration")
+    windows = data.draw(pool, given.windows, 1, np.random.default_rng(given.seed))[0]
+    try:
+        found = by_layer.compress(source, tokenizer, windows, given.out, settings, show_progress)
+    except (MemoryError, RuntimeError) as error:  # torch's for want of memory
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            "the memory is too small for a block and its statistics; --plan tells what it takes, and what is finished "
+            "is kept for the same command elsewhere"
+        ) from error
+    print(json.dumps({"folder": str(given.out)} | found, indent=1))
+    return 0
+
+
+def _plan(given: argparse.Namespace) -> int:
+    settings = _by_layer(given)
+    if (pathlib.Path(given.model) / models.CONFIG).is_file():
+        config = transformers.AutoConfig.from_pretrained(given.model)
+    elif given.model in shapes.LARGE:
+        config = transformers.AutoConfig.for_model(**shapes.LARGE[given.model])
+    else:
+        raise ValueError(f"{given.model} holds no {models.CONFIG}, and no shape is known by that name")
+    model = shards.skeleton(config)
+    length = models.LoadedModel(model, None).window_length(given.length)
+    rates = forecast.rates(settings)
+    found = forecast.forecast(model, settings, given.windows, length, rates)
+    shown = {"model": given.model, "windows": [given.windows, length], "threads": torch.get_num_threads()}
+    print(json.dumps(shown | dataclasses.asdict(found) | {"rates": dataclasses.asdict(rates)}, indent=1))
+    return 0
+
+
+def _by_layer(given: argparse.Namespace) -> by_layer.ByLayer:
+    if given.method not in (None, "gptq") or given.exclude:
+        raise ValueError("--by-layer knows neither --exclude nor another --method than gptq")
+    given.windows = 4 if given.windows is None else given.windows
+    if given.windows < 1 or given.bits != int(given.bits):
+        raise ValueError("--windows must be at least 1, and --bits by layer the whole number of bits of a weight")
+    return by_layer.ByLayer(int(given.bits), given.head_bits, sweeps=given.sweeps)
 
 
 def _rebudget(given: argparse.Namespace) -> int:
@@ -357,4 +442,4 @@ def _load_writer(folder: pathlib.Path, why: str) -> Any:
 
 
 def _weights(folder: pathlib.Path) -> list[str]:
-    return [models.CONFIG, *(path.name for path in sorted(folder.glob("model*.safetensors")))]
+    return [models.CONFIG, *(path.name for path in sorted(folder.glob("model*.safetensors*")))]

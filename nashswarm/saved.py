@@ -79,6 +79,8 @@ def write_model(folder: pathlib.Path, model: Any, tokenizer: Any, about: Mapping
 def read(folder: pathlib.Path) -> Saved:
     """What ``write`` put there.  Raises ValueError if it is not whole and unchanged."""
     about = _about(folder)
+    if "by_layer" in about:
+        raise ValueError(f"{folder} was compressed by layer: no game was kept that could be certified or played again")
     contents = {}
     for name, digest in about["sha256"].items():
         if not (folder / name).is_file():
@@ -109,6 +111,9 @@ def card(about: Mapping[str, Any]) -> str:
     kind = "AutoModelForSequenceClassification" if "training" in about["config"]["dataset"] else "AutoModelForCausalLM"
     head = "\n".join(["---", "library_name: transformers", "tags: [nashswarm, quantized]"])
     head += f"\nbase_model: {base}\n---" if on_hub else "\n---"
+    ways = "`nashswarm inspect` lists what is in it."
+    if "by_layer" not in about:
+        ways = f"`nashswarm certify` computes the regret again from the bytes of this folder, {ways}"
     table = "\n".join(["| | |", "| :-- | --: |", *(f"| {name} | {value} |" for name, value in rows.items())])
     return f"""{head}
 
@@ -123,7 +128,7 @@ from transformers import {kind}
 model = {kind}.from_pretrained("this folder")
 ```
 
-`nashswarm certify` computes the regret again from the bytes of this folder, `nashswarm inspect` lists what is in it.
+{ways}
 """
 
 

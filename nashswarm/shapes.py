@@ -47,6 +47,10 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {  # as in the config.json of their ch
     "deepseek_67b": _llama(8192, 22016, 95, 64, num_key_value_heads=8, vocab_size=102400),
     "gpt3_175b": _gpt2(12288, 96, 96, n_positions=2048),  # the shape of Brown et al. 2020, table 2.1
 }
+LARGE: Mapping[str, Mapping[str, Any]] = {  # the last has the width and the depth of GPT-3
+    **{name: SHAPES[name] for name in ("llama2_7b", "llama2_13b", "deepseek_67b")},
+    "llama_175b": _llama(12288, 32768, 96, 96, vocab_size=50257),
+}
 
 
 @dataclasses.dataclass(frozen=True)

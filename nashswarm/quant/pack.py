@@ -18,6 +18,7 @@ HEADER = struct.Struct("<BBHIII")  # version, symmetric, group size, rows, colum
 VERSION = 1
 RUN_BYTES = 2
 LONGEST_RUN = 1 << 13  # a tag holds the width in 3 bits and the length of its run in 13
+AT_ONCE = 1 << 22  # codes taken apart into bits at a time
 
 
 def run_lengths(values: Integer[np.ndarray, " n"]) -> tuple[Integer[np.ndarray, " runs"], Integer[np.ndarray, " runs"]]:
@@ -72,7 +73,7 @@ def pack(tensor: QuantizedTensor) -> UInt8[np.ndarray, " bytes"]:
             parts.append(scale[chosen].tobytes())
             if not scheme.symmetric:
                 parts.append(pack_bits(zero_point[chosen], width))
-            parts.append(pack_bits(codes[chosen].astype(np.uint8), width))
+            parts.append(pack_bits(codes[chosen].astype(np.uint8, copy=False), width))
         else:
             parts.append(codes[chosen].astype(f"int{width}").tobytes())
     return np.frombuffer(b"".join(parts), np.uint8)
@@ -146,8 +147,11 @@ def pack_bits(codes: UInt8[np.ndarray, "..."], bits: int) -> bytes:
     >>> pack_bits(np.array([1, 2, 3, 0], np.uint8), 2)
     b'9'
     """
-    planes = codes.reshape(-1, 1) >> np.arange(bits, dtype=np.uint8) & 1
-    return np.packbits(planes, bitorder="little").tobytes()
+    flat = codes.reshape(-1, 1)
+    planes = (
+        flat[start : start + AT_ONCE] >> np.arange(bits, dtype=np.uint8) & 1 for start in range(0, len(flat), AT_ONCE)
+    )
+    return b"".join(np.packbits(plane, bitorder="little").tobytes() for plane in planes)
 
 
 def unpack_bits(packed: bytes, bits: int) -> UInt8[np.ndarray, " codes"]:

@@ -72,8 +72,9 @@ class Curvature:
         """With ``damping`` times its mean on the diagonal of H: calibration text is a sample."""
         if self.inputs is None:
             return self
-        extra = damping * self.inputs.diagonal().mean() + TINY
-        return dataclasses.replace(self, inputs=self.inputs + extra * torch.eye(len(self.inputs)))
+        inputs = self.inputs.clone()
+        inputs.diagonal().add_(damping * inputs.diagonal().mean() + TINY)
+        return dataclasses.replace(self, inputs=inputs)
 
     def neighbourly(self, neighbours: int) -> "Curvature":
         """Every column minds only the columns it is most correlated with: the local reply of the flock.
@@ -208,9 +209,19 @@ def pieces(matrix: Float[Tensor, "out in"]) -> list[slice]:
 
 def pivots(inputs: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     """U, upper triangular, with H⁻¹ = Uᵀ U; 1 / U_jj² is what an error of column j costs once later columns have
-    answered."""
-    hessian = inputs.double()
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+    answered.  It is the inverse of the upper triangular R with H = R Rᵀ."""
+    return _inverse(torch.linalg.cholesky(inputs.double().flip(0, 1)).flip(0, 1)).float()
+
+
+def _inverse(upper: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Of an upper triangular matrix, from those of its halves: nearly all of it is matrix products."""
+    size, half = len(upper), len(upper) // 2
+    if size <= BLOCK:
+        return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype), upper=True)
+    found = torch.zeros_like(upper)
+    found[:half, :half], found[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    found[:half, half:] = found[:half, :half] @ upper[:half, half:] @ found[half:, half:].neg()
+    return found
 
 
 def feedback(
@@ -342,19 +353,22 @@ def reply(
     damping: float = DAMPING,
     act_order: bool = False,
     tolerance: float = 0.0,
+    factor: Float[Tensor, "in in"] | None = None,
 ) -> QuantizedTensor:
     """Codes, scales and zero points of least damage found, each tile at its width: one pass and so many ``sweeps``.
 
     A group's grids are chosen when its turn comes, from the weights as they have become; with ``act_order`` the columns
     come in the order of their inputs, largest first, on plain rounding's grids.  A row keeps the pass only where its
     damage is less than plain rounding's.  Float tiles, and matrices that are only looked up, have no columns to
-    compensate and are rounded plainly.
+    compensate and are rounded plainly.  ``factor``: the ``pivots`` of the damped H where they are known already.
     """
     diagonal = curvature.diagonal()
     plain = quantize(weight, bits, scheme, diagonal)
     if curvature.inputs is None or not set(plain.bits.unique().tolist()) <= {0, *GRID_WIDTHS}:
         return plain
-    rows, inputs = curvature.damped(damping).shared()
+    rows = curvature.rows
+    if factor is None or act_order:
+        rows, inputs = curvature.damped(damping).shared()
     if act_order:
         order = inputs.diagonal().argsort(descending=True, stable=True)
         steps = feedback(
@@ -369,7 +383,8 @@ def reply(
             chosen.append(quantize(current, plain.bits[:, group : group + 1], scheme, diagonal[:, columns]))
             return _affine_grid(chosen[-1])
 
-        steps = feedback(weight, rows, pivots(inputs), open_group, scheme.group_size)
+        factor = pivots(inputs) if factor is None else factor
+        steps = feedback(weight, rows, factor, open_group, scheme.group_size)
         scale, zero_point = (torch.cat([getattr(part, name) for part in chosen], 1) for name in ("scale", "zero_point"))
         passed = QuantizedTensor(_stored(steps, zero_point, scheme), scale, zero_point, plain.bits, scheme)
     better = curvature.damage_by_row(weight - passed.dequantize()) < curvature.damage_by_row(

@@ -1,0 +1,230 @@
+"""A LLaMA of three billion random weights, compressed by layer within 6 GiB, killed once and gone on with:
+
+    python benchmarks/larger.py
+
+The checkpoint is written to the disk in files of at most 2 GB and deleted afterwards, with what was made of it.  The
+command, and the process that loads the result and generates, run under a limit of the kernel's on private memory
+(RLIMIT_DATA, which counts the mapped files of a checkpoint too); their resident sets are watched beside it.  Random
+weights say nothing of quality: this is about time, bytes and memory.  Beside what was measured stands what the plan had
+said, and what it says of larger models.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+
+from nashswarm import record, shapes, shards
+from nashswarm.models import CONFIG, EMBEDDED
+from nashswarm.provenance import provenance
+
+OUT = pathlib.Path("results/benchmarks/larger")
+CONFIGURED = {
+    "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
+FILE_BYTES = 2 * 10**9
+LIMIT = 6 << 30  # bytes
+KILLED_AT = 0.5  # of the blocks
+INTO_A_BLOCK = 10.0  # seconds
+NEW_TOKENS = 16
+COMMAND = [sys.executable, "-c", "import sys; from nashswarm.cli import main; sys.exit(main())"]
+GENERATE = f"""
+import json, sys, time
+import torch, transformers
+import nashswarm
+from nashswarm import memory
+started = time.monotonic()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+loaded = time.monotonic()
+tokens = transformers.AutoTokenizer.from_pretrained(sys.argv[1])("The flock", return_tensors="pt")
+answer = model.generate(**tokens, max_new_tokens={NEW_TOKENS}, min_new_tokens={NEW_TOKENS}, do_sample=False)
+ended = time.monotonic()
+new = answer.shape[1] - tokens["input_ids"].shape[1]
+print(json.dumps({{"load_seconds": loaded - started, "generate_seconds": ended - loaded, "new_tokens": new,
+                   "tokens": answer[0].tolist(), "peak_bytes": memory.peak_bytes()}}))
+"""
+
+
+def main() -> None:
+    """Write, compress, kill, go on, load, generate, save and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("/tmp/nashswarm-larger"), help="13 GB free")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--sweeps", type=int, default=0)
+    options = parser.parse_args()
+    started = datetime.datetime.now(datetime.UTC)
+    full, small = options.folder / "full", options.folder / "small"
+    if not (full / CONFIG).is_file():
+        write(full)
+    words = ["compress", str(full), "--windows", str(options.windows), "--length", str(options.length)]
+    words += ["--sweeps", str(options.sweeps)]
+    planned = json.loads(command([*words, "--plan"]))
+    words += ["--by-layer", "--out", str(small)]
+    blocks = CONFIGURED["num_hidden_layers"] + 2
+    at = int(KILLED_AT * blocks)
+    first = watched([*COMMAND, *words], small.with_name("small.unfinished"), at)
+    second = watched([*COMMAND, *words])
+    made = json.loads(second.pop("printed"))
+    loaded = watched([sys.executable, "-c", GENERATE, str(small)])
+    generated = json.loads(loaded.pop("printed"))
+    about = json.loads((small / "nashswarm.json").read_text())
+    larger = {}
+    for name in shapes.LARGE:
+        larger[name] = json.loads(command(["compress", name, "--plan"]))
+    found = {
+        "model": CONFIGURED,
+        "bytes_full": sum(path.stat().st_size for path in full.iterdir()),
+        "limit_bytes": LIMIT,
+        "limited_by": "RLIMIT_DATA",
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "settings": about["key"]["settings"],
+        "windows": [options.windows, options.length],
+        "planned": planned,
+        "compressed": made,
+        "killed": first,
+        "resumed": second,
+        "generated": generated | loaded,
+        "units": about["units"],
+        "larger": larger,
+        "provenance": provenance(started),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    record.write_whole(options.out.with_suffix(".json"), (json.dumps(found, indent=1) + "\n").encode())
+    record.write_whole(options.out.with_suffix(".md"), as_table(found).encode())
+    shutil.rmtree(options.folder)
+    print(as_table(found))
+
+
+def write(folder: pathlib.Path) -> None:
+    """The checkpoint, file by file; the config comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = transformers.LlamaConfig(**CONFIGURED)
+    expected = shards.tensors_of(shards.skeleton(config))
+    files: list[dict[str, torch.Size]] = [{}]
+    size = 0
+    for name, part in expected.items():
+        size += 2 * part.numel()
+        if size > FILE_BYTES:
+            files.append({})
+            size = 2 * part.numel()
+        files[-1][name] = part.shape
+    generator = torch.Generator().manual_seed(0)
+    for path, own in zip(shards.names(files), files, strict=True):
+        tensors = {
+            name: (torch.randn(shape, generator=generator) * config.initializer_range).bfloat16()
+            if len(shape) == 2
+            else torch.ones(shape, dtype=torch.bfloat16)
+            for name, shape in own.items()
+        }
+        safetensors.torch.save_file(tensors, folder / path, {"format": "pt"})
+    weight_map = {name: path for path, own in zip(shards.names(files), files, strict=True) for name in own}
+    total = sum(2 * part.numel() for part in expected.values())
+    (folder / shards.INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    transformers.AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    config.save_pretrained(folder)
+
+
+def command(words: Sequence[str]) -> str:
+    """What the command prints."""
+    return subprocess.run([*COMMAND, *words], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def watched(words: Sequence[str], folder: pathlib.Path | None = None, units: int = 0) -> dict[str, Any]:
+    """Run under the limit: seconds, the largest resident set seen, and what was printed.  With a ``folder`` the process
+    is killed some seconds after so many units are finished there."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
+
+    started = time.monotonic()
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, preexec_fn=limit)
+    peak, killed, reached = 0, False, None
+    while process.poll() is None:
+        peak = max(peak, _resident(process.pid))
+        if folder is not None and reached is None and _finished(folder) >= units:
+            reached = time.monotonic()
+        if reached is not None and not killed and time.monotonic() - reached > INTO_A_BLOCK:
+            process.send_signal(signal.SIGKILL)
+            killed = True
+        time.sleep(0.1)
+    assert process.stdout is not None
+    seconds = time.monotonic() - started
+    if process.returncode != (-signal.SIGKILL if folder is not None else 0):
+        raise SystemExit(f"the process ended with {process.returncode}")
+    found: dict[str, Any] = {"seconds": seconds, "resident_bytes": peak, "status": process.returncode}
+    if folder is not None:
+        return found | {"units_finished": _finished(folder)}
+    return found | {"printed": process.stdout.read()}
+
+
+def _resident(process: int) -> int:
+    try:
+        lines = pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def _finished(folder: pathlib.Path) -> int:
+    try:
+        return len(json.loads((folder / "nashswarm.json").read_text())["units"])
+    except OSError:
+        return 0
+
+
+def as_table(found: dict[str, Any]) -> str:
+    """What was measured beside what was planned, and what is planned of larger models, as Markdown."""
+    made, planned, generated = found["compressed"], found["planned"], found["generated"]
+    killed, resumed = found["killed"], found["resumed"]
+    gib = 1 << 30
+    peak = max(made["peak_bytes"], killed["resident_bytes"], resumed["resident_bytes"])
+    rows = [
+        ("parameters", f"{made['parameters']:,}", f"{planned['parameters']:,}"),
+        ("bytes before", f"{found['bytes_full']:,}", ""),
+        ("bytes after", f"{made['bytes_file']:,}", f"{planned['bytes_file']:,}"),
+        ("bits per parameter", f"{made['bits_per_weight_model']:.3f}", f"{planned['bits_per_weight_model']:.3f}"),
+        ("limit of private memory, GiB", f"{found['limit_bytes'] / gib:.2f}", ""),
+        ("largest resident set, GiB", f"{peak / gib:.2f}", f"{planned['peak_bytes'] / gib:.2f}"),
+        ("minutes of a core in finished blocks", f"{made['cpu_seconds'] / 60:.1f}", f"{planned['seconds'] / 60:.1f}"),
+        ("minutes in them, while others worked too", f"{made['seconds'] / 60:.1f}", ""),
+        ("minutes until SIGKILL", f"{killed['seconds'] / 60:.1f}", ""),
+        ("units finished then", f"{killed['units_finished']} of {len(found['units'])}", ""),
+        ("minutes from there to the end", f"{resumed['seconds'] / 60:.1f}", ""),
+        ("seconds to load the result", f"{generated['load_seconds']:.1f}", ""),
+        (f"seconds for {generated['new_tokens']} tokens", f"{generated['generate_seconds']:.1f}", ""),
+        ("largest resident set then, GiB", f"{generated['resident_bytes'] / gib:.2f}", ""),
+    ]
+    lines = ["|  | measured | planned |", "| :-- | --: | --: |", *(f"| {' | '.join(row)} |" for row in rows)]
+    slower = made["cpu_seconds"] / planned["seconds"]
+    lines += ["", f"Plans on {found['threads']} thread; in the last column times {slower:.2f}, as measured above:", ""]
+    lines += ["| model | parameters | GB after | bits | hours | GiB of memory | hours, corrected |"]
+    lines += ["| :-- | --: | --: | --: | --: | --: | --: |"]
+    for name, plan in found["larger"].items():
+        hours = plan["seconds"] / 3600
+        lines.append(
+            f"| `{name}` | {plan['parameters']:,} | {plan['bytes_file'] / 1e9:.2f} "
+            f"| {plan['bits_per_weight_model']:.3f} | {hours:.1f} | {plan['peak_bytes'] / gib:.1f} "
+            f"| {slower * hours:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Checkpoints of LLaMA's architecture in many files: looked into without reading a weight, read tensor by tensor."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from torch import Tensor
+
+from nashswarm.models import CONFIG, WEIGHTS
+
+INDEX = f"{WEIGHTS}.index.json"
+EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
+
+
+class Shards(Mapping[str, Tensor]):
+    """Tensors in files of safetensors, by name; a file is mapped as long as one of its tensors is in use."""
+
+    def __init__(self, places: Mapping[str, pathlib.Path]) -> None:
+        self.places = dict(places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safetensors.safe_open(self.places[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint on the disk: its folder, its config, its model without weights, and its tensors."""
+
+    folder: pathlib.Path
+    config: Any
+    model: Any
+    shards: Shards
+
+    def key(self) -> dict[str, Any]:
+        """What tells whether it is still the same."""
+        files = sorted(set(self.shards.places.values()))
+        sizes = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+        return {"config": hashlib.sha256((self.folder / CONFIG).read_bytes()).hexdigest(), "files": sizes}
+
+
+def skeleton(config: Any) -> Any:
+    """The model of a config, without memory.  Raises ValueError unless it is a LLaMA of plain floats."""
+    if config.model_type != "llama":
+        raise ValueError(f"compress by layer knows LLaMA's architecture alone, and this is {config.model_type!r}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("the checkpoint is quantized already: start from the full model")
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def open_source(folder: pathlib.Path) -> Source:
+    """The checkpoint in ``folder``, every file looked into and no weight read.
+
+    Raises ValueError in one sentence for what is not a whole LLaMA checkpoint.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: compress by layer reads from the disk, so fetch the checkpoint first")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"the folder {folder} holds no {CONFIG}, so it is not a checkpoint in Hugging Face layout")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = skeleton(config)
+    if (folder / INDEX).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{folder / INDEX} is damaged ({error!r}); fetch it again") from error
+        files = {name: folder / file for name, file in index.items()}
+    elif (folder / WEIGHTS).is_file():
+        files = {}
+    else:
+        raise ValueError(f"the folder {folder} holds neither {WEIGHTS} nor {INDEX}; save the model as safetensors")
+    paths = sorted(set(files.values())) or [folder / WEIGHTS]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names; fetch the checkpoint again")
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, pathlib.Path] = {}
+    for path in paths:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  it is no mapping
+                    shapes[name], places[name] = tuple(file.get_slice(name).get_shape()), path
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from error
+    expected = {name: tuple(part.shape) for name, part in tensors_of(model).items()}
+    if absent := [name for name in expected if name not in shapes]:
+        raise ValueError(f"the checkpoint in {folder} lacks {len(absent)} of the model's tensors: {some(absent)}")
+    if wrong := [name for name in expected if shapes[name] != expected[name]]:
+        raise ValueError(f"{folder} holds tensors of other shapes than its {CONFIG} says: {some(wrong)}")
+    return Source(folder, config, model, Shards({name: places[name] for name in expected}))
+
+
+def units(config: Any) -> list[tuple[str, ...]]:
+    """The modules that are compressed and stored together, in the order of it; a tied embedding is the head."""
+    blocks = [(f"model.layers.{number}",) for number in range(config.num_hidden_layers)]
+    if config.tie_word_embeddings:
+        return [*blocks, (NORM, EMBEDDING)]
+    return [(EMBEDDING,), *blocks, (NORM, HEAD)]
+
+
+def names(files: Sequence[Any]) -> list[str]:
+    """Of the files, as the hub has them."""
+    return [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """The length of a file of safetensors with these tensors."""
+    kinds = {torch.uint8: "U8", torch.float16: "F16"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, part in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        start, end = end, end + part.nbytes
+        header[name] = {"dtype": kinds[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end
+
+
+def tensors_of(model: Any) -> dict[str, Tensor]:
+    """What a checkpoint of the model holds: a tied head is the embedding."""
+    tied = model.config.tie_word_embeddings
+    return {name: part for name, part in model.state_dict().items() if not (tied and name == f"{HEAD}.weight")}
+
+
+def some(found: Sequence[str], most: int = 8) -> str:
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
