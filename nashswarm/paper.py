@@ -103,8 +103,8 @@ def of_records(records: Iterable[Record]) -> dict[str, str]:
         if len(contestants) and experiment != MAIN:
             method = contestants["method"] + " " + contestants["contestant"]
             found |= numbers(contestants.assign(method=method), experiment)
-        for method, layers in tables.layers(own).groupby("method", sort=False):
-            found[macro_name(*words, str(method), "correlation")] = FORMATS["correlation"](correlation(layers))
+        for label, layers in tables.layers(own).groupby("method", sort=False):
+            found[macro_name(*words, str(label), "correlation")] = FORMATS["correlation"](correlation(layers))
         found |= settings(own, *words)
     equal = tables.equal_bytes(gathered)
     if "kl_ratio" in equal:
