@@ -44,11 +44,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 
 install: .venv/installed  ## make .venv with the tested versions
 
-quickstart: install  ## the ablation on the embedded model and 64 windows of its text, to one figure; no download
-	$(RUN) experiment=ablation dataset.test_windows=64 records=results/quickstart/records \
+quickstart: install  ## the ablation on the embedded model and 32 windows of its text, to one figure; no download
+	$(RUN) experiment=ablation dataset.test_windows=32 records=results/quickstart/records \
 		hydra/launcher=joblib hydra.launcher.n_jobs=2 wandb=disabled
-	$(BIN)/python scripts/tables.py --records results/quickstart/records --experiment ablation --out results/quickstart/tables
-	$(BIN)/python scripts/figures.py --records results/quickstart/records --experiment ablation --out results/quickstart/figures
+	$(BIN)/python scripts/tables.py --records results/quickstart/records --experiment ablation --out results/quickstart/tables & \
+	$(BIN)/python scripts/figures.py --records results/quickstart/records --experiment ablation --out results/quickstart/figures \
+		&& wait $$!
 	@ls results/quickstart/figures/ablation_pareto.png
 
 test: .venv/tested  ## lint, types, layers, tests
