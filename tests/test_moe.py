@@ -112,7 +112,7 @@ def test_leaders_choose_in_the_group_that_is_dearest_to_the_token(x: Tensor) -> 
     groups = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
     for token, experts, gates in zip(x, routing.experts.tolist(), routing.gates, strict=True):
         utility = router.weight @ (token - router.centre) - router.price
-        best = max(groups, key=lambda group: float(utility[group].mean()))
+        best = max(groups, key=lambda group: float(utility[group].detach().mean()))
         assert experts == sorted(best, key=lambda expert: -float(utility[expert]))[:K]
         assert torch.allclose(gates, utility[experts].softmax(0), atol=1e-5)
 
