@@ -12,7 +12,7 @@ LATEX := latexmk texlive-latex-base texlive-latex-recommended texlive-fonts-reco
          texlive-latex-extra poppler-utils
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-engines test-all sanitize docs sweep derive pages paper reproduce clean
+.PHONY: help install quickstart test test-engines test-all sanitize docs sweep derive pages paper arxiv reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +87,7 @@ derive: install  ## tables and figures of the committed records, into results/ta
 	$(BIN)/python scripts/tables.py --records $(RECORDS)
 	$(BIN)/python scripts/figures.py --records $(RECORDS)
 	$(BIN)/python scripts/audit.py --records $(RECORDS)
+	$(BIN)/python scripts/resources.py --records $(RECORDS)
 
 pages: install  ## one self-contained HTML page per experiment, into results/pages
 	$(BIN)/python scripts/page.py --records $(RECORDS)
@@ -97,6 +98,9 @@ paper: install  ## the paper, every number from committed records
 	$(BIN)/python scripts/figures.py --records $(RECORDS) --paper paper/generated
 	$(BIN)/python scripts/audit.py --records $(RECORDS) --paper paper/generated
 	latexmk -cd -pdf -interaction=nonstopmode -halt-on-error paper/main.tex
+
+arxiv: paper  ## the sources of the paper as one package that builds by itself, into build/arxiv
+	$(BIN)/python scripts/arxiv.py
 
 reproduce: install  ## every experiment again, into results/reproduced; continues where it stopped
 	@status=0; for experiment in $(EXPERIMENTS); do \

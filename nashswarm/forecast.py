@@ -69,18 +69,33 @@ def rates(settings: ByLayer) -> Rates:
 
 def forecast(model: Any, settings: ByLayer, windows: int, length: int, rates: Rates) -> Forecast:
     """Of a model without memory, compressed with so many windows."""
-    files = layout(model, settings)
-    size = sum(map(file_bytes, files)) + sum(map(len, descriptions(model.config, files, "00000000").values()))
+    size = file_bytes_of(model, settings)
     parameters = sum(part.numel() for part in tensors_of(model).values())
     states = 4 * windows * length * model.config.hidden_size
-    kinds = {unit[0].rstrip("0123456789"): unit for unit in units(model.config)}
+    kinds = _kinds(model)
     count = {kind: sum(unit[0].startswith(kind) for unit in units(model.config)) for kind in kinds}
     seconds = sum(
         count[kind] * _seconds_of(model, unit, windows * length, length, rates) for kind, unit in kinds.items()
     )
-    peak = max(_memory_of(model, unit, states) for unit in kinds.values())
-    own = memory.peak_bytes()
-    return Forecast(parameters, size, 8 * size / parameters, 2 * states, seconds, own + peak)
+    peak = memory.peak_bytes() + working_bytes(model, windows, length)
+    return Forecast(parameters, size, 8 * size / parameters, 2 * states, seconds, peak)
+
+
+def file_bytes_of(model: Any, settings: ByLayer) -> int:
+    """Of the compressed checkpoint, exact, from shapes alone."""
+    files = layout(model, settings)
+    return sum(map(file_bytes, files)) + sum(map(len, descriptions(model.config, files, "00000000").values()))
+
+
+def working_bytes(model: Any, windows: int, length: int) -> int:
+    """Memory beside what the process has anyway, from shapes alone."""
+    states = 4 * windows * length * model.config.hidden_size
+    return max(_memory_of(model, unit, states) for unit in _kinds(model).values())
+
+
+def _kinds(model: Any) -> dict[str, tuple[str, ...]]:
+    """One unit of every kind: decoder blocks are all alike."""
+    return {unit[0].rstrip("0123456789"): unit for unit in units(model.config)}
 
 
 def _seconds_of(model: Any, unit: Sequence[str], tokens: int, length: int, rates: Rates) -> float:

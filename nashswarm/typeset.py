@@ -238,6 +238,11 @@ def markdown(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows) + explained
 
 
+def table_of(headings: Sequence[str], rows: Sequence[Sequence[str]], rules: Sequence[str]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(line)} |" for line in (headings, rules, *rows)]
+
+
 def csv(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> str:
     """Every column, shown or not, with every digit, one line per row."""
     return table.drop(columns=["identity", "dirty"], errors="ignore").to_csv(index=False, lineterminator="\n")

@@ -443,20 +443,15 @@ def size_rows(found: Mapping[str, Sizes]) -> list[tuple[str, ...]]:
 def markdown(evidence: Evidence) -> str:
     """Both tables, and what they mean."""
     rows = [row.cells() for row in claims(evidence)]
-    lines = table_of(HEADINGS, rows, [":--"] * len(HEADINGS))
+    lines = typeset.table_of(HEADINGS, rows, [":--"] * len(HEADINGS))
     lines += [
         "",
         f"Sizes, exact from shapes alone, weights untouched; `nash_swarm` at {NashSwarm().bits} stored bits per "
         "parameter, its budget:",
         "",
-        *table_of(SIZE_HEADINGS, size_rows(evidence.sizes), [":--"] + ["--:"] * (len(SIZE_HEADINGS) - 1)),
+        *typeset.table_of(SIZE_HEADINGS, size_rows(evidence.sizes), [":--"] + ["--:"] * (len(SIZE_HEADINGS) - 1)),
     ]
     return "\n".join(lines) + "\n"
-
-
-def table_of(headings: Sequence[str], rows: Sequence[Sequence[str]], rules: Sequence[str]) -> list[str]:
-    """The lines of a Markdown table."""
-    return [f"| {' | '.join(line)} |" for line in (headings, rules, *rows)]
 
 
 TEX = typeset.ESCAPES | str.maketrans(

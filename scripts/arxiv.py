@@ -1,0 +1,104 @@
+"""The source of the paper as arXiv takes it: everything that it is made of, and nothing else.
+
+    python scripts/arxiv.py
+
+Packs what the last ``make paper`` read from its own folder (``main.fls``), the bibliography as ``main.bbl``, and builds
+it once more from the package alone, without ``latexmk`` or BibTeX.  Two packages of the same sources are the same bytes.
+"""
+
+import argparse
+import gzip
+import io
+import pathlib
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+
+from nashswarm import record
+
+SOURCES = {".tex", ".bbl", ".pdf", ".png"}
+MAIN = "main"
+PASSES = 3  # after which references and the contents stand still
+WARNED = re.compile(r"undefined|multiply defined|Rerun to get", re.I)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paper", type=pathlib.Path, default=pathlib.Path("paper"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/arxiv/nashswarm.tar.gz"))
+    options = parser.parse_args(arguments)
+    try:
+        files = gather(options.paper)
+        pages = build(files)
+        record.write_whole(options.out, pack(files))
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{options.out}: {len(files)} files, {pages} pages")
+    return 0
+
+
+def gather(paper: pathlib.Path) -> dict[str, bytes]:
+    """Name → content of the files that the last build of ``paper`` read from its folder.
+
+    Raises ValueError if there is no build, if what it read is gone, or if a source has changed since.
+    """
+    read, built = paper / f"{MAIN}.fls", paper / f"{MAIN}.pdf"
+    if not (read.is_file() and built.is_file()):
+        raise ValueError(f"{paper} has not been built: run make paper first")
+    lines = [line.split(" ", 1) for line in read.read_text().splitlines()]
+    names = {pathlib.PurePath(name).as_posix() for kind, name in lines if kind == "INPUT" and name[0] not in "/~"}
+    wanted = sorted(name for name in names if pathlib.PurePath(name).suffix in SOURCES)
+    if missing := [name for name in [*wanted, f"{MAIN}.bbl"] if not (paper / name).is_file()]:
+        raise ValueError(f"{paper} lacks {', '.join(missing)}: run make paper again")
+    if f"{MAIN}.bbl" not in wanted:
+        raise ValueError(f"the paper was built without its bibliography {MAIN}.bbl: run make paper again")
+    if newer := [name for name in wanted if (paper / name).stat().st_mtime > built.stat().st_mtime]:
+        raise ValueError(f"{', '.join(newer)} changed after the paper was built: run make paper again")
+    return {name: (paper / name).read_bytes() for name in wanted}
+
+
+def build(files: Mapping[str, bytes]) -> int:
+    """How many pages these files make in an empty folder.
+
+    Raises ValueError if they make none, or leave a reference undefined.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", f"{MAIN}.tex"]
+        for _ in range(PASSES):
+            try:
+                ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+            except FileNotFoundError as error:
+                raise ValueError("pdflatex is not installed: make paper names the packages") from error
+            if ended.returncode:
+                wrong = next((line for line in ended.stdout.splitlines() if line.startswith("!")), "no reason given")
+                raise ValueError(f"the package does not build by itself: {wrong}")
+        log = (folder / f"{MAIN}.log").read_text(errors="replace")
+    if wrong := [line for line in log.splitlines() if "Warning" in line and WARNED.search(line)]:
+        raise ValueError(f"the package builds, but: {wrong[0]}")
+    found = re.search(r"Output written on .*?\((\d+) pages?", log.replace("\n", ""))
+    if found is None:
+        raise ValueError("the package makes no page")
+    return int(found[1])
+
+
+def pack(files: Mapping[str, bytes]) -> bytes:
+    """The files as a compressed tape archive, without times or owners."""
+    tape = io.BytesIO()
+    with tarfile.open(fileobj=tape, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in sorted(files.items()):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return gzip.compress(tape.getvalue(), mtime=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
