@@ -3,7 +3,7 @@
     python scripts/arxiv.py
 
 Packs what the last ``make paper`` read from its own folder (``main.fls``), the bibliography as ``main.bbl``, and builds
-it once more from the package alone, without ``latexmk`` or BibTeX.  Two packages of the same sources are the same bytes.
+it once more from the package alone, without ``latexmk`` or BibTeX.  The same sources make the same bytes.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def gather(paper: pathlib.Path) -> dict[str, bytes]:
     lines = [line.split(" ", 1) for line in read.read_text().splitlines()]
     names = {pathlib.PurePath(name).as_posix() for kind, name in lines if kind == "INPUT" and name[0] not in "/~"}
     wanted = sorted(name for name in names if pathlib.PurePath(name).suffix in SOURCES)
-    if missing := [name for name in [*wanted, f"{MAIN}.bbl"] if not (paper / name).is_file()]:
+    if missing := [name for name in wanted if not (paper / name).is_file()]:
         raise ValueError(f"{paper} lacks {', '.join(missing)}: run make paper again")
     if f"{MAIN}.bbl" not in wanted:
         raise ValueError(f"the paper was built without its bibliography {MAIN}.bbl: run make paper again")
@@ -81,8 +81,8 @@ def build(files: Mapping[str, bytes]) -> int:
                 wrong = next((line for line in ended.stdout.splitlines() if line.startswith("!")), "no reason given")
                 raise ValueError(f"the package does not build by itself: {wrong}")
         log = (folder / f"{MAIN}.log").read_text(errors="replace")
-    if wrong := [line for line in log.splitlines() if "Warning" in line and WARNED.search(line)]:
-        raise ValueError(f"the package builds, but: {wrong[0]}")
+    if warnings := [line for line in log.splitlines() if "Warning" in line and WARNED.search(line)]:
+        raise ValueError(f"the package builds, but: {warnings[0]}")
     found = re.search(r"Output written on .*?\((\d+) pages?", log.replace("\n", ""))
     if found is None:
         raise ValueError("the package makes no page")

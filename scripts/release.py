@@ -1,6 +1,6 @@
 """Whether this is the release that a tag names: the same version and the same repository wherever one is written.
 
-    python scripts/release.py v0.1.0-alpha --repository account/nashswarm
+python scripts/release.py v0.1.0-alpha --repository account/nashswarm
 """
 
 import argparse

@@ -22,7 +22,7 @@ from nashswarm.record import Record
 WORK = {"moments", "damage", "game"}  # what the cache may have done before
 TIMED = ("nash_swarm", "no_cache", "gptq")  # the main method, the same without a cache, and error feedback alone
 WINDOWS, LENGTH = 4, 2048  # what `nashswarm compress --by-layer` calibrates with
-MEASURED = ("model", "parameters", "method", "threads", "minutes", "GB at the peak", "processor")
+MEASURED = ("model", "parameters", "method", "threads", "minutes", "GB at the peak", "machine")
 SHAPE = (
     "model",
     "parameters",
@@ -86,7 +86,7 @@ def measured_rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
             about = f"`{one.labels['model']}`", count(origin["parameters"]), one.labels["method"]
             minutes = typeset.fixed(1)(metrics["quantize_seconds"] / 60)
             peak = gigabytes(metrics["quantize_peak_bytes"])
-            machine = origin["machine"].rpartition(", ")[2]
+            machine = origin["machine"].partition(", ")[2]
             rows.append((origin["parameters"], (*about, str(one.config["threads"]), minutes, peak, machine)))
     if not rows:
         raise ValueError("no record tells what compression took; run experiment=ablation or experiment=speed")

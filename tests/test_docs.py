@@ -102,9 +102,7 @@ def test_no_result_is_typed(page: str) -> None:
     assert set(re.findall(r"\d+[.,]\d+|(?<![-\d])\d+ ?%|\d+×", prose)) <= {"2.5", "95 %", "3.11", "3.12"}
 
 
-@pytest.mark.parametrize(
-    "name", ["quantize_nash_swarm_adaptive", "NashSuruMoE", "DinamikKuantizasyon", "CPUOptimizer"]
-)
+@pytest.mark.parametrize("name", ["quantize_nash_swarm_adaptive", "NashSuruMoE", "DinamikKuantizasyon", "CPUOptimizer"])
 def test_a_name_of_the_prototype_leads_to_one_that_exists(name: str) -> None:
     rows = [row.split(" | ") for row in PAGES["docs/prototype.md"].splitlines() if row.startswith("| ")]
     (ours,) = [cells[1] for cells in rows if f"`{name}`" in cells[0]]

@@ -7,8 +7,11 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tomllib
+import zipfile
+from collections.abc import Callable
 
 import pytest
 import yaml
@@ -97,7 +100,12 @@ def test_the_package_of_the_paper_holds_what_was_read_and_nothing_else(tmp_path:
         (lambda paper: os.utime(paper / "main.pdf", (1, 1)), "main.tex changed after the paper was built"),
     ],
 )
-def test_what_is_missing_is_told(tmp_path, spoil, sentence, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_missing_is_told(
+    tmp_path: pathlib.Path,
+    spoil: Callable[[pathlib.Path], object],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     paper = paper_in(tmp_path)
     spoil(paper)
     assert arxiv.main(["--paper", str(paper), "--out", str(tmp_path / "out.tar.gz")]) == 1
@@ -117,9 +125,6 @@ def test_the_package_is_built_once_more_by_itself(tmp_path: pathlib.Path) -> Non
 @pytest.mark.slow
 def test_the_wheel_and_the_source_hold_the_kernels_and_the_model(tmp_path: pathlib.Path) -> None:
     """The wheel has them built, the source archive has what they are built of."""
-    import sys
-    import zipfile
-
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
