@@ -10,7 +10,6 @@ import os
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -25,7 +24,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nashswarm import cli, plan
-from tests.conftest import build
 
 ROOT = pathlib.Path(__file__).parent.parent
 TRACKED = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).splitlines()
@@ -168,20 +166,25 @@ def test_no_link_inside_is_dead(page: str) -> None:
 
 # what a newcomer types
 
+WINDOW = 128  # tokens: `nashswarm profile` takes dozens of steps
+
 
 @pytest.fixture
-def stand_ins(model_folder: pathlib.Path, tokenizer: Any, tmp_path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The small model in the folder of the newcomer's, and a LLaMA in the place of the one that is larger than
-    memory."""
-    shutil.copytree(model_folder, tmp_path / "your-model")
-    build("llama").save_pretrained(tmp_path / "llama")
-    tokenizer.save_pretrained(tmp_path / "llama")
-    return {"your-model": tmp_path / "your-model", "--by-layer": tmp_path / "llama"}
+def llama(
+    model_folder: pathlib.Path, tokenizer: Any, random_model: Callable[[str], Any], tmp_path: pathlib.Path
+) -> pathlib.Path:
+    """A LLaMA in the place of the one that is larger than memory; beside it a small GPT-2 in the newcomer's folder."""
+    config = transformers.AutoConfig.from_pretrained(model_folder, n_positions=WINDOW)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "your-model")
+    random_model("llama").save_pretrained(tmp_path / "llama")
+    for name in ("your-model", "llama"):
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path / "llama"
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run_one_after_the_other(
-    stand_ins: dict[str, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    llama: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = next(block for _, block in FENCE.findall(GUIDES["README.md"]) if "nashswarm rebudget" in block)
     lines = [re.sub(r"\s+#.*", "", line) for line in block.splitlines()]
@@ -194,7 +197,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
             answers(words)
             continue
         if "--by-layer" in words:
-            words[1] = str(stand_ins["--by-layer"])
+            words[1] = str(llama)
         absent = words[0] == "export" and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime", "onnxscript")))
         assert cli.main(words) == (2 if absent else 0), line
     for folder in ("your-model-3bit", "small", "smaller"):
@@ -230,7 +233,7 @@ def test_the_quick_start_leads_to_a_table(tmp_path: pathlib.Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for words in ([*first, *added], [*second, "--records", f"{tmp_path}/records", "--out", f"{tmp_path}/tables"]):
         subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
-    assert "| nash_swarm |" in (tmp_path / "tables/single.md").read_text()
+    assert "| nash_swarm[bits=2.5] |" in (tmp_path / "tables/single.md").read_text()
 
 
 def test_what_the_readme_imports_is_there() -> None:

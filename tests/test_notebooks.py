@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.test_release import REPOSITORY
+from scripts import release
 
 ROOT = pathlib.Path(__file__).parent.parent
+REPOSITORY = release.repositories()["pyproject.toml"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
