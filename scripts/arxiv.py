@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def gather(paper: pathlib.Path) -> dict[str, bytes]:
     """Name → content of the files that the last build of ``paper`` read from its folder.
 
-    Raises ValueError if there is no build, if what it read is gone, or if a source has changed since.
+    Raises ValueError if there is no build, or if what it read is gone.
     """
-    read, built = paper / f"{MAIN}.fls", paper / f"{MAIN}.pdf"
-    if not (read.is_file() and built.is_file()):
+    read = paper / f"{MAIN}.fls"
+    if not read.is_file():
         raise ValueError(f"{paper} has not been built: run make paper first")
     lines = [line.split(" ", 1) for line in read.read_text().splitlines()]
     names = {pathlib.PurePath(name).as_posix() for kind, name in lines if kind == "INPUT" and name[0] not in "/~"}
@@ -56,8 +56,6 @@ def gather(paper: pathlib.Path) -> dict[str, bytes]:
         raise ValueError(f"{paper} lacks {', '.join(missing)}: run make paper again")
     if f"{MAIN}.bbl" not in wanted:
         raise ValueError(f"the paper was built without its bibliography {MAIN}.bbl: run make paper again")
-    if newer := [name for name in wanted if (paper / name).stat().st_mtime > built.stat().st_mtime]:
-        raise ValueError(f"{', '.join(newer)} changed after the paper was built: run make paper again")
     return {name: (paper / name).read_bytes() for name in wanted}
 
 
