@@ -10,7 +10,6 @@ import argparse
 import datetime
 import functools
 import itertools
-import json
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
@@ -47,10 +46,8 @@ def main() -> None:
     for threads, shape, batch in track(list(itertools.product(THREADS, SHAPES, ROUNDS)), "products"):
         torch.set_num_threads(threads)
         rows += [{"threads": threads} | row for row in measured(shape, batch, ROUNDS[batch])]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"path": native.path(), "rows": rows, "provenance": provenance(started)}
-    record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
-    record.write_whole(options.out.with_suffix(".md"), as_table(rows).encode())
+    record.write_report(options.out, content, as_table(rows))
     print(as_table(rows))
 
 
