@@ -19,9 +19,9 @@ from nashswarm import data, measures, metrics, models, peers
 from nashswarm.evidence import show_progress
 from nashswarm.kernels import native
 from nashswarm.linear import PackedMatrix
+from nashswarm.machine import machine
 from nashswarm.runtime import export as exporter
 from nashswarm.runtime import profile as profiler
-from nashswarm.runtime.machine import machine
 
 WIDE = 160  # columns of a table that goes to a file or a pipe, where nothing is to be cut off
 

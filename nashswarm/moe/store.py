@@ -5,7 +5,6 @@ What was not used for longest goes first (LRU); every counter tells what really 
 
 import collections
 import pathlib
-import re
 from typing import Any
 
 import safetensors
@@ -14,21 +13,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from nashswarm.machine import machine
 from nashswarm.moe.experts import Experts
 
-CACHES = pathlib.Path("/sys/devices/system/cpu/cpu0/cache")
-UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 MATRICES = ("up_proj", "down_proj")
 Key = tuple[str, int]  # a layer and the number of its expert
 
 
 def last_level_cache() -> int:
-    """Bytes of this machine's largest cache.  Raises ValueError where the system does not say."""
-    texts = [path.read_text().strip() for path in CACHES.glob("index*/size")]
-    sizes = [int(found[1]) * UNITS[found[2]] for text in texts if (found := re.fullmatch(r"(\d+)([KMG])", text))]
-    if not sizes:
+    """Bytes of this machine's last cache before memory.  Raises ValueError where the system does not say."""
+    here = machine()
+    last = max(here.caches)
+    if last in here.assumed:
         raise ValueError("this system does not tell the size of its caches: give budget_bytes")
-    return max(sizes)
+    return here.caches[last]
 
 
 def save(model: nn.Module, path: pathlib.Path) -> None:
