@@ -41,14 +41,16 @@ def save(model: nn.Module, path: pathlib.Path) -> None:
 
 
 class ExpertStore:
-    """The experts in a file of ``save``, ``budget_bytes`` of them in memory at most (default: the last-level cache).
+    """The experts in a file of ``save``, ``budget_bytes`` of them in the memory of ``device`` at most (default: the
+    last-level cache).
 
     ``hits``, ``misses``, ``evictions``: how often an expert was there, was read, went; ``bytes_read``: from the file.
     Raises ValueError for a budget that holds no expert.
     """
 
-    def __init__(self, path: pathlib.Path, budget_bytes: int | None = None) -> None:
+    def __init__(self, path: pathlib.Path, budget_bytes: int | None = None, device: torch.device | str = "cpu") -> None:
         self.budget_bytes = last_level_cache() if budget_bytes is None else budget_bytes
+        self.device = torch.device(device)
         self._file = safetensors.safe_open(path, "pt").__enter__()  # type: ignore[no-untyped-call]
         self._slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
         self.layers = sorted({name.rpartition(".")[0] for name in self._slices})
@@ -85,7 +87,7 @@ class ExpertStore:
         return found
 
     def _read(self, key: Key) -> tuple[Tensor, ...]:
-        return tuple(self._slices[f"{key[0]}.{part}"][key[1]].clone() for part in MATRICES)
+        return tuple(self._slices[f"{key[0]}.{part}"][key[1]].to(self.device, copy=True) for part in MATRICES)
 
 
 class StoredExperts(nn.Module):
