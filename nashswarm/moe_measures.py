@@ -54,7 +54,7 @@ class Routed:
     ``router_microseconds`` of one router, a token.  Then ``served_tokens`` are read one by one, experts coming from a
     file into memory that holds ``resident`` of their bytes: ``resident_hits``, ``nll_served``,
     ``served_tokens_per_second``, and the same with ``_without`` the residency term. ``windows``: the first ones of
-    the text; null: all.
+    those that judge; null: all.
     """
 
     batch_size: int = 16
@@ -177,11 +177,13 @@ class QuickValidation:
         if not self.bits > 0:
             raise ValueError(f"measure.bits={self.bits} must be positive")
 
+    @property
+    def tokens(self) -> int:
+        return self.batches * self.batch_size * self.length
+
     def measure(self, subject: MoeSubject) -> Found:
-        tokens = subject.windows.flatten()[: self.batches * self.batch_size * self.length]
-        if len(tokens) < self.batches * self.batch_size * self.length:
-            raise ValueError(f"the validation text has {len(tokens)} tokens; lower measure.batches")
-        windows = tokens.view(-1, self.length)
+        check(self, subject.windows)
+        windows = subject.windows.flatten()[: self.tokens].view(-1, self.length)
         packed, report = api.compress(
             subject.model, subject.trained.tokenizer, "nash_swarm", subject.calibration, self.bits
         )
@@ -349,3 +351,9 @@ def timed(contestants: Sequence[Callable[[], Any]], repeats: int, device: torch.
 
 
 MoeMeasure = Routed | QuickValidation | RoutingTime
+
+
+def check(measure: MoeMeasure, windows: Int[Tensor, "windows length"]) -> None:
+    """Raises ValueError if a measure asks for more than these windows are."""
+    if isinstance(measure, QuickValidation) and windows.numel() < measure.tokens:
+        raise ValueError(f"the validation text has {windows.numel()} tokens; lower measure.batches")
