@@ -23,8 +23,9 @@ from nashswarm.allocation import curvature
 from nashswarm.evidence import show_progress
 from nashswarm.plan import plan
 from nashswarm.provenance import provenance
+from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme
-from nashswarm.quant.reply import Curvature, reply
+from nashswarm.quant.reply import reply
 from nashswarm.run import Job
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
