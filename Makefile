@@ -4,6 +4,8 @@ EXPERIMENT ?= ablation
 RECORDS ?= results/records
 
 export TOKENIZERS_PARALLELISM = false
+# Set by some machines; every process would compile torch and transformers anew.
+export PYTHONDONTWRITEBYTECODE =
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m experiments.run

@@ -9,7 +9,6 @@ of layers as large as GPT-2 small's, random weights and correlated inputs, at 3 
 
 import argparse
 import datetime
-import json
 import pathlib
 import resource
 import time
@@ -24,8 +23,9 @@ from nashswarm.allocation import curvature
 from nashswarm.evidence import show_progress
 from nashswarm.plan import plan
 from nashswarm.provenance import provenance
+from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme
-from nashswarm.quant.reply import Curvature, reply
+from nashswarm.quant.reply import reply
 from nashswarm.run import Job
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
@@ -43,11 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = datetime.datetime.now(datetime.UTC)
     times = [row for shape in SHAPES for row in timed(shape)]
     errors = ratios(job_of(options.overrides), options.widths)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"errors": errors, "times": times, "threads": torch.get_num_threads(), "provenance": provenance(started)}
-    record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
     text = as_table(errors) + "\n" + as_table(times)
-    record.write_whole(options.out.with_suffix(".md"), text.encode())
+    record.write_report(options.out, content, text)
     print(text)
 
 

@@ -9,7 +9,6 @@ parameter.  Every run leaves a record under ``--records``; the table is made of 
 
 import argparse
 import datetime
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -43,10 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += [row(found, best, width) for found in grouped]
         size = best.metrics["bits_per_weight_model"]
         rows += [row(measured(name, [f"method.bits={size!r}"], options), best, width) for name in RIVALS]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"rows": rows, "provenance": provenance(started)}
-    record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
-    record.write_whole(options.out.with_suffix(".md"), table(rows).encode())
+    record.write_report(options.out, content, table(rows))
     print(table(rows))
 
 

@@ -13,7 +13,6 @@ where the 95 % interval of the paired difference in KL to its control, over seed
 import argparse
 import datetime
 import itertools
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -113,10 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for role, (sizes, variants) in ROLES.items()
         for windows, name in itertools.product(sizes, variants)
     ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"rows": rows, "seeds": options.seeds, "provenance": provenance(started)}
-    record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
-    record.write_whole(options.out.with_suffix(".md"), table(rows).encode())
+    record.write_report(options.out, content, table(rows))
     print(table(rows))
 
 

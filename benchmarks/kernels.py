@@ -3,14 +3,14 @@
     python benchmarks/kernels.py
 
 Ratios to torch's float32 product of the same shape, medians of rounds in which the two take turns, weights in cache,
-one thread and two, with 95 % intervals; the error is relative to float64 products of the same weights.
+one thread and two, with 95 % intervals; the error is relative to float64 products of the same weights.  Below, matrices
+whose tiles have several widths beside those of one width each, all in turns: the ratio is to their mean.
 """
 
 import argparse
 import datetime
 import functools
 import itertools
-import json
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
@@ -31,7 +31,8 @@ from nashswarm.provenance import provenance
 
 OUT = pathlib.Path("results/benchmarks/kernels")
 SHAPES = ((3072, 768), (768, 3072))
-BITS: tuple[tuple[int, ...], ...] = ((2,), (3,), (4,), (8,), (2, 3, 4))
+MIXED = (2, 3, 4)
+BITS: tuple[tuple[int, ...], ...] = ((2,), (3,), (4,), (8,), MIXED)
 ROUNDS = {1: 61, 64: 21, 512: 7}  # of every batch
 THREADS = (1, 2)
 GROUP_SIZE = 64
@@ -43,15 +44,16 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     options = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
-    rows = []
+    rows, mixed = [], []
     for threads, shape, batch in track(list(itertools.product(THREADS, SHAPES, ROUNDS)), "products"):
         torch.set_num_threads(threads)
         rows += [{"threads": threads} | row for row in measured(shape, batch, ROUNDS[batch])]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"path": native.path(), "rows": rows, "provenance": provenance(started)}
-    record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
-    record.write_whole(options.out.with_suffix(".md"), as_table(rows).encode())
-    print(as_table(rows))
+        if batch == 1:
+            mixed += [{"threads": threads} | row for row in several_widths(shape, ROUNDS[batch])]
+    tables = f"{as_table(rows)}\n{as_table(mixed)}"
+    content = {"path": native.path(), "rows": rows, "mixed": mixed, "provenance": provenance(started)}
+    record.write_report(options.out, content, tables)
+    print(tables)
 
 
 def measured(shape: tuple[int, int], batch: int, rounds: int) -> list[dict[str, str | float]]:
@@ -82,6 +84,26 @@ def measured(shape: tuple[int, int], batch: int, rounds: int) -> list[dict[str, 
             | {"microseconds": 1e6 * statistics.median(ours), "ratio": statistics.median(ratios)}
             | {"low": low, "high": high}
             | {"relative error": float((call().double() - exact[name]).norm() / exact[name].norm())}
+        )
+    return found
+
+
+def several_widths(shape: tuple[int, int], rounds: int) -> list[dict[str, str | float]]:
+    """What mixing widths in one matrix costs at batch 1, over the mean of matrices of one of them each."""
+    x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(1))
+    found = []
+    for lattice, activations in itertools.product((False, True), kernels.ACTIVATIONS):
+        widths = [*((bits,) for bits in MIXED), MIXED]
+        tiles = [example(*shape, bits, GROUP_SIZE, lattice) for bits in widths]
+        *alone, several = interleaved([functools.partial(raw(), x, each, activations, None) for each in tiles], rounds)
+        of_one = [statistics.mean(each) for each in zip(*alone, strict=True)]
+        ratios = sorted(one / other for one, other in zip(several, of_one, strict=True))
+        low, high = median_interval(ratios)
+        kind = "lattice" if lattice else f"groups of {GROUP_SIZE}"
+        found.append(
+            {"shape": f"{shape[0]}x{shape[1]}", "kernel": f"{'+'.join(map(str, MIXED))} bits, {kind}, {activations}"}
+            | {"microseconds": 1e6 * statistics.median(several), "of one width": 1e6 * statistics.median(of_one)}
+            | {"ratio": statistics.median(ratios), "low": low, "high": high}
         )
     return found
 

@@ -104,9 +104,7 @@ def main() -> None:
         "larger": larger,
         "provenance": provenance(started),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    record.write_whole(options.out.with_suffix(".json"), (json.dumps(found, indent=1) + "\n").encode())
-    record.write_whole(options.out.with_suffix(".md"), as_table(found).encode())
+    record.write_report(options.out, found, as_table(found))
     shutil.rmtree(options.folder)
     print(as_table(found))
 

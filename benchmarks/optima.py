@@ -8,7 +8,6 @@ the real damages of the default model on its calibration text.
 
 import argparse
 import datetime
-import json
 import pathlib
 import sys
 import time
@@ -30,7 +29,7 @@ from nashswarm.methods import PLAYED_WIDTHS
 from nashswarm.plan import plan
 from nashswarm.provenance import provenance
 from nashswarm.quant.grid import Scheme
-from nashswarm.record import write_whole
+from nashswarm.record import write_report
 from nashswarm.run import Job
 from nashswarm.survey import survey
 
@@ -62,9 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "anarchy": [anarchy(blocks, budget, align, rng) for align in ALIGNS],
         "provenance": provenance(started) | {"threads": torch.get_num_threads(), "seed": options.seed},
     }
-    write_whole(options.out.with_suffix(".json"), (json.dumps(found, indent=1) + "\n").encode())
     text = markdown(found)
-    write_whole(options.out.with_suffix(".md"), text.encode())
+    write_report(options.out, found, text)
     print(text)
     return 0
 

@@ -10,7 +10,6 @@ compressed by the same methods at the same size; the table pairs the KL of their
 
 import argparse
 import datetime
-import json
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -61,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     | {"difference_low": low, "difference_high": high}
                 )
     content = {"rows": rows, "provenance": provenance(started)}
-    record.write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
-    record.write_whole(options.out.with_suffix(".md"), table(rows).encode())
+    record.write_report(options.out, content, table(rows))
     print(table(rows))
 
 

@@ -91,7 +91,10 @@ class Study(Sweeper):
 
 
 def distribution(override: Override) -> Any:
-    """Optuna's words for a sweep in Hydra's.  A range ends before its stop, as in Hydra."""
+    """Optuna's words for a sweep in Hydra's.  A range ends before its stop, as in Hydra.
+
+    Exits with one sentence for a sweep that Optuna has no words for.
+    """
     from optuna import distributions
 
     sweep: Any = override.value()
@@ -100,9 +103,14 @@ def distribution(override: Override) -> Any:
         sys.exit(f"{override.input_line}: only an interval can be searched on a logarithmic scale")
     if isinstance(sweep, IntervalSweep):
         assert sweep.start is not None and sweep.end is not None
+        if sweep.start > sweep.end or (log_scale and sweep.start <= 0):
+            least = "begins above 0" if log_scale else "begins with its smaller end"
+            sys.exit(f"{override.input_line}: an interval {least}, for example interval(0.1, 10)")
         return distributions.FloatDistribution(float(sweep.start), float(sweep.end), log=log_scale)
     if isinstance(sweep, RangeSweep):
-        values: list[Any] = list(sweep.range())
+        values: list[Any] = list(sweep.range()) if sweep.step > 0 else []
+        if not values:
+            sys.exit(f"{override.input_line}: a range to be searched goes upwards, for example range(3, 12)")
         kind = distributions.IntDistribution if isinstance(values[0], int) else distributions.FloatDistribution
         return kind(values[0], values[-1], step=sweep.step)
     return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))

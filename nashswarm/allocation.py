@@ -15,9 +15,10 @@ from scipy import sparse
 from torch import Tensor
 
 from nashswarm.quant.calibration import Moments
+from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor, Scheme, quantize, row_blocks, tile_sums
 from nashswarm.quant.pack import packed_bytes, run_lengths
-from nashswarm.quant.reply import Curvature, pieces, reply
+from nashswarm.quant.reply import pieces, reply
 
 Bits = Mapping[str, Integer[np.ndarray, "row_blocks groups"]]
 

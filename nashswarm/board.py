@@ -22,10 +22,12 @@ from nashswarm.allocation import Layer
 from nashswarm.checkpoint import TABLES
 from nashswarm.memory import give_back
 from nashswarm.quant.calibration import Track
+from nashswarm.quant.curvature import Curvature, Whitened
 from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_integers, encode_lattice, tables_of
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, lattice_of, price_at
-from nashswarm.quant.reply import Coding, Curvature, Settled, Whitened, lattice_reply, lattice_settle, pieces
+from nashswarm.quant.lattice_reply import Coding, lattice_reply, lattice_settle
+from nashswarm.quant.reply import Settled, pieces
 
 BUDGET_TOLERANCE = 1e-3
 COARSE = 1e-2  # how closely a budget is met before offsets are chosen

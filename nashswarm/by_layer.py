@@ -31,9 +31,10 @@ from nashswarm import checkpoint, memory, record, saved
 from nashswarm.models import CONFIG
 from nashswarm.provenance import code_digest, provenance
 from nashswarm.quant.calibration import Track, no_track
+from nashswarm.quant.curvature import DAMPING, TINY, Curvature, pivots
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.pack import pack, packed_bytes
-from nashswarm.quant.reply import DAMPING, TINY, Curvature, pieces, pivots, reply
+from nashswarm.quant.reply import pieces, reply
 from nashswarm.shards import EMBEDDING, HEAD, INDEX, NORM, Shards, Source, file_bytes, names, some, tensors_of, units
 
 ARCHITECTURE = "LlamaForCausalLM"

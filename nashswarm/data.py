@@ -168,6 +168,18 @@ def windows(text: str, tokenizer: Any, length: int, what: str) -> Int[Tensor, "w
     return functional.pad(functional.pad(found, (1, 0), value=ends[0]), (0, 1), value=ends[1])
 
 
+def first(pool: Int[Tensor, "windows length"], asked: int | None, what: str) -> Int[Tensor, "asked length"]:
+    """The first windows of the text that judges, or without a wish all of them.
+
+    Raises ValueError if there are not as many; ``what`` says in the message which text it was.
+    """
+    if asked is not None and asked < 1:
+        raise ValueError(f"dataset.test_windows={asked} must be at least 1, or null for all there are")
+    if asked is not None and len(pool) < asked:
+        raise ValueError(f"the {what} text has {len(pool)} windows, fewer than dataset.test_windows={asked}")
+    return pool[:asked]
+
+
 def draw(
     pool: Int[Tensor, "windows length"], calibration: int, holdout: int, rng: np.random.Generator
 ) -> tuple[Int[Tensor, "calibration length"], Int[Tensor, "holdout length"]]:

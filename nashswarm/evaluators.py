@@ -1,10 +1,13 @@
 """What the evaluators of others say of a model: sacrebleu, and the lm-evaluation-harness."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+
+from nashswarm import compare
 
 
 def bleu_counts(written: Sequence[str], references: Sequence[str]) -> Int[np.ndarray, "windows counts"]:
@@ -23,6 +26,28 @@ def bleu(counts: Int[np.ndarray, " counts"]) -> float:
 
     correct, total, (own, other) = (part.tolist() for part in np.split(counts, [4, 8]))
     return float(BLEU.compute_bleu(correct, total, own, other, smooth_method="exp").score)
+
+
+def bleu_compared(
+    own: Sequence[str], full: Sequence[str], true: Sequence[str]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """BLEU of what two models wrote, with intervals over windows: ``bleu``, the first against the second; ``bleu_text``
+    and ``bleu_text_full``, each against the true text; ``bleu_text_delta``, their paired difference.  Series: the same
+    of each window alone."""
+    pairs = {"bleu": (own, full), "bleu_text": (own, true), "bleu_text_full": (full, true)}
+    counted = {name: bleu_counts(*pair) for name, pair in pairs.items()}
+
+    def score(name: str, drawn: Int[np.ndarray, " drawn"]) -> float:
+        return bleu(counted[name][drawn].sum(0))
+
+    def delta(drawn: Int[np.ndarray, " drawn"]) -> float:
+        return score("bleu_text", drawn) - score("bleu_text_full", drawn)
+
+    statistics = {name: functools.partial(score, name) for name in pairs} | {"bleu_text_delta": delta}
+    found = {name: statistic(np.arange(len(own))) for name, statistic in statistics.items()}
+    for name, statistic in statistics.items():
+        found[f"{name}_low"], found[f"{name}_high"] = compare.interval_of(statistic, len(own))
+    return found, {name: [bleu(counts) for counts in counted[name]] for name in pairs}
 
 
 def harness(

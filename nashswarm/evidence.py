@@ -24,10 +24,12 @@ from nashswarm.allocation import Layer
 from nashswarm.memory import give_back
 from nashswarm.oracle import Oracle
 from nashswarm.quant.calibration import Moments, Track, calibrate, summed_nll
+from nashswarm.replay import Replay
 
 HELDOUT_LOGITS = 1 << 26  # in a batch of held-out windows: what their divergence may take in memory
 
 Compute = Callable[[], dict[str, Tensor]]
+Truth = metrics.Reference | Float[Tensor, "some width"]  # what a full model says about text
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ class Evidence:
     ) -> None:
         self.full, self.layers, self.calibration, self.holdout = model, layers, calibration, holdout
         self.seed, self.cache, self.track = seed, cache, track
+        self.probes: dict[int, _Probe] = {}
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
 
     @functools.cached_property
@@ -176,18 +179,40 @@ class Evidence:
     def heldout_kl(self, weights: Mapping[str, Tensor], tokens: int | None) -> float:
         """KL in nats per token on held-out calibration text of the model with these layer weights; of a model without
         a vocabulary 1 − cosine of its answers."""
-        windows = self.holdout
-        if tokens is not None:
-            windows = windows[: -(-tokens // self.mean_length)]
+        if tokens is None:
+            self.probes.clear()  # they hold all that a full model says about their text
+            return self.moved(weights, self.holdout, self.reference if self.causal else self.embeddings)
+        if tokens not in self.probes:
+            self.probes[tokens] = self.probe(self.holdout[: -(-tokens // self.mean_length)])
+        probe = self.probes[tokens]
+        with probe.replay.before(weights):
+            return self.moved(weights, probe.windows, probe.truth)
+
+    def probe(self, windows: Integer[Tensor, "some length"]) -> "_Probe":
+        """What one layer after the other is tried on."""
+        run = functools.partial(metrics.evaluate if self.causal else metrics.embed_all, self.trial, windows, self.batch)
+        truth = self.reference.spoken_out(len(windows)) if self.causal else self.embeddings[: len(windows)]
+        return _Probe(windows, truth, Replay(self.trial, run))
+
+    def moved(self, weights: Mapping[str, Tensor], windows: Integer[Tensor, "some length"], truth: Truth) -> float:
+        """How far the model's answers are from the ``truth`` with these layer weights."""
         models.put(self.trial, weights)
-        if self.causal:
-            found = metrics.summarise(metrics.evaluate(self.trial, windows, self.batch, self.reference))["kl"]
+        if isinstance(truth, metrics.Reference):
+            found = metrics.summarise(metrics.evaluate(self.trial, windows, self.batch, truth))["kl"]
         else:
-            own = metrics.embed_all(self.trial, windows, self.batch)
-            found = metrics.distance(self.embeddings[: len(windows)], own)
+            found = metrics.distance(truth, metrics.embed_all(self.trial, windows, self.batch))
         models.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
         give_back()
         return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """Some held-out windows, what the full model says about them, and the answers of its blocks."""
+
+    windows: Integer[Tensor, "some length"]
+    truth: Truth
+    replay: Replay
 
 
 def _save(tensors: Mapping[str, Tensor], path: pathlib.Path) -> None:

@@ -34,6 +34,10 @@ COLOURS = {
 }
 
 
+class NothingToDraw(ValueError):
+    """No record carries what a figure shows."""
+
+
 def colour(method: str) -> str:
     """The colour of a method's kind, grey for an unknown kind."""
     return next((shade for start, shade in COLOURS.items() if method.startswith(start)), "#777777")
@@ -72,7 +76,8 @@ def pareto(points: pd.DataFrame, metric: str = "kl") -> Figure:
     of one method (``[bits=...]``) are joined, and named once.
 
     ``points``: from ``report.points`` or ``report.average``, of one model, dataset and measure.
-    Raises ValueError if no row has both numbers, or if rows of several models, datasets or measures are mixed.
+    Raises NothingToDraw if no row has both numbers, ValueError if rows of several models, datasets or measures are
+    mixed.
     """
     if metric not in AXES:
         raise ValueError(f"{metric!r} cannot be drawn against size; choose among {', '.join(AXES)}")
@@ -81,7 +86,7 @@ def pareto(points: pd.DataFrame, metric: str = "kl") -> Figure:
         raise ValueError(f"one figure shows one {', one '.join(mixed)}; select it first")
     shown = points.dropna(subset=[name for name in (metric, "bytes_file") if name in points])
     if shown.empty or not {metric, "bytes_file"} <= set(points):
-        raise ValueError(f"no record has both bytes_file and {metric}; measure quality and size first")
+        raise NothingToDraw(f"no record has both bytes_file and {metric}; measure quality and size first")
     sizes = shown["bytes_file"].to_numpy(float) * 1e-6
     values, raised, floor = floored(shown[metric].to_numpy(float), NEGLIGIBLE[metric])
     methods = list(map(str, shown["method"]))
@@ -229,11 +234,11 @@ def ablation(records: Iterable[Record], reference: str = REFERENCE) -> Figure:
 def convergence(records: Iterable[Record]) -> Figure:
     """Change of potential and largest regret after each sweep of best responses, one line per method (its first seed).
 
-    Raises ValueError if no record has both series.
+    Raises NothingToDraw if no record has both series.
     """
     groups = by_method(records, "potential", "regret")
     if not groups:
-        raise ValueError("no record has sweeps of best responses; run a method that plays, for example nash_swarm")
+        raise NothingToDraw("no record has sweeps of best responses; run a method that plays, for example nash_swarm")
     figure = Figure(figsize=(5.8, 2.2))
     above, below = figure.subplots(1, 2)
     everything = np.concatenate([group[0].series["regret"] for group in groups.values()])
@@ -329,10 +334,10 @@ def bit_map(allocation: str, layer: str | None = None) -> Figure:
 def layer_bits(record: Record) -> Figure:
     """Stored bits per weight of every layer of one run, scales and tags included.
 
-    Raises ValueError if the record has no layers.
+    Raises NothingToDraw if the record has no layers.
     """
     if not record.layers:
-        raise ValueError(f"the record of {record.labels['method']} has no layers")
+        raise NothingToDraw(f"the record of {record.labels['method']} has no layers")
     figure = Figure(figsize=(5.2, 0.6 + 0.16 * len(record.layers)))
     axes = figure.add_subplot(xlabel="stored bits per weight")
     rows = range(len(record.layers))

@@ -6,6 +6,7 @@ sentences of a pair stand in one window; the tokenizer's separator, or a new lin
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -19,11 +20,11 @@ import torch
 import transformers
 from jaxtyping import Float, Int
 from scipy import stats
+from scipy.special import rel_entr, softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
-from nashswarm import data, metrics, models
-from nashswarm.compare import RESAMPLES
+from nashswarm import compare, data, metrics, models
 from nashswarm.quant.calibration import Track
 from nashswarm.record import claim, fingerprint, write_folder
 
@@ -181,10 +182,38 @@ def interval(
     rng = np.random.default_rng(seed)
     found = []
     with warnings.catch_warnings(action="ignore"):  # a resample may hold one class alone
-        for _ in range(RESAMPLES):
+        for _ in range(compare.RESAMPLES):
             found.append(statistic(rng.integers(examples, size=examples)))
     low, high = np.nanquantile(found, (0.025, 0.975))
     return float(low), float(high)
+
+
+def compared(truth: Truth, own: Scores, full: Scores) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The official metrics of a model's answers, of the full model's with ``_full``, and with ``_delta`` their paired
+    difference, all with bootstrap intervals over ``examples``; of a classifier also ``kl``, in nats per example, and
+    ``top1_agreement``.  Series: labels and predictions, and ``kl``, by example."""
+    found: dict[str, float] = {"examples": len(own)}
+    predicted = {"": predictions(own), "_full": predictions(full)}
+    series = {"label": truth.labels.tolist()}
+    series |= {f"prediction{suffix}": answers.tolist() for suffix, answers in predicted.items()}
+    for name in truth.metrics:
+
+        def score(suffix: str, drawn: Int[np.ndarray, " drawn"], name: str = name) -> float:
+            return float(METRICS[name](truth.labels[drawn], predicted[suffix][drawn]))
+
+        def delta(drawn: Int[np.ndarray, " drawn"], score: Callable[..., float] = score) -> float:
+            return score("", drawn) - score("_full", drawn)
+
+        statistics = {suffix: functools.partial(score, suffix) for suffix in predicted} | {"_delta": delta}
+        for suffix, statistic in statistics.items():
+            found[f"{name}{suffix}"] = statistic(np.arange(len(own)))
+            found[f"{name}{suffix}_low"], found[f"{name}{suffix}_high"] = interval(statistic, len(own))
+    if own.shape[1] > 1:
+        series["kl"] = rel_entr(softmax(full, 1), softmax(own, 1)).sum(1).tolist()
+        found["kl"] = float(np.mean(series["kl"]))
+        found["kl_low"], found["kl_high"] = compare.interval(series["kl"])
+        found["top1_agreement"] = float((full.argmax(1) == own.argmax(1)).mean())
+    return found, series
 
 
 def fine_tuned(

@@ -3,14 +3,12 @@ load."""
 
 import copy
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
-from scipy.special import rel_entr, softmax
 from torch import Tensor
 
 from nashswarm import compare, evaluators, glue, metrics, models, peers, timing
@@ -96,28 +94,7 @@ class Official:
         )
         if not np.isfinite(own).all():
             raise ValueError("the compressed model's logits are not finite on the test examples; raise method.bits")
-        found: dict[str, float] = {"examples": len(own)}
-        predicted = {"": glue.predictions(own), "_full": glue.predictions(full)}
-        series = {"label": truth.labels.tolist()}
-        series |= {f"prediction{suffix}": answers.tolist() for suffix, answers in predicted.items()}
-        for name in truth.metrics:
-
-            def score(suffix: str, drawn: Int[np.ndarray, " drawn"], name: str = name) -> float:
-                return float(glue.METRICS[name](truth.labels[drawn], predicted[suffix][drawn]))
-
-            def delta(drawn: Int[np.ndarray, " drawn"], score: Callable[..., float] = score) -> float:
-                return score("", drawn) - score("_full", drawn)
-
-            statistics = {suffix: functools.partial(score, suffix) for suffix in predicted} | {"_delta": delta}
-            for suffix, statistic in statistics.items():
-                found[f"{name}{suffix}"] = statistic(np.arange(len(own)))
-                found[f"{name}{suffix}_low"], found[f"{name}{suffix}_high"] = glue.interval(statistic, len(own))
-        if own.shape[1] > 1:
-            series["kl"] = rel_entr(softmax(full, 1), softmax(own, 1)).sum(1).tolist()
-            found["kl"] = float(np.mean(series["kl"]))
-            found["kl_low"], found["kl_high"] = compare.interval(series["kl"])
-            found["top1_agreement"] = float((full.argmax(1) == own.argmax(1)).mean())
-        return found, series
+        return glue.compared(truth, own, full)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,21 +301,7 @@ class Bleu:
             for model in (subject.packed() if self.packed else subject.compressed, subject.full)
         )
         texts = [subject.tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (own, full, rest)]
-        pairs = {"bleu": (0, 1), "bleu_text": (0, 2), "bleu_text_full": (1, 2)}
-        counted = {name: evaluators.bleu_counts(texts[one], texts[other]) for name, (one, other) in pairs.items()}
-        everything = np.arange(self.windows)
-
-        def bleu(name: str, drawn: Int[np.ndarray, " drawn"]) -> float:
-            return evaluators.bleu(counted[name][drawn].sum(0))
-
-        def delta(drawn: Int[np.ndarray, " drawn"]) -> float:
-            return bleu("bleu_text", drawn) - bleu("bleu_text_full", drawn)
-
-        statistics = {name: functools.partial(bleu, name) for name in pairs} | {"bleu_text_delta": delta}
-        found = {name: statistic(everything) for name, statistic in statistics.items()}
-        for name, statistic in statistics.items():
-            found[f"{name}_low"], found[f"{name}_high"] = compare.interval_of(statistic, self.windows)
-        return found, {name: [evaluators.bleu(counts) for counts in counted[name]] for name in pairs}
+        return evaluators.bleu_compared(*texts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,12 @@ from nashswarm.allocation import Layer
 from nashswarm.bit_game import by_lot, by_quantiles, solve
 from nashswarm.oracle import Compressed, NotOffered, Oracle
 from nashswarm.quant.calibration import Moments
+from nashswarm.quant.curvature import DAMPING
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, QuantizedTensor, Scheme
 from nashswarm.quant.pack import pack, packed_bytes
 from nashswarm.quant.published import QUANTILES, quantize_by_magnitude
-from nashswarm.quant.reply import DAMPING, reply
+from nashswarm.quant.reply import reply
 from nashswarm.rivals import dual_ascent, equal_loss, evolve
 from nashswarm.survey import report_regret, survey
 

@@ -23,15 +23,24 @@ PerWindow = dict[str, list[float]]
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What the full model says about some windows: the states that its head reads, from which its logits follow."""
+    """What the full model says about some windows: the states that its head reads, from which its logits follow.
+    ``spoken``: those of the first windows, where they are kept."""
 
     states: Float[Tensor, "windows length width"]
     head: nn.Module
+    spoken: Float[Tensor, "some length vocabulary"] | None = None
 
     def logits(self, window: int, positions: slice) -> Float[Tensor, "positions vocabulary"]:
         """The full model's logits at some positions of one window."""
+        if self.spoken is not None and window < len(self.spoken):
+            return self.spoken[window, positions]
         logits: Tensor = self.head(self.states[window, positions])
         return logits
+
+    def spoken_out(self, windows: int) -> "Reference":
+        """With the logits of the first windows kept, for those who ask again and again."""
+        with torch.no_grad():
+            return dataclasses.replace(self, spoken=self.head(self.states[:windows]))
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
 from nashswarm.moe.router import NashSwarmRouter, Router, Routing, regrets, top
 from nashswarm.moe_training import Trained
 from nashswarm.quant.calibration import Track
+from nashswarm.timing import wait
 
 WARM_UP = 3
 FLOAT_BYTES = 4
@@ -53,7 +54,7 @@ class Routed:
     ``router_microseconds`` of one router, a token.  Then ``served_tokens`` are read one by one, experts coming from a
     file into memory that holds ``resident`` of their bytes: ``resident_hits``, ``nll_served``,
     ``served_tokens_per_second``, and the same with ``_without`` the residency term. ``windows``: the first ones of
-    the text; null: all.
+    those that judge; null: all.
     """
 
     batch_size: int = 16
@@ -62,17 +63,25 @@ class Routed:
     served_tokens: int = 512
     resident: float = 0.5
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, "batch_size", "windows", "repeats", "served_tokens")
+        if not 0 < self.resident <= 1:
+            raise ValueError(f"measure.resident={self.resident} must be above 0 and at most 1")
+
     def measure(self, subject: MoeSubject) -> Found:
         model, windows = subject.model, subject.windows[: self.windows]
         found, series = judged(model, windows, self.batch_size, subject.track)
         batch = windows[: self.batch_size]
-        found["token_microseconds"] = 1e6 * timed([lambda: model(input_ids=batch)], self.repeats)[0] / batch.numel()
+        [seconds] = timed([lambda: model(input_ids=batch)], self.repeats, batch.device)
+        found["token_microseconds"] = 1e6 * seconds / batch.numel()
         found["active_parameters"] = model.active_parameters
         found["looks_ahead"] = float(model.config.settings().looks_ahead)
         routers = model.routers()
         if routers:
-            x = torch.randn(batch.numel(), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-            found["router_microseconds"] = 1e6 * timed([lambda: routers[0](x)], self.repeats)[0] / len(x)
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(batch.numel(), model.config.hidden_size, generator=generator).to(batch.device)
+            [seconds] = timed([lambda: routers[0](x)], self.repeats, x.device)
+            found["router_microseconds"] = 1e6 * seconds / len(x)
         if routers and not found["looks_ahead"]:
             found |= self.served(model, windows)
         return found, series
@@ -85,13 +94,14 @@ class Routed:
             store.save(model, path)
             residency = getattr(model.config.settings(), "residency", 0)
             for suffix in ("", "_without") if residency else ("",):
-                own = MoeForCausalLM(model.config).train(False)
+                own = MoeForCausalLM(model.config).train(False).to(model.device)
                 own.load_state_dict(model.state_dict())
                 for router in own.routers() if suffix else ():
                     router.settings = dataclasses.replace(router.settings, residency=0.0)
                 pools = sum(part.nbytes for name, part in own.named_parameters() if ".experts." in name)
-                held = store.ExpertStore(path, int(self.resident * pools))
+                held = store.ExpertStore(path, int(self.resident * pools), model.device)
                 store.serve(own, held)
+                wait(model.device)
                 started = time.perf_counter()
                 nll = one_by_one(own, windows, self.served_tokens)
                 spent = time.perf_counter() - started
@@ -122,7 +132,7 @@ def judged(model: MoeForCausalLM, windows: Int[Tensor, "windows length"], batch_
         dropped += sum(int(one.dropped) for one in routings)
         for one in routings:
             if one.tokens is None and one.logits is not None:
-                regret.append(regrets(one.logits, one.experts, implied_prices(one, congestion)))
+                regret.append(regrets(one.logits, one.experts, implied_prices(one, congestion)).cpu())
     found = metrics.summarise(series)
     if loads:
         table = torch.stack(loads).cpu().numpy()
@@ -160,11 +170,20 @@ class QuickValidation:
     batches: int = 20
     bits: float = 4.0
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, "batch_size", "length", "batches")
+        if self.length < 2:
+            raise ValueError("measure.length=1 must be at least 2: the second token is predicted from the first")
+        if not self.bits > 0:
+            raise ValueError(f"measure.bits={self.bits} must be positive")
+
+    @property
+    def tokens(self) -> int:
+        return self.batches * self.batch_size * self.length
+
     def measure(self, subject: MoeSubject) -> Found:
-        tokens = subject.windows.flatten()[: self.batches * self.batch_size * self.length]
-        if len(tokens) < self.batches * self.batch_size * self.length:
-            raise ValueError(f"the validation text has {len(tokens)} tokens; lower measure.batches")
-        windows = tokens.view(-1, self.length)
+        check(self, subject.windows)
+        windows = subject.windows.flatten()[: self.tokens].view(-1, self.length)
         packed, report = api.compress(
             subject.model, subject.trained.tokenizer, "nash_swarm", subject.calibration, self.bits
         )
@@ -188,8 +207,10 @@ class QuickValidation:
         with torch.no_grad():
             for batch in (*batches[:WARM_UP], *batches):
                 for suffix, model in models.items():
+                    wait(batch.device)
                     started = time.perf_counter()
                     model(input_ids=batch)
+                    wait(batch.device)
                     spent[suffix].append(time.perf_counter() - started)
         for suffix, times in spent.items():
             median = float(np.median(times[WARM_UP:]))
@@ -212,11 +233,16 @@ class RoutingTime:
     experts: Sequence[int] = (8, 64, 256, 1024)
     repeats: int = 30
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, "tokens", "repeats")
+        if min(self.experts, default=0) < 1:
+            raise ValueError(f"measure.experts=[{','.join(map(str, self.experts))}] must be numbers of at least 1")
+
     def measure(self, subject: MoeSubject) -> Found:
-        config = subject.model.config
+        config, device = subject.model.config, subject.model.device
         width, k = config.hidden_size, config.num_experts_per_tok
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.tokens, width, generator=generator)
+        x = torch.randn(self.tokens, width, generator=generator).to(device)
         found: dict[str, float] = {}
         for count in subject.track(list(self.experts), "timing"):
             with torch.random.fork_rng(devices=[]):
@@ -224,15 +250,16 @@ class RoutingTime:
                 exact = Router(NashSwarmRouter(), width, count, k)
                 leaders = Router(NashSwarmRouter(prices="sign", search="leaders"), width, count, k)
             exact.price.normal_(generator=generator)
+            exact, leaders = exact.to(device), leaders.to(device)
             versions: dict[str, Callable[[], Any]] = {
                 "plain": functools.partial(plain_top_k, x, exact.weight, k),
                 "flock": functools.partial(exact, x),
                 "leaders": functools.partial(leaders, x),
             }
-            spent = dict(zip(versions, timed(list(versions.values()), self.repeats), strict=True))
+            spent = dict(zip(versions, timed(list(versions.values()), self.repeats, device), strict=True))
             found |= {f"route_{name}_{count}": 1e6 * seconds / len(x) for name, seconds in spent.items()}
             few = x[: max(self.tokens // 16, 1)]
-            first = timed([functools.partial(first_version, few, exact)], 3)[0]
+            first = timed([functools.partial(first_version, few, exact)], 3, device)[0]
             found[f"route_first_{count}"] = 1e6 * first / len(few)
             found |= {f"{name}_{count}": share for name, share in shares(exact, x, self.repeats).items()}
             found |= {f"{name}_{count}": ratio for name, ratio in self.layer(config, count, x).items()}
@@ -249,9 +276,11 @@ class RoutingTime:
             small = source.build(NashSwarmRouter(), 8, 0).config
             mixture, dense = Mixture(small, NashSwarmRouter()).eval(), FeedForward(small).eval()
         found = {}
+        mixture, dense = mixture.to(x.device), dense.to(x.device)
         for batch in (1, len(x)):
             tokens = x[None, :batch]
-            own, other = timed([functools.partial(mixture, tokens), functools.partial(dense, tokens)], self.repeats)
+            both = [functools.partial(part, tokens) for part in (mixture, dense)]
+            own, other = timed(both, self.repeats, x.device)
             found[f"layer_ratio_batch_{batch}"] = own / other
         return found
 
@@ -271,7 +300,7 @@ def shares(router: Router, x: Float[Tensor, "tokens width"], repeats: int) -> di
         "choice": lambda: candidates.gather(1, top(utility, router.k)),
         "gates": lambda: logits.gather(1, experts).softmax(1),
     }
-    spent = timed(list(parts.values()), repeats)
+    spent = timed(list(parts.values()), repeats, x.device)
     return {f"share_{name}": seconds / sum(spent) for name, seconds in zip(parts, spent, strict=True)}
 
 
@@ -300,16 +329,31 @@ def first_version(x: Float[Tensor, "tokens width"], router: Router) -> tuple[Ten
     return torch.tensor(chosen), torch.tensor(gates)
 
 
+def _check_sizes(measure: Any, *names: str) -> None:
+    """Raises ValueError that names all of these fields below 1; None is no number."""
+    given = {name: getattr(measure, name) for name in names}
+    if wrong := [f"measure.{name}={value}" for name, value in given.items() if value is not None and value < 1]:
+        raise ValueError(f"{', '.join(wrong)} must be at least 1")
+
+
 @torch.no_grad()
-def timed(contestants: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """The median seconds of each, run in turn."""
+def timed(contestants: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
+    """The median seconds of each, run in turn, until ``device`` has finished."""
     spent: list[list[float]] = [[] for _ in contestants]
     for _ in range(repeats + WARM_UP):
         for times, contestant in zip(spent, contestants, strict=True):
+            wait(device)
             started = time.perf_counter()
             contestant()
+            wait(device)
             times.append(time.perf_counter() - started)
     return [float(np.median(times[WARM_UP:])) for times in spent]
 
 
 MoeMeasure = Routed | QuickValidation | RoutingTime
+
+
+def check(measure: MoeMeasure, windows: Int[Tensor, "windows length"]) -> None:
+    """Raises ValueError if a measure asks for more than these windows are."""
+    if isinstance(measure, QuickValidation) and windows.numel() < measure.tokens:
+        raise ValueError(f"the validation text has {windows.numel()} tokens; lower measure.batches")

@@ -96,21 +96,18 @@ def trained(
     }
     folder = cache / f"moe-{fingerprint(made_of)}"
     tokenizer = transformers.AutoTokenizer.from_pretrained(models.EMBEDDED)
-    wanted = source.context if length is None else length
-    if not 2 <= wanted <= source.context:
-        raise ValueError(f"dataset.sequence_length={wanted} is not between 2 and model.context={source.context}")
     checkpoint = folder.with_name(f"{folder.name}.checkpoint")
     with claim(folder):  # another measure of a sweep may ask for the same model
         if not folder.is_dir():
-            windows = data.windows(text, tokenizer, wanted, "training").to(device)
-            if len(windows) < settings.batch_size:
-                few = f"the training text has {len(windows)} windows"
+            taught = windows(source, text, length, "training").to(device)
+            if len(taught) < settings.batch_size:
+                few = f"the training text has {len(taught)} windows"
                 raise ValueError(f"{few}; lower train_moe.batch_size or give more")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = source.build(router, len(tokenizer), tokenizer.eos_token_id)
             model.to(torch.device(device))  # type: ignore[arg-type]
-            series = train(model, windows, settings, router.loss, seed, checkpoint, track)
+            series = train(model, taught, settings, router.loss, seed, checkpoint, track)
 
             def fill(partial: pathlib.Path) -> None:
                 model.save_pretrained(partial)
@@ -121,6 +118,17 @@ def trained(
             checkpoint.unlink(missing_ok=True)
     found: Any = MoeForCausalLM.from_pretrained(folder)
     return Trained(found.eval().to(device), tokenizer, json.loads((folder / HISTORY).read_text())["series"])
+
+
+def windows(source: MoeSource, text: str, length: int | None, what: str) -> Int[Tensor, "windows length"]:
+    """``text`` as windows of ``length`` tokens, by default all that the model reads.
+
+    Raises ValueError for a length that it does not read, or a text that fills no window; ``what`` names the text.
+    """
+    wanted = source.context if length is None else length
+    if not 2 <= wanted <= source.context:
+        raise ValueError(f"dataset.sequence_length={wanted} is not between 2 and model.context={source.context}")
+    return data.windows(text, transformers.AutoTokenizer.from_pretrained(models.EMBEDDED), wanted, what)
 
 
 def train(

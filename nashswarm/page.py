@@ -170,7 +170,7 @@ def drawing(draw: Callable[[], Figure], caption: str) -> str:
     try:
         with matplotlib.rc_context({"svg.hashsalt": "nashswarm", "figure.constrained_layout.use": True}):
             draw().savefig(content, format="svg", metadata={"Date": None})
-    except ValueError:
+    except figures.NothingToDraw:
         return ""
     said = html.escape(caption)
     return (

@@ -15,7 +15,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from nashswarm import data, glue, models, moe_training, peers, recovery
+from nashswarm import data, glue, models, moe_training, peers, recovery, saved
 from nashswarm.measures import Measure, Official, Size
 from nashswarm.methods import AsPublished
 from nashswarm.moe.model import MoeSource
@@ -96,6 +96,8 @@ def plan(config: DictConfig) -> Plan:
     if isinstance(measure, Official) and not isinstance(dataset, glue.Glue):
         raise ValueError("measure=official needs labels: choose a task of GLUE, for example dataset=sst2")
     texts = {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
+    if not isinstance(measure, Size):
+        refuse_training_text(source, texts["test"])
     return Plan(
         source, method, dataset, measure, device, dtype, texts, identify(config, device, source, texts), finetune
     )
@@ -187,6 +189,16 @@ def choose_task(config: DictConfig, method: Method) -> recovery.Recovery | None:
     found = build(settings)
     assert isinstance(found, recovery.Recovery)
     return found
+
+
+def refuse_training_text(source: models.Source, text: str) -> None:
+    """Raises ValueError if the model was trained on the text that is to test it, as where both are one file."""
+    path = getattr(source, "path", None)
+    if path is not None and saved.training_text(pathlib.Path(path)) == data.sha256(text):
+        raise ValueError(
+            f"the model in {path} was trained on this very test text: choose another dataset, or train and test with a "
+            "folder of train, validation and test files"
+        )
 
 
 def choose_device(config: DictConfig) -> tuple[str, torch.dtype]:

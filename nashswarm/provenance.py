@@ -17,6 +17,7 @@ import torch
 from nashswarm import peers
 
 EVALUATORS = ("lm-eval", "sacrebleu")
+PROGRAM = ("nashswarm", "experiments", "hydra_plugins")  # folders whose modules are imported, tracked or not
 PACKAGES = ("nashswarm", "torch", "transformers", "datasets", "numpy", "scipy", "scikit-learn", "safetensors")
 
 
@@ -33,11 +34,14 @@ def provenance(started: datetime.datetime) -> dict[str, Any]:
         return None
 
     ours = git("ls-files", "--error-unmatch", "--", str(here.relative_to(root))) is not None  # not around it
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") if ours else None
+    changes = strays = None
+    if ours:
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+        strays = git("ls-files", "--others", "--", *(f"{folder}/*.py" for folder in PROGRAM))
     cores = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "commit": git("rev-parse", "HEAD") if ours else None,
-        "dirty": None if changes is None else bool(changes),
+        "dirty": None if changes is None else bool(changes or strays),
         "python": platform.python_version(),
         "versions": dict(_versions()),
         "machine": f"{platform.system()} {platform.machine()}, {cores}",

@@ -31,10 +31,11 @@ from nashswarm.linear import to_tiles
 from nashswarm.memory import give_back
 from nashswarm.methods import Flock
 from nashswarm.oracle import Compressed, Oracle
+from nashswarm.quant.curvature import Whitened, whiten
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.quant.lattice import LatticeTensor, price_at, stack
+from nashswarm.quant.lattice_reply import lattice_reply, regret_by_row
 from nashswarm.quant.pack import run_lengths
-from nashswarm.quant.reply import Whitened, lattice_reply, regret_by_row, whiten
 from nashswarm.survey import PROBE_TOKENS
 
 BitGame = Literal["equilibrium", "uniform"]

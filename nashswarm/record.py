@@ -133,6 +133,15 @@ def write_together(contents: Mapping[pathlib.Path, bytes]) -> None:
             partial.unlink(missing_ok=True)
 
 
+def write_report(path: pathlib.Path, found: Mapping[str, Any], text: str) -> None:
+    """Put ``found`` at ``path`` with the suffix .json, and ``text``, which tells of it in Markdown, with .md.
+
+    Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
+    """
+    content = json.dumps(found, indent=1) + "\n"
+    write_together({path.with_suffix(".json"): content.encode(), path.with_suffix(".md"): text.encode()})
+
+
 def _beside(path: pathlib.Path) -> pathlib.Path:
     """Where ``path`` is prepared; process numbers repeat from machine to machine, so a lot is drawn."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")

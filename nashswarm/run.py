@@ -20,11 +20,23 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nashswarm import checkpoint, data, glue, measures, metrics, models, moe_training, peers, record, recovery, saved
+from nashswarm import (
+    checkpoint,
+    data,
+    glue,
+    measures,
+    metrics,
+    models,
+    moe_measures,
+    moe_training,
+    peers,
+    record,
+    recovery,
+    saved,
+)  # fmt: skip
 from nashswarm.evidence import Cache, Evidence, show_progress
 from nashswarm.measures import Measure, Subject
 from nashswarm.memory import peak_bytes, reset_peak
-from nashswarm.moe_measures import CALIBRATION, MoeSubject
 from nashswarm.oracle import Compressed, Method
 from nashswarm.plan import MoePlan, Plan, config_again, plan, plan_moe
 from nashswarm.provenance import code_digest, provenance
@@ -127,15 +139,18 @@ def _compress(config: DictConfig, planned: Plan) -> Done:
 
 def _train_moe(config: DictConfig, planned: MoePlan) -> Done:
     """A mixture of experts, trained or found in the cache, and what is measured of it."""
-    length = planned.dataset.sequence_length
+    source, texts, length = planned.source, planned.texts, planned.dataset.sequence_length
+    judged = moe_training.windows(source, texts["calibration"], length, "validation")
+    judged = data.first(judged, planned.dataset.test_windows, "validation")
+    moe_measures.check(planned.measure, judged)
     trained = moe_training.trained(
-        planned.source, planned.router, planned.training, planned.texts["train"], length, int(config.seed),
-        planned.device, pathlib.Path(config.cache), show_progress, code_digest(),
+        source, planned.router, planned.training, texts["train"], length, int(config.seed), planned.device,
+        pathlib.Path(config.cache), show_progress, code_digest(),
     )  # fmt: skip
-    wanted = length or planned.source.context
-    judged = data.windows(planned.texts["calibration"], trained.tokenizer, wanted, "validation")
-    taught = data.windows(planned.texts["train"][: CALIBRATION * wanted * 32], trained.tokenizer, wanted, "training")
-    subject = MoeSubject(trained, judged.to(planned.device), taught[:CALIBRATION].to(planned.device), show_progress)
+    few = moe_measures.CALIBRATION
+    taught = moe_training.windows(source, texts["train"][: few * judged.shape[1] * 32], length, "training")[:few]
+    judged, taught = judged.to(planned.device), taught.to(planned.device)
+    subject = moe_measures.MoeSubject(trained, judged, taught, show_progress)
     found, series = planned.measure.measure(subject)
 
     def write(target: pathlib.Path, about: dict[str, Any]) -> None:
@@ -178,11 +193,7 @@ class Job:
         pool, test = (
             cut(texts[purpose], loaded.tokenizer, length, purpose).to(device) for purpose in ("calibration", "test")
         )
-        if dataset.test_windows is not None and len(test) < dataset.test_windows:
-            raise ValueError(
-                f"the test text has {len(test)} windows, fewer than dataset.test_windows={dataset.test_windows}"
-            )
-        self.test = test[: dataset.test_windows]
+        self.test = data.first(test, dataset.test_windows, "test")
         measures.check(measure, self.test)
         self.pool = pool
         drawn = data.draw(pool, dataset.calibration_windows, dataset.holdout_windows, self.rng)

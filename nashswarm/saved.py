@@ -92,6 +92,15 @@ def read(folder: pathlib.Path) -> Saved:
     return Saved(about, tensors, game)
 
 
+def training_text(folder: pathlib.Path) -> str | None:
+    """The sha256 of the text that ``task=train_moe`` trained the model in ``folder`` on; None of any other model."""
+    if not (folder / ABOUT).is_file():
+        return None
+    dataset = _about(folder).get("record", {}).get("config", {}).get("dataset", {})
+    found: str | None = dataset.get("train_sha256")
+    return found
+
+
 def card(about: Mapping[str, Any]) -> str:
     """A model card for the hub."""
     record, source = about["record"], about["config"]["model"]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,18 +47,18 @@ def survey(
 
     columns = []
     for width in widths:
-        key = dataclasses.asdict(scheme) | {
-            "width": width,
-            "code_game": code_game,
-            "probed": PROBED_WIDTHS,
-            "probe_tokens": PROBE_TOKENS,
-        }
-        by_layer = oracle.remember("damage", key, functools.partial(at_width, width))
+        by_layer = oracle.remember("damage", key(width, scheme, code_game), functools.partial(at_width, width))
         columns.append(torch.cat([by_layer[layer.name] for layer in oracle.layers]).numpy())
     described = (
         each(oracle.layers, moments, scheme.group_size) for each in (allocation.log_sensitivity, allocation.features)
     )
     return Blocks(oracle.layers, scheme, tuple(widths), np.stack(columns, 1), *described)
+
+
+def key(width: int, scheme: Scheme, code_game: bool) -> dict[str, Any]:
+    """By what the damages of all layers at a width are remembered, beside the model and its calibration."""
+    probed = {"probed": PROBED_WIDTHS, "probe_tokens": PROBE_TOKENS}
+    return dataclasses.asdict(scheme) | {"width": width, "code_game": code_game} | probed
 
 
 def report_regret(blocks: Blocks, profile: Int[np.ndarray, " blocks"]) -> tuple[dict[str, float], dict[str, float]]:

@@ -60,15 +60,16 @@ def generated(model: Any, tokens: Int[Tensor, "1 prompt"], new_tokens: int) -> t
     """Seconds of the prefill and of the greedy decoding of ``new_tokens`` with a KV cache."""
     started = time.perf_counter()
     answer = model(input_ids=tokens, use_cache=True)
-    _wait(tokens)
+    wait(tokens.device)
     prefilled = time.perf_counter()
     for _ in range(new_tokens):
         token = answer.logits[:, -1:].argmax(-1)
         answer = model(input_ids=token, past_key_values=answer.past_key_values, use_cache=True)
-    _wait(tokens)
+    wait(tokens.device)
     return prefilled - started, time.perf_counter() - prefilled
 
 
-def _wait(tokens: Tensor) -> None:
-    if tokens.is_cuda:
-        torch.cuda.synchronize()
+def wait(device: torch.device) -> None:
+    """Return once ``device`` has done all that it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

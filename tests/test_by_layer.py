@@ -22,8 +22,9 @@ from nashswarm.by_layer import ByLayer
 from nashswarm.checkpoint import decode
 from nashswarm.cli import main
 from nashswarm.linear import QuantizedLinear, set_activations
+from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme, quantize
-from nashswarm.quant.reply import Curvature, reply
+from nashswarm.quant.reply import reply
 from nashswarm.shapes import LARGE
 
 BLOCKS, WIDTH, INNER, VOCABULARY = 4, 64, 128, 512

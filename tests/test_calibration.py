@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nashswarm.models import find_layers
 from nashswarm.quant import calibration
-from nashswarm.quant.calibration import Moments, calibrate
+from nashswarm.quant.calibration import Moments, calibrate, drawn
 
 KINDS = ("gpt2", "opt", "llama", "gpt_neox")
 
@@ -126,6 +126,21 @@ def test_labels_drawn_from_the_model_follow_the_generator(model: Any, token_wind
 
     assert torch.equal(drawn(0), drawn(0))
     assert not torch.equal(drawn(0), drawn(1))
+
+
+def test_tokens_are_drawn_where_a_uniform_number_falls() -> None:
+    logits = torch.randn(300, 7, generator=torch.Generator().manual_seed(0)) * 3
+    found = drawn(logits, torch.Generator().manual_seed(1))
+    heights = torch.rand(300, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for row, height, token in zip(logits.double().softmax(-1), heights, found, strict=True):
+        assert row[:token].sum() <= height < row[: token + 1].sum()
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([0.1, 0.0, 0.6, 0.3]).log().expand(40_000, 4)
+    counts = torch.bincount(drawn(logits, torch.Generator().manual_seed(0)), minlength=4)
+    torch.testing.assert_close(counts / 40_000, torch.tensor([0.1, 0.0, 0.6, 0.3]), atol=0.01, rtol=0)
+    assert counts[1] == 0
 
 
 def test_labels_drawn_from_the_model_give_the_true_fisher_in_the_mean(model: Any) -> None:

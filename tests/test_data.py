@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nashswarm import data
-from nashswarm.data import Dataset, HubText, StdlibDocs, draw, sha256, windows
+from nashswarm.data import Dataset, HubText, StdlibDocs, draw, first, sha256, windows
 
 
 def write(folder: pathlib.Path, **splits: str) -> str:
@@ -153,6 +153,16 @@ def test_a_text_too_short_is_refused(tokenizer: Any, text: str) -> None:
     count = len(tokenizer(text)["input_ids"])
     with pytest.raises(ValueError, match=f"the calibration text has {count} tokens, too short for one window of 64"):
         windows(text, tokenizer, 64, "calibration")
+
+
+def test_the_first_windows_judge_and_there_must_be_as_many() -> None:
+    pool = torch.arange(12).view(4, 3)
+    assert torch.equal(first(pool, 2, "test"), pool[:2]) and torch.equal(first(pool, None, "test"), pool)
+    with pytest.raises(ValueError, match=r"the test text has 4 windows, fewer than dataset\.test_windows=5"):
+        first(pool, 5, "test")
+    for asked in (0, -1):
+        with pytest.raises(ValueError, match=f"dataset.test_windows={asked} must be at least 1"):
+            first(pool, asked, "test")
 
 
 def test_drawn_windows_are_disjoint_and_follow_the_seed() -> None:

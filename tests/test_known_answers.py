@@ -21,8 +21,9 @@ from torch import Tensor
 
 from nashswarm import data, hub, metrics, models
 from nashswarm.models import LoadedModel
+from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme, quantize
-from nashswarm.quant.reply import Curvature, reply
+from nashswarm.quant.reply import reply
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 CALIBRATION_WINDOWS = 32

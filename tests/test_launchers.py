@@ -192,6 +192,24 @@ def test_a_sweep_of_hydra_is_a_distribution(words: str, expected: dict[str, Any]
     assert {"name": type(found).__name__} | attributes == expected
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("x=range(12, 3, -1)", "a range to be searched goes upwards, for example range\\(3, 12\\)"),
+        ("x=range(3.0, 1.5, -0.5)", "a range to be searched goes upwards"),
+        ("x=range(3, 3)", "a range to be searched goes upwards"),
+        ("x=range(1, 3, 0)", "a range to be searched goes upwards"),
+        ("x=interval(4, 1)", "an interval begins with its smaller end, for example interval\\(0.1, 10\\)"),
+        ("x=tag(log, interval(0, 10))", "an interval begins above 0"),
+    ],
+)
+def test_a_sweep_that_goes_down_is_refused(words: str, said: str) -> None:
+    pytest.importorskip("optuna", reason="the extra search is not installed")
+    with pytest.raises(SystemExit, match=said) as refused:
+        search.distribution(OverridesParser.create().parse_override(words))
+    assert str(refused.value).startswith(f"{words}: ")
+
+
 @pytest.mark.parametrize("words", ["x=tag(log, range(1, 100))", "x=tag(log, choice(1, 10))"])
 def test_only_an_interval_is_searched_on_a_logarithmic_scale(words: str) -> None:
     pytest.importorskip("optuna", reason="the extra search is not installed")

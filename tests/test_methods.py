@@ -18,7 +18,7 @@ from nashswarm.quant.calibration import calibrate
 from nashswarm.quant.entropy import decode_groups
 from nashswarm.quant.grid import QuantizedTensor, Scheme
 from nashswarm.quant.pack import packed_bytes, unpack
-from nashswarm.survey import PROBE_TOKENS, PROBED_WIDTHS
+from nashswarm.survey import key
 
 FIXED_BYTES = 6000
 PLAIN = Flock(align=(0.0,), shrink=(0.0,))
@@ -282,13 +282,7 @@ def test_nobody_gains_by_changing_alone(oracle: Oracle, results: Callable[[str],
     price, scheme, widths = result.metrics["price"], Scheme(64, search=True), (0, 2, 3, 4, 8)
     listed = []
     for width in widths:
-        key = dataclasses.asdict(scheme) | {
-            "width": width,
-            "code_game": True,
-            "probed": PROBED_WIDTHS,
-            "probe_tokens": PROBE_TOKENS,
-        }
-        damages = oracle.remember("damage", key, never)
+        damages = oracle.remember("damage", key(width, scheme, True), never)
         listed.append(np.concatenate([damages[layer.name].numpy() for layer in oracle.layers]))
     damage = np.stack(listed, 1)
     start, worst = 0, 0.0

@@ -1,6 +1,7 @@
 """Mixtures of experts: routers against slow second implementations, loads, the loss, the store, the model."""
 
 import copy
+import dataclasses
 import math
 import pathlib
 import subprocess
@@ -20,6 +21,7 @@ from torch.nn import functional
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 import nashswarm
+from nashswarm.machine import Machine
 from nashswarm.moe import load, loss, store
 from nashswarm.moe.experts import Experts, SplitExperts, unfuse
 from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
@@ -394,7 +396,17 @@ def test_a_store_is_never_over_budget_and_never_loses_an_expert(
 def test_a_budget_below_one_expert_is_refused(stored: Any) -> None:
     with pytest.raises(ValueError, match=r"a budget of 100 bytes holds no expert of 32,768 bytes"):
         store.ExpertStore(stored[1], 100)
-    assert store.last_level_cache() > 1 << 15
+
+
+def test_the_budget_by_default_is_the_last_cache_that_the_system_names(
+    stored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Machine("", 1, {1: 1 << 15, 2: 1 << 20}, {1: 1, 2: 1}, ())
+    monkeypatch.setattr(store, "machine", lambda: here)
+    assert store.ExpertStore(stored[1]).budget_bytes == 1 << 20
+    monkeypatch.setattr(store, "machine", lambda: dataclasses.replace(here, assumed=(1, 2)))
+    with pytest.raises(ValueError, match="does not tell the size of its caches: give budget_bytes"):
+        store.ExpertStore(stored[1])
 
 
 def test_a_served_model_says_the_same_and_residency_brings_hits(stored: Any, tokens: Tensor) -> None:

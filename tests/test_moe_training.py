@@ -14,10 +14,12 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from nashswarm import api, moe_training, record, saved
+from nashswarm.data import HubText, sha256
 from nashswarm.moe import loss
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import ExpertChoice, LossFree, NashSwarmRouter, TopK
 from nashswarm.moe_training import Training, batches, train
+from nashswarm.plan import plan
 from nashswarm.quant.calibration import no_track
 from nashswarm.run import Outcome, reopen, run
 
@@ -198,12 +200,44 @@ def test_the_time_of_routing_is_taken_apart(execute: Callable[..., Outcome]) -> 
         (["dataset.sequence_length=64"], "dataset.sequence_length=64 is not between 2 and model.context=32"),
         (["train_moe.batch_size=4000"], "lower train_moe.batch_size"),
         (["measure=quick_validation", "measure.length=64"], "measure.length=64 exceeds model.context=32"),
+        (["measure=quick_validation", "measure.length=32", "measure.batches=100000"], "lower measure.batches"),
+        (["dataset.test_windows=100000"], "the validation text has .* fewer than dataset.test_windows=100000"),
+        (["dataset.test_windows=0"], "dataset.test_windows=0 must be at least 1"),
         (["train_moe.steps=0"], "train_moe.steps, batch_size and save_every must be at least 1"),
     ],
 )
-def test_what_does_not_fit_is_named(execute: Callable[..., Outcome], overrides: list[str], message: str) -> None:
+def test_what_does_not_fit_is_named(
+    execute: Callable[..., Outcome], overrides: list[str], message: str, tmp_path: pathlib.Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         execute(*overrides)
+    assert not list((tmp_path / "cache").glob("moe-*"))  # nothing was trained
+
+
+def test_as_many_windows_judge_as_the_dataset_says(execute: Callable[..., Outcome]) -> None:
+    found = execute("method=moe_dense", "measure.repeats=1", "dataset.test_windows=5").record
+    assert len(found.series["nll"]) == 5
+
+
+def test_a_single_file_never_judges_what_it_has_trained(
+    execute: Callable[..., Outcome], text_file: pathlib.Path, text_folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Its beginning judges a model that the rest has trained; the rest, which tests otherwise, is refused then."""
+    single = HubText(str(text_file))
+    assert single.text("calibration") + single.text("train") == text_file.read_text()
+    given = [f"dataset.path={text_file}", "measure.repeats=1", "measure.served_tokens=5"]
+    found = execute(*given, f"save={tmp_path}/trained").record
+    assert found.config["dataset"]["calibration_sha256"] == sha256(single.text("calibration"))
+    words = ["model=local", f"model.path={tmp_path}/trained", "dataset=local_text", "method=gptq", "device=cpu"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        same, size, other = (
+            compose("config", [*words, f"dataset.path={path}", f"measure={measure}"])
+            for path, measure in ((text_file, "quality"), (text_file, "size"), (text_folder, "quality"))
+        )
+    with pytest.raises(ValueError, match="trained was trained on this very test text: choose another dataset"):
+        plan(same)
+    assert plan(size).identity["dataset"]["test_sha256"] == found.config["dataset"]["train_sha256"]
+    assert plan(other).identity["model"]["content"] == plan(size).identity["model"]["content"]
 
 
 def test_a_router_without_its_task_is_refused() -> None:

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from nashswarm import record, typeset
+from nashswarm import figures, record, typeset
 from nashswarm.page import page
 from nashswarm.record import Record
 
@@ -55,6 +55,21 @@ def test_one_page_shows_one_experiment(some: list[Record]) -> None:
     with pytest.raises(ValueError, match="one page shows one experiment, not <other>, ablation"):
         page([*some, other])
     assert "<h1>&lt;other&gt;</h1>" in page([other])
+
+
+def test_only_what_no_record_shows_is_left_out(some: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
+    sized = [
+        dataclasses.replace(one, metrics={"bytes_file": one.metrics["bytes_file"]}, series={}, layers=[])
+        for one in some
+    ]
+    assert "<figure" not in page(sized) and "<h2>Runs</h2>" in page(sized)
+
+    def broken(*_: object) -> None:
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(figures, "pareto", broken)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        page(some)
 
 
 @pytest.mark.engines

@@ -45,3 +45,21 @@ def test_the_commit_and_whether_anything_was_changed_since(checkout: pathlib.Pat
     assert (found["commit"], found["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
     (checkout / "nashswarm/provenance.py").write_text("# changed\n")
     assert provenance.provenance(NOW)["dirty"] is True
+
+
+@pytest.mark.parametrize(
+    "path, dirty",
+    [
+        ("nashswarm/moe/router.py", True),
+        ("experiments/mirror.py", True),
+        ("results/notes.py", False),
+        ("nashswarm/notes.txt", False),
+        ("scratch.py", False),
+    ],
+)
+def test_a_module_that_is_not_tracked_is_code_too(path: str, dirty: bool, checkout: pathlib.Path) -> None:
+    git(checkout, "add", "nashswarm")
+    git(checkout, "commit", "--quiet", "--message", "the package itself")
+    (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+    (checkout / path).write_text("x = 1\n")
+    assert provenance.provenance(NOW)["dirty"] is dirty

@@ -19,9 +19,9 @@ from nashswarm.checkpoint import TABLES
 from nashswarm.methods import Flock
 from nashswarm.oracle import Compressed, Method, Oracle
 from nashswarm.quant.calibration import Moments
+from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.entropy import ESCAPE, CodeTables, address, coded_bits, decode_lattice
 from nashswarm.quant.lattice import Lattice, LatticeTensor, price_at
-from nashswarm.quant.reply import Curvature
 from nashswarm.rate_game import REGRET, NashSwarm, _Table
 
 FIXED_BYTES = 100

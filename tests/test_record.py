@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nashswarm import record
-from nashswarm.record import Record, fingerprint, path_of, read, read_all, write, write_whole
+from nashswarm.record import Record, fingerprint, path_of, read, read_all, write, write_report, write_whole
 
 RECORD = Record(
     labels={"method": "uniform4", "seed": "0"},
@@ -162,6 +162,13 @@ def test_another_schema_is_refused(schema: Any, tmp_path: pathlib.Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": schema}))
     with pytest.raises(ValueError, match=f"has schema {schema}, this version reads schema 1: rerun it with rerun=true"):
         read(path)
+
+
+def test_a_report_is_numbers_and_text_side_by_side(tmp_path: pathlib.Path) -> None:
+    write_report(tmp_path / "new" / "flock", {"rows": [1.5]}, "| a table |\n")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["flock.json", "flock.md"]
+    assert json.loads((tmp_path / "new/flock.json").read_text()) == {"rows": [1.5]}
+    assert (tmp_path / "new/flock.md").read_text() == "| a table |\n"
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: pathlib.Path) -> None:

@@ -5,7 +5,6 @@ What was not used for longest goes first (LRU); every counter tells what really 
 
 import collections
 import pathlib
-import re
 from typing import Any
 
 import safetensors
@@ -14,21 +13,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from nashswarm.machine import machine
 from nashswarm.moe.experts import Experts
 
-CACHES = pathlib.Path("/sys/devices/system/cpu/cpu0/cache")
-UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 MATRICES = ("up_proj", "down_proj")
 Key = tuple[str, int]  # a layer and the number of its expert
 
 
 def last_level_cache() -> int:
-    """Bytes of this machine's largest cache.  Raises ValueError where the system does not say."""
-    texts = [path.read_text().strip() for path in CACHES.glob("index*/size")]
-    sizes = [int(found[1]) * UNITS[found[2]] for text in texts if (found := re.fullmatch(r"(\d+)([KMG])", text))]
-    if not sizes:
+    """Bytes of this machine's last cache before memory.  Raises ValueError where the system does not say."""
+    here = machine()
+    last = max(here.caches)
+    if last in here.assumed:
         raise ValueError("this system does not tell the size of its caches: give budget_bytes")
-    return max(sizes)
+    return here.caches[last]
 
 
 def save(model: nn.Module, path: pathlib.Path) -> None:
@@ -43,14 +41,16 @@ def save(model: nn.Module, path: pathlib.Path) -> None:
 
 
 class ExpertStore:
-    """The experts in a file of ``save``, ``budget_bytes`` of them in memory at most (default: the last-level cache).
+    """The experts in a file of ``save``, ``budget_bytes`` of them in the memory of ``device`` at most (default: the
+    last-level cache).
 
     ``hits``, ``misses``, ``evictions``: how often an expert was there, was read, went; ``bytes_read``: from the file.
     Raises ValueError for a budget that holds no expert.
     """
 
-    def __init__(self, path: pathlib.Path, budget_bytes: int | None = None) -> None:
+    def __init__(self, path: pathlib.Path, budget_bytes: int | None = None, device: torch.device | str = "cpu") -> None:
         self.budget_bytes = last_level_cache() if budget_bytes is None else budget_bytes
+        self.device = torch.device(device)
         self._file = safetensors.safe_open(path, "pt").__enter__()  # type: ignore[no-untyped-call]
         self._slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
         self.layers = sorted({name.rpartition(".")[0] for name in self._slices})
@@ -87,7 +87,7 @@ class ExpertStore:
         return found
 
     def _read(self, key: Key) -> tuple[Tensor, ...]:
-        return tuple(self._slices[f"{key[0]}.{part}"][key[1]].clone() for part in MATRICES)
+        return tuple(self._slices[f"{key[0]}.{part}"][key[1]].to(self.device, copy=True) for part in MATRICES)
 
 
 class StoredExperts(nn.Module):

@@ -32,6 +32,8 @@ Track = Callable[[Sequence[Any], str], Iterable[Any]]
 Labels = Literal["model", "text"]
 Score = Callable[[Any, Tensor, torch.Generator], Tensor]
 
+DRAWN_AT_ONCE = 128  # positions
+
 
 def no_track(items: Sequence[Any], description: str) -> Iterable[Any]:
     """Iterate without showing progress."""
@@ -148,12 +150,19 @@ def summed_nll(
 ) -> Float[Tensor, ""]:
     """The summed NLL of a window's next tokens, in nats: of tokens drawn from the model or of the text's own."""
     logits = model(input_ids=window.unsqueeze(0)).logits[0, :-1]
-    if labels == "model":
-        drawn = torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=generator)
-        targets = drawn[:, 0].to(logits.device)
-    else:
-        targets = window[1:]
+    targets = drawn(logits.detach(), generator).to(logits.device) if labels == "model" else window[1:]
     return functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def drawn(logits: Float[Tensor, "positions vocabulary"], generator: torch.Generator) -> Integer[Tensor, " positions"]:
+    """A token of every position, on the CPU: where a number drawn from 0 to 1 falls in the cumulative distribution.
+    (``torch.multinomial`` draws a number for every token of the vocabulary.)"""
+    heights = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+    found = [
+        torch.searchsorted(part.cpu().double().softmax(-1).cumsum_(-1), height, right=True)
+        for part, height in zip(logits.split(DRAWN_AT_ONCE), heights.split(DRAWN_AT_ONCE), strict=True)
+    ]
+    return torch.cat(found)[:, 0].clamp(max=logits.shape[1] - 1)  # the sum may fall short of 1 by rounding
 
 
 def calibrate(

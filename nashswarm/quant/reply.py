@@ -18,87 +18,14 @@ import torch
 from jaxtyping import Float, Integer, Real
 from torch import Tensor
 
-from nashswarm.quant.entropy import CodeTables, address
+from nashswarm.quant.curvature import DAMPING, TINY, Curvature, pivots
 from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme, quantize
-from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows
 
-DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 BLOCK = 128  # columns replied to between two matrix products
 AT_ONCE = 1 << 22  # weights that reply together: memory is for the model
-TINY = torch.finfo(torch.float32).tiny
 NEAR: Sequence[int] = (1, -1)
 FAR: Sequence[int] = (1, -1, 2, -2)  # by what codes that pay for their length try to move, or to 0
 ALL = slice(None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Curvature:
-    """Second derivatives of the loss in a matrix's weights, in nats per token.
-
-    ``rows`` (f) times ``inputs`` (H) for its products, ``lookups`` (d) for its lookups; ``inputs`` of None: it is only
-    looked up.
-    """
-
-    rows: Float[Tensor, " out"]
-    inputs: Float[Tensor, "in in"] | None
-    lookups: Float[Tensor, "out in"] | None
-
-    def diagonal(self) -> Float[Tensor, "out in"]:
-        """s: what half a unit of squared error of each weight costs."""
-        products = None if self.inputs is None else torch.outer(self.rows, self.inputs.diagonal())
-        parts = [part for part in (products, self.lookups) if part is not None]
-        return torch.stack(parts).sum(0)
-
-    def damage_by_row(self, error: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
-        """Damage of each row of ``error``, cross terms of H in full."""
-        total = torch.zeros(len(error))
-        if self.inputs is not None:
-            total += self.rows * ((error @ self.inputs) * error).sum(1)
-        if self.lookups is not None:
-            total += (self.lookups * error.square()).sum(1)
-        return total / 2
-
-    def of_rows(self, rows: Rows) -> "Curvature":
-        """Of some of the rows alone."""
-        lookups = None if self.lookups is None else self.lookups[rows]
-        return dataclasses.replace(self, rows=self.rows[rows], lookups=lookups)
-
-    def weighed(self, weights: Float[Tensor, " out"]) -> "Curvature":
-        """Every row's damage times its weight."""
-        lookups = None if self.lookups is None else self.lookups * weights[:, None]
-        return dataclasses.replace(self, rows=self.rows * weights, lookups=lookups)
-
-    def damped(self, damping: float = DAMPING) -> "Curvature":
-        """With ``damping`` times its mean on the diagonal of H: calibration text is a sample."""
-        if self.inputs is None:
-            return self
-        inputs = self.inputs.clone()
-        inputs.diagonal().add_(damping * inputs.diagonal().mean() + TINY)
-        return dataclasses.replace(self, inputs=inputs)
-
-    def neighbourly(self, neighbours: int) -> "Curvature":
-        """Every column minds only the columns it is most correlated with: the local reply of the flock.
-
-        What is dropped from H is added, in absolute value, to its diagonal; so the sparse H is no less than the true
-        one and a reply to it cannot diverge.
-        """
-        if self.inputs is None or neighbours >= len(self.inputs) - 1:
-            return self
-        size = self.inputs.diagonal().clamp(min=TINY).sqrt()
-        correlation = (self.inputs / torch.outer(size, size)).abs().fill_diagonal_(0)
-        kept = torch.zeros_like(correlation, dtype=torch.bool)
-        kept.scatter_(1, correlation.topk(neighbours, 1).indices, True)
-        kept = (kept | kept.T).fill_diagonal_(True)
-        dropped = self.inputs.abs().masked_fill(kept, 0).sum(1)
-        return dataclasses.replace(self, inputs=self.inputs.masked_fill(~kept, 0) + torch.diag(dropped))
-
-    def shared(self) -> tuple[Float[Tensor, " out"], Float[Tensor, "in in"]]:
-        """(a, H) with the lookups taken in on average: a row of H for every row is more than can be factored."""
-        assert self.inputs is not None
-        if self.lookups is None:
-            return self.rows, self.inputs
-        share = self.lookups.sum(0) / self.rows.sum().clamp(min=TINY)
-        return self.rows + self.lookups.mean(1) / self.inputs.diagonal().mean(), self.inputs + torch.diag(share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,23 +132,6 @@ def pieces(matrix: Float[Tensor, "out in"]) -> list[slice]:
     """Its rows, whole blocks at a time, so many that ``AT_ONCE`` weights are in work: rows play for themselves."""
     size = max(AT_ONCE // matrix.shape[1] // TILE_ROWS, 1) * TILE_ROWS
     return [slice(start, start + size) for start in range(0, len(matrix), size)]
-
-
-def pivots(inputs: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """U, upper triangular, with H⁻¹ = Uᵀ U; 1 / U_jj² is what an error of column j costs once later columns have
-    answered.  It is the inverse of the upper triangular R with H = R Rᵀ."""
-    return _inverse(torch.linalg.cholesky(inputs.double().flip(0, 1)).flip(0, 1)).float()
-
-
-def _inverse(upper: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """Of an upper triangular matrix, from those of its halves: nearly all of it is matrix products."""
-    size, half = len(upper), len(upper) // 2
-    if size <= BLOCK:
-        return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype), upper=True)
-    found = torch.zeros_like(upper)
-    found[:half, :half], found[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
-    found[:half, half:] = found[:half, :half] @ upper[:half, half:] @ found[half:, half:].neg()
-    return found
 
 
 def feedback(
@@ -420,136 +330,3 @@ def _affine_grid(tensor: QuantizedTensor, columns: Tensor | None = None) -> Grid
 
 def _stored(steps: Float[Tensor, "out in"], zero_point: Tensor, scheme: Scheme) -> Integer[Tensor, "out in"]:
     return (steps + zero_point.repeat_interleave(scheme.group_size, 1)).to(torch.uint8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Coding:
-    """What a code costs: the model's tables, and the price of a bit in nats per token."""
-
-    tables: CodeTables
-    price: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Whitened:
-    """A layer's curvature ready for replies: ``rows`` (a) and ``columns`` (κ), the sensitivities with error feedback,
-    and the pivots (None: the matrix is only looked up)."""
-
-    curvature: Curvature
-    rows: Float[Tensor, " out"]
-    columns: Float[Tensor, " in"]
-    factor: Float[Tensor, "in in"] | None
-
-    def of_rows(self, rows: Rows) -> "Whitened":
-        """Of some of the rows alone."""
-        return dataclasses.replace(self, curvature=self.curvature.of_rows(rows), rows=self.rows[rows])
-
-
-def whiten(curvature: Curvature, damping: float = DAMPING, feedback: bool = True) -> Whitened:
-    """The damped curvature, factored; without ``feedback`` the columns cost what they cost alone."""
-    damped = curvature.damped(damping)
-    if damped.inputs is not None and not feedback:
-        rows, inputs = damped.shared()
-        return Whitened(damped, rows, inputs.diagonal(), None)
-    if damped.inputs is None:
-        diagonal = damped.diagonal()
-        columns = diagonal.mean(0) / diagonal.mean().clamp(min=TINY)
-        return Whitened(damped, diagonal.mean(1), columns, None)
-    rows, inputs = damped.shared()
-    factor = pivots(inputs)
-    return Whitened(damped, rows, 1 / factor.diagonal().square(), factor)
-
-
-def lattice_reply(weight: Float[Tensor, "out in"], whitened: Whitened, lattice: Lattice) -> LatticeTensor:
-    """The codes of a matrix on its lattice after one pass, or after plain rounding where there is no factor."""
-    column_steps = lattice.column_steps()
-
-    def codes(rows: slice) -> Integer[Tensor, "some in"]:
-        row_steps = lattice.of_rows(rows).row_steps()
-        if whitened.factor is None:
-            steps = torch.outer(row_steps, column_steps)
-            return torch.where(steps > 0, weight[rows] / steps, 0.0).round().int()
-
-        def grid_of(columns: Tensor, current: Tensor) -> Grid:
-            return Grid(torch.outer(column_steps[columns], row_steps).T)
-
-        return feedback(weight[rows], whitened.rows[rows], whitened.factor, grid_of).int()
-
-    return LatticeTensor(torch.cat([codes(rows) for rows in pieces(weight)]), lattice)
-
-
-def lattice_settle(
-    weight: Float[Tensor, "out in"],
-    tensor: LatticeTensor,
-    curvature: Curvature,
-    coding: Coding | None = None,
-    sweeps: int = 100,
-) -> tuple[LatticeTensor, Settled]:
-    """The codes after so many sweeps of best replies, and how those went.  ``coding``: what codes cost, if they do."""
-
-    def settled(rows: slice) -> Settled:
-        own = tensor.of_rows(rows)
-        grid_of = _lattice_grid(own.lattice, coding)
-        found = settle(weight[rows], own.codes.float(), curvature.of_rows(rows), grid_of, sweeps)
-        return dataclasses.replace(found, codes=found.codes.int())
-
-    ended = Settled.beside([settled(rows) for rows in pieces(weight)])
-    return LatticeTensor(ended.codes, tensor.lattice), ended
-
-
-def regret_by_row(
-    weight: Float[Tensor, "out in"], tensor: LatticeTensor, curvature: Curvature, coding: Coding | None = None
-) -> Float[Tensor, " out"]:
-    """What the weights of every row would still gain, in nats per token, each changing its code alone, all added up.
-
-    Codes that pay for their length try 0, and from the one of least damage as far as a shorter code could pay.
-    """
-
-    def regret(rows: slice) -> Float[Tensor, " some"]:
-        own, curved = tensor.of_rows(rows), curvature.of_rows(rows)
-        error = weight[rows] - own.dequantize()
-        stiffness, slope = curved.diagonal(), torch.zeros_like(error)
-        if curved.inputs is not None:
-            slope += curved.rows[:, None] * (error @ curved.inputs)
-        if curved.lookups is not None:
-            slope += curved.lookups * error
-        grid = _lattice_grid(own.lattice, coding)(torch.arange(weight.shape[1]), error)
-        slope, stiffness = slope * grid.step, stiffness * grid.step.square()
-        nearest = (slope / stiffness.clamp(min=TINY)).round()
-        gains = torch.zeros_like(slope)
-
-        def consider(move: Tensor) -> None:
-            gain = move * (slope - stiffness * move / 2)
-            if coding is not None:
-                gain += grid.length(own.codes) - grid.length(own.codes + move.int())
-            torch.maximum(gains, gain, out=gains)
-
-        consider(nearest)
-        if coding is not None:
-            for move in (-own.codes.float(), *(nearest + jump for jump in FAR)):
-                consider(move)
-            shorter = grid.length((own.codes + nearest).int()) - coding.price * coding.tables.bits().min()
-            for far in range(max(FAR) + 1, int(own.codes.abs().max()) + 1):
-                rise = stiffness * (far * (far - 1) / 2)  # at least, from the code of least damage
-                if not ((rise > 0) & (rise < shorter)).any():
-                    break
-                consider(nearest - far)
-                consider(nearest + far)
-        return gains.double().sum(1)
-
-    return torch.cat([regret(rows) for rows in pieces(weight)])
-
-
-def _lattice_grid(lattice: Lattice, coding: Coding | None) -> GridOf:
-    row_steps, column_steps = lattice.row_steps(), lattice.column_steps()
-    price = None if coding is None else torch.from_numpy(coding.tables.bits() * coding.price).float()
-
-    def grid_of(columns: Tensor, current: Tensor) -> Grid:
-        step = torch.outer(row_steps, column_steps[columns])
-        if price is None:
-            return Grid(step)
-        table, shift = address(lattice.levels(columns))
-        sign = 0.0 if coding is None or not shift.any() else coding.price
-        return Grid(step, price=price, table=table, shift=shift, bit=sign)
-
-    return grid_of

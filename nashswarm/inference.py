@@ -1,0 +1,165 @@
+"""The commands that load a compressed model: what is in it, how fast it runs, and serving or exporting it.
+
+Each takes the words of the command line and brings back the exit status.  All raise ValueError in one sentence for
+anything that does not fit.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from nashswarm import data, measures, metrics, models, peers
+from nashswarm.evidence import show_progress
+from nashswarm.kernels import native
+from nashswarm.linear import PackedMatrix
+from nashswarm.machine import machine
+from nashswarm.runtime import export as exporter
+from nashswarm.runtime import profile as profiler
+
+WIDE = 160  # columns of a table that goes to a file or a pipe, where nothing is to be cut off
+
+
+def inspect(given: argparse.Namespace) -> int:
+    """Print the table of the matrices, and the bytes in file and memory."""
+    model = _load(given.folder)
+    table = Table("matrix", "shape", "format", "bits in file", "in memory", "tiles by width", box=None)
+    seen: set[PackedMatrix] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        matrix = getattr(module, "matrix", None)
+        if not isinstance(matrix, PackedMatrix) or matrix in seen:
+            continue
+        seen.add(matrix)
+        weights = matrix.shape[0] * matrix.shape[1]
+        kind = "lattice" if matrix.lattice is not None else f"groups of {matrix.group_size}"
+        tiled = matrix.tiles
+        widths, counts = (part.tolist() for part in tiled.widths.unique(return_counts=True))
+        tiles = ", ".join(f"{count}×{width}" for width, count in zip(widths, counts, strict=True))
+        escapes = f", {len(tiled.escape_codes)} escapes" if len(tiled.escape_codes) else ""
+        stored = f"{8 * len(matrix.stored()) / weights:.3f}"
+        resident = f"{8 * tiled.nbytes / weights:.3f}"
+        shape = "x".join(map(str, matrix.shape))
+        table.add_row(name, shape, kind + (", coded" if matrix.coded else ""), stored, resident, tiles + escapes)
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console.print(table)
+    size = sum((given.folder / name).stat().st_size for name in _weights(given.folder))
+    console.print(f"{size:,} bytes of weights and config, {measures.resident_bytes(model):,} bytes in memory")
+    return 0
+
+
+def bench(given: argparse.Namespace) -> int:
+    """Print the times of decoding and prefill, beside those of the same weights as floats."""
+    if min(given.threads, given.repeats, given.new_tokens) < 1:
+        raise ValueError("--threads, --repeats and --new-tokens must be at least 1")
+    torch.set_num_threads(given.threads)
+    packed, full = _load_writer(given.folder, "bench times decoding"), _load(given.folder)
+    full.dequantize()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
+    length = models.LoadedModel(full, tokenizer).window_length(None)
+    windows = data.windows(data.StdlibDocs().text("test"), tokenizer, length, "test")
+    measure = measures.Speed(given.prompt_tokens, given.context_tokens, given.new_tokens, given.repeats, given.against)
+
+    def reference(batch_size: int) -> metrics.Reference:
+        return metrics.reference(full, windows[: measure.quality_windows], batch_size)
+
+    subject = measures.Subject(full, full, lambda: packed, windows, reference, show_progress)
+    found, _ = measure.measure(subject)
+    print(json.dumps({"folder": str(given.folder), "threads": given.threads} | found, indent=1))
+    return 0
+
+
+def profile(given: argparse.Namespace) -> int:
+    """Print where the time of a step goes, by matrix and by batch size."""
+    if min(given.threads, given.steps, given.context_tokens, given.largest_batch) < 1:
+        raise ValueError("--threads, --steps, --context-tokens and --largest-batch must be at least 1")
+    model = _load_writer(given.folder, "profile times decoding")
+    longest = models.LoadedModel(model, None).window_length(None)
+    if given.context_tokens + given.steps + profiler.WARM_UP > longest:
+        raise ValueError(f"--context-tokens, --steps and {profiler.WARM_UP} to warm up exceed the window of {longest}")
+    torch.set_num_threads(given.threads)
+    here = machine()
+    speed = profiler.bandwidth(min(max(profiler.BEYOND * max(here.caches.values()), 1 << 26), 1 << 29))
+    tokens = torch.randint(model.config.vocab_size, (1, given.context_tokens), generator=torch.manual_seed(0))
+    found, whole = profiler.layers(model, tokens, given.steps, show_progress)
+    table = Table("matrix", "format", "bytes", "fits", "µs", "GB/s", "of memory's", "of the step", box=None)
+    for layer in found:
+        share, reached = layer.seconds / whole, layer.bandwidth / speed
+        table.add_row(
+            layer.name, layer.kind, f"{layer.size:,}", here.level(layer.size), f"{1e6 * layer.seconds:.0f}",
+            f"{layer.bandwidth / 1e9:.1f}", f"{reached:.0%}", f"{share:.1%}",
+        )  # fmt: skip
+    rest = whole - sum(layer.seconds for layer in found)
+    table.add_row("everything else", "", "", "", f"{1e6 * rest:.0f}", "", "", f"{rest / whole:.1%}")
+    size = sum(layer.size for layer in found)
+    batches = [1 << power for power in range(given.largest_batch.bit_length())]
+    points = profiler.curve(model, tokens, batches, given.steps, show_progress)
+    steps = Table("batch", "ms a step", "tokens per second", box=None)
+    for point in points:
+        steps.add_row(str(point.batch), f"{1000 * point.seconds:.2f}", f"{point.throughput:.0f}")
+    limit = None if given.latency_ms is None else given.latency_ms / 1000
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console.print(str(here), highlight=False)
+    console.print(f"reading memory: {speed / 1e9:.1f} GB/s with {given.threads} threads; kernels: {native.path()}")
+    console.print(table)
+    console.print(f"a step reads {size:,} bytes of matrices, which fit in {here.level(size)}, in {1000 * whole:.2f} ms")
+    console.print(steps)
+    console.print(profiler.best(points, limit)[1])
+    return 0
+
+
+def serve(given: argparse.Namespace) -> int:
+    """Answer HTTP requests until interrupted."""
+    peers.require("serve", measures.Load.NEEDS, measures.Load.EXTRA)
+    if given.threads < 1 or given.queue < 0 or given.patience <= 0 or not 0 <= given.port < 65536:
+        raise ValueError("--threads must be at least 1, --queue 0, --patience above 0 and --port below 65536")
+    import uvicorn
+
+    from nashswarm.runtime import server
+
+    model = _load_writer(given.folder, "there is nothing to serve")
+    torch.set_num_threads(given.threads)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
+    name = given.name or given.folder.resolve().name
+    app = server.application(model, tokenizer, name, server.Limits(given.queue, given.patience))
+    uvicorn.run(app, host=given.host, port=given.port, lifespan="off")
+    return 0
+
+
+def export(given: argparse.Namespace) -> int:
+    """Write the model for another runtime, and print how far its logits are from the model's own."""
+    model = _load(given.folder)
+    exporter.check(model, given.to, given.out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
+    length = exporter.PROMPT + exporter.DECODED
+    tokens = data.windows(data.StdlibDocs().text("test"), tokenizer, length, "test")[:1]
+    found = exporter.export(model, given.to, given.out, tokens, given.activations)
+    print(json.dumps({"file": str(given.out), "to": given.to} | found, indent=1))
+    return 0
+
+
+def _load(folder: pathlib.Path) -> Any:
+    """The compressed model in ``folder``, in float32."""
+    if not (folder / models.CONFIG).is_file():
+        raise ValueError(f"{folder} holds no {models.CONFIG}: name a folder that nashswarm compress made")
+    described = json.loads((folder / models.CONFIG).read_text())
+    if "quantization_config" not in described:
+        raise ValueError(f"the model in {folder} is not compressed: use nashswarm compress first")
+    return getattr(transformers, described["architectures"][0]).from_pretrained(folder, dtype=torch.float32)
+
+
+def _load_writer(folder: pathlib.Path, why: str) -> Any:
+    """The same of a model that writes text.  Raises ValueError, and says ``why``, for another."""
+    model = _load(folder)
+    if not model.can_generate():
+        raise ValueError(f"{folder} holds a {type(model).__name__}, which writes no text: {why}")
+    return model
+
+
+def _weights(folder: pathlib.Path) -> list[str]:
+    return [models.CONFIG, *(path.name for path in sorted(folder.glob("model*.safetensors*")))]

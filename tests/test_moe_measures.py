@@ -1,0 +1,85 @@
+"""What is measured of a mixture of experts: on the device of the model, until that is done, and by sizes that are."""
+
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+
+from nashswarm import moe_measures
+from nashswarm.moe import experts as moe_experts
+from nashswarm.moe import router, store
+from nashswarm.moe.model import MoeForCausalLM, MoeSource
+from nashswarm.moe.router import NashSwarmRouter
+from nashswarm.moe_measures import WARM_UP, MoeSubject, QuickValidation, Routed, RoutingTime, timed
+from nashswarm.moe_training import Trained
+from nashswarm.quant.calibration import no_track
+
+LAYER = "blocks.0.mixture.experts"
+META = torch.device("meta")  # tensors without values: they mix with none that lie elsewhere
+
+
+@pytest.fixture
+def model() -> MoeForCausalLM:
+    torch.manual_seed(0)
+    return MoeSource(width=32, layers=1, expert_width=32, context=16).build(NashSwarmRouter(), 64, 0).eval()
+
+
+def subject_of(model: MoeForCausalLM) -> MoeSubject:
+    windows = torch.zeros(4, 16, dtype=torch.int64, device=model.device)
+    return MoeSubject(Trained(model, None, {}), windows, windows, no_track)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_timed_is_waited_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing given to an accelerator earlier counts, and all of its own work does."""
+    happened: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda where: happened.append(f"waited for {where}"))
+    timed([lambda: happened.append("one"), lambda: happened.append("other")], 2, torch.device(device))
+    around = [] if device == "cpu" else [f"waited for {device}"]
+    assert happened == [*around, "one", *around, *around, "other", *around] * (2 + WARM_UP)
+
+
+def test_routing_is_timed_where_the_model_is(model: MoeForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.device] = []
+
+    def once(contestants: Any, repeats: int, device: torch.device) -> list[float]:
+        for contestant in contestants:
+            contestant()
+        seen.append(device)
+        return [1.0] * len(contestants)
+
+    for module in (moe_experts, router):  # torch's knows no float32 without values
+        monkeypatch.setattr(module, "grouped", lambda x, weights, ends: x @ weights[0])
+    monkeypatch.setattr(moe_measures, "timed", once)
+    monkeypatch.setattr(moe_measures, "first_version", lambda x, router: x @ router.weight.T)
+    found, _ = RoutingTime(tokens=8, experts=[8]).measure(subject_of(model.to(META)))
+    assert found["route_plain_8"] == 1e6 / 8 and set(seen) == {META}
+
+
+def test_experts_are_held_where_they_are_used(model: MoeForCausalLM, tmp_path: pathlib.Path) -> None:
+    store.save(model, tmp_path / "experts")
+    assert {part.device for part in store.ExpertStore(tmp_path / "experts", 1 << 20, META).fetch(LAYER, 0)} == {META}
+    own = store.ExpertStore(tmp_path / "experts", 1 << 20).fetch(LAYER, 0)
+    assert torch.equal(own[0], model.get_submodule(LAYER).up_proj[0])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: Routed(batch_size=0), "measure.batch_size=0 must be at least 1"),
+        (lambda: Routed(repeats=0, served_tokens=-3), "measure.repeats=0, measure.served_tokens=-3 must be at least 1"),
+        (lambda: Routed(windows=0), "measure.windows=0 must be at least 1"),
+        (lambda: Routed(resident=0.0), "measure.resident=0.0 must be above 0 and at most 1"),
+        (lambda: Routed(resident=1.5), "measure.resident=1.5 must be above 0 and at most 1"),
+        (lambda: QuickValidation(batches=-1), "measure.batches=-1 must be at least 1"),
+        (lambda: QuickValidation(length=1), "measure.length=1 must be at least 2"),
+        (lambda: QuickValidation(bits=0.0), "measure.bits=0.0 must be positive"),
+        (lambda: RoutingTime(tokens=0), "measure.tokens=0 must be at least 1"),
+        (lambda: RoutingTime(experts=[8, 0]), r"measure.experts=\[8,0\] must be numbers of at least 1"),
+        (lambda: RoutingTime(experts=[]), r"measure.experts=\[\] must be numbers of at least 1"),
+    ],
+)
+def test_sizes_that_are_none_are_named(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

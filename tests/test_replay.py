@@ -1,0 +1,87 @@
+"""Replayed passes answer, bit for bit, what whole passes do, and compute no more than they must."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nashswarm import metrics, models
+from nashswarm.evidence import Cache, Evidence
+from nashswarm.replay import Replay
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "bert", "bert_encoder", "neox"])
+def test_probes_find_what_whole_passes_find(kind: str, random_model: Callable[[str], Any]) -> None:
+    model = random_model(kind)
+    layers = models.find_layers(model)
+    windows = torch.randint(0, model.config.vocab_size, (3, 16), generator=torch.Generator().manual_seed(0))
+    evidence = Evidence(model, layers, windows, windows, 0, Cache(None, {}))
+    for layer in layers:
+        weights = {layer.name: layer.weight * 0.9}
+        other = copy.deepcopy(model)
+        models.put(other, weights)
+        if evidence.causal:
+            whole = metrics.evaluate(other, windows, evidence.batch, metrics.reference(model, windows, evidence.batch))
+            slow = metrics.summarise(whole)["kl"]
+        else:
+            slow = metrics.distance(*(metrics.embed_all(each, windows, evidence.batch) for each in (model, other)))
+        assert evidence.heldout_kl(weights, windows.numel()) == slow == evidence.heldout_kl(weights, None)
+        assert slow > 0 or "pooler" in layer.name
+
+
+class Stack(nn.Module):
+    """Blocks in a row, the first so often a pass, with one matrix before them."""
+
+    def __init__(self, repeats: int = 1) -> None:
+        super().__init__()
+        self.start = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4))
+        self.repeats = repeats
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        for _ in range(self.repeats):
+            x = self.blocks[0](x)
+        for block in list(self.blocks)[1:]:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("names", "repeats", "computed"),
+    [
+        (["blocks.3.0"], 1, 1),
+        (["blocks.2.0", "blocks.3.0"], 1, 2),
+        (["blocks.0.0"], 1, 4),
+        (["blocks.3.0", "start"], 1, 4),
+        (["blocks.3.0"], 2, 5),
+    ],
+)
+def test_only_what_may_have_changed_is_computed(names: list[str], repeats: int, computed: int) -> None:
+    model, texts = Stack(repeats), [torch.ones(2, 4), torch.zeros(2, 4)]
+    seen: list[nn.Module] = []
+    for block in model.blocks:
+        block[0].register_forward_hook(lambda module, *call: seen.append(module))
+    replay = Replay(model, lambda: [model(text) for text in texts])
+    seen.clear()
+    with torch.no_grad():
+        for name in names:
+            model.get_submodule(name).weight.mul_(0.5)
+    with replay.before(names):
+        found = [model(text) for text in texts]
+    assert len(seen) == computed * len(texts)
+    for text, answer in zip(texts, found, strict=True):
+        assert torch.equal(answer, model(text))
+
+
+def test_who_changes_a_replayed_answer_changes_no_later_one() -> None:
+    model, text = Stack(), torch.ones(2, 4)
+    replay = Replay(model, lambda: model(text))
+    for _ in range(2):
+        with replay.before(["blocks.1.0"]):
+            answer = model.blocks[0](text)
+        assert torch.equal(answer, model.blocks[0](model.start(text)))
+        answer.data.zero_()
