@@ -5,6 +5,7 @@ anything that does not fit.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -23,6 +24,7 @@ from nashswarm.machine import machine
 from nashswarm.runtime import export as exporter
 from nashswarm.runtime import profile as profiler
 
+LOADING = 600  # seconds after which a process that does not answer is taken for dead
 WIDE = 160  # columns of a table that goes to a file or a pipe, where nothing is to be cut off
 
 
@@ -114,21 +116,45 @@ def profile(given: argparse.Namespace) -> int:
 
 
 def serve(given: argparse.Namespace) -> int:
-    """Answer HTTP requests until interrupted."""
+    """Answer HTTP requests until interrupted, by a process that is replaced if it dies."""
     peers.require("serve", measures.Load.NEEDS, measures.Load.EXTRA)
     if given.threads < 1 or given.queue < 0 or given.patience <= 0 or not 0 <= given.port < 65536:
         raise ValueError("--threads must be at least 1, --queue 0, --patience above 0 and --port below 65536")
     import uvicorn
+    from uvicorn.config import STARTUP_FAILURE
+    from uvicorn.supervisors import Multiprocess
+
+    _check_writer(given.folder, "there is nothing to serve")
+    started = functools.partial(
+        _application,
+        given.folder,
+        given.name or given.folder.resolve().name,
+        given.threads,
+        given.queue,
+        given.patience,
+    )
+    config = uvicorn.Config(
+        started, factory=True, host=given.host, port=given.port, lifespan="off", timeout_worker_healthcheck=LOADING
+    )
+    with config.bind_socket() as listening:
+        supervisor = Multiprocess(config, [listening])
+        supervisor.run()
+    return int(any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes))
+
+
+def _application(folder: pathlib.Path, name: str, threads: int, queue: int, patience: float) -> Any:
+    """What the process that answers runs."""
+    from uvicorn.config import STARTUP_FAILURE
 
     from nashswarm.runtime import server
 
-    model = _load_writer(given.folder, "there is nothing to serve")
-    torch.set_num_threads(given.threads)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
-    name = given.name or given.folder.resolve().name
-    app = server.application(model, tokenizer, name, server.Limits(given.queue, given.patience))
-    uvicorn.run(app, host=given.host, port=given.port, lifespan="off")
-    return 0
+    torch.set_num_threads(threads)
+    try:
+        model, tokenizer = _load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(STARTUP_FAILURE)  # another process would do no better
+    return server.application(model, tokenizer, name, server.Limits(queue, patience))
 
 
 def export(given: argparse.Namespace) -> int:
@@ -145,20 +171,29 @@ def export(given: argparse.Namespace) -> int:
 
 def _load(folder: pathlib.Path) -> Any:
     """The compressed model in ``folder``, in float32."""
+    return _architecture(folder).from_pretrained(folder, dtype=torch.float32)
+
+
+def _load_writer(folder: pathlib.Path, why: str) -> Any:
+    """The same of a model that writes text.  Raises ValueError, and says ``why``, for another."""
+    _check_writer(folder, why)
+    return _load(folder)
+
+
+def _check_writer(folder: pathlib.Path, why: str) -> None:
+    architecture = _architecture(folder)
+    if not architecture.can_generate():
+        raise ValueError(f"{folder} holds a {architecture.__name__}, which writes no text: {why}")
+
+
+def _architecture(folder: pathlib.Path) -> Any:
+    """The class of the compressed model in ``folder``.  Raises ValueError if there is none."""
     if not (folder / models.CONFIG).is_file():
         raise ValueError(f"{folder} holds no {models.CONFIG}: name a folder that nashswarm compress made")
     described = json.loads((folder / models.CONFIG).read_text())
     if "quantization_config" not in described:
         raise ValueError(f"the model in {folder} is not compressed: use nashswarm compress first")
-    return getattr(transformers, described["architectures"][0]).from_pretrained(folder, dtype=torch.float32)
-
-
-def _load_writer(folder: pathlib.Path, why: str) -> Any:
-    """The same of a model that writes text.  Raises ValueError, and says ``why``, for another."""
-    model = _load(folder)
-    if not model.can_generate():
-        raise ValueError(f"{folder} holds a {type(model).__name__}, which writes no text: {why}")
-    return model
+    return getattr(transformers, described["architectures"][0])
 
 
 def _weights(folder: pathlib.Path) -> list[str]:

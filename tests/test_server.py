@@ -2,6 +2,12 @@
 
 import concurrent.futures
 import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +21,7 @@ pytest.importorskip("fastapi", reason="not installed")
 pytest.importorskip("uvicorn", reason="not installed")
 httpx = pytest.importorskip("httpx", reason="not installed")
 
+import nashswarm  # noqa: E402
 from nashswarm.runtime import load, server  # noqa: E402
 
 Start = Callable[..., Any]
@@ -235,3 +242,57 @@ def test_the_client_of_openai(start: Start) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     with pytest.raises(openai.BadRequestError, match="best_of"):
         client.completions.create(model="tiny", prompt="the", best_of=2)
+
+
+@pytest.fixture
+def served(model: Any, tokenizer: Any, tmp_path: pathlib.Path) -> Iterator[tuple[Any, int]]:
+    """A client of the command itself, and the number of its process."""
+    packed, _ = nashswarm.compress(model, tokenizer, "uniform", torch.arange(64).view(2, 32))
+    for part in (packed, tokenizer):
+        part.save_pretrained(tmp_path / "small")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = "import sys; from nashswarm.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", command, "serve", str(tmp_path / "small"), "--port", str(port)]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+    with (
+        subprocess.Popen(words, env=environment) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client,
+    ):
+        try:
+            yield client, process.pid
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
+
+
+def workers(parent: int) -> list[int]:
+    found = []
+    for status in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = status.read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == parent and b"spawn_main" in (status.parent / "cmdline").read_bytes():
+                found.append(int(status.parent.name))
+    return found
+
+
+def answer(client: Any) -> Any:
+    """Of a server that may be starting: whom the listening socket holds is answered in time."""
+    for _ in range(240):
+        with contextlib.suppress(httpx.HTTPError):
+            return ask(client)
+        time.sleep(0.5)
+    raise AssertionError("the server never came up")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are looked up in /proc")
+def test_a_killed_worker_comes_back(served: tuple[Any, int]) -> None:
+    client, parent = served
+    before = answer(client)
+    assert before.status_code == 200
+    (killed,) = workers(parent)
+    os.kill(killed, signal.SIGKILL)
+    after = answer(client)
+    assert after.status_code == 200 and after.json()["choices"] == before.json()["choices"]
+    assert killed not in workers(parent) and len(workers(parent)) == 1
