@@ -135,7 +135,7 @@ def settings(records: Sequence[Record], *words: str) -> dict[str, str]:
 
 
 def of_benchmarks(folder: pathlib.Path) -> dict[str, str]:
-    """The macros of the benchmarks in ``folder``: the roles of the flock, the code game, the encoder.
+    """The macros of the benchmarks in ``folder``: the roles of the flock, the code game, the encoder, what is best.
 
     Raises ValueError if one was run from uncommitted code.
     """
@@ -166,6 +166,24 @@ def _code_game(name: str, content: Mapping[str, Any]) -> dict[str, str]:
     return layers | {macro_name(name, str(width), "saved"): fixed(1, 100)(part) for width, part in saved.items()}
 
 
+def _optima(name: str, content: Mapping[str, Any]) -> dict[str, str]:
+    size, real = content["at_size"], {(row["players"], row["way"]): row for row in content["real"]}
+    players = max(count for count, _ in real)
+    found = {
+        "size_players": fixed(0)(size["players"]),
+        "size_seconds": fixed(0)(size["seconds"]),
+        "size_gap": fixed(3)(size["gap_percent"]),
+        "players": fixed(0)(players),
+        "gap": fixed(3)(real[players, "game with tags"]["gap_percent"]),
+        "gap_alone": fixed(3)(real[players, "equilibrium, J = 0"]["gap_percent"]),
+        "gap_uniform": fixed(0)(real[players, "uniform, rest by lot"]["gap_percent"]),
+    }
+    for row in content["anarchy"]:
+        found[f"anarchy_{row['align']:g}"] = fixed(3)(row["anarchy"])
+        found[f"starts_{row['align']:g}"] = fixed(0)(row["starts"])
+    return {macro_name(name, *key.split("_")): tex(value) for key, value in found.items()}
+
+
 def _encoder(name: str, content: Mapping[str, Any]) -> dict[str, str]:
     found = {
         macro_name(name, "correlation", how): fixed(2)(value) for how, value in content["alone"]["correlation"].items()
@@ -182,6 +200,7 @@ BENCHMARKS: Mapping[str, Callable[[str, Mapping[str, Any]], dict[str, str]]] = {
     "flock": _flock,
     "code_game": _code_game,
     "encoder_": _encoder,
+    "optima": _optima,
 }
 
 
