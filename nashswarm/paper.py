@@ -181,6 +181,7 @@ def _optima(name: str, content: Mapping[str, Any]) -> dict[str, str]:
     for row in content["anarchy"]:
         found[f"anarchy_{row['align']:g}"] = fixed(3)(row["anarchy"])
         found[f"starts_{row['align']:g}"] = fixed(0)(row["starts"])
+        found[f"bytes_{row['align']:g}"] = fixed(0)(row["align"])
     return {macro_name(name, *key.split("_")): tex(value) for key, value in found.items()}
 
 
