@@ -1,6 +1,7 @@
 """What is measured of a trained mixture of experts: quality and load, the table of the quick validation, and where the
 time of routing goes.  Times are medians over repeats, contestants interleaved in one process."""
 
+import copy
 import dataclasses
 import functools
 import pathlib
@@ -20,7 +21,7 @@ from nashswarm.measures import Found, resident_bytes
 from nashswarm.moe import load, store
 from nashswarm.moe.loss import implied_prices
 from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
-from nashswarm.moe.router import NashSwarmRouter, Router, Routing, regrets, top
+from nashswarm.moe.router import NashSwarmRouter, Router, Routing, regrets
 from nashswarm.moe_training import Trained
 from nashswarm.quant.calibration import Track
 from nashswarm.timing import wait
@@ -46,14 +47,15 @@ class MoeSubject:
 
 @dataclasses.dataclass(frozen=True)
 class Routed:
-    """NLL, load and time of a model on the validation text.
+    """NLL, load and time of a model on text that it was not trained on.
 
     ``nll`` in nats per token, by window; ``max_violation``, ``load_gini``, ``load_cv``, ``dead_experts`` of all the
-    text; ``dropped``: share of assignments; ``regret_mean`` and ``regret_max`` of tokens over all experts at the
-    prices that their batch implies, in units of affinity.  ``token_microseconds`` of the whole model and
+    text, prices standing as training left them; ``nll_following``, ``max_violation_following``: where the router moves
+    them after each batch; ``dropped``: share of assignments; ``regret_mean`` and ``regret_max`` of tokens over all
+    experts at the prices that their batch implies, in units of affinity.  ``token_microseconds`` of the whole model and
     ``router_microseconds`` of one router, a token.  Then ``served_tokens`` are read one by one, experts coming from a
     file into memory that holds ``resident`` of their bytes: ``resident_hits``, ``nll_served``,
-    ``served_tokens_per_second``, and the same with ``_without`` the residency term. ``windows``: the first ones of
+    ``served_tokens_per_second``, and the same with ``_without`` the residency term.  ``windows``: the first ones of
     those that judge; null: all.
     """
 
@@ -82,6 +84,9 @@ class Routed:
             x = torch.randn(batch.numel(), model.config.hidden_size, generator=generator).to(batch.device)
             [seconds] = timed([lambda: routers[0](x)], self.repeats, x.device)
             found["router_microseconds"] = 1e6 * seconds / len(x)
+        if any(router.follows for router in routers):
+            following, _ = judged(copy.deepcopy(model), windows, self.batch_size, subject.track, follow=True)
+            found |= {f"{name}_following": following[name] for name in ("nll", "max_violation")}
         if routers and not found["looks_ahead"]:
             found |= self.served(model, windows)
         return found, series
@@ -115,8 +120,15 @@ class Routed:
 
 
 @torch.no_grad()
-def judged(model: MoeForCausalLM, windows: Int[Tensor, "windows length"], batch_size: int, track: Track) -> Found:
-    """NLL, loads, drops and regrets on these windows; the loads of each layer as a series."""
+def judged(
+    model: MoeForCausalLM,
+    windows: Int[Tensor, "windows length"],
+    batch_size: int,
+    track: Track,
+    follow: bool = False,
+) -> Found:
+    """NLL, loads, drops and regrets on these windows; the loads of each layer as a series.  ``follow``: move the prices
+    of ``model`` after each batch, which the next one sees."""
     series: dict[str, list[float]] = {"nll": [], "tokens": []}
     loads: list[Tensor] = []
     dropped, regret = 0, [torch.zeros(0)]
@@ -133,6 +145,8 @@ def judged(model: MoeForCausalLM, windows: Int[Tensor, "windows length"], batch_
         for one in routings:
             if one.tokens is None and one.logits is not None:
                 regret.append(regrets(one.logits, one.experts, implied_prices(one, congestion)).cpu())
+        if follow:
+            model.follow(routings)
     found = metrics.summarise(series)
     if loads:
         table = torch.stack(loads).cpu().numpy()
@@ -287,18 +301,12 @@ class RoutingTime:
 
 def shares(router: Router, x: Float[Tensor, "tokens width"], repeats: int) -> dict[str, float]:
     """The shares of the time of the flock's routing that its components take, each run by itself."""
-    flock = min(router.settings.flock, len(router.weight))
     logits = router.affinities(x)
-    nearest, candidates = logits.topk(flock, sorted=False)
-    bonus = -router.price
-    utility = nearest + bonus[candidates]
-    experts = candidates.gather(1, top(utility, router.k))
+    experts = router.cheapest(logits)
     parts: Mapping[str, Callable[[], Any]] = {
         "scores": lambda: router.affinities(x),
-        "flock": lambda: logits.topk(flock, sorted=False),
-        "prices": lambda: nearest + bonus[candidates],
-        "choice": lambda: candidates.gather(1, top(utility, router.k)),
-        "gates": lambda: logits.gather(1, experts).softmax(1),
+        "choice": lambda: router.cheapest(logits),
+        "gates": lambda: (logits - router.price).gather(1, experts).softmax(1),
     }
     spent = timed(list(parts.values()), repeats, x.device)
     return {f"share_{name}": seconds / sum(spent) for name, seconds in zip(parts, spent, strict=True)}
@@ -315,12 +323,12 @@ def plain_top_k(
 def first_version(x: Float[Tensor, "tokens width"], router: Router) -> tuple[Tensor, Tensor]:
     """The same routing, one token and one expert at a time: what the first version was, and what tests compare with."""
     k, flock = router.k, router.settings.flock or len(router.weight)
-    prices = router.price.tolist()
+    prices, entry = router.price.tolist(), router.entry.tolist()
     chosen, gates = [], []
     for token in x:
         apart = token - router.centre
         affinity = [float(apart @ centroid) for centroid in router.weight.detach()]
-        candidates = sorted(range(len(affinity)), key=lambda expert: -affinity[expert])[:flock]
+        candidates = sorted(range(len(affinity)), key=lambda expert: entry[expert] - affinity[expert])[:flock]
         best = sorted(candidates, key=lambda expert: prices[expert] - affinity[expert])[:k]
         paid = [affinity[expert] - prices[expert] for expert in best]
         weights = np.exp(np.array(paid) - max(paid))

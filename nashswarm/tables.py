@@ -36,12 +36,14 @@ LAYERS = (
     Column("ΔNLL alone (nats)", "layer_nll_delta"),
 )
 ROUTERS = (
-    Column("validation NLL (nats)", "nll"),
+    Column("NLL (nats)", "nll"),
     Column("± over seeds", "nll_spread"),
     Column("− top-k + Switch loss", "nll_to_top_k"),
     Column("from", "nll_to_top_k_low"),
     Column("to", "nll_to_top_k_high"),
     Column("MaxVio", "max_violation"),
+    Column("MaxVio, prices following", "max_violation_following"),
+    Column("NLL then", "nll_following"),
     Column("Gini", "load_gini"),
     Column("CV", "load_cv"),
     Column("dead experts", "dead_experts"),

@@ -123,6 +123,8 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "nll_to_top_k_low": signed(4),
     "nll_to_top_k_high": signed(4),
     "max_violation": fixed(3),
+    "max_violation_following": fixed(3),
+    "nll_following": fixed(4),
     "load_gini": fixed(3),
     "load_cv": fixed(3),
     "dead_experts": fixed(1),

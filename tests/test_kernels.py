@@ -202,6 +202,39 @@ def test_threads_of_torch_share_the_work_and_change_no_bit(path: str) -> None:
     assert torch.equal(together, alone)
 
 
+@given(some.integers(0, 40), some.lists(some.integers(1, 70), min_size=3, max_size=3), some.integers(0, 2**16))
+@few
+def test_choices_are_those_of_sorting(path: str, rows: int, sizes: list[int], seed: int) -> None:
+    k, flock, size = sorted(sizes)
+    generator = torch.Generator().manual_seed(seed)
+    scores, entry, offer = (torch.randn(shape, generator=generator) for shape in ((rows, size), (size,), (size,)))
+    found = kernels.choose(scores, entry, offer, flock, k)
+    for row, chosen in zip(scores.tolist(), found.tolist(), strict=True):
+        near = sorted(range(size), key=lambda place: entry[place].item() - row[place])[:flock]
+        assert chosen == sorted(near, key=lambda place: -offer[place].item() - row[place])[:k]
+
+
+def test_choices_of_equal_values_and_of_no_numbers(path: str) -> None:
+    none = torch.zeros(5)
+    equal = kernels.choose(torch.zeros(2, 5), none, none, 5, 2)
+    assert all(len(set(row)) == 2 for row in equal.tolist())
+    lost = kernels.choose(torch.full((2, 5), torch.nan), none, none, 3, 2)
+    assert lost.shape == (2, 2) and bool(((lost >= 0) & (lost < 5)).all())
+    with pytest.raises(ValueError, match="k=3 of a flock of 2 out of 5: none may exceed the next"):
+        kernels.choose(torch.zeros(2, 5), none, none, 2, 3)
+
+
+@pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
+def test_threads_share_the_choices(path: str) -> None:
+    scores, none = torch.randn(4096, 64), torch.zeros(64)
+    alone = kernels.choose(scores, none, none, 7, 2)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(kernels.choose(scores, none, none, 7, 2), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_comes_back_in_its_own_type(path: str, dtype: torch.dtype) -> None:
     tiles, x = example(33, 70, 32, [3], lattice=False), torch.randn(2, 3, 70).to(dtype)

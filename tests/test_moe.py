@@ -50,6 +50,7 @@ def router_of(kind: Any, experts: int = EXPERTS, k: int = K, seed: int = 0) -> R
     torch.manual_seed(seed)
     found = Router(kind, WIDTH, experts, k)
     found.price.normal_(std=0.3)
+    found.entry.normal_(std=0.3)
     found.centre.normal_(std=0.1)
     return found
 
@@ -61,6 +62,7 @@ def model_of(kind: Any, **sizes: int) -> MoeForCausalLM:
     for router in model.routers():
         torch.nn.init.normal_(router.weight, std=0.3)
         router.price.normal_(std=0.3)
+        router.entry.normal_(std=0.3)
     return model
 
 
@@ -228,6 +230,35 @@ def test_equilibrium_prices_even_the_load_of_k_experts_and_of_a_flock() -> None:
         assert load.max_violation(loads) < 0.02 and price.isfinite().all()
 
 
+def test_every_expert_belongs_to_equally_many_flocks() -> None:
+    """However unevenly the centroids lie: a far one, in no flock by distance alone, is in as many as the others."""
+    generator = torch.Generator().manual_seed(0)
+    router = router_of(NashSwarmRouter(flock=3), experts=12)
+    with torch.no_grad():
+        router.weight[5] *= 0.01
+    x = torch.randn(600, WIDTH, generator=generator) + 2 * router.weight.detach().mean(0)
+    for step in range(60):
+        router.settle(router(x), 1 / (step + 1) ** 0.5)
+    members = (router.affinities(x) - router.entry).topk(3).indices
+    assert load.max_violation(torch.bincount(members.flatten(), minlength=12).double().numpy()) < 0.1
+    assert load.max_violation(router(x).loads().double().numpy()) < 0.1
+
+
+@pytest.mark.parametrize("kind", [NashSwarmRouter(flock=3), LossFree(rate=0.02)])
+def test_prices_that_follow_even_the_load_of_another_text(kind: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    router, shift = router_of(kind).eval(), torch.randn(WIDTH, generator=generator)
+    batches = [torch.randn(96, WIDTH, generator=generator) + shift for _ in range(200)]
+    frozen = sum(router(x).loads() for x in batches)
+    following = torch.zeros(EXPERTS)
+    for x in batches:
+        routing = router(x)
+        following += routing.loads()
+        router.follow(routing)
+    violations = [load.max_violation(loads.double().numpy()) for loads in (frozen, following)]
+    assert violations[1] < 0.1 * violations[0]
+
+
 def test_regret_by_enumeration(x: Tensor) -> None:
     logits, prices = x[:, :4], torch.tensor([0.5, -0.2, 0.0, 0.1])
     experts = torch.randint(4, (len(x), 1), generator=torch.Generator().manual_seed(1))
@@ -251,6 +282,7 @@ def test_renaming_experts_changes_nothing(kind: Any, tokens: Tensor) -> None:
             elif isinstance(module, Router):
                 module.weight.copy_(module.weight[order])
                 module.price.copy_(module.price[order])
+                module.entry.copy_(module.entry[order])
         own, other = model(input_ids=tokens), renamed(input_ids=tokens)
     assert torch.allclose(own.logits, other.logits, atol=1e-5)
     for one, two in zip(own.routings, other.routings, strict=True):

@@ -1,9 +1,9 @@
-"""Products with packed matrices: one signature, the fastest path that the machine has.
+"""Products with packed matrices, and what tokens choose: one signature, the fastest path that the machine has.
 
-``matmul`` and ``rows_of`` are operators of torch (``nashswarm::matmul``, ``nashswarm::rows``), which ``torch.compile``
-and ``torch.export`` take as they are and through which gradients reach x.  ``direct`` is the same product without the
-dispatcher, for calls of microseconds.  On the CPU the C++ library multiplies (``native``), on CUDA Triton; without
-either the torch reference does.
+``matmul``, ``rows_of`` and ``choose`` are operators of torch (``nashswarm::matmul``, ``rows``, ``choose``), which
+``torch.compile`` and ``torch.export`` take as they are; through products gradients reach x.  ``direct`` is the same
+product without the dispatcher, for calls of microseconds.  On the CPU the C++ library multiplies (``native``), on CUDA
+Triton; without either the torch reference does.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ WEIGHT = f"{''.join(f'Tensor {name}, ' for name in PARTS)}Tensor order, int rows
 LIBRARY = torch.library.Library("nashswarm", "DEF")
 LIBRARY.define(f"matmul(Tensor x, Tensor? bias, str activations, {WEIGHT}) -> Tensor")
 LIBRARY.define(f"rows(Tensor ids, {WEIGHT}) -> Tensor")
+LIBRARY.define("choose(Tensor scores, Tensor entry, Tensor offer, int flock, int k) -> Tensor")
 
 
 def matmul(
@@ -47,6 +48,25 @@ def rows_of(tiles: Tiles, ids: Integer[Tensor, "*shape"]) -> Float[Tensor, "*sha
     if _followed(ids):
         return cast(Tensor, torch.ops.nashswarm.rows(ids, *flat(tiles)))
     return _rows(ids, tiles)
+
+
+def choose(
+    scores: Float[Tensor, "tokens experts"],
+    entry: Float[Tensor, " experts"],
+    offer: Float[Tensor, " experts"],
+    flock: int,
+    k: int,
+) -> Integer[Tensor, "tokens k"]:
+    """The k experts of largest score + offer among the ``flock`` of largest score − entry, largest first.
+
+    Raises ValueError unless 1 ≤ k ≤ flock ≤ experts.
+    """
+    if not 1 <= k <= flock <= scores.shape[1]:
+        raise ValueError(f"k={k} of a flock of {flock} out of {scores.shape[1]}: none may exceed the next")
+    scores = scores.detach()
+    if _followed(scores):
+        return cast(Tensor, torch.ops.nashswarm.choose(scores, entry, offer, flock, k))
+    return _choose(scores, entry, offer, flock, k)
 
 
 def direct(
@@ -110,6 +130,12 @@ def _rows(ids: Tensor, tiles: Tiles) -> Tensor:
     return reference.rows_of(tiles, ids.flatten()).view(*ids.shape, tiles.columns)
 
 
+def _choose(scores: Tensor, entry: Tensor, offer: Tensor, flock: int, k: int) -> Tensor:
+    if scores.is_cpu and scores.dtype is torch.float32 and native.path() != native.SLOW:
+        return native.choose(scores.contiguous(), entry, offer, flock, k)
+    return reference.choose(scores, entry, offer, flock, k)
+
+
 def _matmul_operator(x: Tensor, bias: Tensor | None, activations: str, *flat: Any) -> Tensor:
     return direct(x, _tiles(*flat), activations, bias)
 
@@ -120,6 +146,7 @@ def _rows_operator(ids: Tensor, *flat: Any) -> Tensor:
 
 LIBRARY.impl("matmul", _matmul_operator, "CompositeExplicitAutograd")
 LIBRARY.impl("rows", _rows_operator, "CompositeExplicitAutograd")
+LIBRARY.impl("choose", _choose, "CompositeExplicitAutograd")
 
 
 def _fake_matmul(x: Tensor, bias: Tensor | None, activations: str, *flat: Any) -> Tensor:
@@ -128,6 +155,10 @@ def _fake_matmul(x: Tensor, bias: Tensor | None, activations: str, *flat: Any) -
 
 def _fake_rows(ids: Tensor, *flat: Any) -> Tensor:
     return ids.new_empty(*ids.shape, flat[-2], dtype=torch.float32)
+
+
+def _fake_choose(scores: Tensor, entry: Tensor, offer: Tensor, flock: int, k: int) -> Tensor:
+    return scores.new_empty(len(scores), k, dtype=torch.int64)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -151,4 +182,5 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_fake("nashswarm::matmul")(_fake_matmul)
 torch.library.register_fake("nashswarm::rows")(_fake_rows)
+torch.library.register_fake("nashswarm::choose")(_fake_choose)
 torch.library.register_autograd("nashswarm::matmul", _gradients, setup_context=_keep)

@@ -21,7 +21,7 @@ LIBRARY = pathlib.Path(__file__).parent / "nashswarm_kernels.so"
 VARIABLE = "NASHSWARM_KERNEL"
 PATHS = {"avx512": 2, "avx2": 1, "portable": 0}  # best first; the number is the library's
 SLOW = "torch"
-INTERFACE = 1  # of csrc/library.cpp: that of the functions and of Matrix
+INTERFACE = 2  # of csrc/library.cpp: that of the functions and of Matrix
 DIGITS = {"int8": 1, "float32": 3}  # signed bytes that stand for an activation
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def library() -> ctypes.CDLL | str:
     found.nashswarm_matmul.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.c_int] * 3]
     found.nashswarm_rows.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
     found.nashswarm_rows.restype = ctypes.c_int64
+    found.nashswarm_choose.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_int]
     return found
 
 
@@ -139,6 +140,26 @@ def rows_of(tiles: Tiles, ids: Int64[Tensor, "*shape"]) -> Float32[Tensor, "*sha
     if wrong >= 0:
         raise layout.no_row(tiles, int(ids.flatten()[wrong]))
     return found
+
+
+def choose(
+    scores: Float32[Tensor, "rows size"],
+    entry: Float32[Tensor, " size"],
+    offer: Float32[Tensor, " size"],
+    flock: int,
+    k: int,
+) -> Int64[Tensor, "rows k"]:
+    """The k places of largest score + offer among the ``flock`` of largest score − entry, of contiguous tensors on the
+    CPU: largest first, of equal ones the earlier."""
+    rows, size = scores.shape
+    chosen = torch.empty(rows, k, dtype=torch.int64)
+    failed = _library().nashswarm_choose(
+        scores.data_ptr(), entry.data_ptr(), offer.data_ptr(), rows, size, flock, k, chosen.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory is left to choose among {size} experts: take fewer tokens at once")
+    return chosen
 
 
 def _library() -> ctypes.CDLL:

@@ -52,3 +52,12 @@ def rows_of(tiles: Tiles, ids: Integer[Tensor, " count"]) -> Float[Tensor, "coun
         raise layout.no_row(tiles, int(ids[(ids < 0) | (ids >= tiles.rows)][0]))
     blocks, places = (ids.long() // layout.TILE_ROWS).unique(return_inverse=True)
     return layout.dequantize(layout.some_blocks(tiles, blocks))[places * layout.TILE_ROWS + ids % layout.TILE_ROWS]
+
+
+def choose(
+    scores: Float[Tensor, "rows size"], entry: Float[Tensor, " size"], offer: Float[Tensor, " size"], flock: int, k: int
+) -> Integer[Tensor, "rows k"]:
+    """Of each row the k places of largest score + offer among the ``flock`` of largest score − entry, largest first."""
+    near = (scores - entry).topk(flock, sorted=False).indices
+    utility = scores.gather(1, near) + offer[near]
+    return near.gather(1, utility.topk(k).indices)

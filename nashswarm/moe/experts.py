@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations import moe as _registered  # noqa: F401  the grouped product that compilers can trace
 
-FEW = 32  # assignments: so few are multiplied by copies of their matrices, without sorting
+FEW = 8  # assignments: so few are computed one by one, without sorting
 
 
 class Experts(nn.Module):
@@ -37,15 +37,22 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "tokens width"]:
         """Each token's gated sum of what its experts make of it."""
         k, flat = experts.shape[1], experts.flatten()
-        if len(flat) <= FEW and not torch.is_grad_enabled():
-            copies = x.repeat_interleave(k, 0)[:, :, None]
-            out = torch.bmm(self.down_proj[flat], self.act_fn(torch.bmm(self.up_proj[flat], copies)))
-            return (out.view(len(x), k, -1) * gates[:, :, None]).sum(1)
+        if len(flat) <= FEW and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._one_by_one(x, flat.tolist(), gates.flatten().tolist())
         order = flat.argsort(stable=True)
         ends = ends_of(flat, len(self.up_proj))
-        hidden = self.act_fn(grouped(x[order // k], self.up_proj.transpose(1, 2), ends))
+        hidden = self.act_fn(grouped(x.index_select(0, order // k), self.up_proj.transpose(1, 2), ends))
         out = grouped(hidden, self.down_proj.transpose(1, 2), ends)
-        return gathered(out * gates.flatten()[order, None], order, k)
+        return gathered(out, order, gates)
+
+    def _one_by_one(
+        self, x: Float[Tensor, "tokens width"], experts: list[int], gates: list[float]
+    ) -> Float[Tensor, "tokens width"]:
+        out, k = torch.zeros_like(x), len(experts) // len(x)
+        for row, (expert, gate) in enumerate(zip(experts, gates, strict=True)):
+            hidden = self.act_fn(self.up_proj[expert].mv(x[row // k]))
+            out[row // k].addmv_(self.down_proj[expert], hidden, alpha=gate)
+        return out
 
 
 def grouped(
@@ -65,10 +72,11 @@ def ends_of(flat: Int[Tensor, " assignments"], experts: int) -> Int[Tensor, " ex
 
 
 def gathered(
-    out: Float[Tensor, "assignments width"], order: Int[Tensor, " assignments"], k: int
+    out: Float[Tensor, "assignments width"], order: Int[Tensor, " assignments"], gates: Float[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens width"]:
-    """The sums over each token's k assignments, which stand in ``order``."""
-    return torch.empty_like(out).index_copy(0, order, out).view(-1, k, out.shape[1]).sum(1)
+    """The gated sums of each token's k assignments, which stand in ``order``."""
+    place = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
+    return functional.embedding_bag(place.view_as(gates), out, per_sample_weights=gates.to(out.dtype), mode="sum")
 
 
 class ExpertLinear(nn.Linear):
@@ -106,13 +114,12 @@ class SplitExperts(nn.ModuleList):
         k, flat = top_k_index.shape[1], top_k_index.flatten()
         order = flat.argsort(stable=True)
         ends = ends_of(flat, len(self)).tolist()
-        x, parts = hidden_states.flatten(0, -2)[order // k], []
+        x, parts = hidden_states.flatten(0, -2).index_select(0, order // k), []
         expert: Any
         for expert, (start, end) in zip(self, zip([0, *ends[:-1]], ends, strict=True), strict=True):
             if start < end:
                 parts.append(expert.expert_down(self._activate(expert.expert_up(x[start:end]))))
-        gates = top_k_weights.flatten()[order, None]
-        return gathered((torch.cat(parts) * gates).to(hidden_states.dtype), order, k).view_as(hidden_states)
+        return gathered(torch.cat(parts), order, top_k_weights).to(hidden_states.dtype).view_as(hidden_states)
 
 
 class _activation:  # a class, for lambdas cannot be copied or pickled

@@ -210,6 +210,7 @@ class MoeForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
         elif isinstance(module, Router):
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.price)
+            nn.init.zeros_(module.entry)
             nn.init.zeros_(module.centre)
             nn.init.zeros_(module.settled)
             nn.init.constant_(module.resident, False)
@@ -267,6 +268,11 @@ class MoeForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
         """Move the prices of all layers after a batch of training."""
         for block, routing in zip(self.blocks, routings, strict=bool(routings)):
             block.mixture.router.settle(routing, step)  # type: ignore[operator,union-attr]
+
+    def follow(self, routings: Sequence[Routing]) -> None:
+        """Move the prices of all layers after a batch that was read."""
+        for router, routing in zip(self.routers(), routings, strict=True):
+            router.follow(routing)
 
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]

@@ -4,8 +4,9 @@ A token pays ``price_e − affinity_te`` for expert e and takes the k cheapest. 
 it apart from the mean of earlier batches with the expert's centroid: what all tokens share draws them nowhere.  The
 prices are those at which every expert would be wanted equally often, solved on tokens of earlier batches and fixed
 before a token is routed, so that none sees the future.  The flock limits a token to the experts whose centroids are
-nearest, and what lies in memory already is a little cheaper.  Gates are softmaxes of affinity less price: an expert
-that all tokens like is dear to all, and does not outweigh its partner in every sum.
+nearest, at distances less a price of entry by which every expert belongs to equally many flocks, and what lies in
+memory already is a little cheaper.  Gates are softmaxes of affinity less price: an expert that all tokens like is dear
+to all, and does not outweigh its partner in every sum.
 
 The settings of every router are a frozen dataclass, ``build`` makes its module, and what all of them return is a
 ``Routing``.  Sources: congestion games, Rosenthal 1973; Switch Transformer, Fedus et al. 2022; expert choice, Zhou et
@@ -22,8 +23,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nashswarm import kernels
 from nashswarm.moe.experts import ends_of, grouped
-from nashswarm.moe.loss import LossWeights
+from nashswarm.moe.loss import LossWeights, implied_prices
 
 Prices = Literal["equilibrium", "sign", "none"]
 Search = Literal["exact", "leaders"]
@@ -109,9 +111,10 @@ class NashSwarmRouter:
     follows the bids by steps that shrink to ``price_rate``; ``sign``, by steps of ``price_rate``; or ``none``.
     ``flock``: how many nearest experts a token may choose among; null: all.  ``search``: ``exact`` scores all centroids
     to find them, ``leaders`` the means of groups of ``flock`` experts and then the members of one group.
-    ``residency``: by how much an expert in memory is cheaper while experts are served from a store, in units of
-    affinity; ``resident``: the share of a layer's expert bytes that memory is taken to hold in training.  ``capacity``:
-    as in TopK.
+    ``follow``: by how much a load of twice the mean raises an expert's price for the next batch, where prices follow
+    what is read after training.  ``residency``: by how much an expert in memory is cheaper while experts are served
+    from a store, in units of affinity; ``resident``: the share of a layer's expert bytes that memory is taken to hold
+    in training.  ``capacity``: as in TopK.
     """
 
     looks_ahead: ClassVar[bool] = False
@@ -120,6 +123,7 @@ class NashSwarmRouter:
     sweeps: int = 3
     flock: int | None = 7
     search: Search = "exact"
+    follow: float = 0.2
     residency: float = 0.1
     resident: float = 0.5
     capacity: float | None = None
@@ -134,10 +138,10 @@ class NashSwarmRouter:
                 raise ValueError(f"unknown method.{name} {value!r}: choose {', '.join(get_args(choices))}")
         if self.search == "leaders" and (self.flock is None or self.prices == "equilibrium"):
             raise ValueError("method.search=leaders needs method.flock and, as not all is scored, method.prices=sign")
-        if not 0 < self.resident <= 1 or not 0 < self.price_rate <= 1 or self.sweeps < 1:
+        if not 0 < self.resident <= 1 or not 0 < self.price_rate <= 1 or self.sweeps < 1 or self.follow < 0:
             raise ValueError(
                 f"method.resident={self.resident} and method.price_rate={self.price_rate} must be above 0 and at most "
-                f"1, method.sweeps={self.sweeps} at least 1"
+                f"1, method.sweeps={self.sweeps} at least 1, method.follow={self.follow} not negative"
             )
 
 
@@ -148,6 +152,7 @@ class Router(nn.Module):
     """A centroid and a price for every expert.  ``settle`` moves prices after a batch of training, never within it."""
 
     price: Tensor
+    entry: Tensor
     centre: Tensor
     resident: Tensor
     last_use: Tensor
@@ -164,6 +169,7 @@ class Router(nn.Module):
         self.serving = False  # from a store, so that it matters what lies in memory
         self.weight = nn.Parameter(torch.randn(experts, width) / math.sqrt(width))
         self.register_buffer("price", torch.zeros(experts))
+        self.register_buffer("entry", torch.zeros(experts))
         self.register_buffer("centre", torch.zeros(width))
         self.register_buffer("resident", torch.zeros(experts, dtype=torch.bool))
         self.register_buffer("last_use", torch.full((experts,), -1, dtype=torch.int64))
@@ -194,12 +200,12 @@ class Router(nn.Module):
 
     def cheapest(self, logits: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens k"]:
         """The k best experts of each token's flock, prices and residency counted."""
-        settings = self.settings
-        bonus = self._bonus()
-        if settings.flock is None or settings.flock >= logits.shape[1]:
-            return top(logits.detach() + bonus, self.k)
-        nearest, candidates = logits.detach().topk(settings.flock, sorted=False)
-        return candidates.gather(1, top(nearest + bonus[candidates], self.k))
+        return kernels.choose(logits, self.entry, self._bonus(), self._flock(), self.k)
+
+    def _flock(self) -> int:
+        """How many experts a token chooses among."""
+        count = len(self.price)
+        return min(self.settings.flock or count, count)
 
     def _bonus(self) -> Float[Tensor, " experts"]:
         return self.settings.residency * self.resident - self.price if self.serving else -self.price
@@ -264,20 +270,40 @@ class Router(nn.Module):
             elif rule == "equilibrium":
                 assert isinstance(settings, NashSwarmRouter) and routing.logits is not None
                 wanted = routing.logits
-                if settings.flock is not None and settings.flock < len(self.price):
-                    nearest = routing.logits.topk(settings.flock, sorted=False).indices
-                    open_to = torch.zeros_like(wanted, dtype=torch.bool).scatter(1, nearest, True)
-                    wanted = wanted.where(open_to, -torch.inf)
+                if self._flock() < len(self.price):
+                    self.entry += share * (equilibrium(wanted, self._flock(), self.entry, settings.sweeps) - self.entry)
+                    near = (wanted - self.entry).topk(self._flock(), sorted=False).indices
+                    wanted = wanted.where(torch.zeros_like(wanted, dtype=torch.bool).scatter(1, near, True), -torch.inf)
                 solved = equilibrium(wanted, self.k, self.price, settings.sweeps)
                 self.price += share * (solved - self.price)
         if isinstance(settings, NashSwarmRouter):
             if routing.mean is not None and settings.prices != "none":
                 moved = share * (routing.mean - self.centre)
                 self.centre += moved
-                self.price -= self.weight @ moved  # so that nobody's choice changes by it
+                for prices in (self.price, self.entry):
+                    prices -= self.weight @ moved  # so that nobody's choice changes by it
             held = max(int(settings.resident * len(self.price)), 1)
             self.resident.copy_(self.recent(routing.experts, held))
         self.settled += 1
+
+    @torch.no_grad()
+    def follow(self, routing: Routing) -> None:
+        """Move prices after a batch that is read, not trained on, as its crowds do: an expert used twice as much as the
+        mean becomes dearer by ``follow``.  Prices so keep the sum of all that exceeded the mean, and a text of other
+        tokens than the model was trained on uses all experts alike in the long run."""
+        if not self.follows:
+            return
+        if isinstance(self.settings, LossFree):
+            self.settle(routing)
+        else:
+            dearer = implied_prices(routing, self.settings.follow) - self.price
+            for prices in (self.price, self.entry):
+                prices += dearer
+
+    @property
+    def follows(self) -> bool:
+        """Whether there are prices to move."""
+        return isinstance(self.settings, LossFree) or getattr(self.settings, "prices", "none") != "none"
 
     def recent(self, experts: Int[Tensor, "tokens k"], held: int) -> Bool[Tensor, " experts"]:
         """The ``held`` experts that were used last: what an LRU holds after these tokens, one after the other."""

@@ -10,6 +10,7 @@ using namespace nashswarm;
 namespace {
 
 constexpr int64_t ENOUGH = 1 << 20;  // weights times rows of x, for a thread to be worth waking
+constexpr int64_t ENOUGH_SCORES = 1 << 16;
 
 Multiply* const PATHS[] = {
     multiply_portable,
@@ -38,13 +39,29 @@ void write_row(const uint8_t* payload, int width, int row, float scale, float ze
     }
 }
 
+// The places of the `count` largest of value(0) … value(size − 1), largest first and earlier ones before equal later ones.
+template <class Value>
+void largest(Value value, int64_t size, int64_t count, float* best, int64_t* places) {
+    for (int64_t place = 0; place < size; ++place) {
+        const float own = value(place);
+        if (place >= count && !(own > best[count - 1])) continue;
+        int64_t rank = place < count ? place : count - 1;
+        for (; rank > 0 && own > best[rank - 1]; --rank) {
+            best[rank] = best[rank - 1];
+            places[rank] = places[rank - 1];
+        }
+        best[rank] = own;
+        places[rank] = place;
+    }
+}
+
 }  // namespace
 
 #define EXPORTED __attribute__((visibility("default")))
 
 extern "C" {
 
-EXPORTED int nashswarm_interface() { return 1; }
+EXPORTED int nashswarm_interface() { return 2; }
 
 // Whether this processor can take a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI and GFNI.
 EXPORTED int nashswarm_supports(int path) {
@@ -109,6 +126,37 @@ EXPORTED int64_t nashswarm_rows(const Matrix* matrix, const int64_t* ids, float*
             for (int64_t input = 0; input < matrix->columns; ++input) out[input] *= matrix->column_scale[input];
     }
     return -1;
+}
+
+// Of each row the k places of largest score + offer among the `flock` places of largest score − entry; 1 where memory runs
+// out.
+EXPORTED int nashswarm_choose(const float* scores, const float* entry, const float* offer, int64_t rows, int64_t size,
+                              int64_t flock, int64_t k, int64_t* chosen, int threads) {
+    const int64_t work = rows * size / ENOUGH_SCORES;
+    const int woken = work < threads ? (work < 1 ? 1 : int(work)) : threads;
+    const int64_t each = rounded_up(flock * (sizeof(float) + sizeof(int64_t)) + k * sizeof(float));
+    auto* scratch = static_cast<char*>(std::aligned_alloc(64, woken * each));
+    if (!scratch) return 1;
+    const bool open = flock == size;  // to every expert
+#pragma omp parallel for num_threads(woken) schedule(static)
+    for (int part = 0; part < woken; ++part) {
+        auto* near = reinterpret_cast<int64_t*>(scratch + part * each);
+        auto* values = reinterpret_cast<float*>(near + flock);
+        auto* best = values + flock;
+        for (int64_t row = rows * part / woken; row < rows * (part + 1) / woken; ++row) {
+            const float* own = scores + row * size;
+            int64_t* found = chosen + row * k;
+            if (open) {
+                largest([&](int64_t place) { return own[place] + offer[place]; }, size, k, best, found);
+                continue;
+            }
+            largest([&](int64_t place) { return own[place] - entry[place]; }, size, flock, values, near);
+            largest([&](int64_t place) { return own[near[place]] + offer[near[place]]; }, flock, k, best, found);
+            for (int64_t rank = 0; rank < k; ++rank) found[rank] = near[found[rank]];
+        }
+    }
+    std::free(scratch);
+    return 0;
 }
 
 }  // extern "C"
