@@ -31,9 +31,9 @@ def fixed(digits: int, scale: float = 1.0) -> Callable[[float], str]:
     return lambda value: format(value * scale, f"z,.{digits}f")
 
 
-def signed(digits: int) -> Callable[[float], str]:
+def signed(digits: int, scale: float = 1.0) -> Callable[[float], str]:
     """A formatter for differences: the sign is always shown."""
-    return lambda value: format(value, f"+z.{digits}f")
+    return lambda value: format(scale * value, f"+z.{digits}f")
 
 
 def scientific(value: float) -> str:
@@ -83,6 +83,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "layer_nll_delta": signed_scientific,
     "top1_agreement": fixed(1, 100.0),
     **{f"{name}{suffix}": fixed(1, 100.0) for name in OFFICIAL for suffix in ("", "_full")},
+    **{f"{name}_delta": signed(1, 100.0) for name in OFFICIAL},
     "examples": fixed(0),
     "tokens": fixed(0),
     "windows": fixed(0),
@@ -158,9 +159,9 @@ COLUMNS = (
     Column("KL ± over seeds", "kl_spread"),
     Column("top-1 %", "top1_agreement"),
     *(
-        Column(f"{heading}{of} %", f"{name}{suffix}")
+        column
         for name, heading in OFFICIAL.items()
-        for suffix, of in (("", ""), ("_full", " in full"))
+        for column in (Column(f"{heading} %", name), Column(f"Δ{heading} (points)", f"{name}_delta"))
     ),
     Column("examples", "examples"),
     Column("max regret", "regret_max"),
