@@ -82,7 +82,9 @@ def auto_round(
 def _apart() -> Iterator[None]:
     """The library seeds global generators, writes its progress to wherever the errors go, and collects garbage at every
     turn: of what is there already it need not look at anything again."""
-    silence = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    silence: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if not sys.stderr.isatty():
+        silence = contextlib.redirect_stderr(io.StringIO())
     gc.collect()
     gc.freeze()
     try:
@@ -108,15 +110,16 @@ def _bench(model: Any, layers: Sequence[Layer]) -> tuple[Any, dict[str, str]]:
             tables.add_module(str(number), _linear(functional.pad(layer.weight, (0, 0, 0, missing)), None))
             places[layer.name] = f"{TABLES}.{number}"
     bench.add_module(TABLES, tables)
-    bench.config.tie_word_embeddings = (
-        False  # or it would leave out the last of the tables, which it takes for the head
-    )
+    bench.config.tie_word_embeddings = False  # it takes the last module for the head, and leaves a tied one out
     return bench, places
 
 
 def _linear(weight: Float[Tensor, "out in"], bias: Tensor | None) -> nn.Linear:
-    found = nn.Linear(*reversed(weight.shape), bias is not None)
-    found.weight, found.bias = nn.Parameter(weight.clone()), bias
+    rows, columns = weight.shape
+    found = nn.Linear(columns, rows, bias is not None)
+    found.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        found.bias = nn.Parameter(bias.detach())
     return found
 
 
