@@ -73,7 +73,7 @@ def count(matrices: Sequence[Tiles], activations: str | None, first: int, last: 
     rounds = min(max(ENOUGH // sum(one.rows * one.columns for one in matrices), 2), MOST)
     with tempfile.TemporaryDirectory() as folder:
         told = pathlib.Path(folder) / "matrices.json"
-        _tell(told, matrices, activations)
+        tell(told, matrices, activations)
         fewer, more = (_counted(told, times, first, last, counter) for times in (1, 1 + rounds))
     return more.per_product(fewer, rounds * len(matrices))
 
@@ -124,7 +124,8 @@ def _refusal() -> str:
         return "perf is not installed"
     done = subprocess.run(["perf", "stat", "-x,", "-e", USER, "true"], capture_output=True, text=True)
     if done.returncode:
-        return next(iter(done.stderr.strip().splitlines()), "it fails without a word").rstrip(".:")
+        said = (line.strip().rstrip(".") for line in done.stderr.splitlines())
+        return next((line for line in said if line not in ("", "Error:")), "it fails without a word")
     try:
         perf_counts(done.stderr)
     except ValueError as error:
@@ -132,7 +133,7 @@ def _refusal() -> str:
     return ""
 
 
-def _tell(path: pathlib.Path, matrices: Sequence[Tiles], activations: str | None) -> None:
+def tell(path: pathlib.Path, matrices: Sequence[Tiles], activations: str | None) -> None:
     """Write what ``products`` reads: the matrices for the library, or as floats where ``activations`` is None."""
     told: dict[str, Any] = {}
     if activations is not None:
