@@ -162,7 +162,7 @@ def test_the_command(
     program(programs, "perf", FAKE)
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert "cache misses of a product with lm_head, " in shown and "perf stat counts them" in shown
+    assert "cache misses of a product with lm_head, " in shown and "\nperf stat counts them\n" in shown
     table = [line.split() for line in shown[shown.index("that miss L1") :].splitlines()]
     rows = {words[0]: words[2:] for words in table if words and words[0] in ("packed", "float32")}
     assert rows == {"packed": ["10", "2", "0"], "float32": ["10", "2", "0"]}
@@ -190,5 +190,5 @@ def test_the_verdict_follows_the_counts() -> None:
 
     assert row(()).cells()[5] == audit.LATER
     assert row(rows).cells()[5] == f"{audit.HOLDS} here" and row(worse).cells()[5] == f"{audit.FAILS} here"
-    assert "the first level 90.0–90.0 % and the last level 66.0–66.0 %" in row(worse).honest
+    assert "first level fall by 90.0–90.0 % and misses of the last level fall by 66.0–66.0 %" in row(worse).honest
     assert "the last level" not in row(rows).honest and "of floats 90.0–90.0 %" in row(rows).honest
