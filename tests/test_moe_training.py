@@ -130,6 +130,24 @@ def test_nobody_else_trains_the_same_model_meanwhile(
     assert not list((tmp_path / "cache").glob(".moe-*"))
 
 
+def test_a_model_of_another_version_is_taken_only_if_asked(
+    execute: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes after training, like the prices' step, is no other model; the record says who trained it."""
+    given = ["measure.repeats=1", "measure.windows=8", "measure.served_tokens=5"]
+    own = execute(*given, "rerun=true")
+    monkeypatch.setattr("nashswarm.run.code_digest", lambda: "newer")
+    monkeypatch.setattr(moe_training, "train", lambda *_: pytest.fail("trained again"))
+    other = execute(*given, "rerun=true", "train_moe.any_version=true", "method.follow=0.5")
+    assert other.record.provenance["trained_by"] == own.record.provenance["trained_by"] != "newer"
+    assert other.record.metrics["nll"] == own.record.metrics["nll"]
+    assert other.record.metrics["nll_following"] != own.record.metrics["nll_following"]
+    assert other.record.config["train_moe"] == own.record.config["train_moe"]
+    for changed in ("train_moe.any_version=false", "train_moe.learning_rate=0.002"):
+        with pytest.raises(BaseException, match="trained again"):
+            execute(*given, "rerun=true", "train_moe.any_version=true", changed)
+
+
 @pytest.mark.parametrize("method", ROUTERS)
 def test_a_run_leaves_a_record_with_everything_it_promises(method: str, execute: Callable[..., Outcome]) -> None:
     ended = execute(f"method={method}", "measure.served_tokens=5", "measure.repeats=1", "measure.windows=8")
