@@ -89,6 +89,8 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "windows": fixed(0),
     "parameters": fixed(0),
     "damage": fixed(4),
+    "damage_pearson": fixed(3),
+    "damage_spearman": fixed(3),
     "layer_damage": scientific,
     "bleu": fixed(1),
     "bleu_low": fixed(1),
@@ -163,6 +165,8 @@ COLUMNS = (
         for name, heading in OFFICIAL.items()
         for column in (Column(f"{heading} %", name), Column(f"Δ{heading} (points)", f"{name}_delta"))
     ),
+    Column("Pearson", "damage_pearson"),
+    Column("Spearman", "damage_spearman"),
     Column("examples", "examples"),
     Column("max regret", "regret_max"),
     Column("flock moves", "flock_moves"),
