@@ -137,6 +137,15 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "token_microseconds": fixed(1),
     "router_microseconds": fixed(2),
     "looks_ahead": fixed(0),
+    "bytes_memory": fixed(2, 1e-6),
+    "nll_quantized": fixed(4),
+    **{f"latency_ms{suffix}": fixed(2) for suffix in ("", "_quantized")},
+    **{f"tokens_per_second{suffix}": fixed(0) for suffix in ("", "_quantized")},
+    "experts": fixed(0),
+    **{f"route_{version}": fixed(2) for version in ("plain", "flock", "leaders", "first")},
+    **{f"share_{part}": fixed(0, 100.0) for part in ("scores", "choice", "gates")},
+    "layer_ratio_alone": fixed(2),
+    "layer_ratio_all": fixed(2),
 }
 
 

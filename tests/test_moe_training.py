@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm import api, moe_training, record, saved
+from nashswarm import api, moe_training, record, saved, tables
 from nashswarm.data import HubText, sha256
 from nashswarm.moe import loss
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
@@ -197,7 +197,10 @@ def test_the_quick_validation_fills_its_table(execute: Callable[..., Outcome], m
         "measure.length=16",
         "measure.batch_size=2",
     ]
-    found = execute("measure=quick_validation", *sizes).record.metrics
+    made = execute("measure=quick_validation", *sizes).record
+    found = made.metrics
+    table, columns = tables.mixtures([made])
+    assert columns is tables.VALIDATION and table["nll_quantized"].tolist() == [found["nll_quantized"]]
     assert found["bytes_file"] < found["bytes_memory"] and found["bytes_resident"] < found["bytes_memory"]
     assert abs(found["nll_quantized"] - found["nll"]) < 0.5
     assert {f"{name}{end}" for name in ("latency_ms", "tokens_per_second") for end in ("", "_quantized")} <= set(found)
@@ -207,7 +210,10 @@ def test_the_time_of_routing_is_taken_apart(execute: Callable[..., Outcome]) -> 
     found = execute("measure=routing_time", "measure.tokens=32", "measure.experts=[8]", "measure.repeats=2").record
     shares = [found.metrics[f"share_{name}_8"] for name in ("scores", "choice", "gates")]
     assert min(shares) > 0 and sum(shares) == pytest.approx(1)
-    assert {"route_plain_8", "route_flock_8", "route_leaders_8", "route_first_8"} <= set(found.metrics)
+    table, columns = tables.mixtures([found])
+    assert columns is tables.ROUTING and table["experts"].tolist() == [8]
+    assert table["route_first"].tolist() == [found.metrics["route_first_8"]]
+    assert table["layer_ratio_all"].tolist() == [found.metrics["layer_ratio_batch_32_8"]]
 
 
 @pytest.mark.parametrize(
