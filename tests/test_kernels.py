@@ -237,6 +237,11 @@ def test_choices_of_equal_values_and_of_no_numbers(path: str) -> None:
     assert lost.shape == (2, 2) and bool(((lost >= 0) & (lost < 5)).all())
     with pytest.raises(ValueError, match="k=3 of a flock of 2 out of 5: none may exceed the next"):
         kernels.choose(torch.zeros(2, 5), none, none, 2, 3)
+    scores, wide = (
+        torch.arange(10.0).view(2, 5),
+        torch.zeros(10, dtype=torch.float64)[::2],
+    )  # of no kind it was built for
+    assert kernels.choose(scores, wide, wide, 3, 2).tolist() == [[4, 3], [4, 3]]
 
 
 @pytest.mark.parametrize("path", PATHS[:-1], indirect=True)

@@ -1,9 +1,9 @@
 """Products with packed matrices, and what tokens choose: one signature, the fastest path that the machine has.
 
-All are operators of torch (``nashswarm::matmul``, ``rows``, …), which
+``matmul``, ``rows_of``, ``choose`` and ``group`` are operators of torch (``nashswarm::matmul``, …), which
 ``torch.compile`` and ``torch.export`` take as they are; through products gradients reach x.  ``direct`` is the same
-product without the dispatcher, for calls of microseconds.  On the CPU the C++ library multiplies (``native``), on CUDA
-Triton; without either the torch reference does.
+product without the dispatcher, for calls of microseconds.  On the CPU the C++ library computes (``native``), products
+on CUDA Triton; without either the torch reference does.
 """
 
 import dataclasses
@@ -142,8 +142,9 @@ def _rows(ids: Tensor, tiles: Tiles) -> Tensor:
 
 
 def _choose(scores: Tensor, entry: Tensor, price: Tensor, flock: int, k: int) -> Tensor:
-    if scores.is_cpu and scores.dtype is torch.float32 and native.path() != native.SLOW:
-        return native.choose(scores.contiguous(), entry, price, flock, k)
+    parts = scores, entry, price
+    if all(part.is_cpu and part.dtype is torch.float32 for part in parts) and native.path() != native.SLOW:
+        return native.choose(scores.contiguous(), entry.contiguous(), price.contiguous(), flock, k)
     return reference.choose(scores, entry, price, flock, k)
 
 
