@@ -239,7 +239,8 @@ class RoutingTime:
     """Where the time of routing goes, in microseconds a token: random tokens, the trained model's width.
 
     ``route_<version>_<experts>``: ``plain`` softmax and top-k, the ``flock`` with prices, its ``leaders``, and
-    ``first``, the loops over tokens of a first version.  ``share_<component>``: of the parts of the flock's routing.
+    ``first``, the loops over tokens of a first version.  ``share_<component>``: of the parts of the flock's routing,
+    ``scores`` and ``choice`` with its gates.
     ``layer_…``: a whole layer against the dense one of equal active size, as the ratio of their times at a batch of 1
     and of all.
     """
@@ -303,11 +304,9 @@ class RoutingTime:
 def shares(router: Router, x: Float[Tensor, "tokens width"], repeats: int) -> dict[str, float]:
     """The shares of the time of the flock's routing that its components take, each run by itself."""
     logits = router.affinities(x)
-    experts = router.cheapest(logits)
     parts: Mapping[str, Callable[[], Any]] = {
         "scores": lambda: router.affinities(x),
         "choice": lambda: router.cheapest(logits),
-        "gates": lambda: (logits - router.price).gather(1, experts).softmax(1),
     }
     spent = timed(list(parts.values()), repeats, x.device)
     return {f"share_{name}": seconds / sum(spent) for name, seconds in zip(parts, spent, strict=True)}

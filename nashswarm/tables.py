@@ -76,8 +76,7 @@ ROUTING = (
     Column("leaders", "route_leaders"),
     Column("first version", "route_first"),
     Column("scores %", "share_scores"),
-    Column("choice %", "share_choice"),
-    Column("gates %", "share_gates"),
+    Column("choice, gates %", "share_choice"),
     Column("layer ÷ dense, one token", "layer_ratio_alone"),
     Column("all tokens", "layer_ratio_all"),
 )

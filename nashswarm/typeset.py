@@ -143,7 +143,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     **{f"tokens_per_second{suffix}": fixed(0) for suffix in ("", "_quantized")},
     "experts": fixed(0),
     **{f"route_{version}": fixed(2) for version in ("plain", "flock", "leaders", "first")},
-    **{f"share_{part}": fixed(0, 100.0) for part in ("scores", "choice", "gates")},
+    **{f"share_{part}": fixed(0, 100.0) for part in ("scores", "choice")},
     "layer_ratio_alone": fixed(2),
     "layer_ratio_all": fixed(2),
 }

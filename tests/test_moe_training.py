@@ -208,7 +208,7 @@ def test_the_quick_validation_fills_its_table(execute: Callable[..., Outcome], m
 
 def test_the_time_of_routing_is_taken_apart(execute: Callable[..., Outcome]) -> None:
     found = execute("measure=routing_time", "measure.tokens=32", "measure.experts=[8]", "measure.repeats=2").record
-    shares = [found.metrics[f"share_{name}_8"] for name in ("scores", "choice", "gates")]
+    shares = [found.metrics[f"share_{name}_8"] for name in ("scores", "choice")]
     assert min(shares) > 0 and sum(shares) == pytest.approx(1)
     table, columns = tables.mixtures([found])
     assert columns is tables.ROUTING and table["experts"].tolist() == [8]

@@ -182,8 +182,7 @@ class Router(nn.Module):
             return self._by_leaders(x)
         if isinstance(self.settings, NashSwarmRouter):
             logits = self.affinities(x)
-            experts = self.cheapest(logits)
-            return self._routing(experts, self._gates(logits - self.price, experts), logits, x)
+            return self._routing(*self.cheapest(logits), logits, x)
         logits = functional.linear(x, self.weight)
         if isinstance(self.settings, LossFree):
             scores = logits.sigmoid()
@@ -198,9 +197,11 @@ class Router(nn.Module):
     def affinities(self, x: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens experts"]:
         return functional.linear(x, self.weight, -self.weight.mv(self.centre))
 
-    def cheapest(self, logits: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens k"]:
-        """The k best experts of each token's flock, prices and residency counted."""
-        return kernels.choose(logits, self.entry, self._cost(), self._flock(), self.k)
+    def cheapest(
+        self, logits: Float[Tensor, "tokens experts"]
+    ) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+        """The k best experts of each token's flock, prices and residency counted, and their gates."""
+        return kernels.route(logits, self.entry, self._cost(), self.price, self._flock(), self.k)
 
     def _flock(self) -> int:
         """How many experts a token chooses among."""
