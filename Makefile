@@ -14,7 +14,7 @@ LATEX := latexmk texlive-latex-base texlive-latex-recommended texlive-fonts-reco
          texlive-latex-extra poppler-utils
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-engines test-all sanitize docs sweep derive pages paper arxiv reproduce clean
+.PHONY: help install quickstart test test-engines test-all sanitize docs family sweep derive pages paper arxiv reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,14 @@ test-all: test docs sanitize test-engines  ## test, then the documentation, the 
 sweep: install  ## one experiment: make sweep EXPERIMENT=main; what has a record is skipped
 	$(RUN) experiment=$(EXPERIMENT) records=$(RECORDS)
 
+FAMILY := xs s m l
+
+family: install  ## train the models of experiment=scaling, about an hour, into results/family; those that are there stay
+	@for size in $(FAMILY); do \
+		grep -qs test_nll results/family/default_$$size/training.json || $(BIN)/python scripts/train_default_model.py \
+			--size $$size --steps 1000 --out results/family/default_$$size || exit 1; \
+	done
+
 derive: install  ## tables and figures of the committed records, into results/tables and results/figures
 	$(BIN)/python scripts/tables.py --records $(RECORDS)
 	$(BIN)/python scripts/figures.py --records $(RECORDS)
@@ -104,12 +112,12 @@ paper: install  ## the paper, every number from committed records
 arxiv: paper  ## the sources of the paper as one package that builds by itself, into build/arxiv
 	$(BIN)/python scripts/arxiv.py
 
-reproduce: install  ## every experiment again, into results/reproduced; continues where it stopped
+reproduce: family  ## every experiment again, into results/reproduced; continues where it stopped
 	@status=0; for experiment in $(EXPERIMENTS); do \
 		$(RUN) experiment=$$experiment records=results/reproduced/records || status=1; \
 	done; exit $$status
 
-clean:  ## remove what can be made again; .venv and the records stay
+clean:  ## remove what can be made again; .venv, the records and the trained family stay
 	rm -rf results/logs results/cache results/studies results/pages results/quickstart results/reproduced wandb multirun outputs build dist
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
-"""Train the embedded default: a small GPT-2 on the prose that ships with CPython.
+"""Train the embedded default: a small GPT-2 on the prose that ships with CPython, or one size of its family.
 
     python scripts/train_default_model.py --out nashswarm/default_model
+    python scripts/train_default_model.py --size xs --steps 1000 --out results/family/default_xs
 
 Reads the text from the running interpreter, trains its own byte-level BPE and the model, and writes a folder in
 Hugging Face layout (fp16 weights, tokenizer, model card).  An interrupted run leaves the last written checkpoint.
@@ -14,6 +15,7 @@ import os
 import pathlib
 import platform
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,6 +26,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from nashswarm import stdlib_docs
 
 END = "<|endoftext|>"
+FAMILY = {  # of ``experiment=scaling``; l is as large as the embedded default
+    "xs": {"layers": 2, "width": 64, "heads": 2},
+    "s": {"layers": 2, "width": 128, "heads": 4},
+    "m": {"layers": 4, "width": 192, "heads": 4},
+    "l": {"layers": 4, "width": 256, "heads": 4},
+}
 
 
 def train_tokenizer(text: str, vocabulary: int, sequence_length: int) -> PreTrainedTokenizerFast:
@@ -80,9 +88,10 @@ def write(
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write the checkpoint to")
+    parser.add_argument("--size", choices=FAMILY, help="of the family, instead of layers, width and heads")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
@@ -94,7 +103,8 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", action="store_true", help="train nothing: evaluate the checkpoint in --out again")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    vars(options).update(FAMILY.get(options.size, {}))
     if options.evaluate:
         evaluate(options.out)
         return

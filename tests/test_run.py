@@ -25,6 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from nashswarm import bit_game, peers, record
 from nashswarm.plan import _by_content
 from nashswarm.run import Outcome, run
+from scripts import train_default_model
 
 ROOT = pathlib.Path(__file__).parent.parent
 LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "quality"}
@@ -324,6 +325,7 @@ WRONG = {
     "metod=nash_swarm": "Could not override 'metod'",
     "dataset=wikitxt": "Could not find 'dataset/wikitxt'",
     "model.path=/nowhere/model": "the model folder /nowhere/model does not exist",
+    "model.path=results/family/default_s": "results/family/default_s does not exist; run make family",
     "model.path=nobody/nothing": "the model nobody/nothing cannot be fetched from the Hugging Face hub",
     "dataset.path=/nowhere/text": "the dataset /nowhere/text does not exist",
     "dataset.path=nobody/nothing": "the dataset nobody/nothing cannot be read from the Hugging Face hub",
@@ -507,6 +509,21 @@ def test_the_default_model_has_something_to_lose(promised: dict[str, record.Reco
     last = [point["train_nll"] for point in card["curve"][-4:]]
     assert max(last) - min(last) < 0.1
     assert np.exp(promised["uniform2"].metrics["nll_delta"]) > 1.3
+
+
+@pytest.mark.slow
+def test_a_size_of_the_family_is_trained_and_composed_by_name(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_default_model.main(["--size", "xs", "--steps", "2", "--out", str(tmp_path / "default_xs")])
+    card = json.loads((tmp_path / "default_xs" / "training.json").read_text())
+    assert card["architecture"].startswith("GPT-2, 2 blocks, width 64") and card["test_nll"] > 5
+    monkeypatch.setenv("NASHSWARM_FAMILY", str(tmp_path))
+    overrides = ["model=default_xs", "method=uniform4", "dataset.test_windows=2", f"records={tmp_path}"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        config = compose("config", [*overrides, "wandb=disabled", f"cache={tmp_path}/cache"])
+    found = run(config, {"method": "uniform4", "model": "default_xs", "dataset": "stdlib_docs"}).record
+    assert found.labels["model"] == "default_xs" and found.metrics["nll"] > 5
 
 
 def test_the_game_beats_the_next_larger_uniform_width(promised: dict[str, record.Record]) -> None:
