@@ -171,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     exported.add_argument(
         "--activations", choices=ACTIVATIONS, default="float32", help="what inputs of products are rounded to (float32)"
     )
+    exported.add_argument(
+        "--dtype", choices=export.DTYPES, default="float32", help="of what is not quantized, in the file (float32)"
+    )
 
     checked = command(
         "certify",

@@ -135,7 +135,7 @@ def test_onnx_of_any_widths_serves_batches(
     assert found["parity"] < 1e-4 and found["matrices_matmulnbits"] == 0 < found["matrices_unpacked_when_run"]
     read(out)
     ids, empty = tokens.view(3, -1), [part.expand(3, -1, -1, -1).contiguous() for part in export._empty(own)]
-    logits, cache = export._onnx_run(out)(ids, empty)
+    logits, cache = export.onnx_run(out)(ids, empty)
     torch.testing.assert_close(logits, own(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
     assert {part.shape[2] for part in cache} == {ids.shape[1]}
 
