@@ -14,7 +14,7 @@ lattice has INT4 digits too, or INT8 ones where those take no more bytes; an esc
 """
 
 import torch
-from jaxtyping import Float, Int, Int8, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from nashswarm.linear import PackedMatrix
@@ -23,7 +23,7 @@ from nashswarm.quant.lattice import LatticeTensor
 
 OPSET = 21  # of ONNX: the first with INT4 and with scales of blocks
 BLOCK = 64  # columns with one scale, where that divides them
-Parts = list[tuple[Int[Tensor, " chosen"], Int8[Tensor, "rows chosen"]]]
+Parts = list[tuple[Tensor, Tensor]]  # columns, and int8 digits (rows, columns)
 
 
 class Digits(nn.Module):
