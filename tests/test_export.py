@@ -106,11 +106,11 @@ def test_matmulnbits_gets_what_it_reads(runtime: Any) -> None:
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
 
 
-def wide_lattice(weight: Tensor) -> LatticeTensor:
-    """A matrix whose every column has codes beyond 4 bits, and one beyond 8."""
-    lattice = lattice_of(weight, 0.03, torch.ones(len(weight)), torch.rand(weight.shape[1]) + 0.5)
-    codes = (weight / (lattice.row_steps()[:, None] * lattice.column_steps())).round().clamp(-127, 127).int()
-    codes[1, 5], codes[0] = 1000, 100
+def lattice_up_to(weight: Tensor, limit: int) -> LatticeTensor:
+    """A matrix of codes up to a limit, reached in every column, and one beyond it."""
+    lattice = lattice_of(weight, 0.5, torch.ones(len(weight)), torch.rand(weight.shape[1]) + 0.5)
+    codes = (weight / (lattice.row_steps()[:, None] * lattice.column_steps())).round().clamp(-limit, limit).int()
+    codes[0], codes[1, 5] = limit, 8 * limit
     return LatticeTensor(codes, lattice.expecting(codes.abs().float()))
 
 
@@ -119,7 +119,8 @@ def of_form(form: str, shape: tuple[int, int], drawn: Drawn) -> PackedMatrix:
     weight = torch.randn(shape)
     if form.startswith("uniform"):
         return PackedMatrix(quantize(weight, int(form[-1]), Scheme(32)), False)
-    return PackedMatrix(wide_lattice(weight) if form == "wide" else drawn[form](weight), False)
+    limits = {"narrow": 7, "wide": 127}
+    return PackedMatrix(lattice_up_to(weight, limits[form]) if form in limits else drawn[form](weight), False)
 
 
 def matrix_of(found: qdq.Digits) -> Tensor:
@@ -139,13 +140,7 @@ def matrix_of(found: qdq.Digits) -> Tensor:
     return torch.from_numpy(whole)
 
 
-FORMS = [
-    ("grid", (37, 128)),
-    ("lattice", (20, 192)),
-    ("lattice", (20, 40)),
-    ("wide", (24, 128)),
-    ("uniform3", (16, 96)),
-]
+FORMS = [("grid", (37, 128)), ("lattice", (20, 64)), ("narrow", (5, 96)), ("wide", (5, 128)), ("uniform3", (16, 96))]
 
 
 @pytest.mark.parametrize(
@@ -155,14 +150,15 @@ def test_digits_are_the_codes(form: str, shape: tuple[int, int], drawn: Drawn) -
     matrix = of_form(form, shape, drawn)
     found = qdq.Digits(matrix, "float32")
     torch.testing.assert_close(matrix_of(found).float(), matrix.dequantize())
-    assert found.bits == (8 if form == "wide" else 4) and (found.scale > 0).all()
+    assert found.bits == (8 if form in ("wide", "lattice") else 4) and (found.scale > 0).all()
     parts = [getattr(found, f"digits{number}") for number in range(found.count)]
     assert all(-(1 << found.bits - 1) <= int(part.min()) <= int(part.max()) < 1 << found.bits - 1 for part in parts)
+    columns = [part.shape[1] for part in parts]
+    if form in ("narrow", "wide"):
+        assert columns == [shape[1], 64 if form == "narrow" else 1]  # INT4 stands in whole blocks
     if form.startswith("uniform"):
-        assert sum(part.shape[1] for part in parts) == shape[1] * (2 if form == "uniform8" else 1)
+        assert columns == [shape[1]] * (2 if form == "uniform8" else 1)
         assert hasattr(found, "offset") == (form in ("uniform4", "uniform8"))
-    if form == "wide":
-        assert [part.shape[1] for part in parts] == [shape[1], 1]
 
 
 class Both(torch.nn.Module):
