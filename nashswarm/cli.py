@@ -163,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
         inference.export,
         "a compressed model as one file for onnxruntime, or as a program of torch.export",
         "Write the compressed model in FOLDER, weights packed, cache in and out, to FILE, and compare its "
-        "logits with the model's own on real text. Prints one JSON object.",
+        "logits with the model's own on real text. onnx: MatMulNBits of onnxruntime, and bit planes; onnx-qdq: INT4 and "
+        "INT8 codes in standard operators, at four bits of a weight or more; torch-export: the kernels of this package. "
+        "Prints one JSON object.",
     )
     _add_folder(exported)
     exported.add_argument("--to", choices=sorted(export.TARGETS), required=True)
