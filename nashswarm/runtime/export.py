@@ -108,7 +108,7 @@ def export(
     layouts = {"onnx": for_onnx, "onnx-qdq": Digits, "torch-export": for_torch}
     changed = _stored_as(portable(model, activations, layouts[target]), DTYPES[dtype]).eval()
     changed.set_attn_implementation("eager")
-    found = _matrices(changed)
+    found = _matrices(changed, target)
     program = traced(changed)
     native = target == "torch-export"
 
@@ -167,16 +167,14 @@ def _stored_as(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _matrices(model: Any) -> dict[str, float]:
-    """How many are stored in which of the layouts."""
+def _matrices(model: Any, target: str) -> dict[str, float]:
+    """How many are stored in which layout of the target."""
     modules = set(model.modules())
-    found = {
-        "matrices_matmulnbits": sum(isinstance(module, Grouped) for module in modules),
-        "matrices_unpacked_when_run": sum(isinstance(module, Planes) for module in modules),
-    }
-    for bits in (4, 8):
-        found[f"matrices_int{bits}"] = sum(isinstance(module, Digits) and module.bits == bits for module in modules)
-    return {name: float(count) for name, count in found.items() if count}
+    if target == "onnx-qdq":
+        widths = [module.bits for module in modules if isinstance(module, Digits)]
+        return {f"matrices_int{bits}": widths.count(bits) for bits in (4, 8)}
+    layouts = {"matrices_matmulnbits": Grouped, "matrices_unpacked_when_run": Planes} if target == "onnx" else {}
+    return {name: sum(isinstance(module, kind) for module in modules) for name, kind in layouts.items()}
 
 
 def _empty(model: Any) -> list[Tensor]:
