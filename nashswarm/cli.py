@@ -163,8 +163,8 @@ def _parser() -> argparse.ArgumentParser:
         inference.export,
         "a compressed model as one file for onnxruntime, or as a program of torch.export",
         "Write the compressed model in FOLDER, weights packed, cache in and out, to FILE, and compare its "
-        "logits with the model's own on real text. onnx: MatMulNBits of onnxruntime, and bit planes; onnx-qdq: INT4 and "
-        "INT8 codes in standard operators, at four bits of a weight or more; torch-export: the kernels of this package. "
+        "logits with the model's own on real text. onnx: MatMulNBits of onnxruntime, and bit planes; onnx-qdq: INT4 "
+        "and INT8 codes in standard operators, four bits of a weight or more; torch-export: this package's kernels. "
         "Prints one JSON object.",
     )
     _add_folder(exported)
