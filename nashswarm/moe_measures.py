@@ -182,7 +182,7 @@ class QuickValidation:
     batch_size: int = 8
     length: int = 32
     batches: int = 20
-    bits: float = 4.0
+    bits: float = 3.0
 
     def __post_init__(self) -> None:
         _check_sizes(self, "batch_size", "length", "batches")

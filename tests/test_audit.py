@@ -74,10 +74,44 @@ def test_verdicts_on_runs_follow_the_runs(
     claim: str, method: str, changed: dict[str, float], evidence: audit.Evidence
 ) -> None:
     rows = dict(evidence.honest[PLACE])
+    own = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[claim]
     rows[method] = pd.Series(dict(rows[method]) | changed)
     other = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[claim]
-    assert {verdicts(evidence)[claim], other} == {f"{audit.FAILS} here", f"{audit.HOLDS} here"}
+    assert {own, other} == {f"{audit.FAILS} here", f"{audit.HOLDS} here"}
     assert (other == f"{audit.FAILS} here") == ("kl_p" in changed)
+
+
+def test_what_is_faster_is_decided_at_the_sizes_of_the_claim(evidence: audit.Evidence) -> None:
+    small = evidence.honest[PLACE]["nash_swarm"]
+    fast = pd.Series(dict(small) | {"bytes_file": 50e6, "decode_ratio_high": 3.0})
+    for other, verdict in ((fast, audit.HOLDS), (dict(fast) | {"decode_ratio_high": 1.0}, audit.FAILS)):
+        honest = {PLACE: evidence.honest[PLACE], ("gpt2_random", "any"): {"nash_swarm": pd.Series(other)}}
+        assert verdicts(dataclasses.replace(evidence, honest=honest))["C6"] == f"{verdict} here"
+
+
+def mixture(method: str, change: float) -> record.Record:
+    """A quick validation whose loss changes by about so much."""
+    nll = [2.0, 2.5, 3.0, 2.2]
+    worse = [value + change + shift for value, shift in zip(nll, (0.01, -0.01, 0.02, -0.02), strict=True)]
+    metrics = {"bytes_memory": 8e6, "bytes_file": 1e6, "nll": 2.4, "nll_quantized": 2.4 + change}
+    labels = {"method": method, "dataset": "story", "model": "moe_small", "seed": "0"}
+    return record.Record(labels, {}, metrics, {"nll": nll, "nll_quantized": worse}, [], "", {})
+
+
+@pytest.mark.parametrize("change, verdict", [(0.2, audit.FAILS), (0.0, audit.HOLDS)])
+def test_a_loss_that_grows_by_compression_is_seen(change: float, verdict: str, evidence: audit.Evidence) -> None:
+    found = dataclasses.replace(evidence, mixtures={"quick_validation": [mixture("moe_dense", change)]})
+    [row] = [row for row in audit.claims(found) if row.name == "C4"]
+    assert row.cells()[5] == verdict and "8.00 → 1.00 MB" in row.honest
+
+
+@pytest.mark.parametrize("ratio, verdict", [(1.5, audit.FAILS), (0.7, audit.HOLDS)])
+def test_the_time_of_a_layer_decides_on_routing(ratio: float, verdict: str, evidence: audit.Evidence) -> None:
+    times = {"route_plain_8": 1.0, "route_flock_8": 1.25, "layer_ratio_batch_1_8": 3.0, "layer_ratio_batch_64_8": ratio}
+    timed = dataclasses.replace(mixture("moe_nash_swarm", 0.0), metrics=times, config={"measure": {"tokens": 64}})
+    found = dataclasses.replace(evidence, mixtures={"performance_analysis": [timed]})
+    [row] = [row for row in audit.claims(found) if row.name == "C5"]
+    assert row.cells()[5] == verdict and "with 8 experts 3.0× at batch 1" in row.honest and "1.25× plain" in row.honest
 
 
 def test_an_equilibrium_would_be_recognized(evidence: audit.Evidence) -> None:

@@ -207,11 +207,26 @@ def test_threads_of_torch_share_the_work_and_change_no_bit(path: str) -> None:
 def test_choices_are_those_of_sorting(path: str, rows: int, sizes: list[int], seed: int) -> None:
     k, flock, size = sorted(sizes)
     generator = torch.Generator().manual_seed(seed)
-    scores, entry, offer = (torch.randn(shape, generator=generator) for shape in ((rows, size), (size,), (size,)))
-    found = kernels.choose(scores, entry, offer, flock, k)
+    scores, entry, price = (torch.randn(shape, generator=generator) for shape in ((rows, size), (size,), (size,)))
+    found = kernels.choose(scores, entry, price, flock, k)
     for row, chosen in zip(scores.tolist(), found.tolist(), strict=True):
         near = sorted(range(size), key=lambda place: entry[place].item() - row[place])[:flock]
-        assert chosen == sorted(near, key=lambda place: -offer[place].item() - row[place])[:k]
+        assert chosen == sorted(near, key=lambda place: price[place].item() - row[place])[:k]
+
+
+@given(some.lists(some.integers(0, 9), max_size=60), some.integers(10, 12))
+@few
+def test_groups_are_those_of_sorting(path: str, numbers: list[int], size: int) -> None:
+    order, places, ends = (part.tolist() for part in kernels.group(torch.tensor(numbers, dtype=torch.int64), size))
+    assert order == sorted(range(len(numbers)), key=lambda place: numbers[place])
+    assert [order[place] for place in places] == list(range(len(numbers)))
+    assert ends == [sum(number <= each for number in numbers) for each in range(size)]
+
+
+@pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
+def test_a_number_of_no_group_is_named(path: str) -> None:
+    with pytest.raises(ValueError, match="there is no expert 5: they are numbered from 0 to 4"):
+        kernels.group(torch.tensor([1, 5]), 5)
 
 
 def test_choices_of_equal_values_and_of_no_numbers(path: str) -> None:

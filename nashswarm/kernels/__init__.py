@@ -1,6 +1,6 @@
 """Products with packed matrices, and what tokens choose: one signature, the fastest path that the machine has.
 
-``matmul``, ``rows_of`` and ``choose`` are operators of torch (``nashswarm::matmul``, ``rows``, ``choose``), which
+All are operators of torch (``nashswarm::matmul``, ``rows``, …), which
 ``torch.compile`` and ``torch.export`` take as they are; through products gradients reach x.  ``direct`` is the same
 product without the dispatcher, for calls of microseconds.  On the CPU the C++ library multiplies (``native``), on CUDA
 Triton; without either the torch reference does.
@@ -25,7 +25,8 @@ WEIGHT = f"{''.join(f'Tensor {name}, ' for name in PARTS)}Tensor order, int rows
 LIBRARY = torch.library.Library("nashswarm", "DEF")
 LIBRARY.define(f"matmul(Tensor x, Tensor? bias, str activations, {WEIGHT}) -> Tensor")
 LIBRARY.define(f"rows(Tensor ids, {WEIGHT}) -> Tensor")
-LIBRARY.define("choose(Tensor scores, Tensor entry, Tensor offer, int flock, int k) -> Tensor")
+LIBRARY.define("group(Tensor numbers, int size) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define("choose(Tensor scores, Tensor entry, Tensor price, int flock, int k) -> Tensor")
 
 
 def matmul(
@@ -53,11 +54,11 @@ def rows_of(tiles: Tiles, ids: Integer[Tensor, "*shape"]) -> Float[Tensor, "*sha
 def choose(
     scores: Float[Tensor, "tokens experts"],
     entry: Float[Tensor, " experts"],
-    offer: Float[Tensor, " experts"],
+    price: Float[Tensor, " experts"],
     flock: int,
     k: int,
 ) -> Integer[Tensor, "tokens k"]:
-    """The k experts of largest score + offer among the ``flock`` of largest score − entry, largest first.
+    """The k experts of largest score − price among the ``flock`` of largest score − entry, largest first.
 
     Raises ValueError unless 1 ≤ k ≤ flock ≤ experts.
     """
@@ -65,8 +66,18 @@ def choose(
         raise ValueError(f"k={k} of a flock of {flock} out of {scores.shape[1]}: none may exceed the next")
     scores = scores.detach()
     if _followed(scores):
-        return cast(Tensor, torch.ops.nashswarm.choose(scores, entry, offer, flock, k))
-    return _choose(scores, entry, offer, flock, k)
+        return cast(Tensor, torch.ops.nashswarm.choose(scores, entry, price, flock, k))
+    return _choose(scores, entry, price, flock, k)
+
+
+def group(
+    numbers: Integer[Tensor, " count"], size: int
+) -> tuple[Integer[Tensor, " count"], Integer[Tensor, " count"], Integer[Tensor, " size"]]:
+    """The order that sorts numbers below ``size``, equal ones as they stood; the place of each in it; and where those
+    of each number end (int32)."""
+    if _followed(numbers):
+        return cast(tuple[Tensor, Tensor, Tensor], torch.ops.nashswarm.group(numbers, size))
+    return _group(numbers, size)
 
 
 def direct(
@@ -130,10 +141,16 @@ def _rows(ids: Tensor, tiles: Tiles) -> Tensor:
     return reference.rows_of(tiles, ids.flatten()).view(*ids.shape, tiles.columns)
 
 
-def _choose(scores: Tensor, entry: Tensor, offer: Tensor, flock: int, k: int) -> Tensor:
+def _choose(scores: Tensor, entry: Tensor, price: Tensor, flock: int, k: int) -> Tensor:
     if scores.is_cpu and scores.dtype is torch.float32 and native.path() != native.SLOW:
-        return native.choose(scores.contiguous(), entry, offer, flock, k)
-    return reference.choose(scores, entry, offer, flock, k)
+        return native.choose(scores.contiguous(), entry, price, flock, k)
+    return reference.choose(scores, entry, price, flock, k)
+
+
+def _group(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    if numbers.is_cpu and numbers.dtype is torch.int64 and native.path() != native.SLOW:
+        return native.group(numbers.contiguous(), size)
+    return reference.group(numbers, size)
 
 
 def _matmul_operator(x: Tensor, bias: Tensor | None, activations: str, *flat: Any) -> Tensor:
@@ -146,6 +163,7 @@ def _rows_operator(ids: Tensor, *flat: Any) -> Tensor:
 
 LIBRARY.impl("matmul", _matmul_operator, "CompositeExplicitAutograd")
 LIBRARY.impl("rows", _rows_operator, "CompositeExplicitAutograd")
+LIBRARY.impl("group", _group, "CompositeExplicitAutograd")
 LIBRARY.impl("choose", _choose, "CompositeExplicitAutograd")
 
 
@@ -157,7 +175,11 @@ def _fake_rows(ids: Tensor, *flat: Any) -> Tensor:
     return ids.new_empty(*ids.shape, flat[-2], dtype=torch.float32)
 
 
-def _fake_choose(scores: Tensor, entry: Tensor, offer: Tensor, flock: int, k: int) -> Tensor:
+def _fake_group(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(numbers), torch.empty_like(numbers), numbers.new_empty(size, dtype=torch.int32)
+
+
+def _fake_choose(scores: Tensor, entry: Tensor, price: Tensor, flock: int, k: int) -> Tensor:
     return scores.new_empty(len(scores), k, dtype=torch.int64)
 
 
@@ -182,5 +204,6 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_fake("nashswarm::matmul")(_fake_matmul)
 torch.library.register_fake("nashswarm::rows")(_fake_rows)
+torch.library.register_fake("nashswarm::group")(_fake_group)
 torch.library.register_fake("nashswarm::choose")(_fake_choose)
 torch.library.register_autograd("nashswarm::matmul", _gradients, setup_context=_keep)

@@ -21,7 +21,7 @@ LIBRARY = pathlib.Path(__file__).parent / "nashswarm_kernels.so"
 VARIABLE = "NASHSWARM_KERNEL"
 PATHS = {"avx512": 2, "avx2": 1, "portable": 0}  # best first; the number is the library's
 SLOW = "torch"
-INTERFACE = 2  # of csrc/library.cpp: that of the functions and of Matrix
+INTERFACE = 4  # of csrc/library.cpp: that of the functions and of Matrix
 DIGITS = {"int8": 1, "float32": 3}  # signed bytes that stand for an activation
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ def library() -> ctypes.CDLL | str:
     found.nashswarm_rows.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
     found.nashswarm_rows.restype = ctypes.c_int64
     found.nashswarm_choose.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_int]
+    found.nashswarm_group.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3]
+    found.nashswarm_group.restype = ctypes.c_int64
     return found
 
 
@@ -145,21 +147,33 @@ def rows_of(tiles: Tiles, ids: Int64[Tensor, "*shape"]) -> Float32[Tensor, "*sha
 def choose(
     scores: Float32[Tensor, "rows size"],
     entry: Float32[Tensor, " size"],
-    offer: Float32[Tensor, " size"],
+    price: Float32[Tensor, " size"],
     flock: int,
     k: int,
 ) -> Int64[Tensor, "rows k"]:
-    """The k places of largest score + offer among the ``flock`` of largest score − entry, of contiguous tensors on the
+    """The k places of largest score − price among the ``flock`` of largest score − entry, of contiguous tensors on the
     CPU: largest first, of equal ones the earlier."""
     rows, size = scores.shape
     chosen = torch.empty(rows, k, dtype=torch.int64)
     failed = _library().nashswarm_choose(
-        scores.data_ptr(), entry.data_ptr(), offer.data_ptr(), rows, size, flock, k, chosen.data_ptr(),
+        scores.data_ptr(), entry.data_ptr(), price.data_ptr(), rows, size, flock, k, chosen.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"no memory is left to choose among {size} experts: take fewer tokens at once")
     return chosen
+
+
+def group(numbers: Int64[Tensor, " count"], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``kernels.group`` of a contiguous tensor on the CPU."""
+    order, places = torch.empty_like(numbers), torch.empty_like(numbers)
+    ends = torch.empty(size, dtype=torch.int32)
+    wrong = _library().nashswarm_group(
+        numbers.data_ptr(), len(numbers), size, order.data_ptr(), places.data_ptr(), ends.data_ptr()
+    )
+    if wrong >= 0:
+        raise ValueError(f"there is no expert {int(numbers[wrong])}: they are numbered from 0 to {size - 1}")
+    return order, places, ends
 
 
 def _library() -> ctypes.CDLL:

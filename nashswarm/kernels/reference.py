@@ -54,10 +54,18 @@ def rows_of(tiles: Tiles, ids: Integer[Tensor, " count"]) -> Float[Tensor, "coun
     return layout.dequantize(layout.some_blocks(tiles, blocks))[places * layout.TILE_ROWS + ids % layout.TILE_ROWS]
 
 
+def group(numbers: Integer[Tensor, " count"], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order that sorts numbers below ``size``, the place of each in it, and where those of each number end."""
+    ordered, order = numbers.sort(stable=True)
+    places = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
+    ends = torch.searchsorted(ordered, torch.arange(size, device=order.device), right=True, out_int32=True)
+    return order, places, ends
+
+
 def choose(
-    scores: Float[Tensor, "rows size"], entry: Float[Tensor, " size"], offer: Float[Tensor, " size"], flock: int, k: int
+    scores: Float[Tensor, "rows size"], entry: Float[Tensor, " size"], price: Float[Tensor, " size"], flock: int, k: int
 ) -> Integer[Tensor, "rows k"]:
-    """Of each row the k places of largest score + offer among the ``flock`` of largest score − entry, largest first."""
+    """Of each row the k places of largest score − price among the ``flock`` of largest score − entry, largest first."""
     near = (scores - entry).topk(flock, sorted=False).indices
-    utility = scores.gather(1, near) + offer[near]
+    utility = scores.gather(1, near) - price[near]
     return near.gather(1, utility.topk(k).indices)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations import moe as _registered  # noqa: F401  the grouped product that compilers can trace
 
+from nashswarm import kernels
+
 FEW = 8  # assignments: so few are computed one by one, without sorting
 
 
@@ -39,11 +41,10 @@ class Experts(nn.Module):
         k, flat = experts.shape[1], experts.flatten()
         if len(flat) <= FEW and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._one_by_one(x, flat.tolist(), gates.flatten().tolist())
-        order = flat.argsort(stable=True)
-        ends = ends_of(flat, len(self.up_proj))
+        order, places, ends = kernels.group(flat, len(self.up_proj))
         hidden = self.act_fn(grouped(x.index_select(0, order // k), self.up_proj.transpose(1, 2), ends))
         out = grouped(hidden, self.down_proj.transpose(1, 2), ends)
-        return gathered(out, order, gates)
+        return gathered(out, places, gates)
 
     def _one_by_one(
         self, x: Float[Tensor, "tokens width"], experts: list[int], gates: list[float]
@@ -65,18 +66,11 @@ def grouped(
     return functional.grouped_mm(x, weights, offs=ends)
 
 
-def ends_of(flat: Int[Tensor, " assignments"], experts: int) -> Int[Tensor, " experts"]:
-    """Where the assignments of each expert end, once they are sorted."""
-    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device).index_add(0, flat, torch.ones_like(flat))
-    return counts.cumsum(0).int()
-
-
 def gathered(
-    out: Float[Tensor, "assignments width"], order: Int[Tensor, " assignments"], gates: Float[Tensor, "tokens k"]
+    out: Float[Tensor, "assignments width"], places: Int[Tensor, " assignments"], gates: Float[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens width"]:
-    """The gated sums of each token's k assignments, which stand in ``order``."""
-    place = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
-    return functional.embedding_bag(place.view_as(gates), out, per_sample_weights=gates.to(out.dtype), mode="sum")
+    """The gated sums of each token's k assignments, which stand at ``places``."""
+    return functional.embedding_bag(places.view_as(gates), out, per_sample_weights=gates.to(out.dtype), mode="sum")
 
 
 class ExpertLinear(nn.Linear):
@@ -112,14 +106,14 @@ class SplitExperts(nn.ModuleList):
         self, hidden_states: Tensor, top_k_index: Int[Tensor, "tokens k"], top_k_weights: Float[Tensor, "tokens k"]
     ) -> Tensor:
         k, flat = top_k_index.shape[1], top_k_index.flatten()
-        order = flat.argsort(stable=True)
-        ends = ends_of(flat, len(self)).tolist()
+        order, places, last = kernels.group(flat, len(self))
+        ends = last.tolist()
         x, parts = hidden_states.flatten(0, -2).index_select(0, order // k), []
         expert: Any
         for expert, (start, end) in zip(self, zip([0, *ends[:-1]], ends, strict=True), strict=True):
             if start < end:
                 parts.append(expert.expert_down(self._activate(expert.expert_up(x[start:end]))))
-        return gathered(torch.cat(parts), order, top_k_weights).to(hidden_states.dtype).view_as(hidden_states)
+        return gathered(torch.cat(parts), places, top_k_weights).to(hidden_states.dtype).view_as(hidden_states)
 
 
 class _activation:  # a class, for lambdas cannot be copied or pickled

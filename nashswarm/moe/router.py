@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nashswarm import kernels
-from nashswarm.moe.experts import ends_of, grouped
+from nashswarm.moe.experts import grouped
 from nashswarm.moe.loss import LossWeights, implied_prices
 
 Prices = Literal["equilibrium", "sign", "none"]
@@ -196,19 +196,19 @@ class Router(nn.Module):
         return self._routing(experts, gates, logits, x)
 
     def affinities(self, x: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens experts"]:
-        return functional.linear(x, self.weight, -(self.weight @ self.centre))
+        return functional.linear(x, self.weight, -self.weight.mv(self.centre))
 
     def cheapest(self, logits: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens k"]:
         """The k best experts of each token's flock, prices and residency counted."""
-        return kernels.choose(logits, self.entry, self._bonus(), self._flock(), self.k)
+        return kernels.choose(logits, self.entry, self._cost(), self._flock(), self.k)
 
     def _flock(self) -> int:
         """How many experts a token chooses among."""
         count = len(self.price)
         return min(self.settings.flock or count, count)
 
-    def _bonus(self) -> Float[Tensor, " experts"]:
-        return self.settings.residency * self.resident - self.price if self.serving else -self.price
+    def _cost(self) -> Float[Tensor, " experts"]:
+        return self.price - self.settings.residency * self.resident if self.serving else self.price
 
     def _gates(self, logits: Tensor, experts: Tensor) -> Float[Tensor, "tokens k"]:
         """Softmax over all that were scored, made to sum to one over the chosen k; of a single one its share of all."""
@@ -233,14 +233,13 @@ class Router(nn.Module):
         groups = -(-count // size)
         members = (torch.arange(groups * size, device=x.device) % count).view(groups, size)
         leaders = self.weight[members].mean(1)
-        bonus, x = self._bonus(), x - self.centre
-        group = (functional.linear(x, leaders).detach() + bonus[members].mean(1)).argmax(1)  # tokens
-        order = group.argsort(stable=True)
-        ends = ends_of(group, groups)
+        cost, x = self._cost(), x - self.centre
+        group = (functional.linear(x, leaders).detach() - cost[members].mean(1)).argmax(1)  # tokens
+        order, _, ends = kernels.group(group, groups)
         padded = functional.pad(members, (0, -size % ALIGNED))
         found = grouped(x[order], self.weight[padded].transpose(1, 2), ends)
         near = torch.empty_like(found).index_copy(0, order, found)[:, :size]  # tokens, flock
-        place = top(near.detach() + bonus[members][group], self.k)
+        place = top(near.detach() - cost[members][group], self.k)
         experts = members[group].gather(1, place)
         return self._routing(experts, self._gates(near - self.price[members][group], place), None, x + self.centre)
 

@@ -39,7 +39,7 @@ void write_row(const uint8_t* payload, int width, int row, float scale, float ze
     }
 }
 
-// The places of the `count` largest of value(0) … value(size − 1), largest first and earlier ones before equal later ones.
+// The places of the `count` largest of value(0) … value(size − 1), largest first, of equal ones the earlier.
 template <class Value>
 void largest(Value value, int64_t size, int64_t count, float* best, int64_t* places) {
     for (int64_t place = 0; place < size; ++place) {
@@ -61,7 +61,7 @@ void largest(Value value, int64_t size, int64_t count, float* best, int64_t* pla
 
 extern "C" {
 
-EXPORTED int nashswarm_interface() { return 2; }
+EXPORTED int nashswarm_interface() { return 4; }
 
 // Whether this processor can take a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI and GFNI.
 EXPORTED int nashswarm_supports(int path) {
@@ -128,16 +128,14 @@ EXPORTED int64_t nashswarm_rows(const Matrix* matrix, const int64_t* ids, float*
     return -1;
 }
 
-// Of each row the k places of largest score + offer among the `flock` places of largest score − entry; 1 where memory runs
-// out.
-EXPORTED int nashswarm_choose(const float* scores, const float* entry, const float* offer, int64_t rows, int64_t size,
+// Of each row the k places of largest score − price among the `flock` of largest score − entry; 1 where memory runs out.
+EXPORTED int nashswarm_choose(const float* scores, const float* entry, const float* price, int64_t rows, int64_t size,
                               int64_t flock, int64_t k, int64_t* chosen, int threads) {
     const int64_t work = rows * size / ENOUGH_SCORES;
     const int woken = work < threads ? (work < 1 ? 1 : int(work)) : threads;
     const int64_t each = rounded_up(flock * (sizeof(float) + sizeof(int64_t)) + k * sizeof(float));
     auto* scratch = static_cast<char*>(std::aligned_alloc(64, woken * each));
     if (!scratch) return 1;
-    const bool open = flock == size;  // to every expert
 #pragma omp parallel for num_threads(woken) schedule(static)
     for (int part = 0; part < woken; ++part) {
         auto* near = reinterpret_cast<int64_t*>(scratch + part * each);
@@ -146,17 +144,39 @@ EXPORTED int nashswarm_choose(const float* scores, const float* entry, const flo
         for (int64_t row = rows * part / woken; row < rows * (part + 1) / woken; ++row) {
             const float* own = scores + row * size;
             int64_t* found = chosen + row * k;
-            if (open) {
-                largest([&](int64_t place) { return own[place] + offer[place]; }, size, k, best, found);
+            if (flock == size) {
+                largest([&](int64_t place) { return own[place] - price[place]; }, size, k, best, found);
                 continue;
             }
             largest([&](int64_t place) { return own[place] - entry[place]; }, size, flock, values, near);
-            largest([&](int64_t place) { return own[near[place]] + offer[near[place]]; }, flock, k, best, found);
+            largest([&](int64_t place) { return own[near[place]] - price[near[place]]; }, flock, k, best, found);
             for (int64_t rank = 0; rank < k; ++rank) found[rank] = near[found[rank]];
         }
     }
     std::free(scratch);
     return 0;
+}
+
+// The order that sorts `count` numbers below `size`, equal ones as they stood, the place of each in it, and where those
+// of each number end: -1, or the place of one that is not below.
+EXPORTED int64_t nashswarm_group(const int64_t* numbers, int64_t count, int64_t size, int64_t* order, int64_t* places,
+                                 int32_t* ends) {
+    std::memset(ends, 0, size * sizeof(int32_t));
+    for (int64_t place = 0; place < count; ++place) {
+        if (numbers[place] < 0 || numbers[place] >= size) return place;
+        ++ends[numbers[place]];
+    }
+    int32_t before = 0;
+    for (int64_t number = 0; number < size; ++number) {
+        const int32_t own = ends[number];
+        ends[number] = before;
+        before += own;
+    }
+    for (int64_t place = 0; place < count; ++place) {
+        places[place] = ends[numbers[place]]++;
+        order[places[place]] = place;
+    }
+    return -1;
 }
 
 }  // extern "C"
