@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from nashswarm import peers
-from nashswarm.linear import set_activations
+from nashswarm.linear import PackedMatrix, set_activations
 from nashswarm.record import write_by
 from nashswarm.runtime.portable import Grouped, Planes, for_onnx, for_torch, portable
 from nashswarm.runtime.qdq import OPSET, Digits
@@ -105,6 +105,7 @@ def export(
     would answer differently.
     """
     check(model, target, out, activations)
+    layouts: dict[str, Callable[[PackedMatrix, str], nn.Module]]
     layouts = {"onnx": for_onnx, "onnx-qdq": Digits, "torch-export": for_torch}
     changed = _stored_as(portable(model, activations, layouts[target]), DTYPES[dtype]).eval()
     changed.set_attn_implementation("eager")

@@ -106,7 +106,8 @@ def digits(values: Integer[Tensor, "rows columns"], bits: int, unit: int = 1) ->
     [([0, 1, 2], [[7, -8, 7]]), ([1, 2], [[1, -1]])]
     """
     half = 1 << bits - 1
-    chosen, found = torch.arange(values.shape[1]), []
+    chosen = torch.arange(values.shape[1])
+    found: Parts = []
     while len(chosen) and (not found or values.any()):
         digit = (values + half & 2 * half - 1) - half
         found.append((chosen, digit.to(torch.int8)))
