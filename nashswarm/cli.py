@@ -142,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     profiled.add_argument("--steps", type=int, default=30, help="timed steps (30)")
     profiled.add_argument("--largest-batch", type=int, default=16, help="batches of 1, 2, 4 … are tried up to it (16)")
     profiled.add_argument("--latency-ms", type=float, help="the longest step that the batch size may cost")
+    profiled.add_argument(
+        "--misses", action="store_true", help="also count cache misses of a product with the largest matrix, packed "
+        "and as floats: by perf stat, or by valgrind where the processor's counters are closed"
+    )  # fmt: skip
 
     served = command(
         "serve",

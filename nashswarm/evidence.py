@@ -111,6 +111,7 @@ class Evidence:
             remember=self.cache,
             track=self.track,
             inputs_after=self.inputs_after,
+            calibration=(self.full, self.calibration),
         )
 
     def moments(self) -> dict[str, Moments]:

@@ -7,6 +7,7 @@ anything that does not fit.
 import argparse
 import functools
 import json
+import math
 import pathlib
 import sys
 from typing import Any
@@ -19,9 +20,10 @@ from rich.table import Table
 from nashswarm import data, measures, metrics, models, peers
 from nashswarm.evidence import show_progress
 from nashswarm.kernels import native
-from nashswarm.linear import PackedMatrix
-from nashswarm.machine import machine
+from nashswarm.linear import PackedMatrix, QuantizedLinear
+from nashswarm.machine import Machine, machine
 from nashswarm.runtime import export as exporter
+from nashswarm.runtime import misses
 from nashswarm.runtime import profile as profiler
 
 LOADING = 600  # seconds after which a process that does not answer is taken for dead
@@ -80,7 +82,9 @@ def profile(given: argparse.Namespace) -> int:
     """Print where the time of a step goes, by matrix and by batch size."""
     if min(given.threads, given.steps, given.context_tokens, given.largest_batch) < 1:
         raise ValueError("--threads, --steps, --context-tokens and --largest-batch must be at least 1")
+    counter = misses.tool() if given.misses else None
     model = _load_writer(given.folder, "profile times decoding")
+    largest = _largest(model) if given.misses else None
     longest = models.LoadedModel(model, None).window_length(None)
     if given.context_tokens + given.steps + profiler.WARM_UP > longest:
         raise ValueError(f"--context-tokens, --steps and {profiler.WARM_UP} to warm up exceed the window of {longest}")
@@ -112,7 +116,31 @@ def profile(given: argparse.Namespace) -> int:
     console.print(f"a step reads {size:,} bytes of matrices, which fit in {here.level(size)}, in {1000 * whole:.2f} ms")
     console.print(steps)
     console.print(profiler.best(points, limit)[1])
+    if counter is not None and largest is not None:
+        _count_misses(*largest, here, *counter, console)
     return 0
+
+
+def _largest(model: Any) -> tuple[str, QuantizedLinear]:
+    """The largest packed matrix.  Raises ValueError if there is none."""
+    named = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    if not named:
+        raise ValueError("no matrix of the model is multiplied packed: there are no cache misses to compare")
+    return max(named.items(), key=lambda item: math.prod(item[1].matrix.shape))
+
+
+def _count_misses(name: str, module: QuantizedLinear, here: Machine, counter: str, why: str, console: Console) -> None:
+    """Print how often a product with the matrix misses the caches, packed and as floats."""
+    tiles, last = module.matrix.tiles, max(here.caches)
+    forms: dict[str, tuple[str | None, int]]
+    forms = {"packed": (module.activations, tiles.nbytes), "float32": (None, 4 * tiles.rows * tiles.columns)}
+    table = Table("form", "bytes", "reads", "that miss L1", f"that miss L{last}", box=None)
+    for form, (activations, size) in show_progress(list(forms.items()), "counting cache misses"):
+        found = misses.count([tiles], activations, here.caches[1], here.caches[last], counter)
+        table.add_row(form, *(f"{max(value, 0):,.0f}" for value in (size, found.reads, found.first, found.last)))
+    console.print(f"cache misses of a product with {name}, {tiles.rows}x{tiles.columns}, one column", highlight=False)
+    console.print(why)
+    console.print(table)
 
 
 def serve(given: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ from nashswarm.timing import wait
 WARM_UP = 3
 FLOAT_BYTES = 4
 CALIBRATION = 64  # windows of the training text
+FOLLOWED = 4  # windows between two moves of prices: after longer ones they overshoot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Routed:
 
     ``nll`` in nats per token, by window; ``max_violation``, ``load_gini``, ``load_cv``, ``dead_experts`` of all the
     text, prices standing as training left them; ``nll_following``, ``max_violation_following``: where the router moves
-    them after each batch; ``dropped``: share of assignments; ``regret_mean`` and ``regret_max`` of tokens over all
-    experts at the prices that their batch implies, in units of affinity.  ``token_microseconds`` of the whole model and
-    ``router_microseconds`` of one router, a token.  Then ``served_tokens`` are read one by one, experts coming from a
-    file into memory that holds ``resident`` of their bytes: ``resident_hits``, ``nll_served``,
+    them after every ``FOLLOWED`` windows; ``dropped``: share of assignments; ``regret_mean`` and ``regret_max`` of
+    tokens over all experts at the prices that their batch implies, in units of affinity.  ``token_microseconds`` of the
+    whole model and ``router_microseconds`` of one router, a token.  Then ``served_tokens`` are read one by one, experts
+    coming from a file into memory that holds ``resident`` of their bytes: ``resident_hits``, ``nll_served``,
     ``served_tokens_per_second``, and the same with ``_without`` the residency term.  ``windows``: the first ones of
     those that judge; null: all.
     """
@@ -85,7 +86,7 @@ class Routed:
             [seconds] = timed([lambda: routers[0](x)], self.repeats, x.device)
             found["router_microseconds"] = 1e6 * seconds / len(x)
         if any(router.follows for router in routers):
-            following, _ = judged(copy.deepcopy(model), windows, self.batch_size, subject.track, follow=True)
+            following, _ = judged(copy.deepcopy(model), windows, FOLLOWED, subject.track, follow=True)
             found |= {f"{name}_following": following[name] for name in ("nll", "max_violation")}
         if routers and not found["looks_ahead"]:
             found |= self.served(model, windows)
@@ -238,7 +239,8 @@ class RoutingTime:
     """Where the time of routing goes, in microseconds a token: random tokens, the trained model's width.
 
     ``route_<version>_<experts>``: ``plain`` softmax and top-k, the ``flock`` with prices, its ``leaders``, and
-    ``first``, the loops over tokens of a first version.  ``share_<component>``: of the parts of the flock's routing.
+    ``first``, the loops over tokens of a first version.  ``share_<component>``: of the parts of the flock's routing,
+    ``scores`` and ``choice`` with its gates.
     ``layer_…``: a whole layer against the dense one of equal active size, as the ratio of their times at a batch of 1
     and of all.
     """
@@ -302,11 +304,9 @@ class RoutingTime:
 def shares(router: Router, x: Float[Tensor, "tokens width"], repeats: int) -> dict[str, float]:
     """The shares of the time of the flock's routing that its components take, each run by itself."""
     logits = router.affinities(x)
-    experts = router.cheapest(logits)
     parts: Mapping[str, Callable[[], Any]] = {
         "scores": lambda: router.affinities(x),
         "choice": lambda: router.cheapest(logits),
-        "gates": lambda: (logits - router.price).gather(1, experts).softmax(1),
     }
     spent = timed(list(parts.values()), repeats, x.device)
     return {f"share_{name}": seconds / sum(spent) for name, seconds in zip(parts, spent, strict=True)}

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from nashswarm import data, models
 from nashswarm.moe import loss
-from nashswarm.moe.model import MoeForCausalLM, MoeSource
+from nashswarm.moe.model import MoeConfig, MoeForCausalLM, MoeSource
 from nashswarm.moe.router import Settings
 from nashswarm.quant.calibration import Track
 from nashswarm.record import claim, fingerprint, write_folder, write_whole
 
 HISTORY = "training.json"
+AFTERWARDS = ("follow", "residency")  # settings of a router that training does not see
 BETAS = (0.9, 0.95)
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ class Training:
 
     ``steps`` of ``batch_size`` windows each, drawn by lot, none twice before all were seen.  ``clip``: the largest norm
     of a gradient.  ``price_steps``: batches after training that move prices and nothing else, their bids averaged.
-    ``save_every``: steps between two checkpoints.
+    ``save_every``: steps between two checkpoints.  ``any_version``: take a model of the same settings from the cache
+    although another version of this program has trained it; the record tells which.
     """
 
     steps: int = 500
@@ -45,6 +47,7 @@ class Training:
     clip: float = 1.0
     price_steps: int = 50
     save_every: int = 100
+    any_version: bool = False
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.save_every) < 1 or self.learning_rate <= 0 or self.clip <= 0:
@@ -56,12 +59,13 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained model, its tokenizer, and by step what it was trained on: ``train_loss`` (L), ``train_nll``, every term
-    of L, and ``train_seconds``."""
+    """A trained model, its tokenizer, by step what it was trained on, ``train_loss`` (L), ``train_nll`` and every term
+    of L, and the digest of the program that trained it."""
 
     model: MoeForCausalLM
     tokenizer: Any
     series: dict[str, list[float]]
+    code: str
 
 
 def trained(
@@ -81,9 +85,10 @@ def trained(
     ``length``: tokens of a window, by default all that the model reads.  ``code``: a digest of the program, for another
     one would train another model.  Raises ValueError for a text that is too short or a loss that is not finite.
     """
+    described = {"kind": type(router).__name__, **dataclasses.asdict(router)}
     made_of = {
         "model": dataclasses.asdict(source),
-        "router": {"kind": type(router).__name__, **dataclasses.asdict(router)},
+        "router": described,
         "training": dataclasses.asdict(settings),
         "training_sha256": data.sha256(text),
         "sequence_length": length,
@@ -94,7 +99,10 @@ def trained(
         "transformers": transformers.__version__,
         "code": code,
     }
-    folder = cache / f"moe-{fingerprint(made_of)}"
+    key = trained_by(made_of)
+    folder = cache / f"moe-{fingerprint(key)}"
+    if settings.any_version and not folder.is_dir():
+        folder = of_any_version(key, cache) or folder
     tokenizer = transformers.AutoTokenizer.from_pretrained(models.EMBEDDED)
     checkpoint = folder.with_name(f"{folder.name}.checkpoint")
     with claim(folder):  # another measure of a sweep may ask for the same model
@@ -113,11 +121,32 @@ def trained(
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
 
-            history = json.dumps({"made_of": made_of, "series": series}, allow_nan=False) + "\n"
-            write_folder(folder, {HISTORY: history.encode()}, fill)
+            told = json.dumps({"made_of": made_of, "series": series}, allow_nan=False) + "\n"
+            write_folder(folder, {HISTORY: told.encode()}, fill)
             checkpoint.unlink(missing_ok=True)
-    found: Any = MoeForCausalLM.from_pretrained(folder)
-    return Trained(found.eval().to(device), tokenizer, json.loads((folder / HISTORY).read_text())["series"])
+    history = json.loads((folder / HISTORY).read_text())
+    config = MoeConfig.from_pretrained(folder)
+    config.router = described  # as it is now: another ``follow`` is not another training
+    found: Any = MoeForCausalLM.from_pretrained(folder, config=config)
+    return Trained(found.eval().to(device), tokenizer, history["series"], history["made_of"]["code"])
+
+
+def trained_by(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all that a model was made of what its training saw."""
+    router = {name: value for name, value in made_of["router"].items() if name not in AFTERWARDS}
+    training = {name: value for name, value in made_of["training"].items() if name != "any_version"}
+    found: dict[str, Any] = json.loads(json.dumps({**made_of, "router": router, "training": training}))
+    return found
+
+
+def of_any_version(key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path | None:
+    """The folder of the model that was trained last with these settings, whatever the program."""
+    for history in sorted(cache.glob(f"moe-*/{HISTORY}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        theirs = trained_by(json.loads(history.read_text())["made_of"])
+        if {**theirs, "code": None} == {**key, "code": None}:
+            log.info("%s was trained by another version of the program, and is taken as it is", history.parent.name)
+            return history.parent
+    return None
 
 
 def windows(source: MoeSource, text: str, length: int | None, what: str) -> Int[Tensor, "windows length"]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Integer
 from torch import Tensor
 
 from nashswarm.allocation import Layer
@@ -20,7 +21,8 @@ class Oracle:
     nats per token of the model with these layer weights (the others at full precision), on so many tokens of held-out
     calibration text (None: all of it).  ``remember``: tensors by kind and key, read from an earlier run or computed.
     ``track``: iterate with progress shown.  ``inputs_after``: E[x xᵀ] of these modules, by name, once the model has
-    these layer weights.
+    these layer weights.  ``calibration``: the model itself and its calibration windows, for a library that calibrates
+    by its own means.
     """
 
     layers: tuple[Layer, ...]
@@ -31,6 +33,7 @@ class Oracle:
     remember: Callable[[str, Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
     track: Track = no_track
     inputs_after: Callable[[Mapping[str, Tensor], Sequence[str]], Mapping[str, Tensor]] | None = None
+    calibration: tuple[Any, Integer[Tensor, "windows length"]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

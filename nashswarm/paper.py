@@ -97,8 +97,8 @@ def of_records(records: Iterable[Record]) -> dict[str, str]:
     for experiment in dict.fromkeys(sorted(one.labels["experiment"] for one in gathered)):
         words = () if experiment == MAIN else (experiment,)
         own = [one for one in gathered if one.labels["experiment"] == experiment]
-        routed = tables.routers(own)
-        found |= numbers(routed if len(routed) else report.average(report.frame(own)), *words)
+        of_mixtures = tables.mixtures(own)
+        found |= numbers(of_mixtures[0] if of_mixtures else report.average(report.frame(own)), *words)
         contestants = tables.speed(own)
         if len(contestants) and experiment != MAIN:
             method = contestants["method"] + " " + contestants["contestant"]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from nashswarm import tuned
 from nashswarm.allocation import Layer
 from nashswarm.oracle import Compressed, NotOffered, Oracle
 from nashswarm.quant.grid import Scheme, quantize
@@ -44,30 +45,34 @@ log = logging.getLogger(__name__)
 class Library:
     """What a library can do.
 
-    ``pack``: a matrix at so many bits and columns to a scale.  ``formats``: bits → the group sizes it knows; None: one
-    scale a row.  ``needs``: the packages to install, ``extra``: the extra of this one that installs them.
-    ``together``: how many groups it packs into one word, so that a matrix must have a multiple of them.
+    ``pack``: a matrix at so many bits and columns to a scale; None if it takes a whole model and its calibration text,
+    to ``tune`` it.  ``formats``: bits → the group sizes it knows; None: one scale a row.  ``needs``: the packages to
+    install, ``extra``: the extra of this one that installs them.  ``together``: how many groups it packs into one word,
+    so that a matrix must have a multiple of them, ``rows``: how many rows, if it does not fill up a table.
     """
 
-    pack: Callable[[Tensor, int, int | None], Packed]
+    pack: Callable[[Tensor, int, int | None], Packed] | None
     formats: Mapping[int, Sequence[int | None]]
     needs: tuple[str, ...]
     extra: str = "peers"
     together: int = 1
+    rows: int = 1
+    tune: Callable[[Any, Tensor, Sequence[Layer], int, int, int], tuned.Found] | None = None
 
     def require(self, setting: str) -> None:
         """Raises NotInstalled if a package is absent."""
         require(setting, self.needs, self.extra)
 
     def fits(self, layer: Layer, group_size: int | None) -> bool:
-        columns = layer.weight.shape[1]
+        rows, columns = layer.weight.shape
         size = group_size or columns
-        return columns % size == 0 and layer.parameters // size % self.together == 0
+        whole = rows % self.rows == 0 or "Embedding" in layer.kinds
+        return whole and columns % size == 0 and layer.parameters // size % self.together == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """``bits`` everywhere by another library, without calibration.
+    """``bits`` everywhere by another library; only one that tunes looks at calibration text.
 
     ``group_size``: columns that share a scale; None where the library has one scale a row.  A layer whose shape the
     library cannot pack stays at 16 bits and is named so in the allocation and in the log.
@@ -92,17 +97,17 @@ class Peer:
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         library = LIBRARIES[self.library]
         library.require(f"method.library={self.library}")
+        if library.tune and (oracle.calibration is None or oracle.calibration[0].get_output_embeddings() is None):
+            raise NotOffered(f"method.library={self.library} tunes models that predict text, which this one does not")
         kept = [layer.name for layer in oracle.layers if not library.fits(layer, self.group_size)]
         if len(kept) == len(oracle.layers):
             raise ValueError(f"{self.library} cannot pack any layer in groups of method.group_size={self.group_size}")
         if kept:
             log.warning("%s cannot pack %d layers, kept at 16 bits: %s", self.library, len(kept), ", ".join(kept))
-        found = {
-            layer.name: _floats(layer.weight)
-            if layer.name in kept
-            else library.pack(layer.weight.clone(), self.bits, self.group_size)
-            for layer in oracle.track(oracle.layers, f"packing by {self.library}")
-        }
+        chosen = [layer for layer in oracle.layers if layer.name not in kept]
+        packed = {layer.name: _floats(layer.weight) for layer in oracle.layers if layer.name in kept}
+        packed |= self._packed(library, oracle, chosen, rng)
+        found = {layer.name: packed[layer.name] for layer in oracle.layers}
         bits = {layer.name: 16 if layer.name in kept else self.bits for layer in oracle.layers}
         return Compressed(
             packed={name: packed for name, (packed, _) in found.items()},
@@ -112,6 +117,17 @@ class Peer:
             metrics={"layers_at_16_bits": len(kept)},
             foreign=self.library,
         )
+
+    def _packed(
+        self, library: Library, oracle: Oracle, layers: Sequence[Layer], rng: np.random.Generator
+    ) -> dict[str, Packed]:
+        """Layer → its bytes and the weights that they stand for."""
+        if library.pack is not None:
+            track = oracle.track(layers, f"packing by {self.library}")
+            return {layer.name: library.pack(layer.weight.clone(), self.bits, self.group_size) for layer in track}
+        assert library.tune is not None and oracle.calibration is not None and self.group_size is not None
+        found = library.tune(*oracle.calibration, layers, self.bits, self.group_size, int(rng.integers(2**31)))
+        return {name: (_bytes(*parts), weight) for name, (parts, weight) in found.items()}
 
 
 class NotInstalled(NotOffered):
@@ -236,6 +252,9 @@ LIBRARIES: Mapping[str, Library] = {
     "torchao": Library(_torchao, dict.fromkeys((2, 3, 8), SHARED) | {4: SHARED[:-1]}, ("torchao",), extra="torchao"),
     "onnxruntime": Library(_onnxruntime, dict.fromkeys((2, 4, 8), SHARED), ONNX_PACKAGES),
     "nncf": Library(_nncf, {2: SHARED, 3: SHARED, 4: SHARED, 8: (None,)}, ("nncf", "openvino")),
+    "auto_round": Library(
+        None, dict.fromkeys((2, 3, 4), SHARED), ("auto-round",), rows=tuned.ROWS, tune=tuned.auto_round
+    ),
     "gguf": Library(_gguf, dict.fromkeys((2, 3, 4, 5, 6), (256,)) | {8: (32,)}, ("gguf", "pywhispercpp")),
 }
 

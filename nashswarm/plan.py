@@ -229,10 +229,15 @@ def identify(
     groups: dict[str, Any] = {name: OmegaConf.to_container(config[name], resolve=True) for name in GROUPS}
     dataset = {key: value for key, value in groups["dataset"].items() if key not in ("path", "name")}
     model = {key: value for key, value in groups["model"].items() if key not in ("path", "revision")}
-    settings = {name: config[name] for name in ("finetune", "train_moe") if config.get(name) is not None}
+    settings: dict[str, Any] = {
+        name: OmegaConf.to_container(config[name], resolve=True)
+        for name in ("finetune", "train_moe")
+        if config.get(name) is not None
+    }
+    settings.get("train_moe", {}).pop("any_version", None)  # the same model
     return {
         "task": config.task,
-        **{name: OmegaConf.to_container(part, resolve=True) for name, part in settings.items()},
+        **settings,
         "model": model | {"content": source.label if isinstance(source, MoeSource) else models.content_of(source)},
         "method": groups["method"],
         "dataset": dataset | {f"{purpose}_sha256": data.sha256(text) for purpose, text in texts.items()},

@@ -69,7 +69,7 @@ def rank(method: str) -> tuple[int, int, str]:
         return 1, -int(uniform[1]), method
     kinds = ("baseline", "uniform", "rtn", "gptq", "as_published", "no_", "", "nash_swarm")
     kind = next((place for place, start in enumerate(kinds) if start and method.startswith(start)), kinds.index(""))
-    return kind, 0, re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):09.3f}", method)  # 2 before 2.3
+    return kind, 0, _padded(method)
 
 
 def ordered(table: pd.DataFrame) -> pd.DataFrame:
@@ -78,8 +78,18 @@ def ordered(table: pd.DataFrame) -> pd.DataFrame:
     columns = [name for name in known if name in table] + sorted(set(table.columns) - set(known))
     keys = [tuple(row) for row in table[[name for name in LABELS if name in table]].to_numpy().tolist()]
     method = CELL.index("method")
-    rows = sorted(range(len(table)), key=lambda row: (keys[row][:method], rank(keys[row][method]), keys[row]))
+    places = [[_padded(str(label)) for label in row] for row in keys]
+    rows = sorted(range(len(table)), key=lambda row: (places[row][:method], rank(keys[row][method]), places[row]))
     return table.iloc[rows][columns].reset_index(drop=True)
+
+
+def _padded(label: str) -> str:
+    """A label as it is sorted, its numbers by their size.
+
+    >>> sorted(["windows=16", "windows=4", "bits=2.3"], key=_padded)
+    ['bits=2.3', 'windows=4', 'windows=16']
+    """
+    return re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):09.3f}", label)
 
 
 def select(table: pd.DataFrame, **labels: str) -> pd.DataFrame:

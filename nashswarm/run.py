@@ -156,7 +156,7 @@ def _train_moe(config: DictConfig, planned: MoePlan) -> Done:
     def write(target: pathlib.Path, about: dict[str, Any]) -> None:
         saved.write_model(target, trained.model, trained.tokenizer, about)
 
-    origin = {"parameters": sum(part.numel() for part in trained.model.parameters())}
+    origin = {"parameters": sum(part.numel() for part in trained.model.parameters()), "trained_by": trained.code}
     return Done(found, dict(trained.series) | series, [], "", origin, write)
 
 

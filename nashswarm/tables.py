@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,31 @@ ROUTERS = (
     Column("router µs/token", "router_microseconds"),
     Column("looks ahead", "looks_ahead"),
     Column("seeds", "seeds"),
+)
+
+
+VALIDATION = (
+    Column("MB as floats", "bytes_memory"),
+    Column("MB of the file", "bytes_file"),
+    Column("MB as it runs", "bytes_resident"),
+    Column("loss (nats)", "nll"),
+    Column("loss compressed", "nll_quantized"),
+    Column("ms/batch", "latency_ms"),
+    Column("compressed ms", "latency_ms_quantized"),
+    Column("tokens/s", "tokens_per_second"),
+    Column("compressed tokens/s", "tokens_per_second_quantized"),
+    Column("seeds", "seeds"),
+)
+ROUTING = (
+    Column("experts", "experts"),
+    Column("top-k µs/token", "route_plain"),
+    Column("flock", "route_flock"),
+    Column("leaders", "route_leaders"),
+    Column("first version", "route_first"),
+    Column("scores %", "share_scores"),
+    Column("choice, gates %", "share_choice"),
+    Column("layer ÷ dense, one token", "layer_ratio_alone"),
+    Column("all tokens", "layer_ratio_all"),
 )
 
 
@@ -151,3 +176,38 @@ def routers(records: Iterable[Record]) -> pd.DataFrame:
             row["nll_to_top_k_low"], row["nll_to_top_k_high"] = compare.interval((mine - theirs).tolist())
         rows.append(row)
     return ordered(pd.DataFrame(rows)) if rows else pd.DataFrame()
+
+
+def validation(records: Iterable[Record]) -> pd.DataFrame:
+    """The table of the earlier prototype: trained models before and after compression, means over seeds."""
+    cells = by_cell(one for one in records if "latency_ms_quantized" in one.metrics)
+    rows = []
+    for labels, own in cells.items():
+        means = pd.DataFrame([one.metrics for one in own])[[column.metric for column in VALIDATION[:-1]]].mean()
+        rows.append(dict(zip(CELL, labels, strict=True)) | {"seeds": len(own)} | means.to_dict())
+    return ordered(pd.DataFrame(rows)) if rows else pd.DataFrame()
+
+
+def routing(records: Iterable[Record]) -> pd.DataFrame:
+    """One row a number of experts: what routing a token takes in each version, the shares of the flock's components,
+    and a whole layer's time over the dense layer's."""
+    rows = []
+    for one in records:
+        starts = "route_plain_"
+        for count in (int(name.removeprefix(starts)) for name in one.metrics if name.startswith(starts)):
+            batches = {"alone": 1, "all": one.config["measure"]["tokens"]}
+            found = {
+                f"layer_ratio_{name}": one.metrics[f"layer_ratio_batch_{size}_{count}"]
+                for name, size in batches.items()
+            }
+            names = [column.metric for column in ROUTING if column.metric.startswith(("route_", "share_"))]
+            found |= {name: one.metrics[f"{name}_{count}"] for name in names}
+            rows.append({label: one.labels[label] for label in CELL} | {"experts": count} | found)
+    return pd.DataFrame(rows)
+
+
+def mixtures(records: Sequence[Record]) -> tuple[pd.DataFrame, Sequence[Column]] | None:
+    """The table of an experiment on mixtures of experts, and its columns; None for one of something else."""
+    makers = ((routers, ROUTERS), (validation, VALIDATION), (routing, ROUTING))
+    found = ((make(records), columns) for make, columns in makers)
+    return next(((table, columns) for table, columns in found if len(table)), None)

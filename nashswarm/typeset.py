@@ -31,9 +31,9 @@ def fixed(digits: int, scale: float = 1.0) -> Callable[[float], str]:
     return lambda value: format(value * scale, f"z,.{digits}f")
 
 
-def signed(digits: int) -> Callable[[float], str]:
+def signed(digits: int, scale: float = 1.0) -> Callable[[float], str]:
     """A formatter for differences: the sign is always shown."""
-    return lambda value: format(value, f"+z.{digits}f")
+    return lambda value: format(scale * value, f"+z.{digits}f")
 
 
 def scientific(value: float) -> str:
@@ -83,11 +83,14 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "layer_nll_delta": signed_scientific,
     "top1_agreement": fixed(1, 100.0),
     **{f"{name}{suffix}": fixed(1, 100.0) for name in OFFICIAL for suffix in ("", "_full")},
+    **{f"{name}_delta": signed(1, 100.0) for name in OFFICIAL},
     "examples": fixed(0),
     "tokens": fixed(0),
     "windows": fixed(0),
     "parameters": fixed(0),
     "damage": fixed(4),
+    "damage_pearson": fixed(3),
+    "damage_spearman": fixed(3),
     "layer_damage": scientific,
     "bleu": fixed(1),
     "bleu_low": fixed(1),
@@ -134,6 +137,15 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "token_microseconds": fixed(1),
     "router_microseconds": fixed(2),
     "looks_ahead": fixed(0),
+    "bytes_memory": fixed(2, 1e-6),
+    "nll_quantized": fixed(4),
+    **{f"latency_ms{suffix}": fixed(2) for suffix in ("", "_quantized")},
+    **{f"tokens_per_second{suffix}": fixed(0) for suffix in ("", "_quantized")},
+    "experts": fixed(0),
+    **{f"route_{version}": fixed(2) for version in ("plain", "flock", "leaders", "first")},
+    **{f"share_{part}": fixed(0, 100.0) for part in ("scores", "choice")},
+    "layer_ratio_alone": fixed(2),
+    "layer_ratio_all": fixed(2),
 }
 
 
@@ -158,10 +170,12 @@ COLUMNS = (
     Column("KL ± over seeds", "kl_spread"),
     Column("top-1 %", "top1_agreement"),
     *(
-        Column(f"{heading}{of} %", f"{name}{suffix}")
+        column
         for name, heading in OFFICIAL.items()
-        for suffix, of in (("", ""), ("_full", " in full"))
+        for column in (Column(f"{heading} %", name), Column(f"Δ{heading} (points)", f"{name}_delta"))
     ),
+    Column("Pearson", "damage_pearson"),
+    Column("Spearman", "damage_spearman"),
     Column("examples", "examples"),
     Column("max regret", "regret_max"),
     Column("flock moves", "flock_moves"),

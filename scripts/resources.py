@@ -77,9 +77,9 @@ def markdown(records: Iterable[Record]) -> str:
 
 
 def measured_rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
-    """One row a run that did all the work itself, the smallest model first."""
-    rows = []
-    for one in records:
+    """The longest run of each model and method that did all the work itself, the smallest model first."""
+    rows = {}
+    for one in sorted(records, key=lambda one: one.metrics.get("quantize_seconds", 0)):
         metrics, origin = one.metrics, one.provenance
         own = one.labels["method"].startswith(TIMED) and metrics.get("quantize_peak_bytes")
         if own and not WORK & set(origin.get("cache_hits", ())):
@@ -87,10 +87,11 @@ def measured_rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
             minutes = typeset.fixed(1)(metrics["quantize_seconds"] / 60)
             peak = gigabytes(metrics["quantize_peak_bytes"])
             machine = origin["machine"].partition(", ")[2]
-            rows.append((origin["parameters"], (*about, str(one.config["threads"]), minutes, peak, machine)))
+            threads = str(one.config["threads"])
+            rows[*about, threads] = origin["parameters"], (*about, threads, minutes, peak, machine)
     if not rows:
         raise ValueError("no record tells what compression took; run experiment=ablation or experiment=speed")
-    return [row for _, row in sorted(rows)]
+    return [row for _, row in sorted(rows.values())]
 
 
 def shape_rows() -> list[tuple[str, ...]]:

@@ -45,7 +45,7 @@ def test_the_audit_ran_on_committed_code(evidence: audit.Evidence) -> None:
 
 def test_without_evidence_there_is_no_verdict(evidence: audit.Evidence) -> None:
     found = verdicts(dataclasses.replace(evidence, honest={}))
-    assert {found[name] for name in ("C2", "C3", "C6", "C7")} == {audit.LATER}
+    assert {found[name] for name in ("C2", "C3", "C6", "C7", "C12")} == {audit.LATER}
 
 
 def test_a_verdict_on_a_model_of_the_claim_is_not_one_from_elsewhere(evidence: audit.Evidence) -> None:
@@ -79,6 +79,13 @@ def test_verdicts_on_runs_follow_the_runs(
     other = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[claim]
     assert {own, other} == {f"{audit.FAILS} here", f"{audit.HOLDS} here"}
     assert (other == f"{audit.FAILS} here") == ("kl_p" in changed)
+
+
+def test_where_it_helps_no_model_it_helps_no_small_one_most(evidence: audit.Evidence) -> None:
+    rows = dict(evidence.honest[PLACE])
+    assert verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))["C12"] == f"{audit.FAILS} here"
+    rows["as_published"] = pd.Series(dict(rows["as_published"]) | {"kl_high": 0.0, "bytes_file": 1})
+    assert verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))["C12"] == audit.LATER
 
 
 def test_what_is_faster_is_decided_at_the_sizes_of_the_claim(evidence: audit.Evidence) -> None:

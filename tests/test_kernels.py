@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import importlib
+import itertools
 import json
 import logging
+import math
 import pickle
 import sys
 import threading
@@ -207,11 +209,59 @@ def test_threads_of_torch_share_the_work_and_change_no_bit(path: str) -> None:
 def test_choices_are_those_of_sorting(path: str, rows: int, sizes: list[int], seed: int) -> None:
     k, flock, size = sorted(sizes)
     generator = torch.Generator().manual_seed(seed)
-    scores, entry, price = (torch.randn(shape, generator=generator) for shape in ((rows, size), (size,), (size,)))
-    found = kernels.choose(scores, entry, price, flock, k)
-    for row, chosen in zip(scores.tolist(), found.tolist(), strict=True):
+    shapes = (rows, size), (size,), (size,), (size,)
+    scores, entry, cost, price = (torch.randn(shape, generator=generator) for shape in shapes)
+    experts, gates = kernels.route(scores, entry, cost, price, flock, k)
+    for row, chosen, own in zip(scores.tolist(), experts.tolist(), gates.tolist(), strict=True):
         near = sorted(range(size), key=lambda place: entry[place].item() - row[place])[:flock]
-        assert chosen == sorted(near, key=lambda place: price[place].item() - row[place])[:k]
+        assert chosen == sorted(near, key=lambda place: cost[place].item() - row[place])[:k]
+        weights = [math.exp(row[place] - price[place].item()) for place in range(size)]
+        total = sum(weights[place] for place in (chosen if k > 1 else range(size)))
+        assert own == pytest.approx([weights[place] / total for place in chosen], rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_gradients_reach_scores_through_gates(path: str, k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    scores = torch.randn(6, 9, generator=generator, requires_grad=True)
+    entry, cost, price, pull = (torch.randn(size, generator=generator) for size in (9, 9, 9, (6, k)))
+    experts, gates = kernels.route(scores, entry, cost, price, 5, k)
+    (gates * pull).sum().backward()
+    own = scores.detach().requires_grad_()
+    paid = own - price
+    chosen = paid.gather(1, experts)
+    expected = chosen.softmax(1) if k > 1 else (chosen - paid.logsumexp(1, keepdim=True)).exp()
+    (expected * pull).sum().backward()
+    torch.testing.assert_close(scores.grad, own.grad)
+    assert not experts.requires_grad
+
+
+@pytest.mark.parametrize("path", PATHS[:-1][:1], indirect=True)
+@given(some.lists(some.integers(1, 40), min_size=4, max_size=4), some.integers(0, 2**16))
+@few
+def test_few_tokens_and_gated_sums_are_those_of_loops(path: str, sizes: list[int], seed: int) -> None:
+    tokens, k, width, hidden = sizes[0] % 9 + 1, sizes[1] % 4 + 1, *sizes[2:]
+    generator = torch.Generator().manual_seed(seed)
+    x, gates, out, up, down = (
+        torch.randn(shape, generator=generator)
+        for shape in ((tokens, width), (tokens, k), (tokens * k, width), (5, hidden, width), (5, width, hidden))
+    )
+    experts = torch.randint(5, (tokens, k), generator=generator)
+    places = torch.randperm(tokens * k, generator=generator)
+    made, summed = torch.zeros(tokens, width), torch.zeros(tokens, width)
+    for token, rank in itertools.product(range(tokens), range(k)):
+        inner = torch.nn.functional.gelu(up[experts[token, rank]] @ x[token], approximate="tanh")
+        made[token] += gates[token, rank] * (down[experts[token, rank]] @ inner)
+        summed[token] += gates[token, rank] * out[places[token * k + rank]]
+    torch.testing.assert_close(native.experts(x, up, down, experts, gates), made, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(native.sums(out, places, gates), summed)
+
+
+@pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
+def test_an_expert_that_there_is_not_is_named(path: str) -> None:
+    x, up, down, gates = torch.zeros(1, 2), torch.zeros(3, 4, 2), torch.zeros(3, 2, 4), torch.ones(1, 2)
+    with pytest.raises(ValueError, match="there is no expert 3: they are numbered from 0 to 2"):
+        native.experts(x, up, down, torch.tensor([[0, 3]]), gates)
 
 
 @given(some.lists(some.integers(0, 9), max_size=60), some.integers(10, 12))
@@ -231,21 +281,27 @@ def test_a_number_of_no_group_is_named(path: str) -> None:
 
 def test_choices_of_equal_values_and_of_no_numbers(path: str) -> None:
     none = torch.zeros(5)
-    equal = kernels.choose(torch.zeros(2, 5), none, none, 5, 2)
+    equal = kernels.route(torch.zeros(2, 5), none, none, none, 5, 2)[0]
     assert all(len(set(row)) == 2 for row in equal.tolist())
-    lost = kernels.choose(torch.full((2, 5), torch.nan), none, none, 3, 2)
+    lost = kernels.route(torch.full((2, 5), torch.nan), none, none, none, 3, 2)[0]
     assert lost.shape == (2, 2) and bool(((lost >= 0) & (lost < 5)).all())
     with pytest.raises(ValueError, match="k=3 of a flock of 2 out of 5: none may exceed the next"):
-        kernels.choose(torch.zeros(2, 5), none, none, 2, 3)
+        kernels.route(torch.zeros(2, 5), none, none, none, 2, 3)
+    scores, wide = (
+        torch.arange(10.0).view(2, 5),
+        torch.zeros(10, dtype=torch.float64)[::2],
+    )  # of no kind it was built for
+    assert kernels.route(scores, wide, wide, wide, 3, 2)[0].tolist() == [[4, 3], [4, 3]]
 
 
 @pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
 def test_threads_share_the_choices(path: str) -> None:
     scores, none = torch.randn(4096, 64), torch.zeros(64)
-    alone = kernels.choose(scores, none, none, 7, 2)
+    alone = kernels.route(scores, none, none, none, 7, 2)
     torch.set_num_threads(2)
     try:
-        assert torch.equal(kernels.choose(scores, none, none, 7, 2), alone)
+        together = kernels.route(scores, none, none, none, 7, 2)
+        assert all(map(torch.equal, together, alone))
     finally:
         torch.set_num_threads(1)
 

@@ -244,7 +244,7 @@ def test_every_expert_belongs_to_equally_many_flocks() -> None:
     assert load.max_violation(router(x).loads().double().numpy()) < 0.1
 
 
-@pytest.mark.parametrize("kind", [NashSwarmRouter(flock=3), LossFree(rate=0.02)])
+@pytest.mark.parametrize("kind", [NashSwarmRouter(flock=3, follow=2.0), LossFree(rate=0.02)])
 def test_prices_that_follow_even_the_load_of_another_text(kind: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     router, shift = router_of(kind).eval(), torch.randn(WIDTH, generator=generator)

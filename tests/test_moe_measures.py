@@ -27,7 +27,7 @@ def model() -> MoeForCausalLM:
 
 def subject_of(model: MoeForCausalLM) -> MoeSubject:
     windows = torch.zeros(4, 16, dtype=torch.int64, device=model.device)
-    return MoeSubject(Trained(model, None, {}), windows, windows, no_track)
+    return MoeSubject(Trained(model, None, {}, ""), windows, windows, no_track)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm import api, moe_training, record, saved
+from nashswarm import api, moe_training, record, saved, tables
 from nashswarm.data import HubText, sha256
 from nashswarm.moe import loss
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
@@ -130,6 +130,24 @@ def test_nobody_else_trains_the_same_model_meanwhile(
     assert not list((tmp_path / "cache").glob(".moe-*"))
 
 
+def test_a_model_of_another_version_is_taken_only_if_asked(
+    execute: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes after training, like the prices' step, is no other model; the record says who trained it."""
+    given = ["measure.repeats=1", "measure.windows=8", "measure.served_tokens=5"]
+    own = execute(*given, "rerun=true")
+    monkeypatch.setattr("nashswarm.run.code_digest", lambda: "newer")
+    monkeypatch.setattr(moe_training, "train", lambda *_: pytest.fail("trained again"))
+    other = execute(*given, "rerun=true", "train_moe.any_version=true", "method.follow=0.5")
+    assert other.record.provenance["trained_by"] == own.record.provenance["trained_by"] != "newer"
+    assert other.record.metrics["nll"] == own.record.metrics["nll"]
+    assert other.record.metrics["nll_following"] != own.record.metrics["nll_following"]
+    assert other.record.config["train_moe"] == own.record.config["train_moe"]
+    for changed in ("train_moe.any_version=false", "train_moe.learning_rate=0.002"):
+        with pytest.raises(BaseException, match="trained again"):
+            execute(*given, "rerun=true", "train_moe.any_version=true", changed)
+
+
 @pytest.mark.parametrize("method", ROUTERS)
 def test_a_run_leaves_a_record_with_everything_it_promises(method: str, execute: Callable[..., Outcome]) -> None:
     ended = execute(f"method={method}", "measure.served_tokens=5", "measure.repeats=1", "measure.windows=8")
@@ -179,7 +197,10 @@ def test_the_quick_validation_fills_its_table(execute: Callable[..., Outcome], m
         "measure.length=16",
         "measure.batch_size=2",
     ]
-    found = execute("measure=quick_validation", *sizes).record.metrics
+    made = execute("measure=quick_validation", *sizes).record
+    found = made.metrics
+    table, columns = tables.mixtures([made])
+    assert columns is tables.VALIDATION and table["nll_quantized"].tolist() == [found["nll_quantized"]]
     assert found["bytes_file"] < found["bytes_memory"] and found["bytes_resident"] < found["bytes_memory"]
     assert abs(found["nll_quantized"] - found["nll"]) < 0.5
     assert {f"{name}{end}" for name in ("latency_ms", "tokens_per_second") for end in ("", "_quantized")} <= set(found)
@@ -187,9 +208,12 @@ def test_the_quick_validation_fills_its_table(execute: Callable[..., Outcome], m
 
 def test_the_time_of_routing_is_taken_apart(execute: Callable[..., Outcome]) -> None:
     found = execute("measure=routing_time", "measure.tokens=32", "measure.experts=[8]", "measure.repeats=2").record
-    shares = [found.metrics[f"share_{name}_8"] for name in ("scores", "choice", "gates")]
+    shares = [found.metrics[f"share_{name}_8"] for name in ("scores", "choice")]
     assert min(shares) > 0 and sum(shares) == pytest.approx(1)
-    assert {"route_plain_8", "route_flock_8", "route_leaders_8", "route_first_8"} <= set(found.metrics)
+    table, columns = tables.mixtures([found])
+    assert columns is tables.ROUTING and table["experts"].tolist() == [8]
+    assert table["route_first"].tolist() == [found.metrics["route_first_8"]]
+    assert table["layer_ratio_all"].tolist() == [found.metrics["layer_ratio_batch_32_8"]]
 
 
 @pytest.mark.parametrize(

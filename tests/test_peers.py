@@ -1,6 +1,7 @@
 """Other people's libraries: their bytes are decoded here by their documented layouts, without them."""
 
 import contextlib
+import copy
 import importlib.metadata
 import logging
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nashswarm import models, peers
+from nashswarm import models, peers, tuned
+from nashswarm.evidence import Cache, Evidence
 from nashswarm.measures import resident_bytes
-from nashswarm.oracle import Method, Oracle
+from nashswarm.oracle import Method, NotOffered, Oracle
 from nashswarm.peers import CONTESTANTS, LIBRARIES, Peer
 from nashswarm.quant.pack import unpack
 
@@ -222,6 +224,97 @@ def test_nothing_packed_at_all_is_an_error(oracle: Oracle) -> None:
     some = Oracle(tuple(narrow), 0, 1, never, never, never)
     with pytest.raises(ValueError, match=r"onnxruntime cannot pack any layer .* method\.group_size=256"):
         Peer("onnxruntime", 4, 256).compress(some, np.random.default_rng(0))
+
+
+def evidence_of(model: Any, windows: Tensor, layers: Any = None) -> Oracle:
+    """An oracle of a model with its calibration text."""
+    return Evidence(model, layers or models.find_layers(model), windows, windows, 0, Cache(None, {})).oracle()
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoRound, tuning for no longer than a test may take."""
+    installed("auto_round")
+    monkeypatch.setattr(tuned, "ITERATIONS", 40)
+
+
+def words_of(words: np.ndarray, bits: int) -> np.ndarray:
+    """The codes in 32-bit words that run down the columns, a code's bits from the lowest on, across words."""
+    stream = (words.view(np.uint32)[..., None] >> np.arange(32, dtype=np.uint32) & 1).transpose(1, 0, 2)
+    return (stream.reshape(words.shape[1], -1, bits) << np.arange(bits)).sum(-1).T
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("kind, bits", [("gpt2", 2), ("gpt2", 3), ("llama", 4)])
+def test_auto_round_packs_every_layer_in_words_of_32_bits(
+    kind: str, bits: int, random_model: Callable[[str], Any], token_windows: Tensor
+) -> None:
+    model, generator = random_model(kind), torch.get_rng_state()
+    before = {key: part.clone() for key, part in model.state_dict().items()}
+    oracle = evidence_of(model, token_windows)
+    result = Peer("auto_round", bits, 32).compress(oracle, np.random.default_rng(0))
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(part, before[key]) for key, part in model.state_dict().items())
+    assert result.allocation.splitlines() == [f"{layer.name} {bits}" for layer in oracle.layers]
+    for layer in oracle.layers:
+        rows, columns = layer.weight.shape
+        groups = columns // 32
+        codes, zero, scale = parts(
+            result.packed[layer.name],
+            ("i4", rows * groups * bits), ("i4", groups * rows * bits // 32), ("f2", rows * groups),
+        )  # fmt: skip
+        level = words_of(codes.reshape(-1, rows), bits).T.reshape(rows, groups, 32)
+        middle = words_of(zero.reshape(groups, -1).T, bits).T + 1
+        decoded = (level - middle.T[..., None]) * scale.reshape(groups, rows).T[..., None].astype(float)
+        found = result.weights[layer.name].numpy()
+        assert np.allclose(found.reshape(rows, groups, 32), decoded, rtol=2e-3, atol=1e-6)  # it computes in 16 bits
+        assert ((found - layer.weight.numpy()) ** 2).sum() < MOST_ERROR[bits] * layer.weight.square().sum().item()
+
+
+@pytest.mark.usefixtures("brief")
+@torch.no_grad()
+def test_auto_round_answers_to_its_calibration_text(
+    random_model: Callable[[str], Any], token_windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes into the last block's norm is nearer to the full model's than after rounding with searched ranges."""
+    model = random_model("gpt2")
+    oracle = evidence_of(model, token_windows)
+
+    def error() -> float:
+        found = Peer("auto_round", 3, 32).compress(oracle, np.random.default_rng(0))
+        trial = copy.deepcopy(model)
+        models.put(trial, {name: weight for name, weight in found.weights.items() if ".h." in name})
+        full, other = (one.transformer(token_windows).last_hidden_state for one in (model, trial))
+        return float((full - other).square().sum())
+
+    monkeypatch.setattr(tuned, "ITERATIONS", 0)
+    before = error()
+    monkeypatch.setattr(tuned, "ITERATIONS", 40)
+    assert error() < 0.95 * before
+
+
+@pytest.mark.usefixtures("brief")
+def test_auto_round_fills_tables_up_and_leaves_what_does_not_fill_its_words(
+    random_model: Callable[[str], Any], token_windows: Tensor
+) -> None:
+    model = copy.deepcopy(random_model("llama"))
+    model.resize_token_embeddings(model.config.vocab_size + 5)
+    layers = models.find_layers(model, exclude=["*0.mlp.up_proj"])
+    result = Peer("auto_round", 4, 32).compress(evidence_of(model, token_windows, layers), np.random.default_rng(0))
+    bits = dict(line.split() for line in result.allocation.splitlines())
+    assert bits.pop("lm_head") == "16" and set(bits.values()) == {"4"} and len(bits) == len(layers) - 1
+    assert result.weights["model.embed_tokens"].shape == model.get_input_embeddings().weight.shape
+    filled = model.config.vocab_size + 27
+    assert len(result.packed["model.embed_tokens"]) == filled * 64 // 2 + filled * 2 * 2 + filled * 2 // 2
+
+
+def test_auto_round_is_for_models_that_predict_text(
+    random_model: Callable[[str], Any], token_windows: Tensor, oracle: Oracle
+) -> None:
+    installed("auto_round")
+    for other in (evidence_of(random_model("bert_encoder"), token_windows), oracle):
+        with pytest.raises(NotOffered, match=r"method\.library=auto_round tunes models that predict text"):
+            Peer("auto_round", 4, 32).compress(other, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Products with packed matrices, and what tokens choose: one signature, the fastest path that the machine has.
 
-All are operators of torch (``nashswarm::matmul``, ``rows``, …), which
-``torch.compile`` and ``torch.export`` take as they are; through products gradients reach x.  ``direct`` is the same
-product without the dispatcher, for calls of microseconds.  On the CPU the C++ library multiplies (``native``), on CUDA
-Triton; without either the torch reference does.
+``matmul``, ``rows_of``, ``route`` and ``group`` are operators of torch (``nashswarm::matmul``, …), which
+``torch.compile`` and ``torch.export`` take as they are; gradients reach x through products, scores through gates.
+``direct`` is the same product without the dispatcher, for calls of microseconds.  On the CPU the C++ library computes
+(``native``), products on CUDA Triton; without either the torch reference does.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ LIBRARY = torch.library.Library("nashswarm", "DEF")
 LIBRARY.define(f"matmul(Tensor x, Tensor? bias, str activations, {WEIGHT}) -> Tensor")
 LIBRARY.define(f"rows(Tensor ids, {WEIGHT}) -> Tensor")
 LIBRARY.define("group(Tensor numbers, int size) -> (Tensor, Tensor, Tensor)")
-LIBRARY.define("choose(Tensor scores, Tensor entry, Tensor price, int flock, int k) -> Tensor")
+LIBRARY.define("route(Tensor scores, Tensor entry, Tensor cost, Tensor price, int flock, int k) -> (Tensor, Tensor)")
 
 
 def matmul(
@@ -39,7 +39,7 @@ def matmul(
 
     The operator where something follows what is computed, and ``direct`` where nothing does.
     """
-    if _followed(x) or (bias is not None and _followed(bias)):
+    if _followed(x, *(() if bias is None else (bias,))):
         return cast(Tensor, torch.ops.nashswarm.matmul(x, bias, activations, *flat(tiles)))
     return direct(x, tiles, activations, bias)
 
@@ -51,23 +51,24 @@ def rows_of(tiles: Tiles, ids: Integer[Tensor, "*shape"]) -> Float[Tensor, "*sha
     return _rows(ids, tiles)
 
 
-def choose(
+def route(
     scores: Float[Tensor, "tokens experts"],
     entry: Float[Tensor, " experts"],
+    cost: Float[Tensor, " experts"],
     price: Float[Tensor, " experts"],
     flock: int,
     k: int,
-) -> Integer[Tensor, "tokens k"]:
-    """The k experts of largest score − price among the ``flock`` of largest score − entry, largest first.
+) -> tuple[Integer[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+    """The k experts of largest score − cost among the ``flock`` of largest score − entry, largest first, and their
+    gates: softmaxes of score − price over the k, or of a single one its share of all.
 
     Raises ValueError unless 1 ≤ k ≤ flock ≤ experts.
     """
     if not 1 <= k <= flock <= scores.shape[1]:
         raise ValueError(f"k={k} of a flock of {flock} out of {scores.shape[1]}: none may exceed the next")
-    scores = scores.detach()
     if _followed(scores):
-        return cast(Tensor, torch.ops.nashswarm.choose(scores, entry, price, flock, k))
-    return _choose(scores, entry, price, flock, k)
+        return cast(tuple[Tensor, Tensor], torch.ops.nashswarm.route(scores, entry, cost, price, flock, k))
+    return _route(scores, entry, cost, price, flock, k)
 
 
 def group(
@@ -110,12 +111,21 @@ def direct(
     return answer.view(*x.shape[:-1], tiles.rows).to(x.dtype)
 
 
-def _followed(x: Tensor) -> bool:
-    """Whether autograd, a compiler or a transform of functions has to see what is done with x."""
+def bare(*parts: Tensor) -> bool:
+    """Whether the C++ library may compute with these floats by their addresses."""
+    return (
+        not _followed(*parts)
+        and all(part.is_cpu and part.dtype is torch.float32 for part in parts)
+        and native.path() != native.SLOW
+    )
+
+
+def _followed(*parts: Tensor) -> bool:
+    """Whether autograd, a compiler or a transform of functions has to see what is done with these."""
     return (
         torch.compiler.is_compiling()
-        or (x.requires_grad and torch.is_grad_enabled())
-        or type(x) not in (Tensor, torch.nn.Parameter)
+        or any(type(part) not in (Tensor, torch.nn.Parameter) for part in parts)
+        or (torch.is_grad_enabled() and any(part.requires_grad for part in parts))
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
@@ -141,10 +151,10 @@ def _rows(ids: Tensor, tiles: Tiles) -> Tensor:
     return reference.rows_of(tiles, ids.flatten()).view(*ids.shape, tiles.columns)
 
 
-def _choose(scores: Tensor, entry: Tensor, price: Tensor, flock: int, k: int) -> Tensor:
-    if scores.is_cpu and scores.dtype is torch.float32 and native.path() != native.SLOW:
-        return native.choose(scores.contiguous(), entry, price, flock, k)
-    return reference.choose(scores, entry, price, flock, k)
+def _route(scores: Tensor, entry: Tensor, cost: Tensor, price: Tensor, flock: int, k: int) -> tuple[Tensor, Tensor]:
+    if bare(scores, entry, cost, price):
+        return native.route(scores.contiguous(), entry.contiguous(), cost.contiguous(), price.contiguous(), flock, k)
+    return reference.route(scores, entry, cost, price, flock, k)
 
 
 def _group(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,10 +171,14 @@ def _rows_operator(ids: Tensor, *flat: Any) -> Tensor:
     return _rows(ids, _tiles(*flat))
 
 
+def _route_operator(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _route(scores.detach(), *rest)
+
+
 LIBRARY.impl("matmul", _matmul_operator, "CompositeExplicitAutograd")
 LIBRARY.impl("rows", _rows_operator, "CompositeExplicitAutograd")
 LIBRARY.impl("group", _group, "CompositeExplicitAutograd")
-LIBRARY.impl("choose", _choose, "CompositeExplicitAutograd")
+LIBRARY.impl("route", _route_operator, "CompositeExplicitAutograd")
 
 
 def _fake_matmul(x: Tensor, bias: Tensor | None, activations: str, *flat: Any) -> Tensor:
@@ -179,8 +193,11 @@ def _fake_group(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(numbers), torch.empty_like(numbers), numbers.new_empty(size, dtype=torch.int32)
 
 
-def _fake_choose(scores: Tensor, entry: Tensor, price: Tensor, flock: int, k: int) -> Tensor:
-    return scores.new_empty(len(scores), k, dtype=torch.int64)
+def _fake_route(
+    scores: Tensor, entry: Tensor, cost: Tensor, price: Tensor, flock: int, k: int
+) -> tuple[Tensor, Tensor]:
+    kind = torch.result_type(scores, price)
+    return scores.new_empty(len(scores), k, dtype=torch.int64), scores.new_empty(len(scores), k, dtype=kind)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -202,8 +219,23 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return x, bias, None, *(None for _ in (*ctx.saved_tensors, *ctx.sizes))
 
 
+def _keep_gates(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[3], *output)
+    ctx.mark_non_differentiable(output[0])
+
+
+def _gate_gradients(ctx: Any, _: Tensor | None, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the scores: those of a softmax, over the chosen or, where one was chosen, over all."""
+    scores, price, chosen, gates = ctx.saved_tensors
+    none = torch.zeros_like(scores)
+    shares = none.scatter(1, chosen, gates) if chosen.shape[1] > 1 else (scores - price).softmax(1)
+    weighed = gates * gradient
+    return none.scatter(1, chosen, weighed) - weighed.sum(1, keepdim=True) * shares, None, None, None, None, None
+
+
 torch.library.register_fake("nashswarm::matmul")(_fake_matmul)
 torch.library.register_fake("nashswarm::rows")(_fake_rows)
 torch.library.register_fake("nashswarm::group")(_fake_group)
-torch.library.register_fake("nashswarm::choose")(_fake_choose)
+torch.library.register_fake("nashswarm::route")(_fake_route)
 torch.library.register_autograd("nashswarm::matmul", _gradients, setup_context=_keep)
+torch.library.register_autograd("nashswarm::route", _gate_gradients, setup_context=_keep_gates)

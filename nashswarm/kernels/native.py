@@ -21,7 +21,7 @@ LIBRARY = pathlib.Path(__file__).parent / "nashswarm_kernels.so"
 VARIABLE = "NASHSWARM_KERNEL"
 PATHS = {"avx512": 2, "avx2": 1, "portable": 0}  # best first; the number is the library's
 SLOW = "torch"
-INTERFACE = 4  # of csrc/library.cpp: that of the functions and of Matrix
+INTERFACE = 5  # of csrc/library.cpp: that of the functions and of Matrix
 DIGITS = {"int8": 1, "float32": 3}  # signed bytes that stand for an activation
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,13 @@ def library() -> ctypes.CDLL | str:
     found.nashswarm_matmul.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.c_int] * 3]
     found.nashswarm_rows.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
     found.nashswarm_rows.restype = ctypes.c_int64
-    found.nashswarm_choose.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_int]
+    found.nashswarm_route.argtypes = [
+        *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 2, ctypes.c_int,
+    ]  # fmt: skip
+    found.nashswarm_sums.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int]
+    found.nashswarm_sums.restype = None
+    found.nashswarm_experts.argtypes = [*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 2]
+    found.nashswarm_experts.restype = ctypes.c_int64
     found.nashswarm_group.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3]
     found.nashswarm_group.restype = ctypes.c_int64
     return found
@@ -144,24 +150,58 @@ def rows_of(tiles: Tiles, ids: Int64[Tensor, "*shape"]) -> Float32[Tensor, "*sha
     return found
 
 
-def choose(
+def route(
     scores: Float32[Tensor, "rows size"],
     entry: Float32[Tensor, " size"],
+    cost: Float32[Tensor, " size"],
     price: Float32[Tensor, " size"],
     flock: int,
     k: int,
-) -> Int64[Tensor, "rows k"]:
-    """The k places of largest score − price among the ``flock`` of largest score − entry, of contiguous tensors on the
-    CPU: largest first, of equal ones the earlier."""
+) -> tuple[Int64[Tensor, "rows k"], Float32[Tensor, "rows k"]]:
+    """``kernels.route`` of contiguous tensors on the CPU; of equal experts the earlier is the better."""
     rows, size = scores.shape
-    chosen = torch.empty(rows, k, dtype=torch.int64)
-    failed = _library().nashswarm_choose(
-        scores.data_ptr(), entry.data_ptr(), price.data_ptr(), rows, size, flock, k, chosen.data_ptr(),
-        torch.get_num_threads(),
+    chosen, gates = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k)
+    failed = _library().nashswarm_route(
+        scores.data_ptr(), entry.data_ptr(), cost.data_ptr(), price.data_ptr(), rows, size, flock, k,
+        chosen.data_ptr(), gates.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"no memory is left to choose among {size} experts: take fewer tokens at once")
-    return chosen
+    return chosen, gates
+
+
+def sums(
+    rows: Float32[Tensor, "assignments width"],
+    places: Int64[Tensor, " assignments"],
+    gates: Float32[Tensor, "tokens k"],
+) -> Float32[Tensor, "tokens width"]:
+    """The gated sums of each token's k rows, which stand at ``places``; of contiguous tensors on the CPU."""
+    (tokens, k), width = gates.shape, rows.shape[1]
+    found = torch.empty(tokens, width)
+    _library().nashswarm_sums(
+        rows.data_ptr(), places.data_ptr(), gates.data_ptr(), tokens, k, width, found.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def experts(
+    x: Float32[Tensor, "tokens width"],
+    up: Float32[Tensor, "experts hidden width"],
+    down: Float32[Tensor, "experts width hidden"],
+    chosen: Int64[Tensor, "tokens k"],
+    gates: Float32[Tensor, "tokens k"],
+) -> Float32[Tensor, "tokens width"]:
+    """The gated sums of what each token's k experts make of it, one after the other; contiguous tensors on the CPU."""
+    (count, hidden, width), (tokens, k) = up.shape, chosen.shape
+    found, inner = torch.empty(tokens, width), torch.empty(hidden)
+    wrong = _library().nashswarm_experts(
+        x.data_ptr(), up.data_ptr(), down.data_ptr(), chosen.data_ptr(), gates.data_ptr(), tokens, k, count, width,
+        hidden, inner.data_ptr(), found.data_ptr(),
+    )  # fmt: skip
+    if wrong >= 0:
+        raise _no_expert(int(chosen.flatten()[wrong]), count)
+    return found
 
 
 def group(numbers: Int64[Tensor, " count"], size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,8 +212,12 @@ def group(numbers: Int64[Tensor, " count"], size: int) -> tuple[Tensor, Tensor, 
         numbers.data_ptr(), len(numbers), size, order.data_ptr(), places.data_ptr(), ends.data_ptr()
     )
     if wrong >= 0:
-        raise ValueError(f"there is no expert {int(numbers[wrong])}: they are numbered from 0 to {size - 1}")
+        raise _no_expert(int(numbers[wrong]), size)
     return order, places, ends
+
+
+def _no_expert(number: int, count: int) -> ValueError:
+    return ValueError(f"there is no expert {number}: they are numbered from 0 to {count - 1}")
 
 
 def _library() -> ctypes.CDLL:

@@ -62,10 +62,17 @@ def group(numbers: Integer[Tensor, " count"], size: int) -> tuple[Tensor, Tensor
     return order, places, ends
 
 
-def choose(
-    scores: Float[Tensor, "rows size"], entry: Float[Tensor, " size"], price: Float[Tensor, " size"], flock: int, k: int
-) -> Integer[Tensor, "rows k"]:
-    """Of each row the k places of largest score − price among the ``flock`` of largest score − entry, largest first."""
+def route(
+    scores: Float[Tensor, "rows size"],
+    entry: Float[Tensor, " size"],
+    cost: Float[Tensor, " size"],
+    price: Float[Tensor, " size"],
+    flock: int,
+    k: int,
+) -> tuple[Integer[Tensor, "rows k"], Float[Tensor, "rows k"]]:
+    """Of each row the k places of largest score − cost among the ``flock`` of largest score − entry, largest first, and
+    their softmax of score − price; of a single one its share of all places."""
     near = (scores - entry).topk(flock, sorted=False).indices
-    utility = scores.gather(1, near) - price[near]
-    return near.gather(1, utility.topk(k).indices)
+    chosen = near.gather(1, (scores.gather(1, near) - cost[near]).topk(k).indices)
+    paid = scores - price
+    return chosen, paid.gather(1, chosen).softmax(1) if k > 1 else paid.softmax(1).gather(1, chosen)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers.integrations import moe as _registered  # noqa: F401  the grouped product that compilers can trace
 
 from nashswarm import kernels
+from nashswarm.kernels import native
 
 FEW = 8  # assignments: so few are computed one by one, without sorting
 
@@ -39,21 +40,13 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "tokens width"]:
         """Each token's gated sum of what its experts make of it."""
         k, flat = experts.shape[1], experts.flatten()
-        if len(flat) <= FEW and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self._one_by_one(x, flat.tolist(), gates.flatten().tolist())
+        if len(flat) <= FEW and kernels.bare(x, self.up_proj, self.down_proj, gates):
+            parts = (part.contiguous() for part in (x, self.up_proj, self.down_proj, experts, gates))
+            return native.experts(*parts)
         order, places, ends = kernels.group(flat, len(self.up_proj))
         hidden = self.act_fn(grouped(x.index_select(0, order // k), self.up_proj.transpose(1, 2), ends))
         out = grouped(hidden, self.down_proj.transpose(1, 2), ends)
         return gathered(out, places, gates)
-
-    def _one_by_one(
-        self, x: Float[Tensor, "tokens width"], experts: list[int], gates: list[float]
-    ) -> Float[Tensor, "tokens width"]:
-        out, k = torch.zeros_like(x), len(experts) // len(x)
-        for row, (expert, gate) in enumerate(zip(experts, gates, strict=True)):
-            hidden = self.act_fn(self.up_proj[expert].mv(x[row // k]))
-            out[row // k].addmv_(self.down_proj[expert], hidden, alpha=gate)
-        return out
 
 
 def grouped(
@@ -70,6 +63,8 @@ def gathered(
     out: Float[Tensor, "assignments width"], places: Int[Tensor, " assignments"], gates: Float[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens width"]:
     """The gated sums of each token's k assignments, which stand at ``places``."""
+    if kernels.bare(out, gates):
+        return native.sums(out.contiguous(), places, gates.contiguous())
     return functional.embedding_bag(places.view_as(gates), out, per_sample_weights=gates.to(out.dtype), mode="sum")
 
 

@@ -111,10 +111,10 @@ class NashSwarmRouter:
     follows the bids by steps that shrink to ``price_rate``; ``sign``, by steps of ``price_rate``; or ``none``.
     ``flock``: how many nearest experts a token may choose among; null: all.  ``search``: ``exact`` scores all centroids
     to find them, ``leaders`` the means of groups of ``flock`` experts and then the members of one group.
-    ``follow``: by how much a load of twice the mean raises an expert's price for the next batch, where prices follow
-    what is read after training.  ``residency``: by how much an expert in memory is cheaper while experts are served
-    from a store, in units of affinity; ``resident``: the share of a layer's expert bytes that memory is taken to hold
-    in training.  ``capacity``: as in TopK.
+    ``follow``: by how much 1,000 tokens raise the price of an expert that is used twice as much as the mean, where
+    prices follow what is read after training.  ``residency``: by how much an expert in memory is cheaper while experts
+    are served from a store, in units of affinity; ``resident``: the share of a layer's expert bytes that memory is
+    taken to hold in training.  ``capacity``: as in TopK.
     """
 
     looks_ahead: ClassVar[bool] = False
@@ -123,7 +123,7 @@ class NashSwarmRouter:
     sweeps: int = 3
     flock: int | None = 7
     search: Search = "exact"
-    follow: float = 0.2
+    follow: float = 0.1
     residency: float = 0.1
     resident: float = 0.5
     capacity: float | None = None
@@ -182,8 +182,7 @@ class Router(nn.Module):
             return self._by_leaders(x)
         if isinstance(self.settings, NashSwarmRouter):
             logits = self.affinities(x)
-            experts = self.cheapest(logits)
-            return self._routing(experts, self._gates(logits - self.price, experts), logits, x)
+            return self._routing(*self.cheapest(logits), logits, x)
         logits = functional.linear(x, self.weight)
         if isinstance(self.settings, LossFree):
             scores = logits.sigmoid()
@@ -198,9 +197,11 @@ class Router(nn.Module):
     def affinities(self, x: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens experts"]:
         return functional.linear(x, self.weight, -self.weight.mv(self.centre))
 
-    def cheapest(self, logits: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens k"]:
-        """The k best experts of each token's flock, prices and residency counted."""
-        return kernels.choose(logits, self.entry, self._cost(), self._flock(), self.k)
+    def cheapest(
+        self, logits: Float[Tensor, "tokens experts"]
+    ) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+        """The k best experts of each token's flock, prices and residency counted, and their gates."""
+        return kernels.route(logits, self.entry, self._cost(), self.price, self._flock(), self.k)
 
     def _flock(self) -> int:
         """How many experts a token chooses among."""
@@ -287,15 +288,15 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def follow(self, routing: Routing) -> None:
-        """Move prices after a batch that is read, not trained on, as its crowds do: an expert used twice as much as the
-        mean becomes dearer by ``follow``.  Prices so keep the sum of all that exceeded the mean, and a text of other
-        tokens than the model was trained on uses all experts alike in the long run."""
+        """Move prices after a batch that is read, not trained on, as its crowds do: each token more than an even share
+        makes an expert dearer.  Prices so keep the sum of all that exceeded the mean, and a text of other tokens than
+        the model was trained on uses all experts alike in the long run."""
         if not self.follows:
             return
         if isinstance(self.settings, LossFree):
             self.settle(routing)
         else:
-            dearer = implied_prices(routing, self.settings.follow) - self.price
+            dearer = implied_prices(routing, self.settings.follow * len(routing.experts) / 1000) - self.price
             for prices in (self.price, self.entry):
                 prices += dearer
 

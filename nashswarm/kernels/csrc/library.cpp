@@ -1,4 +1,5 @@
-// What Python calls: which instruction sets there are, products, and single rows.
+// What Python calls: which instruction sets there are, products, single rows, and the routing of tokens.
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -55,13 +56,33 @@ void largest(Value value, int64_t size, int64_t count, float* best, int64_t* pla
     }
 }
 
+constexpr int64_t LANES = 16;  // sums side by side, as many as a register may hold
+
+inline float product(const float* a, const float* b, int64_t size) {
+    float lanes[LANES] = {}, sum = 0;
+    int64_t place = 0;
+    for (; place + LANES <= size; place += LANES)
+        for (int64_t lane = 0; lane < LANES; ++lane) lanes[lane] += a[place + lane] * b[place + lane];
+    for (; place < size; ++place) sum += a[place] * b[place];
+    for (float lane : lanes) sum += lane;
+    return sum;
+}
+
+// x (1 + tanh u) / 2, its tangent as exponentials.
+inline float gelu(float x) { return x / (1 + std::exp(-1.5957691216f * (x + 0.044715f * x * x * x))); }
+
 }  // namespace
 
 #define EXPORTED __attribute__((visibility("default")))
+#if defined(__x86_64__) && defined(__ELF__)
+#define WIDENED __attribute__((target_clones("avx512f", "avx2", "default")))  // the same sums in fewer instructions
+#else
+#define WIDENED
+#endif
 
 extern "C" {
 
-EXPORTED int nashswarm_interface() { return 4; }
+EXPORTED int nashswarm_interface() { return 5; }
 
 // Whether this processor can take a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI and GFNI.
 EXPORTED int nashswarm_supports(int path) {
@@ -128,9 +149,10 @@ EXPORTED int64_t nashswarm_rows(const Matrix* matrix, const int64_t* ids, float*
     return -1;
 }
 
-// Of each row the k places of largest score − price among the `flock` of largest score − entry; 1 where memory runs out.
-EXPORTED int nashswarm_choose(const float* scores, const float* entry, const float* price, int64_t rows, int64_t size,
-                              int64_t flock, int64_t k, int64_t* chosen, int threads) {
+// Of each row the k places of largest score − cost among the `flock` of largest score − entry, and their softmax of
+// score − price, of a single one its share of all places; 1 where memory runs out.
+EXPORTED int nashswarm_route(const float* scores, const float* entry, const float* cost, const float* price, int64_t rows,
+                             int64_t size, int64_t flock, int64_t k, int64_t* chosen, float* gates, int threads) {
     const int64_t work = rows * size / ENOUGH_SCORES;
     const int woken = work < threads ? (work < 1 ? 1 : int(work)) : threads;
     const int64_t each = rounded_up(flock * (sizeof(float) + sizeof(int64_t)) + k * sizeof(float));
@@ -144,17 +166,61 @@ EXPORTED int nashswarm_choose(const float* scores, const float* entry, const flo
         for (int64_t row = rows * part / woken; row < rows * (part + 1) / woken; ++row) {
             const float* own = scores + row * size;
             int64_t* found = chosen + row * k;
+            float* gate = gates + row * k;
             if (flock == size) {
-                largest([&](int64_t place) { return own[place] - price[place]; }, size, k, best, found);
-                continue;
+                largest([&](int64_t place) { return own[place] - cost[place]; }, size, k, best, found);
+            } else {
+                largest([&](int64_t place) { return own[place] - entry[place]; }, size, flock, values, near);
+                largest([&](int64_t place) { return own[near[place]] - cost[near[place]]; }, flock, k, best, found);
+                for (int64_t rank = 0; rank < k; ++rank) found[rank] = near[found[rank]];
             }
-            largest([&](int64_t place) { return own[place] - entry[place]; }, size, flock, values, near);
-            largest([&](int64_t place) { return own[near[place]] - price[near[place]]; }, flock, k, best, found);
-            for (int64_t rank = 0; rank < k; ++rank) found[rank] = near[found[rank]];
+            const auto paid = [&](int64_t place) { return own[place] - price[place]; };
+            float most = paid(found[0]), sum = 0;
+            for (int64_t rank = 1; rank < k; ++rank) most = std::fmax(most, paid(found[rank]));
+            for (int64_t rank = 0; rank < k; ++rank) sum += gate[rank] = std::exp(paid(found[rank]) - most);
+            if (k == 1)
+                for (int64_t place = 0; place < size; ++place)
+                    if (place != found[0]) sum += std::exp(paid(place) - most);
+            for (int64_t rank = 0; rank < k; ++rank) gate[rank] /= sum;
         }
     }
     std::free(scratch);
     return 0;
+}
+
+// Of each token the sum of the rows that stand at its k places, times their gates.
+EXPORTED void nashswarm_sums(const float* rows, const int64_t* places, const float* gates, int64_t tokens, int64_t k,
+                             int64_t width, float* sums, int threads) {
+    const int64_t work = tokens * k * width / ENOUGH_SCORES;
+    const int woken = work < threads ? (work < 1 ? 1 : int(work)) : threads;
+#pragma omp parallel for num_threads(woken) schedule(static)
+    for (int64_t token = 0; token < tokens; ++token) {
+        float* sum = sums + token * width;
+        std::memset(sum, 0, width * sizeof(float));
+        for (int64_t rank = token * k; rank < (token + 1) * k; ++rank) {
+            const float *row = rows + places[rank] * width, gate = gates[rank];
+            for (int64_t place = 0; place < width; ++place) sum[place] += gate * row[place];
+        }
+    }
+}
+
+// Of each token the gated sum of down · gelu(up · x) over its k experts, one after the other: for few tokens.  -1, or the
+// place of an expert that there is not.
+EXPORTED WIDENED int64_t nashswarm_experts(const float* x, const float* up, const float* down, const int64_t* experts,
+                                   const float* gates, int64_t tokens, int64_t k, int64_t count, int64_t width,
+                                   int64_t hidden, float* inner, float* sums) {
+    for (int64_t rank = 0; rank < tokens * k; ++rank)
+        if (experts[rank] < 0 || experts[rank] >= count) return rank;
+    std::memset(sums, 0, tokens * width * sizeof(float));
+    for (int64_t rank = 0; rank < tokens * k; ++rank) {
+        const float *own = x + rank / k * width, *first = up + experts[rank] * hidden * width;
+        const float* second = down + experts[rank] * width * hidden;
+        for (int64_t unit = 0; unit < hidden; ++unit) inner[unit] = gelu(product(own, first + unit * width, width));
+        float* sum = sums + rank / k * width;
+        for (int64_t place = 0; place < width; ++place)
+            sum[place] += gates[rank] * product(inner, second + place * hidden, hidden);
+    }
+    return -1;
 }
 
 // The order that sorts `count` numbers below `size`, equal ones as they stood, the place of each in it, and where those
