@@ -13,6 +13,8 @@ one of 4 bits, and one of 8 is two: 8 bits, up to an offset of its group that su
 lattice has INT4 digits too, or INT8 ones where those take no more bytes; an escape takes a digit of its whole column.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
@@ -141,7 +143,7 @@ def _columns(parts: Parts) -> int:
     return sum(len(chosen) for chosen, _ in parts)
 
 
-def _dequantize(part: Tensor, scale: Tensor, attributes: dict[str, int]) -> Tensor:
+def _dequantize(part: Tensor, scale: Tensor, attributes: dict[str, Any]) -> Tensor:
     return torch.onnx.ops.symbolic(
         "DequantizeLinear", (part, scale), attributes, dtype=torch.float32, shape=part.shape, version=OPSET
     )
