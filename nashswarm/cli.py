@@ -167,13 +167,18 @@ def _parser() -> argparse.ArgumentParser:
         inference.export,
         "a compressed model as one file for onnxruntime, or as a program of torch.export",
         "Write the compressed model in FOLDER, weights packed, cache in and out, to FILE, and compare its "
-        "logits with the model's own on real text. Prints one JSON object.",
+        "logits with the model's own on real text. onnx: MatMulNBits of onnxruntime, and bit planes; onnx-qdq: INT4 "
+        "and INT8 codes in standard operators, four bits of a weight or more; torch-export: this package's kernels. "
+        "Prints one JSON object.",
     )
     _add_folder(exported)
     exported.add_argument("--to", choices=sorted(export.TARGETS), required=True)
     exported.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new .onnx or .pt2")
     exported.add_argument(
         "--activations", choices=ACTIVATIONS, default="float32", help="what inputs of products are rounded to (float32)"
+    )
+    exported.add_argument(
+        "--dtype", choices=export.DTYPES, default="float32", help="of what is not quantized, in the file (float32)"
     )
 
     checked = command(

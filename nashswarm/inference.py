@@ -188,11 +188,11 @@ def _application(folder: pathlib.Path, name: str, threads: int, queue: int, pati
 def export(given: argparse.Namespace) -> int:
     """Write the model for another runtime, and print how far its logits are from the model's own."""
     model = _load(given.folder)
-    exporter.check(model, given.to, given.out)
+    exporter.check(model, given.to, given.out, given.activations)
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
     length = exporter.PROMPT + exporter.DECODED
     tokens = data.windows(data.StdlibDocs().text("test"), tokenizer, length, "test")[:1]
-    found = exporter.export(model, given.to, given.out, tokens, given.activations)
+    found = exporter.export(model, given.to, given.out, tokens, given.activations, given.dtype)
     print(json.dumps({"file": str(given.out), "to": given.to} | found, indent=1))
     return 0
 

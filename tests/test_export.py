@@ -11,22 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import checkpoint, stdlib_docs
+import nashswarm
+from nashswarm import checkpoint, data, stdlib_docs
 from nashswarm.cli import main
 from nashswarm.linear import PackedMatrix
-from nashswarm.models import find_layers
+from nashswarm.models import EMBEDDED, WEIGHTS, ModelSource, find_layers, load
 from nashswarm.quant.grid import Scheme, quantize
+from nashswarm.quant.lattice import LatticeTensor, lattice_of
 from nashswarm.quant.pack import pack
-from nashswarm.runtime import export, portable
+from nashswarm.runtime import export, portable, qdq
 
 Drawn = dict[str, Callable[..., Any]]
 Packed = Callable[..., dict[str, np.ndarray]]
 
 
-def at(model: Any, bits: int, group_size: int = 32) -> Any:
-    """A copy of a model with all of its matrices at one width."""
+def at(model: Any, bits: int, group_size: int = 32, exclude: tuple[str, ...] = ()) -> Any:
+    """A copy of a model with its matrices at one width."""
     own = copy.deepcopy(model)
-    layers = find_layers(own)
+    layers = find_layers(own, exclude)
     found = {layer.name: pack(quantize(layer.weight, bits, Scheme(group_size))) for layer in layers}
     checkpoint.adopt(own, layers, found)
     return own
@@ -104,6 +106,93 @@ def test_matmulnbits_gets_what_it_reads(runtime: Any) -> None:
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
 
 
+def lattice_up_to(weight: Tensor, limit: int) -> LatticeTensor:
+    """A matrix of codes up to a limit, reached in every column, and one beyond it."""
+    lattice = lattice_of(weight, 0.5, torch.ones(len(weight)), torch.rand(weight.shape[1]) + 0.5)
+    codes = (weight / (lattice.row_steps()[:, None] * lattice.column_steps())).round().clamp(-limit, limit).int()
+    codes[0], codes[1, 5] = limit, 8 * limit
+    return LatticeTensor(codes, lattice.expecting(codes.abs().float()))
+
+
+def of_form(form: str, shape: tuple[int, int], drawn: Drawn) -> PackedMatrix:
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    if form.startswith("uniform"):
+        return PackedMatrix(quantize(weight, int(form[-1]), Scheme(32)), False)
+    limits = {"narrow": 7, "wide": 127}
+    return PackedMatrix(lattice_up_to(weight, limits[form]) if form in limits else drawn[form](weight), False)
+
+
+def matrix_of(found: qdq.Digits) -> Tensor:
+    """What DequantizeLinear and the operators after it make of the digits, one weight at a time, in float64."""
+    rows, columns = found.digits0.shape
+    whole = np.zeros((rows, columns))
+    for row in range(rows):
+        for column in range(columns):
+            group = column * found.scale.shape[1] // columns
+            code = float(found.offset[row, group]) if hasattr(found, "offset") else 0.0
+            for number in range(found.count):
+                places = [place for place, of in enumerate(getattr(found, f"chosen{number}").tolist()) if of == column]
+                digit = sum(float(getattr(found, f"digits{number}")[row, place]) for place in places)
+                code += digit * 2.0 ** (found.bits * number)
+            side = float(found.column_scale[column]) if hasattr(found, "column_scale") else 1.0
+            whole[row, column] = float(found.scale[row, group]) * side * code
+    return torch.from_numpy(whole)
+
+
+FORMS = [("grid", (37, 128)), ("lattice", (20, 64)), ("narrow", (5, 96)), ("wide", (5, 128)), ("uniform3", (16, 96))]
+
+
+@pytest.mark.parametrize(
+    "form, shape", [*FORMS, ("uniform4", (16, 96)), ("uniform8", (16, 96)), ("uniform0", (16, 32))]
+)
+def test_digits_are_the_codes(form: str, shape: tuple[int, int], drawn: Drawn) -> None:
+    matrix = of_form(form, shape, drawn)
+    found = qdq.Digits(matrix, "float32")
+    torch.testing.assert_close(matrix_of(found).float(), matrix.dequantize())
+    assert found.bits == (8 if form in ("wide", "lattice") else 4) and (found.scale > 0).all()
+    parts = [getattr(found, f"digits{number}") for number in range(found.count)]
+    assert all(-(1 << found.bits - 1) <= int(part.min()) <= int(part.max()) < 1 << found.bits - 1 for part in parts)
+    columns = [part.shape[1] for part in parts]
+    if form in ("narrow", "wide"):
+        assert columns == [shape[1], 64 if form == "narrow" else 1]  # INT4 stands in whole blocks
+    if form.startswith("uniform"):
+        assert columns == [shape[1]] * (2 if form == "uniform8" else 1)
+        assert hasattr(found, "offset") == (form in ("uniform4", "uniform8"))
+
+
+class Both(torch.nn.Module):
+    """A product and the rows of one matrix."""
+
+    def __init__(self, weight: Any) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.weight.product(x), self.weight.rows(ids)
+
+
+@pytest.mark.parametrize("form, shape", FORMS)
+def test_onnxruntime_dequantizes_digits(
+    form: str, shape: tuple[int, int], drawn: Drawn, runtime: Any, tmp_path: pathlib.Path
+) -> None:
+    matrix = of_form(form, shape, drawn)
+    both = Both(qdq.Digits(matrix, "float32")).eval()
+    x, ids = torch.randn(3, shape[1]), torch.tensor([[3, 0], [shape[0] - 1, 3]])
+    program = torch.onnx.export(both, (x, ids), opset_version=qdq.OPSET, verbose=False, optimize=False)
+    assert program is not None
+    export._to_int4(program.model)
+    program.save(tmp_path / "both.onnx", external_data=False)
+    read(tmp_path / "both.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "both.onnx"))
+    names = [given.name for given in session.get_inputs()]
+    product, rows = session.run(None, dict(zip(names, (x.numpy(), ids.numpy()), strict=True)))
+    whole = matrix.dequantize()
+    largest = float((x @ whole.T).abs().max())
+    torch.testing.assert_close(torch.from_numpy(product), x @ whole.T, rtol=1e-5, atol=1e-5 * largest)
+    torch.testing.assert_close(torch.from_numpy(rows), whole[ids], rtol=1e-5, atol=1e-6)
+
+
 def read(path: pathlib.Path) -> Any:
     import onnx
 
@@ -126,6 +215,90 @@ def test_onnx_with_matmulnbits(model: Any, tokens: Tensor, tmp_path: pathlib.Pat
     assert sum(len(part.raw_data) for part in stored.values()) < 0.8 * model.num_parameters()  # four bits and scales
 
 
+def bytes_of(written: Any, *kinds: str) -> int:
+    """Of the weights of these types in an ONNX file."""
+    import onnx
+
+    types = [onnx.TensorProto.DataType.Value(kind) for kind in kinds]
+    return sum(len(part.raw_data) for part in written.graph.initializer if part.data_type in types)
+
+
+def standard(written: Any) -> bool:
+    """Whether no operator is onnxruntime's own, and no DequantizeLinear has a zero point, as TensorRT asks."""
+    nodes = written.graph.node
+    pairs = [node for node in nodes if node.op_type == "DequantizeLinear"]
+    return bool(pairs) and all(not node.domain for node in nodes) and all(len(node.input) == 2 for node in pairs)
+
+
+def test_standard_nodes_hold_three_bits_in_four(
+    model: Any, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any
+) -> None:
+    own, out = at(model, 3), tmp_path / "model.onnx"
+    found = export.export(own, "onnx-qdq", out, tokens, "float32")
+    assert found["parity"] < 1e-5 and found["matrices_int4"] == 4 + 2 and found["matrices_int8"] == 0
+    written = read(out)
+    assert standard(written)
+    weights = sum(layer.weight.numel() for layer in find_layers(model))
+    assert bytes_of(written, "INT4") == weights / 2 and not bytes_of(written, "INT8")
+    own.save_pretrained(tmp_path / "packed")
+    assert out.stat().st_size > (tmp_path / "packed" / WEIGHTS).stat().st_size
+
+
+@pytest.mark.parametrize(
+    "dtype, target",
+    [("bfloat16", "onnx-qdq"), ("float16", "torch-export")]
+    + [pytest.param(dtype, "onnx", marks=pytest.mark.slow) for dtype in ("float16", "bfloat16")]
+    + [pytest.param("float16", "onnx-qdq", marks=pytest.mark.slow)]
+    + [pytest.param("bfloat16", "torch-export", marks=pytest.mark.slow)],
+)
+def test_what_is_not_quantized_takes_sixteen_bits(
+    dtype: str, target: str, model: Any, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any
+) -> None:
+    """The file holds the rounded numbers, a tied head's once, and computes with them in float32: what it loses is their
+    rounding alone."""
+    own, out = at(model, 4, exclude=("transformer.wte",)), tmp_path / f"model{export.TARGETS[target]}"
+    generator = torch.Generator().manual_seed(0)
+    for part in own.parameters():  # as after training: no two of them equal, none made of 16 bits
+        part.data += 0.01 * torch.randn(part.shape, generator=generator)
+    found = export.export(own, target, out, tokens, "float32", dtype)
+    assert found["parity_rounded"] < 1e-5 < found["parity"] < {"float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    if target == "torch-export":
+        assert {part.dtype for part in torch.export.load(out).parameters()} == {export.DTYPES[dtype]}
+    else:
+        names = {f"model.{name}" for name, _ in own.named_parameters(remove_duplicate=False)}
+        stored = [part for part in read(out).graph.initializer if part.name in names]
+        assert sum(len(part.raw_data) for part in stored) == 2 * sum(part.numel() for part in own.parameters())
+
+
+@pytest.mark.slow
+def test_the_default_model_in_standard_nodes(tmp_path: pathlib.Path, runtime: Any) -> None:
+    """Its own 3 bits per parameter on real text.  The file is larger than the checkpoint, which is coded, and smaller
+    than the model at 16 bits."""
+    loaded = load(ModelSource(), "cpu", torch.float32)
+    small, _ = nashswarm.compress(loaded.model, tokenizer=loaded.tokenizer, bits=3.0)
+    text = data.StdlibDocs().text("test")
+    tokens = data.windows(text, loaded.tokenizer, export.PROMPT + export.DECODED, "test")[:1]
+    out = tmp_path / "model.onnx"
+    found = export.export(small, "onnx-qdq", out, tokens, "float32")
+    assert found["parity"] < 1e-4 and found["matrices_int4"] + found["matrices_int8"] == 18
+    written = read(out)
+    assert standard(written)
+    weights = sum(layer.weight.numel() for layer in find_layers(loaded.model))
+    assert 4 < 8 * bytes_of(written, "INT4", "INT8") / weights < 8
+    small.save_pretrained(tmp_path / "packed")
+    packed, full = (folder / WEIGHTS for folder in (tmp_path / "packed", EMBEDDED))
+    assert packed.stat().st_size < out.stat().st_size < full.stat().st_size
+
+
+def test_tensorrt_answers_alike(model: Any, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any) -> None:
+    if "TensorrtExecutionProvider" not in runtime.get_available_providers():
+        pytest.skip("this onnxruntime has no TensorRT")
+    own, out = at(model, 4, 64), tmp_path / "model.onnx"
+    export.export(own, "onnx-qdq", out, tokens, "float32")
+    run = export.onnx_run(out, ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert export.parity(own, run, tokens) < 1e-2  # products there may round to ten bits
+
+
 @pytest.mark.slow
 def test_onnx_of_any_widths_serves_batches(
     random_model: Callable[[str], Any], packed: Packed, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any
@@ -135,7 +308,7 @@ def test_onnx_of_any_widths_serves_batches(
     assert found["parity"] < 1e-4 and found["matrices_matmulnbits"] == 0 < found["matrices_unpacked_when_run"]
     read(out)
     ids, empty = tokens.view(3, -1), [part.expand(3, -1, -1, -1).contiguous() for part in export._empty(own)]
-    logits, cache = export._onnx_run(out)(ids, empty)
+    logits, cache = export.onnx_run(out)(ids, empty)
     torch.testing.assert_close(logits, own(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
     assert {part.shape[2] for part in cache} == {ids.shape[1]}
 
@@ -179,6 +352,11 @@ def test_what_cannot_be_exported(random_model: Callable[[str], Any], model: Any,
     (tmp_path / "model.pt2").touch()
     with pytest.raises(ValueError, match=r"model\.pt2 exists"):
         export.check(model, "torch-export", tmp_path / "model.pt2")
+    with pytest.raises(ValueError, match="onnx-qdq leaves inputs of products as they are: take --to onnx for int8"):
+        export.check(model, "onnx-qdq", tmp_path / "model.onnx", "int8")
+    model.transformer.ln_f.weight.data[3] = 1e6
+    with pytest.raises(ValueError, match=r"ln_f\.weight holds numbers that float16 cannot: take another"):
+        export.export(model, "torch-export", tmp_path / "other.pt2", torch.zeros(1, 40).long(), "float32", "float16")
     model.config.rope_parameters = {"rope_type": "dynamic"}
     with pytest.raises(ValueError, match="rope_type=dynamic"):
         export.check(model, "torch-export", tmp_path / "other.pt2")
@@ -193,7 +371,7 @@ def test_the_command(
     at(model, 4).save_pretrained(tmp_path / "made")
     tokenizer.save_pretrained(tmp_path / "made")
     out = tmp_path / "model.pt2"
-    words = ["export", str(tmp_path / "made"), "--to", "torch-export", "--out", str(out)]
+    words = ["export", str(tmp_path / "made"), "--to", "torch-export", "--out", str(out), "--dtype", "float16"]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bytes_file"] == out.stat().st_size and found["parity"] < 1e-6

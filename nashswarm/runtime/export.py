@@ -1,10 +1,16 @@
 """A compressed model as one file for other runtimes: ONNX, or a program of torch.export.
 
 Both take token ids and a cache, of any batch size and length, and give logits and the cache grown by those tokens; the
-rows of a batch are equally long.  Weights stay packed in the file (``portable``).  No file is left behind whose answers
-to real text differ from the model's own.
+rows of a batch are equally long.  Weights stay packed in the file (``portable``); what is not quantized is stored in 32
+or 16 bits and cast to float32 where it is used.  No file is left behind whose answers to real text differ from the
+model's own.
+
+``onnx-qdq`` holds every matrix in standard operators alone, INT4 or INT8 and DequantizeLinear, for TensorRT and whoever
+else reads them.  Its weights take at least 4 bits, so the file may be larger than the packed checkpoint, and
+onnxruntime turns them into floats at every call.
 """
 
+import copy
 import io
 import logging
 import pathlib
@@ -17,11 +23,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from nashswarm import peers
-from nashswarm.linear import set_activations
+from nashswarm.linear import PackedMatrix, set_activations
 from nashswarm.record import write_by
 from nashswarm.runtime.portable import Grouped, Planes, for_onnx, for_torch, portable
+from nashswarm.runtime.qdq import OPSET, Digits
 
-TARGETS = {"onnx": ".onnx", "torch-export": ".pt2"}
+TARGETS = {"onnx": ".onnx", "onnx-qdq": ".onnx", "torch-export": ".pt2"}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ARCHITECTURES = ("gpt2", "llama")
 GROWING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the text
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -32,7 +40,10 @@ Run = Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
 
 
 class Step(nn.Module):
-    """Ids and a cache (keys and values of every layer, one after another) → logits and the longer cache."""
+    """Ids and a cache (keys and values of every layer, one after another) → logits and the longer cache.
+
+    The parameters of the model, whatever they are stored in, are float32 where they are used.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -44,18 +55,20 @@ class Step(nn.Module):
         hidden = torch.arange(seen + new) > places.unsqueeze(1)
         mask = hidden.float() * torch.finfo(torch.float32).min
         layers = [_layer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
-        answer = self.model(
-            input_ids=input_ids,
-            position_ids=places.unsqueeze(0),
-            attention_mask=mask[None, None],
-            past_key_values=Cache(layers=list(layers)),
-            use_cache=True,
-        )
+        given = {
+            "input_ids": input_ids,
+            "position_ids": places.unsqueeze(0),
+            "attention_mask": mask[None, None],
+            "past_key_values": Cache(layers=list(layers)),
+            "use_cache": True,
+        }
+        floats = {name: part.float() for name, part in self.model.named_parameters()}
+        answer = torch.func.functional_call(self.model, floats, kwargs=given)
         grown = [part for layer in layers for part in (layer.keys, layer.values) if part is not None]
         return answer.logits, grown
 
 
-def check(model: Any, target: str, out: pathlib.Path) -> None:
+def check(model: Any, target: str, out: pathlib.Path, activations: str = "float32") -> None:
     """Raises ValueError for what cannot be exported, or not there."""
     kind = model.config.model_type
     if kind not in ARCHITECTURES or not model.can_generate():
@@ -69,36 +82,47 @@ def check(model: Any, target: str, out: pathlib.Path) -> None:
         raise ValueError(f"--out {out}: name a file that ends in {TARGETS[target]}")
     if out.exists():
         raise ValueError(f"--out {out} exists; name another file or delete it")
-    if target == "onnx":
-        peers.require("--to onnx", PACKAGES, "onnx")
+    if target == "onnx-qdq" and activations != "float32":
+        raise ValueError(f"--to onnx-qdq leaves inputs of products as they are: take --to onnx for {activations}")
+    if target != "torch-export":
+        peers.require(f"--to {target}", PACKAGES, "onnx")
 
 
 def export(
-    model: Any, target: str, out: pathlib.Path, tokens: Int[Tensor, "1 length"], activations: str
+    model: Any,
+    target: str,
+    out: pathlib.Path,
+    tokens: Int[Tensor, "1 length"],
+    activations: str,
+    dtype: str = "float32",
 ) -> dict[str, float]:
-    """Write the model (in float32) to ``out``: bytes, how its matrices are stored, and ``parity``, the largest
-    difference of logits on ``tokens`` relative to the largest logit.
+    """Write the model to ``out``: bytes, how its matrices are stored, and ``parity``, the largest difference of logits
+    on ``tokens`` relative to the largest logit.
 
     ``activations``: int8 or float32, as in products of the model itself; in ONNX, int8 is left to MatMulNBits, and the
-    model is compared with at float32.  Raises ValueError if the file would answer differently.
+    model is compared with at float32.  ``dtype``: float32, float16 or bfloat16, what parts that are not quantized are
+    stored in; ``parity_rounded`` compares with the model whose parts are rounded alike.  Raises ValueError if the file
+    would answer differently.
     """
-    check(model, target, out)
-    changed = portable(model, activations, for_onnx if target == "onnx" else for_torch).eval()
+    check(model, target, out, activations)
+    layouts: dict[str, Callable[[PackedMatrix, str], nn.Module]]
+    layouts = {"onnx": for_onnx, "onnx-qdq": Digits, "torch-export": for_torch}
+    changed = _stored_as(portable(model, activations, layouts[target]), DTYPES[dtype]).eval()
     changed.set_attn_implementation("eager")
-    found: dict[str, float] = {}
-    if target == "onnx":
-        modules = set(changed.modules())
-        found["matrices_matmulnbits"] = sum(isinstance(module, Grouped) for module in modules)
-        found["matrices_unpacked_when_run"] = sum(isinstance(module, Planes) for module in modules)
+    found = _matrices(changed, target)
     program = traced(changed)
+    native = target == "torch-export"
 
     def write(path: pathlib.Path) -> None:
-        (_write_onnx if target == "onnx" else _write_program)(program, path, len(_empty(model)))
-        run = _onnx_run(path) if target == "onnx" else torch.export.load(io.BytesIO(path.read_bytes())).module()
-        set_activations(model, "float32" if target == "onnx" else activations)  # type: ignore[arg-type]
-        found["parity"] = parity(model, run, tokens)
-        if not found["parity"] <= PARITY and not (target == "onnx" and activations == "int8"):
-            raise ValueError(f"the exported model's logits differ by {found['parity']:.1e} of the largest: not written")
+        (_write_program if native else _write_onnx)(program, path, len(_empty(model)))
+        run = torch.export.load(io.BytesIO(path.read_bytes())).module() if native else onnx_run(path)
+        set_activations(model, activations if native else "float32")  # type: ignore[arg-type]
+        apart = found["parity"] = parity(model, run, tokens)
+        if dtype != "float32":
+            rounded = _stored_as(copy.deepcopy(model), DTYPES[dtype])
+            apart = found["parity_rounded"] = parity(_stored_as(rounded, torch.float32), run, tokens)
+        if not apart <= PARITY and not (target == "onnx" and activations == "int8"):
+            raise ValueError(f"the exported model's logits differ by {apart:.1e} of the largest: not written")
 
     write_by(out, write)
     return {"bytes_file": out.stat().st_size} | found
@@ -132,6 +156,28 @@ def parity(model: Any, run: Run, tokens: Int[Tensor, "1 length"]) -> float:
     return difference / largest
 
 
+@torch.no_grad()
+def _stored_as(model: Any, dtype: torch.dtype) -> Any:
+    """The model, its parameters in another type.  Raises ValueError if one is too large for it."""
+    for name, part in model.named_parameters():
+        part.data = part.data.to(dtype)
+        if not part.isfinite().all():
+            raise ValueError(
+                f"{name} holds numbers that {str(dtype).removeprefix('torch.')} cannot: take another --dtype"
+            )
+    return model
+
+
+def _matrices(model: Any, target: str) -> dict[str, float]:
+    """How many are stored in which layout of the target."""
+    modules = set(model.modules())
+    if target == "onnx-qdq":
+        widths = [module.bits for module in modules if isinstance(module, Digits)]
+        return {f"matrices_int{bits}": widths.count(bits) for bits in (4, 8)}
+    layouts = {"matrices_matmulnbits": Grouped, "matrices_unpacked_when_run": Planes} if target == "onnx" else {}
+    return {name: sum(isinstance(module, kind) for module in modules) for name, kind in layouts.items()}
+
+
 def _empty(model: Any) -> list[Tensor]:
     """The cache before the first token."""
     config = model.config
@@ -161,14 +207,28 @@ def _write_onnx(program: torch.export.ExportedProgram, path: pathlib.Path, parts
         logging.getLogger(name).setLevel(logging.ERROR)
 
     inputs, outputs = _names(parts)
-    found = torch.onnx.export(program, input_names=inputs, output_names=outputs, verbose=False, optimize=False)
+    found = torch.onnx.export(
+        program, input_names=inputs, output_names=outputs, opset_version=OPSET, verbose=False, optimize=False
+    )
     assert found is not None
     DeduplicateInitializersPass(size_limit=LARGEST)(found.model)  # a head that is tied to the embedding
     ClearMetadataAndDocStringPass()(found.model)  # of every node, where in the sources it came from
+    _to_int4(found.model)
     size = sum(tensor.const_value.nbytes for tensor in found.model.graph.initializers.values())
     if size >= LARGEST:
         raise ValueError(f"{size:,} bytes of weights do not fit an ONNX file of 2 GiB: take --to torch-export")
     found.save(path, external_data=False)
+
+
+def _to_int4(model: Any) -> None:
+    """Codes of blocks, which torch knows no narrower type for."""
+    import onnx_ir
+
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear" and "block_size" in node.attributes:
+            codes = node.inputs[0]
+            codes.const_value = onnx_ir.tensor(codes.const_value.numpy(), onnx_ir.DataType.INT4, name=codes.name)
+            codes.type = onnx_ir.TensorType(onnx_ir.DataType.INT4)
 
 
 def _write_program(program: torch.export.ExportedProgram, path: pathlib.Path, parts: int) -> None:
@@ -176,12 +236,13 @@ def _write_program(program: torch.export.ExportedProgram, path: pathlib.Path, pa
         torch.export.save(program, file)
 
 
-def _onnx_run(path: pathlib.Path) -> Run:
+def onnx_run(path: pathlib.Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Run:
+    """A model in onnxruntime, with the options that it has by itself."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, list(providers))
 
     def run(ids: Tensor, cache: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         inputs, _ = _names(len(cache))

@@ -2,8 +2,9 @@
 
 ``Native`` keeps the tiles and calls our operators.  ``Grouped`` is the layout of onnxruntime's MatMulNBits: one width
 of 2, 4 or 8 bits and scales of groups.  ``Planes`` takes any widths: bit b of all codes of a width stands in one array
-of bytes, eight columns to a byte, and sums of masked bytes give the codes back.  Each has ``product``, x Wᵀ, and
-``rows``, the rows of the dequantized matrix that ids name.
+of bytes, eight columns to a byte, and sums of masked bytes give the codes back.  ``qdq.Digits`` takes any widths too,
+in integers that standard operators read.  Each has ``product``, x Wᵀ, and ``rows``, the rows of the dequantized matrix
+that ids name.
 """
 
 import copy
