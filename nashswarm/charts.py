@@ -1,4 +1,5 @@
-"""Figures of what compression costs and wins: accuracy, sensitivities of layers, the codes' way to rest, speed, memory.
+"""Figures of what compression costs and wins: accuracy, sensitivities of layers, the codes' way to rest, speed, memory,
+what clients of a server wait; and how evenly routers use their experts.
 
 As in ``figures``: records or a data frame in, a matplotlib figure out, with whatever style is in force.
 """
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from nashswarm import figures
 from nashswarm.figures import by_method, colour, place_labels
 from nashswarm.record import Record
+from nashswarm.report import rank
 from nashswarm.typeset import FORMATS, REFERENCE
 
 NAMES = {
@@ -190,4 +192,66 @@ def memory(contestants: pd.DataFrame) -> Figure:
                       va="center", fontsize=7)  # fmt: skip
     _listed(axes, names)
     axes.margins(x=0.12)
+    return figure
+
+
+def latency(served: pd.DataFrame) -> Figure:
+    """The percentiles of what clients wait, of the full model and of the compressed one, against their number; where
+    each client asks once it is answered, and where requests come by themselves.
+
+    ``served``: from ``tables.serving``, of one model and method.  Raises ValueError if there is none.
+    """
+    if served.empty:
+        raise ValueError("no record tells what clients of a server wait; run experiment=load")
+    if len(served[["model", "method"]].drop_duplicates()) > 1:
+        raise ValueError("one figure shows one model and method; select them first")
+    loops = list(served.groupby("rate", dropna=False, sort=False))
+    figure = Figure(figsize=(2.2 + 1.8 * len(loops), 2.6))
+    every = figure.subplots(1, len(loops), squeeze=False, sharey=True)[0]
+    for axes, (rate, rows) in zip(every, loops, strict=True):
+        title = "each asks once it is answered" if pd.isna(rate) else f"{float(str(rate)):g} requests per second"
+        axes.set(yscale="log", title=title, xlabel="clients", xticks=range(len(rows)))
+        axes.set_xticklabels([f"{clients:g}" for clients in rows["clients"]])
+        for suffix, ink, whose in (
+            ("_full", "#777777", "32-bit floats"),
+            ("", figures.COLOURS[REFERENCE], "compressed"),
+        ):
+            for level, line in ((50, "o-"), (95, "s--"), (99, "^:")):
+                seconds = 1e-3 * rows[f"latency_p{level}_ms{suffix}"]
+                axes.plot(range(len(rows)), seconds, line, color=ink, markersize=3.5, label=f"{whose}, P{level}")
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda tick, _: f"{tick:g}"))
+    every[0].set_ylabel("wait for an answer (s)")
+    handles, names = every[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center")
+    return figure
+
+
+def crowding(records: Iterable[Record]) -> Figure:
+    """How much work each expert got of an even share, experts in the order of it, mean over layers and seeds; one panel
+    a model, one line a router.
+
+    Raises ValueError if no record has loads of experts.
+    """
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
+    for one in records:
+        loads = [np.sort(values)[::-1] for name, values in one.series.items() if name.startswith("load_")]
+        if loads:
+            own = found.setdefault(one.labels["model"], {}).setdefault(one.labels["method"], [])
+            own += [load / load.mean() for load in loads]
+    if not found:
+        raise ValueError("no record has loads of experts; run experiment=moe")
+    figure = Figure(figsize=(1.6 + 2.1 * len(found), 2.6))
+    every = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    methods = sorted({method for routers in found.values() for method in routers}, key=rank)
+    for axes, (model, routers) in zip(every, sorted(found.items(), key=lambda item: rank(item[0])), strict=True):
+        axes.set(title=model, xlabel="experts, the busiest first")
+        axes.axhline(1, color="#BBBBBB", linewidth=0.8, zorder=0)
+        for method in (name for name in methods if name in routers):
+            place = methods.index(method)
+            mean = np.mean(routers[method], axis=0)
+            axes.plot(1 + np.arange(len(mean)), mean, "osD^vP*X"[place % 8] + "-", color=f"C{place % 7}", label=method,
+                      markersize=3, markevery=max(len(mean) // 8, 1), linewidth=0.9)  # fmt: skip
+    every[0].set_ylabel("work ÷ even share")
+    handles = {name: line for axes in every for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
     return figure

@@ -185,7 +185,8 @@ def of_quality(measure: Measure) -> list[Measure]:
 @dataclasses.dataclass(frozen=True)
 class Load:
     """What clients of the packed model's server on this machine see, and with ``_full`` those of the full model's: the
-    percentiles of latency in milliseconds, tokens per second, shares of requests shed and failed.
+    percentiles of latency in milliseconds, tokens per second, shares of requests shed and failed.  ``resident_mb``:
+    what the process, which holds both models, holds at every answer.
 
     ``concurrency``: clients.  ``rate``: requests per second in open loop; None: closed loop, a client asks as soon as
     it is answered.  ``queue``: requests that may wait before the server sheds.
@@ -224,6 +225,7 @@ class Load:
                 )
             found |= {f"{name}{suffix}": value for name, value in load.summary(answers, seconds).items()}
             series[f"latency_ms{suffix}"] = [1000 * answer.seconds for answer in answers]
+            series[f"resident_mb{suffix}"] = [1e-6 * answer.resident for answer in answers]
         found["latency_p95_ratio"] = found["latency_p95_ms_full"] / found["latency_p95_ms"]
         return found, series
 

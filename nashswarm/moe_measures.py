@@ -93,31 +93,47 @@ class Routed:
         return found, series
 
     def served(self, model: MoeForCausalLM, windows: Int[Tensor, "windows length"]) -> dict[str, float]:
-        """Experts from a store, with the residency term and, where the router has one, without it."""
-        found: dict[str, float] = {}
+        """Experts from a store, with the residency term and, where the router has one, without it, window by window in
+        turn."""
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "experts.safetensors"
             store.save(model, path)
             residency = getattr(model.config.settings(), "residency", 0)
-            for suffix in ("", "_without") if residency else ("",):
-                own = MoeForCausalLM(model.config).train(False).to(model.device)
-                own.load_state_dict(model.state_dict())
-                for router in own.routers() if suffix else ():
-                    router.settings = dataclasses.replace(router.settings, residency=0.0)
-                pools = sum(part.nbytes for name, part in own.named_parameters() if ".experts." in name)
-                held = store.ExpertStore(path, int(self.resident * pools), model.device)
-                store.serve(own, held)
-                wait(model.device)
-                started = time.perf_counter()
-                nll = one_by_one(own, windows, self.served_tokens)
-                spent = time.perf_counter() - started
-                found |= {
-                    f"resident_hits{suffix}": held.hits / (held.hits + held.misses),
-                    f"nll_served{suffix}": float(np.mean(nll)),
-                    f"served_tokens_per_second{suffix}": len(nll) / spent,
-                    f"served_bytes_read{suffix}": held.bytes_read,
-                }
+            suffixes = ("", "_without") if residency else ("",)
+            models = {suffix: self._from_store(model, path, bool(suffix)) for suffix in suffixes}
+            nll = {suffix: [] for suffix in suffixes}  # type: dict[str, list[float]]
+            spent = dict.fromkeys(suffixes, 0.0)
+            for window in windows:
+                for suffix, (own, _) in models.items():
+                    wait(model.device)
+                    started = time.perf_counter()
+                    nll[suffix] += one_by_one(own, window, self.served_tokens - len(nll[suffix]))
+                    spent[suffix] += time.perf_counter() - started
+                if len(nll[""]) == self.served_tokens:
+                    break
+        found: dict[str, float] = {}
+        for suffix, (_, held) in models.items():
+            found |= {
+                f"resident_hits{suffix}": held.hits / (held.hits + held.misses),
+                f"nll_served{suffix}": float(np.mean(nll[suffix])),
+                f"served_tokens_per_second{suffix}": len(nll[suffix]) / spent[suffix],
+                f"served_bytes_read{suffix}": held.bytes_read,
+            }
         return found
+
+    def _from_store(
+        self, model: MoeForCausalLM, path: pathlib.Path, without: bool
+    ) -> tuple[MoeForCausalLM, store.ExpertStore]:
+        """A copy of the model whose experts come from the file, and the store that holds some of them; ``without`` the
+        residency term."""
+        own = MoeForCausalLM(model.config).train(False).to(model.device)
+        own.load_state_dict(model.state_dict())
+        for router in own.routers() if without else ():
+            router.settings = dataclasses.replace(router.settings, residency=0.0)
+        pools = sum(part.nbytes for name, part in own.named_parameters() if ".experts." in name)
+        held = store.ExpertStore(path, int(self.resident * pools), model.device)
+        store.serve(own, held)
+        return own, held
 
 
 @torch.no_grad()
@@ -159,17 +175,13 @@ def judged(
 
 
 @torch.no_grad()
-def one_by_one(model: MoeForCausalLM, windows: Int[Tensor, "windows length"], tokens: int) -> list[float]:
-    """The NLL of each of the first ``tokens`` predictions, every token read by itself."""
-    found: list[float] = []
-    for window in windows:
-        past = None
-        for place in range(len(window) - 1):
-            if len(found) == tokens:
-                return found
-            answer = model(input_ids=window[None, place : place + 1], past_key_values=past, use_cache=True)
-            past = answer.past_key_values
-            found.append(functional.cross_entropy(answer.logits[0, -1:].float(), window[place + 1 : place + 2]).item())
+def one_by_one(model: MoeForCausalLM, window: Int[Tensor, " length"], tokens: int) -> list[float]:
+    """The NLL of each of the first ``tokens`` predictions at most, every token read by itself."""
+    found, past = [], None
+    for place in range(min(len(window) - 1, tokens)):
+        answer = model(input_ids=window[None, place : place + 1], past_key_values=past, use_cache=True)
+        past = answer.past_key_values
+        found.append(functional.cross_entropy(answer.logits[0, -1:].float(), window[place + 1 : place + 2]).item())
     return found
 
 

@@ -97,8 +97,8 @@ def of_records(records: Iterable[Record]) -> dict[str, str]:
     for experiment in dict.fromkeys(sorted(one.labels["experiment"] for one in gathered)):
         words = () if experiment == MAIN else (experiment,)
         own = [one for one in gathered if one.labels["experiment"] == experiment]
-        of_mixtures = tables.mixtures(own)
-        found |= numbers(of_mixtures[0] if of_mixtures else report.average(report.frame(own)), *words)
+        another = tables.unlike(own)
+        found |= numbers(another[0] if another else report.average(report.frame(own)), *words)
         contestants = tables.speed(own)
         if len(contestants) and experiment != MAIN:
             method = contestants["method"] + " " + contestants["contestant"]

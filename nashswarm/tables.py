@@ -1,4 +1,4 @@
-"""Tables of their own beside the main one: methods at equal bytes, contestants of speed, layers, routers."""
+"""Tables of their own beside the main one: methods at equal bytes, contestants of speed, layers, routers, servers."""
 
 import dataclasses
 import json
@@ -55,8 +55,6 @@ ROUTERS = (
     Column("looks ahead", "looks_ahead"),
     Column("seeds", "seeds"),
 )
-
-
 VALIDATION = (
     Column("MB as floats", "bytes_memory"),
     Column("MB of the file", "bytes_file"),
@@ -79,6 +77,23 @@ ROUTING = (
     Column("choice, gates %", "share_choice"),
     Column("layer ÷ dense, one token", "layer_ratio_alone"),
     Column("all tokens", "layer_ratio_all"),
+)
+SERVING = (
+    Column("clients", "clients"),
+    Column("requests", "requests"),
+    Column("due per second", "rate"),
+    *(
+        Column(f"{heading}{whose}", f"latency_p{level}_ms{suffix}")
+        for level, heading in ((50, "P50 ms"), (95, "P95"), (99, "P99"))
+        for suffix, whose in (("_full", ", full"), ("", ""))
+    ),
+    Column("full P95 ÷ P95", "latency_p95_ratio"),
+    Column("tokens/s, full", "tokens_per_second_full"),
+    Column("tokens/s", "tokens_per_second"),
+    Column("shed %", "shed_rate"),
+    Column("errors %", "error_rate"),
+    Column("memory ± %, full", "resident_spread_full"),
+    Column("memory ± %", "resident_spread"),
 )
 
 
@@ -206,8 +221,22 @@ def routing(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def mixtures(records: Sequence[Record]) -> tuple[pd.DataFrame, Sequence[Column]] | None:
-    """The table of an experiment on mixtures of experts, and its columns; None for one of something else."""
-    makers = ((routers, ROUTERS), (validation, VALIDATION), (routing, ROUTING))
+def serving(records: Iterable[Record]) -> pd.DataFrame:
+    """One row a load on a server: clients, requests due per second (none where each client asks once it is answered),
+    and what they saw of the compressed and of the full model."""
+    rows = []
+    for one in records:
+        if "latency_p95_ratio" in one.metrics:
+            asked = one.config["measure"]
+            about = {"clients": asked["concurrency"], "requests": asked["requests"], "rate": asked["rate"]}
+            rows.append({label: one.labels[label] for label in CELL} | about | one.metrics)
+    table = pd.DataFrame(rows)
+    return table.sort_values(["rate", "clients"], na_position="first", kind="stable") if rows else table
+
+
+def unlike(records: Sequence[Record]) -> tuple[pd.DataFrame, Sequence[Column]] | None:
+    """The table of an experiment that measures something else than the quality of compressed models, and its columns;
+    None for one that does not."""
+    makers = ((routers, ROUTERS), (validation, VALIDATION), (routing, ROUTING), (serving, SERVING))
     found = ((make(records), columns) for make, columns in makers)
     return next(((table, columns) for table, columns in found if len(table)), None)

@@ -52,9 +52,9 @@ def write_tables(options: argparse.Namespace) -> None:
     for experiment in sorted(set(table["experiment"]) - {"audit"}):
         rows = report.select(table, experiment=experiment)
         own = [one for one in records if one.labels["experiment"] == experiment]
-        if of_mixtures := tables.mixtures(own):
-            write(options.out, experiment, *of_mixtures)
-            for_paper(options.paper, experiment, typeset.latex(*of_mixtures))
+        if another := tables.unlike(own):
+            write(options.out, experiment, *another)
+            for_paper(options.paper, experiment, typeset.latex(*another))
             continue
         means = report.tested(report.average(rows.dropna(axis=1, how="all")), own)  # without what others alone have
         write(options.out, experiment, means)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from test_report import synthetic
 
-from nashswarm import charts, flock_figure, report
+from nashswarm import charts, flock_figure, report, tables
+from nashswarm.record import Record
 
 
 def test_accuracy_is_per_cent_against_how_many_times_smaller() -> None:
@@ -101,3 +102,45 @@ def test_the_flock_moves(tmp_path: pathlib.Path) -> None:
     flock_figure.animate(DANCE, tmp_path / "flock.gif")
     with Image.open(tmp_path / "flock.gif") as film:
         assert film.n_frames >= len(DANCE["frames"])
+
+
+def serving_records() -> list[Record]:
+    records = []
+    for rate, clients in ((None, 16), (None, 1), (1.0, 4)):
+        one = synthetic("gptq_tiles")
+        one.config["measure"] = {"concurrency": clients, "requests": 10, "rate": rate}
+        for level in (50, 95, 99):
+            one.metrics[f"latency_p{level}_ms"] = 1.0 * level * clients
+            one.metrics[f"latency_p{level}_ms_full"] = 9.0 * level
+        one.metrics["latency_p95_ratio"] = 9 / clients
+        records.append(one)
+    return records
+
+
+def test_what_clients_wait_has_a_panel_for_either_loop() -> None:
+    table = tables.serving([*serving_records(), synthetic("uniform4")])
+    assert table["clients"].tolist() == [1, 16, 4] and table["rate"].isna().tolist() == [True, True, False]
+    figure = charts.latency(table)
+    closed, open_loop = figure.axes
+    assert [tick.get_text() for tick in closed.get_xticklabels()] == ["1", "16"]
+    assert open_loop.get_title() == "1 requests per second"
+    lines = {line.get_label(): list(line.get_ydata()) for line in closed.lines}
+    assert lines["compressed, P95"] == pytest.approx([0.095, 1.52])
+    assert lines["32-bit floats, P50"] == pytest.approx([0.45, 0.45])
+    with pytest.raises(ValueError, match="experiment=load"):
+        charts.latency(tables.serving([synthetic("uniform4")]))
+    with pytest.raises(ValueError, match="one model and method"):
+        charts.latency(table.assign(method=["a", "b", "b"]))
+
+
+def test_crowds_of_experts_are_sorted_and_relative_to_an_even_share() -> None:
+    records = []
+    for method, loads in (("moe_top_k", [1.0, 6.0, 2.0]), ("moe_nash_swarm", [3.0, 3.0, 3.0])):
+        one = synthetic(method)
+        one.series["load_0"], one.series["load_1"] = loads, loads[::-1]
+        records.append(one)
+    (axes,) = charts.crowding(records).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines["moe_top_k"] == pytest.approx([2, 2 / 3, 1 / 3]) and lines["moe_nash_swarm"] == [1, 1, 1]
+    with pytest.raises(ValueError, match="experiment=moe"):
+        charts.crowding([synthetic("baseline")])

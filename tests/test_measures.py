@@ -163,8 +163,11 @@ def test_load(subject: Subject) -> None:
     pytest.importorskip("fastapi", reason="not installed")
     found, series = Load(requests=6, concurrency=2, prompt_tokens=8, new_tokens=3).measure(subject)
     names = ("latency_p50_ms", "latency_p95_ms", "latency_p99_ms", "tokens_per_second", "shed_rate", "error_rate")
-    assert set(found) == {f"{name}{end}" for name in names for end in ("", "_full")} | {"latency_p95_ratio"}
+    every = {f"{name}{end}" for name in (*names, "resident_spread") for end in ("", "_full")}
+    assert set(found) == every | {"latency_p95_ratio"}
     for end in ("", "_full"):
+        held = series[f"resident_mb{end}"]
+        assert min(held) > 100 and found[f"resident_spread{end}"] == pytest.approx(1 - min(held) / max(held))
         assert (
             len(series[f"latency_ms{end}"]) == 6 and found[f"error_rate{end}"] == 0 < found[f"tokens_per_second{end}"]
         )

@@ -450,13 +450,13 @@ def test_a_served_model_says_the_same_and_residency_brings_hits(stored: Any, tok
             router.settings = NashSwarmRouter(residency=residency)
         held = store.ExpertStore(path, 8 * 32768)
         store.serve(own, held)
-        nlls.append(one_by_one(own, tokens, 40))
+        nlls.append([nll for window in tokens[:2] for nll in one_by_one(own, window, 40)])
         hits.append(held.hits / (held.hits + held.misses))
     with torch.no_grad():
         wanted = functional.cross_entropy(
             model(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
         )
-    assert nlls[0] == pytest.approx(wanted[:40].tolist(), abs=1e-4)
+    assert nlls[0] == pytest.approx(wanted[: len(nlls[0])].tolist(), abs=1e-4)
     assert hits[1] > hits[0]
 
 

@@ -25,7 +25,7 @@ FORMATS = [(".md", typeset.markdown), (".csv", typeset.csv), (".tex", typeset.la
 @pytest.mark.parametrize("experiment", sorted({path.name for path in COMMITTED.iterdir()} - {"audit"}))
 def test_committed_tables_follow_from_the_records(experiment: str) -> None:
     records = list(record.read_all(COMMITTED / experiment))
-    found = tables.mixtures(records) or [report.tested(report.average(report.frame(records)), records)]
+    found = tables.unlike(records) or [report.tested(report.average(report.frame(records)), records)]
     layers = tables.layers(records)
     for suffix, render in FORMATS:
         assert render(*found) == (ROOT / f"results/tables/{experiment}{suffix}").read_text()

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import httpx
 import numpy as np
 
+from nashswarm import memory
+
 SHED = (429, 503)
 LONGEST = 600.0  # seconds that an answer may take
 UNANSWERED = 0  # the status where there was no answer
@@ -15,11 +17,13 @@ UNANSWERED = 0  # the status where there was no answer
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """``seconds`` from when the request was due to its answer; ``tokens``: new ones in it."""
+    """``seconds`` from when the request was due to its answer; ``tokens``: new ones in it; ``resident``: bytes that
+    this process held then."""
 
     seconds: float
     status: int
     tokens: int
+    resident: int = 0
 
 
 def answers(
@@ -49,7 +53,7 @@ def answers(
         except httpx.HTTPError:
             return Answer(time.perf_counter() - begun, UNANSWERED, 0)
         tokens = found.json()["usage"]["completion_tokens"] if found.status_code == 200 else 0
-        return Answer(time.perf_counter() - begun, found.status_code, tokens)
+        return Answer(time.perf_counter() - begun, found.status_code, tokens, memory.resident_bytes())
 
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     with (
@@ -60,14 +64,17 @@ def answers(
 
 
 def summary(found: Sequence[Answer], seconds: float) -> dict[str, float]:
-    """Percentiles of latency in milliseconds of what was answered (all, if nothing was), tokens per second, and the
-    shares of requests that were shed by a full server and that failed otherwise."""
+    """Percentiles of latency in milliseconds of what was answered (all, if nothing was), tokens per second, the
+    shares of requests that were shed by a full server and that failed otherwise, and ``resident_spread``: how far the
+    memory of the process moved while it answered, as a share of the most."""
     good = [answer.seconds for answer in found if answer.status == 200] or [answer.seconds for answer in found]
     metrics = {f"latency_p{level}_ms": 1000 * float(np.percentile(good, level)) for level in (50, 95, 99)}
     shed = sum(answer.status in SHED for answer in found)
+    held = [answer.resident for answer in found if answer.status == 200] or [0]
     failed = sum(answer.status not in (200, *SHED) for answer in found)
     return metrics | {
         "tokens_per_second": sum(answer.tokens for answer in found) / seconds,
         "shed_rate": shed / len(found),
         "error_rate": failed / len(found),
+        "resident_spread": 1 - min(held) / max(held) if max(held) else 0.0,
     }
