@@ -85,6 +85,7 @@ class Evidence:
     mixtures: Mapping[str, Sequence[Record]] = dataclasses.field(default_factory=dict)
     peers: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
     misses: Sequence[Mapping[str, Any]] = ()  # rows of benchmarks/misses.py
+    grown: Mapping[Place, Rows] = dataclasses.field(default_factory=dict)  # of models of one family
 
     @property
     def trained(self) -> dict[Place, Record]:
@@ -134,17 +135,25 @@ def gather(folder: pathlib.Path, misses: pathlib.Path = MISSES) -> Evidence:
         raise ValueError("the audit has no records; run python -m experiments.run experiment=audit")
     measured = [run for run in runs if run.labels["measure"] != "published"]
     beside = [run for name in EXPERIMENTS if name != "audit" for run in record.read_all(folder / name)]
-    table = report.tested(report.average(report.frame([*beside, *measured])), [*beside, *measured])
-    honest: dict[Place, Rows] = {}
-    for (_, model, dataset, _), rows in table.groupby(["experiment", "model", "dataset", "measure"]):  # as EXPERIMENTS
-        honest.setdefault((str(model), str(dataset)), {row["method"]: row for _, row in rows.iterrows()})
+    honest = by_place([*beside, *measured])
+    grown = by_place(list(record.read_all(folder / "scaling")))
     mixtures = {name: list(record.read_all(folder / name)) for name in MIXTURES}
     peers = equal_bytes(record.read_all(folder / "main"))
     if len(peers):
         peers = peers[peers["method"].str.startswith("peer_") & peers["kl_ratio"].notna()]
     counted = json.loads(misses.read_text())["rows"] if misses.exists() else ()
     exact = {name: sizes(config) for name, config in SHAPES.items()}
-    return Evidence(published, honest, exact, mixtures, peers, counted)
+    return Evidence(published, honest, exact, mixtures, peers, counted, grown)
+
+
+def by_place(runs: Sequence[Record]) -> dict[Place, Rows]:
+    """The rows of runs, means over seeds, by model and text and by method; of several experiments the first."""
+    found: dict[Place, Rows] = {}
+    if runs:
+        table = report.tested(report.average(report.frame(runs)), runs)
+        for (_, model, dataset, _), rows in table.groupby(["experiment", "model", "dataset", "measure"]):
+            found.setdefault((str(model), str(dataset)), {row["method"]: row for _, row in rows.iterrows()})
+    return found
 
 
 def each(runs: Mapping[Place, Record], write: Callable[[Record], str]) -> str:
@@ -496,14 +505,24 @@ def helps(evidence: Evidence) -> Row:
             f"{change(min(uniform))} to {change(max(uniform))}), ahead of uniform in {ahead}"
         )
 
+    def parameters(rows: Rows) -> float:
+        own = rows["uniform4"]
+        return float(8 * own["bytes_file"] / own["bits_per_weight_model"])
+
+    def beside(place: Place, rows: Rows) -> str:
+        own, other = (typeset.text(rows[method], "kl") for method in ("as_published", "uniform4"))
+        return f"{place[0]} ({typeset.fixed(2, 1e-6)(parameters(rows))}M): {own} (`uniform4` {other})"
+
     tables = evidence.having("as_published", "uniform4")
-    helped = [beats(rows["as_published"], rows["uniform4"]) for rows in tables.values()]
+    grown = sorted(evidence.grown.items(), key=lambda found: parameters(found[1]))
+    helped = [beats(rows["as_published"], rows["uniform4"]) for rows in (*tables.values(), *evidence.grown.values())]
     found = f"in files `as_published` helps {sum(helped)} of {len(helped)} models beyond `uniform4`"
+    sizes = f"{len(grown)} sizes of one family, KL: {'; '.join(beside(*one) for one in grown)}" if grown else LATER
     return Row(
         "C12",
         "accuracy is model-specific, adaptive quantization helps small models most",
         each(evidence.trained, published),
-        f"{found if helped else LATER}; at three sizes of one family (`scaling`): {LATER}",
+        f"{found if helped else LATER}; {sizes}",
         "it helps, as C2 has it, and the gain falls with size: decided where it helps none, or by `scaling`",
         False if helped and not any(helped) else None,
         f"{AUDIT}, {ABLATION} and `python -m experiments.run experiment=scaling`",
