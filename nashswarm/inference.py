@@ -150,7 +150,8 @@ def serve(given: argparse.Namespace) -> int:
         raise ValueError("--threads must be at least 1, --queue 0, --patience above 0 and --port below 65536")
     import uvicorn
     from uvicorn.config import STARTUP_FAILURE
-    from uvicorn.supervisors import Multiprocess
+
+    from nashswarm.runtime.server import Supervisor
 
     _check_writer(given.folder, "there is nothing to serve")
     started = functools.partial(
@@ -165,7 +166,7 @@ def serve(given: argparse.Namespace) -> int:
         started, factory=True, host=given.host, port=given.port, lifespan="off", timeout_worker_healthcheck=LOADING
     )
     with config.bind_socket() as listening:
-        supervisor = Multiprocess(config, [listening])
+        supervisor = Supervisor(config, [listening])
         supervisor.run()
     return int(any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes))
 

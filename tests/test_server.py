@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("fastapi", reason="not installed")
-pytest.importorskip("uvicorn", reason="not installed")
+uvicorn = pytest.importorskip("uvicorn", reason="not installed")
 httpx = pytest.importorskip("httpx", reason="not installed")
 
 import nashswarm  # noqa: E402
@@ -283,6 +283,20 @@ def answer(client: Any) -> Any:
             return ask(client)
         time.sleep(0.5)
     raise AssertionError("the server never came up")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
+def test_the_death_of_a_worker_ends_the_wait_for_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was asked while it was alive, and could not answer any more."""
+    monkeypatch.setattr("uvicorn.supervisors.multiprocess.SIGNALS", {})  # those of the tests stay
+    supervisor = server.Supervisor(uvicorn.Config("nowhere:app"), [])
+    supervisor.init_processes()
+    (process,) = supervisor.processes
+    os.kill(process.pid, signal.SIGSTOP)
+    threading.Timer(0.5, os.kill, (process.pid, signal.SIGKILL)).start()
+    started = time.monotonic()
+    assert not process.is_alive(timeout=60) and 0.4 < time.monotonic() - started < 30
+    process.join()
 
 
 @pytest.mark.slow

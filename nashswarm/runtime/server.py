@@ -23,6 +23,7 @@ import torch
 import uvicorn
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from uvicorn.supervisors import Multiprocess
 
 from nashswarm import models
 
@@ -172,6 +173,23 @@ def running(app: fastapi.FastAPI) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+class Supervisor(Multiprocess):
+    """Replaces the process that answers if it dies.  It keeps no copy of that one's end of the pipe between them: so
+    the wait for an answer ends with the process, and not after as long as loading may take."""
+
+    def init_processes(self) -> None:
+        super().init_processes()
+        self._let_go()
+
+    def keep_subprocess_alive(self) -> None:
+        super().keep_subprocess_alive()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for process in self.processes:
+            process.child_conn.close()
 
 
 async def _body(parts: AsyncIterator[bytes], limit: int) -> bytes:
