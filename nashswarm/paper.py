@@ -38,6 +38,15 @@ COLUMNS = tuple(
         *(f"{name}_full" for name in typeset.OFFICIAL),
     }
 )  # fmt: skip
+ROUTERS = tuple(
+    column
+    for column in tables.ROUTERS
+    if column.metric
+    not in {
+        "load_cv", "dropped", "resident_hits", "resident_hits_without", "served_tokens_per_second",
+        "served_tokens_per_second_without", "looks_ahead", "seeds",
+    }
+)  # fmt: skip
 SIZE = {"bytes_file", "bits_per_weight_model"}
 BUDGET = re.compile(r"(.+)\[bits=([\d.]+)\]")
 

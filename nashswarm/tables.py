@@ -39,8 +39,7 @@ ROUTERS = (
     Column("NLL (nats)", "nll"),
     Column("± over seeds", "nll_spread"),
     Column("− top-k + Switch loss", "nll_to_top_k"),
-    Column("from", "nll_to_top_k_low"),
-    Column("to", "nll_to_top_k_high"),
+    Column("its ± over seeds", "nll_to_top_k_spread"),
     Column("MaxVio", "max_violation"),
     Column("MaxVio, prices following", "max_violation_following"),
     Column("NLL then", "nll_following"),
@@ -50,6 +49,8 @@ ROUTERS = (
     Column("dropped %", "dropped"),
     Column("resident hits %", "resident_hits"),
     Column("without the term %", "resident_hits_without"),
+    Column("tokens/s from the store", "served_tokens_per_second"),
+    Column("without the term", "served_tokens_per_second_without"),
     Column("µs/token", "token_microseconds"),
     Column("router µs/token", "router_microseconds"),
     Column("looks ahead", "looks_ahead"),
@@ -173,7 +174,7 @@ def layers(records: Iterable[Record]) -> pd.DataFrame:
 
 def routers(records: Iterable[Record]) -> pd.DataFrame:
     """Mixtures of experts: means over seeds, the spread of NLL over seeds, and NLL against ``moe_top_k`` of the same
-    seeds, with the 95 % interval over paired windows."""
+    seeds, with the 95 % interval over paired windows and the spread over seeds."""
     cells = by_cell(one for one in records if "train_loss" in one.series and "token_microseconds" in one.metrics)
     rows = []
     for labels, own in cells.items():
@@ -189,6 +190,9 @@ def routers(records: Iterable[Record]) -> pd.DataFrame:
             mine, theirs = paired(pairs[0], pairs[1], "nll")
             row["nll_to_top_k"] = float((mine - theirs).mean())
             row["nll_to_top_k_low"], row["nll_to_top_k_high"] = compare.interval((mine - theirs).tolist())
+            if len(seeds) > 1:
+                means = [{one.labels["seed"]: one.metrics["nll"] for one in group} for group in pairs]
+                row["nll_to_top_k_spread"] = float(np.std([means[0][seed] - means[1][seed] for seed in seeds], ddof=1))
         rows.append(row)
     return ordered(pd.DataFrame(rows)) if rows else pd.DataFrame()
 

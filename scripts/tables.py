@@ -54,7 +54,8 @@ def write_tables(options: argparse.Namespace) -> None:
         own = [one for one in records if one.labels["experiment"] == experiment]
         if another := tables.unlike(own):
             write(options.out, experiment, *another)
-            for_paper(options.paper, experiment, typeset.latex(*another))
+            own_columns = paper.ROUTERS if another[1] is tables.ROUTERS else another[1]
+            for_paper(options.paper, experiment, typeset.latex(another[0], own_columns))
             continue
         means = report.tested(report.average(rows.dropna(axis=1, how="all")), own)  # without what others alone have
         write(options.out, experiment, means)
