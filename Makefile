@@ -86,11 +86,12 @@ sweep: install  ## one experiment: make sweep EXPERIMENT=main; what has a record
 	$(RUN) experiment=$(EXPERIMENT) records=$(RECORDS)
 
 FAMILY := xs s m l
+NASHSWARM_FAMILY ?= results/family
 
 family: install  ## train the models of experiment=scaling, about an hour, into results/family; those that are there stay
 	@for size in $(FAMILY); do \
-		grep -qs test_nll results/family/default_$$size/training.json || $(BIN)/python scripts/train_default_model.py \
-			--size $$size --steps 1000 --out results/family/default_$$size || exit 1; \
+		grep -qs test_nll $(NASHSWARM_FAMILY)/default_$$size/training.json || $(BIN)/python scripts/train_default_model.py \
+			--size $$size --steps 1000 --out $(NASHSWARM_FAMILY)/default_$$size || exit 1; \
 	done
 
 derive: install  ## tables and figures of the committed records, into results/tables and results/figures

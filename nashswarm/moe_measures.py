@@ -103,8 +103,9 @@ class Routed:
             models = {suffix: self._from_store(model, path, bool(suffix)) for suffix in suffixes}
             nll = {suffix: [] for suffix in suffixes}  # type: dict[str, list[float]]
             spent = dict.fromkeys(suffixes, 0.0)
-            for window in windows:
-                for suffix, (own, _) in models.items():
+            for number, window in enumerate(windows):
+                for suffix in suffixes[:: -1 if number % 2 else 1]:
+                    own, _ = models[suffix]
                     wait(model.device)
                     started = time.perf_counter()
                     nll[suffix] += one_by_one(own, window, self.served_tokens - len(nll[suffix]))

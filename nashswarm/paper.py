@@ -69,14 +69,15 @@ def commands(values: Mapping[str, str]) -> str:
 
 def numbers(table: pd.DataFrame, *words: str) -> dict[str, str]:
     """Every metric of every method, and what they were measured on, by macro; ``words`` begin each name, followed by
-    the model, dataset or measure where the rows differ in it.
+    the model, dataset, measure or circumstance where the rows differ in it.
 
     Raises ValueError if methods were measured on different windows.
     """
-    varying = [label for label in CELL[1:-1] if table[label].nunique() > 1]
+    told_apart = [label for label in (*CELL[1:-1], *tables.CIRCUMSTANCES) if label in table]
+    varying = [label for label in told_apart if table[label].nunique(dropna=False) > 1]
     if varying:
-        parts = [table[table[varying[0]] == value] for value in dict.fromkeys(table[varying[0]])]
-        named = [numbers(part, *words, str(part.iloc[0][varying[0]])) for part in parts]
+        parts = table.groupby(varying[0], dropna=False, sort=False)
+        named = [numbers(part, *words, "none" if pd.isna(value) else str(value)) for value, part in parts]
         return {name: value for part in named for name, value in part.items()}
     uneven = [name for name in ("tokens", "windows") if name in table and table[name].nunique() > 1]
     if uneven:

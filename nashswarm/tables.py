@@ -79,6 +79,7 @@ ROUTING = (
     Column("layer ÷ dense, one token", "layer_ratio_alone"),
     Column("all tokens", "layer_ratio_all"),
 )
+CIRCUMSTANCES = ("experts", "clients", "rate")  # in which a method has several rows
 SERVING = (
     Column("clients", "clients"),
     Column("requests", "requests"),
@@ -93,8 +94,8 @@ SERVING = (
     Column("tokens/s", "tokens_per_second"),
     Column("shed %", "shed_rate"),
     Column("errors %", "error_rate"),
-    Column("memory ± %, full", "resident_spread_full"),
-    Column("memory ± %", "resident_spread"),
+    Column("memory moved %, full", "resident_spread_full"),
+    Column("memory moved %", "resident_spread"),
 )
 
 

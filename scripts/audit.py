@@ -94,11 +94,7 @@ class Evidence:
 
     def having(self, *methods: str, metric: str = "kl") -> dict[Place, Rows]:
         """The honest runs that have these methods and this metric."""
-        return {
-            place: rows
-            for place, rows in self.honest.items()
-            if all(method in rows and pd.notna(rows[method].get(metric)) for method in methods)
-        }
+        return having(self.honest, *methods, metric=metric)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +140,15 @@ def gather(folder: pathlib.Path, misses: pathlib.Path = MISSES) -> Evidence:
     counted = json.loads(misses.read_text())["rows"] if misses.exists() else ()
     exact = {name: sizes(config) for name, config in SHAPES.items()}
     return Evidence(published, honest, exact, mixtures, peers, counted, grown)
+
+
+def having(runs: Mapping[Place, Rows], *methods: str, metric: str = "kl") -> dict[Place, Rows]:
+    """Those that have these methods and this metric."""
+    return {
+        place: rows
+        for place, rows in runs.items()
+        if all(method in rows and pd.notna(rows[method].get(metric)) for method in methods)
+    }
 
 
 def by_place(runs: Sequence[Record]) -> dict[Place, Rows]:
@@ -514,16 +519,16 @@ def helps(evidence: Evidence) -> Row:
         return f"{place[0]} ({typeset.fixed(2, 1e-6)(parameters(rows))}M): {own} (`uniform4` {other})"
 
     tables = evidence.having("as_published", "uniform4")
-    grown = sorted(evidence.grown.items(), key=lambda found: parameters(found[1]))
-    helped = [beats(rows["as_published"], rows["uniform4"]) for rows in (*tables.values(), *evidence.grown.values())]
+    grown = sorted(having(evidence.grown, "as_published", "uniform4").items(), key=lambda found: parameters(found[1]))
+    helped = [beats(rows["as_published"], rows["uniform4"]) for rows in (*tables.values(), *dict(grown).values())]
     found = f"in files `as_published` helps {sum(helped)} of {len(helped)} models beyond `uniform4`"
-    sizes = f"{len(grown)} sizes of one family, KL: {'; '.join(beside(*one) for one in grown)}" if grown else LATER
+    sizes = f"{len(grown)} sizes of one family (`scaling`), KL: {'; '.join(beside(*one) for one in grown) or LATER}"
     return Row(
         "C12",
         "accuracy is model-specific, adaptive quantization helps small models most",
         each(evidence.trained, published),
         f"{found if helped else LATER}; {sizes}",
-        "it helps, as C2 has it, and the gain falls with size: decided where it helps none, or by `scaling`",
+        "it helps, as C2 has it, and the gain falls with size: decided where it helps none",
         False if helped and not any(helped) else None,
         f"{AUDIT}, {ABLATION} and `python -m experiments.run experiment=scaling`",
         here=elsewhere(tables),

@@ -44,7 +44,7 @@ def test_the_audit_ran_on_committed_code(evidence: audit.Evidence) -> None:
 
 
 def test_without_evidence_there_is_no_verdict(evidence: audit.Evidence) -> None:
-    found = verdicts(dataclasses.replace(evidence, honest={}))
+    found = verdicts(dataclasses.replace(evidence, honest={}, grown={}))
     assert {found[name] for name in ("C2", "C3", "C6", "C7", "C12")} == {audit.LATER}
 
 

@@ -221,9 +221,10 @@ def test_choices_are_those_of_sorting(path: str, rows: int, sizes: list[int], se
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_gradients_reach_scores_through_gates(path: str, k: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_reach_scores_through_gates(path: str, k: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(k)
-    scores = torch.randn(6, 9, generator=generator, requires_grad=True)
+    scores = torch.randn(6, 9, generator=generator).to(dtype).requires_grad_()
     entry, cost, price, pull = (torch.randn(size, generator=generator) for size in (9, 9, 9, (6, k)))
     experts, gates = kernels.route(scores, entry, cost, price, 5, k)
     (gates * pull).sum().backward()

@@ -1,5 +1,6 @@
 """What the README says is what the repository does."""
 
+import itertools
 import pathlib
 import re
 
@@ -75,3 +76,29 @@ def test_choices_it_names_exist() -> None:
         for choices in re.findall(rf"\b{group}=([\w,]+)", README):
             for choice in choices.split(","):
                 assert (ROOT / "conf" / group / f"{choice}.yaml").exists(), f"{group}={choice}"
+
+
+def test_the_sentences_about_mixtures_of_experts() -> None:
+    metrics = {
+        (one.labels["model"], one.labels["method"], one.labels["seed"]): one.metrics
+        for one in record.read_all(COMMITTED / "moe")
+    }
+    seeds = {seed for _, _, seed in metrics}
+    better = {
+        model: sum(
+            metrics[model, "moe_nash_swarm", seed]["nll"] < metrics[model, "moe_top_k", seed]["nll"] for seed in seeds
+        )
+        for model in ("moe_small", "moe_small64")
+    }
+    assert (len(seeds), better) == (3, {"moe_small": 2, "moe_small64": 3})
+    for model, seed in itertools.product(better, seeds):
+        own, switch = (metrics[model, method, seed] for method in ("moe_nash_swarm", "moe_top_k"))
+        assert own["max_violation"] < switch["max_violation"] and own["dead_experts"] == 0
+        assert own["max_violation_following"] < 0.04 < own["max_violation"]
+        assert own["resident_hits"] > own["resident_hits_without"]
+        assert own["served_tokens_per_second"] < 1.1 * own["served_tokens_per_second_without"]
+        if model == "moe_small64":
+            assert own["nll_following"] > switch["nll"]
+        else:
+            every = [one["nll"] for (size, _, number), one in metrics.items() if (size, number) == (model, seed)]
+            assert min(every) == metrics[model, "moe_dense", seed]["nll"]

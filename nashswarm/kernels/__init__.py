@@ -220,15 +220,17 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _keep_gates(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[3], *output)
+    scores, _, _, price, _, k = inputs
+    ctx.shape = scores.shape
+    ctx.save_for_backward(scores - price if k == 1 else scores.new_empty(0), *output)
     ctx.mark_non_differentiable(output[0])
 
 
 def _gate_gradients(ctx: Any, _: Tensor | None, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Of the scores: those of a softmax, over the chosen or, where one was chosen, over all."""
-    scores, price, chosen, gates = ctx.saved_tensors
-    none = torch.zeros_like(scores)
-    shares = none.scatter(1, chosen, gates) if chosen.shape[1] > 1 else (scores - price).softmax(1)
+    paid, chosen, gates = ctx.saved_tensors
+    none = torch.zeros(ctx.shape, dtype=gates.dtype, device=gates.device)
+    shares = none.scatter(1, chosen, gates) if chosen.shape[1] > 1 else paid.softmax(1)
     weighed = gates * gradient
     return none.scatter(1, chosen, weighed) - weighed.sum(1, keepdim=True) * shares, None, None, None, None, None
 

@@ -41,7 +41,7 @@ class Experts(nn.Module):
         """Each token's gated sum of what its experts make of it."""
         k, flat = experts.shape[1], experts.flatten()
         if len(flat) <= FEW and kernels.bare(x, self.up_proj, self.down_proj, gates):
-            parts = (part.contiguous() for part in (x, self.up_proj, self.down_proj, experts, gates))
+            parts = (part.contiguous() for part in (x, self.up_proj, self.down_proj, experts.long(), gates))
             return native.experts(*parts)
         order, places, ends = kernels.group(flat, len(self.up_proj))
         hidden = self.act_fn(grouped(x.index_select(0, order // k), self.up_proj.transpose(1, 2), ends))

@@ -3,7 +3,7 @@
 Both take token ids and a cache, of any batch size and length, and give logits and the cache grown by those tokens; the
 rows of a batch are equally long.  Weights stay packed in the file (``portable``); what is not quantized is stored in 32
 or 16 bits and cast to float32 where it is used.  No file is left behind whose answers to real text differ from the
-model's own.
+model's own, or in 16 bits from those of the model rounded alike.
 
 ``onnx-qdq`` holds every matrix in standard operators alone, INT4 or INT8 and DequantizeLinear, for TensorRT and whoever
 else reads them.  Its weights take at least 4 bits, so the file may be larger than the packed checkpoint, and

@@ -51,7 +51,7 @@ def answers(
         try:
             found = client.post("/v1/completions", json=body)
         except httpx.HTTPError:
-            return Answer(time.perf_counter() - begun, UNANSWERED, 0)
+            return Answer(time.perf_counter() - begun, UNANSWERED, 0, memory.resident_bytes())
         tokens = found.json()["usage"]["completion_tokens"] if found.status_code == 200 else 0
         return Answer(time.perf_counter() - begun, found.status_code, tokens, memory.resident_bytes())
 

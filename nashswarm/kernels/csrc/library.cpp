@@ -74,7 +74,7 @@ inline float gelu(float x) { return x / (1 + std::exp(-1.5957691216f * (x + 0.04
 }  // namespace
 
 #define EXPORTED __attribute__((visibility("default")))
-#if defined(__x86_64__) && defined(__ELF__)
+#if defined(__x86_64__) && defined(__GLIBC__)
 #define WIDENED __attribute__((target_clones("avx512f", "avx2", "default")))  // the same sums in fewer instructions
 #else
 #define WIDENED
