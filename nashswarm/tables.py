@@ -193,7 +193,9 @@ def routers(records: Iterable[Record]) -> pd.DataFrame:
             row["nll_to_top_k_low"], row["nll_to_top_k_high"] = compare.interval((mine - theirs).tolist())
             if len(seeds) > 1:
                 means = [{one.labels["seed"]: one.metrics["nll"] for one in group} for group in pairs]
-                row["nll_to_top_k_spread"] = float(np.std([means[0][seed] - means[1][seed] for seed in seeds], ddof=1))
+                row["nll_to_top_k_spread"] = float(
+                    np.std([means[0][seed] - means[1][seed] for seed in sorted(seeds)], ddof=1)
+                )
         rows.append(row)
     return ordered(pd.DataFrame(rows)) if rows else pd.DataFrame()
 

@@ -91,12 +91,14 @@ def test_the_sentences_about_mixtures_of_experts() -> None:
         for model in ("moe_small", "moe_small64")
     }
     assert (len(seeds), better) == (3, {"moe_small": 2, "moe_small64": 3})
+    own = [one for (_, method, _), one in metrics.items() if method == "moe_nash_swarm"]
+    gains = [one["served_tokens_per_second"] / one["served_tokens_per_second_without"] for one in own]
+    assert min(gains) < 1 < max(gains)
     for model, seed in itertools.product(better, seeds):
         own, switch = (metrics[model, method, seed] for method in ("moe_nash_swarm", "moe_top_k"))
         assert own["max_violation"] < switch["max_violation"] and own["dead_experts"] == 0
         assert own["max_violation_following"] < 0.04 < own["max_violation"]
         assert own["resident_hits"] > own["resident_hits_without"]
-        assert own["served_tokens_per_second"] < 1.1 * own["served_tokens_per_second_without"]
         if model == "moe_small64":
             assert own["nll_following"] > switch["nll"]
         else:

@@ -6,12 +6,13 @@ import pathlib
 import pytest
 
 from nashswarm import record
+from nashswarm.models import FAMILY
 from nashswarm.record import Record
 from scripts import resources
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMMITTED = (ROOT / "results/tables/resources.md").read_text()
-NO_CHECKPOINT = {"local", "minilm", "moe_small", "moe_small64"}  # anyone's, a package's, and to be trained
+NO_CHECKPOINT = {"local", "minilm", "moe_small", "moe_small64", *FAMILY}  # anyone's, a package's, and to be trained
 
 
 @pytest.fixture(scope="module")
