@@ -38,7 +38,7 @@ LAYERS = (
 ROUTERS = (
     Column("NLL (nats)", "nll"),
     Column("± over seeds", "nll_spread"),
-    Column("− top-k + Switch loss", "nll_to_top_k"),
+    Column("less top-k's NLL", "nll_to_top_k"),
     Column("its ± over seeds", "nll_to_top_k_spread"),
     Column("MaxVio", "max_violation"),
     Column("MaxVio, prices following", "max_violation_following"),

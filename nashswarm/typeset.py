@@ -288,6 +288,8 @@ ESCAPES = str.maketrans(
         "^": r"\textasciicircum{}",
         "Δ": r"$\Delta$",
         "÷": r"$\div$",
+        "−": "$-$",
+        "±": r"$\pm$",
         MARK: r"$^\dagger$",
     }
 )
