@@ -85,10 +85,10 @@ test-all: test docs sanitize test-engines  ## test, then the documentation, the 
 sweep: install  ## one experiment: make sweep EXPERIMENT=main; what has a record is skipped
 	$(RUN) experiment=$(EXPERIMENT) records=$(RECORDS)
 
-FAMILY := xs s m l
+FAMILY := $(patsubst conf/model/default_%.yaml,%,$(wildcard conf/model/default_*.yaml))
 NASHSWARM_FAMILY ?= results/family
 
-family: install  ## train the models of experiment=scaling, about an hour, into results/family; those that are there stay
+family: install  ## train the models of experiment=scaling into results/family; those that are there stay
 	@for size in $(FAMILY); do \
 		grep -qs test_nll $(NASHSWARM_FAMILY)/default_$$size/training.json || $(BIN)/python scripts/train_default_model.py \
 			--size $$size --steps 1000 --out $(NASHSWARM_FAMILY)/default_$$size || exit 1; \

@@ -208,8 +208,9 @@ def latency(served: pd.DataFrame) -> Figure:
     loops = list(served.groupby("rate", dropna=False, sort=False))
     figure = Figure(figsize=(2.2 + 1.8 * len(loops), 2.6))
     every = figure.subplots(1, len(loops), squeeze=False, sharey=True)[0]
-    for axes, (rate, rows) in zip(every, loops, strict=True):
-        title = "each asks once it is answered" if pd.isna(rate) else f"{float(str(rate)):g} requests per second"
+    for axes, (_, rows) in zip(every, loops, strict=True):
+        rate = rows["rate"].iloc[0]
+        title = "each asks once it is answered" if pd.isna(rate) else f"{rate:g} requests per second"
         axes.set(yscale="log", title=title, xlabel="clients", xticks=range(len(rows)))
         axes.set_xticklabels([f"{clients:g}" for clients in rows["clients"]])
         for suffix, ink, whose in (

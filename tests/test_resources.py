@@ -12,7 +12,7 @@ from scripts import resources
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMMITTED = (ROOT / "results/tables/resources.md").read_text()
-NO_CHECKPOINT = {"local", "minilm", "moe_small", "moe_small64", *FAMILY}  # anyone's, a package's, and to be trained
+NO_CHECKPOINT = {"local", "minilm", "moe_small", "moe_small64"}  # anyone's, a package's, and to be trained
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,8 @@ def test_runs_that_read_what_others_computed_are_left_out(records: list[Record])
 
 def test_every_model_of_conf_has_a_row() -> None:
     for path in (ROOT / "conf/model").glob("*.yaml"):
-        assert path.stem in NO_CHECKPOINT or f"| `{path.stem}` |" in COMMITTED, path.stem
+        trained = path.stem in NO_CHECKPOINT or path.stem.startswith(FAMILY)
+        assert trained or f"| `{path.stem}` |" in COMMITTED, path.stem
 
 
 def test_a_shape_by_hand() -> None:
