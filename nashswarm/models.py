@@ -142,10 +142,10 @@ def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = 
     path, revision = _place_of(source)
     folder = pathlib.Path(path)
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        remedy = (
-            "run make family" if folder.name.startswith(FAMILY) else "set model.path to a folder in Hugging Face layout"
+        first = "run make family, or " if folder.name.startswith(FAMILY) else ""
+        raise ValueError(
+            f"the model folder {path} does not exist; {first}set model.path to a folder in Hugging Face layout"
         )
-        raise ValueError(f"the model folder {path} does not exist; {remedy}")
     if folder.is_dir() and not (folder / "config.json").exists():
         raise ValueError(f"the folder {path} holds no config.json, so it is not a checkpoint in Hugging Face layout")
     if not folder.is_dir():
