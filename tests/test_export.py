@@ -307,7 +307,7 @@ def test_onnx_of_any_widths_serves_batches(
     found = export.export(own, "onnx", out, tokens, "float32")
     assert found["parity"] < 1e-4 and found["matrices_matmulnbits"] == 0 < found["matrices_unpacked_when_run"]
     read(out)
-    ids, empty = tokens.view(3, -1), [part.expand(3, -1, -1, -1).contiguous() for part in export._empty(own)]
+    ids, empty = tokens.view(3, -1), [part.expand(3, -1, -1, -1).contiguous() for part in export.empty_cache(own)]
     logits, cache = export.onnx_run(out)(ids, empty)
     torch.testing.assert_close(logits, own(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
     assert {part.shape[2] for part in cache} == {ids.shape[1]}
@@ -322,7 +322,7 @@ def test_a_program_of_torch_computes_on_tiles(
     assert found["parity"] < 1e-6
     program = torch.export.load(out)
     assert sum("nashswarm.matmul" in str(node.target) for node in program.graph.nodes) == 4 + 1
-    logits, _ = program.module()(tokens[:, :9], export._empty(own))
+    logits, _ = program.module()(tokens[:, :9], export.empty_cache(own))
     assert logits.shape == (1, 9, 512)
 
 

@@ -114,7 +114,7 @@ def export(
     native = target == "torch-export"
 
     def write(path: pathlib.Path) -> None:
-        (_write_program if native else _write_onnx)(program, path, len(_empty(model)))
+        (_write_program if native else _write_onnx)(program, path, len(empty_cache(model)))
         run = torch.export.load(io.BytesIO(path.read_bytes())).module() if native else onnx_run(path)
         set_activations(model, activations if native else "float32")  # type: ignore[arg-type]
         apart = found["parity"] = parity(model, run, tokens)
@@ -132,7 +132,7 @@ def export(
 def traced(model: Any) -> torch.export.ExportedProgram:
     """One step of the model as a graph, for any batch, number of tokens and length of the cache."""
     batch, tokens, past = (torch.export.Dim(name) for name in ("batch", "tokens", "past"))
-    cache = [part.new_zeros(2, part.shape[1], 5, part.shape[3]) for part in _empty(model)]
+    cache = [part.new_zeros(2, part.shape[1], 5, part.shape[3]) for part in empty_cache(model)]
     ids = torch.zeros(2, 3, dtype=torch.long)
     shapes = {"input_ids": {0: batch, 1: tokens}, "past": [{0: batch, 2: past} for _ in cache]}
     return torch.export.export(Step(model), (ids, cache), dynamic_shapes=shapes, strict=False)
@@ -144,7 +144,7 @@ def parity(model: Any, run: Run, tokens: Int[Tensor, "1 length"]) -> float:
     with its own cache.  Raises ValueError if the text is too short."""
     if tokens.shape[1] < PROMPT + DECODED:
         raise ValueError(f"the text has {tokens.shape[1]} tokens, parity is checked on {PROMPT + DECODED}: give more")
-    own, cache, largest, difference = None, list(_empty(model)), 0.0, 0.0
+    own, cache, largest, difference = None, list(empty_cache(model)), 0.0, 0.0
     for part in (tokens[:, :PROMPT], *tokens[:, PROMPT : PROMPT + DECODED].split(1, 1)):
         answer = model(input_ids=part, past_key_values=own, use_cache=True)
         own = answer.past_key_values
@@ -178,7 +178,7 @@ def _matrices(model: Any, target: str) -> dict[str, float]:
     return {name: sum(isinstance(module, kind) for module in modules) for name, kind in layouts.items()}
 
 
-def _empty(model: Any) -> list[Tensor]:
+def empty_cache(model: Any) -> list[Tensor]:
     """The cache before the first token."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
