@@ -1,0 +1,114 @@
+"""Do experiments that were run again say what their committed records say?
+
+    python -m experiments.run experiment=bit_budget records=results/reproduced/records
+    python scripts/reproduced.py
+
+Records are those of one run if their configurations agree in everything that can move a number.  Compared are the
+values of single windows, to the last bit, and every metric that has an interval with that of the committed record;
+times and what follows from them apart.  Writes a JSON file and a Markdown table; the exit status is 1 where anything
+but a time lies outside.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+from nashswarm import record, typeset
+from nashswarm.machine import machine
+from nashswarm.provenance import provenance
+from nashswarm.record import Record
+
+TIMED = re.compile(r"seconds|_ms|per_second|(decode|decode_long|prefill|latency\w*)_ratio|process_growth|resident_mb")
+HEADINGS = (
+    "experiment",
+    "runs",
+    "the same to the last bit",
+    "intervals",
+    "inside",
+    "intervals of times",
+    "inside",
+    "outside",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One run and its repetition.  ``same``: all series but times agree to the last bit.  ``inside``: of every metric
+    with an interval, whether it lies there now."""
+
+    experiment: str
+    method: str
+    same: bool
+    inside: dict[str, bool]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=pathlib.Path, default=pathlib.Path("results/records"))
+    parser.add_argument("--reproduced", type=pathlib.Path, default=pathlib.Path("results/reproduced/records"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/reproduced"))
+    options = parser.parse_args(arguments)
+    origin = provenance(datetime.datetime.now(datetime.UTC))
+    try:
+        found = [compared(*pair) for pair in pairs(options.records, options.reproduced)]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    text = markdown(found)
+    content = {"runs": [dataclasses.asdict(one) for one in found], "machine": str(machine()), "provenance": origin}
+    record.write_report(options.out, content, text)
+    typeset.console().print(text, markup=False, highlight=False)
+    return int(any(not (inside or TIMED.search(name)) for one in found for name, inside in one.inside.items()))
+
+
+def pairs(committed: pathlib.Path, reproduced: pathlib.Path) -> Iterator[tuple[Record, Record]]:
+    """Each reproduced record behind the committed one of the same run.  Raises ValueError if there is none."""
+    found = sorted(path for path in reproduced.rglob("[0-9a-f]*.json"))
+    if not found:
+        raise ValueError(f"no record in {reproduced}; run an experiment with records={reproduced}")
+    for path in found:
+        first = committed / path.relative_to(reproduced)
+        if not first.exists():
+            raise ValueError(f"{path} repeats no record of {committed}: its configuration is another")
+        yield record.read(first), record.read(path)
+
+
+def compared(first: Record, again: Record) -> Comparison:
+    """What ``again`` says of the run of ``first``."""
+    series = [name for name in first.series if not TIMED.search(name)]
+    bounded = [name for name in first.metrics if f"{name}_low" in first.metrics and f"{name}_high" in first.metrics]
+    return Comparison(
+        first.labels["experiment"],
+        first.labels["method"],
+        all(first.series[name] == again.series.get(name) for name in series),
+        {
+            name: first.metrics[f"{name}_low"] <= again.metrics.get(name, math.nan) <= first.metrics[f"{name}_high"]
+            for name in bounded
+        },
+    )
+
+
+def markdown(found: Iterable[Comparison]) -> str:
+    """A row an experiment."""
+    by_experiment: dict[str, list[Comparison]] = {}
+    for one in found:
+        by_experiment.setdefault(one.experiment, []).append(one)
+    lines = [f"| {' | '.join(HEADINGS)} |", f"| :-- |{' --: |' * (len(HEADINGS) - 2)} :-- |"]
+    for experiment, runs in by_experiment.items():
+        cells = [experiment, str(len(runs)), str(sum(one.same for one in runs))]
+        every = [(one.method, name, inside) for one in runs for name, inside in one.inside.items()]
+        for timed in (False, True):
+            own = [inside for _, name, inside in every if bool(TIMED.search(name)) == timed]
+            cells += [str(len(own)), str(sum(own))]
+        outside = ", ".join(f"{method} {name}" for method, name, inside in every if not inside)
+        lines.append(f"| {' | '.join(cells)} | {outside or 'none'} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

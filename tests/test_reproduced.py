@@ -1,0 +1,73 @@
+"""Runs that are repeated: the same to the last bit, inside of their intervals, or outside, times apart."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from nashswarm import record
+from nashswarm.record import Record
+from scripts import reproduced
+
+METRICS = {
+    "kl": 0.5,
+    "kl_low": 0.4,
+    "kl_high": 0.6,
+    "decode_ratio": 2.0,
+    "decode_ratio_low": 1.9,
+    "decode_ratio_high": 2.1,
+}
+
+
+def run(kl: float = 0.5, ratio: float = 2.0, window: float = 0.25, method: str = "nash_swarm") -> Record:
+    labels = {"experiment": "ablation", "method": method, "model": "m", "dataset": "d", "measure": "q", "seed": "0"}
+    metrics = METRICS | {"kl": kl, "decode_ratio": ratio}
+    series = {"kl": [window, 0.75], "decode_ms": [ratio]}
+    return Record(labels, {"method": method}, metrics, series, [], "", {})
+
+
+@pytest.mark.parametrize(
+    ("again", "cells", "status"),
+    [
+        (run(), "| ablation | 1 | 1 | 1 | 1 | 1 | 1 | none |", 0),
+        (run(kl=0.59, window=0.26), "| ablation | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
+        (run(ratio=3.0), "| ablation | 1 | 1 | 1 | 1 | 1 | 0 | nash_swarm decode_ratio |", 0),
+        (run(kl=0.61), "| ablation | 1 | 1 | 1 | 0 | 1 | 1 | nash_swarm kl |", 1),
+    ],
+)
+def test_what_lies_outside_is_named(again: Record, cells: str, status: int, tmp_path: pathlib.Path) -> None:
+    record.write(tmp_path / "first", run())
+    record.write(tmp_path / "again", again)
+    words = [
+        "--records",
+        str(tmp_path / "first"),
+        "--reproduced",
+        str(tmp_path / "again"),
+        "--out",
+        str(tmp_path / "told"),
+    ]
+    assert reproduced.main(words) == status
+    assert (tmp_path / "told.md").read_text().splitlines()[-1] == cells
+
+
+def test_another_run_is_no_repetition(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record.write(tmp_path / "first", run())
+    words = [
+        "--records",
+        str(tmp_path / "first"),
+        "--reproduced",
+        str(tmp_path / "again"),
+        "--out",
+        str(tmp_path / "told"),
+    ]
+    assert reproduced.main(words) == 1
+    assert "run an experiment with records=" in capsys.readouterr().err
+    record.write(tmp_path / "again", run(method="gptq"))
+    assert reproduced.main(words) == 1
+    assert "repeats no record" in capsys.readouterr().err
+    assert not (tmp_path / "told.md").exists()
+
+
+def test_a_metric_that_is_gone_lies_outside() -> None:
+    again = dataclasses.replace(run(), metrics={"kl": 0.5})
+    assert reproduced.compared(run(), again).inside == {"kl": True, "decode_ratio": False}
