@@ -1,16 +1,18 @@
-"""Figures of what compression costs and wins: accuracy, sensitivities of layers, the codes' way to rest, speed, memory,
-what clients of a server wait; and how evenly routers use their experts.
+"""Figures of what compression costs and wins: accuracy, sensitivities of layers, the codes' way to rest, what blocks
+decided, speed, memory, what clients of a server wait; and how evenly routers use their experts.
 
 As in ``figures``: records or a data frame in, a matplotlib figure out, with whatever style is in force.
 """
 
 from collections.abc import Iterable
 
+import matplotlib
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from nashswarm import figures
 from nashswarm.figures import by_method, colour, place_labels
@@ -90,6 +92,55 @@ def settling(records: Iterable[Record]) -> Figure:
             )  # fmt: skip
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     figure.legend(loc="outside right center")
+    return figure
+
+
+def offsets(allocation: str) -> dict[str, tuple[float, NDArray[np.int64]]]:
+    """Of every layer on a lattice: bits per weight of its codes, and each block's offset to the step that the price
+    gives it, in quarter octaves, coarser above zero; layers made of tiles or floats are left out.
+
+    >>> offsets("wte 3.9 +0*2 -1*1\\nhead 2x3 4*6\\nnorm 16")["wte"][1].tolist()
+    [0, 0, -1]
+    """
+    found = {}
+    for line in allocation.splitlines():
+        layer, *words = line.split()
+        if words and "." in words[0]:
+            runs = [tuple(map(int, word.split("*"))) for word in words[1:]]
+            found[layer] = float(words[0]), np.repeat([shift for shift, _ in runs], [length for _, length in runs])
+    return found
+
+
+def decisions(runs: Iterable[Record]) -> Figure:
+    """What the game decided for a whole model, a row a layer: bits per weight, and the offset of every block where it
+    stands among the rows of its matrix.  Of several runs the last in the order of tables, where ``nash_swarm`` is.
+
+    Raises ValueError if no layer is on a lattice.
+    """
+    games = [
+        found for one in sorted(runs, key=lambda one: rank(one.labels["method"])) if (found := offsets(one.allocation))
+    ]
+    if not games:
+        raise ValueError("no run has blocks with steps of their own; run nash_swarm")
+    layers = games[-1]
+    most = max(int(np.abs(shifts).max()) for _, shifts in layers.values()) or 1
+    figure = Figure(figsize=(5.2, 0.9 + 0.13 * len(layers)))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 3))
+    left.barh(range(len(layers)), [bits for bits, _ in layers.values()], color=figures.COLOURS[REFERENCE], height=0.8)
+    left.set_yticks(range(len(layers)), layers, fontsize=6)
+    left.tick_params(axis="y", length=0)
+    left.set_xlabel("bits per weight")
+    colours = matplotlib.colormaps["PuOr"].resampled(2 * most + 1)
+    for row, (_, shifts) in enumerate(layers.values()):
+        drawn = right.imshow(
+            shifts[None], cmap=colours, vmin=-most - 0.5, vmax=most + 0.5, aspect="auto", interpolation="nearest",
+            extent=(0, 1, row + 0.4, row - 0.4),
+        )  # fmt: skip
+    right.set(xlim=(0, 1), ylim=(len(layers) - 0.4, -0.6), xlabel="blocks, from the first rows to the last")
+    right.set_xticks([])
+    right.tick_params(axis="y", length=0)
+    bar = figure.colorbar(drawn, ax=right, ticks=range(-most, most + 1), pad=0.02)
+    bar.set_label("step, in quarter octaves: finer below 0")
     return figure
 
 

@@ -3,9 +3,9 @@
     python scripts/figures.py --experiment ablation --paper paper/generated
 
 Writes ``<experiment>_pareto``, ``_perplexity``, ``_accuracy``, ``_ablation``, ``_convergence``, ``_settling``,
-``_bits``, ``_sensitivity``, ``_speed``, ``_memory``, ``_latency`` and ``_crowding`` as PDF and PNG, each where the
-records carry what it shows, and says which it left out and why.  Of all experiments together also ``flock``, a still
-and an animation of what ``benchmarks/flock_dynamics.py`` saw.
+``_bits``, ``_decisions``, ``_sensitivity``, ``_speed``, ``_memory``, ``_latency`` and ``_crowding`` as PDF and PNG,
+each where the records carry what it shows, and says which it left out and why.  Of all experiments together also
+``flock``, a still and an animation of what ``benchmarks/flock_dynamics.py`` saw.
 """
 
 import argparse
@@ -89,6 +89,7 @@ def drawings(points: pd.DataFrame, runs: list[record.Record], layer: str | None)
         "convergence": lambda: figures.convergence(runs),
         "settling": lambda: charts.settling(runs),
         "bits": lambda: figures.bit_map(tiled[-1].allocation if tiled else "", layer),
+        "decisions": lambda: charts.decisions(runs),
         "sensitivity": lambda: charts.sensitivity(tables.layers(runs)),
         "speed": lambda: charts.speed(tables.speed(runs)),
         "memory": lambda: charts.memory(tables.speed(runs)),

@@ -1,5 +1,6 @@
 """Figures of accuracy, rest, sensitivity, speed, memory and the flock: what they show is what they were given."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -38,6 +39,20 @@ def test_codes_at_rest_are_hollow() -> None:
     assert marks[-1].get_xdata().tolist() == [3]
     with pytest.raises(ValueError, match="no record has sweeps of codes"):
         charts.settling([synthetic("baseline")])
+
+
+def test_every_block_shows_its_offset_in_the_row_of_its_layer() -> None:
+    one = synthetic("no_swarm")
+    whole = dataclasses.replace(synthetic("nash_swarm"), allocation="wte 3.9 +0*2 -1*1\nhead 1.5 +2*4\nnorm 16\n")
+    figure = charts.decisions([whole, one])
+    left, right, _ = figure.axes
+    assert [bar.get_width() for bar in left.patches] == [3.9, 1.5]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["wte", "head"]
+    rows = [image.get_array().tolist() for image in right.images]
+    assert rows == [[[0, 0, -1]], [[2, 2, 2, 2]]]
+    assert [sorted(image.get_extent()[2:]) for image in right.images] == [[-0.4, 0.4], [0.6, 1.4]]
+    with pytest.raises(ValueError, match="run nash_swarm"):
+        charts.decisions([one])
 
 
 def test_sensitivities_have_a_panel_for_every_method() -> None:

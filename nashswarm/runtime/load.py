@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from nashswarm import memory
 SHED = (429, 503)
 LONGEST = 600.0  # seconds that an answer may take
 UNANSWERED = 0  # the status where there was no answer
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 
 
 @dataclasses.dataclass(frozen=True)
