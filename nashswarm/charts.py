@@ -139,7 +139,7 @@ def decisions(runs: Iterable[Record]) -> Figure:
     right.set(xlim=(0, 1), ylim=(len(layers) - 0.4, -0.6), xlabel="blocks, from the first rows to the last")
     right.set_xticks([])
     right.tick_params(axis="y", length=0)
-    bar = figure.colorbar(drawn, ax=right, ticks=range(-most, most + 1), pad=0.02)
+    bar = figure.colorbar(drawn, ax=right, ticks=range(-most, most + 1), fraction=0.05, aspect=30, pad=0.02)
     bar.set_label("step, in quarter octaves: finer below 0")
     return figure
 
@@ -261,7 +261,7 @@ def latency(served: pd.DataFrame) -> Figure:
     every = figure.subplots(1, len(loops), squeeze=False, sharey=True)[0]
     for axes, (_, rows) in zip(every, loops, strict=True):
         rate = rows["rate"].iloc[0]
-        title = "each asks once it is answered" if pd.isna(rate) else f"{rate:g} requests per second"
+        title = "each asks once it is answered" if pd.isna(rate) else f"requests by themselves, {rate:g} per second"
         axes.set(yscale="log", title=title, xlabel="clients", xticks=range(len(rows)))
         axes.set_xticklabels([f"{clients:g}" for clients in rows["clients"]])
         for suffix, ink, whose in (

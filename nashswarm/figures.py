@@ -22,6 +22,7 @@ from nashswarm.report import paired, rank
 from nashswarm.typeset import FORMATS, REFERENCE
 
 NEGLIGIBLE = {"kl": 1e-5, "regret": 1e-12, "perplexity": 0.0}  # nats per token; below it a value counts as zero
+SUFFIXES = (".pdf", ".png")
 AXES = {"kl": "KL to full precision (nats per token)", "perplexity": "perplexity"}
 COLOURS = {
     "baseline": "#000000",
@@ -307,7 +308,7 @@ def bit_map(allocation: str, layer: str | None = None) -> Figure:
     """
     grids = tiles(allocation)
     if not grids:
-        raise ValueError("the allocation has no layer made of tiles; choose a method that allocates bits to tiles")
+        raise ValueError("no layer is made of tiles of several widths; choose a method that allocates bits to tiles")
     layer = layer or most_varied(grids)
     if layer not in grids:
         raise ValueError(f"{layer!r} is not a layer made of tiles; choose among {', '.join(grids)}")
@@ -350,7 +351,7 @@ def layer_bits(record: Record) -> Figure:
 def save(figure: Figure, stem: pathlib.Path) -> list[pathlib.Path]:
     """Write ``<stem>.pdf`` and ``<stem>.png``, the same bytes every time."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(f"{stem.name}.pdf"), stem.with_name(f"{stem.name}.png")]
+    paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
     figure.savefig(paths[0], metadata={"CreationDate": None})
     figure.savefig(paths[1], metadata={"Software": None})
     return paths

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import matplotlib.style
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -59,13 +60,17 @@ def write_figures(options: argparse.Namespace) -> None:
         rows = report.select(table, experiment=experiment)
         runs = [run for run in records if run.fingerprint in set(rows["fingerprint"])]
         for name, draw in drawings(report.points(rows), runs, options.layer).items():
+            stems = [folder / f"{experiment}_{name}" for folder in filter(None, (options.out, options.paper))]
             try:
                 figure = draw()
             except ValueError as reason:
                 console.print(f"no {experiment}_{name}: {reason}", markup=False, highlight=False)
+                for stem in stems:  # one that other records had
+                    for suffix in figures.SUFFIXES:
+                        stem.with_name(stem.name + suffix).unlink(missing_ok=True)
                 continue
-            for folder in filter(None, (options.out, options.paper)):
-                for path in figures.save(figure, folder / f"{experiment}_{name}"):
+            for stem in stems:
+                for path in figures.save(figure, stem):
                     console.print(str(path), markup=False, highlight=False)
 
 
@@ -79,7 +84,7 @@ def write_flock(options: argparse.Namespace) -> None:
 
 def drawings(points: pd.DataFrame, runs: list[record.Record], layer: str | None) -> dict[str, Callable[[], Figure]]:
     """The figures of an experiment by name, each to be drawn when called."""
-    tiled = [run for run in runs if figures.tiles(run.allocation)]
+    tiled = [run for run in runs if any(np.ptp(grid) for grid in figures.tiles(run.allocation).values())]
     tiled.sort(key=lambda run: (report.rank(run.labels["method"])[0], run.labels["seed"]))
     return {
         "pareto": lambda: figures.pareto(points),

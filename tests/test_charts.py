@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from test_report import synthetic
 
-from nashswarm import charts, flock_figure, report, tables
+from nashswarm import charts, flock_figure, record, report, tables
 from nashswarm.record import Record
+from scripts import figures as script
 
 
 def test_accuracy_is_per_cent_against_how_many_times_smaller() -> None:
@@ -138,7 +139,7 @@ def test_what_clients_wait_has_a_panel_for_either_loop() -> None:
     figure = charts.latency(table)
     closed, open_loop = figure.axes
     assert [tick.get_text() for tick in closed.get_xticklabels()] == ["1", "16"]
-    assert open_loop.get_title() == "1 requests per second"
+    assert open_loop.get_title() == "requests by themselves, 1 per second"
     lines = {line.get_label(): list(line.get_ydata()) for line in closed.lines}
     assert lines["compressed, P95"] == pytest.approx([0.095, 1.52])
     assert lines["32-bit floats, P50"] == pytest.approx([0.45, 0.45])
@@ -159,3 +160,16 @@ def test_crowds_of_experts_are_sorted_and_relative_to_an_even_share() -> None:
     assert lines["moe_top_k"] == pytest.approx([2, 2 / 3, 1 / 3]) and lines["moe_nash_swarm"] == [1, 1, 1]
     with pytest.raises(ValueError, match="experiment=moe"):
         charts.crowding([synthetic("baseline")])
+
+
+def test_a_figure_goes_with_the_records_that_it_showed(tmp_path: pathlib.Path) -> None:
+    for method in ("baseline", "nash_swarm"):
+        record.write(tmp_path / "records", synthetic(method))
+    out = tmp_path / "figures"
+    out.mkdir()
+    (out / "ablation_speed.pdf").touch()
+    assert (
+        script.main(["--records", str(tmp_path / "records"), "--out", str(out), "--dance", str(tmp_path / "none")]) == 0
+    )
+    names = {path.name for path in out.iterdir()}
+    assert {"ablation_pareto.pdf", "ablation_bits.png"} <= names and "ablation_speed.pdf" not in names

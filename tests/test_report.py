@@ -242,7 +242,7 @@ def test_bit_maps_are_parsed() -> None:
     for broken in ("mlp 2x3 4*5", "mlp 2x3 4", "mlp 2by3 4*6"):
         with pytest.raises(ValueError, match="allocation of 'mlp' is not"):
             figures.tiles(broken)
-    with pytest.raises(ValueError, match="no layer made of tiles"):
+    with pytest.raises(ValueError, match="no layer is made of tiles"):
         figures.bit_map("mlp 16\n")
     with pytest.raises(ValueError, match="'attn' is not a layer made of tiles"):
         figures.bit_map("mlp 1x1 4*1\n", "attn")
