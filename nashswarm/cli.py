@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     profiled.add_argument("--steps", type=int, default=30, help="timed steps (30)")
     profiled.add_argument("--largest-batch", type=int, default=16, help="batches of 1, 2, 4 … are tried up to it (16)")
     profiled.add_argument("--latency-ms", type=float, help="the longest step that the batch size may cost")
+    _add_memory(profiled)
     profiled.add_argument(
         "--misses", action="store_true", help="also count cache misses of a product with the largest matrix, packed "
         "and as floats: by perf stat, or by valgrind where the processor's counters are closed"
@@ -161,6 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     served.add_argument("--queue", type=int, default=16, help="requests that may wait (16)")
     served.add_argument("--patience", type=float, default=60.0, help="seconds that one may wait (60)")
     served.add_argument("--name", help="of the model in requests; default: the folder's")
+    _add_memory(served)
+    served.add_argument("--pin", action="store_true", help="keep the weights in memory, whatever else runs (mlock)")
 
     exported = command(
         "export",
@@ -198,6 +201,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="of a model that compress or save= made")
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory-mb", type=float, metavar="MB", help="what the process may hold: how long a text fits is tried out"
+    )
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:

@@ -5,26 +5,30 @@ anything that does not fit.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 
-from nashswarm import data, measures, metrics, models, peers
+from nashswarm import data, measures, memory, metrics, models, peers
 from nashswarm.evidence import show_progress
 from nashswarm.kernels import native
 from nashswarm.linear import PackedMatrix, QuantizedLinear
 from nashswarm.machine import Machine, machine
 from nashswarm.runtime import export as exporter
-from nashswarm.runtime import misses
+from nashswarm.runtime import misses, room
 from nashswarm.runtime import profile as profiler
+
+if TYPE_CHECKING:
+    from nashswarm.runtime.server import Limits
 
 LOADING = 600  # seconds after which a process that does not answer is taken for dead
 WIDE = 160  # columns of a table that goes to a file or a pipe, where nothing is to be cut off
@@ -116,9 +120,25 @@ def profile(given: argparse.Namespace) -> int:
     console.print(f"a step reads {size:,} bytes of matrices, which fit in {here.level(size)}, in {1000 * whole:.2f} ms")
     console.print(steps)
     console.print(profiler.best(points, limit)[1])
+    _tell_memory(model, longest, given.memory_mb, console)
     if counter is not None and largest is not None:
         _count_misses(*largest, here, *counter, console)
     return 0
+
+
+def _tell_memory(model: Any, window: int, limit: float | None, console: Console) -> None:
+    """Print where the bytes of the model and the process are, and how long a text fits within ``limit`` megabytes."""
+    packed, others = (sum(part.nbytes for part in group) for group in room.weights(model))
+    console.print(f"in memory: {packed:,} bytes of packed matrices, {others:,} of other weights", highlight=False)
+    console.print(f"{room.token_bytes(model):,} bytes of cache for each token of a text", highlight=False)
+    if found := memory.held():
+        console.print(
+            f"the process holds {found['own']:,} bytes of its own and {found['mapped']:,} of mapped files; "
+            f"{found['pinned']:,} are pinned", highlight=False,
+        )  # fmt: skip
+    if limit is not None:
+        tokens, held = room.longest(model, int(1e6 * limit), window)
+        console.print(f"within {limit:g} MB: texts of {tokens} tokens, {1e-6 * held:.0f} MB at the peak")
 
 
 def _largest(model: Any) -> tuple[str, QuantizedLinear]:
@@ -148,10 +168,12 @@ def serve(given: argparse.Namespace) -> int:
     peers.require("serve", measures.Load.NEEDS, measures.Load.EXTRA)
     if given.threads < 1 or given.queue < 0 or given.patience <= 0 or not 0 <= given.port < 65536:
         raise ValueError("--threads must be at least 1, --queue 0, --patience above 0 and --port below 65536")
+    if given.memory_mb is not None and given.memory_mb <= 0:
+        raise ValueError(f"--memory-mb {given.memory_mb:g} must be above 0")
     import uvicorn
     from uvicorn.config import STARTUP_FAILURE
 
-    from nashswarm.runtime.server import Supervisor
+    from nashswarm.runtime.server import Limits, Supervisor
 
     _check_writer(given.folder, "there is nothing to serve")
     started = functools.partial(
@@ -159,8 +181,9 @@ def serve(given: argparse.Namespace) -> int:
         given.folder,
         given.name or given.folder.resolve().name,
         given.threads,
-        given.queue,
-        given.patience,
+        Limits(given.queue, given.patience),
+        given.memory_mb,
+        given.pin,
     )
     config = uvicorn.Config(
         started, factory=True, host=given.host, port=given.port, lifespan="off", timeout_worker_healthcheck=LOADING
@@ -171,7 +194,9 @@ def serve(given: argparse.Namespace) -> int:
     return int(any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes))
 
 
-def _application(folder: pathlib.Path, name: str, threads: int, queue: int, patience: float) -> Any:
+def _application(
+    folder: pathlib.Path, name: str, threads: int, limits: "Limits", memory_mb: float | None, pinned: bool
+) -> Any:
     """What the process that answers runs."""
     from uvicorn.config import STARTUP_FAILURE
 
@@ -180,10 +205,17 @@ def _application(folder: pathlib.Path, name: str, threads: int, queue: int, pati
     torch.set_num_threads(threads)
     try:
         model, tokenizer = _load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        if pinned:
+            print(f"{room.pin(model):,} bytes of weights are pinned", file=sys.stderr)
+        if memory_mb is not None:
+            window = models.LoadedModel(model, tokenizer).window_length(None)
+            tokens, held = room.longest(model, int(1e6 * memory_mb), window)
+            print(f"texts of up to {tokens} tokens are answered: {1e-6 * held:.0f} MB at the peak", file=sys.stderr)
+            limits = dataclasses.replace(limits, tokens=tokens)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(STARTUP_FAILURE)  # another process would do no better
-    return server.application(model, tokenizer, name, server.Limits(queue, patience))
+    return server.application(model, tokenizer, name, limits)
 
 
 def export(given: argparse.Namespace) -> int:

@@ -188,6 +188,13 @@ def test_a_request_that_fails_takes_no_other_with_it(start: Start, monkeypatch: 
     assert ask(client).status_code == 200
 
 
+def test_a_text_that_memory_does_not_hold_is_refused(start: Start) -> None:
+    client = start(tokens=8)
+    assert ask(client, max_tokens=5).status_code == 200
+    refused = ask(client, max_tokens=6)
+    assert refused.status_code == 400 and "max_tokens=6 exceed 8" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("rate", [None, 200.0])
 def test_load_of_a_server(start: Start, rate: float | None, token_windows: Tensor) -> None:
     url = str(start().base_url)
@@ -254,6 +261,7 @@ def served(model: Any, tokenizer: Any, tmp_path: pathlib.Path) -> Iterator[tuple
         port = free.getsockname()[1]
     command = "import sys; from nashswarm.cli import main; sys.exit(main())"
     words = [sys.executable, "-c", command, "serve", str(tmp_path / "small"), "--port", str(port)]
+    words += ["--memory-mb", "100000"]
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
     with (
         subprocess.Popen(words, env=environment) as process,

@@ -35,11 +35,12 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """``queue``: requests that may wait, beside the one that is computed; ``patience``: seconds that one may wait;
-    ``body``: bytes of a request."""
+    ``body``: bytes of a request; ``tokens``: of a prompt and its answer, if fewer than the model reads."""
 
     queue: int = 16
     patience: float = 60.0
     body: int = 1 << 20
+    tokens: int | None = None
 
 
 class Asked(pydantic.BaseModel):
@@ -70,6 +71,7 @@ def application(model: Any, tokenizer: Any, name: str, limits: Limits = Limits()
     """``POST /v1/completions``, ``GET /v1/models`` and ``GET /health``."""
     worker = concurrent.futures.ThreadPoolExecutor(1, "generate")
     longest = models.LoadedModel(model, tokenizer).window_length(None)
+    longest = longest if limits.tokens is None else min(longest, limits.tokens)
     admitted = 0
     app = fastapi.FastAPI(title="nashswarm", openapi_url=None)
 

@@ -1,0 +1,85 @@
+"""How much memory a model takes while it writes, how long a text fits within a limit, and weights that stay there."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nashswarm import memory
+from nashswarm.linear import PackedMatrix
+
+TRIES = 6  # of lengths between one that fits and one that does not
+
+
+def weights(model: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of the packed matrices, and all others that the model holds; shared ones once."""
+    matrices = [module for module in model.modules() if isinstance(module, PackedMatrix)]
+    packed = _distinct(part for matrix in matrices for part in (*_held(matrix), matrix.tiles.order))
+    known = {part.data_ptr() for part in packed}
+    return packed, [part for part in _distinct(_held(model)) if part.data_ptr() not in known]
+
+
+@torch.no_grad()
+def token_bytes(model: Any) -> int:
+    """Of the cache, for each token of a text: keys and values of every layer."""
+    cache = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def peak(model: Any, tokens: int) -> int:
+    """The most bytes that this process held while the model read a text, of so many tokens with the one that it wrote
+    then."""
+    ids = torch.zeros(1, tokens - 1, dtype=torch.long)
+    memory.give_back()
+    memory.reset_peak()
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
+    return memory.peak_bytes()
+
+
+def longest(model: Any, limit: int, window: int) -> tuple[int, int]:
+    """The longest text, ``window`` tokens at most, with which this process holds no more than ``limit`` bytes, and what
+    it holds then; tried, not computed.
+
+    Raises ValueError if not even two tokens fit.
+    """
+    least = peak(model, 2)
+    if least > limit:
+        raise ValueError(
+            f"the process holds {1e-6 * least:.0f} MB with a text of two tokens, more than the limit of "
+            f"{1e-6 * limit:.0f} MB: take a smaller model, or allow more"
+        )
+    fits, over = (2, least), (window, peak(model, window))
+    if over[1] <= limit:
+        return over
+    for number in range(TRIES):  # in proportion, then halfway: memory grows faster than texts do
+        part = 0.5 if number % 2 else (limit - fits[1]) / (over[1] - fits[1])
+        tokens = fits[0] + max(1, int(part * (over[0] - fits[0])))
+        if tokens >= over[0]:
+            break
+        held = peak(model, tokens)
+        fits, over = ((tokens, held), over) if held <= limit else (fits, (tokens, held))
+    return fits
+
+
+def pin(model: Any) -> int:
+    """Keep all weights in memory, whatever else the machine runs: their bytes.  Raises ValueError if the system does
+    not let this process."""
+    parts = [part for group in weights(model) for part in group if part.nbytes]
+    try:
+        for part in parts:
+            memory.pin(part.data_ptr(), part.nbytes)
+    except OSError as error:
+        raise ValueError(
+            f"{sum(part.nbytes for part in parts):,} bytes of weights cannot be pinned ({error.strerror}): raise the "
+            "limit on locked memory (ulimit -l), or leave out --pin"
+        ) from error
+    return sum(part.nbytes for part in parts)
+
+
+def _held(module: Any) -> Iterable[Tensor]:
+    return (*module.parameters(), *module.buffers())
+
+
+def _distinct(parts: Iterable[Tensor]) -> list[Tensor]:
+    return list({part.data_ptr(): part for part in parts}.values())

@@ -1,0 +1,114 @@
+"""What models hold in memory, how long a text fits there, and weights that stay."""
+
+import pathlib
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nashswarm import checkpoint, measures, memory
+from nashswarm.cli import main
+from nashswarm.models import find_layers
+from nashswarm.runtime import room
+
+Packed = Callable[..., dict[str, np.ndarray]]
+BASE, TOKEN = 1_000_000, 500  # bytes of a process that is made up
+
+
+@pytest.fixture
+def small(model: Any, packed: Packed) -> Any:
+    """The tiny model on packed matrices."""
+    checkpoint.adopt(model, find_layers(model), packed(model, "tiles"))
+    return model
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths that were tried on the process that is made up."""
+    lengths: list[int] = []
+
+    def peak(model: Any, tokens: int) -> int:
+        lengths.append(tokens)
+        return BASE + TOKEN * tokens + tokens * tokens
+
+    monkeypatch.setattr(room, "peak", peak)
+    return lengths
+
+
+def test_every_weight_is_counted_once(small: Any, tiny: Any) -> None:
+    packed, others = (sum(part.nbytes for part in group) for group in room.weights(small))
+    assert packed + others == measures.resident_bytes(small) and 0 < others < packed
+    none, every = (sum(part.nbytes for part in group) for group in room.weights(tiny))
+    assert none == 0 and every == measures.resident_bytes(tiny)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_token_takes_keys_and_values_of_every_layer(kind: str, random_model: Callable[[str], Any]) -> None:
+    heads = {"gpt2": 4, "llama": 2}[kind]
+    assert room.token_bytes(random_model(kind)) == 2 * 2 * heads * 16 * 4
+
+
+@pytest.mark.parametrize("fits", [1024, 1023, 700, 64, 3, 2])
+def test_the_text_that_is_found_fits_and_uses_the_room(fits: int, tried: list[int]) -> None:
+    limit = BASE + TOKEN * fits + fits * fits
+    tokens, held = room.longest(None, limit, 1024)
+    assert held == BASE + TOKEN * tokens + tokens * tokens <= limit
+    assert 0.7 * fits <= tokens <= fits and len(tried) <= room.TRIES + 2
+
+
+def test_a_limit_below_the_process_is_refused(tried: list[int]) -> None:
+    with pytest.raises(ValueError, match="holds 1 MB with a text of two tokens, more than the limit of 0 MB"):
+        room.longest(None, BASE // 4, 1024)
+    assert tried == [2]
+
+
+def test_a_longer_text_takes_more_memory(small: Any) -> None:
+    held = memory.held()
+    if not held:
+        pytest.skip("this system does not tell")
+    peak = room.peak(small, 64)
+    assert peak >= room.peak(small, 2) - 2**22 and peak >= 0.8 * (held["own"] + held["mapped"])
+
+
+def test_pinned_weights_are_told_by_the_system(small: Any) -> None:
+    try:
+        size = room.pin(small)
+    except ValueError as refused:
+        pytest.skip(str(refused))
+    assert size == measures.resident_bytes(small) <= memory.held()["pinned"]
+
+
+def test_a_system_that_does_not_pin_is_named(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: int, size: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(memory, "pin", refuse)
+    with pytest.raises(ValueError, match=r"cannot be pinned \(Cannot allocate memory\): raise .*ulimit -l"):
+        room.pin(small)
+
+
+def test_pinning_what_is_not_there_is_an_error() -> None:
+    with pytest.raises(OSError, match=r"."):
+        memory.pin(resource.getpagesize(), 10**15)
+
+
+def test_the_profile_tells_where_bytes_are(
+    small: Any, tokenizer: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], tried: list[int]
+) -> None:
+    small.save_pretrained(tmp_path)
+    words = ["profile", str(tmp_path), "--steps", "1", "--largest-batch", "1", "--threads", "1"]
+    assert main([*words, "--memory-mb", "1.01"]) == 0
+    shown = capsys.readouterr().out
+    packed, _ = (sum(part.nbytes for part in group) for group in room.weights(small))
+    assert f"{packed:,} bytes of packed matrices" in shown and "bytes of cache for each token" in shown
+    assert "within 1.01 MB: texts of 19 tokens, 1 MB at the peak" in shown
+    assert main([*words, "--memory-mb", "0.5"]) == 2
+    assert "more than the limit" in capsys.readouterr().err
+
+
+def test_less_than_nothing_cannot_be_served(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fastapi", reason="not installed")
+    assert main(["serve", str(tmp_path), "--memory-mb", "-1"]) == 2
+    assert "--memory-mb -1 must be above 0" in capsys.readouterr().err
