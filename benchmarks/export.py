@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nashswarm import checkpoint, data, models, timing
+from nashswarm import checkpoint, data, models, peers, timing
 from nashswarm.evidence import show_progress
 from nashswarm.linear import set_activations
 from nashswarm.machine import machine
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     origin = provenance(datetime.datetime.now(datetime.UTC))
+    peers.require("benchmarks/export.py", export.PACKAGES, "onnx")
     torch.set_num_threads(1)
     loaded = models.load(models.RandomModel(), "cpu", torch.float32)
     full = loaded.model
@@ -118,7 +119,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"Commit {origin['commit']}{' with changes' if origin['dirty'] else ''}; {found['machine']}; one thread.",
         "Parity: the largest difference of logits on real text, relative to the largest, from the packed model and, "
         "where other parts are stored in 16 bits, from that model with them rounded alike. Ratios: times faster than "
-        "32-bit floats in torch.",
+        "32-bit floats in torch; no activation is rounded, by the packed model itself neither.",
         "",
         "| bits | run as | other parts | MB | parity | rounded alike | decode ms | × decode | × prefill |",
         "| :-- | :-- | :-- | --: | --: | --: | --: | --: | --: |",

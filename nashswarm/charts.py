@@ -117,12 +117,11 @@ def decisions(runs: Iterable[Record]) -> Figure:
 
     Raises ValueError if no layer is on a lattice.
     """
-    games = [
-        found for one in sorted(runs, key=lambda one: rank(one.labels["method"])) if (found := offsets(one.allocation))
-    ]
+    ranked = sorted(runs, key=lambda one: (rank(one.labels["method"]), one.labels["model"], one.labels["seed"]))
+    games = [one for one in ranked if offsets(one.allocation)]
     if not games:
         raise ValueError("no run has blocks with steps of their own; run nash_swarm")
-    layers = games[-1]
+    layers, whose = offsets(games[-1].allocation), games[-1].labels
     most = max(int(np.abs(shifts).max()) for _, shifts in layers.values()) or 1
     figure = Figure(figsize=(5.2, 0.9 + 0.13 * len(layers)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 3))
@@ -136,7 +135,8 @@ def decisions(runs: Iterable[Record]) -> Figure:
             shifts[None], cmap=colours, vmin=-most - 0.5, vmax=most + 0.5, aspect="auto", interpolation="nearest",
             extent=(0, 1, row + 0.4, row - 0.4),
         )  # fmt: skip
-    right.set(xlim=(0, 1), ylim=(len(layers) - 0.4, -0.6), xlabel="blocks, from the first rows to the last")
+    right.set(xlim=(0, 1), ylim=(len(layers) - 0.4, -0.6), title=f"{whose['method']} of {whose['model']}")
+    right.set_xlabel("blocks, from the first rows to the last")
     right.set_xticks([])
     right.tick_params(axis="y", length=0)
     bar = figure.colorbar(drawn, ax=right, ticks=range(-most, most + 1), fraction=0.05, aspect=30, pad=0.02)

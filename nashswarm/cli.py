@@ -1,9 +1,11 @@
 """The command ``nashswarm``: compress a model, and work with compressed ones."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -205,8 +207,15 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--memory-mb", type=float, metavar="MB", help="what the process may hold: how long a text fits is tried out"
+        "--memory-mb", type=_megabytes, metavar="MB", help="try how long a text the process can take and hold no more"
     )
+
+
+def _megabytes(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (found := float(text)) < math.inf:
+            return found
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of megabytes above 0")
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:

@@ -120,9 +120,9 @@ def profile(given: argparse.Namespace) -> int:
     console.print(f"a step reads {size:,} bytes of matrices, which fit in {here.level(size)}, in {1000 * whole:.2f} ms")
     console.print(steps)
     console.print(profiler.best(points, limit)[1])
-    _tell_memory(model, longest, given.memory_mb, console)
     if counter is not None and largest is not None:
         _count_misses(*largest, here, *counter, console)
+    _tell_memory(model, longest, given.memory_mb, console)
     return 0
 
 
@@ -130,7 +130,8 @@ def _tell_memory(model: Any, window: int, limit: float | None, console: Console)
     """Print where the bytes of the model and the process are, and how long a text fits within ``limit`` megabytes."""
     packed, others = (sum(part.nbytes for part in group) for group in room.weights(model))
     console.print(f"in memory: {packed:,} bytes of packed matrices, {others:,} of other weights", highlight=False)
-    console.print(f"{room.token_bytes(model):,} bytes of cache for each token of a text", highlight=False)
+    if (size := room.token_bytes(model)) is not None:
+        console.print(f"{size:,} bytes of cache for each token of a text", highlight=False)
     if found := memory.held():
         console.print(
             f"the process holds {found['own']:,} bytes of its own and {found['mapped']:,} of mapped files; "
@@ -168,8 +169,6 @@ def serve(given: argparse.Namespace) -> int:
     peers.require("serve", measures.Load.NEEDS, measures.Load.EXTRA)
     if given.threads < 1 or given.queue < 0 or given.patience <= 0 or not 0 <= given.port < 65536:
         raise ValueError("--threads must be at least 1, --queue 0, --patience above 0 and --port below 65536")
-    if given.memory_mb is not None and given.memory_mb <= 0:
-        raise ValueError(f"--memory-mb {given.memory_mb:g} must be above 0")
     import uvicorn
     from uvicorn.config import STARTUP_FAILURE
 
@@ -212,7 +211,7 @@ def _application(
             tokens, held = room.longest(model, int(1e6 * memory_mb), window)
             print(f"texts of up to {tokens} tokens are answered: {1e-6 * held:.0f} MB at the peak", file=sys.stderr)
             limits = dataclasses.replace(limits, tokens=tokens)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the last: torch got no memory
         print(error, file=sys.stderr)
         sys.exit(STARTUP_FAILURE)  # another process would do no better
     return server.application(model, tokenizer, name, limits)

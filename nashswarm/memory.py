@@ -9,10 +9,12 @@ import resource
 import sys
 
 
-def reset_peak() -> None:
-    """Start a new high-water mark of this process's resident set, where the kernel allows it."""
+def reset_peak() -> bool:
+    """Start a new high-water mark of this process's resident set: whether the kernel allows it."""
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
 
 
 def peak_bytes() -> int:

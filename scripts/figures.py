@@ -55,6 +55,7 @@ def write_figures(options: argparse.Namespace) -> None:
     table = report.select(report.frame(records), **{name: value for name, value in chosen.items() if value})
     if options.paper:
         report.refuse_dirty(table)
+    whole = not any(chosen.values()) and options.layer is None
     console = Console()
     for experiment in sorted(set(table["experiment"])):
         rows = report.select(table, experiment=experiment)
@@ -65,7 +66,7 @@ def write_figures(options: argparse.Namespace) -> None:
                 figure = draw()
             except ValueError as reason:
                 console.print(f"no {experiment}_{name}: {reason}", markup=False, highlight=False)
-                for stem in stems:  # one that other records had
+                for stem in stems if whole else ():  # one that other records had
                     for suffix in figures.SUFFIXES:
                         stem.with_name(stem.name + suffix).unlink(missing_ok=True)
                 continue

@@ -49,6 +49,7 @@ def test_every_block_shows_its_offset_in_the_row_of_its_layer() -> None:
     left, right, _ = figure.axes
     assert [bar.get_width() for bar in left.patches] == [3.9, 1.5]
     assert [label.get_text() for label in left.get_yticklabels()] == ["wte", "head"]
+    assert right.get_title() == "nash_swarm of gpt2_small"
     rows = [image.get_array().tolist() for image in right.images]
     assert rows == [[[0, 0, -1]], [[2, 2, 2, 2]]]
     assert [sorted(image.get_extent()[2:]) for image in right.images] == [[-0.4, 0.4], [0.6, 1.4]]

@@ -26,46 +26,40 @@ def run(kl: float = 0.5, ratio: float = 2.0, window: float = 0.25, method: str =
     return Record(labels, {"method": method}, metrics, series, [], "", {})
 
 
+def words(folder: pathlib.Path) -> list[str]:
+    places = {"records": "first", "reproduced": "again", "out": "told"}
+    return [word for name, place in places.items() for word in (f"--{name}", str(folder / place))]
+
+
 @pytest.mark.parametrize(
     ("again", "cells", "status"),
     [
         (run(), "| ablation | 1 | 1 | 1 | 1 | 1 | 1 | none |", 0),
         (run(kl=0.59, window=0.26), "| ablation | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
         (run(ratio=3.0), "| ablation | 1 | 1 | 1 | 1 | 1 | 0 | nash_swarm decode_ratio |", 0),
-        (run(kl=0.61), "| ablation | 1 | 1 | 1 | 0 | 1 | 1 | nash_swarm kl |", 1),
+        (run(kl=0.61), "| ablation | 1 | 0 | 1 | 0 | 1 | 1 | nash_swarm kl |", 1),
     ],
 )
 def test_what_lies_outside_is_named(again: Record, cells: str, status: int, tmp_path: pathlib.Path) -> None:
     record.write(tmp_path / "first", run())
     record.write(tmp_path / "again", again)
-    words = [
-        "--records",
-        str(tmp_path / "first"),
-        "--reproduced",
-        str(tmp_path / "again"),
-        "--out",
-        str(tmp_path / "told"),
-    ]
-    assert reproduced.main(words) == status
+    assert reproduced.main(words(tmp_path)) == status
     assert (tmp_path / "told.md").read_text().splitlines()[-1] == cells
 
 
 def test_another_run_is_no_repetition(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     record.write(tmp_path / "first", run())
-    words = [
-        "--records",
-        str(tmp_path / "first"),
-        "--reproduced",
-        str(tmp_path / "again"),
-        "--out",
-        str(tmp_path / "told"),
-    ]
-    assert reproduced.main(words) == 1
+    assert reproduced.main(words(tmp_path)) == 1
     assert "run an experiment with records=" in capsys.readouterr().err
     record.write(tmp_path / "again", run(method="gptq"))
-    assert reproduced.main(words) == 1
+    assert reproduced.main(words(tmp_path)) == 1
     assert "repeats no record" in capsys.readouterr().err
     assert not (tmp_path / "told.md").exists()
+
+
+def test_what_has_no_interval_must_not_move() -> None:
+    first, again = (dataclasses.replace(run(), metrics={"bytes_file": size}, series={}) for size in (10.0, 11.0))
+    assert reproduced.compared(first, again).failing == ["bytes_file"] and not reproduced.compared(first, first).failing
 
 
 def test_a_metric_that_is_gone_lies_outside() -> None:

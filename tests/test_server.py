@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import contextlib
+import copy
+import gc
 import os
 import pathlib
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -193,6 +196,16 @@ def test_a_text_that_memory_does_not_hold_is_refused(start: Start) -> None:
     assert ask(client, max_tokens=5).status_code == 200
     refused = ask(client, max_tokens=6)
     assert refused.status_code == 400 and "max_tokens=6 exceed 8" in refused.json()["error"]["message"]
+
+
+def test_what_was_served_is_let_go(tiny: Any, tokenizer: Any) -> None:
+    model = copy.deepcopy(tiny)
+    alive = weakref.ref(model)
+    with server.running(server.application(model, tokenizer, "tiny")) as url:
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": [1], "max_tokens": 1}).status_code == 200
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("rate", [None, 200.0])

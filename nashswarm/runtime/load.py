@@ -14,7 +14,6 @@ from nashswarm import memory
 SHED = (429, 503)
 LONGEST = 600.0  # seconds that an answer may take
 UNANSWERED = 0  # the status where there was no answer
-logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +42,7 @@ def answers(
     requests per second: they are due at random times (a Poisson process), whatever became of those before, and are late
     where all clients are busy.
     """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
     due = np.zeros(requests) if rate is None else np.random.default_rng(seed).exponential(1 / rate, requests).cumsum()
     started = time.perf_counter()
 

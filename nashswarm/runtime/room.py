@@ -9,7 +9,7 @@ from torch import Tensor
 from nashswarm import memory
 from nashswarm.linear import PackedMatrix
 
-TRIES = 6  # of lengths between one that fits and one that does not
+TRIES = 4  # of lengths between one that fits and twice it
 
 
 def weights(model: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -21,20 +21,25 @@ def weights(model: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @torch.no_grad()
-def token_bytes(model: Any) -> int:
-    """Of the cache, for each token of a text: keys and values of every layer."""
-    cache = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+def token_bytes(model: Any) -> int | None:
+    """Of the cache, for each token of a text: keys and values of every layer; None for a model without such a cache."""
+    cache = getattr(model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True), "past_key_values", None)
+    parts = [getattr(layer, side, None) for layer in getattr(cache, "layers", ()) for side in ("keys", "values")]
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return sum(part.nbytes for part in tensors) if parts and len(tensors) == len(parts) else None
 
 
 def peak(model: Any, tokens: int) -> int:
     """The most bytes that this process held while the model read a text, of so many tokens with the one that it wrote
-    then."""
+    then.  Raises ValueError where the system does not tell."""
     ids = torch.zeros(1, tokens - 1, dtype=torch.long)
     memory.give_back()
-    memory.reset_peak()
+    if not memory.reset_peak():
+        raise ValueError("this system does not tell how much a process has held: leave out --memory-mb")
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
-    return memory.peak_bytes()
+    held = memory.peak_bytes()
+    memory.give_back()
+    return held
 
 
 def longest(model: Any, limit: int, window: int) -> tuple[int, int]:
@@ -49,7 +54,10 @@ def longest(model: Any, limit: int, window: int) -> tuple[int, int]:
             f"the process holds {1e-6 * least:.0f} MB with a text of two tokens, more than the limit of "
             f"{1e-6 * limit:.0f} MB: take a smaller model, or allow more"
         )
-    fits, over = (2, least), (window, peak(model, window))
+    fits, over = (2, least), (2, least)
+    while over[1] <= limit and over[0] < window:  # from below: more than the limit may be more than there is
+        fits, tokens = over, min(2 * over[0], window)
+        over = (tokens, peak(model, tokens))
     if over[1] <= limit:
         return over
     for number in range(TRIES):  # in proportion, then halfway: memory grows faster than texts do

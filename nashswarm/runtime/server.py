@@ -69,11 +69,14 @@ class Refused(Exception):
 
 def application(model: Any, tokenizer: Any, name: str, limits: Limits = Limits()) -> fastapi.FastAPI:
     """``POST /v1/completions``, ``GET /v1/models`` and ``GET /health``."""
-    worker = concurrent.futures.ThreadPoolExecutor(1, "generate")
-    longest = models.LoadedModel(model, tokenizer).window_length(None)
+    vocabulary, longest = model.config.vocab_size, models.LoadedModel(model, tokenizer).window_length(None)
     longest = longest if limits.tokens is None else min(longest, limits.tokens)
     admitted = 0
     app = fastapi.FastAPI(title="nashswarm", openapi_url=None)
+    # not in the functions below: FastAPI remembers those as long as the process lives
+    app.state.model, app.state.tokenizer = model, tokenizer
+    app.state.worker = concurrent.futures.ThreadPoolExecutor(1, "generate")
+    del model, tokenizer
 
     async def refuse(request: fastapi.Request, error: Exception) -> JSONResponse:
         status = int(error.status if isinstance(error, Refused) else getattr(error, "status_code", 500))
@@ -96,12 +99,14 @@ def application(model: Any, tokenizer: Any, name: str, limits: Limits = Limits()
     @app.post("/v1/completions")
     async def complete(request: fastapi.Request) -> dict[str, Any]:
         nonlocal admitted
+        state = request.app.state
         asked = _asked(await _body(request.stream(), limits.body))
         if asked.model not in (None, name):
             raise Refused(404, f"there is no model {asked.model!r} here, only {name!r}")
-        ids = _ids(asked.prompt, tokenizer, model.config.vocab_size)
+        ids = _ids(asked.prompt, state.tokenizer, vocabulary)
         if len(ids) + asked.max_tokens > longest:
-            raise Refused(400, f"{len(ids)} tokens of prompt and max_tokens={asked.max_tokens} exceed {longest}")
+            whose = "" if limits.tokens is None else ", which is what fits into the memory that the server may take"
+            raise Refused(400, f"{len(ids)} tokens of prompt and max_tokens={asked.max_tokens} exceed {longest}{whose}")
         if admitted > limits.queue:
             raise Refused(429, f"{limits.queue} requests are waiting already: try again")
         latest = time.monotonic() + limits.patience
@@ -109,11 +114,11 @@ def application(model: Any, tokenizer: Any, name: str, limits: Limits = Limits()
         def compute() -> list[int]:
             if time.monotonic() > latest:
                 raise Refused(503, f"the request has waited {limits.patience:g} seconds: try again")
-            return generated(model, ids, asked)
+            return generated(state.model, ids, asked)
 
         admitted += 1
         try:
-            new = await asyncio.get_running_loop().run_in_executor(worker, compute)
+            new = await asyncio.get_running_loop().run_in_executor(state.worker, compute)
         except Refused:
             raise
         except Exception as error:  # whatever went wrong, the next request is served
@@ -123,8 +128,8 @@ def application(model: Any, tokenizer: Any, name: str, limits: Limits = Limits()
             admitted -= 1
         choice = {
             "index": 0,
-            "text": tokenizer.decode(new, skip_special_tokens=True),
-            "finish_reason": "stop" if new and new[-1] in _ends(model) else "length",
+            "text": state.tokenizer.decode(new, skip_special_tokens=True),
+            "finish_reason": "stop" if new and new[-1] in _ends(state.model) else "length",
             "logprobs": None,
         }
         usage = {"prompt_tokens": len(ids), "completion_tokens": len(new), "total_tokens": len(ids) + len(new)}
@@ -175,6 +180,7 @@ def running(app: fastapi.FastAPI) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+            app.state.worker.shutdown()
 
 
 class Supervisor(Multiprocess):
