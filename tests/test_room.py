@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from nashswarm import checkpoint, measures, memory
+from nashswarm import checkpoint, inference, measures, memory
 from nashswarm.cli import main
 from nashswarm.models import find_layers
 from nashswarm.runtime import room
@@ -124,6 +124,45 @@ def test_the_profile_tells_where_bytes_are(
     assert "within 1.01 MB: texts of 19 tokens, 1 MB at the peak" in shown
     assert main([*words, "--memory-mb", "0.5"]) == 2
     assert "more than the limit" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(small: Any, tokenizer: Any, tmp_path: pathlib.Path) -> pathlib.Path:
+    small.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_server_answers_what_fits(
+    folder: pathlib.Path, tried: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi", reason="not installed")
+    httpx = pytest.importorskip("httpx", reason="not installed")
+    from nashswarm.runtime import server
+
+    pinned: list[int] = []
+    monkeypatch.setattr(memory, "pin", lambda address, size: pinned.append(size))
+    limit = 1e-6 * (BASE + 12 * TOKEN + 200)  # between the needs of 12 and of 13
+    app = inference._application(folder, "small", 1, server.Limits(), limit, True)
+    told = capsys.readouterr().err
+    assert f"{sum(pinned):,} bytes of weights are pinned" in told and "texts of up to 12 tokens are answered" in told
+    with server.running(app) as url:
+        for tokens, status in ((9, 200), (10, 400)):
+            body = {"prompt": [1, 2, 3], "max_tokens": tokens}
+            assert httpx.post(f"{url}/v1/completions", json=body).status_code == status
+
+
+def test_a_server_without_room_does_not_start(
+    folder: pathlib.Path, tried: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fastapi", reason="not installed")
+    from uvicorn.config import STARTUP_FAILURE
+
+    from nashswarm.runtime import server
+
+    with pytest.raises(SystemExit) as stopped:
+        inference._application(folder, "small", 1, server.Limits(), 0.5, False)
+    assert stopped.value.code == STARTUP_FAILURE and "more than the limit of 0 MB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["-1", "0", "inf", "nan", "much"])
