@@ -26,7 +26,7 @@ from nashswarm import checkpoint, data, models, peers, timing
 from nashswarm.evidence import show_progress
 from nashswarm.linear import set_activations
 from nashswarm.machine import machine
-from nashswarm.provenance import provenance
+from nashswarm.provenance import provenance, told
 from nashswarm.quant.grid import Scheme, quantize, row_blocks
 from nashswarm.quant.pack import pack
 from nashswarm.record import write_report
@@ -116,7 +116,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# Exported models",
         "",
-        f"Commit {origin['commit']}{' with changes' if origin['dirty'] else ''}; {found['machine']}; one thread.",
+        f"{told(origin)}; {found['machine']}; one thread.",
         "Parity: the largest difference of logits on real text, relative to the largest, from the packed model and, "
         "where other parts are stored in 16 bits, from that model with them rounded alike. Ratios: times faster than "
         "32-bit floats in torch; no activation is rounded, by the packed model itself neither.",

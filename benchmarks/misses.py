@@ -18,7 +18,7 @@ from typing import Any
 from nashswarm.evidence import show_progress
 from nashswarm.kernels.__main__ import example
 from nashswarm.machine import machine
-from nashswarm.provenance import provenance
+from nashswarm.provenance import provenance, told
 from nashswarm.record import write_report
 from nashswarm.runtime import misses
 
@@ -110,7 +110,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# Cache misses of a product with one column",
         "",
-        f"Commit {origin['commit']}{' with changes' if origin['dirty'] else ''}; {found['machine']}. "
+        f"{told(origin)}; {found['machine']}. "
         f"{found['why'][0].upper()}{found['why'][1:]}; {LAPTOP}'s are always simulated. Reads of data that miss the "
         "first and the last level, for each product. Nothing is prefetched where caches are simulated: misses tell how "
         "many lines come from beyond a level, not how long a product waits for them.",

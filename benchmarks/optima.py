@@ -27,7 +27,7 @@ from nashswarm.evidence import show_progress
 from nashswarm.game import Coupling, Game, best_response, shadow_price
 from nashswarm.methods import PLAYED_WIDTHS
 from nashswarm.plan import plan
-from nashswarm.provenance import provenance
+from nashswarm.provenance import provenance, told
 from nashswarm.quant.grid import Scheme
 from nashswarm.record import write_report
 from nashswarm.run import Job
@@ -274,7 +274,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# The bit game against what is best",
         "",
-        f"Commit {origin['commit']}{' with changes' if origin['dirty'] else ''}, {origin['machine']}, "
+        f"{told(origin)}, {origin['machine']}, "
         f"{origin['threads']} thread(s); `python benchmarks/optima.py --seed {origin['seed']}`.",
         "",
         f"## {size['players']:,} players",

@@ -21,7 +21,7 @@ from typing import Any
 
 from nashswarm.evidence import show_progress
 from nashswarm.machine import machine
-from nashswarm.provenance import provenance
+from nashswarm.provenance import provenance, told
 from nashswarm.record import write_report
 
 RUN = [sys.executable, "-m", "experiments.run", "-m", "wandb=disabled"]
@@ -91,8 +91,7 @@ def markdown(found: dict[str, Any]) -> str:
         [
             "# What the framework adds, and what a second process saves",
             "",
-            f"Commit {origin['commit']}{' with changes' if origin['dirty'] else ''}; {found['machine']}; one thread a "
-            "process.",
+            f"{told(origin)}; {found['machine']}; one thread a process.",
             "",
             "|  | seconds |",
             "| :-- | --: |",

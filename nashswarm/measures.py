@@ -16,6 +16,7 @@ from nashswarm import compare, evaluators, glue, metrics, models, peers, timing
 from nashswarm.allocation import Layer
 from nashswarm.linear import Activations, set_activations
 from nashswarm.quant.calibration import Track
+from nashswarm.runtime import room
 
 BATCH = 8  # windows
 log = logging.getLogger(__name__)
@@ -391,5 +392,5 @@ def parts_of(measure: Measure) -> Sequence[Measure]:
 def resident_bytes(model: Any) -> int:
     """Bytes of all parameters and buffers of a loaded model, shared ones once; a contestant that keeps its weights out
     of torch's sight says how many they are as ``weight_bytes``."""
-    tensors = {part.data_ptr(): part.nbytes for part in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values()) + sum(getattr(module, "weight_bytes", 0) for module in model.modules())
+    held = sum(part.nbytes for part in room.tensors(model))
+    return held + sum(getattr(module, "weight_bytes", 0) for module in model.modules())

@@ -9,7 +9,7 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,15 @@ def provenance(started: datetime.datetime) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {cores}",
         "started": started.isoformat(timespec="seconds"),
     }
+
+
+def told(origin: Mapping[str, Any]) -> str:
+    """The commit of what ``provenance`` found, in words.
+
+    >>> told({"commit": "00a838f", "dirty": True})
+    'Commit 00a838f with changes'
+    """
+    return f"Commit {origin['commit']}{' with changes' if origin['dirty'] else ''}"
 
 
 def _versions() -> Iterator[tuple[str, str]]:

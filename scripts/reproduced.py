@@ -87,12 +87,13 @@ def pairs(committed: pathlib.Path, reproduced: pathlib.Path) -> Iterator[tuple[R
 
 def compared(first: Record, again: Record) -> Comparison:
     """What ``again`` says of the run of ``first``."""
-    old, new = ({**one.series, **one.metrics} for one in (first, again))
+    kinds = ((first.series, again.series), (first.metrics, again.metrics))
+    moved = {name for old, new in kinds for name in old if not TIMED.search(name) and old[name] != new.get(name)}
     bounded = [name for name in first.metrics if f"{name}_low" in first.metrics and f"{name}_high" in first.metrics]
     return Comparison(
         first.labels["experiment"],
         first.labels["method"],
-        [name for name in old if not TIMED.search(name) and old[name] != new.get(name)],
+        sorted(moved),
         {
             name: first.metrics[f"{name}_low"] <= again.metrics.get(name, math.nan) <= first.metrics[f"{name}_high"]
             for name in bounded

@@ -36,6 +36,7 @@ def words(folder: pathlib.Path) -> list[str]:
     [
         (run(), "| ablation | 1 | 1 | 1 | 1 | 1 | 1 | none |", 0),
         (run(kl=0.59, window=0.26), "| ablation | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
+        (run(window=0.26), "| ablation | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
         (run(ratio=3.0), "| ablation | 1 | 1 | 1 | 1 | 1 | 0 | nash_swarm decode_ratio |", 0),
         (run(kl=0.61), "| ablation | 1 | 0 | 1 | 0 | 1 | 1 | nash_swarm kl |", 1),
     ],

@@ -1,6 +1,5 @@
 """How much memory a model takes while it writes, how long a text fits within a limit, and weights that stay there."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,9 +14,14 @@ TRIES = 4  # of lengths between one that fits and twice it
 def weights(model: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors of the packed matrices, and all others that the model holds; shared ones once."""
     matrices = [module for module in model.modules() if isinstance(module, PackedMatrix)]
-    packed = _distinct(part for matrix in matrices for part in (*_held(matrix), matrix.tiles.order))
+    packed = [part for matrix in matrices for part in (*tensors(matrix), matrix.tiles.order)]
     known = {part.data_ptr() for part in packed}
-    return packed, [part for part in _distinct(_held(model)) if part.data_ptr() not in known]
+    return packed, [part for part in tensors(model) if part.data_ptr() not in known]
+
+
+def tensors(module: Any) -> list[Tensor]:
+    """All parameters and buffers, shared ones once."""
+    return list({part.data_ptr(): part for part in (*module.parameters(), *module.buffers())}.values())
 
 
 @torch.no_grad()
@@ -25,8 +29,8 @@ def token_bytes(model: Any) -> int | None:
     """Of the cache, for each token of a text: keys and values of every layer; None for a model without such a cache."""
     cache = getattr(model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True), "past_key_values", None)
     parts = [getattr(layer, side, None) for layer in getattr(cache, "layers", ()) for side in ("keys", "values")]
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    return sum(part.nbytes for part in tensors) if parts and len(tensors) == len(parts) else None
+    held = [part.nbytes for part in parts if isinstance(part, Tensor)]
+    return sum(held) if parts and len(held) == len(parts) else None
 
 
 def peak(model: Any, tokens: int) -> int:
@@ -83,11 +87,3 @@ def pin(model: Any) -> int:
             "limit on locked memory (ulimit -l), or leave out --pin"
         ) from error
     return sum(part.nbytes for part in parts)
-
-
-def _held(module: Any) -> Iterable[Tensor]:
-    return (*module.parameters(), *module.buffers())
-
-
-def _distinct(parts: Iterable[Tensor]) -> list[Tensor]:
-    return list({part.data_ptr(): part for part in parts}.values())
