@@ -90,8 +90,8 @@ NASHSWARM_FAMILY ?= results/family
 
 family: install  ## train the models of experiment=scaling into results/family; those that are there stay
 	@for size in $(FAMILY); do \
-		grep -qs test_nll $(NASHSWARM_FAMILY)/default_$$size/training.json || $(BIN)/python scripts/train_default_model.py \
-			--size $$size --steps 1000 --out $(NASHSWARM_FAMILY)/default_$$size || exit 1; \
+		$(BIN)/python scripts/train_default_model.py --size $$size --steps 1000 --keep \
+			--out $(NASHSWARM_FAMILY)/default_$$size || exit 1; \
 	done
 
 derive: install  ## tables and figures of the committed records, into results/tables and results/figures

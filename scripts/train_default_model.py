@@ -5,6 +5,7 @@
 
 Reads the text from the running interpreter, trains its own byte-level BPE and the model, and writes a folder in
 Hugging Face layout (fp16 weights, tokenizer, model card).  An interrupted run leaves the last written checkpoint.
+Two runs never write one folder at a time: the later one waits.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from nashswarm import stdlib_docs
+from nashswarm import record, stdlib_docs
 
 END = "<|endoftext|>"
 FAMILY = {  # of ``experiment=scaling``; l is as large as the embedded default
@@ -102,13 +103,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="train nothing if --out holds a finished model")
     parser.add_argument("--evaluate", action="store_true", help="train nothing: evaluate the checkpoint in --out again")
     options = parser.parse_args(arguments)
     vars(options).update(FAMILY.get(options.size, {}))
-    if options.evaluate:
+    with record.claim(options.out):
+        if options.keep and finished(options.out):
+            print(f"{options.out} is trained; it stays")
+            return
+        if not options.evaluate:
+            train_model(options)
         evaluate(options.out)
-        return
 
+
+def finished(folder: pathlib.Path) -> bool:
+    """Whether ``folder`` holds a model that was trained to its end, which is when it is tested."""
+    card = folder / "training.json"
+    return card.exists() and "test_nll" in json.loads(card.read_text())
+
+
+def train_model(options: argparse.Namespace) -> None:
+    """Train what the options name and write its folder every 250 steps, the last of them whole."""
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     length = options.sequence_length
@@ -189,7 +204,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 progress.console.print(curve[-1], round(time.monotonic() - started), "s")
                 card |= {"steps": step, "minutes": round((time.monotonic() - started) / 60, 1), "curve": curve}
                 write(model, tokenizer, options.out, card)
-    evaluate(options.out)
 
 
 def evaluate(folder: pathlib.Path) -> None:

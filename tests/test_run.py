@@ -517,6 +517,8 @@ def test_a_size_of_the_family_is_trained_and_composed_by_name(
 ) -> None:
     train_default_model.main(["--size", "xs", "--steps", "2", "--out", str(tmp_path / "default_xs")])
     card = json.loads((tmp_path / "default_xs" / "training.json").read_text())
+    train_default_model.main(["--size", "xs", "--steps", "5", "--keep", "--out", str(tmp_path / "default_xs")])
+    assert json.loads((tmp_path / "default_xs" / "training.json").read_text()) == card
     assert card["architecture"].startswith("GPT-2, 2 blocks, width 64") and card["test_nll"] > 5
     monkeypatch.setenv("NASHSWARM_FAMILY", str(tmp_path))
     overrides = ["model=default_xs", "method=uniform4", "dataset.test_windows=2", f"records={tmp_path}"]
