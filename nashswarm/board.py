@@ -44,11 +44,13 @@ ALL = slice(None)
 @dataclasses.dataclass(frozen=True)
 class Stance:
     """What the players bring to a budget: the multipliers of their rows' sensitivities, the offsets of their steps, and
-    how they were found."""
+    how they were found.  ``path``: potential and largest regret at the start and after each sweep of the blocks' best
+    replies, nats per token."""
 
     weights: Weights
     offsets: Offsets
     found: dict[str, float]
+    path: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Multipliers and offsets by their kind and the names of the layers."""
@@ -115,6 +117,7 @@ class Board:
         self.uniform, self.rate_in_codes = uniform, rate_in_codes
         self.counts = [row_blocks(len(layer.weight)) for layer in layers]
         self.slope = Slope(sum(layer.parameters for layer in layers) / 8)
+        self.tried: list[tuple[float, int]] = []  # units, and the bytes that they take
         self.plain = Stance(
             {layer.name: torch.ones(len(layer.weight)) for layer in layers},
             {layer.name: np.zeros(count, int) for layer, count in zip(layers, self.counts, strict=True)},
@@ -201,7 +204,9 @@ class Board:
         """The finest unit found whose bytes stay within ``budget``, to ``tolerance``."""
 
         def trial(unit: float) -> Played:
-            return self.play(unit, stance, sweeps)
+            played = self.play(unit, stance, sweeps)
+            self.tried.append((unit, played.bytes))
+            return played
 
         return meet(trial, lambda played: played.bytes, budget, unit, self.slope, tolerance)
 

@@ -23,6 +23,22 @@ PACKAGES = ("nashswarm", "torch", "transformers", "datasets", "numpy", "scipy", 
 
 def provenance(started: datetime.datetime) -> dict[str, Any]:
     """Where a record comes from: code, versions, machine, time."""
+    commit, dirty = code()
+    cores = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        "versions": dict(_versions()),
+        "machine": f"{platform.system()} {platform.machine()}, {cores}",
+        "started": started.isoformat(timespec="seconds"),
+    }
+
+
+@functools.cache
+def code() -> tuple[str | None, bool | None]:
+    """The commit that this process imported its code from, and whether it had changes; None outside of a repository.
+    Remembered, for a process keeps its modules whatever is committed while it runs: to be asked before slow work."""
     here = pathlib.Path(__file__)
     root = here.parent.parent
 
@@ -38,15 +54,7 @@ def provenance(started: datetime.datetime) -> dict[str, Any]:
     if ours:
         changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
         strays = git("ls-files", "--others", "--", *(f"{folder}/*.py" for folder in PROGRAM))
-    cores = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "commit": git("rev-parse", "HEAD") if ours else None,
-        "dirty": None if changes is None else bool(changes or strays),
-        "python": platform.python_version(),
-        "versions": dict(_versions()),
-        "machine": f"{platform.system()} {platform.machine()}, {cores}",
-        "started": started.isoformat(timespec="seconds"),
-    }
+    return git("rev-parse", "HEAD") if ours else None, None if changes is None else bool(changes or strays)
 
 
 def told(origin: Mapping[str, Any]) -> str:

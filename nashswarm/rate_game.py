@@ -131,9 +131,9 @@ class _Table(Board):
             budget = max(REFERENCE * self.slope.at_high_rate, 2.0 * self.smallest_bytes())
             stance = self.solve(self.unit_of_rounding(int(budget)))
             found = stance.found | {"heldout_passes": self.passes}
-            return stance.tensors() | {
-                f"found/{name}": torch.tensor(float(value)).double() for name, value in found.items()
-            }
+            told = {f"found/{name}": torch.tensor(float(value)).double() for name, value in found.items()}
+            path = {f"path/{name}": torch.tensor(values).double() for name, values in stance.path.items()}
+            return stance.tensors() | told | path
 
         parts = self.oracle.remember("game", {"rules": rules}, solve)
         names = [layer.name for layer in self.layers]
@@ -141,6 +141,7 @@ class _Table(Board):
             {name: parts[f"weights/{name}"] for name in names},
             {name: parts[f"offsets/{name}"].numpy() for name in names},
             {key.removeprefix("found/"): float(part) for key, part in parts.items() if key.startswith("found/")},
+            {key.removeprefix("path/"): part.tolist() for key, part in parts.items() if key.startswith("path/")},
         )
 
     def solve(self, unit: float) -> Stance:
@@ -310,10 +311,12 @@ class _Table(Board):
     def replied(
         self, costs: Float[np.ndarray, "blocks actions"], played: Played, stance: Stance, align: float
     ) -> Stance:
-        """The stance where best replies end."""
+        """The stance where best replies end; its path stays that of the first time."""
         game, profile, least = self.game(costs, played, stance, align)
-        offsets = self.by_layer(best_response(game, profile).profile + least)
-        return dataclasses.replace(stance, offsets=offsets, found=stance.found | {"flock_align": align})
+        ended = best_response(game, profile)
+        path = stance.path or {"potential": ended.potentials, "regret": ended.regrets}
+        offsets = self.by_layer(ended.profile + least)
+        return dataclasses.replace(stance, offsets=offsets, found=stance.found | {"flock_align": align}, path=path)
 
     # the end
 
@@ -343,6 +346,10 @@ class _Table(Board):
             metrics |= {"price": 8 * price} | self.certificate(costs, played, stance)
             metrics["potential_start"] = [*rounds["potential"], metrics["potential_end"]][0]
         series = {name: values for name, values in rounds.items() if values}
+        series |= {f"{name}_of_reference": values for name, values in stance.path.items()}
+        if not self.uniform:
+            series["price_of_trial"] = [8 * price_at(unit) for unit, _ in self.tried]
+            series["bytes_of_trial"] = [float(spent) for _, spent in self.tried]
         if played.settled:
             longest = max(len(found.moves) for found in played.settled.values())
             metrics["sweeps"] = longest

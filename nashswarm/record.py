@@ -28,8 +28,10 @@ class Record:
     ``labels``: the choices that made it (experiment, method, model, dataset, seed).  ``config``: its identity, all that
     can move a number.  ``metrics``: scalars, named as the protocol names them.  ``series``: per-window values (``nll``
     and ``kl`` in nats per token, ``top1_agreement``, ``tokens``), per-sweep values (``potential``, ``regret``, in nats
-    per token) and per-layer values (``layer_kl``).  ``layers``: one row per weight matrix.  ``allocation``: run-length
-    text, one line per layer.  ``provenance``: commit, versions, machine, start time.
+    per token; ``_of_reference``: of the game that is solved once for all budgets), values of each trial of the search
+    for the budget (``price_of_trial``, nats per token and byte; ``bytes_of_trial``) and per-layer values
+    (``layer_kl``).  ``layers``: one row per weight matrix.  ``allocation``: run-length text, one line per layer.
+    ``provenance``: commit, versions, machine, start time.
     """
 
     labels: dict[str, str]

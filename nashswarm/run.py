@@ -74,7 +74,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
 
     Raises ValueError or OSError in one sentence for anything the user can mend; no record is left behind then.
     """
-    started, start_time = time.monotonic(), datetime.datetime.now(datetime.UTC)
+    started, origin = time.monotonic(), provenance(datetime.datetime.now(datetime.UTC))
     planned = plan_moe(config) if config.task == "train_moe" else plan(config)
     identity = dict(planned.identity)
     all_labels = dict(labels) | {"seed": str(config.seed)}
@@ -107,7 +107,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
             series=done.series,
             layers=done.layers,
             allocation=done.allocation,
-            provenance=provenance(start_time) | dict(done.origin),
+            provenance=origin | dict(done.origin),
         )
         if target is not None:
             about = {"config": OmegaConf.to_container(config, resolve=True), "record": dataclasses.asdict(finished)}

@@ -3,10 +3,10 @@
     python -m experiments.run experiment=bit_budget records=results/reproduced/records
     python scripts/reproduced.py
 
-Records are those of one run if their configurations agree in everything that can move a number.  Compared are series
-and metrics, to the last bit, and every metric that has an interval with that of the committed record; times, memory
-and what follows from them apart.  Writes a JSON file and a Markdown table; the exit status is 1 where anything but a
-time lies outside, and where a run without intervals is not the same.
+Records are those of one run if their configurations agree in everything but the number of threads, which moves sums in
+their last bits.  Compared are series and metrics, to the last bit, and every metric that has an interval with that of
+the committed record; times, memory and what follows from them apart.  Writes a JSON file and a Markdown table; the exit
+status is 1 where anything but a time lies outside, and where a run without intervals is not the same.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from nashswarm.record import Record
 TIMED = re.compile(r"seconds|_ms|per_second|_ratio|growth|resident|peak_bytes|latency|route_|share_")
 HEADINGS = (
     "experiment",
+    "threads",
     "runs",
     "the same to the last bit",
     "intervals",
@@ -38,11 +39,13 @@ HEADINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One run and its repetition.  ``moved``: what is not the same to the last bit, times apart.  ``inside``: of every
-    metric with an interval, whether it lies there now."""
+    """One run and its repetition.  ``threads``: of the repetition, and of the committed run where it had others.
+    ``moved``: what is not the same to the last bit, times apart.  ``inside``: of every metric with an interval, whether
+    it lies there now."""
 
     experiment: str
     method: str
+    threads: str
     moved: list[str]
     inside: dict[str, bool]
 
@@ -78,11 +81,22 @@ def pairs(committed: pathlib.Path, reproduced: pathlib.Path) -> Iterator[tuple[R
     found = sorted(reproduced.rglob("[0-9a-f]*.json"))
     if not found:
         raise ValueError(f"no record in {reproduced}; run an experiment with records={reproduced}")
+    known = {identity(one): one for one in map(record.read, sorted(committed.rglob("[0-9a-f]*.json")))}
     for path in found:
-        first = committed / path.relative_to(reproduced)
-        if not first.exists():
+        again = record.read(path)
+        if identity(again) not in known:
             raise ValueError(f"{path} repeats no record of {committed}: its configuration is another")
-        yield record.read(first), record.read(path)
+        yield known[identity(again)], again
+
+
+def identity(of: Record) -> tuple[str, str]:
+    """The experiment, and what can move a number, threads apart."""
+    return of.labels["experiment"], record.fingerprint({**of.config, "threads": None})
+
+
+def threads_told(first: Record, again: Record) -> str:
+    now, then = (one.config.get("threads", "") for one in (again, first))
+    return str(now) if now == then else f"{now} (committed: {then})"
 
 
 def compared(first: Record, again: Record) -> Comparison:
@@ -93,6 +107,7 @@ def compared(first: Record, again: Record) -> Comparison:
     return Comparison(
         first.labels["experiment"],
         first.labels["method"],
+        threads_told(first, again),
         sorted(moved),
         {
             name: first.metrics[f"{name}_low"] <= again.metrics.get(name, math.nan) <= first.metrics[f"{name}_high"]
@@ -102,13 +117,13 @@ def compared(first: Record, again: Record) -> Comparison:
 
 
 def markdown(found: Iterable[Comparison]) -> str:
-    """A row an experiment."""
-    by_experiment: dict[str, list[Comparison]] = {}
+    """A row an experiment and number of threads."""
+    rows: dict[tuple[str, str], list[Comparison]] = {}
     for one in found:
-        by_experiment.setdefault(one.experiment, []).append(one)
+        rows.setdefault((one.experiment, one.threads), []).append(one)
     lines = [f"| {' | '.join(HEADINGS)} |", f"| :-- |{' --: |' * (len(HEADINGS) - 2)} :-- |"]
-    for experiment, runs in by_experiment.items():
-        cells = [experiment, str(len(runs)), str(sum(not one.moved for one in runs))]
+    for named, runs in rows.items():
+        cells = [*named, str(len(runs)), str(sum(not one.moved for one in runs))]
         every = [(one.method, name, inside) for one in runs for name, inside in one.inside.items()]
         for timed in (False, True):
             own = [inside for _, name, inside in every if bool(TIMED.search(name)) == timed]

@@ -27,6 +27,8 @@ CHANGED = {  # method → what it is made from, and what it changes of that
     "no_nash": ("fixed_width", {"bit_game", "code_game", "bit_widths"}),
     "no_bit_game": ("nash_swarm", {"bit_game", "rate_in_codes", "swarm"}),
     "no_code_game": ("nash_swarm", {"code_game"}),
+    "no_offsets": ("nash_swarm", {"offsets"}),
+    "no_sweeps": ("nash_swarm", {"code_game"}),
     "no_swarm": ("nash_swarm", {"swarm"}),
     "no_quantization": ("fixed_width", {"bit_widths"}),
     "no_cache": ("nash_swarm", {"cache"}),

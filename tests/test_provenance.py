@@ -3,6 +3,7 @@
 import datetime
 import pathlib
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,7 +20,7 @@ def git(folder: pathlib.Path, *words: str) -> str:
 
 
 @pytest.fixture
-def checkout(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+def checkout(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
     """A repository with a commit, and a package in it that it does not track."""
     git(tmp_path, "init", "--quiet")
     (tmp_path / "paper.txt").write_text("about something else\n")
@@ -29,7 +30,9 @@ def checkout(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib
     code.parent.mkdir()
     code.write_text("# the installed package\n")
     monkeypatch.setattr(provenance, "__file__", str(code))
-    return tmp_path
+    provenance.code.cache_clear()
+    yield tmp_path
+    provenance.code.cache_clear()
 
 
 def test_the_commit_of_a_repository_around_the_package_is_not_its_own(checkout: pathlib.Path) -> None:
@@ -44,6 +47,8 @@ def test_the_commit_and_whether_anything_was_changed_since(checkout: pathlib.Pat
     found = provenance.provenance(NOW)
     assert (found["commit"], found["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
     (checkout / "nashswarm/provenance.py").write_text("# changed\n")
+    assert provenance.provenance(NOW) == found, "what is changed or committed later is not what this process runs"
+    provenance.code.cache_clear()
     assert provenance.provenance(NOW)["dirty"] is True
 
 

@@ -19,11 +19,13 @@ METRICS = {
 }
 
 
-def run(kl: float = 0.5, ratio: float = 2.0, window: float = 0.25, method: str = "nash_swarm") -> Record:
+def run(
+    kl: float = 0.5, ratio: float = 2.0, window: float = 0.25, method: str = "nash_swarm", threads: int = 1
+) -> Record:
     labels = {"experiment": "ablation", "method": method, "model": "m", "dataset": "d", "measure": "q", "seed": "0"}
     metrics = METRICS | {"kl": kl, "decode_ratio": ratio}
     series = {"kl": [window, 0.75], "decode_ms": [ratio]}
-    return Record(labels, {"method": method}, metrics, series, [], "", {})
+    return Record(labels, {"method": method, "threads": threads}, metrics, series, [], "", {})
 
 
 def words(folder: pathlib.Path) -> list[str]:
@@ -34,11 +36,12 @@ def words(folder: pathlib.Path) -> list[str]:
 @pytest.mark.parametrize(
     ("again", "cells", "status"),
     [
-        (run(), "| ablation | 1 | 1 | 1 | 1 | 1 | 1 | none |", 0),
-        (run(kl=0.59, window=0.26), "| ablation | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
-        (run(window=0.26), "| ablation | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
-        (run(ratio=3.0), "| ablation | 1 | 1 | 1 | 1 | 1 | 0 | nash_swarm decode_ratio |", 0),
-        (run(kl=0.61), "| ablation | 1 | 0 | 1 | 0 | 1 | 1 | nash_swarm kl |", 1),
+        (run(), "| ablation | 1 | 1 | 1 | 1 | 1 | 1 | 1 | none |", 0),
+        (run(kl=0.59, window=0.26), "| ablation | 1 | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
+        (run(window=0.26), "| ablation | 1 | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
+        (run(ratio=3.0), "| ablation | 1 | 1 | 1 | 1 | 1 | 1 | 0 | nash_swarm decode_ratio |", 0),
+        (run(threads=2, window=0.26), "| ablation | 2 (committed: 1) | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
+        (run(kl=0.61), "| ablation | 1 | 1 | 0 | 1 | 0 | 1 | 1 | nash_swarm kl |", 1),
     ],
 )
 def test_what_lies_outside_is_named(again: Record, cells: str, status: int, tmp_path: pathlib.Path) -> None:
