@@ -113,10 +113,12 @@ paper: install  ## the paper, every number from committed records
 arxiv: paper  ## the sources of the paper as one package that builds by itself, into build/arxiv
 	$(BIN)/python scripts/arxiv.py
 
-reproduce: family  ## every experiment again, into results/reproduced; continues where it stopped
+reproduce: export OMP_NUM_THREADS = 1  # as the records were made
+reproduce: family  ## every experiment again, into results/reproduced, held to the records; continues where it stopped
+	@$(PIP) -e '.[peers,eval,serve,search]'
 	@status=0; for experiment in $(EXPERIMENTS); do \
 		$(RUN) experiment=$$experiment records=results/reproduced/records || status=1; \
-	done; exit $$status
+	done; $(BIN)/python scripts/reproduced.py || status=1; exit $$status
 
 clean:  ## remove what can be made again; .venv, the records and the trained family stay
 	rm -rf results/logs results/cache results/studies results/pages results/quickstart results/reproduced wandb multirun outputs build dist

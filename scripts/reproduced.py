@@ -12,6 +12,7 @@ status is 1 where anything but a time lies outside, and where a run without inte
 import argparse
 import dataclasses
 import datetime
+import logging
 import math
 import pathlib
 import re
@@ -23,6 +24,7 @@ from nashswarm.machine import machine
 from nashswarm.provenance import provenance
 from nashswarm.record import Record
 
+log = logging.getLogger(__name__)
 TIMED = re.compile(r"seconds|_ms|per_second|_ratio|growth|resident|peak_bytes|latency|route_|share_")
 HEADINGS = (
     "experiment",
@@ -77,16 +79,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def pairs(committed: pathlib.Path, reproduced: pathlib.Path) -> Iterator[tuple[Record, Record]]:
-    """Each reproduced record behind the committed one of the same run.  Raises ValueError if there is none."""
+    """Each reproduced record behind the committed one of the same run; those without one are named and left out.
+
+    Raises ValueError if none has one.
+    """
     found = sorted(reproduced.rglob("[0-9a-f]*.json"))
     if not found:
         raise ValueError(f"no record in {reproduced}; run an experiment with records={reproduced}")
     known = {identity(one): one for one in map(record.read, sorted(committed.rglob("[0-9a-f]*.json")))}
-    for path in found:
-        again = record.read(path)
-        if identity(again) not in known:
-            raise ValueError(f"{path} repeats no record of {committed}: its configuration is another")
-        yield known[identity(again)], again
+    records = {path: record.read(path) for path in found}
+    new = [path for path, again in records.items() if identity(again) not in known]
+    for path in new:
+        log.warning("%s repeats no record of %s: its configuration is another", path, committed)
+    if len(new) == len(found):
+        raise ValueError(f"nothing in {reproduced} repeats a record of {committed}")
+    for path, again in records.items():
+        if path not in new:
+            yield known[identity(again)], again
 
 
 def identity(of: Record) -> tuple[str, str]:

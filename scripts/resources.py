@@ -1,9 +1,10 @@
-"""What compressing takes: minutes and memory where a record measured them, bytes and memory by shape for every model.
+"""What compressing takes: minutes and memory where a record measured them, bytes and memory by shape for every model;
+and what the experiments took.
 
     python scripts/resources.py
 
 Measured are runs that read nothing of an earlier one from the cache; the rest is counted from shapes alone, weights
-untouched.  Writes Markdown.
+untouched.  Writes two files of Markdown.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from nashswarm.by_layer import ByLayer
 from nashswarm.rate_game import NashSwarm
 from nashswarm.record import Record
 
+EXPERIMENT = ("experiment", "records", "minutes of one process", "longest run, minutes", "threads", "commits")
 WORK = {"moments", "damage", "game"}  # what the cache may have done before
 TIMED = ("nash_swarm", "no_cache", "gptq")  # the main method, the same without a cache, and error feedback alone
 WINDOWS, LENGTH = 4, 2048  # what `nashswarm compress --by-layer` calibrates with
@@ -51,13 +53,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/tables"))
     options = parser.parse_args(arguments)
     try:
-        text = markdown(list(record.read_all(options.records)))
+        records = list(record.read_all(options.records))
+        texts = {"resources": markdown(records), "experiments": experiments(records)}
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    record.write_whole(options.out / "resources.md", text.encode())
-    typeset.console().print(text, markup=False, highlight=False)
+    for name, text in texts.items():
+        record.write_whole(options.out / f"{name}.md", text.encode())
+        typeset.console().print(text, markup=False, highlight=False)
     return 0
+
+
+def experiments(records: Iterable[Record]) -> str:
+    """A row an experiment: how many records, how long they took one after the other, threads, and whose code."""
+    groups: dict[str, list[Record]] = {}
+    for one in records:
+        groups.setdefault(one.labels["experiment"], []).append(one)
+    minutes, rows = typeset.fixed(1), []
+    for name, runs in sorted(groups.items()):
+        seconds = [one.metrics["seconds"] for one in runs]
+        threads = sorted({str(one.config["threads"]) for one in runs})
+        commits = sorted({(one.provenance["commit"] or "unknown")[:7] for one in runs})
+        times = minutes(sum(seconds) / 60), minutes(max(seconds) / 60)
+        rows.append((f"`{name}`", str(len(runs)), *times, ", ".join(threads), ", ".join(commits)))
+    return "\n".join(typeset.table_of(EXPERIMENT, rows, [":--", *["--:"] * 4, ":--"])) + "\n"
 
 
 def markdown(records: Iterable[Record]) -> str:

@@ -51,14 +51,21 @@ def test_what_lies_outside_is_named(again: Record, cells: str, status: int, tmp_
     assert (tmp_path / "told.md").read_text().splitlines()[-1] == cells
 
 
-def test_another_run_is_no_repetition(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_run_is_no_repetition(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     record.write(tmp_path / "first", run())
     assert reproduced.main(words(tmp_path)) == 1
     assert "run an experiment with records=" in capsys.readouterr().err
     record.write(tmp_path / "again", run(method="gptq"))
     assert reproduced.main(words(tmp_path)) == 1
-    assert "repeats no record" in capsys.readouterr().err
+    assert "repeats a record" in capsys.readouterr().err
     assert not (tmp_path / "told.md").exists()
+    record.write(tmp_path / "again", run(window=0.26))
+    caplog.clear()
+    assert reproduced.main(words(tmp_path)) == 0
+    assert (tmp_path / "told.md").read_text().splitlines()[-1].startswith("| ablation | 1 | 1 | 0 |")
+    assert [line.count("repeats no record") for line in caplog.messages] == [1]
 
 
 def test_what_has_no_interval_must_not_move() -> None:

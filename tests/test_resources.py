@@ -34,6 +34,13 @@ def test_runs_that_read_what_others_computed_are_left_out(records: list[Record])
         resources.measured_rows([lucky])
 
 
+def test_what_experiments_took_is_in_the_records(records: list[Record]) -> None:
+    rows = resources.experiments(records).splitlines()[2:]
+    assert sorted(path.name for path in (ROOT / "results/records").iterdir()) == [row.split("`")[1] for row in rows]
+    two = [dataclasses.replace(records[0], metrics={"seconds": seconds}) for seconds in (60.0, 90.0)]
+    assert "| 2 | 2.5 | 1.5 |" in resources.experiments(two)
+
+
 def test_every_model_of_conf_has_a_row() -> None:
     for path in (ROOT / "conf/model").glob("*.yaml"):
         trained = path.stem in NO_CHECKPOINT or path.stem.startswith(FAMILY)
@@ -53,3 +60,4 @@ def test_a_shape_by_hand() -> None:
 @pytest.mark.slow
 def test_the_committed_table_is_that_of_the_script(records: list[Record]) -> None:
     assert resources.markdown(records) == COMMITTED
+    assert resources.experiments(records) == (ROOT / "results/tables/experiments.md").read_text()
