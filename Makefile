@@ -14,7 +14,7 @@ LATEX := latexmk texlive-latex-base texlive-latex-recommended texlive-fonts-reco
          texlive-latex-extra poppler-utils
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-engines test-all sanitize docs family sweep derive pages paper arxiv reproduce clean
+.PHONY: help install quickstart test test-slow test-engines test-all sanitize docs family sweep derive pages paper arxiv reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,8 +79,10 @@ test-engines: .venv/tested  ## sweeps on a real Ray and a real Slurm of this mac
 	@$(PIP) -e '.[ray,slurm,search]'
 	@$(BIN)/pytest --quiet -m engines tests
 
-test-all: test docs sanitize test-engines  ## test, then the documentation, the kernels under sanitizers, the engines, and the slow tests
+test-slow: .venv/tested  ## notebooks, whole derivations, long trainings: what is too slow for make test
 	@$(BIN)/pytest --quiet -m slow
+
+test-all: test docs sanitize test-slow test-engines  ## test, then the documentation, the kernels under sanitizers, the slow tests, the engines
 
 sweep: install  ## one experiment: make sweep EXPERIMENT=main; what has a record is skipped
 	$(RUN) experiment=$(EXPERIMENT) records=$(RECORDS)
