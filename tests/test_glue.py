@@ -228,8 +228,15 @@ def composed(encoder: str, folder: pathlib.Path, tmp_path: pathlib.Path, *more: 
 LABELS = {"experiment": "glue", "model": "tiny", "method": "any", "dataset": "task", "measure": "official"}
 
 
-@pytest.mark.parametrize("task", ["mrpc", "stsb"])
-@pytest.mark.parametrize("method", ["baseline", "nash_swarm4"])
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        ("mrpc", "baseline"),
+        ("stsb", "baseline"),
+        ("mrpc", "nash_swarm4"),
+        pytest.param("stsb", "nash_swarm4", marks=pytest.mark.slow),
+    ],
+)
 def test_a_whole_run(
     encoder: str, folder: Callable[[str], pathlib.Path], tmp_path: pathlib.Path, task: str, method: str
 ) -> None:

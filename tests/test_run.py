@@ -493,7 +493,7 @@ def promised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, record.Recor
     records = {}
     alone = ["method.strength=[0.0]", "method.swarm=null"]  # the game itself, without what is chosen on held-out text
     for method, more in (("uniform2", []), ("uniform3", []), ("nash_swarm", alone)):
-        windows = ["dataset.calibration_windows=16", "dataset.test_windows=30"]
+        windows = ["dataset.calibration_windows=8", "dataset.holdout_windows=2", "dataset.test_windows=16"]
         overrides = [f"method={method}", *more, *windows, f"records={folder}", f"cache={folder}/cache"]
         with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
             config = compose("config", [*overrides, "wandb=disabled"])
