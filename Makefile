@@ -14,7 +14,8 @@ LATEX := latexmk texlive-latex-base texlive-latex-recommended texlive-fonts-reco
          texlive-latex-extra poppler-utils
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-engines test-all sanitize docs family sweep derive pages paper arxiv reproduce clean
+.PHONY: help install quickstart test test-slow test-engines test-all sanitize docs family sweep derive pages latex paper arxiv \
+        reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -105,12 +106,15 @@ derive: install  ## tables and figures of the committed records, into results/ta
 pages: install  ## one self-contained HTML page per experiment, into results/pages
 	$(BIN)/python scripts/page.py --records $(RECORDS)
 
-paper: install  ## the paper, every number from committed records
+latex:
 	@command -v latexmk > /dev/null || { echo "make paper needs LaTeX: apt-get install $(LATEX)" >&2; exit 1; }
+
+paper: latex install  ## the paper, every number from committed records; no box overflows, nothing is undefined
 	$(BIN)/python scripts/tables.py --records $(RECORDS) --paper paper/generated
 	$(BIN)/python scripts/figures.py --records $(RECORDS) --paper paper/generated
 	$(BIN)/python scripts/audit.py --records $(RECORDS) --paper paper/generated
 	latexmk -cd -pdf -interaction=nonstopmode -halt-on-error paper/main.tex
+	$(BIN)/python scripts/arxiv.py --check
 
 arxiv: paper  ## the sources of the paper as one package that builds by itself, into build/arxiv
 	$(BIN)/python scripts/arxiv.py

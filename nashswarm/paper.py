@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nashswarm import report, tables, typeset
+from nashswarm import rate_game, report, tables, typeset
+from nashswarm.quant.grid import TILE_ROWS
 from nashswarm.record import Record
 from nashswarm.typeset import CELL, Column, fixed, tex
 
 MAIN = "ablation"  # the experiment whose macros name no experiment
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ROUTED = "moe_nash_swarm"  # whose records tell what the mixtures are
 FORMATS: Mapping[str, Callable[[float], str]] = typeset.FORMATS | {
+    "perplexity_full": typeset.FORMATS["perplexity"],
     "players": fixed(0),
     "damage_correlation": fixed(2),
     "correlation": fixed(2),
@@ -93,6 +96,8 @@ def numbers(table: pd.DataFrame, *words: str) -> dict[str, str]:
         found[macro_name(*words, "parameters", "millions")] = fixed(1, 1e-6)(count)
     if "seeds" in table:
         found[macro_name(*words, "seeds", "count")] = FORMATS["seeds"](table["seeds"].max())
+    if set(table) >= {"perplexity", "nll_delta"}:
+        table = table.assign(perplexity_full=table["perplexity"] * np.exp(-table["nll_delta"]))
     for _, row in table.iterrows():
         for metric, write in FORMATS.items():
             if metric in table and pd.notna(row[metric]):
@@ -103,7 +108,11 @@ def numbers(table: pd.DataFrame, *words: str) -> dict[str, str]:
 def of_records(records: Iterable[Record]) -> dict[str, str]:
     """The macros of all experiments, of what equal bytes, contestants and single layers say, and of the settings."""
     gathered = [one for one in records if one.labels["experiment"] != "audit"]
-    found = {macro_name("significance", "level"): str(typeset.LEVEL)}
+    found = {
+        macro_name("significance", "level"): str(typeset.LEVEL),
+        macro_name("tolerance", "of", "blocks"): tex(typeset.scientific(rate_game.REGRET)),
+        macro_name("block", "rows"): str(TILE_ROWS),
+    }
     for experiment in dict.fromkeys(sorted(one.labels["experiment"] for one in gathered)):
         words = () if experiment == MAIN else (experiment,)
         own = [one for one in gathered if one.labels["experiment"] == experiment]
@@ -115,7 +124,7 @@ def of_records(records: Iterable[Record]) -> dict[str, str]:
             found |= numbers(contestants.assign(method=method), experiment)
         for label, layers in tables.layers(own).groupby("method", sort=False):
             found[macro_name(*words, str(label), "correlation")] = FORMATS["correlation"](correlation(layers))
-        found |= settings(own, *words)
+        found |= settings(own, *words) | mixtures(own, *words)
     equal = tables.equal_bytes(gathered)
     if "kl_ratio" in equal:
         times = {"kl_times": "", "kl_times_low": "_high", "kl_times_high": "_low"}
@@ -144,8 +153,24 @@ def settings(records: Sequence[Record], *words: str) -> dict[str, str]:
     return found
 
 
+def mixtures(records: Iterable[Record], *words: str) -> dict[str, str]:
+    """Experts, active parameters and tokens of training, both in millions, of every mixture that the game routes."""
+    found: dict[str, str] = {}
+    for record in records:
+        if record.labels["method"] == ROUTED and "active_parameters" in record.metrics:
+            model, training = record.config["model"], record.config["train_moe"]
+            values = {
+                "experts": str(model["experts"]),
+                "active_millions": fixed(1, 1e-6)(record.metrics["active_parameters"]),
+                "trained_millions": fixed(1, 1e-6)(training["steps"] * training["batch_size"] * model["context"]),
+            }
+            found |= {macro_name(*words, record.labels["model"], name): value for name, value in values.items()}
+    return found
+
+
 def of_benchmarks(folder: pathlib.Path) -> dict[str, str]:
-    """The macros of the benchmarks in ``folder``: the roles of the flock, the code game, the encoder, what is best.
+    """The macros of the benchmarks in ``folder``: the roles of the flock, the code game, the encoder, what is best,
+    rotations.
 
     Raises ValueError if one was run from uncommitted code.
     """
@@ -192,7 +217,16 @@ def _optima(name: str, content: Mapping[str, Any]) -> dict[str, str]:
         found[f"anarchy_{row['align']:g}"] = fixed(3)(row["anarchy"])
         found[f"starts_{row['align']:g}"] = fixed(0)(row["starts"])
         found[f"bytes_{row['align']:g}"] = fixed(0)(row["align"])
+        found[f"small_{row['align']:g}"] = fixed(3)(row["small_anarchy_worst"])
+        found[f"games_{row['align']:g}"] = fixed(0)(row["small_games"])
     return {macro_name(name, *key.split("_")): tex(value) for key, value in found.items()}
+
+
+def _rotation(name: str, content: Mapping[str, Any]) -> dict[str, str]:
+    rows = pd.DataFrame(content["rows"])
+    changed = (rows["kl_turned"] / rows["kl_straight"] - 1).groupby(rows["method"])
+    found = {macro_name(name, str(label), "most"): fixed(1, 100)(part.abs().max()) for label, part in changed}
+    return found | {macro_name(name, "draws"): str(rows["signs"].nunique())}
 
 
 def _encoder(name: str, content: Mapping[str, Any]) -> dict[str, str]:
@@ -212,6 +246,7 @@ BENCHMARKS: Mapping[str, Callable[[str, Mapping[str, Any]], dict[str, str]]] = {
     "code_game": _code_game,
     "encoder_": _encoder,
     "optima": _optima,
+    "rotation": _rotation,
 }
 
 

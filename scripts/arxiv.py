@@ -1,9 +1,12 @@
 """The source of the paper as arXiv takes it: everything that it is made of, and nothing else.
 
     python scripts/arxiv.py
+    python scripts/arxiv.py --check
 
 Packs what the last ``make paper`` read from its own folder (``main.fls``), the bibliography as ``main.bbl``, and builds
 it once more from the package alone, without ``latexmk`` or BibTeX.  The same sources make the same bytes.
+``--check`` only tells what is wrong with the last build: boxes that overflow, what is undefined, a body of too many
+pages.
 """
 
 import argparse
@@ -22,15 +25,22 @@ from nashswarm import record
 SOURCES = {".tex", ".bbl", ".pdf", ".png"}
 MAIN = "main"
 PASSES = 3  # after which references and the contents stand still
-WARNED = re.compile(r"undefined|multiply defined|Rerun to get", re.I)
+WARNED = re.compile(r"^Overfull|Warning.*(?:undefined|multiply defined|Rerun to get)", re.I)
+WRAPPED = re.compile(r"^(.{79})\n", re.M)  # where TeX breaks the lines of its log
+PAGES = 10  # of the body at most, references and appendix not counted
+END = re.compile(r"\\newlabel\{end:body\}\{\{[^{}]*\}\{(\d+)\}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paper", type=pathlib.Path, default=pathlib.Path("paper"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/arxiv/nashswarm.tar.gz"))
+    parser.add_argument("--check", action="store_true", help="only tell what is wrong with the last build")
     options = parser.parse_args(arguments)
     try:
+        if options.check:
+            check(options.paper)
+            return 0
         files = gather(options.paper)
         pages = build(files)
         record.write_whole(options.out, pack(files))
@@ -39,6 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f"{options.out}: {len(files)} files, {pages} pages")
     return 0
+
+
+def check(paper: pathlib.Path) -> None:
+    """Raises ValueError, a line for every fault, if the last build of ``paper`` is not fit to be read."""
+    log, labels = (paper / f"{MAIN}{suffix}" for suffix in (".log", ".aux"))
+    if not log.is_file() or not labels.is_file():
+        raise ValueError(f"{paper} has not been built: run make paper first")
+    found = [f"{log}: {line}" for line in warnings(log.read_text(errors="replace"))]
+    end = END.search(labels.read_text(errors="replace"))
+    if end is None:
+        found.append(f"{labels} lacks the label end:body: put it at the end of the body, before the references")
+    elif int(end[1]) > PAGES:
+        found.append(f"the body ends on page {end[1]}, of {PAGES} at most: move floats or details to the appendix")
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def warnings(log: str) -> list[str]:
+    """The lines of a log of TeX that tell of a box that overflows, or of what is undefined or not settled."""
+    return [line for line in WRAPPED.sub(r"\1", log).splitlines() if WARNED.search(line)]
 
 
 def gather(paper: pathlib.Path) -> dict[str, bytes]:
@@ -62,7 +92,7 @@ def gather(paper: pathlib.Path) -> dict[str, bytes]:
 def build(files: Mapping[str, bytes]) -> int:
     """How many pages these files make in an empty folder.
 
-    Raises ValueError if they make none, or leave a reference undefined.
+    Raises ValueError if they make none, let a box overflow or leave a reference undefined.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
@@ -79,12 +109,12 @@ def build(files: Mapping[str, bytes]) -> int:
                 wrong = next((line for line in ended.stdout.splitlines() if line.startswith("!")), "no reason given")
                 raise ValueError(f"the package does not build by itself: {wrong}")
         log = (folder / f"{MAIN}.log").read_text(errors="replace")
-    if warnings := [line for line in log.splitlines() if "Warning" in line and WARNED.search(line)]:
-        raise ValueError(f"the package builds, but: {warnings[0]}")
-    found = re.search(r"Output written on .*?\((\d+) pages?", log.replace("\n", ""))
-    if found is None:
+    if found := warnings(log):
+        raise ValueError(f"the package builds, but: {found[0]}")
+    written = re.search(r"Output written on .*?\((\d+) pages?", log.replace("\n", ""))
+    if written is None:
         raise ValueError("the package makes no page")
-    return int(found[1])
+    return int(written[1])
 
 
 def pack(files: Mapping[str, bytes]) -> bytes:

@@ -105,6 +105,11 @@ def test_numbers_from_different_texts_do_not_meet() -> None:
         paper.numbers(table)
 
 
+def test_what_full_precision_had_is_told_of_the_same_text() -> None:
+    found = paper.numbers(means(method=["gptq"]).assign(perplexity=60.0, nll_delta=math.log(1.5)))
+    assert found["GptqPerplexityFull"] == "40.00"
+
+
 def test_budgets_stand_side_by_side_and_what_is_absent_is_a_dash() -> None:
     lines = paper.budgets(means(method=["gptq[bits=2]", "gptq[bits=3]", "hqq[bits=3]"]), ("2", "3")).splitlines()
     assert lines[-5:-2] == [
@@ -125,6 +130,26 @@ def test_settings_are_those_of_the_whole_method(records: list[Record]) -> None:
     found = paper.settings(ablation)
     assert found["SettingSwarmNeighbours"] == str(own.config["method"]["swarm"]["neighbours"])
     assert found["SettingTestWindows"] == str(own.config["dataset"]["test_windows"])
+
+
+def test_mixtures_are_those_that_were_trained(records: list[Record]) -> None:
+    own = next(one for one in records if one.labels["model"] == "moe_small64" and one.labels["method"] == paper.ROUTED)
+    found = paper.mixtures([own], "moe")
+    assert found["MoeMoeSmallSixFourExperts"] == "64"
+    assert float(found["MoeMoeSmallSixFourActiveMillions"]) == round(own.metrics["active_parameters"] / 1e6, 1)
+    assert paper.mixtures([one for one in records if one.labels["experiment"] == "main"]) == {}
+
+
+def test_of_rotations_the_largest_change_is_told_of_each_method(tmp_path: pathlib.Path) -> None:
+    changes = {"gptq": (1.01, 0.97), "nash_swarm": (1.0, 1.02)}
+    rows = [
+        {"method": method, "signs": signs, "kl_straight": 2.0, "kl_turned": 2.0 * change}
+        for method, both in changes.items()
+        for signs, change in enumerate(both)
+    ]
+    (tmp_path / "rotation.json").write_text(json.dumps({"rows": rows}))
+    expected = {"RotationGptqMost": "3.0", "RotationNashSwarmMost": "2.0", "RotationDraws": "2"}
+    assert paper.of_benchmarks(tmp_path) == expected
 
 
 def test_benchmarks_tell_what_their_rows_say_and_must_be_committed(tmp_path: pathlib.Path) -> None:

@@ -110,6 +110,40 @@ def test_what_is_missing_is_told(
     assert sentence in capsys.readouterr().err and not (tmp_path / "out.tar.gz").exists()
 
 
+@pytest.mark.parametrize(
+    "name, text, sentence",
+    [
+        ("main.log", "Overfull \\hbox (3.2pt too wide) in paragraph at lines 5--9\n", "Overfull .hbox .3.2pt too wide"),
+        (  # TeX breaks the lines of its log
+            "main.log",
+            f"Package natbib Warning: Citation `{'a' * 39}' on p\nage 1 undefined on input line 3.\n",
+            "Citation `a+' on page 1 undefined",
+        ),
+        ("main.aux", "\\newlabel{end:body}{{A}{11}{}{}{}}\n", "the body ends on page 11, of 10 at most"),
+        ("main.aux", "\\newlabel{other}{{A}{9}{}{}{}}\n", "lacks the label end:body"),
+    ],
+)
+def test_what_is_wrong_with_a_build_is_told(
+    tmp_path: pathlib.Path, name: str, text: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paper = paper_in(tmp_path)
+    assert arxiv.main(["--paper", str(paper), "--check"]) == 1
+    assert "has not been built" in capsys.readouterr().err
+    (paper / "main.log").write_text("Underfull \\hbox (badness 10000) in paragraph at lines 5--9\n")
+    (paper / "main.aux").write_text("\\newlabel{end:body}{{10}{10}{Reproducibility}{section.10}{}}\n")
+    assert arxiv.main(["--paper", str(paper), "--check"]) == 0
+    (paper / name).write_text(text)
+    assert arxiv.main(["--paper", str(paper), "--check"]) == 1
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_paper_names_latex_before_it_installs_anything() -> None:
+    told = subprocess.run(["make", "--dry-run", "paper"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "command -v latexmk" in told.splitlines()[0]
+    assert "arxiv.py --check" in told.splitlines()[-1]
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
 def test_the_package_is_built_once_more_by_itself(tmp_path: pathlib.Path) -> None:
     files = arxiv.gather(paper_in(tmp_path))
