@@ -1,7 +1,8 @@
 """Records: one JSON file per finished run, the only source of numbers.
 
 A record is named by its fingerprint, the sha256 of everything that can move a number, and is written atomically:
-whoever reads the folder sees whole records or none.  The allocation stands beside it as run-length text.
+whoever reads the folder sees whole records or none.  The allocation stands beside it as run-length text, its sha256 in
+the record.
 """
 
 import contextlib
@@ -190,10 +191,11 @@ def write_folder(
 
 
 def write(folder: pathlib.Path, record: Record) -> pathlib.Path:
-    """Write the record, its allocation first; the path of the record comes back."""
+    """Write the record, its allocation first, whose sha256 it tells; the path of the record comes back."""
     path = path_of(folder, record.config)
     fields = dataclasses.asdict(record)
     allocation = fields.pop("allocation").encode()
+    fields["allocation_sha256"] = hashlib.sha256(allocation).hexdigest()
     content = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_together({path.with_suffix(".txt"): allocation, path: content.encode()})
     return path
@@ -202,17 +204,24 @@ def write(folder: pathlib.Path, record: Record) -> pathlib.Path:
 def read(path: pathlib.Path) -> Record:
     """The record at ``path``.
 
-    Raises ValueError if it is not a whole record of this schema.
+    Raises ValueError if it is not a whole record of this schema, or if the allocation beside it is not its own; records
+    of older code do not tell which is.
     """
     try:
         fields = json.loads(path.read_text())
-        if fields["schema"] == SCHEMA:
-            return Record(allocation=path.with_suffix(".txt").read_text(), **fields)
+        if known := fields["schema"] == SCHEMA:
+            allocation = path.with_suffix(".txt").read_bytes()
+            told = fields.pop("allocation_sha256", None)
+            found = Record(allocation=allocation.decode(), **fields)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise ValueError(f"{path} is not a whole record ({error}); delete it and run again") from error
-    raise ValueError(
-        f"{path} has schema {fields['schema']}, this version reads schema {SCHEMA}: rerun it with rerun=true"
-    )
+    if not known:
+        raise ValueError(
+            f"{path} has schema {fields['schema']}, this version reads schema {SCHEMA}: rerun it with rerun=true"
+        )
+    if told not in (None, hashlib.sha256(allocation).hexdigest()):
+        raise ValueError(f"{path} and the allocation beside it are of two runs: if none writes now, use rerun=true")
+    return found
 
 
 def read_all(folder: pathlib.Path) -> Iterator[Record]:

@@ -84,6 +84,34 @@ def test_a_record_is_replaced_as_a_whole(tmp_path: pathlib.Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_between_the_two_files_of_a_run_again_nothing_is_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new allocation stands beside the old metrics for a moment."""
+    path = write(tmp_path, RECORD)
+    seen, replace = [], pathlib.Path.replace
+
+    def look(partial: pathlib.Path, target: pathlib.Path) -> None:
+        replace(partial, target)
+        try:
+            seen.append(read(path))
+        except ValueError as error:
+            assert f"{path} and the allocation beside it are of two runs" in str(error)
+
+    monkeypatch.setattr("pathlib.Path.replace", look)
+    again = changed(metrics={"nll": 9.0}, allocation="wte 2x1 2*2\n")
+    write(tmp_path, again)
+    assert seen == [again]
+
+
+def test_older_records_do_not_tell_their_allocation(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path, RECORD)
+    fields = json.loads(path.read_text())
+    del fields["allocation_sha256"]
+    path.write_text(json.dumps(fields))
+    assert read(path) == RECORD
+
+
 def full_disk(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
