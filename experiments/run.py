@@ -58,11 +58,11 @@ def main(config: DictConfig) -> None:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ValueError(f"{' and '.join(missing)} must be given, for example {missing[0]}=...")
         outcome["labels"] = labels_of(config)
-        mirror.check(config.wandb)
+        mirror.check(config.wandb, config.viewer)
         ended = run(config, outcome["labels"], many=hydra_config.mode == RunMode.MULTIRUN)
         outcome |= {"status": ended.status, "record": str(ended.path), "labels": ended.record.labels, "message": ""}
         if ended.status == "finished":
-            mirror.mirror(ended.record, config.wandb, folder)
+            mirror.mirror(ended.path, config.wandb, config.viewer, folder)
         log.info("%s: %s", ended.status, ended.path)
     except Exception as error:
         sentence = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"

@@ -4,7 +4,7 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,14 +13,14 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
-ASIDE = ("records", "cache", "wandb", "rerun", "save")  # keys that move no number: the study stays the same
+ASIDE = ("hydra", "records", "cache", "wandb", "viewer", "rerun", "save")  # move no number: the study stays the same
 
 
 class Study(Sweeper):
-    """A multi-objective study that goes on where it stopped.
+    """A multi-objective study that goes on where it stopped, as long as nothing has changed that can move a number.
 
     ``params``: what is searched, in Hydra's own words for sweeps: ``interval(low, high)``, ``range(low, stop, step)``,
     choices, ``tag(log, ...)``.  ``minimize``: metrics of the records.  ``trials``: how many are to succeed, those of
@@ -55,14 +55,12 @@ class Study(Sweeper):
         fixed = {key: one.get_value_element_as_str() for key, one in overrides.items() if not one.is_sweep_override()}
         if not space:
             sys.exit("there is nothing to search; give hydra.sweeper.params, for example method.bits: interval(2, 4)")
-        name = record.fingerprint(
-            {key: one.input_line for key, one in overrides.items() if key not in ASIDE} | {"minimize": self.minimize}
-        )
-        folder = pathlib.Path(self.config.hydra.sweep.dir)
+        name = record.fingerprint(self.identity(fixed, space))
+        folder, storage = pathlib.Path(self.config.hydra.sweep.dir), f"sqlite:///{self.storage}"
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with record.claim(self.storage):
             study = optuna.create_study(
-                storage=f"sqlite:///{self.storage}",
+                storage=storage,
                 study_name=name,
                 directions=["minimize"] * len(self.minimize),
                 load_if_exists=True,
@@ -74,6 +72,8 @@ class Study(Sweeper):
                 study.enqueue_trial(trial.params)
             known = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
             log.info("study %s in %s: %d of %d trials known", name, self.storage, known, self.trials)
+            if others := len(optuna.get_all_study_names(storage)) - 1:
+                log.info("there are %d studies of other settings, threads or code in that file", others)
             for start in range(0, self.trials - known, self.batch):
                 asked = [study.ask(space) for _ in range(min(self.batch, self.trials - known - start))]
                 jobs = [[f"{key}={value}" for key, value in (fixed | trial.params).items()] for trial in asked]
@@ -88,6 +88,32 @@ class Study(Sweeper):
                     " ".join(f"{key}={value}" for key, value in trial.params.items()),
                     ", ".join(f"{metric} {value:.6g}" for metric, value in found),
                 )
+
+    def identity(self, fixed: Mapping[str, str], space: Mapping[str, Any]) -> dict[str, Any]:
+        """All that can move a value of the study: threads, code, what is searched, what for, and the config of a trial,
+        once for every choice, since one may bring a config of its own."""
+        import torch
+        from optuna.distributions import CategoricalDistribution, distribution_to_json
+
+        from nashswarm import provenance
+
+        chosen = {key: one.choices for key, one in space.items() if isinstance(one, CategoricalDistribution)}
+        first = {key: chosen[key][0] if key in chosen else one.low for key, one in space.items()}
+        trials = [first, *(first | {key: choice} for key, choices in chosen.items() for choice in choices[1:])]
+        return {
+            "trials": [self.composed(fixed | trial) for trial in trials],
+            "space": {key: distribution_to_json(one) for key, one in space.items()},
+            "minimize": self.minimize,
+            "threads": torch.get_num_threads(),
+            "code": provenance.code_digest(),
+        }
+
+    def composed(self, values: Mapping[str, Any]) -> Any:
+        """The config of a job with these values, resolved, without the keys that move no number."""
+        words = [f"{key}={value}" for key, value in values.items()]
+        config = self.context.config_loader.load_sweep_config(self.config, words)
+        counts = OmegaConf.masked_copy(config, [key for key in config if key not in ASIDE])
+        return OmegaConf.to_container(counts, resolve=True)
 
 
 def distribution(override: Override) -> Any:

@@ -49,6 +49,7 @@ class Root:
     rerun: bool = False
     save: str | None = None
     wandb: str = "offline"
+    viewer: str = "disabled"
     records: str = "results/records"
     cache: str = "results/cache"
 

@@ -107,6 +107,8 @@ def check_nashswarm(words: list[str]) -> None:
 def check_python(words: list[str]) -> None:
     if words[:2] == ["-m", "experiments.run"]:
         return check_run(tuple(words[2:]))
+    if words[0] == "-m":
+        words = [f"{words[1].replace('.', '/')}.py", *words[2:]]
     script = (ROOT / words[0]).read_text()
     for option in words[1:]:
         assert not option.startswith("--") or f'"{option}"' in script, option

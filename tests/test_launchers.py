@@ -10,12 +10,14 @@ from typing import Any
 
 import cloudpickle
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
+from omegaconf import OmegaConf
 
 import nashswarm.plan  # noqa: F401  (it registers the types of the root config)
 from hydra_plugins import launchers, search
@@ -141,13 +143,20 @@ class Hills:
         return []
 
 
+class Loader:
+    """Composes as Hydra's does, beside what the command line of a sweep has fixed for Hydra itself."""
+
+    def load_sweep_config(self, config: Any, words: list[str]) -> Any:
+        return OmegaConf.from_dotlist(words)
+
+
 def test_a_study_goes_on_where_it_was_killed(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     optuna = pytest.importorskip("optuna", reason="the extra search is not installed")
     params = {"x": "interval(-4.0, 4.0)", "kind": "choice(good, bad)"}
 
     def start(killed_after: int) -> list[dict[str, str]]:
         study = search.Study(params, ["kl", "bytes_file"], 12, 2, 0, str(tmp_path / "studies/hills.db"))
-        study.context = types.SimpleNamespace(config_loader=None)
+        study.context = types.SimpleNamespace(config_loader=Loader())
         study.config = types.SimpleNamespace(
             hydra=types.SimpleNamespace(sweep=types.SimpleNamespace(dir=tmp_path / "logs"))
         )
@@ -215,6 +224,49 @@ def test_only_an_interval_is_searched_on_a_logarithmic_scale(words: str) -> None
     pytest.importorskip("optuna", reason="the extra search is not installed")
     with pytest.raises(SystemExit, match="only an interval can be searched on a logarithmic scale"):
         search.distribution(OverridesParser.create().parse_override(words))
+
+
+class Composer:
+    """Hydra's composition of a job of experiment=search, some keys of the files changed."""
+
+    def __init__(self, changed: Mapping[str, Any]) -> None:
+        self.changed = changed
+
+    def load_sweep_config(self, config: Any, words: list[str]) -> Any:
+        composed = compose("config", ["experiment=search", *words])
+        for key, value in self.changed.items():
+            OmegaConf.update(composed, key, value)
+        return composed
+
+
+def test_a_study_goes_on_only_if_nothing_changed_that_moves_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna", reason="the extra search is not installed")
+
+    def name(fixed: dict[str, str], params: dict[str, str], minimize: list[str], changed: dict[str, Any]) -> str:
+        study = search.Study(params, minimize, 3, 1, 0, "unused.db")
+        study.context, study.config = types.SimpleNamespace(config_loader=Composer(changed)), None
+        parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+        space = {one.get_key_element(): search.distribution(one) for one in parsed}
+        return record.fingerprint(study.identity(fixed, space))
+
+    groups, goals = {"method": "choice(nash_swarm, gptq)", "method.bits": "interval(2, 4)"}, ["kl", "bytes_file"]
+    first = name({}, groups, goals, {})
+    assert name({}, groups, goals, {}) == first
+    for aside in ({"records": "elsewhere"}, {"wandb": "disabled"}, {"rerun": "true"}, {"save": "models"}):
+        assert name(aside, groups, goals, {}) == first
+    others = [
+        name({"seed": "1"}, groups, goals, {}),
+        name({}, groups | {"method.bits": "interval(2, 5)"}, goals, {}),
+        name({}, groups | {"method": "choice(nash_swarm, rtn)"}, goals, {}),  # the second choice counts too
+        name({}, groups, ["kl", "seconds"], {}),
+        name({}, groups, goals, {"dataset.test_windows": 32}),  # files of conf/ that were changed
+        name({}, groups, goals, {"method.bits": 2.5, "measure.batch_size": 3}),
+    ]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    others.append(name({}, groups, goals, {}))
+    monkeypatch.setattr("nashswarm.provenance.code_digest", lambda: "of other code")
+    others.append(name({}, groups, goals, {}))
+    assert len({first, *others}) == 1 + len(others)
 
 
 def test_the_search_composes() -> None:

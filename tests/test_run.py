@@ -4,12 +4,14 @@ import contextlib
 import copy
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
 import pathlib
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from experiments import mirror
 from nashswarm import bit_game, peers, record
 from nashswarm.plan import _by_content
 from nashswarm.run import Outcome, run
@@ -345,6 +348,7 @@ WRONG = {
     "dtype=float8": "unknown dtype=float8",
     "wandb=online": "wandb=online needs a key",
     "wandb=onlin": "unknown wandb=onlin",
+    "viewer=trakio": "unknown viewer=trakio: choose one of disabled, trackio",
 }
 
 
@@ -426,6 +430,71 @@ def test_a_sweep_from_the_command_line(
     code, printed = command("-m", methods)
     assert code == 0 and "3 jobs: 0 finished, 3 skipped, 0 failed" in printed
     assert {path: path.stat().st_mtime_ns for path in records_in(tmp_path)} == before
+
+
+def test_a_viewer_that_is_absent_is_told_before_any_work(
+    command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "trackio" else there(name, *more)
+    )
+    code, printed = command("method=uniform4", "viewer=trackio")
+    assert code == 1 and "ERROR viewer=trackio needs trackio: pip install -e '.[ui]'" in printed
+    assert records_in(tmp_path) == []
+
+
+def test_a_mirror_that_fails_costs_no_run_and_can_be_made_later(
+    command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise RuntimeError("the server burnt")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(mirror, "to_wandb", refused)
+        code, printed = command("method=uniform4", "wandb=offline")
+    assert len(records_in(tmp_path)) == 1
+    assert code == 0 and "finished: " in printed and "Traceback" not in printed
+    assert "WARNING wandb=offline failed (RuntimeError: the server burnt)" in printed
+    [outcome] = [json.loads(found.read_text()) for found in tmp_path.rglob("outcome.json")]
+    assert outcome["status"] == "finished" and outcome["record"]
+    told = printed[printed.index("python -m experiments.mirror") :].splitlines()[0].split()[3:]
+    monkeypatch.setattr(sys, "argv", ["experiments.mirror", *told])
+    with pytest.raises(SystemExit) as ended:
+        mirror.main()
+    assert not ended.value.code and len(list(tmp_path.rglob("offline-run-*/*.wandb"))) == 1
+    monkeypatch.setattr(mirror, "to_wandb", refused)
+    with pytest.raises(SystemExit) as ended:
+        mirror.main()
+    assert ended.value.code
+
+
+def test_a_run_feeds_the_viewer_once_and_the_hub_is_not_asked(
+    command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "viewed"))
+    pytest.importorskip("trackio", reason="the extra ui is not installed")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "viewed")  # if it was imported before
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "nobody/nothing")
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection was asked for"))
+    code, printed = command("method=uniform4", "viewer=trackio")
+    [path] = records_in(tmp_path)
+    assert code == 0 and "WARNING" not in printed
+    kept = record.read(path)
+    monkeypatch.setattr(sys, "argv", ["experiments.mirror", str(path.parent), "--viewer", "trackio"])
+    for times in range(2):
+        if times:
+            with pytest.raises(SystemExit) as ended:
+                mirror.main()
+            assert not ended.value.code
+        [run] = SQLiteStorage.get_runs("nashswarm")
+        [last] = SQLiteStorage.get_logs("nashswarm", run)
+        assert {name: last[name] for name in kept.metrics} == kept.metrics
+        config = SQLiteStorage.get_run_config("nashswarm", run)
+        assert config["labels"] == kept.labels and config["method"] == kept.config["method"]
+    assert (tmp_path / "viewed/nashswarm.db").exists()
 
 
 def test_a_sweep_outlives_jobs_that_fail(small_run: list[str], tmp_path: pathlib.Path) -> None:
