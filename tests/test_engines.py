@@ -146,7 +146,7 @@ def sweep(engine: Engine, small_run: list[str], tmp_path: pathlib.Path) -> Sweep
 def origin() -> dict[str, Any]:
     """Where these rows come from: the code, the time, and the versions of the engines."""
     found = provenance(datetime.datetime.now(datetime.UTC))
-    slurm = subprocess.run(["sbatch", "--version"], capture_output=True, text=True).stdout.split()
+    slurm = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.split()
     names = ("hydra-core", "joblib", "ray", "submitit")
     found["versions"] |= {name: importlib.metadata.version(name) for name in names} | {"slurm": slurm[-1]}
     return found
