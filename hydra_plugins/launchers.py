@@ -14,6 +14,7 @@ import pickle
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ from omegaconf import DictConfig, open_dict
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
+PATIENCE = 15  # polls, until the outcome of a job that Slurm calls completed is seen from here
+AROUND = "around.log"  # in a job's folder: the traceback of what went wrong around the job
+THREADS = "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 FORWARDED = ("NASHSWARM_", "HF_", "WANDB_", "OMP_", "MKL_", "TOKENIZERS_")  # variables that a Ray worker inherits
 SECRET = ("KEY", "TOKEN")  # not those that end so: Ray shows them in its dashboard
 Ended = Iterator[tuple[int, str | None]]  # number of a job, and what its engine says went wrong
@@ -66,6 +70,7 @@ class Engine(Launcher):
         self.folder = pathlib.Path(self.config.hydra.sweep.dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folders: dict[int, pathlib.Path] = {}
+        self.logs: dict[int, pathlib.Path] = {}
         jobs: dict[int, bytes] = {}
         for number, overrides in enumerate(job_overrides, initial_job_idx):
             config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
@@ -73,7 +78,8 @@ class Engine(Launcher):
                 config.hydra.job.id = config.hydra.job.num = number
                 config.hydra.sweep.dir = str(self.folder)
             self.folders[number] = self.folder / str(config.hydra.sweep.subdir)
-            (self.folders[number] / "outcome.json").unlink(missing_ok=True)  # of an earlier sweep in this folder
+            for name in ("outcome.json", AROUND):  # of an earlier sweep in this folder
+                (self.folders[number] / name).unlink(missing_ok=True)
             jobs[number] = cloudpickle.dumps((self.context, self.task, config, Singleton.get_state()))
             log.info("#%d: %s", number, " ".join(filter_overrides(overrides)))
         log.info("%d jobs, logs in %s", len(jobs), self.folder)
@@ -87,17 +93,21 @@ class Engine(Launcher):
         return (self.folders[number] / "outcome.json").exists()
 
     def lost(self, number: int, overrides: Sequence[str], trouble: str) -> None:
-        """Write the outcome of a job that could not write its own.  Raises OSError if the driver cannot either."""
+        """Write the outcome of a job that could not write its own.  Its log is the traceback of what went wrong around
+        it, or its own, or its engine's.  Raises OSError if the driver cannot write either."""
+        from nashswarm import record  # not above: a worker imports this module before its folder is right
+
         folder = self.folders[number]
+        logs = [folder / AROUND, *sorted(folder.glob("*.log")), self.logs.get(number, folder)]
         outcome: dict[str, Any] = {
             "status": "failed",
             "labels": {},
             "record": None,
             "message": trouble,
-            "log": str(folder),
+            "log": str(next((path for path in logs if path.exists()), folder)),
+            "overrides": list(overrides),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "outcome.json").write_text(json.dumps(outcome | {"overrides": list(overrides)}, indent=1) + "\n")
+        record.write_whole(folder / "outcome.json", (json.dumps(outcome, indent=1) + "\n").encode())
 
     @abc.abstractmethod
     def execute(self, jobs: Mapping[int, bytes]) -> Ended:
@@ -127,7 +137,7 @@ class Processes(Engine):
             parallel = workers(count, return_as="generator_unordered")
             try:
                 for number, trouble in parallel(
-                    joblib.delayed(_tried)(number, job) for number, job in list(waiting.items())
+                    joblib.delayed(_tried)(number, job, self.folders[number]) for number, job in list(waiting.items())
                 ):
                     del waiting[number]
                     yield number, trouble
@@ -141,7 +151,7 @@ class Processes(Engine):
                 waiting = {number: job for number, job in waiting.items() if number not in begun}
         for number, job in begun.items():
             try:
-                [(_, trouble)] = workers(2)([joblib.delayed(_tried)(number, job)])
+                [(_, trouble)] = workers(2)([joblib.delayed(_tried)(number, job, self.folders[number])])
             except TerminatedWorkerError:
                 trouble = "its worker died: killed, or out of memory"
             yield number, trouble
@@ -169,18 +179,19 @@ class Ray(Engine):
             running = {task.remote(os.getcwd(), job): number for number, job in jobs.items()}
             while running:
                 [first], _ = ray.wait(list(running), num_returns=1)
-                trouble = None
+                number, trouble = running.pop(first), None
                 try:
                     ray.get(first)
                 except Exception as error:
-                    trouble = _sentence(getattr(error, "cause", None) or error)
-                yield running.pop(first), trouble
+                    trouble = _kept(self.folders[number], getattr(error, "cause", None) or error)
+                yield number, trouble
         finally:
             ray.shutdown()
 
 
 class Slurm(Engine):
-    """One array job of a Slurm cluster, by submitit; ``settings``: parameters of submitit's executor."""
+    """One array job of a Slurm cluster, by submitit; ``settings``: parameters of submitit's executor.  A job computes
+    with ``OMP_NUM_THREADS`` threads where that is set, otherwise with ``cpus_per_task``."""
 
     def execute(self, jobs: Mapping[int, bytes]) -> Ended:
         """``squeue`` says what has ended: ``sacct`` needs a data base that small clusters lack."""
@@ -189,9 +200,12 @@ class Slurm(Engine):
         except ImportError:
             sys.exit("hydra/launcher=slurm needs submitit: pip install -e '.[slurm]'")
         executor = submitit.AutoExecutor(folder=self.folder / ".submitit", cluster="slurm")
-        executor.update_parameters(**{key: value for key, value in self.settings.items() if value is not None})
+        settings = {key: value for key, value in self.settings.items() if value is not None}
+        executor.update_parameters(**settings | {"slurm_setup": [*settings.get("slurm_setup", []), THREADS]})
         submitted = executor.map_array(work, [os.getcwd()] * len(jobs), list(jobs.values()))
         running = {job.job_id: number for job, number in zip(submitted, jobs, strict=True)}
+        self.logs = {number: job.paths.stderr for job, number in zip(submitted, jobs, strict=True)}
+        polls = dict.fromkeys(running, 0)
         array = submitted[0].job_id.split("_")[0]
         log.info("array job %s of Slurm", array)
         try:
@@ -199,8 +213,11 @@ class Slurm(Engine):
                 time.sleep(POLL_SECONDS)
                 queued = _queued()
                 for name in [name for name in running if queued is not None and name not in queued]:
-                    number = running.pop(name)
-                    yield number, None if self.ended(number) else f"Slurm ended the job: {_fate(name)}"
+                    fate = None if self.ended(running[name]) else _fate(name)
+                    polls[name] += 1
+                    if fate and "JobState=COMPLETED" in fate and polls[name] < PATIENCE:
+                        continue  # a file system may show later here what the node has written
+                    yield running.pop(name), fate and f"Slurm ended the job: {fate}"
         except KeyboardInterrupt:
             log.warning("the jobs stay with Slurm: scancel %s ends them; the same command again waits for them", array)
             raise
@@ -223,16 +240,22 @@ def _fate(name: str) -> str:
     return ", ".join(f"{key}={words[key]}" for key in ("JobState", "Reason", "ExitCode") if key in words) or "unknown"
 
 
-def _tried(number: int, job: bytes) -> tuple[int, str | None]:
+def _tried(number: int, job: bytes, folder: pathlib.Path) -> tuple[int, str | None]:
     """A job in a process: its number, and what went wrong around it."""
     try:
         work(os.getcwd(), job)
     except Exception as error:
-        return number, _sentence(error)
+        return number, _kept(folder, error)
     return number, None
 
 
-def _sentence(error: BaseException) -> str:
+def _kept(folder: pathlib.Path, error: BaseException) -> str:
+    """An exception in one sentence; its traceback, while it is handled, stays in the job's folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / AROUND).write_text(traceback.format_exc())
+    except OSError as full:
+        log.warning("%s", full)
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 

@@ -1,6 +1,7 @@
 """What is known of a model that is to be compressed: calibration statistics, and how far weights move it on held-out
 text.  An ``Oracle`` answers from it, and methods see nothing else."""
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -41,8 +42,9 @@ def show_progress(items: Sequence[Any], description: str) -> Iterable[Any]:
 
 
 class Cache:
-    """Tensors kept on disk under the fingerprint of what produced them; without a folder nothing is kept.  ``hits``:
-    the kinds that were found."""
+    """Tensors kept on disk under the fingerprint of what produced them; without a folder nothing is kept.  Of all
+    workers on a folder one computes and the others wait for it; a computation may ask for other tensors, not for its
+    own.  ``hits``: the kinds that were found."""
 
     def __init__(self, folder: pathlib.Path | None, key: Mapping[str, Any], hits: list[str] | None = None) -> None:
         self.folder, self.key = folder, dict(key)
@@ -58,16 +60,22 @@ class Cache:
         if self.folder is None:
             return compute()
         path = self.folder / f"{kind}-{record.fingerprint(self.key | dict(key))}.safetensors"
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError, safetensors.SafetensorError):
+            return self._kept(kind, path)
+        with record.claim(path):
             try:
-                tensors = safetensors.torch.load_file(path)
+                return self._kept(kind, path)  # another worker has made it meanwhile
+            except FileNotFoundError:
+                pass
             except safetensors.SafetensorError as error:
                 log.warning("%s is damaged (%s) and is made anew", path, error)
-            else:
-                self.hits.append(kind)
-                return tensors
-        tensors = compute()
-        record.write_by(path, functools.partial(_save, tensors))
+            tensors = compute()
+            record.write_by(path, functools.partial(_save, tensors))
+        return tensors
+
+    def _kept(self, kind: str, path: pathlib.Path) -> dict[str, Tensor]:
+        tensors = safetensors.torch.load_file(path)
+        self.hits.append(kind)
         return tensors
 
 

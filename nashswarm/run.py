@@ -84,18 +84,24 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
     path = record.path_of(folder, identity)
     target = None if config.save is None else pathlib.Path(config.save) / (fingerprint(identity) if many else "")
 
+    def kept() -> bool:  # its model
+        return target is not None and not config.rerun and saved.holds(target, fingerprint(identity))
+
     def there() -> bool:
-        saved_too = target is None or saved.holds(target, fingerprint(identity))
-        return path.exists() and not config.rerun and saved_too
+        return path.exists() and not config.rerun and (target is None or kept())
 
     if there():
         return Outcome("skipped", path, record.read(path))
-    _check(planned, target)
+    _check(planned, None if kept() else target)
     waits = time.monotonic()
     with record.claim(path):
         started += time.monotonic() - waits
         if there():  # another worker has made it meanwhile
             return Outcome("skipped", path, record.read(path))
+        if target is not None and kept():  # stopped between the two: the folder holds the record as well
+            log.info("%s holds this model and its record, which is taken from there", target)
+            finished = dataclasses.replace(saved.record_in(target), labels=all_labels)
+            return Outcome("finished", record.write(folder, finished), finished)
         names = (all_labels[name] for name in ("method", "model", "dataset"))
         log.info("%s on %s: %s, seed %d, %d threads", *names, config.seed, torch.get_num_threads())
         reset_peak()

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from nashswarm.record import fingerprint, write_folder
+from nashswarm.record import Record, fingerprint, write_folder
 
 WEIGHTS, ABOUT, GAME, CARD = "model.safetensors", "nashswarm.json", "game.safetensors", "README.md"
 SCHEMA = 1
@@ -42,6 +42,11 @@ def check_free(folder: pathlib.Path) -> None:
 def holds(folder: pathlib.Path, name: str) -> bool:
     """Whether the run with the fingerprint ``name`` has left its model in ``folder``."""
     return (folder / ABOUT).is_file() and fingerprint(_about(folder)["record"]["config"]) == name
+
+
+def record_in(folder: pathlib.Path) -> Record:
+    """The record of the run that left its model in ``folder``."""
+    return Record(**_about(folder)["record"])
 
 
 def write(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
 import secrets
@@ -12,10 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from nashswarm import record
 from nashswarm.methods import Uniform
 from nashswarm.oracle import Compressed
 
@@ -26,20 +28,36 @@ PACKAGES = "slurm-wlm munge"
 @dataclasses.dataclass(frozen=True)
 class Faulty(Uniform):
     """Round to nearest, and whatever the file named by ``number`` in the folder ``faults`` says: ``raise``, or ``wait``
-    until that file is gone."""
+    until that file is gone.  Every execution leaves a line in the file ``<number>.begun``: ``again`` where its record
+    stands there already, in ``records`` of that folder, or another execution of it goes on; ``first`` otherwise."""
 
     faults: str = ""
     number: int = 0
 
     def compress(self, oracle: Any, rng: np.random.Generator) -> Compressed:
         fault = pathlib.Path(self.faults, str(self.number))
-        if fault.exists():
-            if fault.read_text() == "raise":
-                raise ArithmeticError("the flock flew into a window")
-            fault.with_suffix(".pid").write_text(str(os.getpid()))
-            while fault.exists():
-                time.sleep(0.1)
-        return super().compress(oracle, rng)
+        with fault.with_suffix(".begun").open("a") as begun:
+            print("again" if self.made() or not alone(begun) else "first", file=begun, flush=True)
+            if fault.exists():
+                if fault.read_text() == "raise":
+                    raise ArithmeticError("the flock flew into a window")
+                fault.with_suffix(".pid").write_text(str(os.getpid()))
+                while fault.exists():
+                    time.sleep(0.1)
+            return super().compress(oracle, rng)
+
+    def made(self) -> bool:
+        """Whether the record of this job is there."""
+        found = map(record.read, pathlib.Path(self.faults, "records").rglob("[0-9a-f]*.json"))
+        return any(one.config["method"]["number"] == self.number for one in found)
+
+
+def alone(file: IO[str]) -> bool:
+    """Whether no other process has the file locked; from then on until it is closed, this one has."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def until(true: Callable[[], Any], what: str) -> Any:

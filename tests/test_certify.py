@@ -15,7 +15,7 @@ import safetensors.numpy
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm import rate_game, saved
+from nashswarm import rate_game, record, saved
 from nashswarm.certify import Bowl, Laid, certify, decode, gain_of_codes, pulls, replies
 from nashswarm.cli import main
 from nashswarm.quant.entropy import CodeTables, decode_lattice, encode_lattice
@@ -276,6 +276,31 @@ def test_a_sweep_saves_one_folder_a_job(execute: Execute, tmp_path: pathlib.Path
         one.record.fingerprint for one in ended
     )
     assert execute(tmp_path / "models", "method=uniform4", many=True).status == "skipped"
+
+
+def test_a_run_that_was_stopped_before_its_record_takes_it_from_the_model(
+    execute: Execute, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, words = tmp_path / "model", ("method=uniform4",)
+
+    def stopped(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(record, "write", stopped)
+        with pytest.raises(OSError, match="No space left"):
+            execute(folder, *words)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert not list((tmp_path / "records").rglob("*.json"))
+    with monkeypatch.context() as patched:
+        patched.setattr("nashswarm.run._compress", None)  # nothing is computed
+        ended = execute(folder, *words)
+    assert ended.status == "finished" and record.read(ended.path) == ended.record
+    assert dataclasses.asdict(ended.record) == about(folder)["record"]
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert execute(folder, *words).status == "skipped"
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        execute(folder, *words, "rerun=true")
 
 
 def test_a_full_disk_leaves_nothing(execute: Execute, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

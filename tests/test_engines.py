@@ -3,9 +3,11 @@
 Run by ``make test-engines``.  What was found is written to ``results/engines``.
 """
 
-import collections
 import contextlib
 import dataclasses
+import datetime
+import functools
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -13,10 +15,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 
 from nashswarm import record
+from nashswarm.provenance import provenance
+from nashswarm.provenance import told as told_of
 from tests.faults import PATIENCE, RayCluster, ray_cluster, slurm_cluster, small_disk, until
 
 pytestmark = pytest.mark.engines
@@ -24,7 +29,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "engines"
 JOBS = 8
 BAD = 3  # the job that something happens to
-COLUMNS = ("jobs", "kept", "again", "lost", "repeated")
+COLUMNS = ("jobs", "kept", "again", "begun", "lost", "repeated")
 
 
 @dataclasses.dataclass
@@ -75,10 +80,10 @@ class Sweep:
         until(lambda: len(self.paths()) >= 3, "three records")
 
     def judged(self, before: dict[str, int]) -> dict[str, int]:
-        """What became of the records that were there when the fault had passed (``before``)."""
+        """What became of the records that were there when the fault had passed (``before``), and how often jobs began;
+        ``repeated``: those whose record stood there then, or which another worker was at."""
         now = self.found()
-        outcomes = [json.loads(path.read_text()) for path in self.folder.rglob("outcome.json")]
-        made = collections.Counter(one["record"] for one in outcomes if one["status"] == "finished")
+        begun = [line for path in self.folder.glob("*.begun") for line in path.read_text().splitlines()]
         left = [path for path in self.records.rglob(".*") if path.suffix in (".partial", ".lock")]
         assert not left and len(list(self.records.rglob("[0-9a-f]*.txt"))) == len(now)
         kept = sum(now.get(name) == time for name, time in before.items())
@@ -86,14 +91,16 @@ class Sweep:
             "jobs": JOBS,
             "kept": kept,
             "again": len(now) - kept,
+            "begun": len(begun),
             "lost": JOBS - len(now),
-            "repeated": len(before) - kept + sum(count - 1 for count in made.values()),
+            "repeated": begun.count("again"),
         }
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """``retries``: whether it begins again, by itself, what it lost."""
+    """``serial`` is Hydra's own launcher: one job after the other, in the driver.  ``retries``: whether it begins
+    again, by itself, what it lost."""
 
     name: str
     words: list[str]
@@ -102,10 +109,12 @@ class Engine:
     cluster: RayCluster | None = None
 
 
-@pytest.fixture(scope="module", params=["joblib", "ray", "slurm"])
+@pytest.fixture(scope="module", params=["serial", "joblib", "ray", "slurm"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     with contextlib.ExitStack() as stack:
-        if request.param == "joblib":
+        if request.param == "serial":
+            yield Engine("serial", [], False)
+        elif request.param == "joblib":
             yield Engine("joblib", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], True)
         elif request.param == "ray":
             cluster = stack.enter_context(ray_cluster())
@@ -133,26 +142,41 @@ def sweep(engine: Engine, small_run: list[str], tmp_path: pathlib.Path) -> Sweep
     return Sweep(tmp_path, words, {**os.environ, **own, **engine.environment}, tmp_path / "records")
 
 
+@functools.cache
+def origin() -> dict[str, Any]:
+    """Where these rows come from: the code, the time, and the versions of the engines."""
+    found = provenance(datetime.datetime.now(datetime.UTC))
+    slurm = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.split()
+    names = ("hydra-core", "joblib", "ray", "submitit")
+    found["versions"] |= {name: importlib.metadata.version(name) for name in names} | {"slurm": slurm[-1]}
+    return found
+
+
 @pytest.fixture
 def told(engine: Engine, request: pytest.FixtureRequest) -> Callable[[dict[str, int]], None]:
-    """Write what a fault did into the matrix, and let none be lost or repeated."""
+    """Write what a fault did into the matrix, where only rows of this code stay, and let none be lost or repeated."""
 
     def tell(found: dict[str, int]) -> None:
         path = RESULTS / "faults.json"
         with record.claim(path):
-            rows = json.loads(path.read_text()) if path.exists() else {}
+            matrix = json.loads(path.read_text()) if path.exists() else {}
+            same = all(matrix.get("provenance", {}).get(key) == origin()[key] for key in ("commit", "dirty"))
             fault = request.node.originalname.removeprefix("test_").replace("_", " ")
-            rows |= {f"{engine.name}, {fault}": found}
-            record.write_whole(path, (json.dumps(rows, indent=1, sort_keys=True) + "\n").encode())
-            lines = [["engine", "fault", *COLUMNS], [":--", ":--", *["--:"] * len(COLUMNS)]]
-            lines += [
-                [*name.split(", "), *(str(row[column]) for column in COLUMNS)] for name, row in sorted(rows.items())
-            ]
-            table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-            record.write_whole(RESULTS / "faults.md", table.encode())
+            rows = (matrix.get("rows", {}) if same else {}) | {f"{engine.name}, {fault}": found}
+            record.write_report(path, {"provenance": origin(), "rows": dict(sorted(rows.items()))}, matrix_of(rows))
         assert found["lost"] == found["repeated"] == 0, found
 
     return tell
+
+
+def matrix_of(rows: Mapping[str, Mapping[str, int]]) -> str:
+    """The rows as a table, under what they come from."""
+    versions = origin()["versions"]
+    engines = ", ".join(f"{name} {versions[name]}" for name in ("hydra-core", "joblib", "ray", "submitit", "slurm"))
+    lines = [["engine", "fault", *COLUMNS], [":--", ":--", *["--:"] * len(COLUMNS)]]
+    lines += [[*name.split(", "), *(str(row[column]) for column in COLUMNS)] for name, row in sorted(rows.items())]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{told_of(origin())}, {origin()['started'][:10]}; {engines}.\n\n{table}"
 
 
 def test_a_job_raises(sweep: Sweep, told: Callable[[dict[str, int]], None]) -> None:
@@ -169,6 +193,8 @@ def test_a_job_raises(sweep: Sweep, told: Callable[[dict[str, int]], None]) -> N
 
 
 def test_a_worker_is_killed(engine: Engine, sweep: Sweep, told: Callable[[dict[str, int]], None]) -> None:
+    if engine.name == "serial":
+        pytest.skip("the driver is the worker")
     sweep.make("wait")
     process = sweep.start()
     victim = sweep.victim()
@@ -184,7 +210,7 @@ def test_a_worker_is_killed(engine: Engine, sweep: Sweep, told: Callable[[dict[s
     told(sweep.judged(before))
 
 
-def test_the_driver_is_killed(sweep: Sweep, told: Callable[[dict[str, int]], None]) -> None:
+def test_the_driver_is_killed(engine: Engine, sweep: Sweep, told: Callable[[dict[str, int]], None]) -> None:
     """Where its jobs live on, those of the second sweep wait for them."""
     sweep.make("wait")
     process = sweep.start()
@@ -194,7 +220,8 @@ def test_the_driver_is_killed(sweep: Sweep, told: Callable[[dict[str, int]], Non
     process.wait()
     before = sweep.found()
     process = sweep.start()
-    until(lambda: len(sweep.paths()) == JOBS - 1, "the other records")
+    if engine.name != "serial":  # where the others wait for this one
+        until(lambda: len(sweep.paths()) == JOBS - 1, "the other records")
     sweep.mend()
     sweep.ends(process, 0, "0 failed")
     told(sweep.judged(before))

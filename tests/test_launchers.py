@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import pathlib
+import subprocess
+import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -75,6 +77,35 @@ def test_a_job_that_its_engine_lost_is_a_failed_job(careless: Careless, tmp_path
     assert outcomes[2]["overrides"] == ["seed=3"]
 
 
+def test_the_log_of_a_lost_job_is_the_nearest_there_is(careless: Careless, tmp_path: pathlib.Path) -> None:
+    careless.launch([["seed=3"]], 7)
+
+    def told(number: int, *names: str) -> str:
+        folder = careless.folders[number] = tmp_path / "logs" / str(number)
+        for name in names:
+            folder.mkdir(exist_ok=True)
+            (folder / name).touch()
+        careless.lost(number, ["seed=3"], "the node burnt")
+        return str(json.loads((folder / "outcome.json").read_text())["log"])
+
+    assert told(1) == str(tmp_path / "logs/1")
+    (tmp_path / "2_log.err").touch()
+    careless.logs = {number: tmp_path / "2_log.err" for number in range(2, 5)}
+    assert told(2) == str(tmp_path / "2_log.err")
+    assert told(3, "ablation.log") == str(tmp_path / "logs/3/ablation.log")
+    assert told(4, "ablation.log", launchers.AROUND) == str(tmp_path / "logs/4" / launchers.AROUND)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_full_disk_leaves_no_half_outcome(
+    careless: Careless, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"cannot write .*outcome\.json: No space left on device"):
+        careless.launch([["seed=3"]], 7)
+    assert list((tmp_path / "logs/7").iterdir()) == []
+
+
 def test_an_outcome_of_an_earlier_sweep_is_none_of_this_one(careless: Careless, tmp_path: pathlib.Path) -> None:
     (tmp_path / "logs/6").mkdir(parents=True)
     (tmp_path / "logs/6/outcome.json").write_text(json.dumps({"status": "finished", "record": "of yesterday"}))
@@ -117,6 +148,62 @@ def test_a_job_that_kills_its_worker_costs_no_other_and_all_compute_alike(
     lines = [line.split() for folder in engine.folders.values() for line in (folder / "told").read_text().splitlines()]
     assert {threads for _, threads in lines} == {str(6 // count)}
     assert str(os.getpid()) not in {process for process, _ in lines}
+
+
+def test_the_traceback_of_what_is_around_a_job_is_kept(tmp_path: pathlib.Path) -> None:
+    job = cloudpickle.dumps(Code("def inner():\n    raise ArithmeticError('no\\nsuch number')\ninner()"))
+    folder = tmp_path / "logs" / "3"
+    assert launchers._tried(3, job, folder) == (3, "ArithmeticError: no")
+    kept = (folder / launchers.AROUND).read_text()
+    assert kept.startswith("Traceback") and "in inner" in kept and "such number" in kept
+
+
+class Executor:
+    """What Slurm's launcher asks of submitit, whose jobs leave Slurm at once."""
+
+    parameters: dict[str, Any]
+
+    def __init__(self, folder: pathlib.Path, cluster: str) -> None:
+        self.folder = folder
+
+    def update_parameters(self, **parameters: Any) -> None:
+        type(self).parameters = parameters
+
+    def map_array(self, function: Any, folders: Sequence[str], jobs: Sequence[bytes]) -> list[Any]:
+        paths = types.SimpleNamespace(stderr=self.folder / "1_0_0_log.err")
+        return [types.SimpleNamespace(job_id="1_0", paths=paths)]
+
+
+@pytest.mark.parametrize("late, trouble", [(3, None), (1000, "Slurm ended the job: JobState=COMPLETED")])
+def test_an_outcome_that_is_seen_late_is_waited_for(
+    late: int, trouble: str | None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls = []
+
+    def sleep(seconds: float) -> None:
+        polls.append(seconds)
+        if len(polls) == late:
+            (tmp_path / "outcome.json").touch()
+
+    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=Executor))
+    monkeypatch.setattr(launchers.time, "sleep", sleep)
+    monkeypatch.setattr(launchers, "_queued", lambda: set[str]())
+    monkeypatch.setattr(launchers, "_fate", lambda name: "JobState=COMPLETED")
+    engine = launchers.Slurm(cpus_per_task=3, slurm_setup=["module load python"], mem_gb=None)
+    engine.folder, engine.folders = tmp_path, {5: tmp_path}
+    assert list(engine.execute({5: b""})) == [(5, trouble)]
+    assert len(polls) == min(late, launchers.PATIENCE)
+    assert engine.logs == {5: tmp_path / ".submitit/1_0_0_log.err"}
+    assert Executor.parameters == {"cpus_per_task": 3, "slurm_setup": ["module load python", launchers.THREADS]}
+
+
+@pytest.mark.parametrize(
+    "variables, threads",
+    [({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({"SLURM_CPUS_PER_TASK": "3", "OMP_NUM_THREADS": "2"}, "2"), ({}, "1")],
+)
+def test_a_job_of_slurm_computes_with_what_it_was_given(variables: dict[str, str], threads: str) -> None:
+    command = ["bash", "-uc", f"{launchers.THREADS}; printenv OMP_NUM_THREADS"]
+    assert subprocess.run(command, env=variables, capture_output=True, text=True).stdout.strip() == threads
 
 
 class Hills:

@@ -24,5 +24,5 @@ def test_it_tells_medians_ranges_and_both_goals() -> None:
     assert rows[added.format("disabled")] == "1.00 (0.75 to 1.25) | at most 2.0"
     assert rows[added.format("offline")] == "2.75 (1.25 to 3.50) | at most 2.0"  # round by round
     assert rows["times faster"] == "1.75 (1.50 to 2.00) | at least 1.6"
-    assert rows["the same, two processes"] == "65.0 (50.0 to 80.0) |"
+    assert rows["the same, two processes"] == "65.0 (50.0 to 80.0)"
     assert "Commit 00a838f; an abacus; one thread a process" in text

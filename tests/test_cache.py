@@ -1,0 +1,64 @@
+"""Of all workers on a cache one computes."""
+
+import multiprocessing
+import pathlib
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from nashswarm.evidence import Cache
+
+
+def ask(folder: pathlib.Path, ready: Any, told: Any) -> None:
+    """A worker that says what it found and whether it was there."""
+
+    def compute() -> dict[str, torch.Tensor]:
+        with (folder.parent / "computed").open("a") as file:
+            file.write("once\n")
+        time.sleep(0.5)
+        return {"x": torch.arange(3.0)}
+
+    ready.wait()
+    cache = Cache(folder, {"seed": 0})
+    told.put((cache("moments", {}, compute)["x"].tolist(), cache.hits))
+
+
+def test_two_workers_compute_once(tmp_path: pathlib.Path) -> None:
+    context = multiprocessing.get_context("fork")  # neither computes with torch's threads
+    ready, told = context.Barrier(2), context.Queue()
+    workers = [context.Process(target=ask, args=(tmp_path / "cache", ready, told)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    answers = sorted(told.get(timeout=300) for _ in workers)
+    for worker in workers:
+        worker.join()
+    assert answers == [([0.0, 1.0, 2.0], []), ([0.0, 1.0, 2.0], ["moments"])]
+    assert (tmp_path / "computed").read_text() == "once\n"
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".safetensors"]
+
+
+def test_what_a_killed_worker_left_half_written_is_removed(tmp_path: pathlib.Path) -> None:
+    one, other = Cache(tmp_path, {"seed": 0}), Cache(tmp_path, {"seed": 1})
+    one("moments", {}, lambda: {"x": torch.zeros(2)})
+    [path] = tmp_path.iterdir()
+    path.unlink()
+    path.with_name(f".{path.name}.0123.partial").write_bytes(b"half")
+    other("moments", {}, lambda: {"x": torch.ones(2)})
+    assert len(list(tmp_path.glob(".*.partial"))) == 1  # it is not this one's to remove
+    one("moments", {}, lambda: {"x": torch.zeros(2)})
+    assert len(list(tmp_path.iterdir())) == 2 and not list(tmp_path.glob(".*"))
+
+
+def test_a_computation_may_ask_for_other_tensors(tmp_path: pathlib.Path) -> None:
+    cache = Cache(tmp_path, {})
+    inner = cache.under({"part": 1})
+    found = cache("outer", {}, lambda: {"x": 1 + inner("inner", {}, lambda: {"x": torch.ones(1)})["x"]})
+    assert found["x"] == 2 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_claimed_says_so_before_any_work(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "cache").touch()
+    with pytest.raises(OSError, match=r"cannot claim .*moments-\w+\.safetensors: "):
+        Cache(tmp_path / "cache", {})("moments", {}, lambda: pytest.fail("it computed"))
