@@ -60,7 +60,12 @@ def main(config: DictConfig) -> None:
         outcome["labels"] = labels_of(config)
         mirror.check(config.wandb, config.viewer)
         ended = run(config, outcome["labels"], many=hydra_config.mode == RunMode.MULTIRUN)
-        outcome |= {"status": ended.status, "record": str(ended.path), "labels": ended.record.labels, "message": ""}
+        outcome |= {
+            "status": ended.status,
+            "record": str(ended.path.resolve()),
+            "labels": ended.record.labels,
+            "message": "",
+        }
         if ended.status == "finished":
             mirror.mirror(ended.path, config.wandb, config.viewer, folder)
         log.info("%s: %s", ended.status, ended.path)

@@ -1,13 +1,14 @@
 """The page of an experiment: one HTML file that needs nothing beside it, made from records alone.
 
-A table that sorts by any column, quality against size, the sweeps of the games, the bits of every layer, and where each
-record comes from.
+Tables that sort by any column, quality against size, the sweeps of the games, speed, what clients wait, how evenly
+experts work, the bits of every layer, and where each record comes from.
 """
 
 import base64
+import functools
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import matplotlib
 import matplotlib.image
@@ -16,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from nashswarm import figures, report, typeset
+from nashswarm import charts, figures, report, tables, typeset
 from nashswarm.record import Record
 
 PLACE = ("model", "dataset", "measure")  # what one chart has one of
@@ -83,46 +84,82 @@ def page(records: Sequence[Record]) -> str:
 
 
 def section(place: Sequence[str], rows: pd.DataFrame, records: Sequence[Record]) -> list[str]:
-    """Table and figures of one model, dataset and measure."""
+    """Tables and figures of one model, dataset and measure."""
     means = report.tested(report.points(rows.dropna(axis=1, how="all")), records)
-    parts = [f"<h2>{html.escape(' · '.join(place))}</h2>", results(means)]
-    if note := typeset.note(means):
-        parts.append(f"<p>{html.escape(note)}</p>")
+    table, columns = tables.unlike(records) or (means, typeset.COLUMNS)
+    seconds = [(tables.speed(records), tables.SPEED), (tables.layers(records), tables.LAYERS)]
+    parts = [f"<h2>{html.escape(' · '.join(place))}</h2>"]
+    for own, its in [(table, columns), *(second for second in seconds if len(second[0]))]:
+        parts += [results(own, its, newest(records)), f"<p>{html.escape(typeset.note(own))}</p>"]
     drawn = {
         "Quality against size": lambda: figures.pareto(means),
         "Convergence of the games": lambda: figures.convergence(records),
-    }
+    } | special(records)
     parts += [shown for caption, draw in drawn.items() if (shown := drawing(draw, caption))]
     for one in sorted({one.labels["method"]: one for one in records}.values(), key=lambda one: _rank(one)):
         parts += bits(one)
     return parts
 
 
-def results(means: pd.DataFrame) -> str:
-    """The table of means over seeds, each cell with its number to sort by."""
-    shown = [column for column in typeset.COLUMNS if column.metric in means and means[column.metric].notna().any()]
+def special(records: Sequence[Record]) -> dict[str, Callable[[], Figure]]:
+    """The figures, by caption, of what only some experiments measure."""
+    served, timed, layers = tables.serving(records), tables.speed(records), tables.layers(records)
+    found: dict[str, Callable[[], Figure]] = {}
+    for method, rows in list(served.groupby("method", sort=False)) if len(served) else []:
+        found[f"What clients of a server wait, {method}"] = functools.partial(charts.latency, rows)
+    if any(name.startswith("load_") for one in records for name in one.series):
+        found["How evenly experts work"] = lambda: charts.crowding(records)
+    if len(timed):
+        found |= {"Speed": lambda: charts.speed(timed), "Memory": lambda: charts.memory(timed)}
+    if "layer_damage" in layers and (layers[["layer_damage", "layer_kl"]] > 0).all(axis=1).any():
+        found["Predicted and measured damage of single matrices"] = lambda: charts.sensitivity(layers)
+    return found
+
+
+def newest(records: Sequence[Record]) -> str:
+    """The commit of the run that began last."""
+    last = max(records, key=lambda one: str(one.provenance.get("started", "")))
+    return str(last.provenance.get("commit") or "unknown")
+
+
+def flag(commits: Iterable[str], dirty: bool, last: str) -> str:
+    """A cell that tells runs of code that was not committed, or of other commits than the ``last`` one."""
+    older = [commit[:7] for commit in dict.fromkeys(commits) if commit not in (last, "unknown")]
+    told = [
+        *(["uncommitted or unknown code"] if dirty else []),
+        *([f"older code: {', '.join(older)}"] if older else []),
+    ]
+    inside = f'<span class="flag">{"; ".join(told)}</span>' if told else ""
+    return f'<td data-value="{len(told)}">{inside}</td>'
+
+
+def results(table: pd.DataFrame, columns: Sequence[typeset.Column], last: str) -> str:
+    """A table, each cell with its number to sort by; ``last``: the commit that its rows should be of."""
+    shown = [column for column in columns if column.metric in table and table[column.metric].notna().any()]
+    words = ["method", *(name for name in ("layer", "contestant") if name in table)]
     lines = []
-    for _, row in means.iterrows():
-        cells = [_cell(row["method"], row["method"], "word")]
+    for _, row in table.iterrows():
+        mark = typeset.UNCLEAN if row["dirty"] else ""
+        cells = [_cell(row[name] + (mark if name == "method" else ""), row[name], "word") for name in words]
         for column in shown:
             value = row[column.metric]
             cells.append(_cell(typeset.text(row, column.metric), "" if pd.isna(value) else repr(float(value))))
-        flag = ' <span class="flag">uncommitted code</span>' if row["dirty"] else ""
+        cells.append(flag(row["commit"].split(), row["dirty"], last))
         ours = ' class="ours"' if row["method"] == typeset.REFERENCE else ""
-        lines.append(f"<tr{ours}>{''.join(cells)}<td data-value='{int(row['dirty'])}'>{flag}</td></tr>")
-    return _table(["method", *(column.heading for column in shown), ""], lines)
+        lines.append(f"<tr{ours}>{''.join(cells)}</tr>")
+    return _table([*words, *(column.heading for column in shown), ""], lines)
 
 
 def runs(records: Sequence[Record]) -> str:
-    """Where each record comes from; one made by uncommitted code is flagged."""
+    """Where each record comes from; one made by uncommitted or older code is flagged."""
     lines = []
     for one in sorted(records, key=lambda one: (_rank(one), one.labels["seed"])):
         found = one.provenance
-        commit = str(found.get("commit") or "unknown")[:10]
+        commit = str(found.get("commit") or "unknown")
         cells = [_cell(one.labels[name], one.labels[name], "word") for name in ("method", "model", "dataset", "seed")]
-        cells += [_cell(one.fingerprint, one.fingerprint), _cell(commit, commit)]
-        flag = '<span class="flag">uncommitted code</span>' if found.get("dirty") else ""
-        cells.append(f'<td data-value="{int(bool(found.get("dirty")))}">{flag}</td>')
+        cells += [_cell(one.fingerprint, one.fingerprint), _cell(commit[:10], commit)]
+        beside = [other for other in records if all(other.labels[name] == one.labels[name] for name in PLACE)]
+        cells.append(flag([commit], found.get("dirty") is not False, newest(beside)))
         cells += [_cell(str(found.get(name, "")), str(found.get(name, ""))) for name in ("started", "machine")]
         seconds = one.metrics.get("seconds", float("nan"))
         cells.append(_cell(typeset.FORMATS["seconds"](seconds), repr(seconds)))

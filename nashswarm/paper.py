@@ -180,8 +180,8 @@ def of_benchmarks(folder: pathlib.Path) -> dict[str, str]:
         read = next((read for start, read in BENCHMARKS.items() if path.stem.startswith(start)), None)
         if read is None:
             continue
-        if content.get("provenance", {}).get("dirty"):
-            raise ValueError(f"{path} comes from uncommitted code; commit and run its benchmark again")
+        if content.get("provenance", {}).get("dirty") is not False:
+            raise ValueError(f"{path} comes from uncommitted or unknown code; commit and run its benchmark again")
         found |= read(path.stem, content)
     return found
 

@@ -18,11 +18,11 @@ from rich.text import Text
 
 from nashswarm import compare
 from nashswarm.record import Record
-from nashswarm.typeset import CELL, FORMATS, LABELS, REFERENCE, TESTED, WORDS, terminal
+from nashswarm.typeset import CELL, FORMATS, LABELS, ORIGIN, REFERENCE, TESTED, WORDS, terminal
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
-    """One row per record: labels, metrics, perplexity, its fingerprint and its ``identity`` (the config without seed).
+    """One row per record: labels, metrics, perplexity, its ``origin`` and its ``identity`` (the config without seed).
 
     A record given twice counts once; the same configuration in two experiments has a row in each.  Raises ValueError
     if there is none, or if one lacks a label.
@@ -39,13 +39,23 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
             **record.metrics,
             **({"windows": len(record.series["nll"])} if "nll" in record.series else {}),
             **({"threads": record.config["threads"]} if "threads" in record.config else {}),
-            "fingerprint": record.fingerprint,
+            **origin([record]),
             "identity": json.dumps(identity, sort_keys=True, ensure_ascii=False),
-            "dirty": bool(record.provenance.get("dirty", False)),
         }
     if not rows:
         raise ValueError("there are no records; run an experiment first: python -m experiments.run experiment=ablation")
     return ordered(with_perplexity(pd.DataFrame(rows.values())))
+
+
+def origin(records: Iterable[Record]) -> dict[str, Any]:
+    """What a row of a table tells of its runs: the ``fingerprint`` and the ``commit`` of each, apart by spaces, and
+    ``dirty``, whether the code of one was not committed or is unknown."""
+    runs = {one.fingerprint: one.provenance for one in records}
+    return {
+        "fingerprint": " ".join(runs),
+        "commit": " ".join(str(one.get("commit") or "unknown") for one in runs.values()),
+        "dirty": any(one.get("dirty") is not False for one in runs.values()),
+    }
 
 
 def with_perplexity(table: pd.DataFrame) -> pd.DataFrame:
@@ -74,7 +84,7 @@ def rank(method: str) -> tuple[int, int, str]:
 
 def ordered(table: pd.DataFrame) -> pd.DataFrame:
     """Rows in the order of methods, columns in the order of ``FORMATS``, unknown metrics after them by name."""
-    known = [*WORDS, *FORMATS, "fingerprint", "identity", "dirty"]
+    known = [*WORDS, *FORMATS, *ORIGIN, "identity"]
     columns = [name for name in known if name in table] + sorted(set(table.columns) - set(known))
     keys = [tuple(row) for row in table[[name for name in LABELS if name in table]].to_numpy().tolist()]
     method = CELL.index("method")
@@ -118,10 +128,12 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
     Intervals are over test windows; their ends are averaged like every metric.  A metric that one seed lacks is
     missing in the mean as well.  ``_spread``: the standard deviation over seeds, where there are several.
     """
-    labelled = {*LABELS, "fingerprint", "identity", "dirty"}
+    labelled = {*LABELS, *ORIGIN, "identity"}
     groups = table.groupby([*CELL, "identity"], sort=False)
     means = groups[[name for name in table if name not in labelled]].agg(mean_of_all)
-    means = means.assign(seeds=groups["seed"].nunique(), dirty=groups["dirty"].any())
+    means = means.assign(
+        seeds=groups["seed"].nunique(), **{name: groups[name].agg(join) for name, join in ORIGIN.items()}
+    )
     if (means["seeds"] > 1).any():
         means = means.assign(**{f"{name}_spread": groups[name].std() for name in TESTED if name in table})
     return ordered(with_perplexity(means.reset_index()))
@@ -164,10 +176,12 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
 
 
 def refuse_dirty(table: pd.DataFrame) -> None:
-    """Raise ValueError if a run was made from uncommitted code: the paper quotes no such number."""
+    """Raise ValueError if a run was made from uncommitted or unknown code: the paper quotes no such number."""
     dirty = sorted(set(table.loc[table["dirty"], "method"]))
     if dirty:
-        raise ValueError(f"runs of {', '.join(dirty)} come from uncommitted code; commit and run them with rerun=true")
+        raise ValueError(
+            f"runs of {', '.join(dirty)} come from uncommitted or unknown code; commit and run them with rerun=true"
+        )
 
 
 def by_cell(records: Iterable[Record]) -> dict[tuple[str, ...], list[Record]]:

@@ -11,8 +11,8 @@ import pandas as pd
 
 from nashswarm import compare
 from nashswarm.record import Record
-from nashswarm.report import by_cell, circumstances, mean_of_all, ordered, paired
-from nashswarm.typeset import CELL, REFERENCE, Column
+from nashswarm.report import by_cell, circumstances, mean_of_all, ordered, origin, paired
+from nashswarm.typeset import CELL, ORIGIN, REFERENCE, Column
 
 EQUAL_BYTES = (
     Column("MB", "bytes_file"),
@@ -124,6 +124,7 @@ def equal_bytes(records: Iterable[Record]) -> pd.DataFrame:
         kl, size = pairs[0][0], float(np.mean([one.metrics["bytes_file"] for one in own]))
         sizes = [float(np.mean([one.metrics["bytes_file"] for one in step])) for step in steps.values()]
         row = dict(zip(CELL, labels, strict=True)) | {"bytes_file": size, "kl": kl.mean()}
+        row |= origin([*own, *(one for step in steps.values() for one in step)])
         row["kl_low"], row["kl_high"] = compare.interval(kl.tolist())
         if min(sizes) <= size <= max(sizes) and kl.mean() > 0:
             theirs = compare.at_bytes(sizes, np.array([other for _, other in pairs]), size)
@@ -152,7 +153,7 @@ def speed(records: Iterable[Record]) -> pd.DataFrame:
                 keys |= {f"{phase}_ratio{end}": f"{phase}_ratio{suffix}{end}" for end in ("", "_low", "_high")}
             found = {metric: record.metrics.get(key, np.nan) for metric, key in keys.items()}
             about = {label: record.labels[label] for label in CELL} | {"threads": record.config.get("threads")}
-            rows.append(about | {"contestant": name} | found)
+            rows.append(about | {"contestant": name} | found | origin([record]))
     return pd.DataFrame(rows)
 
 
@@ -164,13 +165,16 @@ def layers(records: Iterable[Record]) -> pd.DataFrame:
         | {"layer": layer["name"], "parameters": layer["parameters"], "bits_per_weight": layer["bits_per_weight"]}
         | {"layer_damage": layer.get("damage")}
         | {name: values[place] for name, values in record.series.items() if name.startswith("layer_")}
+        | origin([record])
         for record in records
         if "layer_kl" in record.series
         for place, layer in enumerate(record.layers)
     ]
     if not rows:
         return pd.DataFrame(columns=[*CELL, "layer"])
-    return ordered(pd.DataFrame(rows).groupby([*CELL, "layer"], sort=False).agg(mean_of_all).reset_index())
+    table = pd.DataFrame(rows)
+    how = {name: ORIGIN.get(str(name), mean_of_all) for name in table if name not in (*CELL, "layer")}
+    return ordered(table.groupby([*CELL, "layer"], sort=False).agg(how).reset_index())
 
 
 def routers(records: Iterable[Record]) -> pd.DataFrame:
@@ -180,7 +184,7 @@ def routers(records: Iterable[Record]) -> pd.DataFrame:
     rows = []
     for labels, own in cells.items():
         names = dict.fromkeys(name for one in own for name in one.metrics)
-        row: dict[str, Any] = dict(zip(CELL, labels, strict=True)) | {"seeds": len(own)}
+        row: dict[str, Any] = dict(zip(CELL, labels, strict=True)) | {"seeds": len(own)} | origin(own)
         row |= {name: float(np.mean([one.metrics.get(name, np.nan) for one in own])) for name in names}
         if len(own) > 1:
             row["nll_spread"] = float(np.std([one.metrics["nll"] for one in own], ddof=1))
@@ -206,7 +210,7 @@ def validation(records: Iterable[Record]) -> pd.DataFrame:
     rows = []
     for labels, own in cells.items():
         means = pd.DataFrame([one.metrics for one in own])[[column.metric for column in VALIDATION[:-1]]].mean()
-        rows.append(dict(zip(CELL, labels, strict=True)) | {"seeds": len(own)} | means.to_dict())
+        rows.append(dict(zip(CELL, labels, strict=True)) | {"seeds": len(own)} | means.to_dict() | origin(own))
     return ordered(pd.DataFrame(rows)) if rows else pd.DataFrame()
 
 
@@ -224,7 +228,7 @@ def routing(records: Iterable[Record]) -> pd.DataFrame:
             }
             names = [column.metric for column in ROUTING if column.metric.startswith(("route_", "share_"))]
             found |= {name: one.metrics[f"{name}_{count}"] for name in names}
-            rows.append({label: one.labels[label] for label in CELL} | {"experts": count} | found)
+            rows.append({label: one.labels[label] for label in CELL} | {"experts": count} | found | origin([one]))
     return pd.DataFrame(rows)
 
 
@@ -236,7 +240,7 @@ def serving(records: Iterable[Record]) -> pd.DataFrame:
         if "latency_p95_ratio" in one.metrics:
             asked = one.config["measure"]
             about = {"clients": asked["concurrency"], "requests": asked["requests"], "rate": asked["rate"]}
-            rows.append({label: one.labels[label] for label in CELL} | about | one.metrics)
+            rows.append({label: one.labels[label] for label in CELL} | about | one.metrics | origin([one]))
     table = pd.DataFrame(rows)
     return table.sort_values(["rate", "clients"], na_position="first", kind="stable") if rows else table
 

@@ -7,7 +7,9 @@ cannot disagree.
 import dataclasses
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -20,7 +22,9 @@ REFERENCE = "nash_swarm"  # the method that the others are tested against
 TESTED = {"kl": "kl", "nll_delta": "nll"}  # metric → the per-window series in which it is paired
 LEVEL = 0.05  # of all tests of a table together
 MARK = "†"
+UNCLEAN = "‡"
 WORDS = [*LABELS, "layer", "contestant"]  # columns of text
+ORIGIN: dict[str, Any] = {"fingerprint": " ".join, "commit": " ".join, "dirty": any}  # of runs → of their row
 PAGE_WIDTH = 150  # characters
 MISSING = "-"
 OFFICIAL = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "spearman": "Spearman"}
@@ -212,7 +216,11 @@ def text(row: pd.Series, metric: str) -> str:
 
 
 def note(table: pd.DataFrame) -> str:
-    """What the marks of a table mean; empty without tests."""
+    """What the marks of a table mean, and which commits its runs are of, a line each; empty where there is neither."""
+    return "\n".join(filter(None, (_of_tests(table), _of_dirt(table), _of_commits(table))))
+
+
+def _of_tests(table: pd.DataFrame) -> str:
     tests = sum(int(table[name].notna().sum()) for name in (f"{metric}_p" for metric in TESTED) if name in table)
     if not tests:
         return ""
@@ -220,6 +228,25 @@ def note(table: pd.DataFrame) -> str:
         f"{MARK} differs from {REFERENCE} on the same windows: sign-flip test, "
         f"{LEVEL} for the {tests} tests of this table together (Holm)."
     )
+
+
+def _of_dirt(table: pd.DataFrame) -> str:
+    return (
+        f"{UNCLEAN} of code that was not committed, or is unknown." if "dirty" in table and table["dirty"].any() else ""
+    )
+
+
+def _of_commits(table: pd.DataFrame) -> str:
+    """Each run counts once, in however many rows it is."""
+    if "commit" not in table:
+        return ""
+    rows = zip(table["fingerprint"], table["commit"], strict=True)
+    runs = {run for names, commits in rows for run in zip(names.split(), commits.split(), strict=True)}
+    counts = sorted(Counter(commit[:7] for _, commit in runs).items())
+    if len(counts) < 2:
+        return "".join(f"Runs of commit {commit}." for commit, _ in counts)
+    *others, last = (f"{commit} ({count})" for commit, count in counts)
+    return f"Runs of commits {', '.join(others)} and {last}."
 
 
 def cells(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
@@ -232,6 +259,8 @@ def cells(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> pd.DataFr
     if "seeds" in table and (table["seeds"] > 1).any():
         shown.append(Column("seeds", "seeds"))
     content = {label: table[label].astype(str) for label in varying}
+    if "dirty" in table:
+        content["method"] = content["method"] + table["dirty"].map({True: UNCLEAN, False: ""})
     for column in shown:
         content[column.heading] = pd.Series([text(row, column.metric) for _, row in table.iterrows()], dtype=str)
     return pd.DataFrame(content)
@@ -244,7 +273,7 @@ def terminal(table: pd.DataFrame, title: str | None = None, columns: Sequence[Co
     for heading in content:
         view.add_column(str(heading), justify="left" if heading in WORDS else "right", overflow="fold")
     for row in content.itertuples(index=False):
-        view.add_row(*map(Text, row), style="bold" if "nash_swarm" in row else None)
+        view.add_row(*map(Text, row), style="bold" if {REFERENCE, REFERENCE + UNCLEAN} & set(row) else None)
     return view
 
 
@@ -254,7 +283,7 @@ def console() -> Console:
 
 
 def markdown(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> str:
-    """A table in Markdown, what its marks mean below it."""
+    """A table in Markdown, its note below it."""
     content = cells(table, columns)
     rule = [":--" if heading in WORDS else "--:" for heading in content]
     rows = [list(content.columns), rule, *content.to_numpy().tolist()]
@@ -268,8 +297,11 @@ def table_of(headings: Sequence[str], rows: Sequence[Sequence[str]], rules: Sequ
 
 
 def csv(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> str:
-    """Every column, shown or not, with every digit, one line per row."""
-    return table.drop(columns=["identity", "dirty"], errors="ignore").to_csv(index=False, lineterminator="\n")
+    """Every column, shown or not, with every digit, one line per row; of several runs each commit once."""
+    told = table.drop(columns=["identity", "fingerprint"], errors="ignore")
+    if "commit" in told:
+        told = told.assign(commit=[" ".join(dict.fromkeys(commits.split())) for commits in told["commit"]])
+    return told.to_csv(index=False, lineterminator="\n")
 
 
 def latex(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> str:
@@ -291,6 +323,7 @@ ESCAPES = str.maketrans(
         "−": "$-$",
         "±": r"$\pm$",
         MARK: r"$^\dagger$",
+        UNCLEAN: r"$^\ddagger$",
     }
 )
 

@@ -4,7 +4,7 @@
 
 Every number comes from a record (``experiment=audit``, ``experiment=ablation``) or is counted from shapes; every
 verdict follows from them by the rule in its row.  Writes Markdown and LaTeX; with ``--paper`` the parts that the paper
-includes go there, and runs from uncommitted code are refused.
+includes go there, and runs from uncommitted or unknown code are refused.
 """
 
 import argparse
@@ -27,11 +27,13 @@ from nashswarm.rate_game import NashSwarm
 from nashswarm.record import Record
 from nashswarm.shapes import SHAPES, Sizes, class_entropy, sizes
 from nashswarm.tables import equal_bytes
+from nashswarm.typeset import CELL, REFERENCE
 
 LATER = "not measured yet"
 HOLDS, FAILS = "holds", "does not hold"
 FAMILY = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
 EXPERIMENTS = ("ablation", "audit", "speed")  # the first one that has a model and text tells of them
+REMOVED = ("no_nash", "no_quantization", "no_swarm")  # methods without one component each
 MIXTURES = ("quick_validation", "performance_analysis")
 AS_CLAIMED = 1e8  # parameters of the smallest model that was claimed to be faster
 AUDIT = "`python -m experiments.run experiment=audit model=gpt2 dataset=wikitext2_raw`"
@@ -77,7 +79,7 @@ def interval(run: Record, metric: str) -> str:
 @dataclasses.dataclass(frozen=True)
 class Evidence:
     """Records of the published protocol by model and text, honest runs by model, text and method, sizes by shape,
-    the records of ``MIXTURES``, and libraries beside ``nash_swarm`` at equal bytes."""
+    the records of ``MIXTURES``, libraries beside ``nash_swarm`` at equal bytes, and what ``removals`` tells."""
 
     published: Mapping[Place, Record]
     honest: Mapping[Place, Rows]
@@ -86,6 +88,7 @@ class Evidence:
     peers: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
     misses: Sequence[Mapping[str, Any]] = ()  # rows of benchmarks/misses.py
     grown: Mapping[Place, Rows] = dataclasses.field(default_factory=dict)  # of models of one family
+    removed: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
 
     @property
     def trained(self) -> dict[Place, Record]:
@@ -139,7 +142,27 @@ def gather(folder: pathlib.Path, misses: pathlib.Path = MISSES) -> Evidence:
         peers = peers[peers["method"].str.startswith("peer_") & peers["kl_ratio"].notna()]
     counted = json.loads(misses.read_text())["rows"] if misses.exists() else ()
     exact = {name: sizes(config) for name, config in SHAPES.items()}
-    return Evidence(published, honest, exact, mixtures, peers, counted, grown)
+    return Evidence(published, honest, exact, mixtures, peers, counted, grown, removals(folder))
+
+
+def removals(folder: pathlib.Path) -> pd.DataFrame:
+    """One row for every run of ``REMOVED`` that is paired with ``nash_swarm`` of the same overrides, whatever the
+    experiment: ``method``, ``experiment``, ``model``, and whether it ``costs``, its KL being higher where the test
+    survives among all of its table."""
+    rows = []
+    for path in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "audit"):
+        runs = list(record.read_all(path))
+        if not any(run.labels["method"].partition("[")[0] in REMOVED for run in runs):
+            continue
+        table = report.tested(report.average(report.frame(runs)), runs)
+        keys = [*CELL[:-1], "overrides"]
+        table[["method", "overrides"]] = [list(label.partition("[")[::2]) for label in table["method"]]
+        whole = table[table["method"] == REFERENCE].groupby(keys)["kl"].mean()
+        own = table[table["method"].isin(REMOVED)]
+        for _, row in own.dropna(subset="kl_p").iterrows() if "kl_p" in own else ():
+            costs = row["kl_p"] <= typeset.LEVEL and row["kl"] > whole[tuple(row[keys])]
+            rows.append({name: row[name] for name in ("method", "experiment", "model")} | {"costs": bool(costs)})
+    return pd.DataFrame(rows)
 
 
 def having(runs: Mapping[Place, Rows], *methods: str, metric: str = "kl") -> dict[Place, Rows]:
@@ -378,24 +401,26 @@ def faster(evidence: Evidence) -> Row:
 
 
 def components(evidence: Evidence) -> Row:
-    removed = ("no_nash", "no_quantization", "no_swarm")
-    tables = evidence.having(*removed, "nash_swarm")
+    found = evidence.removed
 
-    def matters(rows: Rows, method: str) -> bool:
-        return bool(rows[method]["kl"] > rows["nash_swarm"]["kl"] and rows[method]["kl_p"] <= typeset.LEVEL)
+    def count(costs: "pd.Series[bool]") -> str:
+        return f"{costs.sum()} of {len(costs)}"
 
-    def honest(rows: Rows) -> str:
-        return ", ".join(f"`{name}` KL {typeset.text(rows[name], 'kl')}" for name in (*removed, "nash_swarm"))
+    def each_experiment(rows: pd.DataFrame) -> str:
+        return ", ".join(f"{name} {count(own['costs'])}" for name, own in rows.groupby("experiment"))
 
+    groups = {str(name): rows for name, rows in found.groupby("method")} if len(found) else {}
+    told = [f"`{name}` in {count(rows['costs'])} ({each_experiment(rows)})" for name, rows in groups.items()]
     return Row(
         "C7",
         "each component matters",
         "no code: nothing to run",
-        each_honest(tables, honest),
-        "KL without equilibrium, quantization or swarm is higher on the same windows (sign-flip test, Holm)",
-        each_of(matters(rows, method) for rows in tables.values() for method in removed),
-        ABLATION,
-        here=elsewhere(tables),
+        f"KL is higher, by runs with and without the component: {', '.join(told) or LATER}",
+        "KL without equilibrium, quantization or swarm is higher on the same windows (sign-flip test, Holm) in every "
+        "experiment that has both",
+        bool(found["costs"].all()) if set(groups) == set(REMOVED) else None,
+        f"{ABLATION}, and `experiment=main`, `experiment=glue`",
+        here=not len(found) or not found["model"].isin(FAMILY).any(),
     )
 
 
@@ -642,7 +667,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         evidence = gather(options.records, options.misses)
         if options.paper:
-            report.refuse_dirty(report.frame(record.read_all(options.records / "audit")))
+            report.refuse_dirty(report.frame(record.read_all(options.records)))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
 """What a sweep did, from its folder.
 
-    python scripts/summary.py multirun/2026-01-31/12-00-00
+    python scripts/summary.py results/logs/ablation/2026-01-31_12-00-00
 
 Prints counts, the table of the sweep's records and, for each failed job, why and where its log is.  The exit status
 is 1 if any job failed.

@@ -44,7 +44,7 @@ def test_the_audit_ran_on_committed_code(evidence: audit.Evidence) -> None:
 
 
 def test_without_evidence_there_is_no_verdict(evidence: audit.Evidence) -> None:
-    found = verdicts(dataclasses.replace(evidence, honest={}, grown={}))
+    found = verdicts(dataclasses.replace(evidence, honest={}, grown={}, removed=pd.DataFrame()))
     assert {found[name] for name in ("C2", "C3", "C6", "C7", "C12")} == {audit.LATER}
 
 
@@ -67,7 +67,6 @@ def test_verdicts_on_size_follow_the_sizes(evidence: audit.Evidence) -> None:
         ("C2", "as_published", {"kl_high": 0.0, "bytes_file": 1}),
         ("C3", "as_published", {"decode_ratio_low": 1.1}),
         ("C6", "nash_swarm", {"decode_ratio_high": 2.8}),
-        ("C7", "no_swarm", {"kl_p": 0.5}),
     ],
 )
 def test_verdicts_on_runs_follow_the_runs(
@@ -78,7 +77,38 @@ def test_verdicts_on_runs_follow_the_runs(
     rows[method] = pd.Series(dict(rows[method]) | changed)
     other = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[claim]
     assert {own, other} == {f"{audit.FAILS} here", f"{audit.HOLDS} here"}
-    assert (other == f"{audit.FAILS} here") == ("kl_p" in changed)
+    assert other == f"{audit.HOLDS} here"
+
+
+def test_a_component_matters_where_every_paired_test_survives(evidence: audit.Evidence) -> None:
+    """Two tables: the swarm matters in one of them."""
+    rows = [(method, table, "default", True) for method in audit.REMOVED for table in ("ablation", "main")]
+    found = pd.DataFrame(rows, columns=["method", "experiment", "model", "costs"])
+    assert verdicts(dataclasses.replace(evidence, removed=found))["C7"] == f"{audit.HOLDS} here"
+    found.loc[len(found) - 1, "costs"] = False
+    [row] = [row for row in audit.claims(dataclasses.replace(evidence, removed=found)) if row.name == "C7"]
+    assert row.cells()[5] == f"{audit.FAILS} here"
+    assert "`no_swarm` in 1 of 2 (ablation 1 of 1, main 0 of 1)" in row.honest
+    assert "`no_nash` in 2 of 2 (ablation 1 of 1, main 1 of 1)" in row.honest
+    assert verdicts(dataclasses.replace(evidence, removed=found[found["method"] != "no_nash"]))["C7"] == audit.LATER
+    there = dataclasses.replace(evidence, removed=found.assign(model="gpt2"))
+    assert verdicts(there)["C7"] == audit.FAILS
+
+
+def test_runs_without_a_component_are_paired_in_every_experiment(tmp_path: pathlib.Path) -> None:
+    """The committed ablation as it is, and again with a method without swarm that does what the whole one does."""
+    ablation = list(record.read_all(ROOT / "results" / "records" / "ablation"))
+    whole, alone, still = (next(run for run in ablation if run.labels["method"] == name) for name in
+                           ("nash_swarm", "no_swarm", "no_nash"))  # fmt: skip
+    same = dataclasses.replace(alone, series=whole.series, metrics=whole.metrics)
+    for experiment, runs, suffix in (("ablation", (whole, alone, still), ""), ("main", (whole, same), "[bits=3]")):
+        for run in runs:
+            labels = run.labels | {"experiment": experiment, "method": run.labels["method"] + suffix}
+            record.write(tmp_path / experiment, dataclasses.replace(run, labels=labels))
+    found = audit.removals(tmp_path)
+    assert [tuple(row) for row in found[["experiment", "method", "costs"]].to_numpy()] == [
+        ("ablation", "no_nash", True), ("ablation", "no_swarm", True), ("main", "no_swarm", False),
+    ]  # fmt: skip
 
 
 def test_where_it_helps_no_model_it_helps_no_small_one_most(evidence: audit.Evidence) -> None:

@@ -1,6 +1,7 @@
 """The page of an experiment: what it shows, that it needs nothing beside it, and that a browser reads it."""
 
 import dataclasses
+import html
 import pathlib
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import pytest
 
 from nashswarm import figures, record, typeset
+from nashswarm import page as page_module
 from nashswarm.page import page
 from nashswarm.record import Record
 
@@ -45,9 +47,54 @@ def test_the_page_shows_every_run_and_needs_nothing_beside_it(some: list[Record]
         assert repr(one.metrics["kl"]) in content and typeset.FORMATS["kl"](one.metrics["kl"]) in content
     assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]*)"', content))
     assert "@import" not in content and "url(" not in content
-    assert content.count("uncommitted code") == 2  # in the table and among the runs
+    assert content.count("uncommitted or unknown code") == 2  # in the table and among the runs
     assert content.count('<details class="bits">') == len(METHODS)
     assert "Quality against size" in content and page(some) == content
+
+
+OWN = {
+    "layers": ("weights", "predicted damage (nats)", "KL alone (nats)"),
+    "load": ("clients", "due per second", "P95, full", "full P95 ÷ P95"),
+    "moe": ("NLL (nats)", "MaxVio", "Gini", "router µs/token"),
+    "performance_analysis": ("experts", "top-k µs/token", "leaders", "layer ÷ dense, one token"),
+    "quick_validation": ("MB as floats", "loss (nats)", "loss compressed", "compressed ms"),
+    "speed": ("MB in memory", "decode ms", "× prefill"),
+}  # others: what compression costs
+CHARTS = {
+    "layers": ("Predicted and measured damage of single matrices",),
+    "load": ("What clients of a server wait, uniform3",),
+    "moe": ("How evenly experts work",),
+    "speed": ("Speed", "Memory"),
+}
+
+
+@pytest.mark.parametrize("experiment", sorted({path.name for path in RECORDS.parent.iterdir()} - {"audit"}))
+def test_the_page_of_an_experiment_has_its_own_columns(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "bits", lambda one: [])  # slow, and the same for all
+    found = page(list(record.read_all(RECORDS.parent / experiment)))
+    heads = re.findall(r'<th scope="col"><button>([^<]+)</button>', found)
+    for heading in OWN.get(experiment, ("MB", "saved %")):
+        assert html.escape(heading) in heads
+    for caption in CHARTS.get(experiment, ()):
+        assert f"<figcaption>{caption}</figcaption>" in found
+    for table in found.split("<h2>Runs</h2>")[0].split("<table")[1:]:
+        for row in re.findall(r"<tr[^>]*>(<td.*)</tr>", table):
+            numbers = re.findall(r'<td data-value="([^"]*)">[^<]', row)
+            assert any(numbers), "a row without a number"
+
+
+def test_older_code_is_shown_with_its_commit(some: list[Record]) -> None:
+    """Of three runs the last one began with other code than the others."""
+    commits = {"uniform4": "a" * 40, "no_nash": "b" * 40, "nash_swarm": "b" * 40}
+    started = {"uniform4": "2026-01-01", "no_nash": "2026-01-02", "nash_swarm": "2026-01-03"}
+    runs = []
+    for one in some:
+        origin = {"commit": commits[one.labels["method"]], "dirty": False, "started": started[one.labels["method"]]}
+        runs.append(dataclasses.replace(one, provenance=one.provenance | origin, layers=[]))
+    for shown in (page(runs), page(runs[::-1])):
+        flagged = re.findall(r'<tr[^>]*><td class="word" data-value="(\w+)".*older code: (\w+)', shown)
+        assert flagged == [("uniform4", "aaaaaaa")] * 2, "in the table and among the runs"
+        assert "Runs of commits aaaaaaa (1) and bbbbbbb (2)." in shown
 
 
 def test_one_page_shows_one_experiment(some: list[Record]) -> None:

@@ -161,6 +161,7 @@ def test_benchmarks_tell_what_their_rows_say_and_must_be_committed(tmp_path: pat
     found = paper.of_benchmarks(tmp_path)
     assert found["FlockShrinkOneFlockOfSevenDifferencePercent"] == "$-$12.3"
     assert found["FlockShrinkOneFlockOfSevenHighPercent"] == "+0.0"
-    path.write_text(json.dumps(content | {"provenance": {"dirty": True}}))
-    with pytest.raises(ValueError, match=r"flock\.json comes from uncommitted code"):
-        paper.of_benchmarks(tmp_path)
+    for unclean in ({"dirty": True}, {"dirty": None}, {}):
+        path.write_text(json.dumps(content | {"provenance": unclean}))
+        with pytest.raises(ValueError, match=r"flock\.json comes from uncommitted or unknown code"):
+            paper.of_benchmarks(tmp_path)

@@ -1,5 +1,6 @@
 """Tables and figures from made-up records whose right answers can be seen by eye."""
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -33,6 +35,7 @@ MEGABYTES = dict.fromkeys(KL, 2.67) | {
 }
 ABLATION = list(KL)
 FULL_NLL = 3.9
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def synthetic(method: str, seed: int = 0, kl: float | None = None, **config: Any) -> Record:
@@ -69,7 +72,7 @@ def synthetic(method: str, seed: int = 0, kl: float | None = None, **config: Any
         series=series,
         layers=[],
         allocation=allocation,
-        provenance={"dirty": False},
+        provenance={"commit": COMMIT, "dirty": False},
     )
 
 
@@ -206,17 +209,60 @@ def test_what_was_before_stands_beside_what_is_after() -> None:
 def test_markdown_and_csv(records: list[Record]) -> None:
     means = report.average(report.frame(records))
     lines = typeset.markdown(means).splitlines()
-    assert len(lines) == 2 + len(ABLATION) and len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| baseline |") and lines[-1].startswith("| nash_swarm |")
+    assert len(lines) == 2 + len(ABLATION) + 2 and len({line.count("|") for line in lines[:-2]}) == 1
+    assert lines[2].startswith("| baseline |") and lines[-3].startswith("| nash_swarm |")
+    assert lines[-2:] == ["", f"Runs of commit {COMMIT[:7]}."]
     assert repr(float(means["kl"].iloc[3])) in typeset.csv(means)
+    assert typeset.csv(means).count(COMMIT) == len(means), "of two seeds one commit"
 
 
-def test_uncommitted_code_is_refused(records: list[Record]) -> None:
-    dirty = synthetic("hqq")
-    dirty.provenance["dirty"] = True
+UNCLEAN: list[dict[str, Any]] = [{"commit": "ab", "dirty": True}, {"commit": None, "dirty": None}, {}]
+
+
+@pytest.mark.parametrize("provenance", UNCLEAN)
+def test_uncommitted_and_unknown_code_is_marked_and_refused(provenance: dict[str, Any], records: list[Record]) -> None:
     report.refuse_dirty(report.frame(records))
-    with pytest.raises(ValueError, match="runs of hqq come from uncommitted code"):
-        report.refuse_dirty(report.frame([*records, dirty]))
+    assert typeset.UNCLEAN not in typeset.markdown(report.average(report.frame(records)))
+    unclean = [dataclasses.replace(synthetic("hqq", seed), provenance=origin) for seed, origin in
+               enumerate(({"commit": "cd", "dirty": False}, provenance))]  # fmt: skip
+    table = report.frame([*records, *unclean])
+    with pytest.raises(ValueError, match="runs of hqq come from uncommitted or unknown code"):
+        report.refuse_dirty(table)
+    means = report.average(table)
+    for text in (typeset.markdown(means), rendered(typeset.terminal(means))):
+        assert "hqq‡" in text and "‡ of code that was not committed, or is unknown." in text
+        assert text.count("‡") == 2, "one row and the note"
+    by_line = dict(zip(means["method"], typeset.csv(means).splitlines()[1:], strict=True))
+    assert "True" in by_line["hqq"] and "False" in by_line["nash_swarm"]
+    assert r"hqq$^\ddagger$" in typeset.latex(means)
+
+
+def test_a_table_tells_the_commits_of_its_runs() -> None:
+    def of(method: str, seed: int, commit: str | None) -> Record:
+        return dataclasses.replace(synthetic(method, seed), provenance={"commit": commit, "dirty": False})
+
+    runs = [of("gptq", 0, "bbbbbbbbbb"), of("gptq", 1, "aaaaaaaaaa"), of("hqq", 0, "aaaaaaaaaa")]
+    means = report.average(report.frame(runs))
+    assert typeset.note(means) == "Runs of commits aaaaaaa (2) and bbbbbbb (1)."
+    assert "bbbbbbbbbb aaaaaaaaaa" in typeset.csv(means)
+    three = report.points(report.frame([*runs, of("rtn", 0, None)]))
+    assert typeset.note(three) == "Runs of commits aaaaaaa (2), bbbbbbb (1) and unknown (1)."
+    twice = pd.concat([means.iloc[[0]], means.iloc[[0]]], ignore_index=True)
+    assert typeset.note(twice) == "Runs of commits aaaaaaa (1) and bbbbbbb (1).", "a run of two rows counts once"
+
+
+@pytest.mark.parametrize("experiment", sorted(path.name for path in (ROOT / "results/records").iterdir()))
+def test_every_committed_experiment_tells_the_commits_of_all_its_runs(experiment: str) -> None:
+    own = list(record.read_all(ROOT / "results/records" / experiment))
+    own = [one for one in own if one.labels["measure"] != "published"]
+    found = [tables.unlike(own) or (report.points(report.frame(own)), typeset.COLUMNS)]
+    found += [(table, columns) for table, columns in
+              ((tables.speed(own), tables.SPEED), (tables.layers(own), tables.LAYERS)) if len(table)]  # fmt: skip
+    counts = collections.Counter(one.provenance["commit"][:7] for one in own)
+    for table, columns in found:
+        last = typeset.markdown(table, columns).splitlines()[-1]
+        told = re.findall(r"([0-9a-f]{7})(?: \((\d+)\))?", last)
+        assert dict(told) == {commit: str(count) if len(counts) > 1 else "" for commit, count in counts.items()}
 
 
 def outcome(status: str, method: str, path: pathlib.Path | None = None, message: str = "") -> dict[str, Any]:
@@ -322,7 +368,7 @@ def test_methods_are_tested_against_nash_swarm_of_the_same_overrides_on_the_same
 def test_without_the_reference_nothing_is_tested(records: list[Record]) -> None:
     others = [one for one in records if one.labels["method"] != "nash_swarm"]
     means = report.average(report.frame(others))
-    assert "kl_p" not in report.tested(means, others) and typeset.note(means) == ""
+    assert "kl_p" not in report.tested(means, others) and typeset.note(means) == f"Runs of commit {COMMIT[:7]}."
     assert typeset.markdown(report.tested(means, others)) == typeset.markdown(means)
 
 
@@ -436,6 +482,21 @@ def test_scripts_from_records_to_files(folder: pathlib.Path, tmp_path: pathlib.P
         for suffix in (".pdf", ".png"):
             first, second = ((tmp_path / out / f"{name}{suffix}").read_bytes() for out in ("one", "two"))
             assert first == second, f"{name}{suffix} differs between two runs"
+
+
+def test_a_whole_derivation_removes_the_tables_of_records_that_are_gone(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    own = ["ablation.csv", "ablation.md", "ablation.tex"]
+    stale = [f"{name}{suffix}" for name in ("gone", "gone_layers", "equal_bytes") for suffix in (".md", ".csv", ".tex")]
+    others = ["audit.md", "audit.tex", "notes.csv", "resources.md"]
+    for name in (*stale, *others):
+        (tmp_path / name).touch()
+    options = ["--records", str(folder), "--out", str(tmp_path)]
+    assert script("tables").main([*options, "--experiment", "ablation"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*own, *stale, *others])
+    assert script("tables").main(options) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*own, *others])
 
 
 def test_a_script_runs_as_a_command_and_fails_in_one_sentence(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
