@@ -159,7 +159,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sent = [mirror(path, options.wandb, options.viewer, folder) for path in found]
     print(f"{sum(sent)} of {len(found)} records mirrored")
-    sys.exit(not all(sent))
+    sys.exit(0 if all(sent) else 1)
 
 
 if __name__ == "__main__":

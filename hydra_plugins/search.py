@@ -73,7 +73,7 @@ class Study(Sweeper):
             known = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
             log.info("study %s in %s: %d of %d trials known", name, self.storage, known, self.trials)
             if others := len(optuna.get_all_study_names(storage)) - 1:
-                log.info("there are %d studies of other settings, threads or code in that file", others)
+                log.info("other studies in that file, of other settings, threads or code: %d", others)
             for start in range(0, self.trials - known, self.batch):
                 asked = [study.ask(space) for _ in range(min(self.batch, self.trials - known - start))]
                 jobs = [[f"{key}={value}" for key, value in (fixed | trial.params).items()] for trial in asked]

@@ -21,7 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
-import nashswarm.plan  # noqa: F401  (it registers the types of the root config)
+import nashswarm.plan  # it registers the types of the root config
 from hydra_plugins import launchers, search
 from nashswarm import record, report
 
@@ -366,5 +366,7 @@ def test_the_search_composes() -> None:
     values = [f"{key}={value}" for key, value in made.params.items()]
     pytest.importorskip("optuna", reason="the extra search is not installed")
     first = [search.distribution(one) for one in parser.parse_overrides(values)]
-    lows = [one.choices[0] if hasattr(one, "choices") else one.low for one in first]
-    compose("config", ["experiment=search", *(f"{k}={v}" for k, v in zip(made.params, lows, strict=True))])
+    for end, choice in (("low", 0), ("high", -1)):  # the method takes what the search may ask
+        asked = [one.choices[choice] if hasattr(one, "choices") else getattr(one, end) for one in first]
+        words = [f"{key}={value}" for key, value in zip(made.params, asked, strict=True)]
+        nashswarm.plan.build(compose("config", ["experiment=search", *words]).method)

@@ -469,6 +469,29 @@ def test_a_mirror_that_fails_costs_no_run_and_can_be_made_later(
     assert ended.value.code
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("nowhere --wandb offline", "nowhere is no record and no folder of records"),
+        (". --wandb offline", ". is no record and no folder of records"),
+        (". --wandb online", "wandb=online needs a key"),
+        (".", "give --wandb offline, --wandb online or --viewer trackio"),
+    ],
+)
+def test_what_cannot_be_mirrored_is_told_in_one_sentence(
+    words: str, said: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(sys, "argv", ["experiments.mirror", *words.split()])
+    with pytest.raises(SystemExit) as refused:
+        mirror.main()
+    assert refused.value.code
+    assert said in f"{refused.value}{capfd.readouterr().err}"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_feeds_the_viewer_once_and_the_hub_is_not_asked(
     command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
