@@ -1,10 +1,12 @@
 """Figures of what compression costs and wins: accuracy, sensitivities of layers, the codes' way to rest, what blocks
-decided, speed, memory, what clients of a server wait; and how evenly routers use their experts.
+decided, speed, memory, the roofline of products, what clients of a server wait; and how evenly routers use their
+experts, and at what loss.
 
 As in ``figures``: records or a data frame in, a matplotlib figure out, with whatever style is in force.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import matplotlib
 import matplotlib.ticker
@@ -12,10 +14,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from nashswarm import figures
-from nashswarm.figures import by_method, colour, place_labels
+from nashswarm.figures import by_method, colour, markers, name_families
 from nashswarm.record import Record
 from nashswarm.report import rank
 from nashswarm.typeset import FORMATS, REFERENCE
@@ -53,16 +56,17 @@ def accuracy(points: pd.DataFrame) -> Figure:
     axes = figure.add_subplot(xscale="log", xlabel="times smaller than 32-bit floats")
     axes.set_ylabel("same first choice as in full (%)")
     names = [""] * len(shown)
+    looks = markers(families)
     for family in dict.fromkeys(families):
         own = np.flatnonzero(families == family)
         own = own[times[own].argsort()]
-        axes.plot(times[own], agreement[own], "o-", color=colour(family), linewidth=0.8)
+        axes.plot(times[own], agreement[own], looks[family] + "-", color=colour(family), linewidth=0.8)
         names[own[-1]] = family
     axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)))
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda tick, _: f"{tick:g}×"))
     axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.margins(0.14, 0.08)
-    place_labels(figure, times, agreement, names, [colour(family) for family in families])
+    name_families(figure, times, agreement, families.tolist(), names)
     return figure
 
 
@@ -172,8 +176,8 @@ def sensitivity(layers: pd.DataFrame) -> Figure:
 
 
 def rows_of(contestants: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The contestants of one figure and their names, full precision first, what each packed form has in common with
-    others told once.
+    """The contestants of one figure and their names: full precision, then what others made, each once whatever method
+    it was timed beside, then each method's packed forms; the threads are named where they differ.
 
     Raises ValueError if there are none, or if models differ.
     """
@@ -181,15 +185,17 @@ def rows_of(contestants: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         raise ValueError("no record timed contestants; run experiment=speed")
     if contestants["model"].nunique() > 1:
         raise ValueError("one figure shows one model; select it first")
-    first = contestants["method"].iloc[0]
-    others = contestants["contestant"].isin(OURS) | (contestants["method"] == first)
-    shown = contestants[others].reset_index(drop=True)
-    several = shown["method"].nunique() > 1
-    names = [
-        NAMES.get(one, one) + (f": {method}" if several and one in OURS else "")
-        for one, method in zip(shown["contestant"], shown["method"], strict=True)
-    ]
-    return shown, names
+    own = contestants["contestant"].isin(OURS)
+    foreign = contestants[~own].drop_duplicates("contestant")
+    foreign = foreign.sort_values("contestant", key=lambda names: names != "full", kind="stable")
+    ours = contestants[own].sort_values("method", key=lambda methods: methods.map(rank), kind="stable")
+    shown = pd.concat([foreign, ours], ignore_index=True)
+    names = shown["contestant"].map(lambda one: NAMES.get(one, one))
+    if shown["method"].nunique() > 1:
+        names += (": " + shown["method"]).where(shown["contestant"].isin(OURS), "")
+    if "threads" in shown and shown["threads"].nunique() > 1:
+        names += shown["threads"].map(lambda threads: f", {threads:g} thread{'s'[: threads != 1]}")
+    return shown, names.tolist()
 
 
 def _listed(axes: Axes, names: list[str]) -> None:
@@ -306,4 +312,96 @@ def crowding(records: Iterable[Record]) -> Figure:
     every[0].set_ylabel("work ÷ even share")
     handles = {name: line for axes in every for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    return figure
+
+
+def routing(records: Iterable[Record]) -> Figure:
+    """The loss of every router against how far its busiest expert lies above an even share (MaxVio): a dot a seed, the
+    mean large, and hollow at the end of a line where prices follow the text that is read; the dense network's loss
+    across.  One panel a model.  Routers that look ahead in the text are left out, for their loss is another.
+
+    Raises ValueError if no record has both.
+    """
+    gathered = list(records)
+    routers = [one for one in gathered if one.metrics.get("max_violation") and not one.metrics.get("looks_ahead")]
+    if not routers:
+        raise ValueError("no record has a router's loss and MaxVio; run experiment=moe")
+    models = sorted({one.labels["model"] for one in routers}, key=rank)
+    methods = sorted({one.labels["method"] for one in gathered if "max_violation" in one.metrics}, key=rank)
+    figure = Figure(figsize=(1.8 + 2.3 * len(models), 2.6))
+    every = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for axes, model in zip(every, models, strict=True):
+        axes.set(title=model, xscale="log", xlabel="MaxVio")
+        others = [one.metrics for one in gathered if one.labels["model"] == model]
+        dense = [metrics["nll"] for metrics in others if "nll" in metrics and "max_violation" not in metrics]
+        if dense:
+            axes.axhline(float(np.mean(dense)), color="#777777", linestyle=":", linewidth=0.8, label="dense", zorder=0)
+        for place, method in enumerate(methods):
+            runs = [one.metrics for one in routers if (one.labels["model"], one.labels["method"]) == (model, method)]
+            look = {"color": f"C{place % 7}", "marker": figures.MARKERS[place], "linestyle": "none"}
+            for metrics in runs:
+                axes.plot(metrics["max_violation"], metrics["nll"], markersize=2, alpha=0.6, **look)
+            ends = [
+                np.mean([[metrics[f"max_violation{suffix}"], metrics[f"nll{suffix}"]] for metrics in runs], axis=0)
+                for suffix in ("", "_following")
+                if runs and all(f"nll{suffix}" in metrics for metrics in runs)
+            ]
+            axes.plot(*np.transpose(ends or np.empty((0, 2))), color=look["color"], linewidth=0.8)
+            for end, face in zip(ends, (look["color"], "white"), strict=False):
+                axes.plot(*end, markersize=5, markerfacecolor=face, label=method, **look)
+    every[0].set_ylabel("loss (nats per token)")
+    handles: dict[str, Any] = {}
+    for axes in every:
+        for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, line)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", title="hollow: prices\nfollow the text")
+    return figure
+
+
+def roofline(products: pd.DataFrame) -> Figure:
+    """Rate against arithmetic intensity of every product with packed matrices, one panel a number of threads.
+
+    ``products``: the rows that ``benchmarks/kernels.py`` wrote.  Intensity: operations, two a weight and row of the
+    batch, per byte of codes, scales apart.  No benchmark of the machine is at hand, so the roof is what the products
+    themselves reached: the most bytes of codes per second at batch 1, and the highest rate.
+
+    Raises ValueError if no product has a width that its name tells.
+    """
+    kinds = products["kernel"].str.extract(r"^(onnxruntime )?(?:([\d+]+) bits, .*, (int8|float32)|(torch fp32))$")
+    known = (kinds[1].notna() | kinds[3].notna()).to_numpy()
+    if not known.any():
+        raise ValueError("no product is told in bits; run benchmarks/kernels.py")
+    shown, kinds = products[known], kinds[known]
+    bits = kinds[1].fillna("32").map(lambda widths: float(np.mean([int(width) for width in widths.split("+")])))
+    weights = shown["shape"].str.split("x").map(lambda sides: int(sides[0]) * int(sides[1]))
+    seconds, codes = 1e-6 * shown["microseconds"], weights * bits / 8
+    operations = 2 * weights * shown["batch"]
+    activations = kinds[2].replace({"int8": "8-bit activations", "float32": "32-bit activations"})
+    owners = kinds[0].map({"onnxruntime ": NAMES["onnxruntime"].split(",")[0]}).fillna("packed")
+    whose = (owners + ", " + activations).where(kinds[3].isna(), NAMES["full"])
+    panels, batches = sorted(set(shown["threads"])), sorted(set(shown["batch"]))
+    figure = Figure(figsize=(1.8 + 2.4 * len(panels), 2.9))
+    every = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, threads in zip(every, panels, strict=True):
+        here = shown["threads"] == threads
+        bandwidth = float((codes / seconds)[here & (shown["batch"] == 1)].max())
+        peak = float((operations / seconds)[here].max())
+        ends = np.array([(operations / codes)[here].min() / 1.5, (operations / codes)[here].max() * 1.5])
+        roof = np.sort([*ends, peak / bandwidth])
+        axes.plot(roof, 1e-9 * np.minimum(bandwidth * roof, peak), color="#BBBBBB", linewidth=1, zorder=0)
+        told = f"{1e-9 * bandwidth:.0f} GB/s, {1e-9 * peak:.0f} GOP/s"
+        axes.set(xscale="log", yscale="log", xlabel="operations per byte of codes")
+        axes.set_title(f"{threads} thread{'s'[: threads != 1]}\nbest: {told}")
+        for place, name in enumerate(sorted(set(whose))):
+            for batch, marker in zip(batches, figures.MARKERS, strict=False):
+                own = here & (whose == name) & (shown["batch"] == batch)
+                axes.plot((operations / codes)[own], 1e-9 * (operations / seconds)[own], marker, color=f"C{place % 7}",
+                          markersize=3, alpha=0.7, label=name if batch == batches[0] else "")  # fmt: skip
+    every[0].set_ylabel("billion operations per second")
+    handles, names = every[0].get_legend_handles_labels()
+    handles += [Line2D([], [], color="#777777", marker=one, linestyle="none", markersize=3)
+                for one, _ in zip(figures.MARKERS, batches, strict=False)]  # fmt: skip
+    handles.append(Line2D([], [], color="#BBBBBB"))
+    names += [*(f"batch {batch}" for batch in batches), "best of the products:\nbytes at batch 1, rate"]
+    figure.legend(handles, names, loc="outside right center")
     return figure

@@ -6,12 +6,14 @@ Logarithmic axes cannot show zero; a value below what is worth telling apart is 
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
@@ -32,7 +34,12 @@ COLOURS = {
     "as_published": "#CC79A7",
     "no_": "#D55E00",
     REFERENCE: "#009E73",
+    "fixed_width": "#56B4E9",
+    "baq": "#882255",
+    "radio": "#332288",
 }
+MARKERS = "osD^vP*X<>"
+CROWD = 8  # joined methods, from which on lines would cross names
 
 
 class NothingToDraw(ValueError):
@@ -42,6 +49,20 @@ class NothingToDraw(ValueError):
 def colour(method: str) -> str:
     """The colour of a method's kind, grey for an unknown kind."""
     return next((shade for start, shade in COLOURS.items() if method.startswith(start)), "#777777")
+
+
+def markers(methods: Iterable[str]) -> dict[str, str]:
+    """A marker for each method, so that those of one colour differ.
+
+    >>> markers(["gptq", "nash_swarm", "gptq_tiles", "gptq"])
+    {'gptq': 'o', 'nash_swarm': 'o', 'gptq_tiles': 's'}
+    """
+    found: dict[str, str] = {}
+    inks: list[str] = []
+    for method in dict.fromkeys(methods):
+        found[method] = MARKERS[inks.count(colour(method)) % len(MARKERS)]
+        inks.append(colour(method))
+    return found
 
 
 def shade(bits: int) -> tuple[float, float, float]:
@@ -102,12 +123,15 @@ def pareto(points: pd.DataFrame, metric: str = "kl") -> Figure:
         own = np.flatnonzero(families == family)
         joined = own[sizes[own].argsort()]
         axes.plot(sizes[joined], values[joined], color=colour(family), linewidth=0.7, alpha=0.6, zorder=0)
+    looks = markers(families)
     for row in range(len(shown)):
         ink = colour(methods[row])
         low, high = (shown.iloc[row].get(f"{metric}_{end}", np.nan) for end in ("low", "high"))
         if not raised[row] and np.isfinite([low, high]).all():
             axes.plot([sizes[row]] * 2, [max(low, floor), high], color=ink, linewidth=1)
-        axes.plot(sizes[row], values[row], "o", color=ink, markerfacecolor="white" if raised[row] else ink)
+        axes.plot(
+            sizes[row], values[row], looks[families[row]], color=ink, markerfacecolor="white" if raised[row] else ink
+        )
     for axis, subs in ((axes.xaxis, (1, 2, 3, 5)), (axes.yaxis, (1, 2, 5))):
         axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
         axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda tick, _: f"{tick:g}"))
@@ -117,8 +141,23 @@ def pareto(points: pd.DataFrame, metric: str = "kl") -> Figure:
         "" if smallest[family] != row else f"{family} (KL about 0)" if raised[row] else family
         for row, family in enumerate(families)
     ]
-    place_labels(figure, sizes, values, names, [colour(method) for method in methods])
+    name_families(figure, sizes, values, families.tolist(), names)
     return figure
+
+
+def name_families(
+    figure: Figure, x: NDArray[np.float64], y: NDArray[np.float64], families: Sequence[str], names: list[str]
+) -> None:
+    """Write each name beside its point; where lines of many families would cross names, a legend instead."""
+    joined = [family for family in dict.fromkeys(families) if list(families).count(family) > 1]
+    if len(joined) < CROWD:
+        return place_labels(figure, x, y, names, [colour(family) for family in families])
+    told = {family: name for family, name in zip(families, names, strict=True) if name}
+    handles = [
+        Line2D([], [], color=colour(family), marker=marker, label=told[family], linewidth=0.8)
+        for family, marker in markers(families).items()
+    ]
+    figure.legend(handles=handles, loc="outside right center")
 
 
 def place_labels(
@@ -196,7 +235,8 @@ def by_method(records: Iterable[Record], *series: str) -> dict[str, list[Record]
 
 
 def ablation(records: Iterable[Record], reference: str = REFERENCE) -> Figure:
-    """Bars: the KL of each method as a multiple of the reference's, paired over windows, with file sizes beside.
+    """Bars: the KL of each method as a multiple of the reference's, paired over windows, with file sizes beside;
+    ablations in the order of what they cost.
 
     Methods whose KL is negligible (the baseline) have no bar.  Raises ValueError if the reference is absent.
     """
@@ -208,9 +248,11 @@ def ablation(records: Iterable[Record], reference: str = REFERENCE) -> Figure:
     ]
     if not methods:
         raise ValueError(f"there is nothing to compare {reference} with; run another method of the experiment")
+    found = {method: paired_ratio(groups[method], groups[reference]) for method in methods}
+    methods.sort(key=lambda method: (rank(method)[0], -found[method][0] * method.startswith("no_")))
+    ratios = [found[method] for method in methods]
     figure = Figure(figsize=(5.2, 0.6 + 0.27 * len(methods)))
     axes = figure.add_subplot(xscale="log", xlabel=f"KL as a multiple of {reference}'s, 95 % paired interval")
-    ratios = [paired_ratio(groups[method], groups[reference]) for method in methods]
     for row, (method, (ratio, low, high)) in enumerate(zip(methods, ratios, strict=True)):
         axes.barh(row, ratio - 1, left=1, height=0.62, color=colour(method), alpha=0.85)
         axes.plot([low, high], [row, row], color="black", linewidth=1)
@@ -232,35 +274,59 @@ def ablation(records: Iterable[Record], reference: str = REFERENCE) -> Figure:
     return figure
 
 
-def convergence(records: Iterable[Record]) -> Figure:
-    """Change of potential and largest regret after each sweep of best responses, one line per method (its first seed).
+def path(record: Record, name: str) -> list[float]:
+    """``potential`` or ``regret`` after every sweep, the start included: of the game that is solved once for all
+    budgets, where the record has it, else of the one at its own budget; empty without either."""
+    return record.series.get(f"{name}_of_reference") or record.series.get(name) or []
 
-    Raises NothingToDraw if no record has both series.
+
+def convergence(records: Iterable[Record]) -> Figure:
+    """Change of potential and largest regret after each sweep of best responses, one line per method (its first seed);
+    lines that coincide lie on wider ones.  Beside them, where records have it, the price of every trial of the search
+    for the budget over that of the last.
+
+    Raises NothingToDraw if no record has potential and regret.
     """
-    groups = by_method(records, "potential", "regret")
+    groups = by_method(one for one in records if path(one, "potential") and path(one, "regret"))
     if not groups:
         raise NothingToDraw("no record has sweeps of best responses; run a method that plays, for example nash_swarm")
-    figure = Figure(figsize=(5.8, 2.2))
-    above, below = figure.subplots(1, 2)
-    everything = np.concatenate([group[0].series["regret"] for group in groups.values()])
+    firsts = {method: group[0] for method, group in groups.items()}
+    priced = any(one.series.get("price_of_trial") for one in firsts.values())
+    figure = Figure(figsize=(7.6 if priced else 5.8, max(2.2, 0.2 + 0.15 * len(firsts))))
+    *prices, above, below = figure.subplots(1, 2 + priced)
+    everything = np.concatenate([path(one, "regret") for one in firsts.values()])
     floor = floored(everything, NEGLIGIBLE["regret"])[2]
-    for place, (method, group) in enumerate(reversed(groups.items())):
-        ink = f"C{place}"
-        potential = np.array(group[0].series["potential"])
-        above.plot(potential - potential[0], "o-", color=ink, label=method, markersize=3, zorder=3 - place / 100)
-        regret = np.array(group[0].series["regret"])
+    changes: list[float] = []
+    for place, (method, one) in enumerate(reversed(firsts.items())):
+        look: dict[str, Any] = {"color": f"C{place % 7}", "zorder": 3 - place / 100, "linewidth": 1 + 0.7 * (place % 3)}
+        dots = look | {"marker": MARKERS[place // 7 % len(MARKERS)], "markersize": 3}
+        change = np.array(path(one, "potential")) - path(one, "potential")[0]
+        changes += np.abs(change[change != 0]).tolist()
+        above.plot(change, label=method, **dots)
+        regret = np.array(path(one, "regret"))
         zero = regret <= NEGLIGIBLE["regret"]
         lifted = np.where(zero, floor, regret)
-        below.plot(lifted, "-", color=ink, zorder=3 - place / 100)
-        below.plot(np.flatnonzero(~zero), lifted[~zero], "o", color=ink, markersize=3, zorder=3 - place / 100)
-        below.plot(np.flatnonzero(zero), lifted[zero], "o", color=ink, markersize=4, markerfacecolor="white", zorder=4)
+        below.plot(lifted, **look)
+        below.plot(np.flatnonzero(~zero), lifted[~zero], linestyle="none", **dots)
+        hollow = dots | {"markersize": 4, "markerfacecolor": "white", "zorder": 4}
+        below.plot(np.flatnonzero(zero), lifted[zero], linestyle="none", **hollow)
+        for axes in prices:
+            trials = np.array(one.series.get("price_of_trial", []))
+            axes.plot(1 + np.arange(len(trials)), trials / trials[-1:], **dots)
     below.set_yscale("log")
     if (everything <= NEGLIGIBLE["regret"]).any():
         below.set_title("hollow: no regret left")
+    if changes and max(changes) > 100 * min(changes):
+        above.set_yscale("symlog", linthresh=min(changes))
     above.set_ylabel("change of potential\n(nats per token)")
     below.set_ylabel("largest regret\n(nats per token)")
+    for axes in prices:
+        axes.set(xlabel="trial of a price", ylabel="price ÷ the last price", yscale="log")
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted(matplotlib.ticker.FuncFormatter(lambda tick, _: f"{tick:g}"))
     for axes in (above, below):
         axes.set_xlabel("sweep of best responses")
+    for axes in (*prices, above, below):
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     figure.legend(loc="outside right center")
     return figure

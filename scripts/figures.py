@@ -3,9 +3,10 @@
     python scripts/figures.py --experiment ablation --paper paper/generated
 
 Writes ``<experiment>_pareto``, ``_perplexity``, ``_accuracy``, ``_ablation``, ``_convergence``, ``_settling``,
-``_bits``, ``_decisions``, ``_sensitivity``, ``_speed``, ``_memory``, ``_latency`` and ``_crowding`` as PDF and PNG,
-each where the records carry what it shows, and says which it left out and why.  Of all experiments together also
-``flock``, a still and an animation of what ``benchmarks/flock_dynamics.py`` saw.
+``_bits``, ``_decisions``, ``_sensitivity``, ``_speed``, ``_memory``, ``_latency``, ``_crowding`` and ``_routing`` as
+PDF and PNG, each where the records carry what it shows, and says which it left out and why.  Of all experiments
+together also ``flock``, a still and an animation of what ``benchmarks/flock_dynamics.py`` saw, and ``roofline``, of the
+products that ``benchmarks/kernels.py`` timed.
 """
 
 import argparse
@@ -36,12 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/figures"))
     parser.add_argument("--paper", type=pathlib.Path, help="also write the PDFs here")
     parser.add_argument("--dance", type=pathlib.Path, default=pathlib.Path("results/benchmarks/flock_dynamics.json"))
+    parser.add_argument("--kernels", type=pathlib.Path, default=pathlib.Path("results/benchmarks/kernels.json"))
     options = parser.parse_args(arguments)
     try:
         with matplotlib.style.context(STYLE):
             write_figures(options)
             if not options.experiment and options.dance.exists():
                 write_flock(options)
+            if not options.experiment and options.kernels.exists():
+                products = pd.DataFrame(json.loads(options.kernels.read_text())["rows"])
+                for folder in filter(None, (options.out, options.paper)):
+                    figures.save(charts.roofline(products), folder / "roofline")
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
@@ -101,6 +107,7 @@ def drawings(points: pd.DataFrame, runs: list[record.Record], layer: str | None)
         "memory": lambda: charts.memory(tables.speed(runs)),
         "latency": lambda: charts.latency(tables.serving(runs)),
         "crowding": lambda: charts.crowding(runs),
+        "routing": lambda: charts.routing(runs),
     }
 
 

@@ -100,6 +100,20 @@ def test_shared_contestants_are_shown_once() -> None:
     assert "packed, 8-bit activations: nash_swarm" in names
 
 
+def test_contestants_of_any_method_are_kept_and_threads_told_where_they_differ() -> None:
+    alone = contestants()[:2].assign(method="gptq_one_step", threads=1)
+    later = contestants().assign(method="nash_swarm", threads=2)
+    shown, names = charts.rows_of(pd.concat([later, alone]))
+    assert names == [
+        "32-bit floats, 2 threads",
+        "32-bit floats, compiled, 2 threads",
+        "packed, 8-bit activations: gptq_one_step, 1 thread",
+        "packed, 8-bit activations: nash_swarm, 2 threads",
+    ]
+    assert shown["contestant"].tolist() == ["full", "compile", "int8", "int8"]
+    assert not any("thread" in name for name in charts.rows_of(later)[1])
+
+
 DANCE = {
     "places": [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]],
     "links": [[0, 1], [0, 2]],
@@ -163,14 +177,57 @@ def test_crowds_of_experts_are_sorted_and_relative_to_an_even_share() -> None:
         charts.crowding([synthetic("baseline")])
 
 
+def router(method: str, seed: int, **metrics: float) -> Record:
+    one = synthetic(method, seed)
+    return dataclasses.replace(one, metrics=metrics)
+
+
+def test_loss_against_the_load_of_the_busiest_expert() -> None:
+    records = [
+        router("moe_top_k", 0, nll=4.0, max_violation=1.0),
+        router("moe_top_k", 1, nll=3.0, max_violation=3.0),
+        router("moe_nash_swarm", 0, nll=3.2, max_violation=0.5, nll_following=3.3, max_violation_following=0.1),
+        router("moe_expert_choice", 0, nll=9.0, max_violation=0.1, looks_ahead=1.0),
+        router("moe_dense", 0, nll=3.6),
+    ]
+    (axes,) = charts.routing(records).axes
+    large = [line for line in axes.lines if line.get_markersize() == 5 and len(line.get_xdata())]
+    found = {(line.get_label(), line.get_markerfacecolor()): line.get_xydata().tolist() for line in large}
+    assert [dot for (name, _), dot in found.items() if name == "moe_top_k"] == [[[2.0, 3.5]]]
+    assert found["moe_nash_swarm", "white"] == [[0.1, 3.3]]
+    assert not any(9.0 in line.get_ydata() for line in axes.lines)
+    assert [list(line.get_ydata()) for line in axes.lines if line.get_label() == "dense"] == [[3.6, 3.6]]
+    with pytest.raises(ValueError, match="experiment=moe"):
+        charts.routing(records[3:])
+
+
+def test_products_lie_under_the_roof_of_the_best_of_them() -> None:
+    rows = [
+        ("torch fp32", 1, 4.0),  # 400 bytes of codes: 100 MB/s, 50 million operations a second
+        ("2+4 bits, lattice, int8", 1, 0.75),  # 37.5 bytes: 50 MB/s
+        ("2+4 bits, lattice, int8", 64, 16.0),  # 12 800 operations: 800 million a second
+        ("2+4 bits, lattice, int8, operator", 64, 1.0),  # the same kernel once more
+    ]
+    table = pd.DataFrame(
+        [{"threads": 1, "shape": "10x10", "kernel": kernel, "batch": batch, "microseconds": time}
+         for kernel, batch, time in rows]
+    )  # fmt: skip
+    (axes,) = charts.roofline(table).axes
+    roof, *dots = axes.lines
+    assert np.allclose(roof.get_xydata()[1], (8.0, 0.8)) and roof.get_ydata()[-1] == pytest.approx(0.8)
+    drawn = sorted(tuple(map(float, dot)) for line in dots for dot in line.get_xydata())
+    assert np.allclose(drawn, [(0.5, 0.05), (16 / 3, 0.2 / 0.75), (64 * 16 / 3, 0.8)])
+    with pytest.raises(ValueError, match="run benchmarks/kernels.py"):
+        charts.roofline(table[3:].assign(kernel="another"))
+
+
 def test_a_figure_goes_with_the_records_that_it_showed(tmp_path: pathlib.Path) -> None:
     for method in ("baseline", "nash_swarm"):
         record.write(tmp_path / "records", synthetic(method))
     out = tmp_path / "figures"
     out.mkdir()
     (out / "ablation_speed.pdf").touch()
-    assert (
-        script.main(["--records", str(tmp_path / "records"), "--out", str(out), "--dance", str(tmp_path / "none")]) == 0
-    )
+    none = ["--dance", str(tmp_path / "none"), "--kernels", str(tmp_path / "none")]
+    assert script.main(["--records", str(tmp_path / "records"), "--out", str(out), *none]) == 0
     names = {path.name for path in out.iterdir()}
     assert {"ablation_pareto.pdf", "ablation_bits.png"} <= names and "ablation_speed.pdf" not in names
