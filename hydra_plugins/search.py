@@ -101,7 +101,7 @@ class Study(Sweeper):
         first = {key: chosen[key][0] if key in chosen else one.low for key, one in space.items()}
         trials = [first, *(first | {key: choice} for key, choices in chosen.items() for choice in choices[1:])]
         return {
-            "trials": [self.composed(fixed | trial) for trial in trials],
+            "trials": [self.composed({**fixed, **trial}) for trial in trials],
             "space": {key: distribution_to_json(one) for key, one in space.items()},
             "minimize": self.minimize,
             "threads": torch.get_num_threads(),
@@ -112,7 +112,7 @@ class Study(Sweeper):
         """The config of a job with these values, resolved, without the keys that move no number."""
         words = [f"{key}={value}" for key, value in values.items()]
         config = self.context.config_loader.load_sweep_config(self.config, words)
-        counts = OmegaConf.masked_copy(config, [key for key in config if key not in ASIDE])
+        counts = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ASIDE])
         return OmegaConf.to_container(counts, resolve=True)
 
 
