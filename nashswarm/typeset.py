@@ -297,11 +297,12 @@ def table_of(headings: Sequence[str], rows: Sequence[Sequence[str]], rules: Sequ
 
 
 def csv(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> str:
-    """Every column, shown or not, with every digit, one line per row; of several runs each commit once."""
+    """Every column, shown or not, to twelve digits (processors differ in the last of an ``exp``), one line per row; of
+    several runs each commit once."""
     told = table.drop(columns=["identity", "fingerprint"], errors="ignore")
     if "commit" in told:
         told = told.assign(commit=[" ".join(dict.fromkeys(commits.split())) for commits in told["commit"]])
-    return told.to_csv(index=False, lineterminator="\n")
+    return told.to_csv(index=False, lineterminator="\n", float_format="%.12g")
 
 
 def latex(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> str:

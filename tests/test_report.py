@@ -212,7 +212,7 @@ def test_markdown_and_csv(records: list[Record]) -> None:
     assert len(lines) == 2 + len(ABLATION) + 2 and len({line.count("|") for line in lines[:-2]}) == 1
     assert lines[2].startswith("| baseline |") and lines[-3].startswith("| nash_swarm |")
     assert lines[-2:] == ["", f"Runs of commit {COMMIT[:7]}."]
-    assert repr(float(means["kl"].iloc[3])) in typeset.csv(means)
+    assert f",{means['kl'].iloc[3]:.12g}," in typeset.csv(means)
     assert typeset.csv(means).count(COMMIT) == len(means), "of two seeds one commit"
 
 
