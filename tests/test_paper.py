@@ -147,7 +147,7 @@ def test_of_rotations_the_largest_change_is_told_of_each_method(tmp_path: pathli
         for method, both in changes.items()
         for signs, change in enumerate(both)
     ]
-    (tmp_path / "rotation.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "rotation.json").write_text(json.dumps({"rows": rows, "provenance": {"dirty": False}}))
     expected = {"RotationGptqMost": "3.0", "RotationNashSwarmMost": "2.0", "RotationDraws": "2"}
     assert paper.of_benchmarks(tmp_path) == expected
 
