@@ -134,8 +134,8 @@ def decoded(folder: pathlib.Path) -> dict[str, Tensor]:
 def test_it_is_what_the_whole_model_would_have_become(folder: pathlib.Path, windows: Tensor, finished: Any) -> None:
     expected, found = in_memory(folder, windows, SETTINGS), decoded(finished[0])
     assert set(expected) == set(found)
-    # Sums of products are rounded in another order, as the processor has it: a code may tip by a step, and error feedback
-    # then moves others of its row.
+    # Sums of products are rounded in another order, as the processor has it: a code may tip by a step, and error
+    # feedback then moves others of its row.
     same = {name: ((found[name] - weight).abs() < 1e-6).double().mean() for name, weight in expected.items()}
     assert min(same.values()) > 0.95 and sum(same.values()) / len(same) > 0.99, same
     error = sum((found[name] - weight).square().sum() for name, weight in expected.items())

@@ -139,7 +139,9 @@ def test_what_is_wrong_with_a_build_is_told(
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_paper_names_latex_before_it_installs_anything() -> None:
-    told = subprocess.run(["make", "--no-print-directory", "--dry-run", "paper"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", "paper"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "command -v latexmk" in told.splitlines()[0]
     assert "arxiv.py --check" in told.splitlines()[-1]
 
