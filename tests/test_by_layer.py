@@ -87,8 +87,9 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 @torch.no_grad()
-def in_memory(folder: pathlib.Path, windows: Tensor, settings: ByLayer) -> dict[str, Tensor]:
-    """The same weights the slow way: the whole model, run from its first block for the inputs of every one."""
+def in_memory(folder: pathlib.Path, windows: Tensor, settings: ByLayer, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights the slow way: the whole model, run from its first block for the inputs of every one; the blocks
+    ``before`` it as they were found, so that a code which tips there moves nothing here."""
     model: Any = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tied = model.config.tie_word_embeddings
     embedding = model.model.embed_tokens
@@ -111,12 +112,13 @@ def in_memory(folder: pathlib.Path, windows: Tensor, settings: ByLayer) -> dict[
         for handle in handles:
             handle.remove()
         for name, module in linear.items():
-            x = torch.cat(seen[name])
-            curved = Curvature(torch.ones(module.out_features), x.T @ x / len(x), None)
+            products = sum(x.T @ x for x in seen[name]) / sum(map(len, seen[name]))
+            curved = Curvature(torch.ones(module.out_features), products, None)
             bits = settings.outer_bits if name == "lm_head" else settings.bits
             answer = reply(module.weight, bits, scheme, curved, settings.sweeps)
-            module.weight.copy_(answer.dequantize())  # a tied one is the embedding's too, and read no more
-            found["model.embed_tokens.weight" if tied and name == "lm_head" else f"{name}.weight"] = module.weight
+            kept = "model.embed_tokens.weight" if tied and name == "lm_head" else f"{name}.weight"
+            found[kept] = answer.dequantize()
+            module.weight.copy_(before[kept])  # a tied one is the embedding's too, and read no more
     return found
 
 
@@ -132,12 +134,12 @@ def decoded(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def test_it_is_what_the_whole_model_would_have_become(folder: pathlib.Path, windows: Tensor, finished: Any) -> None:
-    expected, found = in_memory(folder, windows, SETTINGS), decoded(finished[0])
+    found = decoded(finished[0])
+    expected = in_memory(folder, windows, SETTINGS, found)
     assert set(expected) == set(found)
-    # Sums of products are rounded in another order, as the processor has it: a code may tip by a step, and error
-    # feedback then moves others of its row.
-    same = {name: ((found[name] - weight).abs() < 1e-6).double().mean() for name, weight in expected.items()}
-    assert min(same.values()) > 0.95 and sum(same.values()) / len(same) > 0.99, same
+    for name, weight in expected.items():  # sums of products are rounded in another order; codes may tip by a step
+        same = (found[name] - weight).abs() < 1e-6
+        assert same.float().mean() > 0.995, name
     error = sum((found[name] - weight).square().sum() for name, weight in expected.items())
     plain = safetensors.torch.load_file(next(folder.glob("model-00001*")))
     assert error < 1e-3 * sum(weight.square().sum() for weight in expected.values()) and plain
