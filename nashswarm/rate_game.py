@@ -106,6 +106,8 @@ class _Table(Board):
         moments = dict(oracle.moments())
         self.features = allocation.features(oracle.layers, moments, None) if rules.swarm else None
         local = rules.swarm.local_reply if rules.swarm else None
+        feedback = rules.code_game != "rounding"
+        self.sight = {"local_reply": local, "feedback": feedback}  # what the curvature that players see depends on
         whitened: dict[str, Whitened] = {}
         for layer in oracle.track(oracle.layers, "factoring"):
             curved = allocation.curvature(layer, moments)
@@ -113,7 +115,7 @@ class _Table(Board):
                 del moments[name]  # as large as the model, and told now
             if local is not None:
                 curved = curved.neighbourly(local)
-            whitened[layer.name] = whiten(curved, feedback=rules.code_game != "rounding")
+            whitened[layer.name] = whiten(curved, feedback=feedback)
         give_back()
         super().__init__(oracle.layers, whitened, rules.bit_game == "uniform", rules.rate_in_codes, oracle.track)
         self.sweeps = rules.sweeps if rules.code_game == "equilibrium" else 0
@@ -148,11 +150,11 @@ class _Table(Board):
         """Strength of measured damages, shrinkage, offsets and alignment, one after the other, each chosen by the KL of
         held-out calibration text at equal bytes."""
         stance = self.plain
-        played = self.play(unit, stance, 0)
-        budget = played.bytes
-        ratios, found = self.probe(played) if max(self.rules.strength) > 0 else ({}, {})
-        del played  # its codes are as large as the model
         flock = self.rules.swarm
+        if max(self.rules.strength) > 0:
+            budget, ratios, found = self.probe(unit)
+        else:
+            budget, ratios, found = self.play(unit, stance, 0).bytes, {}, {}
         coupling = self.flock if flock is not None else None
 
         def weighed(strength: float) -> Stance:
@@ -245,21 +247,29 @@ class _Table(Board):
             self.passes += 1
         return stances[int(np.argmin(scores))]
 
-    def probe(self, played: Played) -> tuple[dict[str, float], dict[str, float]]:
-        """Measured over predicted damage of every layer when it alone is compressed, and the correlation of their
-        logarithms."""
-        predicted, measured = [], []
-        for layer in self.track(self.layers, "probing layers"):
-            tensor = played.tensors[layer.name]
-            predicted.append(float(self.damage(layer, tensor, self.plain).double().sum()))
-            measured.append(self.oracle.heldout_kl({layer.name: tensor.dequantize()}, PROBE_TOKENS))
-            self.passes += 1
-        logs = np.log(np.maximum([predicted, measured], 1e-12))
+    def probe(self, unit: float) -> tuple[int, dict[str, float], dict[str, float]]:
+        """Bytes of the model at ``unit``, before anything is chosen; measured over predicted damage of every layer when
+        it alone is compressed so, and the correlation of their logarithms.  Measured once for all games that see the
+        same curvature."""
+
+        def alone() -> dict[str, Tensor]:
+            played = self.play(unit, self.plain, 0)
+            predicted, measured = [], []
+            for layer in self.track(self.layers, "probing layers"):
+                tensor = played.tensors[layer.name]
+                predicted.append(float(self.damage(layer, tensor, self.plain).double().sum()))
+                measured.append(self.oracle.heldout_kl({layer.name: tensor.dequantize()}, PROBE_TOKENS))
+            found = {"bytes": [played.bytes], "predicted": predicted, "measured": measured}
+            return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+
+        found = self.oracle.remember("probe", self.sight | {"unit": unit, "probe_tokens": PROBE_TOKENS}, alone)
+        self.passes += len(self.layers)
+        logs = np.log(np.maximum([found["predicted"].numpy(), found["measured"].numpy()], 1e-12))
         ratios = np.exp(np.clip(logs[1] - logs[0], -5, 5))
         names = [layer.name for layer in self.layers]
         several = len(names) > 2  # of two layers the correlation is 1 or -1
-        found = {"damage_correlation": float(np.corrcoef(logs)[0, 1])} if several else {}
-        return dict(zip(names, ratios.tolist(), strict=True)), found
+        correlation = {"damage_correlation": float(np.corrcoef(logs)[0, 1])} if several else {}
+        return int(found["bytes"]), dict(zip(names, ratios.tolist(), strict=True)), correlation
 
     @functools.cached_property
     def flock(self) -> sparse.csr_array:

@@ -21,7 +21,7 @@ from nashswarm.rate_game import NashSwarm
 from nashswarm.record import Record
 
 EXPERIMENT = ("experiment", "records", "minutes of one process", "longest run, minutes", "threads", "commits")
-WORK = {"moments", "damage", "game"}  # what the cache may have done before
+WORK = {"moments", "damage", "probe", "game"}  # what the cache may have done before
 TIMED = ("nash_swarm", "no_cache", "gptq")  # the main method, the same without a cache, and error feedback alone
 WINDOWS, LENGTH = 4, 2048  # what `nashswarm compress --by-layer` calibrates with
 MEASURED = ("model", "parameters", "method", "threads", "minutes", "GB at the peak", "machine")

@@ -211,11 +211,28 @@ def test_a_second_game_is_remembered_and_moves_no_number() -> None:
     store: dict[str, Any] = {}
     fresh = compress(METHODS["nash_swarm"], oracle_of(*example(), store=store))
     games = list(store)
-    assert games and all(key.startswith("game") for key in games)
+    assert sorted(key.split()[0] for key in games) == ["game", "probe"]
     remembered = compress(METHODS["nash_swarm"], oracle_of(*example(), store=store))
     assert list(store) == games
     assert all(np.array_equal(fresh.packed[layer], remembered.packed[layer]) for layer in fresh.packed)
     assert fresh.metrics == remembered.metrics and fresh.allocation == remembered.allocation
+
+
+def test_games_that_see_alike_probe_layers_once_and_move_no_number() -> None:
+    """Without moves or without a flock the same layers are compressed alone as with them; other sight is another
+    probe."""
+    store: dict[str, Any] = {}
+    whole = METHODS["nash_swarm"]
+    others = [dataclasses.replace(whole, offsets=(0,)), dataclasses.replace(whole, swarm=None)]
+    compress(whole, oracle_of(*example(), store=store))
+    for other in others:
+        found, alone = compress(other, oracle_of(*example(), store=store)), compress(other)
+        assert all(np.array_equal(found.packed[layer], alone.packed[layer]) for layer in alone.packed)
+        assert found.metrics == alone.metrics and found.metrics["heldout_passes"] >= len(example()[0])
+    assert len([key for key in store if key.startswith("probe")]) == 1
+    compress(dataclasses.replace(whole, code_game="rounding"), oracle_of(*example(), store=store))
+    compress(dataclasses.replace(whole, swarm=Flock(local_reply=2)), oracle_of(*example(), store=store))
+    assert len([key for key in store if key.startswith("probe")]) == 3
 
 
 def test_a_game_remembered_from_another_budget_moves_no_number() -> None:
@@ -291,7 +308,7 @@ def test_measured_damages_correct_predicted_ones_where_those_are_wrong() -> None
     assert finer[0] < 0.5 * finer[1]
     assert -1 <= told.metrics["damage_correlation"] <= 1
     table = _Table(ALONE, oracle, np.random.default_rng(0))
-    ratios = table.probe(table.play(math.sqrt(12 * blind.metrics["price"] / 8 / math.log(2)), table.plain, 0))[0]
+    _, ratios, _ = table.probe(math.sqrt(12 * blind.metrics["price"] / 8 / math.log(2)))
     assert ratios["h.0.up"] / ratios["h.0.down"] == pytest.approx(30, rel=0.3)
 
 

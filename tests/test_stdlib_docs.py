@@ -1,13 +1,26 @@
 """The embedded text: where it comes from and how it is split."""
 
+import ast
 import collections
+import io
 import pathlib
+import sysconfig
+import tokenize
 from collections.abc import Iterator
 
 import pytest
 
 from nashswarm import stdlib_docs
-from nashswarm.stdlib_docs import SPLITS, comment_blocks, docstrings, documents, split_of, text
+from nashswarm.stdlib_docs import (
+    SPLITS,
+    comment_blocks,
+    docstrings,
+    documents,
+    full_line_comments,
+    split_of,
+    statements,
+    text,
+)
 
 SOURCE = '''\
 """What the module says."""
@@ -32,6 +45,20 @@ class A:
     def g(self):
         return "not a docstring"
 '''
+
+
+TREE = ast.parse(SOURCE)
+STRINGS = [  # statements with a line that only looks like a comment, and one that looks so and is one
+    'x = """\n# a\n# b\n# c\n"""\n',
+    'x = """a\n# b\n# c\n# d""" + (\n  # e\n  # f\n  # g\n  "h")\n',
+    'x = "a\\\n# b\\\n# c\\\n# d"\n',
+    'def f(x="""\n# a\n# b\n# c\n"""):\n    # d\n    # e\n    # f\n    pass\n',
+    '@g("""\n# a\n# b\n# c\n""")\ndef f():\n    pass\n',
+    'try:\n    x = 1\nexcept g("""\n# a\n# b\n# c\n"""):\n    pass\nelse:\n    # d\n    # e\n    # f\n    pass\n',
+    'match x:\n    case """\n# a\n# b\n# c\n""":\n        # d\n        # e\n        # f\n        pass\n',
+    'class A:\n    f"""\n# {x}\n# b\n# c\n"""\n    # d\n    # e\n    # f\n',
+    "f(x,\n  # a\n  # b\n  # c\n  y)\n",
+]
 
 
 @pytest.fixture
@@ -60,7 +87,7 @@ def small_library(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def test_documents_are_read_once_and_in_order(small_library: dict[str, str]) -> None:
-    module = "\n\n".join(body for _, body in sorted(docstrings(SOURCE) + comment_blocks(SOURCE)))
+    module = "\n\n".join(body for _, body in sorted(docstrings(TREE) + comment_blocks(SOURCE, TREE)))
     assert list(small_library.items()) == [
         ("module a.__init__", "A package."),
         ("module a.again", "Said twice."),
@@ -121,12 +148,38 @@ def test_an_unknown_split_is_refused() -> None:
 
 
 def test_docstrings_and_comments_of_a_source() -> None:
-    assert sorted(docstrings(SOURCE)) == [
+    assert sorted(docstrings(TREE)) == [
         (1, "What the module says."),
         (12, "What the class says.\n\nMore of it."),
         (18, "What the method says."),
     ]
-    assert comment_blocks(SOURCE) == [(3, "First line of three,\n  an indented second,\nand the third.")]
+    assert comment_blocks(SOURCE, TREE) == [(3, "First line of three,\n  an indented second,\nand the third.")]
+
+
+def by_tokenizer(source: str) -> list[tuple[int, str]]:
+    """What Python's own tokenizer takes for a line that is nothing but a comment."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = [token for token in tokens if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip()]
+    return [(token.start[0], token.string) for token in found]
+
+
+@pytest.mark.parametrize("source", [SOURCE, *STRINGS])
+def test_what_looks_like_a_comment_in_a_string_is_none(source: str) -> None:
+    assert full_line_comments(source, ast.parse(source)) == by_tokenizer(source)
+
+
+def test_comments_of_the_standard_library_are_what_the_tokenizer_says() -> None:
+    stdlib = pathlib.Path(sysconfig.get_path("stdlib"))
+    for path in [*sorted(stdlib.glob("*.py"))[:40], *sorted(stdlib.glob("test/test_t*.py"))[:20]]:
+        source = path.read_text(encoding="utf-8")
+        assert full_line_comments(source, ast.parse(source)) == by_tokenizer(source), path
+
+
+def test_statements_are_all_of_them() -> None:
+    for source in [SOURCE, *STRINGS, pathlib.Path(ast.__file__).read_text()]:
+        tree = ast.parse(source)
+        wanted = [node for node in ast.walk(tree) if isinstance(node, ast.stmt | ast.ExceptHandler)]
+        assert sorted(map(id, statements(tree))) == sorted(map(id, wanted))
 
 
 def test_the_text_is_prose_of_the_standard_library() -> None:
