@@ -170,7 +170,7 @@ def mixtures(records: Iterable[Record], *words: str) -> dict[str, str]:
 
 def of_benchmarks(folder: pathlib.Path) -> dict[str, str]:
     """The macros of the benchmarks in ``folder``: the roles of the flock, the code game, the encoder, what is best,
-    rotations.
+    what was made twice, rotations, sweeps.
 
     Raises ValueError if one was run from uncommitted code.
     """
@@ -240,13 +240,29 @@ def _encoder(name: str, content: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def _reproduced(name: str, content: Mapping[str, Any]) -> dict[str, str]:
+    runs = content["runs"]
+    same = sum(not run["moved"] for run in runs)
+    return {macro_name(name, "runs"): str(len(runs)), macro_name(name, "same"): str(same)}
+
+
+def _sweeps(name: str, content: Mapping[str, Any]) -> dict[str, str]:
+    """How many times faster two processes are, and what is added to a run that mirrors itself; the worst round."""
+    idle, (alone, together) = content["idle"], content["seconds"].values()
+    times = min(np.divide(alone, together))
+    added = max(np.subtract(idle["each, offline"], idle["by hand"]))
+    return {macro_name(name, "times"): fixed(1)(times), macro_name(name, "added"): fixed(1)(added)}
+
+
 BENCHMARKS: Mapping[str, Callable[[str, Mapping[str, Any]], dict[str, str]]] = {
     "flock_": lambda name, content: {},  # a picture, no numbers
     "flock": _flock,
     "code_game": _code_game,
     "encoder_": _encoder,
     "optima": _optima,
+    "reproduced": _reproduced,
     "rotation": _rotation,
+    "sweeps": _sweeps,
 }
 
 
