@@ -20,8 +20,6 @@ from nashswarm.rate_game import NashSwarm
 
 METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}
 LONGEST_WINDOW = 512  # tokens; longer ones cost memory and teach little more
-WINDOWS = 64  # at most
-HELD_OUT = 4  # one window in so many judges instead of calibrating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +70,7 @@ def compress(
         raise ValueError("the model is quantized already; call model.dequantize() first or start from the full model")
     windows = _windows(model, tokenizer, calibration).to(model.device)
     rng = np.random.default_rng(seed)
-    used = min(len(windows), WINDOWS)
-    held_out = max(used // HELD_OUT, 1)
-    drawn = data.draw(windows, used - held_out, held_out, rng)
+    drawn = data.draw(windows, None, None, rng)
     full = copy.deepcopy(model).float().eval()
     unfuse(full)
     evidence = Evidence(full, models.find_layers(full, exclude), *drawn, int(rng.integers(2**31)), Cache(None, {}))
@@ -123,10 +119,7 @@ def _windows(model: Any, tokenizer: Any, calibration: str | Tensor | None) -> In
     longest = models.LoadedModel(model, tokenizer).window_length(None)
     length = min(longest, LONGEST_WINDOW)
     text = stdlib_docs.text("calibration") if calibration is None else calibration
-    found = data.windows(text, tokenizer, length, "calibration")
-    if len(found) < 2:
-        raise ValueError(f"the calibration text fills only one window of {length} tokens: give more text")
-    return found
+    return data.windows(text, tokenizer, length, "calibration")
 
 
 def _check(windows: Tensor, model: Any) -> None:

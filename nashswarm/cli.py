@@ -21,6 +21,7 @@ from nashswarm import (
     by_layer,
     data,
     forecast,
+    hub,
     inference,
     measures,
     models,
@@ -78,8 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--bits", type=float, default=3.0, help="stored bits per parameter, everything counted (3.0)")
     made.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
     made.add_argument("--calibration", type=pathlib.Path, metavar="TEXT", help="a text file; default: embedded prose")
-    made.add_argument("--windows", type=int, help="of calibration text (48, by layer 4); a third more is held out")
-    made.add_argument("--length", type=int, help="tokens in a window; default: the model's maximum")
+    made.add_argument(
+        "--windows", type=int, help="of calibration text (48 if it has them, by layer 4); a third more is held out"
+    )
+    made.add_argument(
+        "--length", type=int, help="tokens in a window; default: the model's maximum, 512 at most (by layer 2048)"
+    )
     made.add_argument("--exclude", nargs="+", default=(), metavar="PATTERN", help="matrices to leave at 16 bits")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"of statistics and games ({CACHE})")
@@ -243,9 +248,11 @@ def _compress(given: argparse.Namespace) -> int:
     folder = pathlib.Path(given.model)
     path = None if given.model == "default" else str(folder.resolve()) if folder.is_dir() else given.model
     source = models.ModelSource(path, exclude=list(given.exclude))
-    given.method, count = given.method or "nash_swarm", 48 if given.windows is None else given.windows
-    held_out = max(-(-count // 3), 1)
-    dataset = _text(given, {"calibration_windows": count, "holdout_windows": held_out, "sequence_length": given.length})
+    given.method = given.method or "nash_swarm"
+    held_out = None if given.windows is None else max(-(-given.windows // 3), 1)
+    length = _window_length(path or str(models.EMBEDDED)) if given.length is None else given.length
+    windows = {"calibration_windows": given.windows, "holdout_windows": held_out, "sequence_length": length}
+    dataset = _text(given, windows)
     method = api.method_of(given.method, given.bits)
     cache = given.cache.expanduser().resolve()
     config = plan.config_of(
@@ -254,6 +261,19 @@ def _compress(given: argparse.Namespace) -> int:
     )  # fmt: skip
     labels = {"model": source.label, "method": given.method, "dataset": dataset.label, "measure": "size"}
     return _show(run.run(config, labels).record, given.out)
+
+
+def _window_length(path: str) -> int | None:
+    """Tokens in a window for the model at ``path``, or None if it cannot be read, which its loading then says."""
+    if not pathlib.Path(path).is_dir():
+        if not models.may_be_on_hub(path):
+            return None
+        hub.use_cache_if_unreachable()
+    try:
+        longest = models.longest_text(transformers.AutoConfig.from_pretrained(path))
+    except (OSError, ValueError):
+        return None
+    return min(longest or api.LONGEST_WINDOW, api.LONGEST_WINDOW)
 
 
 def _text(given: argparse.Namespace, windows: dict[str, Any]) -> data.StdlibDocs | data.HubText:

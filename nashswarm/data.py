@@ -15,16 +15,18 @@ from torch.nn import functional
 from nashswarm import hub, stdlib_docs
 
 Purpose = Literal["train", "calibration", "test"]
+WINDOWS = 64  # of calibration text, held-out ones among them, where nobody says how many
 TRAIN_SPLIT = "train"  # what task=train_moe learns from
 FILE_CALIBRATION_SHARE = 0.2  # of a single text file: its beginning calibrates, the rest tests
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What the runner asks of a dataset; window counts of None mean all there are."""
+    """What the runner asks of a dataset; ``None`` of test windows means all there are, of the
+    others as many as ``draw`` takes."""
 
-    calibration_windows: int
-    holdout_windows: int
+    calibration_windows: int | None
+    holdout_windows: int | None
     test_windows: int | None
     sequence_length: int | None
 
@@ -38,8 +40,8 @@ class Dataset(Protocol):
 class StdlibDocs:
     """The prose that ships with CPython: nothing to download."""
 
-    calibration_windows: int = 48
-    holdout_windows: int = 16
+    calibration_windows: int | None = 48
+    holdout_windows: int | None = 16
     test_windows: int | None = None
     sequence_length: int | None = None
 
@@ -66,8 +68,8 @@ class HubText:
     separator: str | None = None
     calibration_split: str = "validation"
     test_split: str = "test"
-    calibration_windows: int = 64
-    holdout_windows: int = 16
+    calibration_windows: int | None = 64
+    holdout_windows: int | None = 16
     test_windows: int | None = None
     sequence_length: int | None = None
 
@@ -181,15 +183,22 @@ def first(pool: Int[Tensor, "windows length"], asked: int | None, what: str) -> 
 
 
 def draw(
-    pool: Int[Tensor, "windows length"], calibration: int, holdout: int, rng: np.random.Generator
+    pool: Int[Tensor, "windows length"], calibration: int | None, holdout: int | None, rng: np.random.Generator
 ) -> tuple[Int[Tensor, "calibration length"], Int[Tensor, "holdout length"]]:
-    """Two disjoint random sets of windows.  Raises ValueError if there are not enough."""
+    """Two disjoint random sets of windows; without a wish all there are, ``WINDOWS`` at most, a quarter of them held
+    out.  Raises ValueError if there are not enough."""
+    most = min(len(pool), WINDOWS)
+    if None in (calibration, holdout) and most < 2:
+        raise ValueError(f"the calibration text fills only {most} window of {pool.shape[1]} tokens: give more text")
+    holdout = max(most // 4, 1) if holdout is None else holdout
+    calibration = most - holdout if calibration is None else calibration
     if calibration < 1 or holdout < 1:
         raise ValueError("dataset.calibration_windows and dataset.holdout_windows must be at least 1")
     if len(pool) < calibration + holdout:
         raise ValueError(
-            f"the calibration text has {len(pool)} windows, fewer than the {calibration} + {holdout} asked for; "
-            "lower dataset.calibration_windows or dataset.holdout_windows"
+            f"the calibration text has {len(pool)} windows, fewer than the {calibration} + {holdout} asked for; lower "
+            "dataset.calibration_windows, dataset.holdout_windows or dataset.sequence_length, or leave the first two "
+            "null for as many as there are (of the command nashswarm: --windows, --length)"
         )
     order = torch.from_numpy(rng.permutation(len(pool)))
     return pool[order[:calibration]], pool[order[calibration : calibration + holdout]]

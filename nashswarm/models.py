@@ -96,13 +96,27 @@ class LoadedModel:
 
         Raises ValueError if the model cannot read that far, or if there is neither a wish nor a maximum.
         """
-        names = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len")
-        longest = next((int(found) for name in names if (found := getattr(self.model.config, name, None))), None)
+        longest = longest_text(self.model.config)
         if wanted is None and longest is None:
             raise ValueError("the model's config names no maximum length; set dataset.sequence_length")
         if wanted is not None and (wanted < 2 or wanted > (longest or wanted)):
             raise ValueError(f"dataset.sequence_length={wanted} is not between 2 and the model's maximum of {longest}")
         return wanted or min(longest or 0, LONGEST_WINDOW)
+
+
+def longest_text(config: Any) -> int | None:
+    """How many tokens a model of this config reads at once, or None if it does not say."""
+    names = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len")
+    return next((int(found) for name in names if (found := getattr(config, name, None))), None)
+
+
+def may_be_on_hub(path: str) -> bool:
+    """Whether that is a name as the hub has them, and not a place on this machine.
+
+    >>> may_be_on_hub("openai-community/gpt2"), may_be_on_hub("./gpt2"), may_be_on_hub("models/openai/gpt2")
+    (True, False, False)
+    """
+    return not path.startswith((".", "/", "~")) and path.count("/") <= 1
 
 
 def content_of(source: Source) -> str:
@@ -141,7 +155,7 @@ def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = 
         return LoadedModel(model.eval().to(device), tokenizer)
     path, revision = _place_of(source)
     folder = pathlib.Path(path)
-    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if not folder.is_dir() and not may_be_on_hub(path):
         first = "run make family, or " if folder.name.startswith(FAMILY) else ""
         raise ValueError(
             f"the model folder {path} does not exist; {first}set model.path to a folder in Hugging Face layout"

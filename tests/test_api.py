@@ -245,7 +245,7 @@ def test_compressing_twice_is_refused_and_dequantize_helps(played: Any, windows:
         ({"calibration": "too short"}, "tokens, too short for one window of 64"),
         (
             {"calibration": "the a one every no old new small large quiet " * 9},
-            "calibration text fills only one window",
+            "calibration text fills only 1 window",
         ),
     ],
 )

@@ -15,7 +15,7 @@ import transformers
 
 import nashswarm
 from nashswarm import checkpoint, stdlib_docs
-from nashswarm.cli import main
+from nashswarm.cli import _window_length, main
 from nashswarm.linear import PackedMatrix
 from nashswarm.models import find_layers
 from nashswarm.plan import config_again
@@ -164,6 +164,22 @@ def test_compressing_again_into_the_same_folder_is_nothing(
     status, printed, _ = command("compress", model_folder, "--out", made[0], "--bits", 3.5, *options)
     assert status == 0 and json.loads(printed) == made[1]
     assert {path: path.stat().st_mtime_ns for path in made[0].iterdir()} == before
+
+
+def test_a_model_that_reads_far_is_compressed_with_no_option_but_its_name(
+    model_folder: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    """The embedded text has fewer windows of its length than the default model is calibrated with."""
+    assert _window_length(str(model_folder)) == 64
+    assert _window_length(str(tmp_path)) is None is _window_length("/nowhere/model")
+    long = tmp_path / "long"
+    config = transformers.AutoConfig.from_pretrained(model_folder)
+    config.n_positions = 2048
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(long)
+    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(long)
+    assert _window_length(str(long)) == 512
+    status, printed, _ = command("compress", long, "--out", tmp_path / "out", "--cache", tmp_path, "--method", "gptq")
+    assert status == 0 and json.loads(printed)["compression"] > 0.5
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,31 @@ def test_too_few_windows_are_refused() -> None:
             draw(pool, calibration, holdout, rng)
 
 
+@pytest.mark.parametrize(
+    ("there", "asked", "drawn"),
+    [
+        (200, (None, None), (48, 16)),
+        (31, (None, None), (24, 7)),
+        (3, (None, None), (2, 1)),
+        (2, (None, None), (1, 1)),
+        (31, (4, None), (4, 7)),
+        (31, (None, 3), (28, 3)),
+    ],
+)
+def test_without_a_wish_a_quarter_of_the_windows_is_held_out(
+    there: int, asked: tuple[int | None, int | None], drawn: tuple[int, int]
+) -> None:
+    pool = torch.arange(there * 4).view(there, 4)
+    found = draw(pool, *asked, np.random.default_rng(0))
+    assert tuple(map(len, found)) == drawn
+    assert len(set(torch.cat(found)[:, 0].tolist())) == sum(drawn)
+
+
+def test_one_window_cannot_calibrate_and_judge() -> None:
+    with pytest.raises(ValueError, match="fills only 1 window of 4 tokens: give more text"):
+        draw(torch.zeros(1, 4, dtype=torch.long), None, None, np.random.default_rng(0))
+
+
 def test_windows_stand_between_special_tokens_where_sentences_do(
     tokenizer: Any, text_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
