@@ -5,6 +5,7 @@ experts, and at what loss.
 As in ``figures``: records or a data frame in, a matplotlib figure out, with whatever style is in force.
 """
 
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from nashswarm import figures
-from nashswarm.figures import by_method, colour, markers, name_families
+from nashswarm.figures import by_method, colour, family_of, markers, name_families, refuse_crowd
 from nashswarm.record import Record
 from nashswarm.report import rank
 from nashswarm.typeset import FORMATS, REFERENCE
@@ -51,7 +52,7 @@ def accuracy(points: pd.DataFrame) -> Figure:
     shown = points.dropna(subset=["top1_agreement", "compression"])
     times = 1 / (1 - shown["compression"].to_numpy(float))
     agreement = 100 * shown["top1_agreement"].to_numpy(float)
-    families = np.array([str(method).split("[bits=")[0] for method in shown["method"]])
+    families = np.array([family_of(str(method)) for method in shown["method"]])
     figure = Figure()
     axes = figure.add_subplot(xscale="log", xlabel="times smaller than 32-bit floats")
     axes.set_ylabel("same first choice as in full (%)")
@@ -74,11 +75,12 @@ def settling(records: Iterable[Record]) -> Figure:
     """The share of all codes that moved in each sweep of best replies, one line a method (its first seed); a hollow
     mark at the end: nobody moved any more.
 
-    Raises ValueError if no record has such sweeps.
+    Raises ValueError if no record has such sweeps, or too many methods have.
     """
     groups = by_method(records, "moves")
     if not groups:
         raise ValueError("no record has sweeps of codes; run a method whose codes settle, for example nash_swarm")
+    refuse_crowd(groups)
     figure = Figure(figsize=(5.2, 2.6))
     axes = figure.add_subplot(yscale="log", xlabel="sweep of best replies", ylabel="codes that moved (%)")
     shares = {
@@ -139,13 +141,22 @@ def decisions(runs: Iterable[Record]) -> Figure:
             shifts[None], cmap=colours, vmin=-most - 0.5, vmax=most + 0.5, aspect="auto", interpolation="nearest",
             extent=(0, 1, row + 0.4, row - 0.4),
         )  # fmt: skip
-    right.set(xlim=(0, 1), ylim=(len(layers) - 0.4, -0.6), title=f"{whose['method']} of {whose['model']}")
+    right.set(xlim=(0, 1), ylim=(len(layers) - 0.4, -0.6), title=wrapped(f"{whose['method']} of {whose['model']}"))
     right.set_xlabel("blocks, from the first rows to the last")
     right.set_xticks([])
     right.tick_params(axis="y", length=0)
     bar = figure.colorbar(drawn, ax=right, ticks=range(-most, most + 1), fraction=0.05, aspect=30, pad=0.02)
     bar.set_label("step, in quarter octaves: finer below 0")
     return figure
+
+
+def wrapped(title: str) -> str:
+    """
+    >>> print(wrapped("nash_swarm[bits=2.5,code_game=pass,rate_in_codes=0.25] of default"))
+    nash_swarm[bits=2.5, code_game=pass,
+    rate_in_codes=0.25] of default
+    """
+    return textwrap.fill(title.replace(",", ", "), 44)
 
 
 def sensitivity(layers: pd.DataFrame) -> Figure:

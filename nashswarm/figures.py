@@ -5,7 +5,7 @@ Logarithmic axes cannot show zero; a value below what is worth telling apart is 
 
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import matplotlib
@@ -40,6 +40,7 @@ COLOURS = {
 }
 MARKERS = "osD^vP*X<>"
 CROWD = 8  # joined methods, from which on lines would cross names
+READABLE = 24  # methods, beyond which nobody tells them apart in one figure; a table names them
 
 
 class NothingToDraw(ValueError):
@@ -49,6 +50,15 @@ class NothingToDraw(ValueError):
 def colour(method: str) -> str:
     """The colour of a method's kind, grey for an unknown kind."""
     return next((shade for start, shade in COLOURS.items() if method.startswith(start)), "#777777")
+
+
+def family_of(method: str) -> str:
+    """The method without its size, if that is all that it was told.
+
+    >>> family_of("gptq[bits=3]"), family_of("nash_swarm[bits=3.0,code_game=pass]")
+    ('gptq', 'nash_swarm[bits=3.0,code_game=pass]')
+    """
+    return re.sub(r"\[bits=[^],]*\]$", "", method)
 
 
 def markers(methods: Iterable[str]) -> dict[str, str]:
@@ -117,7 +127,7 @@ def pareto(points: pd.DataFrame, metric: str = "kl") -> Figure:
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="file size (MB)", ylabel=AXES[metric])
     best = frontier(sizes, values)
     axes.plot(sizes[best], values[best], drawstyle="steps-post", color="#BBBBBB", linewidth=0.8, zorder=0)
-    families = np.array([re.sub(r"\[bits=[^],]*\]$", "", method) for method in methods])
+    families = np.array(list(map(family_of, methods)))
     smallest = {family: np.flatnonzero(families == family)[sizes[families == family].argmin()] for family in families}
     for family in smallest:
         own = np.flatnonzero(families == family)
@@ -148,7 +158,10 @@ def pareto(points: pd.DataFrame, metric: str = "kl") -> Figure:
 def name_families(
     figure: Figure, x: NDArray[np.float64], y: NDArray[np.float64], families: Sequence[str], names: list[str]
 ) -> None:
-    """Write each name beside its point; where lines of many families would cross names, a legend instead."""
+    """Write each name beside its point; where lines of many families would cross names, a legend instead, and no name
+    where nobody could read them."""
+    if len(set(families)) > READABLE:
+        return
     joined = [family for family in dict.fromkeys(families) if list(families).count(family) > 1]
     if len(joined) < CROWD:
         return place_labels(figure, x, y, names, [colour(family) for family in families])
@@ -234,6 +247,12 @@ def by_method(records: Iterable[Record], *series: str) -> dict[str, list[Record]
     return groups
 
 
+def refuse_crowd(methods: Collection[str]) -> None:
+    """Raises NothingToDraw if there are more methods than anybody tells apart by lines."""
+    if len(methods) > READABLE:
+        raise NothingToDraw(f"{len(methods)} methods are more than one figure of lines can tell apart")
+
+
 def ablation(records: Iterable[Record], reference: str = REFERENCE) -> Figure:
     """Bars: the KL of each method as a multiple of the reference's, paired over windows, with file sizes beside;
     ablations in the order of what they cost.
@@ -285,11 +304,12 @@ def convergence(records: Iterable[Record]) -> Figure:
     lines that coincide lie on wider ones.  Beside them, where records have it, the price of every trial of the search
     for the budget over that of the last.
 
-    Raises NothingToDraw if no record has potential and regret.
+    Raises NothingToDraw if no record has potential and regret, or too many methods have.
     """
     groups = by_method(one for one in records if path(one, "potential") and path(one, "regret"))
     if not groups:
         raise NothingToDraw("no record has sweeps of best responses; run a method that plays, for example nash_swarm")
+    refuse_crowd(groups)
     firsts = {method: group[0] for method, group in groups.items()}
     priced = any(one.series.get("price_of_trial") for one in firsts.values())
     figure = Figure(figsize=(7.6 if priced else 5.8, max(2.2, 0.2 + 0.15 * len(firsts))))

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from test_report import synthetic
 
-from nashswarm import figures, report
+from nashswarm import charts, figures, report
 from nashswarm.record import Record
 
 
@@ -55,3 +55,17 @@ def test_many_lines_have_a_legend_in_which_no_two_look_alike() -> None:
     assert not any(text.get_text() for text in figure.axes[0].texts)
     few = figures.pareto(pd.concat(sizes).loc[lambda table: table["method"].str.startswith("peer")])
     assert not few.legends and np.sum([bool(text.get_text()) for text in few.axes[0].texts]) == len(libraries)
+
+
+def test_of_a_search_only_points_are_drawn_for_nobody_reads_so_many_names() -> None:
+    methods = [f"nash_swarm[bits={2 + 0.1 * place},code_game=pass]" for place in range(figures.READABLE + 1)]
+    settled = {"potential": [2.0, 1.0], "regret": [1.0, 0.0], "moves": [3.0, 0.0]}
+    records = [synthetic(method, kl=0.1 + place) for place, method in enumerate(methods)]
+    records = [dataclasses.replace(one, series=one.series | settled) for one in records]
+    figure = figures.pareto(report.points(report.frame(records)))
+    assert not figure.legends and not any(text.get_text() for text in figure.axes[0].texts)
+    with pytest.raises(figures.NothingToDraw, match="25 methods are more than one figure of lines can tell apart"):
+        figures.convergence(records)
+    assert len(figures.convergence(records[1:]).legends) == 1
+    with pytest.raises(figures.NothingToDraw, match="25 methods"):
+        charts.settling(records)
