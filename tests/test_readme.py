@@ -4,6 +4,7 @@ import itertools
 import pathlib
 import re
 
+import pandas as pd
 import pytest
 
 from nashswarm import record, report, tables, typeset
@@ -47,6 +48,22 @@ def test_in_the_main_comparison_nash_swarm_has_less_than_a_tenth_of_every_rivals
     compared = rivals.dropna(subset="kl_ratio")
     assert len(compared) >= 30 and compared["method"].str.startswith("peer_").sum() >= 12
     assert compared["kl_ratio_high"].max() < 0.1
+
+
+def test_what_it_says_of_presets_and_of_allocations_on_tiles() -> None:
+    presets, tiles = (
+        pd.read_csv(ROOT / f"results/tables/{name}.csv").set_index("method") for name in ("presets", "allocations")
+    )
+    prototype = presets.loc[["low_resource", "balanced", "high_accuracy"]]
+    assert presets.loc["nash_swarm", "bits_per_weight_model"] <= 3.0 < prototype["bits_per_weight_model"].max()
+    assert presets.loc["nash_swarm", "kl"] < prototype["kl"].min()
+    own = tiles.loc["fixed_width"]
+    assert tiles.loc["evopress", "kl_high"] < own["kl_low"] and tiles.loc["radio", "kl"] < own["kl"]
+    assert tiles.loc["evopress", "quantize_seconds"] > 3 * own["quantize_seconds"]
+    assert tiles["bytes_file"].max() / tiles["bytes_file"].min() < 1.0001
+    kl = pd.read_csv(ROOT / "results/tables/main.csv").set_index("method")["kl"]
+    ahead = {bits: kl[f"radio[bits={bits}]"] < kl[f"fixed_width[bits={bits}]"] for bits in ("2", "2.3", "3", "4", "5")}
+    assert ahead == {"2": True, "2.3": True, "3": True, "4": False, "5": False}
 
 
 def test_the_budgeted_game_beats_its_ablations_in_the_committed_table() -> None:
