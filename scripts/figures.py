@@ -65,7 +65,8 @@ def write_figures(options: argparse.Namespace) -> None:
     console = Console()
     for experiment in sorted(set(table["experiment"])):
         rows = report.select(table, experiment=experiment)
-        runs = [run for run in records if run.fingerprint in set(rows["fingerprint"])]
+        own = [run for run in records if run.labels["experiment"] == experiment]
+        runs = [run for run in own if run.fingerprint in set(rows["fingerprint"])]
         for name, draw in drawings(report.points(rows), runs, options.layer).items():
             stems = [folder / f"{experiment}_{name}" for folder in filter(None, (options.out, options.paper))]
             try:

@@ -231,3 +231,16 @@ def test_a_figure_goes_with_the_records_that_it_showed(tmp_path: pathlib.Path) -
     assert script.main(["--records", str(tmp_path / "records"), "--out", str(out), *none]) == 0
     names = {path.name for path in out.iterdir()}
     assert {"ablation_pareto.pdf", "ablation_bits.png"} <= names and "ablation_speed.pdf" not in names
+
+
+def test_a_run_of_another_experiment_is_not_drawn_for_being_the_same(tmp_path: pathlib.Path) -> None:
+    """``nash_swarm`` of one experiment may be ``nash_swarm[bits=3.0]`` of another, which has no reference then."""
+    one, other = synthetic("nash_swarm"), synthetic("gptq")
+    for experiment, method in (("presets", "nash_swarm"), ("bit_budget", "nash_swarm[bits=3.0]")):
+        for run, label in ((one, method), (other, "gptq")):
+            labels = {**run.labels, "experiment": experiment, "method": label}
+            record.write(tmp_path / "records" / experiment, dataclasses.replace(run, labels=labels))
+    none = ["--dance", str(tmp_path / "none"), "--kernels", str(tmp_path / "none")]
+    assert script.main(["--records", str(tmp_path / "records"), "--out", str(tmp_path / "figures"), *none]) == 0
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert "presets_ablation.pdf" in names and "bit_budget_ablation.pdf" not in names
