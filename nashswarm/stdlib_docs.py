@@ -68,8 +68,8 @@ def docstrings(tree: ast.Module) -> list[tuple[int, str]]:
 
 
 def statements(tree: ast.Module) -> list[Statement]:
-    """All statements of a module, handlers of exceptions among them; ``ast.walk`` goes through expressions too, which
-    takes three times as long as to parse them."""
+    """All statements of a module, handlers of exceptions among them; ``ast.walk`` goes through expressions too, of
+    which there are many more."""
     found: list[Statement] = list(tree.body)
     for node in found:
         for part in ("body", "orelse", "finalbody", "handlers"):

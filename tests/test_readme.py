@@ -64,6 +64,7 @@ def test_what_it_says_of_presets_and_of_allocations_on_tiles() -> None:
     kl = pd.read_csv(ROOT / "results/tables/main.csv").set_index("method")["kl"]
     ahead = {bits: kl[f"radio[bits={bits}]"] < kl[f"fixed_width[bits={bits}]"] for bits in ("2", "2.3", "3", "4", "5")}
     assert ahead == {"2": True, "2.3": True, "3": True, "4": False, "5": False}
+    assert all(kl[f"baq[bits={bits}]"] > kl[f"fixed_width[bits={bits}]"] for bits in ahead)
 
 
 def test_the_budgeted_game_beats_its_ablations_in_the_committed_table() -> None:
