@@ -19,6 +19,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "nashswarm"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 myst_heading_anchors = 3
 autodoc_inherit_docstrings = False  # those of transformers are Markdown
 autodoc_member_order = "bysource"
@@ -32,7 +34,12 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?:)[^)#]+)\)")
 
 def name_files(app: Any, path: Path, document: str, source: list[str]) -> None:
     """What is included from outside links to files of the repository; a page can only name them."""
-    source[0] = LINK.sub(lambda found: f"{found[1]} (`{found[2].removeprefix('../')}`)", source[0])
+
+    def named(link: re.Match[str]) -> str:
+        text, file = link[1], link[2].removeprefix("../")
+        return f"`{file}`" if text.strip("`") == file else f"{text} (`{file}`)"
+
+    source[0] = LINK.sub(named, source[0])
 
 
 def skip(app: Any, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool:

@@ -19,9 +19,9 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from nashswarm import figures
-from nashswarm.figures import by_method, colour, family_of, markers, name_families, refuse_crowd
+from nashswarm.figures import by_method, colour, markers, name_families, refuse_crowd
 from nashswarm.record import Record
-from nashswarm.report import rank
+from nashswarm.report import family_of, rank
 from nashswarm.typeset import FORMATS, REFERENCE
 
 NAMES = {

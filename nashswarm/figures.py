@@ -4,7 +4,6 @@ Logarithmic axes cannot show zero; a value below what is worth telling apart is 
 """
 
 import pathlib
-import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from nashswarm import compare
 from nashswarm.record import Record
-from nashswarm.report import paired, rank
+from nashswarm.report import family_of, paired, rank
 from nashswarm.typeset import FORMATS, REFERENCE
 
 NEGLIGIBLE = {"kl": 1e-5, "regret": 1e-12, "perplexity": 0.0}  # nats per token; below it a value counts as zero
@@ -50,15 +49,6 @@ class NothingToDraw(ValueError):
 def colour(method: str) -> str:
     """The colour of a method's kind, grey for an unknown kind."""
     return next((shade for start, shade in COLOURS.items() if method.startswith(start)), "#777777")
-
-
-def family_of(method: str) -> str:
-    """The method without its size, if that is all that it was told.
-
-    >>> family_of("gptq[bits=3]"), family_of("nash_swarm[bits=3.0,code_game=pass]")
-    ('gptq', 'nash_swarm[bits=3.0,code_game=pass]')
-    """
-    return re.sub(r"\[bits=[^],]*\]$", "", method)
 
 
 def markers(methods: Iterable[str]) -> dict[str, str]:

@@ -47,6 +47,15 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
     return ordered(with_perplexity(pd.DataFrame(rows.values())))
 
 
+def family_of(method: str) -> str:
+    """The method without its size, if that is all that it was told.
+
+    >>> family_of("gptq[bits=3]"), family_of("nash_swarm[bits=3.0,code_game=pass]")
+    ('gptq', 'nash_swarm[bits=3.0,code_game=pass]')
+    """
+    return re.sub(r"\[bits=[^],]*\]$", "", method)
+
+
 def origin(records: Iterable[Record]) -> dict[str, Any]:
     """What a row of a table tells of its runs: the ``fingerprint`` and the ``commit`` of each, apart by spaces, and
     ``dirty``, whether the code of one was not committed or is unknown."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 
-from nashswarm import figures, forecast, models, record, shapes, shards, typeset
+from nashswarm import forecast, models, record, report, shapes, shards, typeset
 from nashswarm.by_layer import ByLayer
 from nashswarm.rate_game import NashSwarm
 from nashswarm.record import Record
@@ -100,7 +100,7 @@ def measured_rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
     rows = {}
     for one in sorted(records, key=lambda one: one.metrics.get("quantize_seconds", 0)):
         metrics, origin = one.metrics, one.provenance
-        family = figures.family_of(one.labels["method"])  # none of a search, which has other settings too
+        family = report.family_of(one.labels["method"])  # none of a search, which has other settings too
         own = family.startswith(TIMED) and "[" not in family and metrics.get("quantize_peak_bytes")
         if own and not WORK & set(origin.get("cache_hits", ())):
             about = f"`{one.labels['model']}`", count(origin["parameters"]), one.labels["method"]

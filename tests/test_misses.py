@@ -118,7 +118,7 @@ def test_the_counter_is_the_first_that_counts(programs: pathlib.Path) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("lattice, activations", itertools.product((True, False), kernels.ACTIVATIONS))
+@pytest.mark.parametrize("lattice, activations", list(itertools.product((True, False), kernels.ACTIVATIONS)))
 def test_what_is_counted_is_the_product(lattice: bool, activations: str, tmp_path: pathlib.Path) -> None:
     matrices = [example(rows, 192, (2, 3, 4), 64, lattice, seed=rows) for rows in (96, 256)]
     generator = torch.Generator().manual_seed(1)

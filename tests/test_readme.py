@@ -48,6 +48,8 @@ def test_in_the_main_comparison_nash_swarm_has_less_than_a_tenth_of_every_rivals
     compared = rivals.dropna(subset="kl_ratio")
     assert len(compared) >= 30 and compared["method"].str.startswith("peer_").sum() >= 12
     assert compared["kl_ratio_high"].max() < 0.1
+    kl = pd.read_csv(ROOT / "results/tables/main.csv").set_index("method")["kl"]
+    assert all(kl[f"peer_auto_round[bits={bits}]"] >= kl[f"rtn[bits={bits}]"] for bits in (3, 4))
 
 
 def test_what_it_says_of_presets_and_of_allocations_on_tiles() -> None:
