@@ -225,6 +225,7 @@ class QuickValidation:
         }
         series: dict[str, list[float]] = {}
         batches = windows.split(self.batch_size)
+        warm_up = batches[:WARM_UP]
         for suffix, model in (("", subject.model), ("_quantized", packed)):
             seen = metrics.evaluate(model, windows, self.batch_size, track=subject.track)
             found[f"nll{suffix}"] = metrics.summarise(seen)["nll"]
@@ -233,7 +234,7 @@ class QuickValidation:
         models = {"": subject.model, "_quantized": packed}
         spent = {suffix: [] for suffix in models}  # type: dict[str, list[float]]
         with torch.no_grad():
-            for batch in (*batches[:WARM_UP], *batches):
+            for batch in (*warm_up, *batches):
                 for suffix, model in models.items():
                     wait(batch.device)
                     started = time.perf_counter()
@@ -241,7 +242,7 @@ class QuickValidation:
                     wait(batch.device)
                     spent[suffix].append(time.perf_counter() - started)
         for suffix, times in spent.items():
-            median = float(np.median(times[WARM_UP:]))
+            median = float(np.median(times[len(warm_up) :]))
             found[f"latency_ms{suffix}"] = 1e3 * median
             found[f"tokens_per_second{suffix}"] = self.batch_size * self.length / median
         return found, series

@@ -1,25 +1,17 @@
-"""Every command that the documentation gives is one: it is taken apart and checked here, and what the README and the
-quick start tell a newcomer to type is run, with a small model in the place of his."""
+"""Every command that the documentation gives is one: taken apart and checked here, run by test_commands_run.py."""
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
-import os
 import pathlib
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
-import urllib.request
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
-import torch
-import transformers
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -164,78 +156,6 @@ def test_no_link_inside_is_dead(page: str) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", FENCE.sub("", target.read_text()), re.M)
             assert anchor in map(slug, headings), f"{page}: {link}"
-
-
-# what a newcomer types
-
-WINDOW = 128  # tokens: `nashswarm profile` takes dozens of steps
-
-
-@pytest.fixture
-def llama(
-    model_folder: pathlib.Path, tokenizer: Any, random_model: Callable[[str], Any], tmp_path: pathlib.Path
-) -> pathlib.Path:
-    """A LLaMA in the place of the one that is larger than memory; beside it a small GPT-2 in the newcomer's folder."""
-    config = transformers.AutoConfig.from_pretrained(model_folder, n_positions=WINDOW)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "your-model")
-    random_model("llama").save_pretrained(tmp_path / "llama")
-    for name in ("your-model", "llama"):
-        tokenizer.save_pretrained(tmp_path / name)
-    return tmp_path / "llama"
-
-
-@pytest.mark.slow
-def test_the_commands_of_the_readme_run_one_after_the_other(
-    llama: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    block = next(block for _, block in FENCE.findall(GUIDES["README.md"]) if "nashswarm rebudget" in block)
-    lines = [re.sub(r"\s+#.*", "", line) for line in block.splitlines()]
-    assert len(lines) == 9
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    for line in lines:
-        words = shlex.split(line)[1:]
-        if words[0] == "serve":
-            answers(words)
-            continue
-        if "--by-layer" in words:
-            words[1] = str(llama)
-        absent = words[0] == "export" and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime", "onnxscript")))
-        assert cli.main(words) == (2 if absent else 0), line
-    for folder in ("your-model-3bit", "small", "smaller"):
-        tokens = torch.tensor([[1, 2, 3]])
-        found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
-        assert found(input_ids=tokens).logits.isfinite().all(), folder
-
-
-def answers(words: list[str]) -> None:
-    """The server comes up, completes a prompt, and goes when it is told to."""
-    command = [sys.executable, "-c", "import sys; from nashswarm.cli import main; sys.exit(main())", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    body = json.dumps({"prompt": "the quiet flock", "max_tokens": 3}).encode()
-    request = urllib.request.Request("http://127.0.0.1:8765/v1/completions", body, {"Content-Type": "application/json"})
-    with subprocess.Popen([*command, "--port", "8765"], env=environment, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        try:
-            said = next((line for line in server.stderr if "127.0.0.1:8765" in line), None)
-            assert said is not None, "the server never came up"
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                assert json.load(reply)["choices"][0]["text"]
-        finally:
-            server.terminate()
-
-
-@pytest.mark.slow
-def test_the_quick_start_leads_to_a_table(tmp_path: pathlib.Path) -> None:
-    (block,) = [block for language, block in FENCE.findall(GUIDES["docs/quickstart.md"]) if language == "sh"]
-    first, second = (shlex.split(line)[1:] for line in block.splitlines())
-    folders = [f"{name}={tmp_path}/{name}" for name in ("records", "cache")]
-    few = [f"dataset.{name}" for name in ("calibration_windows=6", "holdout_windows=2", "test_windows=4")]
-    added = [*folders, *few, "dataset.sequence_length=64", f"hydra.run.dir={tmp_path}/logs", "wandb=disabled"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    for words in ([*first, *added], [*second, "--records", f"{tmp_path}/records", "--out", f"{tmp_path}/tables"]):
-        subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
-    assert "| nash_swarm[bits=2.5] |" in (tmp_path / "tables/single.md").read_text()
 
 
 def test_what_the_readme_imports_is_there() -> None:

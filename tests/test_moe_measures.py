@@ -83,3 +83,8 @@ def test_experts_are_held_where_they_are_used(model: MoeForCausalLM, tmp_path: p
 def test_sizes_that_are_none_are_named(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_one_batch_is_timed_after_it_warmed_up(model: MoeForCausalLM) -> None:
+    found, _ = QuickValidation(batch_size=2, length=16, batches=1, bits=4.0).measure(subject_of(model))
+    assert 0 < found["latency_ms"] < float("inf") and 0 < found["tokens_per_second_quantized"] < float("inf")
