@@ -2,6 +2,7 @@
 that are fetched, few windows and few steps, of a sweep both ends of every axis.  What is not run here says why."""
 
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -353,7 +354,8 @@ def answers(words: list[str]) -> None:
     with subprocess.Popen([*command, "--port", "8765"], env=environment, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
-            assert any("Started server process" in line for line in server.stderr), "the server never came up"
+            said = list(itertools.takewhile(lambda line: "Started server process" not in line, server.stderr))
+            assert any("127.0.0.1:8765" in line for line in said), "the server never came up"
             for patience in range(20, -1, -1):  # it listens a moment later
                 try:
                     with urllib.request.urlopen(request, timeout=60) as reply:
