@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nashswarm import data, glue, models, moe_training, peers, recovery, saved
+from nashswarm.experiment.identity import to_importable, to_recorded
 from nashswarm.measures import Measure, Official, Size
 from nashswarm.methods import AsPublished
 from nashswarm.moe.model import MoeSource
@@ -133,7 +134,7 @@ def config_again(about: Mapping[str, Any], paths: Mapping[str, str | None], **ch
 
     Raises ValueError if the model or the text is no longer the one that it was, or the method has no size to choose.
     """
-    config, was = OmegaConf.create(dict(about["config"])), about["record"]["config"]
+    config, was = OmegaConf.create(to_importable(about["config"])), about["record"]["config"]
     if config.get("task") == "train_moe":
         raise ValueError("the saved model was trained, not compressed: compress it first, for example by model=local")
     for group, path in paths.items():
@@ -227,11 +228,11 @@ def identify(
     config: DictConfig, device: str, source: models.Source | MoeSource, texts: Mapping[str, str]
 ) -> dict[str, Any]:
     """Everything that can move a number; paths count by their content."""
-    groups: dict[str, Any] = {name: OmegaConf.to_container(config[name], resolve=True) for name in GROUPS}
+    groups: dict[str, Any] = {name: to_recorded(OmegaConf.to_container(config[name], resolve=True)) for name in GROUPS}
     dataset = {key: value for key, value in groups["dataset"].items() if key not in ("path", "name")}
     model = {key: value for key, value in groups["model"].items() if key not in ("path", "revision")}
     settings: dict[str, Any] = {
-        name: OmegaConf.to_container(config[name], resolve=True)
+        name: to_recorded(OmegaConf.to_container(config[name], resolve=True))
         for name in ("finetune", "train_moe")
         if config.get(name) is not None
     }

@@ -35,6 +35,7 @@ from nashswarm import (
     saved,
 )  # fmt: skip
 from nashswarm.evidence import Cache, Evidence, show_progress
+from nashswarm.experiment.identity import to_recorded
 from nashswarm.measures import Measure, Subject
 from nashswarm.memory import peak_bytes, reset_peak
 from nashswarm.oracle import Compressed, Method
@@ -116,8 +117,8 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
             provenance=origin | dict(done.origin),
         )
         if target is not None:
-            about = {"config": OmegaConf.to_container(config, resolve=True), "record": dataclasses.asdict(finished)}
-            done.write(target, about)
+            described = to_recorded(OmegaConf.to_container(config, resolve=True))
+            done.write(target, {"config": described, "record": dataclasses.asdict(finished)})
         return Outcome("finished", record.write(folder, finished), finished)
 
 

@@ -1,0 +1,29 @@
+"""Names that stay: what records and saved models call a class, wherever its code lives today.
+
+A record is named by a hash over its config, and a config names classes by their import path (``_target_``).  Code that
+moves must not rename records, so recorded configs use the path that a class had when it was first recorded.  A class
+that moves or is renamed gets a line in ``IMPORT_PATHS``; a new class needs none until it moves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+TARGET = "_target_"
+IMPORT_PATHS: dict[str, str] = {}  # recorded name -> where the class can be imported from today
+RECORDED_NAMES = {path: name for name, path in IMPORT_PATHS.items()}
+
+
+def to_recorded(config: Any) -> Any:
+    """Return a copy of ``config`` in which every ``_target_`` is the recorded name of its class."""
+    return _renamed(config, lambda path: RECORDED_NAMES.get(path, path))
+
+
+def to_importable(config: Any) -> Any:
+    """Return a copy of ``config`` in which every ``_target_`` can be imported; undoes ``to_recorded``."""
+    return _renamed(config, lambda name: IMPORT_PATHS.get(name, name))
+
+
+def _renamed(config: Any, rename: Callable[[str], str]) -> Any:
+    if isinstance(config, dict):
+        return {key: rename(value) if key == TARGET else _renamed(value, rename) for key, value in config.items()}
+    return [_renamed(item, rename) for item in config] if isinstance(config, list) else config
