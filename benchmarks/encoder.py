@@ -30,13 +30,14 @@ from torch import Tensor
 
 from nashswarm import data, models, record
 from nashswarm.allocation import Layer
+from nashswarm.calibration.moments import calibrate
 from nashswarm.compare import interval
 from nashswarm.evidence import show_progress
+from nashswarm.layers import Moments
 from nashswarm.metrics import embed, projection
 from nashswarm.oracle import Method, Oracle
 from nashswarm.plan import build
 from nashswarm.provenance import provenance
-from nashswarm.quant.calibration import Moments, calibrate
 from nashswarm.quant.grid import Scheme, quantize
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"

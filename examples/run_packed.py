@@ -14,7 +14,7 @@ import transformers
 
 import nashswarm
 from nashswarm import data, measures, metrics, models, stdlib_docs
-from nashswarm.quant.calibration import no_track
+from nashswarm.progress import no_track
 
 LENGTH = 128  # tokens of a window
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Integer, Shaped
 from scipy import sparse
 from torch import Tensor
 
-from nashswarm.quant.calibration import Moments
+from nashswarm.layers import Moments
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor, Scheme, quantize, row_blocks, tile_sums
 from nashswarm.quant.pack import packed_bytes, run_lengths

@@ -21,7 +21,7 @@ from nashswarm import swarm
 from nashswarm.allocation import Layer
 from nashswarm.checkpoint import TABLES
 from nashswarm.memory import give_back
-from nashswarm.quant.calibration import Track
+from nashswarm.progress import Track
 from nashswarm.quant.curvature import Curvature, Whitened
 from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_integers, encode_lattice, tables_of
 from nashswarm.quant.grid import TILE_ROWS, row_blocks

@@ -29,8 +29,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from nashswarm import checkpoint, memory, record, saved
 from nashswarm.models import CONFIG
+from nashswarm.progress import Track, no_track
 from nashswarm.provenance import code_digest, provenance
-from nashswarm.quant.calibration import Track, no_track
 from nashswarm.quant.curvature import DAMPING, TINY, Curvature, pivots
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.pack import pack, packed_bytes

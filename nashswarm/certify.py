@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nashswarm import checkpoint, run, saved
 from nashswarm.allocation import Layer
-from nashswarm.quant.calibration import Moments
+from nashswarm.layers import Moments
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import GRID_WIDTHS
 from nashswarm.quant.lattice import LatticeTensor

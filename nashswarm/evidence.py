@@ -22,9 +22,11 @@ from torch import Tensor
 
 from nashswarm import checkpoint, metrics, models, record
 from nashswarm.allocation import Layer
+from nashswarm.calibration.moments import calibrate, summed_nll
+from nashswarm.layers import Moments
 from nashswarm.memory import give_back
 from nashswarm.oracle import Oracle
-from nashswarm.quant.calibration import Moments, Track, calibrate, summed_nll
+from nashswarm.progress import Track
 from nashswarm.replay import Replay
 
 HELDOUT_LOGITS = 1 << 26  # in a batch of held-out windows: what their divergence may take in memory

@@ -25,7 +25,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
 from nashswarm import compare, data, metrics, models
-from nashswarm.quant.calibration import Track
+from nashswarm.progress import Track
 from nashswarm.record import claim, fingerprint, write_folder
 
 HUB = "nyu-mll/glue"

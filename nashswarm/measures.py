@@ -15,7 +15,7 @@ from torch import Tensor
 from nashswarm import compare, evaluators, glue, metrics, models, peers, timing
 from nashswarm.allocation import Layer
 from nashswarm.linear import Activations, set_activations
-from nashswarm.quant.calibration import Track
+from nashswarm.progress import Track
 from nashswarm.runtime import room
 
 BATCH = 8  # windows

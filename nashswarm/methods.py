@@ -16,8 +16,8 @@ from jaxtyping import Int
 from nashswarm import allocation, swarm
 from nashswarm.allocation import Layer
 from nashswarm.bit_game import by_lot, by_quantiles, solve
+from nashswarm.layers import Moments
 from nashswarm.oracle import Compressed, NotOffered, Oracle
-from nashswarm.quant.calibration import Moments
 from nashswarm.quant.curvature import DAMPING
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, QuantizedTensor, Scheme

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nashswarm.quant.calibration import Track, no_track
+from nashswarm.progress import Track, no_track
 
 LOGITS_AT_ONCE = 1 << 23  # compared together: those of a long window and a large vocabulary are as large as a model
 

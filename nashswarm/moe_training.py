@@ -20,7 +20,7 @@ from nashswarm import data, models
 from nashswarm.moe import loss
 from nashswarm.moe.model import MoeConfig, MoeForCausalLM, MoeSource
 from nashswarm.moe.router import Settings
-from nashswarm.quant.calibration import Track
+from nashswarm.progress import Track
 from nashswarm.record import claim, fingerprint, write_folder, write_whole
 
 HISTORY = "training.json"

@@ -9,7 +9,8 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from nashswarm.allocation import Layer
-from nashswarm.quant.calibration import Moments, Track, no_track
+from nashswarm.layers import Moments
+from nashswarm.progress import Track, no_track
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from nashswarm import allocation
 from nashswarm.allocation import Blocks
 from nashswarm.bit_game import solve
+from nashswarm.layers import Moments
 from nashswarm.oracle import Oracle
-from nashswarm.quant.calibration import Moments
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.reply import reply
 

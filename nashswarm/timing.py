@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nashswarm import compare
-from nashswarm.quant.calibration import Track
+from nashswarm.progress import Track
 
 PHASES = ("decode", "decode_long", "prefill")
 WARM_UP = 2  # rounds

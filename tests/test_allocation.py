@@ -11,7 +11,7 @@ from scipy import stats
 
 from nashswarm import allocation, figures
 from nashswarm.allocation import Blocks, Layer
-from nashswarm.quant.calibration import Moments
+from nashswarm.layers import Moments
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 

@@ -10,9 +10,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from nashswarm.calibration import moments as calibration
+from nashswarm.calibration.moments import calibrate, drawn
+from nashswarm.layers import Moments
 from nashswarm.models import find_layers
-from nashswarm.quant import calibration
-from nashswarm.quant.calibration import Moments, calibrate, drawn
 
 KINDS = ("gpt2", "opt", "llama", "gpt_neox")
 

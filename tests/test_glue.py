@@ -19,7 +19,7 @@ from nashswarm.data import Dataset
 from nashswarm.evidence import Cache, Evidence
 from nashswarm.glue import METRICS, TASKS, Glue, Training, fine_tuned, interval, labels, predictions, windows
 from nashswarm.models import ModelSource, PackagedModel, find_layers, put
-from nashswarm.quant.calibration import no_track
+from nashswarm.progress import no_track
 from nashswarm.record import read
 from nashswarm.run import run
 

@@ -16,7 +16,7 @@ from examples.adding.ends import Ends
 from nashswarm import data, figures, metrics, models
 from nashswarm.measures import Subject
 from nashswarm.oracle import NotOffered
-from nashswarm.quant.calibration import no_track
+from nashswarm.progress import no_track
 from nashswarm.record import Record
 from nashswarm.run import run
 

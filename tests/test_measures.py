@@ -32,7 +32,7 @@ from nashswarm.measures import (
     resident_bytes,
 )
 from nashswarm.models import find_layers
-from nashswarm.quant.calibration import no_track
+from nashswarm.progress import no_track
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nashswarm import allocation, metrics, models
+from nashswarm.calibration.moments import calibrate
 from nashswarm.methods import AsPublished, FixedWidth, Flock, Gptq, Split, Uniform
 from nashswarm.oracle import Compressed, Method, Oracle
-from nashswarm.quant.calibration import calibrate
 from nashswarm.quant.entropy import decode_groups
 from nashswarm.quant.grid import QuantizedTensor, Scheme
 from nashswarm.quant.pack import packed_bytes, unpack

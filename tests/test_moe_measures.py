@@ -13,7 +13,7 @@ from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import NashSwarmRouter
 from nashswarm.moe_measures import WARM_UP, MoeSubject, QuickValidation, Routed, RoutingTime, timed
 from nashswarm.moe_training import Trained
-from nashswarm.quant.calibration import no_track
+from nashswarm.progress import no_track
 
 LAYER = "blocks.0.mixture.experts"
 META = torch.device("meta")  # tensors without values: they mix with none that lie elsewhere

@@ -20,7 +20,7 @@ from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import ExpertChoice, LossFree, NashSwarmRouter, TopK
 from nashswarm.moe_training import Training, batches, train
 from nashswarm.plan import plan
-from nashswarm.quant.calibration import no_track
+from nashswarm.progress import no_track
 from nashswarm.run import Outcome, reopen, run
 
 ROOT = pathlib.Path(__file__).parent.parent

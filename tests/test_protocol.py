@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nashswarm import metrics, published
 from nashswarm.measures import Measure, Subject
+from nashswarm.progress import no_track
 from nashswarm.published import Published, padded, padded_loss, quantized, random_replies
-from nashswarm.quant.calibration import no_track
 
 SMALL = Published(paragraphs=4, tokens=64, draws=2, samples=2, experts=4, routed_tokens=8)
 

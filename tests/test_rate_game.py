@@ -16,9 +16,9 @@ from nashswarm import allocation
 from nashswarm.allocation import Layer
 from nashswarm.board import BUDGET_TOLERANCE, Slope, meet
 from nashswarm.checkpoint import TABLES
+from nashswarm.layers import Moments
 from nashswarm.methods import Flock
 from nashswarm.oracle import Compressed, Method, Oracle
-from nashswarm.quant.calibration import Moments
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.entropy import ESCAPE, CodeTables, address, coded_bits, decode_lattice
 from nashswarm.quant.lattice import Lattice, LatticeTensor, price_at

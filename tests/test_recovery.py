@@ -18,7 +18,7 @@ from nashswarm import checkpoint, models, record, recovery
 from nashswarm.evidence import Cache, Evidence
 from nashswarm.methods import Gptq, Uniform
 from nashswarm.oracle import Compressed, NotOffered
-from nashswarm.quant.calibration import no_track
+from nashswarm.progress import no_track
 from nashswarm.quant.entropy import CodeTables, count, tables_of
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.latent import Latent

@@ -13,7 +13,7 @@ from nashswarm import checkpoint
 from nashswarm.cli import main
 from nashswarm.machine import ASSUMED, machine
 from nashswarm.models import find_layers
-from nashswarm.quant.calibration import no_track
+from nashswarm.progress import no_track
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 from nashswarm.runtime import profile

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 TARGET = "_target_"
-IMPORT_PATHS: dict[str, str] = {}  # recorded name -> where the class can be imported from today
+IMPORT_PATHS = {  # recorded name -> where the class can be imported from today
+}
 RECORDED_NAMES = {path: name for name, path in IMPORT_PATHS.items()}
 
 

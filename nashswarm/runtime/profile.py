@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nashswarm.linear import QuantizedLinear
-from nashswarm.quant.calibration import Track
+from nashswarm.progress import Track
 
 BEYOND = 4  # times the largest cache: what is read of memory
 ROUNDS = 5

@@ -20,7 +20,7 @@ squared change of the score is twice the damage that is meant, D is that damage 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,36 +28,12 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
+from nashswarm.layers import Moments
+from nashswarm.progress import Track, no_track
+
 Labels = Literal["model", "text"]
 Score = Callable[[Any, Tensor, torch.Generator], Tensor]
-
 DRAWN_AT_ONCE = 128  # positions
-
-
-def no_track(items: Sequence[Any], description: str) -> Iterable[Any]:
-    """Iterate without showing progress."""
-    return items
-
-
-@dataclasses.dataclass(frozen=True)
-class Moments:
-    """Second moments of one module's inputs and of the gradients of its outputs.
-
-    ``inputs``: E[x xᵀ], shape (in, in), of a module that multiplies; the share of positions that look up each row,
-    shape (rows,), of an embedding.  ``outputs``: f = E[g²], shape (out,), in (nats per unit of output)².  ``coupled``
-    and ``coupled_inputs``: the same two with the positions of a window taken together (of the head and of embeddings:
-    themselves).
-    """
-
-    inputs: Float[Tensor, "..."]
-    outputs: Float[Tensor, " out"]
-    coupled: Float[Tensor, " out"]
-    coupled_inputs: Float[Tensor, "..."]
-
-    @property
-    def lookup(self) -> bool:
-        return self.inputs.ndim == 1
 
 
 class _Sums:
