@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from nashswarm import record
-from nashswarm.allocation import curvature
-from nashswarm.evidence import show_progress
+from nashswarm.layers import curvature
 from nashswarm.plan import plan
+from nashswarm.progress import show_progress
 from nashswarm.provenance import provenance
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme

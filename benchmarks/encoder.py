@@ -29,14 +29,14 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from nashswarm import data, models, record
-from nashswarm.allocation import Layer
+from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.moments import calibrate
 from nashswarm.compare import interval
-from nashswarm.evidence import show_progress
-from nashswarm.layers import Moments
+from nashswarm.layers import Layer, Moments
+from nashswarm.methods_ import Method
 from nashswarm.metrics import embed, projection
-from nashswarm.oracle import Method, Oracle
 from nashswarm.plan import build
+from nashswarm.progress import show_progress
 from nashswarm.provenance import provenance
 from nashswarm.quant.grid import Scheme, quantize
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nashswarm import checkpoint, data, models, peers, timing
-from nashswarm.evidence import show_progress
+from nashswarm import checkpoint, data, errors, models, timing
 from nashswarm.linear import set_activations
 from nashswarm.machine import machine
+from nashswarm.progress import show_progress
 from nashswarm.provenance import provenance, told
 from nashswarm.quant.grid import Scheme, quantize, row_blocks
 from nashswarm.quant.pack import pack
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     origin = provenance(datetime.datetime.now(datetime.UTC))
-    peers.require("benchmarks/export.py", export.PACKAGES, "onnx")
+    errors.require("benchmarks/export.py", export.PACKAGES, "onnx")
     torch.set_num_threads(1)
     loaded = models.load(models.RandomModel(), "cpu", torch.float32)
     full = loaded.model

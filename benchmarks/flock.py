@@ -21,7 +21,7 @@ import numpy as np
 
 from nashswarm import record
 from nashswarm.compare import interval
-from nashswarm.evidence import show_progress
+from nashswarm.progress import show_progress
 from nashswarm.provenance import provenance
 from nashswarm.record import Record
 from nashswarm.run import run

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nashswarm.evidence import show_progress
 from nashswarm.kernels.__main__ import example
 from nashswarm.machine import machine
+from nashswarm.progress import show_progress
 from nashswarm.provenance import provenance, told
 from nashswarm.record import write_report
 from nashswarm.runtime import misses

@@ -21,12 +21,13 @@ from rich.console import Console
 from scipy import sparse
 
 from nashswarm import optima, swarm
-from nashswarm.allocation import Blocks, Layer
 from nashswarm.bit_game import solve
-from nashswarm.evidence import show_progress
+from nashswarm.blocks import Blocks
 from nashswarm.game import Coupling, Game, best_response, shadow_price
+from nashswarm.layers import Layer
 from nashswarm.methods import PLAYED_WIDTHS
 from nashswarm.plan import plan
+from nashswarm.progress import show_progress
 from nashswarm.provenance import provenance, told
 from nashswarm.quant.grid import Scheme
 from nashswarm.record import write_report

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nashswarm import record
-from nashswarm.evidence import show_progress
 from nashswarm.machine import machine
+from nashswarm.progress import show_progress
 from nashswarm.provenance import provenance, told
 
 RUN = [sys.executable, "-m", "experiments.run", "-m"]

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import mirror
 from nashswarm import record
-from nashswarm.oracle import NotOffered
+from nashswarm.errors import NotOffered
 from nashswarm.run import run
 
 log = logging.getLogger(__name__)

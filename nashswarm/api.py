@@ -12,10 +12,11 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from nashswarm import checkpoint, data, models, stdlib_docs
-from nashswarm.evidence import Cache, Evidence
+from nashswarm.calibration.cache import Cache
+from nashswarm.calibration.session import Evidence
 from nashswarm.methods import FixedWidth, Gptq, Uniform
+from nashswarm.methods_ import Method
 from nashswarm.moe.experts import unfuse
-from nashswarm.oracle import Method
 from nashswarm.rate_game import NashSwarm
 
 METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}

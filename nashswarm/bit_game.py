@@ -14,7 +14,7 @@ from jaxtyping import Int
 from scipy import sparse
 
 from nashswarm import swarm
-from nashswarm.allocation import Blocks
+from nashswarm.blocks import Blocks
 from nashswarm.game import Coupling, Equilibrium, Game, best_response, independent_classes, shadow_price
 from nashswarm.quant.pack import RUN_BYTES
 

@@ -18,8 +18,8 @@ from scipy import sparse
 from torch import Tensor
 
 from nashswarm import swarm
-from nashswarm.allocation import Layer
 from nashswarm.checkpoint import TABLES
+from nashswarm.layers import Layer
 from nashswarm.memory import give_back
 from nashswarm.progress import Track
 from nashswarm.quant.curvature import Curvature, Whitened

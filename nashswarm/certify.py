@@ -21,8 +21,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from nashswarm import checkpoint, run, saved
-from nashswarm.allocation import Layer
-from nashswarm.layers import Moments
+from nashswarm.layers import Layer, Moments
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import GRID_WIDTHS
 from nashswarm.quant.lattice import LatticeTensor

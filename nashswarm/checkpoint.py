@@ -27,7 +27,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nashswarm.allocation import Layer
+from nashswarm.layers import Layer
 from nashswarm.linear import (
     Activations,
     PackedMatrix,

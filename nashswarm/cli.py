@@ -31,10 +31,10 @@ from nashswarm import (
     saved,
     shapes,
     shards,
-)  # fmt: skip
+)
 from nashswarm.certify import LIMIT, certify
-from nashswarm.evidence import show_progress
 from nashswarm.kernels import ACTIVATIONS
+from nashswarm.progress import show_progress
 from nashswarm.runtime import export
 
 CACHE = pathlib.Path("~/.cache/nashswarm")

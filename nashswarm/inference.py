@@ -18,11 +18,11 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from nashswarm import data, measures, memory, metrics, models, peers
-from nashswarm.evidence import show_progress
+from nashswarm import data, errors, measures, memory, metrics, models
 from nashswarm.kernels import native
 from nashswarm.linear import PackedMatrix, QuantizedLinear
 from nashswarm.machine import Machine, machine
+from nashswarm.progress import show_progress
 from nashswarm.runtime import export as exporter
 from nashswarm.runtime import misses, room
 from nashswarm.runtime import profile as profiler
@@ -166,7 +166,7 @@ def _count_misses(name: str, module: QuantizedLinear, here: Machine, counter: st
 
 def serve(given: argparse.Namespace) -> int:
     """Answer HTTP requests until interrupted, by a process that is replaced if it dies."""
-    peers.require("serve", measures.Load.NEEDS, measures.Load.EXTRA)
+    errors.require("serve", measures.Load.NEEDS, measures.Load.EXTRA)
     if given.threads < 1 or given.queue < 0 or given.patience <= 0 or not 0 <= given.port < 65536:
         raise ValueError("--threads must be at least 1, --queue 0, --patience above 0 and --port below 65536")
     import uvicorn

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm import compare, evaluators, glue, metrics, models, peers, timing
-from nashswarm.allocation import Layer
+from nashswarm import compare, errors, evaluators, glue, metrics, models, peers, timing
+from nashswarm.layers import Layer
 from nashswarm.linear import Activations, set_activations
 from nashswarm.progress import Track
 from nashswarm.runtime import room
@@ -141,7 +141,7 @@ class Speed:
         for name in self.against:
             try:
                 models[name] = peers.CONTESTANTS[name](subject.full)
-            except peers.NotInstalled as missing:
+            except errors.NotInstalled as missing:
                 log.warning("not timed: %s", missing)
         tokens = subject.windows[:1, :prompt]
 
@@ -364,8 +364,8 @@ def require(measure: Measure) -> None:
     """Raises ValueError if a package that a measure needs is not installed: without it nothing can be measured."""
     for part in parts_of(measure):
         try:
-            peers.require(f"measure={type(part).__name__}", getattr(part, "NEEDS", ()), getattr(part, "EXTRA", "eval"))
-        except peers.NotInstalled as missing:
+            errors.require(f"measure={type(part).__name__}", getattr(part, "NEEDS", ()), getattr(part, "EXTRA", "eval"))
+        except errors.NotInstalled as missing:
             raise ValueError(str(missing)) from None
 
 

@@ -13,11 +13,13 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int
 
-from nashswarm import allocation, swarm
-from nashswarm.allocation import Layer
+from nashswarm import swarm
 from nashswarm.bit_game import by_lot, by_quantiles, solve
-from nashswarm.layers import Moments
-from nashswarm.oracle import Compressed, NotOffered, Oracle
+from nashswarm.blocks import Bits, check_divisible, grid_shape, quantize_layers, text
+from nashswarm.calibration.context import Oracle
+from nashswarm.errors import NotOffered
+from nashswarm.layers import Layer, Moments, curvature
+from nashswarm.methods_ import Compressed
 from nashswarm.quant.curvature import DAMPING
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, QuantizedTensor, Scheme
@@ -53,16 +55,14 @@ class Uniform:
 
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(self.group_size, self.search)
-        allocation.check_divisible(oracle.layers, self.group_size)
-        bits = {
-            layer.name: np.full(allocation.grid_shape(layer, scheme), self.bits, np.uint8) for layer in oracle.layers
-        }
+        check_divisible(oracle.layers, self.group_size)
+        bits = {layer.name: np.full(grid_shape(layer, scheme), self.bits, np.uint8) for layer in oracle.layers}
         if self.bits in FLOATS:
-            return _pack(bits, allocation.quantize_layers(oracle.layers, bits, scheme), float_bits=self.bits)
+            return _store(bits, quantize_layers(oracle.layers, bits, scheme), float_bits=self.bits)
         blocks = survey(oracle, oracle.moments(), PLAYED_WIDTHS, scheme, code_game=False)
         profile = np.full(len(blocks.damage), PLAYED_WIDTHS.index(self.bits))
-        tensors = allocation.quantize_layers(oracle.layers, bits, scheme)
-        return _pack(bits, tensors, *report_regret(blocks, profile), coded=self.coded)
+        tensors = quantize_layers(oracle.layers, bits, scheme)
+        return _store(bits, tensors, *report_regret(blocks, profile), coded=self.coded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Gptq:
 
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(self.group_size, search=True)
-        allocation.check_divisible(oracle.layers, self.group_size)
+        check_divisible(oracle.layers, self.group_size)
         moments = dict(oracle.moments())
         tensors: dict[str, QuantizedTensor] = {}
         damage, bits = {}, {}
@@ -101,12 +101,12 @@ class Gptq:
             if self.sequential and layer.depth > depth:
                 depth = layer.depth
                 moments |= _after(tensors, [other for other in oracle.layers if other.depth == depth], moments, oracle)
-            curved = allocation.curvature(layer, moments)
+            curved = curvature(layer, moments)
             found = reply(layer.weight, self.bits, scheme, curved, self.sweeps, self.damping, self.act_order)
             tensors[layer.name], bits[layer.name] = found, found.bits.numpy()
             damage[layer.name] = float(curved.damage_by_row(layer.weight - found.dequantize()).double().sum())
         in_order = {layer.name: tensors[layer.name] for layer in oracle.layers}
-        return _pack(bits, in_order, damage, coded=self.coded)
+        return _store(bits, in_order, damage, coded=self.coded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +124,8 @@ class AsPublished:
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(group_size=1)
         untouched = [layer for layer in oracle.layers if "Linear" not in layer.kinds]
-        bits = {layer.name: np.full(allocation.grid_shape(layer, scheme), 16, np.uint8) for layer in untouched}
-        kept = _pack(bits, allocation.quantize_layers(untouched, bits, scheme))
+        bits = {layer.name: np.full(grid_shape(layer, scheme), 16, np.uint8) for layer in untouched}
+        kept = _store(bits, quantize_layers(untouched, bits, scheme))
         classed = {
             layer.name: quantize_by_magnitude(layer.weight, self.quantiles)
             for layer in oracle.layers
@@ -234,14 +234,14 @@ class FixedWidth:
 
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(self.group_size, search=self.code_game)
-        allocation.check_divisible(oracle.layers, self.group_size)
+        check_divisible(oracle.layers, self.group_size)
         budget = self._budget(oracle, scheme)
         moments = oracle.moments()
         blocks = survey(oracle, moments, self.bit_widths, scheme, self.code_game)
         weighed = moments if self.code_game else None
 
         def tensors_at(profile: Int[np.ndarray, " blocks"]) -> dict[str, QuantizedTensor]:
-            return allocation.quantize_layers(oracle.layers, blocks.bits(profile), scheme, weighed)
+            return quantize_layers(oracle.layers, blocks.bits(profile), scheme, weighed)
 
         def measure(profile: Int[np.ndarray, " blocks"]) -> float:
             found = tensors_at(profile)
@@ -262,7 +262,7 @@ class FixedWidth:
                 profile = by_lot(blocks, budget, rng)
             damage, metrics = report_regret(blocks, profile)
             metrics["heldout_passes"] = passes
-            return _pack(blocks.bits(profile), tensors_at(profile), damage, metrics, coded=self.coded)
+            return _store(blocks.bits(profile), tensors_at(profile), damage, metrics, coded=self.coded)
 
         pruned = self.split.pruned if self.split else 0.0
         alone = solve(blocks, budget, pruned)
@@ -292,13 +292,13 @@ class FixedWidth:
             "heldout_passes": passes,
         }
         damage = blocks.damage_by_layer(best.profile)
-        return _pack(blocks.bits(best.profile), tensors_at(best.profile), damage, metrics, series, coded=self.coded)
+        return _store(blocks.bits(best.profile), tensors_at(best.profile), damage, metrics, series, coded=self.coded)
 
     def _budget(self, oracle: Oracle, scheme: Scheme) -> int:
         """Bytes that the packed layers may take.  Raises ValueError if not even the smallest widths fit."""
 
         def bytes_at(bits: int) -> int:
-            shapes = [allocation.grid_shape(layer, scheme) for layer in oracle.layers]
+            shapes = [grid_shape(layer, scheme) for layer in oracle.layers]
             return sum(packed_bytes(np.full(rows * columns, bits), scheme) for rows, columns in shapes)
 
         if self.split is not None:
@@ -327,8 +327,8 @@ def _after(
     return {name: dataclasses.replace(moments[name], inputs=inputs) for name, inputs in seen.items()}
 
 
-def _pack(
-    bits: allocation.Bits,
+def _store(
+    bits: Bits,
     tensors: Mapping[str, QuantizedTensor],
     damage: Mapping[str, float] | None = None,
     metrics: Mapping[str, float] | None = None,
@@ -342,7 +342,7 @@ def _pack(
     return Compressed(
         packed={name: encode_groups(tensor) if coded else pack(tensor) for name, tensor in tensors.items()},
         weights={name: tensor.dequantize() for name, tensor in tensors.items()},
-        allocation=allocation.text(bits),
+        allocation=text(bits),
         code_bits=sum(
             int((tensor.bits.double() * TILE_ROWS * tensor.scheme.group_size).sum()) for tensor in tensors.values()
         ),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm import hub
-from nashswarm.allocation import Layer
+from nashswarm.layers import Layer
 from nashswarm.moe import model as moe_model  # noqa: F401  it makes the architecture known to transformers
 from nashswarm.moe.experts import ExpertLinear, unfuse
 

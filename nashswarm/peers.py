@@ -26,8 +26,10 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm import tuned
-from nashswarm.allocation import Layer
-from nashswarm.oracle import Compressed, NotOffered, Oracle
+from nashswarm.calibration.context import Oracle
+from nashswarm.errors import NotOffered, require
+from nashswarm.layers import Layer
+from nashswarm.methods_ import Compressed
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 
@@ -37,7 +39,6 @@ BLOCK = 64  # columns that share a scale in the contestants' 4-bit weights
 NF4_ROWS = 32  # bitsandbytes' kernel takes whole blocks of rows
 ONNX_OPSET, ONNX_FORMAT = 21, 10
 ONNX_PACKAGES = ("onnx", "onnx-ir", "onnxruntime")
-
 log = logging.getLogger(__name__)
 
 
@@ -128,22 +129,6 @@ class Peer:
         assert library.tune is not None and oracle.calibration is not None and self.group_size is not None
         found = library.tune(*oracle.calibration, layers, self.bits, self.group_size, int(rng.integers(2**31)))
         return {name: (_bytes(*parts), weight) for name, (parts, weight) in found.items()}
-
-
-class NotInstalled(NotOffered):
-    """An optional package is absent."""
-
-
-def require(setting: str, packages: Sequence[str], extra: str = "peers") -> None:
-    """Raises NotInstalled, which names the packages that ``setting`` needs and that are absent."""
-    missing = []
-    for package in packages:
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(package)
-    if missing:
-        raise NotInstalled(f"{setting} needs {', '.join(missing)}: pip install 'nashswarm[{extra}]'")
 
 
 def _hqq(weight: Tensor, bits: int, group_size: int | None) -> Packed:

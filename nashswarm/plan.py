@@ -16,13 +16,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nashswarm import data, glue, models, moe_training, peers, recovery, saved
+from nashswarm.errors import NotOffered
 from nashswarm.experiment.identity import to_importable, to_recorded
 from nashswarm.measures import Measure, Official, Size
 from nashswarm.methods import AsPublished
+from nashswarm.methods_ import Method
 from nashswarm.moe.model import MoeSource
 from nashswarm.moe.router import Settings
 from nashswarm.moe_measures import MoeMeasure, QuickValidation
-from nashswarm.oracle import Method, NotOffered
 from nashswarm.record import fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

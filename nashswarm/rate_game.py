@@ -24,13 +24,14 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from nashswarm import allocation, swarm
+from nashswarm import blocks, layers, swarm
 from nashswarm.board import BUDGET_TOLERANCE, COARSE, Blocks, Board, Offsets, Played, Stance, by_block, expected
+from nashswarm.calibration.context import Oracle
 from nashswarm.game import Coupling, Game, best_response
 from nashswarm.linear import to_tiles
 from nashswarm.memory import give_back
 from nashswarm.methods import Flock
-from nashswarm.oracle import Compressed, Oracle
+from nashswarm.methods_ import Compressed
 from nashswarm.quant.curvature import Whitened, whiten
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.quant.lattice import LatticeTensor, price_at, stack
@@ -104,13 +105,13 @@ class _Table(Board):
         self.rules, self.oracle = rules, oracle
         self.flock_seed = int(rng.integers(2**31))
         moments = dict(oracle.moments())
-        self.features = allocation.features(oracle.layers, moments, None) if rules.swarm else None
+        self.features = blocks.features(oracle.layers, moments, None) if rules.swarm else None
         local = rules.swarm.local_reply if rules.swarm else None
         feedback = rules.code_game != "rounding"
         self.sight = {"local_reply": local, "feedback": feedback}  # what the curvature that players see depends on
         whitened: dict[str, Whitened] = {}
         for layer in oracle.track(oracle.layers, "factoring"):
-            curved = allocation.curvature(layer, moments)
+            curved = layers.curvature(layer, moments)
             for name in layer.modules:
                 del moments[name]  # as large as the model, and told now
             if local is not None:

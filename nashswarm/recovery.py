@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from nashswarm import checkpoint, metrics, models
-from nashswarm.evidence import Evidence
+from nashswarm.calibration.session import Evidence
+from nashswarm.errors import NotOffered
 from nashswarm.linear import to_tiles
-from nashswarm.oracle import Compressed, NotOffered
+from nashswarm.methods_ import Compressed
 from nashswarm.quant.entropy import KINDS, CodeTables, coded_bits
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.latent import Latent, encode

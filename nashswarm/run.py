@@ -33,13 +33,15 @@ from nashswarm import (
     record,
     recovery,
     saved,
-)  # fmt: skip
-from nashswarm.evidence import Cache, Evidence, show_progress
+)
+from nashswarm.calibration.cache import Cache
+from nashswarm.calibration.session import Evidence
 from nashswarm.experiment.identity import to_recorded
 from nashswarm.measures import Measure, Subject
 from nashswarm.memory import peak_bytes, reset_peak
-from nashswarm.oracle import Compressed, Method
+from nashswarm.methods_ import Compressed, Method
 from nashswarm.plan import MoePlan, Plan, config_again, plan, plan_moe
+from nashswarm.progress import show_progress
 from nashswarm.provenance import code_digest, provenance
 from nashswarm.record import Record, fingerprint
 

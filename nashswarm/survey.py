@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm import allocation
-from nashswarm.allocation import Blocks
+from nashswarm import layers
 from nashswarm.bit_game import solve
+from nashswarm.blocks import Blocks, damage, features, log_sensitivity
+from nashswarm.calibration.context import Oracle
 from nashswarm.layers import Moments
-from nashswarm.oracle import Oracle
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.reply import reply
 
@@ -35,10 +35,10 @@ def survey(
     def at_width(width: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for layer in oracle.track(oracle.layers, f"probing at {width} bits"):
-            curved = allocation.curvature(layer, moments)
+            curved = layers.curvature(layer, moments)
             answer = reply(layer.weight, width, scheme, curved) if code_game else quantize(layer.weight, width, scheme)
             quantized = answer.dequantize()
-            predicted = allocation.damage(layer, quantized, curved, scheme)
+            predicted = damage(layer, quantized, curved, scheme)
             found[layer.name] = predicted
             if width in PROBED_WIDTHS and (total := float(predicted.sum())) > 0:
                 measured = oracle.heldout_kl({layer.name: quantized}, PROBE_TOKENS)
@@ -49,9 +49,7 @@ def survey(
     for width in widths:
         by_layer = oracle.remember("damage", key(width, scheme, code_game), functools.partial(at_width, width))
         columns.append(torch.cat([by_layer[layer.name] for layer in oracle.layers]).numpy())
-    described = (
-        each(oracle.layers, moments, scheme.group_size) for each in (allocation.log_sensitivity, allocation.features)
-    )
+    described = (each(oracle.layers, moments, scheme.group_size) for each in (log_sensitivity, features))
     return Blocks(oracle.layers, scheme, tuple(widths), np.stack(columns, 1), *described)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from nashswarm.allocation import Layer
+from nashswarm.layers import Layer
 
 ITERATIONS = 200  # of a block, as its makers have it
 BATCH = 8  # windows, likewise

@@ -19,7 +19,7 @@ import numpy as np
 
 from nashswarm import record
 from nashswarm.methods import Uniform
-from nashswarm.oracle import Compressed
+from nashswarm.methods_ import Compressed
 
 PATIENCE = 1800.0  # seconds: machines are busy, and every job imports torch
 PACKAGES = "slurm-wlm munge"

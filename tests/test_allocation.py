@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from nashswarm import allocation, figures
-from nashswarm.allocation import Blocks, Layer
-from nashswarm.layers import Moments
+from nashswarm import blocks as allocation
+from nashswarm import figures
+from nashswarm.blocks import Blocks, block_features, check_divisible, damage, quantize_layers, text
+from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 
@@ -47,7 +48,7 @@ def test_text_is_what_the_figures_read(data: st.DataObject) -> None:
         rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
         widths = st.lists(st.sampled_from([0, 2, 3, 4, 8, 16]), min_size=rows * columns, max_size=rows * columns)
         grids[name] = np.array(data.draw(widths), np.uint8).reshape(rows, columns)
-    read = figures.tiles(allocation.text(grids))
+    read = figures.tiles(text(grids))
     assert list(read) == list(grids)
     for name, tiles in grids.items():
         assert read[name].tolist() == tiles.tolist()
@@ -55,8 +56,8 @@ def test_text_is_what_the_figures_read(data: st.DataObject) -> None:
 
 def test_sensitivity_of_a_matrix_that_multiplies_and_of_one_that_is_looked_up() -> None:
     moments = {"mlp": multiplied(6, 8), "wte": looked_up(6, 8)}
-    product = allocation.curvature(layer("mlp", 6, 8), moments).diagonal()
-    lookup = allocation.curvature(layer("wte", 6, 8), moments).diagonal()
+    product = curvature(layer("mlp", 6, 8), moments).diagonal()
+    lookup = curvature(layer("wte", 6, 8), moments).diagonal()
     for row in range(6):
         for column in range(8):
             both = [part[column, column] for part in (moments["mlp"].inputs, moments["mlp"].coupled_inputs)]
@@ -68,16 +69,14 @@ def test_sensitivity_of_a_matrix_that_multiplies_and_of_one_that_is_looked_up() 
 
 def test_sensitivity_of_a_tied_matrix_is_the_sum_of_head_and_lookup() -> None:
     moments = {"head": multiplied(20, 8), "wte": looked_up(20, 8)}
-    alone = [allocation.curvature(layer(name, 20, 8), moments).diagonal() for name in ("head", "wte")]
-    assert torch.allclose(
-        allocation.curvature(layer("tied", 20, 8, "wte", "head"), moments).diagonal(), alone[0] + alone[1]
-    )
+    alone = [curvature(layer(name, 20, 8), moments).diagonal() for name in ("head", "wte")]
+    assert torch.allclose(curvature(layer("tied", 20, 8, "wte", "head"), moments).diagonal(), alone[0] + alone[1])
 
 
 def test_damage_against_a_loop_over_elements() -> None:
     """The layer's quadratic form with H in full, shared out as the diagonal says."""
     one, moments = layer("mlp", 20, 24), {"mlp": multiplied(20, 24)}
-    curved = allocation.curvature(one, moments)
+    curved = curvature(one, moments)
     s = curved.diagonal()
     error = one.weight - quantize(one.weight, 3, SCHEME).dequantize()
     shares = np.zeros((2, 3))
@@ -87,7 +86,7 @@ def test_damage_against_a_loop_over_elements() -> None:
     f, h = moments["mlp"].coupled, (moments["mlp"].inputs + moments["mlp"].coupled_inputs) / 2
     whole = 0.5 * sum((f[row] * error[row] @ h @ error[row]).item() for row in range(20))
     by_hand = shares * whole / shares.sum()
-    found = allocation.damage(one, one.weight - error, curved, SCHEME)
+    found = damage(one, one.weight - error, curved, SCHEME)
     assert found.numpy() == pytest.approx(by_hand.ravel(), rel=1e-4)
 
 
@@ -99,7 +98,7 @@ def test_damage_is_the_quadratic_form_where_inputs_do_not_correlate() -> None:
     quantized = quantize(one.weight, 2, SCHEME).dequantize()
     error, f, h = one.weight - quantized, moments["mlp"].coupled, moments["mlp"].inputs
     whole = 0.5 * sum((f[row] * error[row] @ h @ error[row]).item() for row in range(20))
-    found = allocation.damage(one, quantized, allocation.curvature(one, moments), SCHEME)
+    found = damage(one, quantized, curvature(one, moments), SCHEME)
     assert found.sum().item() == pytest.approx(whole, rel=1e-5)
 
 
@@ -110,7 +109,7 @@ def test_features_of_every_block(kind: str) -> None:
     modules = {"multiplied": {"a": head}, "looked_up": {"a": table}, "tied": {"b": table, "a": head}}[kind]
     by_row, by_column = (table.inputs, table.outputs) if kind == "looked_up" else (head.outputs, head.inputs.diagonal())
     one = layer("a", 20, 24, *modules)
-    found = allocation.block_features(one, modules, 8).reshape(2, 3, 4)
+    found = block_features(one, modules, 8).reshape(2, 3, 4)
     for row, rows in enumerate((slice(0, 16), slice(16, 20))):
         for group in range(3):
             columns = slice(8 * group, 8 * group + 8)
@@ -134,17 +133,17 @@ def test_description_puts_roles_and_depth_first_and_is_the_mean_sensitivity() ->
     assert features.shape == (5, 2 + 1 + 4)
     assert features[:, :3].tolist() == [[0, 1, 0.25]] * 4 + [[1, 0, 0.25]]
     assert features[:4, 3:] == pytest.approx(allocation.block_features(layers[0], moments, 8))
-    s = allocation.curvature(layers[0], moments).diagonal()
+    s = curvature(layers[0], moments).diagonal()
     means = [s[rows, columns].mean() for rows in (slice(16), slice(16, 20)) for columns in (slice(8), slice(8, 16))]
-    means.append(allocation.curvature(layers[1], moments).diagonal().mean())
+    means.append(curvature(layers[1], moments).diagonal().mean())
     assert np.exp(log_sensitivity) == pytest.approx(np.array(means), rel=1e-5)
 
 
 def test_all_layers_that_do_not_divide_are_named() -> None:
     layers = [layer("fits", 4, 16), layer("first", 4, 12), layer("second", 4, 20)]
     with pytest.raises(ValueError, match=r"2 layers .* group_size 8: first \(12\), second \(20\);"):
-        allocation.check_divisible(layers, 8)
-    allocation.check_divisible(layers, 4)
+        check_divisible(layers, 8)
+    check_divisible(layers, 4)
 
 
 def two_layers() -> Blocks:
@@ -162,7 +161,7 @@ def test_a_profile_is_layer_by_layer_and_row_by_row() -> None:
 @few
 def test_bytes_of_a_profile_are_those_of_the_packed_layers(actions: list[int]) -> None:
     blocks, profile = two_layers(), np.array(actions)
-    tensors = allocation.quantize_layers(blocks.layers, blocks.bits(profile), SCHEME)
+    tensors = quantize_layers(blocks.layers, blocks.bits(profile), SCHEME)
     assert list(tensors) == ["one", "two"]
     assert blocks.packed_bytes(profile) == sum(len(pack(tensor)) for tensor in tensors.values())
 
@@ -182,7 +181,7 @@ def test_the_storage_chain_links_tiles_of_one_layer() -> None:
 def test_layers_are_quantized_for_the_damage_they_do() -> None:
     one, moments = layer("a", 20, 16), {"a": multiplied(20, 16)}
     bits = {"a": np.full((2, 2), 3, np.uint8)}
-    curved = allocation.curvature(one, moments)
+    curved = curvature(one, moments)
     scheme = Scheme(8, search=True)
     informed = allocation.quantize_layers([one], bits, scheme, moments)["a"].dequantize()
     blind = allocation.quantize_layers([one], bits, scheme)["a"].dequantize()

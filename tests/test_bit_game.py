@@ -8,8 +8,9 @@ import torch
 from scipy import optimize, sparse
 
 from nashswarm import swarm
-from nashswarm.allocation import Blocks, Layer
 from nashswarm.bit_game import Solution, by_lot, by_quantiles, solve
+from nashswarm.blocks import Blocks
+from nashswarm.layers import Layer
 from nashswarm.quant.grid import Scheme
 
 WIDTHS = (0, 2, 3, 4, 8)

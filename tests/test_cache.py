@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nashswarm.evidence import Cache
+from nashswarm.calibration.cache import Cache
 
 
 def ask(folder: pathlib.Path, ready: Any, told: Any) -> None:

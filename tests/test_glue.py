@@ -15,8 +15,9 @@ from torch import Tensor
 
 import nashswarm  # noqa: F401  (it makes the format known to transformers)
 from nashswarm import glue, metrics
+from nashswarm.calibration.cache import Cache
+from nashswarm.calibration.session import Evidence
 from nashswarm.data import Dataset
-from nashswarm.evidence import Cache, Evidence
 from nashswarm.glue import METRICS, TASKS, Glue, Training, fine_tuned, interval, labels, predictions, windows
 from nashswarm.models import ModelSource, PackagedModel, find_layers, put
 from nashswarm.progress import no_track

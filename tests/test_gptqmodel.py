@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from nashswarm import models
-from nashswarm.allocation import Layer
-from nashswarm.layers import Moments
+from nashswarm.calibration.context import Oracle
+from nashswarm.layers import Layer, Moments
 from nashswarm.methods import Gptq
-from nashswarm.oracle import Oracle
 
 LAYERS = ("h.0.attn.c_attn", "h.1.mlp.c_fc", "h.2.attn.c_proj", "h.3.mlp.c_proj")
 GROUP, DAMPING, WINDOWS, LENGTH = 64, 0.01, 16, 256

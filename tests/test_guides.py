@@ -14,8 +14,8 @@ from torch import Tensor
 from examples.adding.confidence import Confidence
 from examples.adding.ends import Ends
 from nashswarm import data, figures, metrics, models
+from nashswarm.errors import NotOffered
 from nashswarm.measures import Subject
-from nashswarm.oracle import NotOffered
 from nashswarm.progress import no_track
 from nashswarm.record import Record
 from nashswarm.run import run

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import allocation, metrics, models
+from nashswarm import metrics, models
+from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.moments import calibrate
+from nashswarm.layers import curvature
 from nashswarm.methods import AsPublished, FixedWidth, Flock, Gptq, Split, Uniform
-from nashswarm.oracle import Compressed, Method, Oracle
+from nashswarm.methods_ import Compressed, Method
 from nashswarm.quant.entropy import decode_groups
 from nashswarm.quant.grid import QuantizedTensor, Scheme
 from nashswarm.quant.pack import packed_bytes, unpack
@@ -221,7 +223,7 @@ def test_gptq_is_one_pass_at_one_width_and_sweeps_go_on(oracle: Oracle, results:
     assert set(tiles(passed)) == {3} and set(tiles(results("gptq_act_order"))) == {2}
     rounded = compress(Uniform(3, search=True), oracle)
     for layer in oracle.layers:
-        curved = allocation.curvature(layer, oracle.moments())
+        curved = curvature(layer, oracle.moments())
         damages = [
             float(curved.damage_by_row(layer.weight - one.weights[layer.name]).sum())
             for one in (swept, passed, rounded)

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm import models, peers, tuned
-from nashswarm.evidence import Cache, Evidence
+from nashswarm.calibration.cache import Cache
+from nashswarm.calibration.context import Oracle
+from nashswarm.calibration.session import Evidence
+from nashswarm.errors import NotOffered
 from nashswarm.measures import resident_bytes
-from nashswarm.oracle import Method, NotOffered, Oracle
+from nashswarm.methods_ import Method
 from nashswarm.peers import CONTESTANTS, LIBRARIES, Peer
 from nashswarm.quant.pack import unpack
 

@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import allocation
-from nashswarm.allocation import Layer
 from nashswarm.board import BUDGET_TOLERANCE, Slope, meet
+from nashswarm.calibration.context import Oracle
 from nashswarm.checkpoint import TABLES
-from nashswarm.layers import Moments
+from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods import Flock
-from nashswarm.oracle import Compressed, Method, Oracle
+from nashswarm.methods_ import Compressed, Method
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.entropy import ESCAPE, CodeTables, address, coded_bits, decode_lattice
 from nashswarm.quant.lattice import Lattice, LatticeTensor, price_at
@@ -88,7 +87,7 @@ def oracle_of(
     store = {} if store is None else store
 
     def predicted(layer: Layer, error: Tensor) -> float:
-        return float(allocation.curvature(layer, moments).damage_by_row(error).sum())
+        return float(curvature(layer, moments).damage_by_row(error).sum())
 
     def heldout_kl(weights: Mapping[str, Tensor], tokens: int | None) -> float:
         by_name = {layer.name: layer for layer in layers}
@@ -164,7 +163,7 @@ def test_damages_and_metrics_are_those_of_the_weights() -> None:
     layers, moments = example()
     found = result("no_swarm")
     for layer in layers:
-        curved = allocation.curvature(layer, moments).damped()
+        curved = curvature(layer, moments).damped()
         error = layer.weight - found.weights[layer.name]
         assert found.damage[layer.name] == pytest.approx(curved.damage_by_row(error).sum().item(), rel=1e-4)
     assert found.metrics["damage"] == pytest.approx(sum(found.damage.values()))
@@ -198,7 +197,7 @@ def test_with_a_price_a_step_costs_the_same_everywhere() -> None:
     found = compress(dataclasses.replace(ALONE, offsets=(0,)))
     unit = math.sqrt(12 * found.metrics["price"] / 8 / math.log(2))
     for layer in layers:
-        rows, inputs = allocation.curvature(layer, moments).damped().shared()
+        rows, inputs = curvature(layer, moments).damped().shared()
         h = inputs.double()
         columns = [1 / torch.linalg.inv(h[column:, column:])[0, 0].item() for column in range(len(h))]
         lattice = decoded(found)[layer.name].lattice
@@ -296,7 +295,7 @@ def test_measured_damages_correct_predicted_ones_where_those_are_wrong() -> None
 
     def truth(layer: Layer, error: Tensor) -> float:
         factor = 30.0 if layer.name == "h.0.up" else 1.0
-        return factor * float(allocation.curvature(layer, moments).damage_by_row(error).sum())
+        return factor * float(curvature(layer, moments).damage_by_row(error).sum())
 
     oracle = oracle_of(layers, moments, truth)
     blind = compress(ALONE, oracle)
@@ -321,7 +320,7 @@ def test_shrinkage_helps_where_sensitivities_are_noise() -> None:
     }
 
     def truth(layer: Layer, error: Tensor) -> float:
-        return float(allocation.curvature(layer, flat).damage_by_row(error).sum())
+        return float(curvature(layer, flat).damage_by_row(error).sum())
 
     oracle = oracle_of(layers, moments, truth)
     method = dataclasses.replace(ALONE, swarm=Flock(align=(0.0,), shrink=(0.0, 1.0)))
@@ -436,7 +435,7 @@ def test_where_nothing_is_coupled_blocks_choose_from_the_hull_of_rate_and_distor
         chosen = table.replied(costs, played, table.plain, 0.0).offsets
         block = 0
         for layer in layers:
-            curved = allocation.curvature(layer, moments).damped()
+            curved = curvature(layer, moments).damped()
             damage, bits = points(layer, played.tensors[layer.name], curved, played.tables, tuple(range(-4, 5)))
             for own, d, r in zip(chosen[layer.name] + 4, damage, bits, strict=True):
                 assert costs[block] == pytest.approx(d + price * r, rel=1e-3)
@@ -456,7 +455,7 @@ def test_the_certificate_by_a_second_computation_from_the_bytes(small: Any) -> N
     tables, price = CodeTables.unpack(found.packed[TABLES]), found.metrics["price"] / 8
     steps_regret, codes_regret = [], []
     for layer in layers:
-        curved = allocation.curvature(layer, moments).damped()
+        curved = curvature(layer, moments).damped()
         tensor = decoded(found)[layer.name]
         offsets = tuple(ALONE.offsets)
         damage, bits = points(layer, tensor, curved, tables, offsets)

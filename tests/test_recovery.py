@@ -15,9 +15,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from nashswarm import checkpoint, models, record, recovery
-from nashswarm.evidence import Cache, Evidence
+from nashswarm.calibration.cache import Cache
+from nashswarm.calibration.session import Evidence
+from nashswarm.errors import NotOffered
 from nashswarm.methods import Gptq, Uniform
-from nashswarm.oracle import Compressed, NotOffered
+from nashswarm.methods_ import Compressed
 from nashswarm.progress import no_track
 from nashswarm.quant.entropy import CodeTables, count, tables_of
 from nashswarm.quant.grid import Scheme, quantize

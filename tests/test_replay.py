@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nashswarm import metrics, models
-from nashswarm.evidence import Cache, Evidence
-from nashswarm.replay import Replay
+from nashswarm.calibration.cache import Cache
+from nashswarm.calibration.prefix_replay import Replay
+from nashswarm.calibration.session import Evidence
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "bert", "bert_encoder", "neox"])

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nashswarm import rivals
-from nashswarm.allocation import Blocks, Layer
 from nashswarm.bit_game import by_lot, solve
+from nashswarm.blocks import Blocks
+from nashswarm.layers import Layer
 from nashswarm.quant.grid import Scheme
 
 WIDTHS = (0, 2, 3, 4, 8)

@@ -4,9 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from nashswarm import allocation
-from nashswarm.allocation import Layer
-from nashswarm.oracle import Compressed, NotOffered, Oracle
+from nashswarm import blocks
+from nashswarm.calibration.context import Oracle
+from nashswarm.errors import NotOffered
+from nashswarm.layers import Layer
+from nashswarm.methods_ import Compressed
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import GRID_WIDTHS, Scheme
 
@@ -25,18 +27,18 @@ class Ends:
             raise NotOffered(f"method=ends knows {', '.join(map(str, GRID_WIDTHS))} bits, not {min(unknown)}")
 
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
-        allocation.check_divisible(oracle.layers, self.group_size)
+        blocks.check_divisible(oracle.layers, self.group_size)
         scheme = Scheme(self.group_size, search=True)
         widths = {layer.name: self.width(layer, oracle.layers) for layer in oracle.layers}
         bits = {
-            layer.name: np.full(allocation.grid_shape(layer, scheme), widths[layer.name], np.uint8)
+            layer.name: np.full(blocks.grid_shape(layer, scheme), widths[layer.name], np.uint8)
             for layer in oracle.layers
         }
-        tensors = allocation.quantize_layers(oracle.layers, bits, scheme, oracle.moments())
+        tensors = blocks.quantize_layers(oracle.layers, bits, scheme, oracle.moments())
         return Compressed(
             packed={name: encode_groups(tensor) for name, tensor in tensors.items()},
             weights={name: tensor.dequantize() for name, tensor in tensors.items()},
-            allocation=allocation.text(bits),
+            allocation=blocks.text(bits),
             code_bits=sum(widths[layer.name] * layer.parameters for layer in oracle.layers),
         )
 

@@ -144,7 +144,7 @@ def feedback(
 ) -> Float[Tensor, "out in"]:
     """One pass over the columns in ``order``: their codes.  ``factor``: ``pivots`` of H in that order."""
     order = torch.arange(weight.shape[1]) if order is None else order
-    current = _by_column(weight[:, order])
+    current = column_major(weight[:, order])
     codes = torch.empty_like(current)
     for start in range(0, weight.shape[1], block):
         columns = slice(start, start + block)
@@ -249,7 +249,7 @@ class _Block:
         return gained
 
 
-def _by_column(matrix: Tensor) -> Tensor:
+def column_major(matrix: Tensor) -> Tensor:
     """The same matrix with its columns contiguous in memory, as one column after the other is worked on."""
     return matrix.T.contiguous().T
 
@@ -324,7 +324,7 @@ def _affine_grid(tensor: QuantizedTensor, columns: Tensor | None = None) -> Grid
     groups = torch.arange(len(tensor.scale[0])).repeat_interleave(size) if columns is None else columns // size
     levels = ((1 << tensor.bits.int()) - 1).repeat_interleave(TILE_ROWS, 0)[: len(tensor.scale)]
     zero = tensor.zero_point[:, groups].float()
-    step, low, high = map(_by_column, (tensor.scale[:, groups].float(), -zero, levels[:, groups] - zero))
+    step, low, high = map(column_major, (tensor.scale[:, groups].float(), -zero, levels[:, groups] - zero))
     return Grid(step, low, high)
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from nashswarm import peers
+from nashswarm import errors
 from nashswarm.linear import PackedMatrix, set_activations
 from nashswarm.record import write_by
 from nashswarm.runtime.portable import Grouped, Planes, for_onnx, for_torch, portable
@@ -85,7 +85,7 @@ def check(model: Any, target: str, out: pathlib.Path, activations: str = "float3
     if target == "onnx-qdq" and activations != "float32":
         raise ValueError(f"--to onnx-qdq leaves inputs of products as they are: take --to onnx for {activations}")
     if target != "torch-export":
-        peers.require(f"--to {target}", PACKAGES, "onnx")
+        errors.require(f"--to {target}", PACKAGES, "onnx")
 
 
 def export(

@@ -1,84 +1,29 @@
 """What is known of a model that is to be compressed: calibration statistics, and how far weights move it on held-out
 text.  An ``Oracle`` answers from it, and methods see nothing else."""
 
-import contextlib
 import copy
 import dataclasses
-import errno
 import functools
-import logging
-import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float, Integer
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from nashswarm import checkpoint, metrics, models, record
-from nashswarm.allocation import Layer
+from nashswarm import checkpoint, metrics, models
+from nashswarm.calibration.cache import Cache
+from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.moments import calibrate, summed_nll
-from nashswarm.layers import Moments
+from nashswarm.calibration.prefix_replay import Replay
+from nashswarm.layers import Layer, Moments
 from nashswarm.memory import give_back
-from nashswarm.oracle import Oracle
-from nashswarm.progress import Track
-from nashswarm.replay import Replay
+from nashswarm.progress import Track, show_progress
 
 HELDOUT_LOGITS = 1 << 26  # in a batch of held-out windows: what their divergence may take in memory
-
 Compute = Callable[[], dict[str, Tensor]]
 Truth = metrics.Reference | Float[Tensor, "some width"]  # what a full model says about text
-
-log = logging.getLogger(__name__)
-
-
-def show_progress(items: Sequence[Any], description: str) -> Iterable[Any]:
-    """Iterate behind a progress bar with an estimate, on a terminal."""
-    console = Console(stderr=True)
-    return track(items, description, console=console, transient=True, disable=not console.is_terminal)
-
-
-class Cache:
-    """Tensors kept on disk under the fingerprint of what produced them; without a folder nothing is kept.  Of all
-    workers on a folder one computes and the others wait for it; a computation may ask for other tensors, not for its
-    own.  ``hits``: the kinds that were found."""
-
-    def __init__(self, folder: pathlib.Path | None, key: Mapping[str, Any], hits: list[str] | None = None) -> None:
-        self.folder, self.key = folder, dict(key)
-        self.hits: list[str] = [] if hits is None else hits
-
-    def under(self, key: Mapping[str, Any]) -> "Cache":
-        """The same cache for what depends on ``key`` as well."""
-        return Cache(self.folder, self.key | dict(key), self.hits)
-
-    def __call__(
-        self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        if self.folder is None:
-            return compute()
-        path = self.folder / f"{kind}-{record.fingerprint(self.key | dict(key))}.safetensors"
-        with contextlib.suppress(FileNotFoundError, safetensors.SafetensorError):
-            return self._kept(kind, path)
-        with record.claim(path):
-            try:
-                return self._kept(kind, path)  # another worker has made it meanwhile
-            except FileNotFoundError:
-                pass
-            except safetensors.SafetensorError as error:
-                log.warning("%s is damaged (%s) and is made anew", path, error)
-            tensors = compute()
-            record.write_by(path, functools.partial(_save, tensors))
-        return tensors
-
-    def _kept(self, kind: str, path: pathlib.Path) -> dict[str, Tensor]:
-        tensors = safetensors.torch.load_file(path)
-        self.hits.append(kind)
-        return tensors
 
 
 class Evidence:
@@ -224,10 +169,3 @@ class _Probe:
     windows: Integer[Tensor, "some length"]
     truth: Truth
     replay: Replay
-
-
-def _save(tensors: Mapping[str, Tensor], path: pathlib.Path) -> None:
-    try:
-        safetensors.torch.save_file({name: part.contiguous() for name, part in tensors.items()}, path)
-    except safetensors.SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(errno.EIO, str(error)) from error

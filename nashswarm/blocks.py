@@ -14,36 +14,14 @@ from jaxtyping import Float, Integer, Shaped
 from scipy import sparse
 from torch import Tensor
 
-from nashswarm.layers import Moments
+from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor, Scheme, quantize, row_blocks, tile_sums
 from nashswarm.quant.pack import packed_bytes, run_lengths
 from nashswarm.quant.reply import pieces, reply
 
 Bits = Mapping[str, Integer[np.ndarray, "row_blocks groups"]]
-
 TINY = 1e-30  # what the logarithm of a vanishing moment is taken of
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One weight matrix, whoever uses it.
-
-    ``weight``: float32, shape (out, in), also where the model stores it transposed.  ``modules``: the modules that
-    share it, ``kinds`` their classes (Linear, Conv1D, Embedding).  ``role``: the last part of its name.  ``depth``: 0
-    (input) to 1 (output).
-    """
-
-    name: str
-    role: str
-    depth: float
-    modules: tuple[str, ...]
-    kinds: tuple[str, ...]
-    weight: Float[Tensor, "out in"]
-
-    @property
-    def parameters(self) -> int:
-        return self.weight.numel()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,25 +86,6 @@ def check_divisible(layers: Sequence[Layer], group_size: int) -> None:
             f"the columns of {len(odd)} layers are not divisible by group_size {group_size}: {', '.join(odd)}; "
             "choose another method.group_size or name them in model.exclude"
         )
-
-
-def curvature(layer: Layer, moments: Mapping[str, Moments]) -> Curvature:
-    """Second derivatives of the loss in the layer's weights, summed over the modules that share it."""
-    products = [moments[module] for module in layer.modules if not moments[module].lookup]
-    lookups = [
-        torch.outer(found.inputs, found.outputs)
-        for found in (moments[module] for module in layer.modules)
-        if found.lookup
-    ]
-    if len(products) > 1:
-        raise ValueError(
-            f"{' and '.join(layer.modules)} share a matrix and both multiply: leave it out by model.exclude"
-        )
-    return Curvature(
-        rows=products[0].coupled if products else torch.zeros(len(layer.weight)),
-        inputs=(products[0].inputs + products[0].coupled_inputs) / 2 if products else None,
-        lookups=torch.stack(lookups).sum(0) if lookups else None,
-    )
 
 
 def damage(
