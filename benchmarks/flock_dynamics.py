@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from sklearn.manifold import TSNE
 
-from nashswarm import record, swarm
+from nashswarm import record
 from nashswarm.board import Played, Stance, by_block
-from nashswarm.game import best_response, independent_classes
+from nashswarm.games import flock
+from nashswarm.games.potential import best_response, independent_classes
 from nashswarm.plan import plan
 from nashswarm.provenance import provenance
 from nashswarm.quant.entropy import coded_bits
@@ -75,7 +76,7 @@ def danced(table: _Table, align: float) -> dict[str, Any]:
                 frames.append(frame(table, played, start, profile + least))
     assert (profile == end).all(), "the blocks came to rest elsewhere than the solver says"
     assert table.features is not None and table.rules.swarm is not None
-    points = swarm.standardise(table.features)
+    points = flock.standardise(table.features)
     persuaded = np.flatnonzero(alone != end)
     watched = int(persuaded[0] if len(persuaded) else np.flatnonzero(end + least)[0])
     near = np.linalg.norm(points - points[watched], axis=1).argsort(kind="stable")

@@ -20,10 +20,11 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from scipy import sparse
 
-from nashswarm import optima, swarm
 from nashswarm.bit_game import solve
 from nashswarm.blocks import Blocks
-from nashswarm.game import Coupling, Game, best_response, shadow_price
+from nashswarm.games import flock as swarm
+from nashswarm.games import optima
+from nashswarm.games.potential import Coupling, Game, best_response, shadow_price
 from nashswarm.layers import Layer
 from nashswarm.methods import PLAYED_WIDTHS
 from nashswarm.plan import plan

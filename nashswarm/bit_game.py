@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int
 from scipy import sparse
 
-from nashswarm import swarm
 from nashswarm.blocks import Blocks
-from nashswarm.game import Coupling, Equilibrium, Game, best_response, independent_classes, shadow_price
+from nashswarm.games import flock as swarm
+from nashswarm.games.potential import Coupling, Equilibrium, Game, best_response, independent_classes, shadow_price
 from nashswarm.quant.pack import RUN_BYTES
 
 BUDGET_TOLERANCE = 1e-3

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from nashswarm import swarm
 from nashswarm.checkpoint import TABLES
+from nashswarm.games import flock
 from nashswarm.layers import Layer
 from nashswarm.memory import give_back
 from nashswarm.progress import Track
@@ -243,7 +243,7 @@ class Board:
             for layer in self.layers
         }
         means = np.concatenate([by_block(part, mean=True).numpy() for part in logs.values()])
-        toward = self.by_layer(swarm.shrink(means, coupling, 1.0))
+        toward = self.by_layer(flock.shrink(means, coupling, 1.0))
         return {
             name: stance.weights[name]
             * (

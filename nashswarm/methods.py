@@ -13,11 +13,11 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int
 
-from nashswarm import swarm
 from nashswarm.bit_game import by_lot, by_quantiles, solve
 from nashswarm.blocks import Bits, check_divisible, grid_shape, quantize_layers, text
 from nashswarm.calibration.context import Oracle
 from nashswarm.errors import NotOffered
+from nashswarm.games import flock
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods_ import Compressed
 from nashswarm.quant.curvature import DAMPING
@@ -153,11 +153,11 @@ class Flock:
     align: Sequence[float] = (0.0, 4.0)
     shrink: Sequence[float] = (0.0, 0.25)
     local_reply: int | None = None
-    graph: swarm.Graph = "features"
+    graph: flock.Graph = "features"
 
     def __post_init__(self) -> None:
-        if self.graph not in get_args(swarm.Graph):
-            raise ValueError(f"unknown method.swarm.graph {self.graph!r}: choose {', '.join(get_args(swarm.Graph))}")
+        if self.graph not in get_args(flock.Graph):
+            raise ValueError(f"unknown method.swarm.graph {self.graph!r}: choose {', '.join(get_args(flock.Graph))}")
         if self.neighbours < 1:
             raise ValueError(
                 f"method.swarm.neighbours={self.neighbours} must be at least 1; without a flock use no_swarm"
@@ -268,7 +268,7 @@ class FixedWidth:
         alone = solve(blocks, budget, pruned)
         best, choice, passes = alone, (0.0, 0.0), 0
         if self.swarm is not None:
-            coupling = swarm.flock(blocks.features, self.swarm.neighbours, self.swarm.graph, rng)
+            coupling = flock.flock(blocks.features, self.swarm.neighbours, self.swarm.graph, rng)
             candidates = list(itertools.product(self.swarm.align, self.swarm.shrink))
             solved = {
                 pair: alone if pair == (0.0, 0.0) else solve(blocks, budget, pruned, coupling, *pair)

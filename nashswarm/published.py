@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nashswarm import compare, metrics
-from nashswarm.game import Game, best_response
+from nashswarm.games.potential import Game, best_response
 from nashswarm.measures import BATCH, Found, Subject
 from nashswarm.quant.published import QUANTILES, quantize_by_magnitude
 

@@ -24,10 +24,11 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from nashswarm import blocks, layers, swarm
+from nashswarm import blocks, layers
 from nashswarm.board import BUDGET_TOLERANCE, COARSE, Blocks, Board, Offsets, Played, Stance, by_block, expected
 from nashswarm.calibration.context import Oracle
-from nashswarm.game import Coupling, Game, best_response
+from nashswarm.games import flock as swarm
+from nashswarm.games.potential import Coupling, Game, best_response
 from nashswarm.linear import to_tiles
 from nashswarm.memory import give_back
 from nashswarm.methods import Flock

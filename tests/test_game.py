@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from nashswarm.game import Coupling, Game, best_response, independent_classes, shadow_price
+from nashswarm.games.potential import Coupling, Game, best_response, independent_classes, shadow_price
 
 few = settings(max_examples=30, deadline=None)
 Profile = tuple[int, ...]

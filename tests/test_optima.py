@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from nashswarm import optima
-from nashswarm.game import Coupling, Game, best_response
+from nashswarm.games import optima
+from nashswarm.games.potential import Coupling, Game, best_response
 
 few = settings(max_examples=60, deadline=None)
 SOLVERS = (optima.greedy, optima.dynamic_programme, optima.integer_programme)

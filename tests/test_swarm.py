@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from nashswarm.swarm import Graph, flock, shrink, standardise
+from nashswarm.games.flock import Graph, flock, shrink, standardise
 
 few = settings(max_examples=25, deadline=None)
 graphs = st.sampled_from(get_args(Graph))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import optimize, sparse
 
-from nashswarm.game import Equilibrium, Game, best_response, independent_classes
+from nashswarm.games.potential import Equilibrium, Game, best_response, independent_classes
 
 Damage = Float[np.ndarray, "players actions"]
 Cost = Int[np.ndarray, "players actions"]
