@@ -18,14 +18,14 @@ import hydra
 import numpy as np
 import torch
 
-from nashswarm import record
 from nashswarm.layers import curvature
 from nashswarm.plan import plan
 from nashswarm.progress import show_progress
-from nashswarm.provenance import provenance
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme
 from nashswarm.quant.reply import reply
+from nashswarm.records import files
+from nashswarm.records.provenance import provenance
 from nashswarm.run import Job
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     errors = ratios(job_of(options.overrides), options.widths)
     content = {"errors": errors, "times": times, "threads": torch.get_num_threads(), "provenance": provenance(started)}
     text = as_table(errors) + "\n" + as_table(times)
-    record.write_report(options.out, content, text)
+    files.write_report(options.out, content, text)
     print(text)
 
 

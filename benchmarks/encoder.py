@@ -28,17 +28,18 @@ import transformers
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from nashswarm import data, models, record
+from nashswarm import data, models
 from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.moments import calibrate
-from nashswarm.compare import interval
 from nashswarm.layers import Layer, Moments
 from nashswarm.methods_ import Method
 from nashswarm.metrics import embed, projection
 from nashswarm.plan import build
 from nashswarm.progress import show_progress
-from nashswarm.provenance import provenance
 from nashswarm.quant.grid import Scheme, quantize
+from nashswarm.records import files, record
+from nashswarm.records.provenance import provenance
+from nashswarm.records.statistics import interval
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 UNTOUCHED = ("embeddings.*", "pooler.*")
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = markdown(report)
     print(table)
     for suffix, content in ((".md", table), (".json", json.dumps(report, indent=1) + "\n")):
-        record.write_whole(options.out.with_name(options.out.name + suffix), content.encode())
+        files.write_whole(options.out.with_name(options.out.name + suffix), content.encode())
     return 0
 
 

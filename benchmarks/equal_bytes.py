@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import hydra
 import numpy as np
 
-from nashswarm import record
-from nashswarm.compare import interval
-from nashswarm.provenance import provenance
-from nashswarm.record import Record
+from nashswarm.records import files
+from nashswarm.records.provenance import provenance
+from nashswarm.records.record import Record
+from nashswarm.records.statistics import interval
 from nashswarm.run import run
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         size = best.metrics["bits_per_weight_model"]
         rows += [row(measured(name, [f"method.bits={size!r}"], options), best, width) for name in RIVALS]
     content = {"rows": rows, "provenance": provenance(started)}
-    record.write_report(options.out, content, table(rows))
+    files.write_report(options.out, content, table(rows))
     print(table(rows))
 
 

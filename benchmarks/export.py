@@ -26,10 +26,10 @@ from nashswarm import checkpoint, data, errors, models, timing
 from nashswarm.linear import set_activations
 from nashswarm.machine import machine
 from nashswarm.progress import show_progress
-from nashswarm.provenance import provenance, told
 from nashswarm.quant.grid import Scheme, quantize, row_blocks
 from nashswarm.quant.pack import pack
-from nashswarm.record import write_report
+from nashswarm.records.files import write_report
+from nashswarm.records.provenance import provenance, told
 from nashswarm.runtime import export
 
 GROUP_SIZE = 64

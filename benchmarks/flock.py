@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import hydra
 import numpy as np
 
-from nashswarm import record
-from nashswarm.compare import interval
 from nashswarm.progress import show_progress
-from nashswarm.provenance import provenance
-from nashswarm.record import Record
+from nashswarm.records import files
+from nashswarm.records.provenance import provenance
+from nashswarm.records.record import Record
+from nashswarm.records.statistics import interval
 from nashswarm.run import run
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for windows, name in itertools.product(sizes, variants)
     ]
     content = {"rows": rows, "seeds": options.seeds, "provenance": provenance(started)}
-    record.write_report(options.out, content, table(rows))
+    files.write_report(options.out, content, table(rows))
     print(table(rows))
 
 

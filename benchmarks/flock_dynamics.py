@@ -21,14 +21,14 @@ import torch
 from jaxtyping import Float, Int
 from sklearn.manifold import TSNE
 
-from nashswarm import record
 from nashswarm.board import Played, Stance, by_block
 from nashswarm.games import flock
 from nashswarm.games.potential import best_response, independent_classes
 from nashswarm.plan import plan
-from nashswarm.provenance import provenance
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.rate_game import REFERENCE, NashSwarm, _Table
+from nashswarm.records import files
+from nashswarm.records.provenance import provenance
 from nashswarm.run import Job
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
@@ -49,7 +49,7 @@ def main() -> None:
     assert isinstance(planned.method, NashSwarm)
     content = danced(_Table(planned.method, job.evidence.oracle(), job.rng), options.align)
     content["provenance"] = provenance(started)
-    record.write_whole(options.out, (json.dumps(content) + "\n").encode())
+    files.write_whole(options.out, (json.dumps(content) + "\n").encode())
 
 
 def danced(table: _Table, align: float) -> dict[str, Any]:

@@ -22,12 +22,13 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from nashswarm import kernels, record
-from nashswarm.compare import median_interval
+from nashswarm import kernels
 from nashswarm.kernels import native
 from nashswarm.kernels import tiles as layout
 from nashswarm.kernels.__main__ import example, interleaved, raw
-from nashswarm.provenance import provenance
+from nashswarm.records import files
+from nashswarm.records.provenance import provenance
+from nashswarm.records.statistics import median_interval
 
 OUT = pathlib.Path("results/benchmarks/kernels")
 SHAPES = ((3072, 768), (768, 3072))
@@ -52,7 +53,7 @@ def main() -> None:
             mixed += [{"threads": threads} | row for row in several_widths(shape, ROUNDS[batch])]
     tables = f"{as_table(rows)}\n{as_table(mixed)}"
     content = {"path": native.path(), "rows": rows, "mixed": mixed, "provenance": provenance(started)}
-    record.write_report(options.out, content, tables)
+    files.write_report(options.out, content, tables)
     print(tables)
 
 

@@ -27,9 +27,10 @@ import safetensors.torch
 import torch
 import transformers
 
-from nashswarm import record, shapes, shards
+from nashswarm import shapes, shards
 from nashswarm.models import CONFIG, EMBEDDED
-from nashswarm.provenance import provenance
+from nashswarm.records.files import write_report
+from nashswarm.records.provenance import provenance
 
 OUT = pathlib.Path("results/benchmarks/larger")
 CONFIGURED = {
@@ -104,7 +105,7 @@ def main() -> None:
         "larger": larger,
         "provenance": provenance(started),
     }
-    record.write_report(options.out, found, as_table(found))
+    write_report(options.out, found, as_table(found))
     shutil.rmtree(options.folder)
     print(as_table(found))
 

@@ -18,8 +18,8 @@ from typing import Any
 from nashswarm.kernels.__main__ import example
 from nashswarm.machine import machine
 from nashswarm.progress import show_progress
-from nashswarm.provenance import provenance, told
-from nashswarm.record import write_report
+from nashswarm.records.files import write_report
+from nashswarm.records.provenance import provenance, told
 from nashswarm.runtime import misses
 
 SHAPES = ((3072, 768), (768, 3072))

@@ -29,9 +29,9 @@ from nashswarm.layers import Layer
 from nashswarm.methods import PLAYED_WIDTHS
 from nashswarm.plan import plan
 from nashswarm.progress import show_progress
-from nashswarm.provenance import provenance, told
 from nashswarm.quant.grid import Scheme
-from nashswarm.record import write_report
+from nashswarm.records.files import write_report
+from nashswarm.records.provenance import provenance, told
 from nashswarm.run import Job
 from nashswarm.survey import survey
 

@@ -23,9 +23,9 @@ from jaxtyping import Float
 from scipy.linalg import hadamard
 from torch import Tensor
 
-from nashswarm import record
-from nashswarm.compare import interval
-from nashswarm.provenance import provenance
+from nashswarm.records import files
+from nashswarm.records.provenance import provenance
+from nashswarm.records.statistics import interval
 from nashswarm.run import run
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     | {"difference_low": low, "difference_high": high}
                 )
     content = {"rows": rows, "provenance": provenance(started)}
-    record.write_report(options.out, content, table(rows))
+    files.write_report(options.out, content, table(rows))
     print(table(rows))
 
 

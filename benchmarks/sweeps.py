@@ -21,10 +21,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from nashswarm import record
 from nashswarm.machine import machine
 from nashswarm.progress import show_progress
-from nashswarm.provenance import provenance, told
+from nashswarm.records import files, record
+from nashswarm.records.provenance import provenance, told
 
 RUN = [sys.executable, "-m", "experiments.run", "-m"]
 NOTHING = [
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found["seconds"] = {way: [one[way] for one in swept] for way in WAYS}
     found |= {"machine": str(machine()), "provenance": origin}
     text = markdown(found)
-    record.write_report(options.out, found, text)
+    files.write_report(options.out, found, text)
     print(text)
     return 0
 

@@ -7,7 +7,8 @@ from typing import Any
 import matplotlib.style
 
 import nashswarm
-from nashswarm import figures, record
+from nashswarm import figures
+from nashswarm.records import record
 
 ROOT = Path(__file__).parent.parent
 project = "nashswarm"

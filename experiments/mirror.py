@@ -16,7 +16,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from nashswarm import figures, page, report, typeset
-from nashswarm.record import Record, read
+from nashswarm.records.record import Record, read
 
 log = logging.getLogger(__name__)
 MODES = ("disabled", "offline", "online")

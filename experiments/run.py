@@ -14,8 +14,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import mirror
-from nashswarm import record
 from nashswarm.errors import NotOffered
+from nashswarm.records import files
 from nashswarm.run import run
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def main(config: DictConfig) -> None:
             sys.exit(1)
     finally:
         try:
-            record.write_whole(folder / "outcome.json", (json.dumps(outcome, indent=1) + "\n").encode())
+            files.write_whole(folder / "outcome.json", (json.dumps(outcome, indent=1) + "\n").encode())
         except OSError as error:  # a full disk: the sweep counts the job as failed
             log.error("%s", error)
 

@@ -8,7 +8,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from nashswarm import record, report, typeset
+from nashswarm import report, typeset
+from nashswarm.records import record
 
 
 class Summary(Callback):

@@ -95,7 +95,7 @@ class Engine(Launcher):
     def lost(self, number: int, overrides: Sequence[str], trouble: str) -> None:
         """Write the outcome of a job that could not write its own.  Its log is the traceback of what went wrong around
         it, or its own, or its engine's.  Raises OSError if the driver cannot write either."""
-        from nashswarm import record  # not above: a worker imports this module before its folder is right
+        from nashswarm.records import files
 
         folder = self.folders[number]
         logs = [folder / AROUND, *sorted(folder.glob("*.log")), self.logs.get(number, folder)]
@@ -107,7 +107,7 @@ class Engine(Launcher):
             "log": str(next((path for path in logs if path.exists()), folder)),
             "overrides": list(overrides),
         }
-        record.write_whole(folder / "outcome.json", (json.dumps(outcome, indent=1) + "\n").encode())
+        files.write_whole(folder / "outcome.json", (json.dumps(outcome, indent=1) + "\n").encode())
 
     @abc.abstractmethod
     def execute(self, jobs: Mapping[int, bytes]) -> Ended:

@@ -46,7 +46,7 @@ class Study(Sweeper):
             import optuna
         except ImportError:
             sys.exit("hydra/sweeper=study needs Optuna: pip install -e '.[search]'")
-        from nashswarm import record
+        from nashswarm.records import files, record
 
         parser = OverridesParser.create(config_loader=self.context.config_loader)
         words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
@@ -58,7 +58,7 @@ class Study(Sweeper):
         name = record.fingerprint(self.identity(fixed, space))
         folder, storage = pathlib.Path(self.config.hydra.sweep.dir), f"sqlite:///{self.storage}"
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with record.claim(self.storage):
+        with files.claim(self.storage):
             study = optuna.create_study(
                 storage=storage,
                 study_name=name,
@@ -95,7 +95,7 @@ class Study(Sweeper):
         import torch
         from optuna.distributions import CategoricalDistribution, distribution_to_json
 
-        from nashswarm import provenance
+        from nashswarm.records import provenance
 
         chosen = {key: one.choices for key, one in space.items() if isinstance(one, CategoricalDistribution)}
         first = {key: chosen[key][0] if key in chosen else one.low for key, one in space.items()}
@@ -147,7 +147,7 @@ def objectives(path: pathlib.Path, metrics: Sequence[str]) -> list[float] | None
 
     Raises ValueError for a metric that its record lacks.
     """
-    from nashswarm import record
+    from nashswarm.records import record
 
     outcome = json.loads(path.read_text()) if path.exists() else {"record": None}
     if outcome["record"] is None:

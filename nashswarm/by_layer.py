@@ -27,14 +27,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from nashswarm import checkpoint, memory, record, saved
+from nashswarm import checkpoint, memory, saved
 from nashswarm.models import CONFIG
 from nashswarm.progress import Track, no_track
-from nashswarm.provenance import code_digest, provenance
 from nashswarm.quant.curvature import DAMPING, TINY, Curvature, pivots
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.pack import pack, packed_bytes
 from nashswarm.quant.reply import pieces, reply
+from nashswarm.records.files import claim, write_whole
+from nashswarm.records.provenance import code_digest, provenance
 from nashswarm.shards import EMBEDDING, HEAD, INDEX, NORM, Shards, Source, file_bytes, names, some, tensors_of, units
 
 ARCHITECTURE = "LlamaForCausalLM"
@@ -137,7 +138,7 @@ def compress(
     key = {"source": source.key(), "settings": dataclasses.asdict(settings), "windows": [*windows.shape, seen]}
     key |= {"code": code_digest(), "torch": torch.__version__}
     work = out.with_name(f"{out.name}.unfinished")
-    with record.claim(out):
+    with claim(out):
         if (out / saved.ABOUT).is_file() and _about(out).get("key") == key:
             return dict(_about(out)["record"]["metrics"])
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -204,7 +205,7 @@ def _about(folder: pathlib.Path) -> dict[str, Any]:
 
 def _note(work: pathlib.Path, about: Mapping[str, Any]) -> None:
     text = json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False)
-    record.write_whole(work / saved.ABOUT, f"{text}\n".encode())
+    write_whole(work / saved.ABOUT, f"{text}\n".encode())
 
 
 def _check_room(out: pathlib.Path, needed: int) -> None:
@@ -214,7 +215,7 @@ def _check_room(out: pathlib.Path, needed: int) -> None:
 
 
 def _write(path: pathlib.Path, tensors: dict[str, Tensor]) -> None:
-    record.write_whole(path, safetensors.torch.save(tensors, {"format": "pt"}))
+    write_whole(path, safetensors.torch.save(tensors, {"format": "pt"}))
 
 
 def _states_name(number: int) -> str:
@@ -359,7 +360,7 @@ def _finish(
     places = {name: work / path for path, tensors in zip(names(files), files, strict=True) for name in tensors}
     described = descriptions(source.config, files, checkpoint.checksum(Shards(places)))
     for name, content in described.items():
-        record.write_whole(work / name, content)
+        write_whole(work / name, content)
     tokenizer.save_pretrained(work)
     if (source.folder / "generation_config.json").is_file():
         shutil.copy(source.folder / "generation_config.json", work)
@@ -383,5 +384,5 @@ def _finish(
     labels = {"model": source.folder.resolve().name, "method": "gptq, block by block"}
     about["record"] = {"labels": labels, "metrics": metrics}
     about["config"] = {"model": {"path": str(source.folder.resolve())}, "dataset": {}}
-    record.write_whole(work / saved.CARD, saved.card(about).encode())
+    write_whole(work / saved.CARD, saved.card(about).encode())
     _note(work, about)

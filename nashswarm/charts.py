@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nashswarm import figures
 from nashswarm.figures import by_method, colour, markers, name_families, refuse_crowd
-from nashswarm.record import Record
+from nashswarm.records.record import Record
 from nashswarm.report import family_of, rank
 from nashswarm.typeset import FORMATS, REFERENCE
 

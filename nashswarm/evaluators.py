@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from nashswarm import compare
+from nashswarm.records.statistics import interval_of
 
 
 def bleu_counts(written: Sequence[str], references: Sequence[str]) -> Int[np.ndarray, "windows counts"]:
@@ -46,7 +46,7 @@ def bleu_compared(
     statistics = {name: functools.partial(score, name) for name in pairs} | {"bleu_text_delta": delta}
     found = {name: statistic(np.arange(len(own))) for name, statistic in statistics.items()}
     for name, statistic in statistics.items():
-        found[f"{name}_low"], found[f"{name}_high"] = compare.interval_of(statistic, len(own))
+        found[f"{name}_low"], found[f"{name}_high"] = interval_of(statistic, len(own))
     return found, {name: [bleu(counts) for counts in counted[name]] for name in pairs}
 
 

@@ -17,8 +17,8 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from nashswarm import compare
-from nashswarm.record import Record
+from nashswarm.records import statistics
+from nashswarm.records.record import Record
 from nashswarm.report import family_of, paired, rank
 from nashswarm.typeset import FORMATS, REFERENCE
 
@@ -224,7 +224,7 @@ def paired_ratio(records: Sequence[Record], reference: Sequence[Record]) -> tupl
 
     Several seeds are averaged window by window first.  Raises ValueError if the windows are not the same.
     """
-    return compare.ratio(*(kl.tolist() for kl in paired(records, reference, "kl")))
+    return statistics.ratio(*(kl.tolist() for kl in paired(records, reference, "kl")))
 
 
 def by_method(records: Iterable[Record], *series: str) -> dict[str, list[Record]]:

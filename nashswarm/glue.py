@@ -24,9 +24,12 @@ from scipy.special import rel_entr, softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
-from nashswarm import compare, data, metrics, models
+from nashswarm import data, metrics, models
 from nashswarm.progress import Track
-from nashswarm.record import claim, fingerprint, write_folder
+from nashswarm.records import statistics as compare
+from nashswarm.records.files import claim, write_folder
+from nashswarm.records.record import fingerprint
+from nashswarm.records.statistics import RESAMPLES
 
 HUB = "nyu-mll/glue"
 SAVED_EVERY = 100  # steps of training, from where it goes on if it is interrupted
@@ -182,7 +185,7 @@ def interval(
     rng = np.random.default_rng(seed)
     found = []
     with warnings.catch_warnings(action="ignore"):  # a resample may hold one class alone
-        for _ in range(compare.RESAMPLES):
+        for _ in range(RESAMPLES):
             found.append(statistic(rng.integers(examples, size=examples)))
     low, high = np.nanquantile(found, (0.025, 0.975))
     return float(low), float(high)

@@ -12,10 +12,11 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm import compare, errors, evaluators, glue, metrics, models, peers, timing
+from nashswarm import errors, evaluators, glue, metrics, models, peers, timing
 from nashswarm.layers import Layer
 from nashswarm.linear import Activations, set_activations
 from nashswarm.progress import Track
+from nashswarm.records import statistics
 from nashswarm.runtime import room
 
 BATCH = 8  # windows
@@ -75,7 +76,7 @@ class Quality:
         found = metrics.summarise(windows)
         deltas = [own - full for own, full in zip(windows["nll"], windows["nll_full"], strict=True)]
         for name, values in (("kl", windows["kl"]), ("nll_delta", deltas)):
-            found[f"{name}_low"], found[f"{name}_high"] = compare.interval(values)
+            found[f"{name}_low"], found[f"{name}_high"] = statistics.interval(values)
         return found, windows
 
 
@@ -276,7 +277,7 @@ class Layers:
             found = metrics.evaluate(trial, windows, BATCH, full)
             models.put(trial, {layer.name: layer.weight})
             alone = metrics.summarise(found)
-            alone["kl_low"], alone["kl_high"] = compare.interval(found["kl"])
+            alone["kl_low"], alone["kl_high"] = statistics.interval(found["kl"])
             for name, values in series.items():
                 values.append(alone[name.removeprefix("layer_")])
         measured = series["layer_kl"]
@@ -288,7 +289,7 @@ class Layers:
         }
         predicted = [subject.damage[layer.name] for layer in subject.layers if layer.name in subject.damage]
         if len(predicted) == len(measured) and min(len(set(predicted)), len(set(measured))) > 1:
-            metric["damage_pearson"], metric["damage_spearman"] = compare.correlations(predicted, measured)
+            metric["damage_pearson"], metric["damage_spearman"] = statistics.correlations(predicted, measured)
         return metric, series
 
 
@@ -356,7 +357,7 @@ class LmEval:
             own, full = (np.array(series[f"accuracy_{task}{suffix}"]) for suffix in models)
             name = f"accuracy_{task}_delta"
             metric[name] = float((own - full).mean())
-            metric[f"{name}_low"], metric[f"{name}_high"] = compare.interval((own - full).tolist())
+            metric[f"{name}_low"], metric[f"{name}_high"] = statistics.interval((own - full).tolist())
         return metric, series
 
 

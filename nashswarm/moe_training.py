@@ -21,7 +21,8 @@ from nashswarm.moe import loss
 from nashswarm.moe.model import MoeConfig, MoeForCausalLM, MoeSource
 from nashswarm.moe.router import Settings
 from nashswarm.progress import Track
-from nashswarm.record import claim, fingerprint, write_folder, write_whole
+from nashswarm.records.files import claim, write_folder, write_whole
+from nashswarm.records.record import fingerprint
 
 HISTORY = "training.json"
 AFTERWARDS = ("follow", "residency")  # settings of a router that training does not see

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from nashswarm import charts, figures, report, tables, typeset
-from nashswarm.record import Record
+from nashswarm.records.record import Record
 
 PLACE = ("model", "dataset", "measure")  # what one chart has one of
 STYLE = """

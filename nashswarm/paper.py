@@ -15,7 +15,7 @@ import pandas as pd
 
 from nashswarm import rate_game, report, tables, typeset
 from nashswarm.quant.grid import TILE_ROWS
-from nashswarm.record import Record
+from nashswarm.records.record import Record
 from nashswarm.typeset import CELL, Column, fixed, tex
 
 MAIN = "ablation"  # the experiment whose macros name no experiment

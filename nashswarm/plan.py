@@ -24,7 +24,7 @@ from nashswarm.methods_ import Method
 from nashswarm.moe.model import MoeSource
 from nashswarm.moe.router import Settings
 from nashswarm.moe_measures import MoeMeasure, QuickValidation
-from nashswarm.record import fingerprint
+from nashswarm.records.record import fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GROUPS = ("model", "method", "dataset", "measure")

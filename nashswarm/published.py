@@ -19,10 +19,11 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nashswarm import compare, metrics
+from nashswarm import metrics
 from nashswarm.games.potential import Game, best_response
 from nashswarm.measures import BATCH, Found, Subject
 from nashswarm.quant.published import QUANTILES, quantize_by_magnitude
+from nashswarm.records.statistics import interval
 
 WIDTHS = (2, 3, 4, 8)  # the actions of the game that random numbers are said to solve
 UNTRAINED = 1000  # tokens in the vocabulary of the small transformer
@@ -71,7 +72,7 @@ class Published:
             summary = metrics.summarise(windows)
             deltas = [mine - whole for mine, whole in zip(windows["nll"], windows["nll_full"], strict=True)]
             for metric, values in (("kl", windows["kl"]), ("nll_delta", deltas)):
-                low, high = compare.interval(values)
+                low, high = interval(values)
                 found |= {
                     f"{metric}_{name}": summary[metric],
                     f"{metric}_{name}_low": low,

@@ -16,8 +16,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from nashswarm import compare
-from nashswarm.record import Record
+from nashswarm.records import statistics
+from nashswarm.records.record import Record
 from nashswarm.typeset import CELL, FORMATS, LABELS, ORIGIN, REFERENCE, TESTED, WORDS, terminal
 
 
@@ -240,8 +240,8 @@ def tested(means: pd.DataFrame, records: Iterable[Record]) -> pd.DataFrame:
         for metric, series in TESTED.items():
             if own != reference and all(series in one.series for one in (*own, *reference)):
                 ours, theirs = paired(own, reference, series)
-                found[row, metric] = compare.sign_flip((ours - theirs).tolist())
-    adjusted = dict(zip(found, compare.holm(list(found.values())), strict=True))
+                found[row, metric] = statistics.sign_flip((ours - theirs).tolist())
+    adjusted = dict(zip(found, statistics.holm(list(found.values())), strict=True))
     columns = {
         f"{metric}_p": [adjusted.get((row, metric), np.nan) for row in range(len(means))]
         for metric in dict.fromkeys(metric for _, metric in found)

@@ -30,7 +30,6 @@ from nashswarm import (
     moe_measures,
     moe_training,
     peers,
-    record,
     recovery,
     saved,
 )
@@ -42,8 +41,10 @@ from nashswarm.memory import peak_bytes, reset_peak
 from nashswarm.methods_ import Compressed, Method
 from nashswarm.plan import MoePlan, Plan, config_again, plan, plan_moe
 from nashswarm.progress import show_progress
-from nashswarm.provenance import code_digest, provenance
-from nashswarm.record import Record, fingerprint
+from nashswarm.records import record
+from nashswarm.records.files import claim
+from nashswarm.records.provenance import code_digest, provenance
+from nashswarm.records.record import Record, fingerprint
 
 log = logging.getLogger(__name__)
 CONSTANT = ("tokens", "examples")  # metrics that no training moves
@@ -97,7 +98,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
         return Outcome("skipped", path, record.read(path))
     _check(planned, None if kept() else target)
     waits = time.monotonic()
-    with record.claim(path):
+    with claim(path):
         started += time.monotonic() - waits
         if there():  # another worker has made it meanwhile
             return Outcome("skipped", path, record.read(path))

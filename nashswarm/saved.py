@@ -18,7 +18,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from nashswarm.record import Record, fingerprint, write_folder
+from nashswarm.records.files import write_folder
+from nashswarm.records.record import Record, fingerprint
 
 WEIGHTS, ABOUT, GAME, CARD = "model.safetensors", "nashswarm.json", "game.safetensors", "README.md"
 SCHEMA = 1

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nashswarm import compare
-from nashswarm.record import Record
+from nashswarm.records import statistics
+from nashswarm.records.record import Record
 from nashswarm.report import by_cell, circumstances, mean_of_all, ordered, origin, paired
 from nashswarm.typeset import CELL, ORIGIN, REFERENCE, Column
 
@@ -125,11 +125,11 @@ def equal_bytes(records: Iterable[Record]) -> pd.DataFrame:
         sizes = [float(np.mean([one.metrics["bytes_file"] for one in step])) for step in steps.values()]
         row = dict(zip(CELL, labels, strict=True)) | {"bytes_file": size, "kl": kl.mean()}
         row |= origin([*own, *(one for step in steps.values() for one in step)])
-        row["kl_low"], row["kl_high"] = compare.interval(kl.tolist())
+        row["kl_low"], row["kl_high"] = statistics.interval(kl.tolist())
         if min(sizes) <= size <= max(sizes) and kl.mean() > 0:
-            theirs = compare.at_bytes(sizes, np.array([other for _, other in pairs]), size)
+            theirs = statistics.at_bytes(sizes, np.array([other for _, other in pairs]), size)
             row["kl_at_bytes"] = theirs.mean()
-            row["kl_ratio"], row["kl_ratio_low"], row["kl_ratio_high"] = compare.ratio(theirs.tolist(), kl.tolist())
+            row["kl_ratio"], row["kl_ratio_low"], row["kl_ratio_high"] = statistics.ratio(theirs.tolist(), kl.tolist())
         rows.append(row)
     return ordered(pd.DataFrame(rows)) if rows else pd.DataFrame(columns=CELL)
 
@@ -194,7 +194,7 @@ def routers(records: Iterable[Record]) -> pd.DataFrame:
             pairs = [[one for one in group if one.labels["seed"] in seeds] for group in (own, others)]
             mine, theirs = paired(pairs[0], pairs[1], "nll")
             row["nll_to_top_k"] = float((mine - theirs).mean())
-            row["nll_to_top_k_low"], row["nll_to_top_k_high"] = compare.interval((mine - theirs).tolist())
+            row["nll_to_top_k_low"], row["nll_to_top_k_high"] = statistics.interval((mine - theirs).tolist())
             if len(seeds) > 1:
                 means = [{one.labels["seed"]: one.metrics["nll"] for one in group} for group in pairs]
                 row["nll_to_top_k_spread"] = float(

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm import compare
 from nashswarm.progress import Track
+from nashswarm.records import statistics
 
 PHASES = ("decode", "decode_long", "prefill")
 WARM_UP = 2  # rounds
@@ -49,7 +49,7 @@ def ratios(full: Times, own: Times, suffix: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for phase in PHASES:
         values = np.array(full[phase]) / np.array(own[phase])
-        low, high = compare.median_interval(values.tolist())
+        low, high = statistics.median_interval(values.tolist())
         name = f"{phase}_ratio{suffix}"
         found |= {name: float(np.median(values)), f"{name}_low": low, f"{name}_high": high}
     return found

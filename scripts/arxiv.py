@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 
-from nashswarm import record
+from nashswarm.records.files import write_whole
 
 SOURCES = {".tex", ".bbl", ".pdf", ".png"}
 MAIN = "main"
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         files = gather(options.paper)
         pages = build(files)
-        record.write_whole(options.out, pack(files))
+        write_whole(options.out, pack(files))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

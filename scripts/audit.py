@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nashswarm import compare, record, report, typeset
+from nashswarm import report, typeset
 from nashswarm.paper import commands, macro_name
 from nashswarm.published import UNTRAINED
 from nashswarm.quant.published import CLASS_BITS
 from nashswarm.rate_game import NashSwarm
-from nashswarm.record import Record
+from nashswarm.records import files, record, statistics
+from nashswarm.records.record import Record
 from nashswarm.shapes import SHAPES, Sizes, class_entropy, sizes
 from nashswarm.tables import equal_bytes
 from nashswarm.typeset import CELL, REFERENCE
@@ -315,7 +316,7 @@ def small(evidence: Evidence) -> Row:
         name: np.concatenate([np.subtract(run.series["nll_quantized"], run.series["nll"]) for run in own])
         for name, own in seeds.items()
     }
-    intervals = {name: compare.interval(values.tolist()) for name, values in changes.items()}
+    intervals = {name: statistics.interval(values.tolist()) for name, values in changes.items()}
 
     def trained(name: str) -> str:
         means = pd.DataFrame([run.metrics for run in seeds[name]]).mean()
@@ -673,10 +674,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for row in claims(evidence):
         typeset.console().print(" ".join(row.cells()[i] for i in (0, 1)), f"[bold]{row.cells()[5]}[/bold]", sep=": ")
-    record.write_whole(options.out / "audit.md", markdown(evidence).encode())
-    record.write_whole(options.out / "audit.tex", latex(evidence).encode())
+    files.write_whole(options.out / "audit.md", markdown(evidence).encode())
+    files.write_whole(options.out / "audit.tex", latex(evidence).encode())
     for name, content in included(evidence).items() if options.paper else ():
-        record.write_whole(options.paper / f"{name}.tex", content.encode())
+        files.write_whole(options.paper / f"{name}.tex", content.encode())
     return 0
 
 

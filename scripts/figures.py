@@ -21,7 +21,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from nashswarm import charts, figures, flock_figure, record, report, tables
+from nashswarm import charts, figures, flock_figure, report, tables
+from nashswarm.records import record
 
 STYLE = pathlib.Path(__file__).parents[1] / "paper" / "style.mplstyle"
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import matplotlib.style
 
-from nashswarm import record
 from nashswarm.page import page
+from nashswarm.records import files, record
 
 STYLE = pathlib.Path(__file__).parents[1] / "paper" / "style.mplstyle"
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with matplotlib.style.context(STYLE):
                 content = page([one for one in records if one.labels["experiment"] == experiment])
             path = options.out / f"{experiment}.html"
-            record.write_whole(path, content.encode())
+            files.write_whole(path, content.encode())
             print(path)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

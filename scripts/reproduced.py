@@ -19,10 +19,11 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from nashswarm import record, typeset
+from nashswarm import typeset
 from nashswarm.machine import machine
-from nashswarm.provenance import provenance
-from nashswarm.record import Record
+from nashswarm.records import files, record
+from nashswarm.records.provenance import provenance
+from nashswarm.records.record import Record
 
 log = logging.getLogger(__name__)
 TIMED = re.compile(r"seconds|_ms|per_second|_ratio|growth|resident|peak_bytes|latency|route_|share_")
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     text = markdown(found)
     content = {"runs": [dataclasses.asdict(one) for one in found], "machine": str(machine()), "provenance": origin}
-    record.write_report(options.out, content, text)
+    files.write_report(options.out, content, text)
     typeset.console().print(text, markup=False, highlight=False)
     return int(any(one.failing for one in found))
 

@@ -15,10 +15,12 @@ from typing import Any
 
 import transformers
 
-from nashswarm import forecast, models, record, report, shapes, shards, typeset
+from nashswarm import forecast, models, report, shapes, shards, typeset
 from nashswarm.by_layer import ByLayer
 from nashswarm.rate_game import NashSwarm
-from nashswarm.record import Record
+from nashswarm.records import record
+from nashswarm.records.files import write_whole
+from nashswarm.records.record import Record
 
 EXPERIMENT = ("experiment", "records", "minutes of one process", "longest run, minutes", "threads", "commits")
 WORK = {"moments", "damage", "probe", "game"}  # what the cache may have done before
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     for name, text in texts.items():
-        record.write_whole(options.out / f"{name}.md", text.encode())
+        write_whole(options.out / f"{name}.md", text.encode())
         typeset.console().print(text, markup=False, highlight=False)
     return 0
 

@@ -11,7 +11,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from nashswarm import record, report, typeset
+from nashswarm import report, typeset
+from nashswarm.records import record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

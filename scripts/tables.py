@@ -17,7 +17,8 @@ from collections.abc import Collection, Sequence
 
 import pandas as pd
 
-from nashswarm import paper, record, report, tables, typeset
+from nashswarm import paper, report, tables, typeset
+from nashswarm.records import files, record
 
 FORMATS = {".md": typeset.markdown, ".csv": typeset.csv, ".tex": typeset.latex}
 BUDGETS = ("2", "3", "4")  # bits of the paper's main table
@@ -59,7 +60,7 @@ def write_tables(options: argparse.Namespace) -> None:
             written.add(name)
             typeset.console().print(typeset.terminal(table, name, columns))
             for suffix, render in FORMATS.items():
-                record.write_whole(options.out / f"{name}{suffix}", render(table, columns).encode())
+                files.write_whole(options.out / f"{name}{suffix}", render(table, columns).encode())
 
     for experiment in sorted(set(table["experiment"]) - {"audit"}):
         rows = report.select(table, experiment=experiment)
@@ -91,7 +92,7 @@ def write_tables(options: argparse.Namespace) -> None:
 def for_paper(folder: pathlib.Path | None, name: str, content: str) -> None:
     """Write a file of the paper, if one is asked for."""
     if folder is not None:
-        record.write_whole(folder / f"{name}.tex", content.encode())
+        files.write_whole(folder / f"{name}.tex", content.encode())
 
 
 def remove_stale(folder: pathlib.Path, written: Collection[str]) -> None:

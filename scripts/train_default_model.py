@@ -24,7 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from nashswarm import record, stdlib_docs
+from nashswarm import stdlib_docs
+from nashswarm.records import files
 
 END = "<|endoftext|>"
 FAMILY = {  # of ``experiment=scaling``; l is as large as the embedded default
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--evaluate", action="store_true", help="train nothing: evaluate the checkpoint in --out again")
     options = parser.parse_args(arguments)
     vars(options).update(FAMILY.get(options.size, {}))
-    with record.claim(options.out):
+    with files.claim(options.out):
         if options.keep and finished(options.out):
             print(f"{options.out} is trained; it stays")
             return

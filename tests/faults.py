@@ -17,9 +17,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from nashswarm import record
 from nashswarm.methods import Uniform
 from nashswarm.methods_ import Compressed
+from nashswarm.records import record
 
 PATIENCE = 1800.0  # seconds: machines are busy, and every job imports torch
 PACKAGES = "slurm-wlm munge"

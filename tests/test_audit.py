@@ -7,7 +7,7 @@ import re
 import pandas as pd
 import pytest
 
-from nashswarm import record
+from nashswarm.records import record
 from nashswarm.shapes import Sizes
 from scripts import audit
 

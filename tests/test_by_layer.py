@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from nashswarm import by_layer, forecast, memory, record, shards
+from nashswarm import by_layer, forecast, memory, shards
 from nashswarm.by_layer import ByLayer
 from nashswarm.checkpoint import decode
 from nashswarm.cli import main
@@ -25,6 +25,7 @@ from nashswarm.linear import QuantizedLinear, set_activations
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.reply import reply
+from nashswarm.records import files as record
 from nashswarm.shapes import LARGE
 
 BLOCKS, WIDTH, INNER, VOCABULARY = 4, 64, 128, 512

@@ -15,11 +15,12 @@ import safetensors.numpy
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm import rate_game, record, saved
+from nashswarm import rate_game, saved
 from nashswarm.certify import Bowl, Laid, certify, decode, gain_of_codes, pulls, replies
 from nashswarm.cli import main
 from nashswarm.quant.entropy import CodeTables, decode_lattice, encode_lattice
 from nashswarm.quant.lattice import LatticeTensor
+from nashswarm.records import record
 from nashswarm.run import Outcome, reopen, run
 
 ROOT = pathlib.Path(__file__).parent.parent

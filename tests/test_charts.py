@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from test_report import synthetic
 
-from nashswarm import charts, flock_figure, record, report, tables
-from nashswarm.record import Record
+from nashswarm import charts, flock_figure, report, tables
+from nashswarm.records import record
+from nashswarm.records.record import Record
 from scripts import figures as script
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nashswarm.compare import FLIPS, at_bytes, holm, interval, interval_of, ratio, sign_flip
+from nashswarm.records.statistics import FLIPS, at_bytes, holm, interval, interval_of, ratio, sign_flip
 
 
 def test_equal_values_are_their_own_interval() -> None:

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from nashswarm import record
-from nashswarm.provenance import provenance
-from nashswarm.provenance import told as told_of
+from nashswarm.records import files, record
+from nashswarm.records.provenance import provenance
+from nashswarm.records.provenance import told as told_of
 from tests.faults import PATIENCE, RayCluster, ray_cluster, slurm_cluster, small_disk, until
 
 pytestmark = pytest.mark.engines
@@ -158,12 +158,12 @@ def told(engine: Engine, request: pytest.FixtureRequest) -> Callable[[dict[str, 
 
     def tell(found: dict[str, int]) -> None:
         path = RESULTS / "faults.json"
-        with record.claim(path):
+        with files.claim(path):
             matrix = json.loads(path.read_text()) if path.exists() else {}
             same = all(matrix.get("provenance", {}).get(key) == origin()[key] for key in ("commit", "dirty"))
             fault = request.node.originalname.removeprefix("test_").replace("_", " ")
             rows = (matrix.get("rows", {}) if same else {}) | {f"{engine.name}, {fault}": found}
-            record.write_report(path, {"provenance": origin(), "rows": dict(sorted(rows.items()))}, matrix_of(rows))
+            files.write_report(path, {"provenance": origin(), "rows": dict(sorted(rows.items()))}, matrix_of(rows))
         assert found["lost"] == found["repeated"] == 0, found
 
     return tell

@@ -8,7 +8,7 @@ import pytest
 from test_report import synthetic
 
 from nashswarm import charts, figures, report
-from nashswarm.record import Record
+from nashswarm.records.record import Record
 
 
 def with_reference(method: str) -> Record:

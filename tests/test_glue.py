@@ -21,7 +21,7 @@ from nashswarm.data import Dataset
 from nashswarm.glue import METRICS, TASKS, Glue, Training, fine_tuned, interval, labels, predictions, windows
 from nashswarm.models import ModelSource, PackagedModel, find_layers, put
 from nashswarm.progress import no_track
-from nashswarm.record import read
+from nashswarm.records.record import read
 from nashswarm.run import run
 
 ROOT = pathlib.Path(__file__).parent.parent

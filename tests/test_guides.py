@@ -17,7 +17,7 @@ from nashswarm import data, figures, metrics, models
 from nashswarm.errors import NotOffered
 from nashswarm.measures import Subject
 from nashswarm.progress import no_track
-from nashswarm.record import Record
+from nashswarm.records.record import Record
 from nashswarm.run import run
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -16,7 +16,7 @@ import nashswarm  # noqa: F401  it makes the format known to transformers
 from nashswarm.certify import certify
 from nashswarm.experiment.identity import IMPORT_PATHS, RECORDED_NAMES, TARGET, to_importable, to_recorded
 from nashswarm.plan import TEXT_KEYS, plan
-from nashswarm.record import Record, fingerprint, read
+from nashswarm.records.record import Record, fingerprint, read
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAVED = ROOT / "tests/fixtures/saved_by_47b7d35"  # by the last commit before modules became packages

@@ -23,7 +23,8 @@ from omegaconf import OmegaConf
 
 import nashswarm.plan  # it registers the types of the root config
 from hydra_plugins import launchers, search
-from nashswarm import record, report
+from nashswarm import report
+from nashswarm.records import record
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 
@@ -351,7 +352,7 @@ def test_a_study_goes_on_only_if_nothing_changed_that_moves_a_number(monkeypatch
     ]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     others.append(name({}, groups, goals, {}))
-    monkeypatch.setattr("nashswarm.provenance.code_digest", lambda: "of other code")
+    monkeypatch.setattr("nashswarm.records.provenance.code_digest", lambda: "of other code")
     others.append(name({}, groups, goals, {}))
     assert len({first, *others}) == 1 + len(others)
 

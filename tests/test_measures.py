@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import checkpoint, compare, metrics, peers, timing
+from nashswarm import checkpoint, metrics, peers, timing
 from nashswarm.linear import PackedMatrix
 from nashswarm.measures import (
     Bleu,
@@ -35,6 +35,7 @@ from nashswarm.models import find_layers
 from nashswarm.progress import no_track
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
+from nashswarm.records import statistics
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +238,7 @@ def test_each_layer_is_measured_alone(subject: Subject, tiny: Any) -> None:
     whole = metrics.summarise(metrics.evaluate(subject.compressed, windows, 3, full))
     assert found["kl_together"] == pytest.approx(whole["kl"], rel=1e-3)
     predicted = [subject.damage[layer.name] for layer in subject.layers]
-    assert (found["damage_pearson"], found["damage_spearman"]) == compare.correlations(predicted, series["layer_kl"])
+    assert (found["damage_pearson"], found["damage_spearman"]) == statistics.correlations(predicted, series["layer_kl"])
     assert found["damage_pearson"] == pytest.approx(np.corrcoef(predicted, series["layer_kl"])[0, 1])
 
 

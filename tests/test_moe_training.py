@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm import api, moe_training, record, saved, tables
+from nashswarm import api, moe_training, saved, tables
 from nashswarm.data import HubText, sha256
 from nashswarm.moe import loss
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
@@ -21,6 +21,7 @@ from nashswarm.moe.router import ExpertChoice, LossFree, NashSwarmRouter, TopK
 from nashswarm.moe_training import Training, batches, train
 from nashswarm.plan import plan
 from nashswarm.progress import no_track
+from nashswarm.records import record
 from nashswarm.run import Outcome, reopen, run
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -9,10 +9,11 @@ import subprocess
 
 import pytest
 
-from nashswarm import figures, record, typeset
+from nashswarm import figures, typeset
 from nashswarm import page as page_module
 from nashswarm.page import page
-from nashswarm.record import Record
+from nashswarm.records import record
+from nashswarm.records.record import Record
 
 RECORDS = pathlib.Path(__file__).parent.parent / "results/records/ablation"
 METHODS = ("uniform4", "no_nash", "nash_swarm")

@@ -8,8 +8,9 @@ import re
 import pandas as pd
 import pytest
 
-from nashswarm import paper, record, typeset
-from nashswarm.record import Record
+from nashswarm import paper, typeset
+from nashswarm.records import record
+from nashswarm.records.record import Record
 from scripts import audit
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nashswarm import provenance
+from nashswarm.records import provenance
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
 
@@ -46,7 +46,7 @@ def test_the_commit_and_whether_anything_was_changed_since(checkout: pathlib.Pat
     git(checkout, "commit", "--quiet", "--message", "the package itself")
     found = provenance.provenance(NOW)
     assert (found["commit"], found["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
-    (checkout / "nashswarm/provenance.py").write_text("# changed\n")
+    (checkout / "nashswarm/records/provenance.py").write_text("# changed\n")
     assert provenance.provenance(NOW) == found, "what is changed or committed later is not what this process runs"
     provenance.code.cache_clear()
     assert provenance.provenance(NOW)["dirty"] is True

@@ -7,7 +7,8 @@ import re
 import pandas as pd
 import pytest
 
-from nashswarm import record, report, tables, typeset
+from nashswarm import report, tables, typeset
+from nashswarm.records import record
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

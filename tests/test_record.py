@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from nashswarm import record
-from nashswarm.record import Record, fingerprint, path_of, read, read_all, write, write_report, write_whole
+from nashswarm.records import files, record
+from nashswarm.records.files import write_report, write_whole
+from nashswarm.records.record import Record, fingerprint, path_of, read, read_all, write
 
 RECORD = Record(
     labels={"method": "uniform4", "seed": "0"},
@@ -205,9 +206,9 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: pathlib.Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="cannot write"):
-        record.write_by(tmp_path / "folder" / "file", half)
+        files.write_by(tmp_path / "folder" / "file", half)
     assert not list((tmp_path / "folder").iterdir())
-    record.write_by(tmp_path / "folder" / "file", lambda partial: partial.write_bytes(b"whole"))
+    files.write_by(tmp_path / "folder" / "file", lambda partial: partial.write_bytes(b"whole"))
     assert (tmp_path / "folder" / "file").read_bytes() == b"whole"
 
 
@@ -233,7 +234,7 @@ def held(path: pathlib.Path, seconds: float) -> "subprocess.Popen[bytes]":
 
 def test_a_claim_is_waited_for(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "abc.json"
-    with caplog.at_level("INFO"), held(path, 0.7) as process, record.claim(path):
+    with caplog.at_level("INFO"), held(path, 0.7) as process, files.claim(path):
         assert process.wait(60) == 0
         assert "another worker holds" in caplog.text
     assert [one.name for one in tmp_path.iterdir()] == ["held"]
@@ -246,12 +247,12 @@ def test_a_claim_ends_with_a_killed_process(tmp_path: pathlib.Path) -> None:
     with held(path, 600) as process:
         process.kill()
     assert (tmp_path / ".abc.json.lock").exists()
-    with record.claim(path):
+    with files.claim(path):
         pass
     assert sorted(one.name for one in tmp_path.iterdir()) == [".abd.txt.1234.partial", "held"]
 
 
 def test_a_claim_that_cannot_be_made_says_so(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"cannot claim .*abc\.json"), record.claim(tmp_path / "file" / "abc.json"):
+    with pytest.raises(OSError, match=r"cannot claim .*abc\.json"), files.claim(tmp_path / "file" / "abc.json"):
         pass

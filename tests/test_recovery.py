@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nashswarm import checkpoint, models, record, recovery
+from nashswarm import checkpoint, models, recovery
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
@@ -26,6 +26,7 @@ from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.latent import Latent
 from nashswarm.quant.published import quantize_by_magnitude
 from nashswarm.rate_game import NashSwarm
+from nashswarm.records import record
 from nashswarm.recovery import Recovery, recover
 from nashswarm.run import Outcome, run
 

@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from nashswarm import figures, record, report, tables, typeset
-from nashswarm.record import Record
+from nashswarm import figures, report, tables, typeset
+from nashswarm.records import record
+from nashswarm.records.record import Record
 
 ROOT = pathlib.Path(__file__).parents[1]
 KL = {

@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from nashswarm import record
-from nashswarm.record import Record
+from nashswarm.records import record
+from nashswarm.records.record import Record
 from scripts import reproduced
 
 METRICS = {

@@ -5,9 +5,9 @@ import pathlib
 
 import pytest
 
-from nashswarm import record
 from nashswarm.models import FAMILY
-from nashswarm.record import Record
+from nashswarm.records import record
+from nashswarm.records.record import Record
 from scripts import resources
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -25,8 +25,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import mirror
-from nashswarm import bit_game, peers, record
+from nashswarm import bit_game, peers
 from nashswarm.plan import _by_content
+from nashswarm.records import record
 from nashswarm.run import Outcome, run
 from scripts import train_default_model
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nashswarm import compare
 from nashswarm.measures import Found, Subject
+from nashswarm.records import statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Confidence:
     def measure(self, subject: Subject) -> Found:
         own, full = (self.by_window(model, subject) for model in (subject.compressed, subject.full))
         deltas = np.subtract(own, full).tolist()
-        low, high = compare.interval(deltas)
+        low, high = statistics.interval(deltas)
         found = {
             "confidence": float(np.mean(own)),
             "confidence_full": float(np.mean(full)),

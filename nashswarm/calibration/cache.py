@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from nashswarm import record
+from nashswarm.records import files, record
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Cache:
         path = self.folder / f"{kind}-{record.fingerprint(self.key | dict(key))}.safetensors"
         with contextlib.suppress(FileNotFoundError, safetensors.SafetensorError):
             return self._kept(kind, path)
-        with record.claim(path):
+        with files.claim(path):
             try:
                 return self._kept(kind, path)  # another worker has made it meanwhile
             except FileNotFoundError:
@@ -46,7 +46,7 @@ class Cache:
             except safetensors.SafetensorError as error:
                 log.warning("%s is damaged (%s) and is made anew", path, error)
             tensors = compute()
-            record.write_by(path, functools.partial(_save, tensors))
+            files.write_by(path, functools.partial(_save, tensors))
         return tensors
 
     def _kept(self, kind: str, path: pathlib.Path) -> dict[str, Tensor]:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from nashswarm import kernels
-from nashswarm.compare import median_interval
 from nashswarm.kernels import native
 from nashswarm.kernels import tiles as layout
 from nashswarm.kernels.tiles import Tiles
+from nashswarm.records.statistics import median_interval
 
 MIXED = (2, 3, 4)
 ROUNDS = 61
