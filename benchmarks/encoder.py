@@ -28,12 +28,13 @@ import transformers
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from nashswarm import data, models
 from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.moments import calibrate
+from nashswarm.data import corpus
 from nashswarm.layers import Layer, Moments
 from nashswarm.methods_ import Method
-from nashswarm.metrics import embed, projection
+from nashswarm.models import matrices, sources
+from nashswarm.models.evaluation import embed, projection
 from nashswarm.plan import build
 from nashswarm.progress import show_progress
 from nashswarm.quant.grid import Scheme, quantize
@@ -88,7 +89,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{name}: {rows[name]['bits_per_weight']:.4f} bits per weight, 1 − cos {rows[name]['distance']:.5f}")
     reference = options.match or options.method[0]
     return {
-        "identity": trial.identity | {f"{purpose}_sha256": data.sha256(text) for purpose, text in texts.items()},
+        "identity": trial.identity | {f"{purpose}_sha256": corpus.sha256(text) for purpose, text in texts.items()},
         "reference": reference,
         "methods": {name: rows[name] | against(rows[name], rows[reference]) for name in options.method},
         "alone": trial.alone(),
@@ -125,9 +126,9 @@ def choose(name: str, bits: float | None, optional: bool) -> Method:
         return plain
 
 
-def read(path: pathlib.Path | None, purpose: data.Purpose) -> str:
+def read(path: pathlib.Path | None, purpose: corpus.Purpose) -> str:
     """The text of a file, or the embedded text."""
-    return data.StdlibDocs().text(purpose) if path is None else path.read_text(encoding="utf-8")
+    return corpus.StdlibDocs().text(purpose) if path is None else path.read_text(encoding="utf-8")
 
 
 class Trial:
@@ -135,19 +136,19 @@ class Trial:
 
     def __init__(self, texts: Mapping[str, str], windows: int, test_windows: int, seed: int) -> None:
         self.seed = seed
-        folder = models.PackagedModel().folder
+        folder = sources.PackagedModel().folder
         self.full: Any = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
         self.compressed = copy.deepcopy(self.full)
-        self.layers = models.find_layers(self.full, UNTOUCHED)
+        self.layers = matrices.find_layers(self.full, UNTOUCHED)
         self.weights = sum(layer.parameters for layer in self.layers)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        pool, test = (data.windows(texts[purpose], tokenizer, LENGTH, purpose) for purpose in ("calibration", "test"))
+        pool, test = (corpus.windows(texts[purpose], tokenizer, LENGTH, purpose) for purpose in ("calibration", "test"))
         rng = np.random.default_rng(seed)
-        self.calibration, self.holdout = data.draw(pool, windows, -(-windows // 2), rng)
+        self.calibration, self.holdout = corpus.draw(pool, windows, -(-windows // 2), rng)
         self.test = test[:: max(1, len(test) // test_windows)][:test_windows]
         self.remembered: dict[str, dict[str, Tensor]] = {}
         self.identity = {
-            "encoder": models.content_of(models.ModelSource(path=str(folder))),
+            "encoder": sources.content_of(sources.ModelSource(path=str(folder))),
             "layers": len(self.layers),
             "weights": self.weights,
             "length": LENGTH,
@@ -186,9 +187,9 @@ class Trial:
         expected: Float[Tensor, "windows width"],
     ) -> Float[np.ndarray, " windows"]:
         """1 − cosine of each window's embedding and the expected one; the other layers keep full precision."""
-        models.put(self.compressed, weights)
+        matrices.put(self.compressed, weights)
         moved = embed_all(self.compressed, windows)
-        models.put(self.compressed, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
+        matrices.put(self.compressed, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
         return (moved - expected).square().sum(1).numpy() / 2
 
     def remember(

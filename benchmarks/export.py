@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nashswarm import checkpoint, data, errors, models, timing
+from nashswarm import checkpoint, errors, timing
+from nashswarm.data import corpus
 from nashswarm.linear import set_activations
 from nashswarm.machine import machine
+from nashswarm.models import matrices, sources
 from nashswarm.progress import show_progress
 from nashswarm.quant.grid import Scheme, quantize, row_blocks
 from nashswarm.quant.pack import pack
@@ -68,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     origin = provenance(datetime.datetime.now(datetime.UTC))
     errors.require("benchmarks/export.py", export.PACKAGES, "onnx")
     torch.set_num_threads(1)
-    loaded = models.load(models.RandomModel(), "cpu", torch.float32)
+    loaded = sources.load(sources.RandomModel(), "cpu", torch.float32)
     full = loaded.model
-    tokens = data.windows(data.StdlibDocs().text("test"), loaded.tokenizer, PROMPT, "test")[:1]
+    tokens = corpus.windows(corpus.StdlibDocs().text("test"), loaded.tokenizer, PROMPT, "test")[:1]
     own = {widths: packed(full, drawn) for widths, drawn in WIDTHS.items()}
     contestants: dict[tuple[str, str, str], Any] = {("32", FLOATS, ""): full}
     contestants |= {(widths, PACKED, "float32"): model for widths, model in own.items()}
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def packed(full: Any, widths: Sequence[int]) -> Any:
     """A copy of the model that computes on tiles whose widths are drawn by lot, without rounded activations."""
     model, rng = copy.deepcopy(full), torch.Generator().manual_seed(0)
-    layers = models.find_layers(model)
+    layers = matrices.find_layers(model)
     stored = {}
     for layer in layers:
         rows, columns = layer.weight.shape

@@ -27,8 +27,9 @@ import safetensors.torch
 import torch
 import transformers
 
-from nashswarm import shapes, shards
-from nashswarm.models import CONFIG, EMBEDDED
+from nashswarm import shards
+from nashswarm.models import shapes
+from nashswarm.models.sources import CONFIG, EMBEDDED
 from nashswarm.records.files import write_report
 from nashswarm.records.provenance import provenance
 

@@ -8,22 +8,23 @@ Both files hold everything that the model needs; KL is measured on text that nei
 import transformers
 
 import nashswarm
-from nashswarm import data, metrics, models, stdlib_docs
+from nashswarm.data import corpus, stdlib_docs
+from nashswarm.models import evaluation, sources
 
 LENGTH = 128  # tokens of a window
 WINDOWS = 12
 
 
 def main() -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models.EMBEDDED)
-    full = transformers.AutoModelForCausalLM.from_pretrained(models.EMBEDDED).float().eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED)
+    full = transformers.AutoModelForCausalLM.from_pretrained(sources.EMBEDDED).float().eval()
     calibration, test = (
-        data.windows(stdlib_docs.text(part), tokenizer, LENGTH, part)[:WINDOWS] for part in ("calibration", "test")
+        corpus.windows(stdlib_docs.text(part), tokenizer, LENGTH, part)[:WINDOWS] for part in ("calibration", "test")
     )
-    reference = metrics.reference(full, test, 8)
+    reference = evaluation.reference(full, test, 8)
     for method in ("gptq", "nash_swarm"):
         small, report = nashswarm.compress(full, tokenizer, method, calibration, bits=3)
-        found = metrics.summarise(metrics.evaluate(small, test, 8, reference))
+        found = evaluation.summarise(evaluation.evaluate(small, test, 8, reference))
         regret = "-" if report.regret_max is None else f"{report.regret_max:.1e}"
         print(
             f"{method:10}  {report.bits_per_weight_model:.2f} bits per parameter, {report.bytes_file:,} bytes, "

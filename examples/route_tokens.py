@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from nashswarm import data, models, stdlib_docs
+from nashswarm.data import corpus, stdlib_docs
+from nashswarm.models import sources
 from nashswarm.moe import load
 from nashswarm.moe.router import LossFree, NashSwarmRouter, Router, TopK
 
@@ -31,10 +32,10 @@ def states(model: transformers.PreTrainedModel, windows: Tensor) -> Tensor:
 
 
 def main() -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models.EMBEDDED)
-    model = transformers.AutoModelForCausalLM.from_pretrained(models.EMBEDDED).float().eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED)
+    model = transformers.AutoModelForCausalLM.from_pretrained(sources.EMBEDDED).float().eval()
     calibration, test = (
-        data.windows(stdlib_docs.text(part), tokenizer, LENGTH, part) for part in ("calibration", "test")
+        corpus.windows(stdlib_docs.text(part), tokenizer, LENGTH, part) for part in ("calibration", "test")
     )
     batches = [states(model, batch) for batch in calibration[: 20 * BATCH].split(BATCH)]
     unseen = states(model, test[: 8 * BATCH])

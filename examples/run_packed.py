@@ -13,7 +13,9 @@ import torch
 import transformers
 
 import nashswarm
-from nashswarm import data, measures, metrics, models, stdlib_docs
+from nashswarm import measures
+from nashswarm.data import corpus, stdlib_docs
+from nashswarm.models import evaluation, sources
 from nashswarm.progress import no_track
 
 LENGTH = 128  # tokens of a window
@@ -21,15 +23,15 @@ LENGTH = 128  # tokens of a window
 
 def main() -> None:
     torch.set_num_threads(1)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models.EMBEDDED)
-    full = transformers.AutoModelForCausalLM.from_pretrained(models.EMBEDDED)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED)
+    full = transformers.AutoModelForCausalLM.from_pretrained(sources.EMBEDDED)
     calibration, test = (
-        data.windows(stdlib_docs.text(part), tokenizer, LENGTH, part)[:16] for part in ("calibration", "test")
+        corpus.windows(stdlib_docs.text(part), tokenizer, LENGTH, part)[:16] for part in ("calibration", "test")
     )
     packed, report = nashswarm.compress(full, tokenizer, "gptq", calibration, bits=4)
     floats = copy.deepcopy(packed)
     floats.dequantize()
-    reference = functools.partial(metrics.reference, floats, test[:4])
+    reference = functools.partial(evaluation.reference, floats, test[:4])
     subject = measures.Subject(floats, floats, lambda: packed, test, reference, no_track)
     speed = measures.Speed(prompt_tokens=64, context_tokens=32, new_tokens=16, repeats=10, quality_windows=4)
     found, _ = speed.measure(subject)

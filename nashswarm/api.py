@@ -11,12 +11,14 @@ import transformers
 from jaxtyping import Integer
 from torch import Tensor
 
-from nashswarm import checkpoint, data, models, stdlib_docs
+from nashswarm import checkpoint
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
+from nashswarm.data import corpus, stdlib_docs
 from nashswarm.methods import FixedWidth, Gptq, Uniform
 from nashswarm.methods_ import Method
-from nashswarm.moe.experts import unfuse
+from nashswarm.models import matrices, sources
+from nashswarm.models.experts import unfuse
 from nashswarm.rate_game import NashSwarm
 
 METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}
@@ -71,13 +73,13 @@ def compress(
         raise ValueError("the model is quantized already; call model.dequantize() first or start from the full model")
     windows = _windows(model, tokenizer, calibration).to(model.device)
     rng = np.random.default_rng(seed)
-    drawn = data.draw(windows, None, None, rng)
+    drawn = corpus.draw(windows, None, None, rng)
     full = copy.deepcopy(model).float().eval()
     unfuse(full)
-    evidence = Evidence(full, models.find_layers(full, exclude), *drawn, int(rng.integers(2**31)), Cache(None, {}))
+    evidence = Evidence(full, matrices.find_layers(full, exclude), *drawn, int(rng.integers(2**31)), Cache(None, {}))
     result = chosen.compress(evidence.oracle(), rng)
     compressed = evidence.trial if model.device.type == "cpu" else evidence.trial.to(model.dtype)
-    others = models.other_tensors(compressed, evidence.layers)
+    others = matrices.other_tensors(compressed, evidence.layers)
     size = sum(len(part) for part in checkpoint.files(compressed, result.packed, others, result.float_bits).values())
     checkpoint.adopt(compressed, evidence.layers, result.packed, result.float_bits)
     layer_bytes = sum(len(packed) for packed in result.packed.values())
@@ -117,10 +119,10 @@ def _windows(model: Any, tokenizer: Any, calibration: str | Tensor | None) -> In
         if not model.name_or_path:
             raise ValueError("the model does not say where it comes from: give its tokenizer, or token windows")
         tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
-    longest = models.LoadedModel(model, tokenizer).window_length(None)
+    longest = sources.LoadedModel(model, tokenizer).window_length(None)
     length = min(longest, LONGEST_WINDOW)
     text = stdlib_docs.text("calibration") if calibration is None else calibration
-    return data.windows(text, tokenizer, length, "calibration")
+    return corpus.windows(text, tokenizer, length, "calibration")
 
 
 def _check(windows: Tensor, model: Any) -> None:

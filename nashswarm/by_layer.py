@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from nashswarm import checkpoint, memory, saved
-from nashswarm.models import CONFIG
+from nashswarm.models.sources import CONFIG
 from nashswarm.progress import Track, no_track
 from nashswarm.quant.curvature import DAMPING, TINY, Curvature, pivots
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks

@@ -38,8 +38,9 @@ from nashswarm.linear import (
     quantized,
     set_activations,
 )
-from nashswarm.models import CONFIG, MATRICES, WEIGHTS, other_tensors, round_others
-from nashswarm.moe.experts import unfuse
+from nashswarm.models.experts import unfuse
+from nashswarm.models.matrices import MATRICES, other_tensors, round_others
+from nashswarm.models.sources import CONFIG, WEIGHTS
 from nashswarm.quant.entropy import KINDS, CodeTables, decode_groups, decode_lattice
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor

@@ -15,25 +15,11 @@ import numpy as np
 import torch
 import transformers
 
-from nashswarm import (
-    __version__,
-    api,
-    by_layer,
-    data,
-    forecast,
-    hub,
-    inference,
-    measures,
-    models,
-    peers,
-    plan,
-    run,
-    saved,
-    shapes,
-    shards,
-)
+from nashswarm import __version__, api, by_layer, forecast, inference, measures, peers, plan, run, saved, shards
 from nashswarm.certify import LIMIT, certify
+from nashswarm.data import corpus, hub
 from nashswarm.kernels import ACTIVATIONS
+from nashswarm.models import shapes, sources
 from nashswarm.progress import show_progress
 from nashswarm.runtime import export
 
@@ -247,10 +233,10 @@ def _compress(given: argparse.Namespace) -> int:
         raise ValueError("--head-bits and --sweeps go with --by-layer")
     folder = pathlib.Path(given.model)
     path = None if given.model == "default" else str(folder.resolve()) if folder.is_dir() else given.model
-    source = models.ModelSource(path, exclude=list(given.exclude))
+    source = sources.ModelSource(path, exclude=list(given.exclude))
     given.method = given.method or "nash_swarm"
     held_out = None if given.windows is None else max(-(-given.windows // 3), 1)
-    length = _window_length(path or str(models.EMBEDDED)) if given.length is None else given.length
+    length = _window_length(path or str(sources.EMBEDDED)) if given.length is None else given.length
     windows = {"calibration_windows": given.windows, "holdout_windows": held_out, "sequence_length": length}
     dataset = _text(given, windows)
     method = api.method_of(given.method, given.bits)
@@ -266,32 +252,32 @@ def _compress(given: argparse.Namespace) -> int:
 def _window_length(path: str) -> int | None:
     """Tokens in a window for the model at ``path``, or None if it cannot be read, which its loading then says."""
     if not pathlib.Path(path).is_dir():
-        if not models.may_be_on_hub(path):
+        if not sources.may_be_on_hub(path):
             return None
         hub.use_cache_if_unreachable()
     try:
-        longest = models.longest_text(transformers.AutoConfig.from_pretrained(path))
+        longest = sources.longest_text(transformers.AutoConfig.from_pretrained(path))
     except (OSError, ValueError):
         return None
     return min(longest or api.LONGEST_WINDOW, api.LONGEST_WINDOW)
 
 
-def _text(given: argparse.Namespace, windows: dict[str, Any]) -> data.StdlibDocs | data.HubText:
+def _text(given: argparse.Namespace, windows: dict[str, Any]) -> corpus.StdlibDocs | corpus.HubText:
     """What --calibration names."""
     if given.calibration is None:
-        return data.StdlibDocs(**windows)
+        return corpus.StdlibDocs(**windows)
     if not given.calibration.is_file():
         raise ValueError(f"--calibration {given.calibration} is not a file; give a text file")
-    return data.HubText(str(given.calibration.resolve()), **windows)
+    return corpus.HubText(str(given.calibration.resolve()), **windows)
 
 
 def _compress_by_layer(given: argparse.Namespace) -> int:
     settings = _by_layer(given)
     source = shards.open_source(pathlib.Path(given.model))
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
-    length = models.LoadedModel(source.model, tokenizer).window_length(given.length)
-    pool = data.windows(_text(given, {}).text("calibration"), tokenizer, length, "calibration")
-    windows = data.draw(pool, given.windows, 1, np.random.default_rng(given.seed))[0]
+    length = sources.LoadedModel(source.model, tokenizer).window_length(given.length)
+    pool = corpus.windows(_text(given, {}).text("calibration"), tokenizer, length, "calibration")
+    windows = corpus.draw(pool, given.windows, 1, np.random.default_rng(given.seed))[0]
     try:
         found = by_layer.compress(source, tokenizer, windows, given.out, settings, show_progress)
     except (MemoryError, RuntimeError) as error:  # torch's for want of memory
@@ -307,14 +293,14 @@ def _compress_by_layer(given: argparse.Namespace) -> int:
 
 def _plan(given: argparse.Namespace) -> int:
     settings = _by_layer(given)
-    if (pathlib.Path(given.model) / models.CONFIG).is_file():
+    if (pathlib.Path(given.model) / sources.CONFIG).is_file():
         config = transformers.AutoConfig.from_pretrained(given.model)
     elif given.model in shapes.LARGE:
         config = transformers.AutoConfig.for_model(**shapes.LARGE[given.model])
     else:
-        raise ValueError(f"{given.model} holds no {models.CONFIG}, and no shape is known by that name")
+        raise ValueError(f"{given.model} holds no {sources.CONFIG}, and no shape is known by that name")
     model = shards.skeleton(config)
-    length = models.LoadedModel(model, None).window_length(given.length)
+    length = sources.LoadedModel(model, None).window_length(given.length)
     rates = forecast.rates(settings)
     found = forecast.forecast(model, settings, given.windows, length, rates)
     shown = {"model": given.model, "windows": [given.windows, length], "threads": torch.get_num_threads()}

@@ -18,10 +18,12 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from nashswarm import data, errors, measures, memory, metrics, models
+from nashswarm import errors, measures, memory
+from nashswarm.data import corpus
 from nashswarm.kernels import native
 from nashswarm.linear import PackedMatrix, QuantizedLinear
 from nashswarm.machine import Machine, machine
+from nashswarm.models import evaluation, sources
 from nashswarm.progress import show_progress
 from nashswarm.runtime import export as exporter
 from nashswarm.runtime import misses, room
@@ -69,12 +71,12 @@ def bench(given: argparse.Namespace) -> int:
     packed, full = _load_writer(given.folder, "bench times decoding"), _load(given.folder)
     full.dequantize()
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
-    length = models.LoadedModel(full, tokenizer).window_length(None)
-    windows = data.windows(data.StdlibDocs().text("test"), tokenizer, length, "test")
+    length = sources.LoadedModel(full, tokenizer).window_length(None)
+    windows = corpus.windows(corpus.StdlibDocs().text("test"), tokenizer, length, "test")
     measure = measures.Speed(given.prompt_tokens, given.context_tokens, given.new_tokens, given.repeats, given.against)
 
-    def reference(batch_size: int) -> metrics.Reference:
-        return metrics.reference(full, windows[: measure.quality_windows], batch_size)
+    def reference(batch_size: int) -> evaluation.Reference:
+        return evaluation.reference(full, windows[: measure.quality_windows], batch_size)
 
     subject = measures.Subject(full, full, lambda: packed, windows, reference, show_progress)
     found, _ = measure.measure(subject)
@@ -89,7 +91,7 @@ def profile(given: argparse.Namespace) -> int:
     counter = misses.tool() if given.misses else None
     model = _load_writer(given.folder, "profile times decoding")
     largest = _largest(model) if given.misses else None
-    longest = models.LoadedModel(model, None).window_length(None)
+    longest = sources.LoadedModel(model, None).window_length(None)
     if given.context_tokens + given.steps + profiler.WARM_UP > longest:
         raise ValueError(f"--context-tokens, --steps and {profiler.WARM_UP} to warm up exceed the window of {longest}")
     torch.set_num_threads(given.threads)
@@ -207,7 +209,7 @@ def _application(
         if pinned:
             print(f"{room.pin(model):,} bytes of weights are pinned", file=sys.stderr)
         if memory_mb is not None:
-            window = models.LoadedModel(model, tokenizer).window_length(None)
+            window = sources.LoadedModel(model, tokenizer).window_length(None)
             tokens, held = room.longest(model, int(1e6 * memory_mb), window)
             print(f"texts of up to {tokens} tokens are answered: {1e-6 * held:.0f} MB at the peak", file=sys.stderr)
             limits = dataclasses.replace(limits, tokens=tokens)
@@ -223,7 +225,7 @@ def export(given: argparse.Namespace) -> int:
     exporter.check(model, given.to, given.out, given.activations)
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
     length = exporter.PROMPT + exporter.DECODED
-    tokens = data.windows(data.StdlibDocs().text("test"), tokenizer, length, "test")[:1]
+    tokens = corpus.windows(corpus.StdlibDocs().text("test"), tokenizer, length, "test")[:1]
     found = exporter.export(model, given.to, given.out, tokens, given.activations, given.dtype)
     print(json.dumps({"file": str(given.out), "to": given.to} | found, indent=1))
     return 0
@@ -248,13 +250,13 @@ def _check_writer(folder: pathlib.Path, why: str) -> None:
 
 def _architecture(folder: pathlib.Path) -> Any:
     """The class of the compressed model in ``folder``.  Raises ValueError if there is none."""
-    if not (folder / models.CONFIG).is_file():
-        raise ValueError(f"{folder} holds no {models.CONFIG}: name a folder that nashswarm compress made")
-    described = json.loads((folder / models.CONFIG).read_text())
+    if not (folder / sources.CONFIG).is_file():
+        raise ValueError(f"{folder} holds no {sources.CONFIG}: name a folder that nashswarm compress made")
+    described = json.loads((folder / sources.CONFIG).read_text())
     if "quantization_config" not in described:
         raise ValueError(f"the model in {folder} is not compressed: use nashswarm compress first")
     return getattr(transformers, described["architectures"][0])
 
 
 def _weights(folder: pathlib.Path) -> list[str]:
-    return [models.CONFIG, *(path.name for path in sorted(folder.glob("model*.safetensors*")))]
+    return [sources.CONFIG, *(path.name for path in sorted(folder.glob("model*.safetensors*")))]

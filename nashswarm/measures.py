@@ -12,9 +12,11 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm import errors, evaluators, glue, metrics, models, peers, timing
+from nashswarm import errors, evaluators, measures_glue, peers, timing
+from nashswarm.data import glue
 from nashswarm.layers import Layer
 from nashswarm.linear import Activations, set_activations
+from nashswarm.models import evaluation, matrices, sources
 from nashswarm.progress import Track
 from nashswarm.records import statistics
 from nashswarm.runtime import room
@@ -36,7 +38,7 @@ class Subject:
     compressed: Any
     packed: Callable[[], Any]
     windows: Int[Tensor, "windows length"]
-    reference: Callable[[int], metrics.Reference]
+    reference: Callable[[int], evaluation.Reference]
     track: Track
     tokenizer: Any = None
     layers: tuple[Layer, ...] = ()
@@ -70,10 +72,10 @@ class Quality:
 
     def measure(self, subject: Subject) -> Found:
         full = subject.reference(self.batch_size)
-        windows = metrics.evaluate(subject.compressed, subject.windows, self.batch_size, full, subject.track)
+        windows = evaluation.evaluate(subject.compressed, subject.windows, self.batch_size, full, subject.track)
         if not np.isfinite(windows["kl"]).all():
             raise ValueError("the compressed model's logits are not finite on the test text; raise method.bits")
-        found = metrics.summarise(windows)
+        found = evaluation.summarise(windows)
         deltas = [own - full for own, full in zip(windows["nll"], windows["nll_full"], strict=True)]
         for name, values in (("kl", windows["kl"]), ("nll_delta", deltas)):
             found[f"{name}_low"], found[f"{name}_high"] = statistics.interval(values)
@@ -92,12 +94,12 @@ class Official:
         truth = subject.truth
         assert truth is not None, "the windows have no labels"
         full, own = (
-            glue.scores(model, subject.windows, self.batch_size, subject.track)
+            measures_glue.scores(model, subject.windows, self.batch_size, subject.track)
             for model in (subject.full, subject.compressed)
         )
         if not np.isfinite(own).all():
             raise ValueError("the compressed model's logits are not finite on the test examples; raise method.bits")
-        return glue.compared(truth, own, full)
+        return measures_glue.compared(truth, own, full)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Speed:
         models = {"full": subject.full, "": packed, "float32": packed}
         for name in self.against:
             try:
-                models[name] = peers.CONTESTANTS[name](subject.full)
+                sources[name] = peers.CONTESTANTS[name](subject.full)
             except errors.NotInstalled as missing:
                 log.warning("not timed: %s", missing)
         tokens = subject.windows[:1, :prompt]
@@ -149,22 +151,22 @@ class Speed:
         def prepare(name: str) -> None:
             set_activations(packed, "float32" if name == "float32" else "int8")
 
-        times = timing.interleaved(models, tokens, context, self.new_tokens, self.repeats, prepare, subject.track)
+        times = timing.interleaved(sources, tokens, context, self.new_tokens, self.repeats, prepare, subject.track)
         found: dict[str, float] = {}
         for name, own in times.items():
             suffix = f"_{name}" if name else ""
             found[f"decode_ms{suffix}"] = float(np.median(own["decode"]))
             found[f"decode_long_ms{suffix}"] = float(np.median(own["decode_long"]))
             found[f"prefill_tokens_per_second{suffix}"] = prompt / float(np.median(own["prefill"]))
-            found[f"bytes_resident{suffix}"] = resident_bytes(models[name])
+            found[f"bytes_resident{suffix}"] = resident_bytes(sources[name])
             if name != "full":
                 found |= timing.ratios(times["full"], own, suffix)
         kinds: tuple[Activations, ...] = ("float32", "int8")
         for activations in kinds:
             set_activations(packed, activations)
             windows = subject.windows[: self.quality_windows]
-            seen = metrics.evaluate(packed, windows, BATCH, subject.reference(BATCH), subject.track)
-            found[f"kl_{activations}"] = metrics.summarise(seen)["kl"]
+            seen = evaluation.evaluate(packed, windows, BATCH, subject.reference(BATCH), subject.track)
+            found[f"kl_{activations}"] = evaluation.summarise(seen)["kl"]
         return found, {f"decode_ms_{name or 'int8'}": own["decode"] for name, own in times.items()}
 
 
@@ -268,15 +270,15 @@ class Layers:
     def measure(self, subject: Subject) -> Found:
         self.check(subject.windows)
         windows = subject.windows[: self.windows]
-        full = metrics.reference(subject.full, windows, BATCH)
-        together = metrics.evaluate(subject.compressed, windows, BATCH, full)
+        full = evaluation.reference(subject.full, windows, BATCH)
+        together = evaluation.evaluate(subject.compressed, windows, BATCH, full)
         trial = copy.deepcopy(subject.full)
         series: dict[str, list[float]] = {f"layer_{name}": [] for name in ("kl", "kl_low", "kl_high", "nll_delta")}
         for layer in subject.track(subject.layers, "one layer after the other"):
-            models.put(trial, {layer.name: subject.weights[layer.name]})
-            found = metrics.evaluate(trial, windows, BATCH, full)
-            models.put(trial, {layer.name: layer.weight})
-            alone = metrics.summarise(found)
+            matrices.put(trial, {layer.name: subject.weights[layer.name]})
+            found = evaluation.evaluate(trial, windows, BATCH, full)
+            matrices.put(trial, {layer.name: layer.weight})
+            alone = evaluation.summarise(found)
             alone["kl_low"], alone["kl_high"] = statistics.interval(found["kl"])
             for name, values in series.items():
                 values.append(alone[name.removeprefix("layer_")])
@@ -284,7 +286,7 @@ class Layers:
         batches = -(-self.windows // BATCH)
         metric = {
             "layer_kl_sum": sum(measured),
-            "kl_together": metrics.summarise(together)["kl"],
+            "kl_together": evaluation.summarise(together)["kl"],
             "forward_passes": (len(subject.layers) + 2) * batches,
         }
         predicted = [subject.damage[layer.name] for layer in subject.layers if layer.name in subject.damage]
@@ -318,7 +320,7 @@ class Bleu:
         windows, length = subject.windows[: self.windows], self.prompt_tokens + self.new_tokens
         prompts, rest = windows[:, : self.prompt_tokens], windows[:, self.prompt_tokens : length]
         own, full = (
-            metrics.continuations(model, prompts, self.new_tokens, BATCH, subject.track)
+            evaluation.continuations(model, prompts, self.new_tokens, BATCH, subject.track)
             for model in (subject.packed() if self.packed else subject.compressed, subject.full)
         )
         texts = [subject.tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (own, full, rest)]
@@ -344,7 +346,7 @@ class LmEval:
         models = {"": subject.compressed, "_full": subject.full}
         metric: dict[str, float] = {}
         series: dict[str, list[float]] = {}
-        for suffix, model in models.items():
+        for suffix, model in sources.items():
             found = evaluators.harness(model, subject.tokenizer, self.tasks, self.folder, self.limit, BATCH)
             for task in self.tasks:
                 name = f"accuracy_{task}{suffix}"
@@ -354,7 +356,7 @@ class LmEval:
                 answered = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
                 series[name] = [float(sample["acc"]) for sample in answered]
         for task in self.tasks:
-            own, full = (np.array(series[f"accuracy_{task}{suffix}"]) for suffix in models)
+            own, full = (np.array(series[f"accuracy_{task}{suffix}"]) for suffix in sources)
             name = f"accuracy_{task}_delta"
             metric[name] = float((own - full).mean())
             metric[f"{name}_low"], metric[f"{name}_high"] = statistics.interval((own - full).tolist())

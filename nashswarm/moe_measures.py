@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from nashswarm import api, metrics
+from nashswarm import api
 from nashswarm.measures import Found, resident_bytes
+from nashswarm.models import evaluation
 from nashswarm.moe import load, store
 from nashswarm.moe.loss import implied_prices
 from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
@@ -165,7 +166,7 @@ def judged(
                 regret.append(regrets(one.logits, one.experts, implied_prices(one, congestion)).cpu())
         if follow:
             model.follow(routings)
-    found = metrics.summarise(series)
+    found = evaluation.summarise(series)
     if loads:
         table = torch.stack(loads).cpu().numpy()
         found |= load.summarise(table) | {"dropped": dropped / (float(table.sum()) + dropped)}
@@ -227,8 +228,8 @@ class QuickValidation:
         batches = windows.split(self.batch_size)
         warm_up = batches[:WARM_UP]
         for suffix, model in (("", subject.model), ("_quantized", packed)):
-            seen = metrics.evaluate(model, windows, self.batch_size, track=subject.track)
-            found[f"nll{suffix}"] = metrics.summarise(seen)["nll"]
+            seen = evaluation.evaluate(model, windows, self.batch_size, track=subject.track)
+            found[f"nll{suffix}"] = evaluation.summarise(seen)["nll"]
             series[f"nll{suffix}"] = seen["nll"]
         series["tokens"] = [float(self.length - 1)] * len(windows)
         models = {"": subject.model, "_quantized": packed}

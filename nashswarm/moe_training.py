@@ -16,7 +16,8 @@ import transformers
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm import data, models
+from nashswarm.data import corpus
+from nashswarm.models import sources
 from nashswarm.moe import loss
 from nashswarm.moe.model import MoeConfig, MoeForCausalLM, MoeSource
 from nashswarm.moe.router import Settings
@@ -91,7 +92,7 @@ def trained(
         "model": dataclasses.asdict(source),
         "router": described,
         "training": dataclasses.asdict(settings),
-        "training_sha256": data.sha256(text),
+        "training_sha256": corpus.sha256(text),
         "sequence_length": length,
         "seed": seed,
         "device": device,
@@ -104,7 +105,7 @@ def trained(
     folder = cache / f"moe-{fingerprint(key)}"
     if settings.any_version and not folder.is_dir():
         folder = of_any_version(key, cache) or folder
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models.EMBEDDED)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED)
     checkpoint = folder.with_name(f"{folder.name}.checkpoint")
     with claim(folder):  # another measure of a sweep may ask for the same model
         if not folder.is_dir():
@@ -158,7 +159,7 @@ def windows(source: MoeSource, text: str, length: int | None, what: str) -> Int[
     wanted = source.context if length is None else length
     if not 2 <= wanted <= source.context:
         raise ValueError(f"dataset.sequence_length={wanted} is not between 2 and model.context={source.context}")
-    return data.windows(text, transformers.AutoTokenizer.from_pretrained(models.EMBEDDED), wanted, what)
+    return corpus.windows(text, transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED), wanted, what)
 
 
 def train(

@@ -15,12 +15,14 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from nashswarm import data, glue, models, moe_training, peers, recovery, saved
+from nashswarm import moe_training, peers, recovery, saved
+from nashswarm.data import corpus, glue
 from nashswarm.errors import NotOffered
 from nashswarm.experiment.identity import to_importable, to_recorded
 from nashswarm.measures import Measure, Official, Size
 from nashswarm.methods import AsPublished
 from nashswarm.methods_ import Method
+from nashswarm.models import sources
 from nashswarm.moe.model import MoeSource
 from nashswarm.moe.router import Settings
 from nashswarm.moe_measures import MoeMeasure, QuickValidation
@@ -62,9 +64,9 @@ ConfigStore.instance().store(name="root", node=Root)
 class Plan(NamedTuple):
     """What a config stands for, before anything slow; ``identity``: everything that can move a number."""
 
-    source: models.Source
+    source: sources.Source
     method: Method
-    dataset: data.Dataset
+    dataset: corpus.Dataset
     measure: Measure
     device: str
     dtype: torch.dtype
@@ -78,7 +80,7 @@ class MoePlan(NamedTuple):
 
     source: MoeSource
     router: Settings
-    dataset: data.Dataset
+    dataset: corpus.Dataset
     measure: MoeMeasure
     device: str
     texts: Mapping[str, str]
@@ -160,7 +162,7 @@ def config_again(about: Mapping[str, Any], paths: Mapping[str, str | None], **ch
     return config
 
 
-def config_of(source: models.Source, method: Method, dataset: Any, measure: Measure, **root: Any) -> DictConfig:
+def config_of(source: sources.Source, method: Method, dataset: Any, measure: Measure, **root: Any) -> DictConfig:
     """The config of a run that was not composed by Hydra; ``root``: what differs from the defaults of its root."""
     groups = {"model": source, "method": method, "dataset": dataset, "measure": measure}
     plain = dataclasses.asdict(Root()) | {"wandb": "disabled"} | root
@@ -194,10 +196,10 @@ def choose_task(config: DictConfig, method: Method) -> recovery.Recovery | None:
     return found
 
 
-def refuse_training_text(source: models.Source, text: str) -> None:
+def refuse_training_text(source: sources.Source, text: str) -> None:
     """Raises ValueError if the model was trained on the text that is to test it, as where both are one file."""
     path = getattr(source, "path", None)
-    if path is not None and saved.training_text(pathlib.Path(path)) == data.sha256(text):
+    if path is not None and saved.training_text(pathlib.Path(path)) == corpus.sha256(text):
         raise ValueError(
             f"the model in {path} was trained on this very test text: choose another dataset, or train and test with a "
             "folder of train, validation and test files"
@@ -226,7 +228,7 @@ def build(config: DictConfig) -> Any:
 
 
 def identify(
-    config: DictConfig, device: str, source: models.Source | MoeSource, texts: Mapping[str, str]
+    config: DictConfig, device: str, source: sources.Source | MoeSource, texts: Mapping[str, str]
 ) -> dict[str, Any]:
     """Everything that can move a number; paths count by their content."""
     groups: dict[str, Any] = {name: to_recorded(OmegaConf.to_container(config[name], resolve=True)) for name in GROUPS}
@@ -241,9 +243,9 @@ def identify(
     return {
         "task": config.task,
         **settings,
-        "model": model | {"content": source.label if isinstance(source, MoeSource) else models.content_of(source)},
+        "model": model | {"content": source.label if isinstance(source, MoeSource) else sources.content_of(source)},
         "method": groups["method"],
-        "dataset": dataset | {f"{purpose}_sha256": data.sha256(text) for purpose, text in texts.items()},
+        "dataset": dataset | {f"{purpose}_sha256": corpus.sha256(text) for purpose, text in texts.items()},
         "measure": _by_content(groups["measure"]),
         "seed": config.seed,
         "device": device,

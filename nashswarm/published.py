@@ -19,9 +19,9 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nashswarm import metrics
 from nashswarm.games.potential import Game, best_response
 from nashswarm.measures import BATCH, Found, Subject
+from nashswarm.models import evaluation
 from nashswarm.quant.published import QUANTILES, quantize_by_magnitude
 from nashswarm.records.statistics import interval
 
@@ -68,8 +68,8 @@ class Published:
             found[f"latency_ms_{name}"] = float(np.mean(series[f"latency_ms_{name}"]))
 
         for name, model in schemes.items():
-            windows = metrics.evaluate(model, subject.windows, BATCH, subject.reference(BATCH), subject.track)
-            summary = metrics.summarise(windows)
+            windows = evaluation.evaluate(model, subject.windows, BATCH, subject.reference(BATCH), subject.track)
+            summary = evaluation.summarise(windows)
             deltas = [mine - whole for mine, whole in zip(windows["nll"], windows["nll_full"], strict=True)]
             for metric, values in (("kl", windows["kl"]), ("nll_delta", deltas)):
                 low, high = interval(values)

@@ -20,11 +20,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from nashswarm import checkpoint, metrics, models
+from nashswarm import checkpoint
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
 from nashswarm.linear import to_tiles
 from nashswarm.methods_ import Compressed
+from nashswarm.models import evaluation, matrices
 from nashswarm.quant.entropy import KINDS, CodeTables, coded_bits
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.latent import Latent, encode
@@ -132,9 +133,9 @@ class _Training:
         self.floats = [part for part in self.trial.parameters() if id(part) not in taken and part.is_floating_point()]
         self.limit = int((1 + TOLERANCE) * _size(result.packed))
         self.teacher: Any = (
-            metrics.reference(evidence.full, windows, evidence.batch)
+            evaluation.reference(evidence.full, windows, evidence.batch)
             if evidence.causal
-            else metrics.embed_all(evidence.full, windows, evidence.batch)
+            else evaluation.embed_all(evidence.full, windows, evidence.batch)
         )
 
     def run(self, rng: np.random.Generator) -> Recovered:
@@ -184,17 +185,17 @@ class _Training:
 
     def step(self, batch: Int[Tensor, " batch"], price: float) -> float:
         """Gradients of the loss on a batch, in every parameter; the loss."""
-        models.put(self.trial, {name: latent.weight() for name, latent in self.latents.items()})
+        matrices.put(self.trial, {name: latent.weight() for name, latent in self.latents.items()})
         self.trial.zero_grad(set_to_none=True)
         loss = self.loss(batch)
         loss.backward()
         for name, latent in self.latents.items():
-            latent.take(models.gradient(self.trial, name), price)
+            latent.take(matrices.gradient(self.trial, name), price)
         return loss.item()
 
     def loss(self, batch: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         if not self.evidence.causal:
-            apart: Tensor = (metrics.embed(self.trial, self.windows[batch]) - self.teacher[batch]).square()
+            apart: Tensor = (evaluation.embed(self.trial, self.windows[batch]) - self.teacher[batch]).square()
             return apart.sum(1).mean() / 2
         with torch.no_grad():
             wanted = self.teacher.head(self.teacher.states[batch])[:, :-1].float().log_softmax(-1)

@@ -20,25 +20,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nashswarm import (
-    checkpoint,
-    data,
-    glue,
-    measures,
-    metrics,
-    models,
-    moe_measures,
-    moe_training,
-    peers,
-    recovery,
-    saved,
-)
+from nashswarm import checkpoint, measures, moe_measures, moe_training, peers, recovery, saved
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
+from nashswarm.data import corpus, glue
 from nashswarm.experiment.identity import to_recorded
 from nashswarm.measures import Measure, Subject
 from nashswarm.memory import peak_bytes, reset_peak
 from nashswarm.methods_ import Compressed, Method
+from nashswarm.models import classifier, evaluation, matrices, sources
 from nashswarm.plan import MoePlan, Plan, config_again, plan, plan_moe
 from nashswarm.progress import show_progress
 from nashswarm.records import record
@@ -151,7 +141,7 @@ def _train_moe(config: DictConfig, planned: MoePlan) -> Done:
     """A mixture of experts, trained or found in the cache, and what is measured of it."""
     source, texts, length = planned.source, planned.texts, planned.dataset.sequence_length
     judged = moe_training.windows(source, texts["calibration"], length, "validation")
-    judged = data.first(judged, planned.dataset.test_windows, "validation")
+    judged = corpus.first(judged, planned.dataset.test_windows, "validation")
     moe_measures.check(planned.measure, judged)
     trained = moe_training.trained(
         source, planned.router, planned.training, texts["train"], length, int(config.seed), planned.device,
@@ -176,9 +166,9 @@ class Job:
     def __init__(
         self,
         config: DictConfig,
-        source: models.Source,
+        source: sources.Source,
         method: Method,
-        dataset: data.Dataset,
+        dataset: corpus.Dataset,
         measure: Measure,
         device: str,
         dtype: torch.dtype,
@@ -189,24 +179,26 @@ class Job:
         self.method, self.measure, self.finetune = method, measure, finetune
         self.seed = int(config.seed)
         self.rng = np.random.default_rng(config.seed)
-        cut = data.windows
+        cut = corpus.windows
         self.truth: glue.Truth | None = None
         if isinstance(dataset, glue.Glue):
             cut = glue.windows
-            loaded = glue.fine_tuned(dataset, source, texts["calibration"], device, dtype, pathlib.Path(config.cache))
+            loaded = classifier.fine_tuned(
+                dataset, source, texts["calibration"], device, dtype, pathlib.Path(config.cache)
+            )
             self.truth = dataset.truth(texts["test"])
         else:
-            loaded = models.load(source, device, dtype)
+            loaded = sources.load(source, device, dtype)
         self.full = loaded.model
-        layers = models.find_layers(self.full, source.exclude)
+        layers = matrices.find_layers(self.full, source.exclude)
         length = loaded.window_length(dataset.sequence_length)
         pool, test = (
             cut(texts[purpose], loaded.tokenizer, length, purpose).to(device) for purpose in ("calibration", "test")
         )
-        self.test = data.first(test, dataset.test_windows, "test")
+        self.test = corpus.first(test, dataset.test_windows, "test")
         measures.check(measure, self.test)
         self.pool = pool
-        drawn = data.draw(pool, dataset.calibration_windows, dataset.holdout_windows, self.rng)
+        drawn = corpus.draw(pool, dataset.calibration_windows, dataset.holdout_windows, self.rng)
         label_seed = int(self.rng.integers(2**31))
         key = {name: identity[name] for name in ("model", "dataset", "dtype", "device", "threads")}
         key |= {"length": length, "torch": torch.__version__, "code": code_digest()}
@@ -266,9 +258,9 @@ class Job:
 
     def place(self, result: Compressed) -> dict[str, Tensor]:
         """Put the result's weights on the trial, everything else rounded as it is stored: those other tensors."""
-        others = models.other_tensors(self.evidence.trial, self.evidence.layers)
-        models.put(self.evidence.trial, result.weights)
-        models.round_others(others, result.float_bits)
+        others = matrices.other_tensors(self.evidence.trial, self.evidence.layers)
+        matrices.put(self.evidence.trial, result.weights)
+        matrices.round_others(others, result.float_bits)
         return others
 
     def subject(self, result: Compressed) -> Subject:
@@ -287,14 +279,14 @@ class Job:
             self.tokenizer, layers, result.weights, result.damage, self.test_text, self.truth,
         )  # fmt: skip
 
-    def reference(self, batch_size: int) -> metrics.Reference:
+    def reference(self, batch_size: int) -> evaluation.Reference:
         """The full model's states on the test windows."""
 
         def compute() -> dict[str, Tensor]:
-            return {"states": metrics.reference(self.full, self.test, batch_size, show_progress).states.cpu()}
+            return {"states": evaluation.reference(self.full, self.test, batch_size, show_progress).states.cpu()}
 
         states = self.cache("baseline", {"batch_size": batch_size}, compute)["states"].to(self.test.device)
-        return metrics.Reference(states, self.full.get_output_embeddings())
+        return evaluation.Reference(states, self.full.get_output_embeddings())
 
     def layer_table(self, result: Compressed) -> list[dict[str, Any]]:
         """One row per weight matrix: shape, bytes, bits per weight, predicted damage in nats per token."""

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from nashswarm.models import CONFIG, WEIGHTS
+from nashswarm.models.sources import CONFIG, WEIGHTS
 
 INDEX = f"{WEIGHTS}.index.json"
 EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"

@@ -15,8 +15,9 @@ from typing import Any
 
 import transformers
 
-from nashswarm import forecast, models, report, shapes, shards, typeset
+from nashswarm import forecast, report, shards, typeset
 from nashswarm.by_layer import ByLayer
+from nashswarm.models import shapes, sources
 from nashswarm.rate_game import NashSwarm
 from nashswarm.records import record
 from nashswarm.records.files import write_whole
@@ -118,7 +119,7 @@ def measured_rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
 
 def shape_rows() -> list[tuple[str, ...]]:
     """One row a model of ``conf/`` that a config describes."""
-    embedded = transformers.AutoConfig.from_pretrained(models.EMBEDDED).to_dict()
+    embedded = transformers.AutoConfig.from_pretrained(sources.EMBEDDED).to_dict()
     return [shape_row(name, config) for name, config in ({"default": embedded} | dict(shapes.SHAPES)).items()]
 
 

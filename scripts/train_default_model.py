@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from nashswarm import stdlib_docs
+from nashswarm.data import stdlib_docs
 from nashswarm.records import files
 
 END = "<|endoftext|>"

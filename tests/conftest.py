@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from nashswarm.models import find_layers
+from nashswarm.models.matrices import find_layers
 from nashswarm.quant.entropy import CodeTables, count, encode_groups, encode_lattice, tables_of
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor

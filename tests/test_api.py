@@ -14,10 +14,10 @@ import transformers
 from torch import Tensor
 
 import nashswarm
-from nashswarm import metrics
 from nashswarm.api import METHODS
 from nashswarm.linear import QuantizedEmbedding, QuantizedLinear, set_activations
 from nashswarm.methods import FixedWidth, Gptq, Uniform
+from nashswarm.models import evaluation
 
 compress = nashswarm.compress
 QUICK = {"method": "uniform", "bits": 4}
@@ -60,7 +60,7 @@ def packed_modules(model: Any) -> dict[str, Any]:
 
 
 def kl(full: Any, model: Any, windows: Tensor) -> float:
-    return metrics.summarise(metrics.evaluate(model, windows, 4, metrics.reference(full, windows, 4)))["kl"]
+    return evaluation.summarise(evaluation.evaluate(model, windows, 4, evaluation.reference(full, windows, 4)))["kl"]
 
 
 def test_what_five_lines_make_is_loaded_again(played: Any, tmp_path: pathlib.Path) -> None:

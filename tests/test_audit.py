@@ -7,8 +7,8 @@ import re
 import pandas as pd
 import pytest
 
+from nashswarm.models.shapes import Sizes
 from nashswarm.records import record
-from nashswarm.shapes import Sizes
 from scripts import audit
 
 ROOT = pathlib.Path(__file__).parent.parent

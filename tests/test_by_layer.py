@@ -22,11 +22,11 @@ from nashswarm.by_layer import ByLayer
 from nashswarm.checkpoint import decode
 from nashswarm.cli import main
 from nashswarm.linear import QuantizedLinear, set_activations
+from nashswarm.models.shapes import LARGE
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.reply import reply
 from nashswarm.records import files as record
-from nashswarm.shapes import LARGE
 
 BLOCKS, WIDTH, INNER, VOCABULARY = 4, 64, 128, 512
 SETTINGS = ByLayer(bits=3, group_size=64)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nashswarm.calibration import moments as calibration
 from nashswarm.calibration.moments import calibrate, drawn
 from nashswarm.layers import Moments
-from nashswarm.models import find_layers
+from nashswarm.models.matrices import find_layers
 
 KINDS = ("gpt2", "opt", "llama", "gpt_neox")
 

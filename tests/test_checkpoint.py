@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from nashswarm import checkpoint
 from nashswarm.kernels import tiles as layout
 from nashswarm.linear import PackedMatrix, QuantizedEmbedding, QuantizedLinear, set_activations
-from nashswarm.models import find_layers, other_tensors, put
+from nashswarm.models.matrices import find_layers, other_tensors, put
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack

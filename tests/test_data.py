@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from nashswarm import data
-from nashswarm.data import Dataset, HubText, StdlibDocs, draw, first, sha256, windows
+from nashswarm.data import corpus
+from nashswarm.data.corpus import Dataset, HubText, StdlibDocs, draw, first, sha256, windows
 
 
 def write(folder: pathlib.Path, **splits: str) -> str:
@@ -65,7 +65,7 @@ def test_the_separator_joins_rows_as_the_hub_has_them(tmp_path: pathlib.Path) ->
 
 def test_a_hub_row_that_ends_in_a_newline_gets_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["", " = Title = \n", "text \n", ""]
-    monkeypatch.setattr(data, "rows_of", lambda *_: [(row,) for row in rows])
+    monkeypatch.setattr(corpus, "rows_of", lambda *_: [(row,) for row in rows])
     assert HubText("owner/name", separator="\n\n").text("test") == "\n\n".join(rows)
     assert HubText("owner/name").text("test") == "\n = Title = \ntext \n"
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import nashswarm
-from nashswarm import checkpoint, data, stdlib_docs
+from nashswarm import checkpoint
 from nashswarm.cli import main
+from nashswarm.data import corpus, stdlib_docs
 from nashswarm.linear import PackedMatrix
-from nashswarm.models import EMBEDDED, WEIGHTS, ModelSource, find_layers, load
+from nashswarm.models.matrices import find_layers
+from nashswarm.models.sources import EMBEDDED, WEIGHTS, ModelSource, load
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.lattice import LatticeTensor, lattice_of
 from nashswarm.quant.pack import pack
@@ -276,8 +278,8 @@ def test_the_default_model_in_standard_nodes(tmp_path: pathlib.Path, runtime: An
     than the model at 16 bits."""
     loaded = load(ModelSource(), "cpu", torch.float32)
     small, _ = nashswarm.compress(loaded.model, tokenizer=loaded.tokenizer, bits=3.0)
-    text = data.StdlibDocs().text("test")
-    tokens = data.windows(text, loaded.tokenizer, export.PROMPT + export.DECODED, "test")[:1]
+    text = corpus.StdlibDocs().text("test")
+    tokens = corpus.windows(text, loaded.tokenizer, export.PROMPT + export.DECODED, "test")[:1]
     out = tmp_path / "model.onnx"
     found = export.export(small, "onnx-qdq", out, tokens, "float32")
     assert found["parity"] < 1e-4 and found["matrices_int4"] + found["matrices_int8"] == 18

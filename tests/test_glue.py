@@ -14,12 +14,17 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 import nashswarm  # noqa: F401  (it makes the format known to transformers)
-from nashswarm import glue, metrics
+from nashswarm import measures_glue
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
-from nashswarm.data import Dataset
-from nashswarm.glue import METRICS, TASKS, Glue, Training, fine_tuned, interval, labels, predictions, windows
-from nashswarm.models import ModelSource, PackagedModel, find_layers, put
+from nashswarm.data.corpus import Dataset
+from nashswarm.data.glue import TASKS, Glue, Training, labels, windows
+from nashswarm.measures_glue import METRICS, interval, predictions
+from nashswarm.models import classifier as glue
+from nashswarm.models import evaluation
+from nashswarm.models.classifier import fine_tuned
+from nashswarm.models.matrices import find_layers, put
+from nashswarm.models.sources import ModelSource, PackagedModel
 from nashswarm.progress import no_track
 from nashswarm.records.record import read
 from nashswarm.run import run
@@ -130,13 +135,14 @@ def test_an_example_is_a_window(tokenizer: Any, folder: Callable[[str], pathlib.
 
 
 def test_padding_is_invisible(classifier: Any, padded: Tensor) -> None:
-    together = glue.scores(classifier, padded, 2, no_track)
+    together = measures_glue.scores(classifier, padded, 2, no_track)
     for window, scores, length in zip(padded, together, (12, 5, 9), strict=True):
         with torch.no_grad():
             alone = classifier(input_ids=window[None, :length]).logits[0]
         assert torch.allclose(torch.from_numpy(scores).float(), alone, atol=1e-5)
         seen = [
-            metrics.projection(classifier, part, torch.Generator().manual_seed(0)) for part in (window, window[:length])
+            evaluation.projection(classifier, part, torch.Generator().manual_seed(0))
+            for part in (window, window[:length])
         ]
         assert torch.equal(*seen)
 
@@ -151,11 +157,11 @@ def test_a_model_is_fine_tuned_once(
     first = fine_tuned(*given)
     test = dataset.text("test")
     tokens = windows(test, first.tokenizer, LENGTH, "test")
-    answers = glue.scores(first.model, tokens, 8, no_track)
+    answers = measures_glue.scores(first.model, tokens, 8, no_track)
     assert METRICS["accuracy"](labels(test), predictions(answers)) == 1.0
     assert [path.name for path in tmp_path.iterdir()] == [next(tmp_path.glob("sst2-*")).name]
     monkeypatch.setattr(glue, "_train", lambda *_: pytest.fail("trained again"))
-    assert np.array_equal(glue.scores(fine_tuned(*given).model, tokens, 8, no_track), answers)
+    assert np.array_equal(measures_glue.scores(fine_tuned(*given).model, tokens, 8, no_track), answers)
 
 
 def test_training_goes_on_where_it_stopped(
@@ -264,7 +270,7 @@ def test_a_whole_run(
     saved = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     text = Glue(str(config.dataset.path), task).text("test")
     again = predictions(
-        glue.scores(
+        measures_glue.scores(
             saved,
             windows(text, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"), LENGTH, "test"),
             8,
@@ -298,8 +304,8 @@ def test_a_probe_counts_tokens_and_not_their_padding(classifier: Any, padded: Te
     layer = evidence.layers[-1]
     moved = {layer.name: 1.5 * layer.weight}
     assert evidence.mean_length == (12 + 5 + 9) // 3
-    first = metrics.distance(
-        *(metrics.embed_all(model, padded[:1], 1) for model in (classifier, _with(classifier, moved)))
+    first = evaluation.distance(
+        *(evaluation.embed_all(model, padded[:1], 1) for model in (classifier, _with(classifier, moved)))
     )
     assert evidence.heldout_kl(moved, 8) == pytest.approx(first, rel=1e-4)
     assert evidence.heldout_kl(moved, 9) != pytest.approx(first, rel=1e-4)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nashswarm import models
 from nashswarm.calibration.context import Oracle
 from nashswarm.layers import Layer, Moments
 from nashswarm.methods import Gptq
+from nashswarm.models import matrices, sources
 
 LAYERS = ("h.0.attn.c_attn", "h.1.mlp.c_fc", "h.2.attn.c_proj", "h.3.mlp.c_proj")
 GROUP, DAMPING, WINDOWS, LENGTH = 64, 0.01, 16, 256
@@ -43,10 +43,10 @@ def theirs() -> Any:
 @pytest.fixture(scope="module")
 def calibrated(theirs: Any) -> list[tuple[Layer, Tensor]]:
     """Some layers of the embedded model, and their inputs on some text."""
-    loaded = models.load(models.ModelSource(), "cpu", torch.float32)
+    loaded = sources.load(sources.ModelSource(), "cpu", torch.float32)
     text = "\n".join(topics.topics.values())
     tokens = torch.tensor(loaded.tokenizer(text)["input_ids"][: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
-    layers = [layer for layer in models.find_layers(loaded.model) if layer.name.endswith(LAYERS)]
+    layers = [layer for layer in matrices.find_layers(loaded.model) if layer.name.endswith(LAYERS)]
     seen: dict[str, Tensor] = {}
     for layer in layers:
         loaded.model.get_submodule(layer.name).register_forward_pre_hook(

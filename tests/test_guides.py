@@ -13,9 +13,11 @@ from torch import Tensor
 
 from examples.adding.confidence import Confidence
 from examples.adding.ends import Ends
-from nashswarm import data, figures, metrics, models
+from nashswarm import figures
+from nashswarm.data import corpus
 from nashswarm.errors import NotOffered
 from nashswarm.measures import Subject
+from nashswarm.models import evaluation, matrices
 from nashswarm.progress import no_track
 from nashswarm.records.record import Record
 from nashswarm.run import run
@@ -46,7 +48,7 @@ def execute(
 
 def test_an_added_model(execute: Callable[..., Record], tiny: Any) -> None:
     found = execute("method=baseline")
-    assert [row["name"] for row in found.layers] == [layer.name for layer in models.find_layers(tiny)]
+    assert [row["name"] for row in found.layers] == [layer.name for layer in matrices.find_layers(tiny)]
     assert found.metrics["kl"] < 1e-5 and found.metrics["nominal_bits"] == 16
 
 
@@ -54,7 +56,7 @@ def test_an_added_dataset(execute: Callable[..., Record], text_folder: pathlib.P
     found = execute("method=baseline")
     for purpose, file in (("calibration", "validation.txt"), ("test", "test.txt")):
         text = (text_folder / file).read_text().removesuffix("\n")
-        assert found.config["dataset"][f"{purpose}_sha256"] == data.sha256(text)
+        assert found.config["dataset"][f"{purpose}_sha256"] == corpus.sha256(text)
     assert found.metrics["tokens"] == 6 * 31
 
 
@@ -75,7 +77,7 @@ def test_an_added_measure(execute: Callable[..., Record], tiny: Any, token_windo
     undecided = copy.deepcopy(tiny)
     with torch.no_grad():
         undecided.lm_head.weight.zero_()  # every token is as probable as any other
-    reference = functools.partial(metrics.reference, tiny, token_windows)
+    reference = functools.partial(evaluation.reference, tiny, token_windows)
     found, series = Confidence(batch_size=2).measure(
         Subject(tiny, undecided, lambda: undecided, token_windows, reference, no_track)
     )

@@ -19,8 +19,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
-from nashswarm import data, hub, metrics, models
-from nashswarm.models import LoadedModel
+from nashswarm.data import corpus, hub
+from nashswarm.models import evaluation, matrices, sources
+from nashswarm.models.sources import LoadedModel
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.reply import reply
@@ -30,19 +31,19 @@ CALIBRATION_WINDOWS = 32
 
 
 def perplexity(model: Any, windows: Tensor) -> float:
-    return math.exp(metrics.summarise(metrics.evaluate(model, windows, 1))["nll"])
+    return math.exp(evaluation.summarise(evaluation.evaluate(model, windows, 1))["nll"])
 
 
-def in_blocks(model: Any) -> list[models.Layer]:
+def in_blocks(model: Any) -> list[sources.Layer]:
     """The matrices that GPTQ's authors quantize: those of the blocks, neither embeddings nor the head."""
-    return [layer for layer in models.find_layers(model) if ".layers." in layer.name]
+    return [layer for layer in matrices.find_layers(model) if ".layers." in layer.name]
 
 
 def round_to_nearest(model: Any) -> None:
     """4 bits, one grid from minimum to maximum a row, in place."""
     for layer in in_blocks(model):
         rounded = quantize(layer.weight, 4, Scheme(layer.weight.shape[1]))
-        models.put(model, {layer.name: rounded.dequantize()})
+        matrices.put(model, {layer.name: rounded.dequantize()})
 
 
 @torch.no_grad()
@@ -66,18 +67,20 @@ def gptq(model: Any, windows: Tensor) -> None:
     for layer in layers:
         rows, columns = layer.weight.shape
         curved = Curvature(torch.ones(rows), inputs[layer.name], None)
-        models.put(model, {layer.name: reply(layer.weight, 4, Scheme(columns), curved, 0).dequantize()})
+        matrices.put(model, {layer.name: reply(layer.weight, 4, Scheme(columns), curved, 0).dequantize()})
 
 
 def test_the_recipes_do_what_they_say(random_model: Callable[[str], Any]) -> None:
     """On a model of random weights, so that they are run everywhere: feedback brings the logits nearer."""
     windows = torch.randint(512, (12, 64), generator=torch.Generator().manual_seed(0))
     full = random_model("opt")
-    reference = metrics.reference(full, windows[8:], 4)
+    reference = evaluation.reference(full, windows[8:], 4)
     nearest, fed_back = random_model("opt"), random_model("opt")
     round_to_nearest(nearest)
     gptq(fed_back, windows[:8])
-    kl = [metrics.summarise(metrics.evaluate(m, windows[8:], 4, reference))["kl"] for m in (full, fed_back, nearest)]
+    kl = [
+        evaluation.summarise(evaluation.evaluate(m, windows[8:], 4, reference))["kl"] for m in (full, fed_back, nearest)
+    ]
     assert kl[0] == pytest.approx(0, abs=1e-6) and 1e-6 < kl[1] < kl[2]
     for name, embedding in full.named_parameters():
         if "embed" in name:
@@ -97,9 +100,9 @@ def fetch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Loade
         try:
             source = instantiate(config.model, _convert_="object")
             text = instantiate(config.dataset, _convert_="object")
-            loaded = models.load(source, "cpu", torch.float32)
+            loaded = sources.load(source, "cpu", torch.float32)
             parts = [
-                data.windows(text.text(purpose), loaded.tokenizer, length, purpose)
+                corpus.windows(text.text(purpose), loaded.tokenizer, length, purpose)
                 for purpose in ("test", "calibration")
             ]
         except ValueError as error:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import checkpoint, metrics, peers, timing
+from nashswarm import checkpoint, peers, timing
 from nashswarm.linear import PackedMatrix
 from nashswarm.measures import (
     Bleu,
@@ -31,7 +31,8 @@ from nashswarm.measures import (
     require,
     resident_bytes,
 )
-from nashswarm.models import find_layers
+from nashswarm.models import evaluation
+from nashswarm.models.matrices import find_layers
 from nashswarm.progress import no_track
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
@@ -52,7 +53,7 @@ def subject(tiny: Any, packed_model: Any, token_windows: Tensor, tokenizer: Any)
     """The tiny model, its packed copy, that copy's weights as floats, and damages as if they were predicted."""
     own, floats = copy.deepcopy(packed_model), copy.deepcopy(packed_model)
     floats.dequantize()
-    reference = functools.partial(metrics.reference, tiny, token_windows)
+    reference = functools.partial(evaluation.reference, tiny, token_windows)
     layers, weights = find_layers(tiny), {layer.name: layer.weight for layer in find_layers(floats)}
     damage = {layer.name: float(number % 3) for number, layer in enumerate(layers)}
     return Subject(
@@ -74,7 +75,7 @@ def test_size_runs_nothing_and_counts_what_is_loaded(
     """By hand: a tied matrix once, the rest as floats; of a packed matrix its tiles and the order they are read in."""
     checkpoint.adopt(model, find_layers(model), packed(model, form))
 
-    def never(batch_size: int) -> metrics.Reference:
+    def never(batch_size: int) -> evaluation.Reference:
         raise AssertionError
 
     found, series = Size().measure(Subject(tiny, None, lambda: model, token_windows, never, no_track))
@@ -98,8 +99,8 @@ def test_quality(subject: Subject) -> None:
     assert 0 < found["kl_low"] <= found["kl"] <= found["kl_high"]
     assert found["nll_delta_low"] <= found["nll_delta"] <= found["nll_delta_high"]
     assert 0 < found["top1_agreement"] < 1
-    own = metrics.evaluate(subject.compressed, subject.windows, 2)
-    assert found["nll"] == pytest.approx(metrics.summarise(own)["nll"])
+    own = evaluation.evaluate(subject.compressed, subject.windows, 2)
+    assert found["nll"] == pytest.approx(evaluation.summarise(own)["nll"])
 
 
 def test_quality_refuses_logits_that_are_not_finite(subject: Subject) -> None:
@@ -139,8 +140,8 @@ def test_speed(subject: Subject) -> None:
 def test_speed_tells_what_rounded_activations_cost(subject: Subject) -> None:
     found, _ = Speed(prompt_tokens=8, new_tokens=1, repeats=1, quality_windows=3).measure(subject)
     windows = subject.windows[:3]
-    floats = metrics.evaluate(subject.compressed, windows, 1, subject.reference(1))
-    assert found["kl_float32"] == pytest.approx(metrics.summarise(floats)["kl"], rel=1e-3)
+    floats = evaluation.evaluate(subject.compressed, windows, 1, subject.reference(1))
+    assert found["kl_float32"] == pytest.approx(evaluation.summarise(floats)["kl"], rel=1e-3)
     assert found["kl_int8"] != found["kl_float32"] and found["kl_int8"] == pytest.approx(found["kl_float32"], rel=0.2)
 
 
@@ -221,21 +222,21 @@ def test_several_measures_are_taken_one_after_the_other(subject: Subject) -> Non
 def test_each_layer_is_measured_alone(subject: Subject, tiny: Any) -> None:
     """By hand: a fresh copy of the full model per matrix, one window at a time."""
     found, series = Layers(windows=3).measure(subject)
-    windows, full = subject.windows[:3], metrics.reference(tiny, subject.windows[:3], 1)
+    windows, full = subject.windows[:3], evaluation.reference(tiny, subject.windows[:3], 1)
     floats = dict(subject.compressed.named_parameters())
     for place, layer in enumerate(subject.layers):
         alone = copy.deepcopy(tiny)
         with torch.no_grad():
             name = f"{layer.name}.weight"
             dict(alone.named_parameters())[name].copy_(floats[name])
-        expected = metrics.summarise(metrics.evaluate(alone, windows, 1, full))
+        expected = evaluation.summarise(evaluation.evaluate(alone, windows, 1, full))
         assert series["layer_kl"][place] == pytest.approx(expected["kl"], rel=1e-3)
         assert series["layer_nll_delta"][place] == pytest.approx(expected["nll_delta"], abs=1e-6)
         assert series["layer_kl_low"][place] <= series["layer_kl"][place] <= series["layer_kl_high"][place]
     assert set(series) == {"layer_kl", "layer_kl_low", "layer_kl_high", "layer_nll_delta"}
     assert all(len(values) == len(subject.layers) for values in series.values())
     assert found["layer_kl_sum"] == pytest.approx(sum(series["layer_kl"]))
-    whole = metrics.summarise(metrics.evaluate(subject.compressed, windows, 3, full))
+    whole = evaluation.summarise(evaluation.evaluate(subject.compressed, windows, 3, full))
     assert found["kl_together"] == pytest.approx(whole["kl"], rel=1e-3)
     predicted = [subject.damage[layer.name] for layer in subject.layers]
     assert (found["damage_pearson"], found["damage_spearman"]) == statistics.correlations(predicted, series["layer_kl"])
@@ -270,7 +271,7 @@ def test_more_windows_than_there_are_are_refused(subject: Subject, measure: Laye
 
 
 def test_continuations_are_those_of_generate(tiny: Any, token_windows: Tensor) -> None:
-    found = metrics.continuations(tiny, token_windows[:, :8], 6, batch_size=2)
+    found = evaluation.continuations(tiny, token_windows[:, :8], 6, batch_size=2)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(found, tiny.generate(token_windows[:, :8], **options)[:, 8:])
 
@@ -282,7 +283,7 @@ def test_bleu_is_sacrebleus(subject: Subject) -> None:
     assert set(found) == {f"{name}{end}" for name in (*names, "bleu_text_delta") for end in ("", "_low", "_high")}
     assert set(series) == set(names) and all(len(series[name]) == 5 for name in names)
     prompts = subject.windows[:, :8]
-    own, full = (metrics.continuations(model, prompts, 16, 5) for model in (subject.packed(), subject.full))
+    own, full = (evaluation.continuations(model, prompts, 16, 5) for model in (subject.packed(), subject.full))
     texts = [
         subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for tokens in (own, full, subject.windows[:, 8:])

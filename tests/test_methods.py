@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import metrics, models
 from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.moments import calibrate
 from nashswarm.layers import curvature
 from nashswarm.methods import AsPublished, FixedWidth, Flock, Gptq, Split, Uniform
 from nashswarm.methods_ import Compressed, Method
+from nashswarm.models import evaluation, matrices
 from nashswarm.quant.entropy import decode_groups
 from nashswarm.quant.grid import QuantizedTensor, Scheme
 from nashswarm.quant.pack import packed_bytes, unpack
@@ -49,9 +49,9 @@ METHODS: dict[str, Method] = {
 
 def oracle_of(model: Any, windows: Tensor) -> Oracle:
     """What the runner would tell a method about ``model``; nothing is kept on disk."""
-    layers = models.find_layers(model)
+    layers = matrices.find_layers(model)
     compressed = copy.deepcopy(model)
-    full = metrics.reference(model, windows, 8)
+    full = evaluation.reference(model, windows, 8)
     known: dict[str, Any] = {}
 
     def moments() -> Any:
@@ -61,9 +61,9 @@ def oracle_of(model: Any, windows: Tensor) -> Oracle:
         return known["moments"]
 
     def heldout_kl(weights: Mapping[str, Tensor], tokens: int | None) -> float:
-        models.put(compressed, weights)
-        found = metrics.evaluate(compressed, windows, 8, full)
-        models.put(compressed, {layer.name: layer.weight for layer in layers if layer.name in weights})
+        matrices.put(compressed, weights)
+        found = evaluation.evaluate(compressed, windows, 8, full)
+        matrices.put(compressed, {layer.name: layer.weight for layer in layers if layer.name in weights})
         return float(np.mean(found["kl"]))
 
     def remember(kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -179,8 +179,8 @@ def test_16_bits_are_every_bit_of_a_16_bit_model(model: Any, token_windows: Tens
     with torch.no_grad():
         before = halved(input_ids=token_windows).logits
         result = compress(Uniform(16), oracle)
-        models.put(halved, result.weights)
-        models.round_others(models.other_tensors(halved, oracle.layers), result.float_bits)
+        matrices.put(halved, result.weights)
+        matrices.round_others(matrices.other_tensors(halved, oracle.layers), result.float_bits)
         assert torch.equal(halved(input_ids=token_windows).logits, before)
     assert size(result) == sum(18 + 2 * layer.parameters for layer in oracle.layers)
 

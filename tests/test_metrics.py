@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nashswarm import metrics
+from nashswarm.models import evaluation
 
 
 def slow(model: Any, windows: Tensor) -> list[float]:
@@ -29,38 +29,38 @@ def moved(model: Any) -> Any:
 
 
 def test_nll_is_the_loss_of_the_library(tiny: Any, token_windows: Tensor) -> None:
-    found = metrics.evaluate(tiny, token_windows, 2)
+    found = evaluation.evaluate(tiny, token_windows, 2)
     assert set(found) == {"nll", "tokens"}
     assert found["nll"] == pytest.approx(slow(tiny, token_windows), abs=1e-6)
     assert found["tokens"] == [23] * 5
-    assert metrics.summarise(found) == {"nll": pytest.approx(np.mean(slow(tiny, token_windows))), "tokens": 115}
+    assert evaluation.summarise(found) == {"nll": pytest.approx(np.mean(slow(tiny, token_windows))), "tokens": 115}
 
 
 def test_uniform_logits_have_the_vocabulary_as_perplexity(model: Any, token_windows: Tensor) -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    found = metrics.evaluate(model, token_windows, 8, metrics.reference(model, token_windows, 8))
-    assert math.exp(metrics.summarise(found)["nll"]) == pytest.approx(512)
+    found = evaluation.evaluate(model, token_windows, 8, evaluation.reference(model, token_windows, 8))
+    assert math.exp(evaluation.summarise(found)["nll"]) == pytest.approx(512)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
 def test_the_batch_size_changes_nothing(tiny: Any, moved: Any, token_windows: Tensor, batch_size: int) -> None:
-    expected = metrics.evaluate(moved, token_windows, 2, metrics.reference(tiny, token_windows, 2))
-    full = metrics.reference(tiny, token_windows, batch_size)
-    found = metrics.evaluate(moved, token_windows, batch_size, full)
+    expected = evaluation.evaluate(moved, token_windows, 2, evaluation.reference(tiny, token_windows, 2))
+    full = evaluation.reference(tiny, token_windows, batch_size)
+    found = evaluation.evaluate(moved, token_windows, batch_size, full)
     for name in expected:
         assert found[name] == pytest.approx(expected[name], abs=1e-6), name
 
 
 def test_a_model_agrees_with_itself(tiny: Any, token_windows: Tensor) -> None:
-    found = metrics.evaluate(tiny, token_windows, 2, metrics.reference(tiny, token_windows, 2))
+    found = evaluation.evaluate(tiny, token_windows, 2, evaluation.reference(tiny, token_windows, 2))
     assert found["kl"] == pytest.approx([0] * 5, abs=1e-9) and found["top1_agreement"] == [1] * 5
     assert found["nll_full"] == pytest.approx(found["nll"], abs=1e-6)
-    assert metrics.summarise(found)["nll_delta"] == pytest.approx(0, abs=1e-6)
+    assert evaluation.summarise(found)["nll_delta"] == pytest.approx(0, abs=1e-6)
 
 
 def test_divergence_and_agreement_by_the_formula(tiny: Any, moved: Any, token_windows: Tensor) -> None:
-    found = metrics.evaluate(moved, token_windows, 2, metrics.reference(tiny, token_windows, 2))
+    found = evaluation.evaluate(moved, token_windows, 2, evaluation.reference(tiny, token_windows, 2))
     for number, window in enumerate(token_windows):
         with torch.no_grad():
             p, q = (np.exp(model(input_ids=window[None]).logits[0, :-1].double().numpy()) for model in (tiny, moved))
@@ -73,7 +73,7 @@ def test_divergence_and_agreement_by_the_formula(tiny: Any, moved: Any, token_wi
 
 
 def test_reference_states_give_the_logits(tiny: Any, token_windows: Tensor) -> None:
-    full = metrics.reference(tiny, token_windows, 2)
+    full = evaluation.reference(tiny, token_windows, 2)
     with torch.no_grad():
         for number, window in enumerate(token_windows):
             torch.testing.assert_close(full.logits(number, slice(None)), tiny(input_ids=window[None]).logits[0])
@@ -96,12 +96,12 @@ class Scaled(nn.Module):
 
 def test_a_model_whose_logits_are_not_its_heads_is_refused(token_windows: Tensor) -> None:
     with pytest.raises(ValueError, match="not its head's output: KL cannot be measured"):
-        metrics.reference(Scaled(), token_windows, 2)
+        evaluation.reference(Scaled(), token_windows, 2)
 
 
 def test_windows_of_unequal_length_are_weighed_by_their_tokens() -> None:
     windows = {"nll": [2.0, 5.0], "nll_full": [1.0, 2.0], "kl": [0.0, 3.0], "tokens": [10, 20]}
-    assert metrics.summarise(windows) == pytest.approx({"nll": 4.0, "kl": 2.0, "nll_delta": 4 - 5 / 3, "tokens": 30})
+    assert evaluation.summarise(windows) == pytest.approx({"nll": 4.0, "kl": 2.0, "nll_delta": 4 - 5 / 3, "tokens": 30})
 
 
 def test_progress_is_reported_batch_by_batch(tiny: Any, token_windows: Tensor) -> None:
@@ -111,6 +111,6 @@ def test_progress_is_reported_batch_by_batch(tiny: Any, token_windows: Tensor) -
         steps.append((description, len(items)))
         return items
 
-    full = metrics.reference(tiny, token_windows, 2, track)
-    metrics.evaluate(tiny, token_windows, 2, full, track)
+    full = evaluation.reference(tiny, token_windows, 2, track)
+    evaluation.evaluate(tiny, token_windows, 2, full, track)
     assert steps == [("full model", 3), ("evaluating", 3)]

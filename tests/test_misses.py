@@ -17,7 +17,7 @@ from nashswarm.cli import main
 from nashswarm.kernels import native
 from nashswarm.kernels import tiles as layout
 from nashswarm.kernels.__main__ import example
-from nashswarm.models import find_layers
+from nashswarm.models.matrices import find_layers
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 from nashswarm.runtime import misses

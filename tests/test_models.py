@@ -12,16 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nashswarm.models import (
-    LoadedModel,
-    ModelSource,
-    content_of,
-    find_layers,
-    load,
-    other_tensors,
-    put,
-    round_others,
-)
+from nashswarm.models.matrices import find_layers, other_tensors, put, round_others
+from nashswarm.models.sources import LoadedModel, ModelSource, content_of, load
 
 KINDS = ("gpt2", "opt", "llama", "gpt_neox")
 

@@ -22,8 +22,8 @@ from transformers.models.mixtral import modeling_mixtral as mixtral
 
 import nashswarm
 from nashswarm.machine import Machine
+from nashswarm.models.experts import Experts, SplitExperts, unfuse
 from nashswarm.moe import load, loss, store
-from nashswarm.moe.experts import Experts, SplitExperts, unfuse
 from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
 from nashswarm.moe.router import (
     Dense,

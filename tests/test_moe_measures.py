@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nashswarm import moe_measures
-from nashswarm.moe import experts as moe_experts
+from nashswarm.models import experts as moe_experts
 from nashswarm.moe import router, store
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import NashSwarmRouter

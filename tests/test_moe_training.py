@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from nashswarm import api, moe_training, saved, tables
-from nashswarm.data import HubText, sha256
+from nashswarm.data.corpus import HubText, sha256
 from nashswarm.moe import loss
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import ExpertChoice, LossFree, NashSwarmRouter, TopK

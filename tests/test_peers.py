@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nashswarm import models, peers, tuned
+from nashswarm import peers, tuned
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
 from nashswarm.measures import resident_bytes
 from nashswarm.methods_ import Method
+from nashswarm.models import matrices
 from nashswarm.peers import CONTESTANTS, LIBRARIES, Peer
 from nashswarm.quant.pack import unpack
 
@@ -188,7 +189,7 @@ def never(*_: Any) -> Any:
 
 @pytest.fixture
 def oracle(tiny: Any) -> Oracle:
-    return Oracle(models.find_layers(tiny), 0, 1, never, never, never)
+    return Oracle(matrices.find_layers(tiny), 0, 1, never, never, never)
 
 
 @pytest.mark.parametrize("library, bits", [("hqq", 3), ("bitsandbytes", 4), ("quanto", 2), ("onnxruntime", 4)])
@@ -231,7 +232,7 @@ def test_nothing_packed_at_all_is_an_error(oracle: Oracle) -> None:
 
 def evidence_of(model: Any, windows: Tensor, layers: Any = None) -> Oracle:
     """An oracle of a model with its calibration text."""
-    return Evidence(model, layers or models.find_layers(model), windows, windows, 0, Cache(None, {})).oracle()
+    return Evidence(model, layers or matrices.find_layers(model), windows, windows, 0, Cache(None, {})).oracle()
 
 
 @pytest.fixture
@@ -286,7 +287,7 @@ def test_auto_round_answers_to_its_calibration_text(
     def error() -> float:
         found = Peer("auto_round", 3, 32).compress(oracle, np.random.default_rng(0))
         trial = copy.deepcopy(model)
-        models.put(trial, {name: weight for name, weight in found.weights.items() if ".h." in name})
+        matrices.put(trial, {name: weight for name, weight in found.weights.items() if ".h." in name})
         full, other = (one.transformer(token_windows).last_hidden_state for one in (model, trial))
         return float((full - other).square().sum())
 
@@ -302,7 +303,7 @@ def test_auto_round_fills_tables_up_and_leaves_what_does_not_fill_its_words(
 ) -> None:
     model = copy.deepcopy(random_model("llama"))
     model.resize_token_embeddings(model.config.vocab_size + 5)
-    layers = models.find_layers(model, exclude=["*0.mlp.up_proj"])
+    layers = matrices.find_layers(model, exclude=["*0.mlp.up_proj"])
     result = Peer("auto_round", 4, 32).compress(evidence_of(model, token_windows, layers), np.random.default_rng(0))
     bits = dict(line.split() for line in result.allocation.splitlines())
     assert bits.pop("lm_head") == "16" and set(bits.values()) == {"4"} and len(bits) == len(layers) - 1

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nashswarm import metrics, published
+from nashswarm import published
 from nashswarm.measures import Measure, Subject
+from nashswarm.models import evaluation
 from nashswarm.progress import no_track
 from nashswarm.published import Published, padded, padded_loss, quantized, random_replies
 
@@ -110,7 +111,7 @@ def test_it_is_a_measure_and_reports_both_protocols(
     tiny: Any, tokenizer: Any, text: str, token_windows: Tensor
 ) -> None:
     assert isinstance(SMALL, Measure)
-    reference = metrics.reference(tiny, token_windows, 8)
+    reference = evaluation.reference(tiny, token_windows, 8)
     subject = Subject(
         tiny, None, lambda: None, token_windows, lambda size: reference, no_track, tokenizer=tokenizer, text=text
     )

@@ -14,12 +14,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nashswarm import checkpoint, models, recovery
+from nashswarm import checkpoint, recovery
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
 from nashswarm.methods import Gptq, Uniform
 from nashswarm.methods_ import Compressed
+from nashswarm.models import matrices
 from nashswarm.progress import no_track
 from nashswarm.quant.entropy import CodeTables, count, tables_of
 from nashswarm.quant.grid import Scheme, quantize
@@ -45,7 +46,7 @@ BRIEF = Recovery(steps=48, batch_size=3, code_rate=0.004, scale_rate=0.002, floa
 def evidence(model: Any) -> Evidence:
     """What is known of the tiny model: eight windows that calibrate it and are trained on, four held out."""
     windows = torch.randint(512, (12, 24), generator=torch.Generator().manual_seed(1))
-    return Evidence(model, models.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track)
+    return Evidence(model, matrices.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track)
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_where_nothing_helps_the_untrained_state_is_kept(
 def test_a_model_without_a_vocabulary_is_trained_by_its_answers(random_model: Callable[[str], Any]) -> None:
     model = random_model("bert_classifier")
     windows = torch.randint(1, 512, (12, 24), generator=torch.Generator().manual_seed(1))
-    evidence = Evidence(model, models.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track)
+    evidence = Evidence(model, matrices.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track)
     found = trained(evidence, METHODS["tiles"].compress(evidence.oracle(), np.random.default_rng(0)))
     assert found.series["finetune_loss"][-1] < found.series["finetune_loss"][0]
     assert found.metrics["finetune_kl_heldout"] <= found.metrics["finetune_kl_heldout_before"]

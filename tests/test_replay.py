@@ -8,27 +8,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nashswarm import metrics, models
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.prefix_replay import Replay
 from nashswarm.calibration.session import Evidence
+from nashswarm.models import evaluation, matrices
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "bert", "bert_encoder", "neox"])
 def test_probes_find_what_whole_passes_find(kind: str, random_model: Callable[[str], Any]) -> None:
     model = random_model(kind)
-    layers = models.find_layers(model)
+    layers = matrices.find_layers(model)
     windows = torch.randint(0, model.config.vocab_size, (3, 16), generator=torch.Generator().manual_seed(0))
     evidence = Evidence(model, layers, windows, windows, 0, Cache(None, {}))
     for layer in layers:
         weights = {layer.name: layer.weight * 0.9}
         other = copy.deepcopy(model)
-        models.put(other, weights)
+        matrices.put(other, weights)
         if evidence.causal:
-            whole = metrics.evaluate(other, windows, evidence.batch, metrics.reference(model, windows, evidence.batch))
-            slow = metrics.summarise(whole)["kl"]
+            whole = evaluation.evaluate(
+                other, windows, evidence.batch, evaluation.reference(model, windows, evidence.batch)
+            )
+            slow = evaluation.summarise(whole)["kl"]
         else:
-            slow = metrics.distance(*(metrics.embed_all(each, windows, evidence.batch) for each in (model, other)))
+            slow = evaluation.distance(
+                *(evaluation.embed_all(each, windows, evidence.batch) for each in (model, other))
+            )
         assert evidence.heldout_kl(weights, windows.numel()) == slow == evidence.heldout_kl(weights, None)
         assert slow > 0 or "pooler" in layer.name
 

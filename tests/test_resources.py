@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from nashswarm.models import FAMILY
+from nashswarm.models.sources import FAMILY
 from nashswarm.records import record
 from nashswarm.records.record import Record
 from scripts import resources

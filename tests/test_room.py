@@ -12,7 +12,7 @@ import transformers
 
 from nashswarm import checkpoint, inference, measures, memory
 from nashswarm.cli import main
-from nashswarm.models import find_layers
+from nashswarm.models.matrices import find_layers
 from nashswarm.runtime import room
 
 Packed = Callable[..., dict[str, np.ndarray]]

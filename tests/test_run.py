@@ -132,7 +132,7 @@ def test_a_measure_without_its_package_is_refused_before_any_work(
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    monkeypatch.setattr("nashswarm.models.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("nashswarm.models.sources.load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="needs sacrebleu"):
         execute("measure=bleu")
 

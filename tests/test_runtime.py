@@ -12,7 +12,7 @@ from torch import nn
 from nashswarm import checkpoint
 from nashswarm.cli import main
 from nashswarm.machine import ASSUMED, machine
-from nashswarm.models import find_layers
+from nashswarm.models.matrices import find_layers
 from nashswarm.progress import no_track
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack

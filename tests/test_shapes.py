@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from nashswarm.models.shapes import SHAPES, Sizes, class_entropy, sizes, sizes_of
 from nashswarm.quant.published import CLASS_BITS, quantize_by_magnitude
-from nashswarm.shapes import SHAPES, Sizes, class_entropy, sizes, sizes_of
 
 PARAMETERS = {
     "gpt2": 124_439_808,

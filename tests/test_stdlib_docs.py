@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nashswarm import stdlib_docs
-from nashswarm.stdlib_docs import (
+from nashswarm.data import stdlib_docs
+from nashswarm.data.stdlib_docs import (
     SPLITS,
     comment_blocks,
     docstrings,

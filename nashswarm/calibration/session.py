@@ -12,18 +12,19 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from nashswarm import checkpoint, metrics, models
+from nashswarm import checkpoint
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.moments import calibrate, summed_nll
 from nashswarm.calibration.prefix_replay import Replay
 from nashswarm.layers import Layer, Moments
 from nashswarm.memory import give_back
+from nashswarm.models import evaluation, matrices
 from nashswarm.progress import Track, show_progress
 
 HELDOUT_LOGITS = 1 << 26  # in a batch of held-out windows: what their divergence may take in memory
 Compute = Callable[[], dict[str, Tensor]]
-Truth = metrics.Reference | Float[Tensor, "some width"]  # what a full model says about text
+Truth = evaluation.Reference | Float[Tensor, "some width"]  # what a full model says about text
 
 
 class Evidence:
@@ -52,7 +53,7 @@ class Evidence:
 
     def oracle(self) -> Oracle:
         """All that the method may know."""
-        others = models.other_tensors(self.full, self.layers)
+        others = matrices.other_tensors(self.full, self.layers)
         likely = {layer.name: np.zeros(layer.parameters // 3, np.uint8) for layer in self.layers}
         likely[checkpoint.TABLES] = np.zeros(1000, np.uint8)
         fixed = sum(len(content) for content in checkpoint.files(self.full, likely, others, 16).values())
@@ -73,7 +74,7 @@ class Evidence:
         """Calibration statistics of every module of the layers."""
         names = [module for layer in self.layers for module in layer.modules]
         parts = [field.name for field in dataclasses.fields(Moments)]
-        score = summed_nll if self.causal else metrics.projection
+        score = summed_nll if self.causal else evaluation.projection
 
         def compute() -> dict[str, Tensor]:
             generator = torch.Generator().manual_seed(self.seed)
@@ -96,13 +97,13 @@ class Evidence:
         hooks = [
             self.trial.get_submodule(name).register_forward_pre_hook(functools.partial(see, name)) for name in names
         ]
-        models.put(self.trial, weights)
+        matrices.put(self.trial, weights)
         positions = 0
         for window in self.calibration:
-            tokens = metrics.unpadded(self.full, window)
+            tokens = evaluation.unpadded(self.full, window)
             self.trial(input_ids=tokens[None])
             positions += len(tokens)
-        models.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
+        matrices.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
         for hook in hooks:
             hook.remove()
         return {name: (total / positions).float() for name, total in sums.items()}
@@ -113,18 +114,18 @@ class Evidence:
         return self.full.get_output_embeddings() is not None
 
     @functools.cached_property
-    def reference(self) -> metrics.Reference:
-        return metrics.reference(self.full, self.holdout, self.batch)
+    def reference(self) -> evaluation.Reference:
+        return evaluation.reference(self.full, self.holdout, self.batch)
 
     @functools.cached_property
     def embeddings(self) -> Float[Tensor, "holdout width"]:
         """What a full model without a vocabulary makes of the held-out windows."""
-        return metrics.embed_all(self.full, self.holdout, self.batch)
+        return evaluation.embed_all(self.full, self.holdout, self.batch)
 
     @functools.cached_property
     def mean_length(self) -> int:
         """Tokens of a held-out window, its padding aside."""
-        return max(sum(len(metrics.unpadded(self.full, window)) for window in self.holdout) // len(self.holdout), 1)
+        return max(sum(len(evaluation.unpadded(self.full, window)) for window in self.holdout) // len(self.holdout), 1)
 
     @property
     def batch(self) -> int:
@@ -146,18 +147,20 @@ class Evidence:
 
     def probe(self, windows: Integer[Tensor, "some length"]) -> "_Probe":
         """What one layer after the other is tried on."""
-        run = functools.partial(metrics.evaluate if self.causal else metrics.embed_all, self.trial, windows, self.batch)
+        run = functools.partial(
+            evaluation.evaluate if self.causal else evaluation.embed_all, self.trial, windows, self.batch
+        )
         truth = self.reference.spoken_out(len(windows)) if self.causal else self.embeddings[: len(windows)]
         return _Probe(windows, truth, Replay(self.trial, run))
 
     def moved(self, weights: Mapping[str, Tensor], windows: Integer[Tensor, "some length"], truth: Truth) -> float:
         """How far the model's answers are from the ``truth`` with these layer weights."""
-        models.put(self.trial, weights)
-        if isinstance(truth, metrics.Reference):
-            found = metrics.summarise(metrics.evaluate(self.trial, windows, self.batch, truth))["kl"]
+        matrices.put(self.trial, weights)
+        if isinstance(truth, evaluation.Reference):
+            found = evaluation.summarise(evaluation.evaluate(self.trial, windows, self.batch, truth))["kl"]
         else:
-            found = metrics.distance(truth, metrics.embed_all(self.trial, windows, self.batch))
-        models.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
+            found = evaluation.distance(truth, evaluation.embed_all(self.trial, windows, self.batch))
+        matrices.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
         give_back()
         return found
 

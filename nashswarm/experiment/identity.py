@@ -10,6 +10,13 @@ from typing import Any
 
 TARGET = "_target_"
 IMPORT_PATHS = {  # recorded name -> where the class can be imported from today
+    "nashswarm.data.HubText": "nashswarm.data.corpus.HubText",
+    "nashswarm.data.StdlibDocs": "nashswarm.data.corpus.StdlibDocs",
+    "nashswarm.glue.Glue": "nashswarm.data.glue.Glue",
+    "nashswarm.glue.Training": "nashswarm.data.glue.Training",
+    "nashswarm.models.ModelSource": "nashswarm.models.sources.ModelSource",
+    "nashswarm.models.PackagedModel": "nashswarm.models.sources.PackagedModel",
+    "nashswarm.models.RandomModel": "nashswarm.models.sources.RandomModel",
 }
 RECORDED_NAMES = {path: name for name, path in IMPORT_PATHS.items()}
 

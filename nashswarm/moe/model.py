@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from nashswarm.moe.experts import Experts
+from nashswarm.models.experts import Experts
 from nashswarm.moe.loss import LossWeights
 from nashswarm.moe.router import Dense, ExpertChoice, LossFree, NashSwarmRouter, Router, Routing, Settings, TopK
 

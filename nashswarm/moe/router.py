@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nashswarm import kernels
-from nashswarm.moe.experts import grouped
+from nashswarm.models.experts import grouped
 from nashswarm.moe.loss import LossWeights, implied_prices
 
 Prices = Literal["equilibrium", "sign", "none"]

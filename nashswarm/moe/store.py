@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nashswarm.machine import machine
-from nashswarm.moe.experts import Experts
+from nashswarm.models.experts import Experts
 
 MATRICES = ("up_proj", "down_proj")
 Key = tuple[str, int]  # a layer and the number of its expert

@@ -25,7 +25,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from uvicorn.supervisors import Multiprocess
 
-from nashswarm import models
+from nashswarm.models import sources
 
 PATIENCE = 0.01  # seconds between looks at whether the server has started
 
@@ -69,7 +69,7 @@ class Refused(Exception):
 
 def application(model: Any, tokenizer: Any, name: str, limits: Limits = Limits()) -> fastapi.FastAPI:
     """``POST /v1/completions``, ``GET /v1/models`` and ``GET /health``."""
-    vocabulary, longest = model.config.vocab_size, models.LoadedModel(model, tokenizer).window_length(None)
+    vocabulary, longest = model.config.vocab_size, sources.LoadedModel(model, tokenizer).window_length(None)
     longest = longest if limits.tokens is None else min(longest, limits.tokens)
     admitted = 0
     app = fastapi.FastAPI(title="nashswarm", openapi_url=None)

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
-from nashswarm import hub, stdlib_docs
+from nashswarm.data import hub, stdlib_docs
 
 Purpose = Literal["train", "calibration", "test"]
 WINDOWS = 64  # of calibration text, held-out ones among them, where nobody says how many
