@@ -21,9 +21,9 @@ import torch
 from nashswarm.layers import curvature
 from nashswarm.plan import plan
 from nashswarm.progress import show_progress
+from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme
-from nashswarm.quant.reply import reply
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
 from nashswarm.run import Job

@@ -15,10 +15,11 @@ from scipy import sparse
 from torch import Tensor
 
 from nashswarm.layers import Layer, Moments, curvature
+from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import Curvature
+from nashswarm.quant.error_feedback import pieces
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor, Scheme, quantize, row_blocks, tile_sums
 from nashswarm.quant.pack import packed_bytes, run_lengths
-from nashswarm.quant.reply import pieces, reply
 
 Bits = Mapping[str, Integer[np.ndarray, "row_blocks groups"]]
 TINY = 1e-30  # what the logarithm of a vanishing moment is taken of

@@ -22,12 +22,13 @@ from nashswarm.games import flock
 from nashswarm.layers import Layer
 from nashswarm.memory import give_back
 from nashswarm.progress import Track
+from nashswarm.quant.coordinate_descent import Settled
 from nashswarm.quant.curvature import Curvature, Whitened
 from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_integers, encode_lattice, tables_of
+from nashswarm.quant.error_feedback import pieces
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, lattice_of, price_at
-from nashswarm.quant.lattice_reply import Coding, lattice_reply, lattice_settle
-from nashswarm.quant.reply import Settled, pieces
+from nashswarm.quant.lattice_codes import Coding, lattice_reply, lattice_settle
 
 BUDGET_TOLERANCE = 1e-3
 COARSE = 1e-2  # how closely a budget is met before offsets are chosen

@@ -30,10 +30,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from nashswarm import checkpoint, memory, saved
 from nashswarm.models.sources import CONFIG
 from nashswarm.progress import Track, no_track
+from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import DAMPING, TINY, Curvature, pivots
+from nashswarm.quant.error_feedback import pieces
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.pack import pack, packed_bytes
-from nashswarm.quant.reply import pieces, reply
 from nashswarm.records.files import claim, write_whole
 from nashswarm.records.provenance import code_digest, provenance
 from nashswarm.shards import EMBEDDING, HEAD, INDEX, NORM, Shards, Source, file_bytes, names, some, tensors_of, units

@@ -25,7 +25,7 @@ from nashswarm.layers import Layer, Moments
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import GRID_WIDTHS
 from nashswarm.quant.lattice import LatticeTensor
-from nashswarm.quant.published import ClassedTensor
+from nashswarm.quant.prototype import ClassedTensor
 
 LIMIT = 1e-6  # nats per token that a player may still gain at what counts as an equilibrium
 ABSOLUTE, RELATIVE = 1e-7, 0.01  # a code that float32 rounds the other way at a tie changes its row from there on

@@ -45,8 +45,8 @@ from nashswarm.quant.entropy import KINDS, CodeTables, decode_groups, decode_lat
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
 from nashswarm.quant.pack import unpack
-from nashswarm.quant.published import KIND as PUBLISHED
-from nashswarm.quant.published import ClassedTensor
+from nashswarm.quant.prototype import KIND as PUBLISHED
+from nashswarm.quant.prototype import ClassedTensor
 
 METHOD = "nashswarm"
 VERSION = 1

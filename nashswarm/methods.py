@@ -20,12 +20,12 @@ from nashswarm.errors import NotOffered
 from nashswarm.games import flock
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods_ import Compressed
+from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import DAMPING
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, TILE_ROWS, WIDTHS, QuantizedTensor, Scheme
 from nashswarm.quant.pack import pack, packed_bytes
-from nashswarm.quant.published import QUANTILES, quantize_by_magnitude
-from nashswarm.quant.reply import reply
+from nashswarm.quant.prototype import QUANTILES, quantize_by_magnitude
 from nashswarm.rivals import dual_ascent, equal_loss, evolve
 from nashswarm.survey import report_regret, survey
 

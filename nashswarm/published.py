@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nashswarm.games.potential import Game, best_response
 from nashswarm.measures import BATCH, Found, Subject
 from nashswarm.models import evaluation
-from nashswarm.quant.published import QUANTILES, quantize_by_magnitude
+from nashswarm.quant.prototype import QUANTILES, quantize_by_magnitude
 from nashswarm.records.statistics import interval
 
 WIDTHS = (2, 3, 4, 8)  # the actions of the game that random numbers are said to solve

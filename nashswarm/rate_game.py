@@ -36,7 +36,7 @@ from nashswarm.methods_ import Compressed
 from nashswarm.quant.curvature import Whitened, whiten
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.quant.lattice import LatticeTensor, price_at, stack
-from nashswarm.quant.lattice_reply import lattice_reply, regret_by_row
+from nashswarm.quant.lattice_codes import lattice_reply, regret_by_row
 from nashswarm.quant.pack import run_lengths
 from nashswarm.survey import PROBE_TOKENS
 

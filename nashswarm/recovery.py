@@ -28,9 +28,9 @@ from nashswarm.methods_ import Compressed
 from nashswarm.models import evaluation, matrices
 from nashswarm.quant.entropy import KINDS, CodeTables, coded_bits
 from nashswarm.quant.grid import QuantizedTensor
-from nashswarm.quant.latent import Latent, encode
 from nashswarm.quant.lattice import LatticeTensor
-from nashswarm.quant.published import ClassedTensor
+from nashswarm.quant.prototype import ClassedTensor
+from nashswarm.quant.trainable_codes import Latent, encode
 
 STALE = ("regret", "potential", "damage")  # how metrics begin that tell of the codes before they were trained
 TOLERANCE = 1e-3  # how much more than before the packed matrices may take

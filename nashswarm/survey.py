@@ -15,8 +15,8 @@ from nashswarm.bit_game import solve
 from nashswarm.blocks import Blocks, damage, features, log_sensitivity
 from nashswarm.calibration.context import Oracle
 from nashswarm.layers import Moments
+from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.grid import Scheme, quantize
-from nashswarm.quant.reply import reply
 
 PROBED_WIDTHS = (0, 2, 3, 4)  # where the damage of a layer is measured, not only predicted
 PROBE_TOKENS = 1024

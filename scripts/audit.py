@@ -23,7 +23,7 @@ from nashswarm import report, typeset
 from nashswarm.models.shapes import SHAPES, Sizes, class_entropy, sizes
 from nashswarm.paper import commands, macro_name
 from nashswarm.published import UNTRAINED
-from nashswarm.quant.published import CLASS_BITS
+from nashswarm.quant.prototype import CLASS_BITS
 from nashswarm.rate_game import NashSwarm
 from nashswarm.records import files, record, statistics
 from nashswarm.records.record import Record

@@ -23,9 +23,9 @@ from nashswarm.checkpoint import decode
 from nashswarm.cli import main
 from nashswarm.linear import QuantizedLinear, set_activations
 from nashswarm.models.shapes import LARGE
+from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme, quantize
-from nashswarm.quant.reply import reply
 from nashswarm.records import files as record
 
 BLOCKS, WIDTH, INNER, VOCABULARY = 4, 64, 128, 512

@@ -26,7 +26,7 @@ from nashswarm.models.matrices import find_layers, other_tensors, put
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
-from nashswarm.quant.published import quantize_by_magnitude
+from nashswarm.quant.prototype import quantize_by_magnitude
 
 KINDS = ("gpt2", "llama", "llama_tied", "opt", "bert", "bert_encoder")
 FORMATS = ("tiles", "groups", "lattice")

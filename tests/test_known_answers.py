@@ -22,9 +22,9 @@ from torch import Tensor
 from nashswarm.data import corpus, hub
 from nashswarm.models import evaluation, matrices, sources
 from nashswarm.models.sources import LoadedModel
+from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme, quantize
-from nashswarm.quant.reply import reply
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 CALIBRATION_WINDOWS = 32

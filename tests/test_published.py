@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nashswarm.quant.pack import unpack_bits
-from nashswarm.quant.published import CLASS_WIDTHS, KIND, ClassedTensor, quantize_by_magnitude
+from nashswarm.quant.prototype import CLASS_WIDTHS, KIND, ClassedTensor, quantize_by_magnitude
 
 few = settings(max_examples=25, deadline=None)
 

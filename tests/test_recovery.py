@@ -24,8 +24,8 @@ from nashswarm.models import matrices
 from nashswarm.progress import no_track
 from nashswarm.quant.entropy import CodeTables, count, tables_of
 from nashswarm.quant.grid import Scheme, quantize
-from nashswarm.quant.latent import Latent
-from nashswarm.quant.published import quantize_by_magnitude
+from nashswarm.quant.prototype import quantize_by_magnitude
+from nashswarm.quant.trainable_codes import Latent
 from nashswarm.rate_game import NashSwarm
 from nashswarm.records import record
 from nashswarm.recovery import Recovery, recover

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nashswarm.quant.coordinate_descent import Settled, reply, settle
 from nashswarm.quant.curvature import DAMPING, Curvature, pivots, whiten
 from nashswarm.quant.entropy import address
+from nashswarm.quant.error_feedback import Grid, feedback
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.lattice import Lattice, LatticeTensor, lattice_of
-from nashswarm.quant.lattice_reply import Coding, lattice_reply, lattice_settle, regret_by_row
-from nashswarm.quant.reply import Grid, Settled, feedback, reply, settle
+from nashswarm.quant.lattice_codes import Coding, lattice_reply, lattice_settle, regret_by_row
 from tests.laplace import LAPLACE
 
 SCHEME = Scheme(8, search=True)

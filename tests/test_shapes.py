@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nashswarm.models.shapes import SHAPES, Sizes, class_entropy, sizes, sizes_of
-from nashswarm.quant.published import CLASS_BITS, quantize_by_magnitude
+from nashswarm.quant.prototype import CLASS_BITS, quantize_by_magnitude
 
 PARAMETERS = {
     "gpt2": 124_439_808,

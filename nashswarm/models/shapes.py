@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from nashswarm.quant.published import CLASS_BITS, CLASS_WIDTHS, KIND, QUANTILES
+from nashswarm.quant.prototype import CLASS_BITS, CLASS_WIDTHS, KIND, QUANTILES
 
 FLOAT_BYTES = 4
 

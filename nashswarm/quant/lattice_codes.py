@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from nashswarm.quant.coordinate_descent import Settled, settle
 from nashswarm.quant.curvature import TINY, Curvature, Whitened
 from nashswarm.quant.entropy import CodeTables, address
+from nashswarm.quant.error_feedback import FAR, Grid, GridOf, feedback, pieces
 from nashswarm.quant.lattice import Lattice, LatticeTensor
-from nashswarm.quant.reply import FAR, Grid, GridOf, Settled, feedback, pieces, settle
 
 
 @dataclasses.dataclass(frozen=True)
