@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nashswarm import checkpoint, errors, timing
+from nashswarm import errors, timing
 from nashswarm.data import corpus
-from nashswarm.linear import set_activations
 from nashswarm.machine import machine
 from nashswarm.models import matrices, sources
+from nashswarm.packed import checkpoint
+from nashswarm.packed.modules import set_activations
 from nashswarm.progress import show_progress
 from nashswarm.quant.grid import Scheme, quantize, row_blocks
 from nashswarm.quant.pack import pack

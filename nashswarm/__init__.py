@@ -13,8 +13,8 @@ from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large tensors in huge pages: a fault each 2 MB, not 4 KB
 
-from nashswarm import checkpoint as _checkpoint  # noqa: F401  what makes the format known
-from nashswarm.linear import set_activations
+from nashswarm.packed import checkpoint as _checkpoint  # noqa: F401  what makes the format known
+from nashswarm.packed.modules import set_activations
 
 __all__ = ["Report", "__version__", "compress", "set_activations"]
 __version__ = "0.1.0a0"

@@ -11,7 +11,6 @@ import transformers
 from jaxtyping import Integer
 from torch import Tensor
 
-from nashswarm import checkpoint
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.data import corpus, stdlib_docs
@@ -19,6 +18,7 @@ from nashswarm.methods import FixedWidth, Gptq, Uniform
 from nashswarm.methods_ import Method
 from nashswarm.models import matrices, sources
 from nashswarm.models.experts import unfuse
+from nashswarm.packed import checkpoint
 from nashswarm.rate_game import NashSwarm
 
 METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}

@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from nashswarm.checkpoint import TABLES
 from nashswarm.games import flock
 from nashswarm.layers import Layer
 from nashswarm.memory import give_back
+from nashswarm.packed.checkpoint import TABLES
 from nashswarm.progress import Track
 from nashswarm.quant.coordinate_descent import Settled
 from nashswarm.quant.curvature import Curvature, Whitened

@@ -27,8 +27,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from nashswarm import checkpoint, memory, saved
+from nashswarm import memory
 from nashswarm.models.sources import CONFIG
+from nashswarm.packed import checkpoint, model_folder
 from nashswarm.progress import Track, no_track
 from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import DAMPING, TINY, Curvature, pivots
@@ -140,7 +141,7 @@ def compress(
     key |= {"code": code_digest(), "torch": torch.__version__}
     work = out.with_name(f"{out.name}.unfinished")
     with claim(out):
-        if (out / saved.ABOUT).is_file() and _about(out).get("key") == key:
+        if (out / model_folder.ABOUT).is_file() and _about(out).get("key") == key:
             return dict(_about(out)["record"]["metrics"])
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not an empty folder; name another one or delete it")
@@ -177,8 +178,15 @@ def _begin(work: pathlib.Path, key: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of the run in ``work``, an earlier one or a new one.  Raises ValueError for one of another key."""
     if not work.exists():
         origin = provenance(datetime.datetime.now(datetime.UTC))
-        return {"schema": saved.SCHEMA, "by_layer": True, "key": key, "provenance": origin, "starts": 1, "units": []}
-    if (work / saved.ABOUT).is_file():
+        return {
+            "schema": model_folder.SCHEMA,
+            "by_layer": True,
+            "key": key,
+            "provenance": origin,
+            "starts": 1,
+            "units": [],
+        }
+    if (work / model_folder.ABOUT).is_file():
         about = _about(work)
     elif all(path.name.endswith(".partial") for path in work.iterdir()):  # killed before its first note
         about = {}
@@ -199,14 +207,14 @@ def _begin(work: pathlib.Path, key: Mapping[str, Any]) -> dict[str, Any]:
 
 def _about(folder: pathlib.Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / saved.ABOUT).read_text()))
+        return dict(json.loads((folder / model_folder.ABOUT).read_text()))
     except ValueError as error:
-        raise ValueError(f"{folder / saved.ABOUT} is damaged ({error}); delete {folder}") from error
+        raise ValueError(f"{folder / model_folder.ABOUT} is damaged ({error}); delete {folder}") from error
 
 
 def _note(work: pathlib.Path, about: Mapping[str, Any]) -> None:
     text = json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(work / saved.ABOUT, f"{text}\n".encode())
+    write_whole(work / model_folder.ABOUT, f"{text}\n".encode())
 
 
 def _check_room(out: pathlib.Path, needed: int) -> None:
@@ -385,5 +393,5 @@ def _finish(
     labels = {"model": source.folder.resolve().name, "method": "gptq, block by block"}
     about["record"] = {"labels": labels, "metrics": metrics}
     about["config"] = {"model": {"path": str(source.folder.resolve())}, "dataset": {}}
-    write_whole(work / saved.CARD, saved.card(about).encode())
+    write_whole(work / model_folder.CARD, model_folder.card(about).encode())
     _note(work, about)

@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from nashswarm import checkpoint, run, saved
+from nashswarm import run
 from nashswarm.layers import Layer, Moments
+from nashswarm.packed import checkpoint, model_folder
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import GRID_WIDTHS
 from nashswarm.quant.lattice import LatticeTensor
@@ -106,7 +107,7 @@ def certify(folder: pathlib.Path, model: str | None = None, dataset: str | None 
     Raises ValueError or OSError in one sentence for a damaged folder and for another model or text.
     """
     started = time.monotonic()
-    kept = saved.read(folder)
+    kept = model_folder.read(folder)
     job = run.reopen(kept.about, {"model": model, "dataset": dataset})
     layers = job.evidence.layers
     decoded = decode(kept.tensors, layers)
@@ -133,7 +134,7 @@ def certify(folder: pathlib.Path, model: str | None = None, dataset: str | None 
     recorded = metrics.get("regret_max") if steps is not None else None
     found = float(worst.max())
     return {
-        "file": str(folder / saved.WEIGHTS),
+        "file": str(folder / model_folder.WEIGHTS),
         "enumerated": "codes" if steps is None else "codes and steps",
         "layers": len(layers),
         "players": len(worst),

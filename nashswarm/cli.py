@@ -15,11 +15,12 @@ import numpy as np
 import torch
 import transformers
 
-from nashswarm import __version__, api, by_layer, forecast, inference, measures, peers, plan, run, saved, shards
+from nashswarm import __version__, api, by_layer, forecast, inference, measures, peers, plan, run, shards
 from nashswarm.certify import LIMIT, certify
 from nashswarm.data import corpus, hub
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.models import shapes, sources
+from nashswarm.packed import model_folder
 from nashswarm.progress import show_progress
 from nashswarm.runtime import export
 
@@ -318,7 +319,7 @@ def _by_layer(given: argparse.Namespace) -> by_layer.ByLayer:
 
 
 def _rebudget(given: argparse.Namespace) -> int:
-    about = saved.read(given.folder).about
+    about = model_folder.read(given.folder).about
     config = plan.config_again(
         about, {"model": given.model, "dataset": given.dataset}, bits=given.bits, save=str(given.out), rerun=False
     )

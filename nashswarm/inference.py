@@ -21,9 +21,9 @@ from rich.table import Table
 from nashswarm import errors, measures, memory
 from nashswarm.data import corpus
 from nashswarm.kernels import native
-from nashswarm.linear import PackedMatrix, QuantizedLinear
 from nashswarm.machine import Machine, machine
 from nashswarm.models import evaluation, sources
+from nashswarm.packed.modules import PackedMatrix, QuantizedLinear
 from nashswarm.progress import show_progress
 from nashswarm.runtime import export as exporter
 from nashswarm.runtime import misses, room

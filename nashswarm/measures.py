@@ -15,8 +15,8 @@ from torch import Tensor
 from nashswarm import errors, evaluators, measures_glue, peers, timing
 from nashswarm.data import glue
 from nashswarm.layers import Layer
-from nashswarm.linear import Activations, set_activations
 from nashswarm.models import evaluation, matrices, sources
+from nashswarm.packed.modules import Activations, set_activations
 from nashswarm.progress import Track
 from nashswarm.records import statistics
 from nashswarm.runtime import room

@@ -15,7 +15,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from nashswarm import moe_training, peers, recovery, saved
+from nashswarm import moe_training, peers, recovery
 from nashswarm.data import corpus, glue
 from nashswarm.errors import NotOffered
 from nashswarm.experiment.identity import to_importable, to_recorded
@@ -26,6 +26,7 @@ from nashswarm.models import sources
 from nashswarm.moe.model import MoeSource
 from nashswarm.moe.router import Settings
 from nashswarm.moe_measures import MoeMeasure, QuickValidation
+from nashswarm.packed import model_folder
 from nashswarm.records.record import fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -199,7 +200,7 @@ def choose_task(config: DictConfig, method: Method) -> recovery.Recovery | None:
 def refuse_training_text(source: sources.Source, text: str) -> None:
     """Raises ValueError if the model was trained on the text that is to test it, as where both are one file."""
     path = getattr(source, "path", None)
-    if path is not None and saved.training_text(pathlib.Path(path)) == corpus.sha256(text):
+    if path is not None and model_folder.training_text(pathlib.Path(path)) == corpus.sha256(text):
         raise ValueError(
             f"the model in {path} was trained on this very test text: choose another dataset, or train and test with a "
             "folder of train, validation and test files"

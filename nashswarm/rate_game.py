@@ -29,10 +29,10 @@ from nashswarm.board import BUDGET_TOLERANCE, COARSE, Blocks, Board, Offsets, Pl
 from nashswarm.calibration.context import Oracle
 from nashswarm.games import flock as swarm
 from nashswarm.games.potential import Coupling, Game, best_response
-from nashswarm.linear import to_tiles
 from nashswarm.memory import give_back
 from nashswarm.methods import Flock
 from nashswarm.methods_ import Compressed
+from nashswarm.packed.modules import to_tiles
 from nashswarm.quant.curvature import Whitened, whiten
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.quant.lattice import LatticeTensor, price_at, stack

@@ -20,12 +20,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from nashswarm import checkpoint
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
-from nashswarm.linear import to_tiles
 from nashswarm.methods_ import Compressed
 from nashswarm.models import evaluation, matrices
+from nashswarm.packed import checkpoint
+from nashswarm.packed.modules import to_tiles
 from nashswarm.quant.entropy import KINDS, CodeTables, coded_bits
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor

@@ -20,7 +20,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nashswarm import checkpoint, measures, moe_measures, moe_training, peers, recovery, saved
+from nashswarm import measures, moe_measures, moe_training, peers, recovery
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.data import corpus, glue
@@ -29,6 +29,7 @@ from nashswarm.measures import Measure, Subject
 from nashswarm.memory import peak_bytes, reset_peak
 from nashswarm.methods_ import Compressed, Method
 from nashswarm.models import classifier, evaluation, matrices, sources
+from nashswarm.packed import checkpoint, model_folder
 from nashswarm.plan import MoePlan, Plan, config_again, plan, plan_moe
 from nashswarm.progress import show_progress
 from nashswarm.records import record
@@ -79,7 +80,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
     target = None if config.save is None else pathlib.Path(config.save) / (fingerprint(identity) if many else "")
 
     def kept() -> bool:  # its model
-        return target is not None and not config.rerun and saved.holds(target, fingerprint(identity))
+        return target is not None and not config.rerun and model_folder.holds(target, fingerprint(identity))
 
     def there() -> bool:
         return path.exists() and not config.rerun and (target is None or kept())
@@ -94,7 +95,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
             return Outcome("skipped", path, record.read(path))
         if target is not None and kept():  # stopped between the two: the folder holds the record as well
             log.info("%s holds this model and its record, which is taken from there", target)
-            finished = dataclasses.replace(saved.record_in(target), labels=all_labels)
+            finished = dataclasses.replace(model_folder.record_in(target), labels=all_labels)
             return Outcome("finished", record.write(folder, finished), finished)
         names = (all_labels[name] for name in ("method", "model", "dataset"))
         log.info("%s on %s: %s, seed %d, %d threads", *names, config.seed, torch.get_num_threads())
@@ -122,7 +123,7 @@ def _check(planned: Plan | MoePlan, target: pathlib.Path | None) -> None:
         if target is not None and isinstance(planned.method, peers.Peer):
             raise ValueError(f"save={target}: what {planned.method.library} packs cannot be loaded again; leave it out")
     if target is not None:
-        saved.check_free(target)
+        model_folder.check_free(target)
 
 
 def _compress(config: DictConfig, planned: Plan) -> Done:
@@ -131,7 +132,7 @@ def _compress(config: DictConfig, planned: Plan) -> Done:
 
     def write(target: pathlib.Path, about: dict[str, Any]) -> None:
         game = {name: part.numpy() for name, part in result.game.items()}
-        saved.write(target, job.files, about, game, job.tokenizer)
+        model_folder.write(target, job.files, about, game, job.tokenizer)
 
     origin = {"parameters": job.evidence.parameters, "cache_hits": job.cache.hits}
     return Done(found, series, job.layer_table(result), result.allocation, origin, write)
@@ -154,7 +155,7 @@ def _train_moe(config: DictConfig, planned: MoePlan) -> Done:
     found, series = planned.measure.measure(subject)
 
     def write(target: pathlib.Path, about: dict[str, Any]) -> None:
-        saved.write_model(target, trained.model, trained.tokenizer, about)
+        model_folder.write_model(target, trained.model, trained.tokenizer, about)
 
     origin = {"parameters": sum(part.numel() for part in trained.model.parameters()), "trained_by": trained.code}
     return Done(found, dict(trained.series) | series, [], "", origin, write)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import nashswarm
 from nashswarm.api import METHODS
-from nashswarm.linear import QuantizedEmbedding, QuantizedLinear, set_activations
 from nashswarm.methods import FixedWidth, Gptq, Uniform
 from nashswarm.models import evaluation
+from nashswarm.packed.modules import QuantizedEmbedding, QuantizedLinear, set_activations
 
 compress = nashswarm.compress
 QUICK = {"method": "uniform", "bits": 4}

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from nashswarm import by_layer, forecast, memory, shards
 from nashswarm.by_layer import ByLayer
-from nashswarm.checkpoint import decode
 from nashswarm.cli import main
-from nashswarm.linear import QuantizedLinear, set_activations
 from nashswarm.models.shapes import LARGE
+from nashswarm.packed.checkpoint import decode
+from nashswarm.packed.modules import QuantizedLinear, set_activations
 from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme, quantize

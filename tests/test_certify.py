@@ -15,9 +15,10 @@ import safetensors.numpy
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm import rate_game, saved
+from nashswarm import rate_game
 from nashswarm.certify import Bowl, Laid, certify, decode, gain_of_codes, pulls, replies
 from nashswarm.cli import main
+from nashswarm.packed.model_folder import read
 from nashswarm.quant.entropy import CodeTables, decode_lattice, encode_lattice
 from nashswarm.quant.lattice import LatticeTensor
 from nashswarm.records import record
@@ -245,7 +246,7 @@ def test_the_full_model_and_its_text_may_have_moved(
 
 
 def test_what_is_decoded_are_the_weights_that_were_measured(played: pathlib.Path) -> None:
-    kept = saved.read(played)
+    kept = read(played)
     job = reopen(kept.about, {})
     result, *_ = job.execute()
     for name, tensor in decode(kept.tensors, job.evidence.layers).items():

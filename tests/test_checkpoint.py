@@ -19,10 +19,10 @@ from hypothesis import strategies as some
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from nashswarm import checkpoint
 from nashswarm.kernels import tiles as layout
-from nashswarm.linear import PackedMatrix, QuantizedEmbedding, QuantizedLinear, set_activations
 from nashswarm.models.matrices import find_layers, other_tensors, put
+from nashswarm.packed import checkpoint
+from nashswarm.packed.modules import PackedMatrix, QuantizedEmbedding, QuantizedLinear, set_activations
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
@@ -342,7 +342,7 @@ def test_what_kernels_cannot_read_is_kept_as_floats(
     with caplog.at_level(logging.WARNING):
         model = load(tmp_path)
     said = "kernels cannot read the format of 3 matrices, kept as floats: "
-    lines = [record.getMessage() for record in caplog.records if record.name == "nashswarm.checkpoint"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "nashswarm.packed.checkpoint"]
     assert [line.startswith(said) for line in lines] == [True]
     assert set(lines[0].removeprefix(said).split(", ")) == {*odd, "transformer.wte"}
     assert type(model.transformer.h[0].attn.c_attn) is Conv1D and type(model.transformer.wte) is torch.nn.Embedding

@@ -14,11 +14,11 @@ import torch
 import transformers
 
 import nashswarm
-from nashswarm import checkpoint
 from nashswarm.cli import _window_length, main
 from nashswarm.data import stdlib_docs
-from nashswarm.linear import PackedMatrix
 from nashswarm.models.matrices import find_layers
+from nashswarm.packed import checkpoint
+from nashswarm.packed.modules import PackedMatrix
 from nashswarm.plan import config_again
 
 FILES = ["config.json", "game.safetensors", "model.safetensors"]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import nashswarm
-from nashswarm import checkpoint
 from nashswarm.cli import main
 from nashswarm.data import corpus, stdlib_docs
-from nashswarm.linear import PackedMatrix
 from nashswarm.models.matrices import find_layers
 from nashswarm.models.sources import EMBEDDED, WEIGHTS, ModelSource, load
+from nashswarm.packed import checkpoint
+from nashswarm.packed.modules import PackedMatrix
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.lattice import LatticeTensor, lattice_of
 from nashswarm.quant.pack import pack

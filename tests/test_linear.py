@@ -15,7 +15,7 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm.kernels import tiles as layout
-from nashswarm.linear import (
+from nashswarm.packed.modules import (
     ESCAPE_BYTES,
     PackedMatrix,
     QuantizedEmbedding,

@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import checkpoint, peers, timing
-from nashswarm.linear import PackedMatrix
+from nashswarm import peers, timing
 from nashswarm.measures import (
     Bleu,
     Layers,
@@ -33,6 +32,8 @@ from nashswarm.measures import (
 )
 from nashswarm.models import evaluation
 from nashswarm.models.matrices import find_layers
+from nashswarm.packed import checkpoint
+from nashswarm.packed.modules import PackedMatrix
 from nashswarm.progress import no_track
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack

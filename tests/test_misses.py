@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from nashswarm import checkpoint, kernels
+from nashswarm import kernels
 from nashswarm.cli import main
 from nashswarm.kernels import native
 from nashswarm.kernels import tiles as layout
 from nashswarm.kernels.__main__ import example
 from nashswarm.models.matrices import find_layers
+from nashswarm.packed import checkpoint
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 from nashswarm.runtime import misses

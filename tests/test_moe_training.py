@@ -13,12 +13,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm import api, moe_training, saved, tables
+from nashswarm import api, moe_training, tables
 from nashswarm.data.corpus import HubText, sha256
 from nashswarm.moe import loss
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import ExpertChoice, LossFree, NashSwarmRouter, TopK
 from nashswarm.moe_training import Training, batches, train
+from nashswarm.packed import model_folder
 from nashswarm.plan import plan
 from nashswarm.progress import no_track
 from nashswarm.records import record
@@ -183,7 +184,7 @@ def test_the_trained_model_is_saved_and_can_be_compressed(
     assert compressed.provenance["parameters"] == found.provenance["parameters"]
     assert compressed.metrics["bits_per_weight_model"] < 8
     with pytest.raises(ValueError, match="the saved model was trained, not compressed"):
-        reopen(saved.read(tmp_path / "trained").about, {})
+        reopen(model_folder.read(tmp_path / "trained").about, {})
 
 
 def test_the_quick_validation_fills_its_table(execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:

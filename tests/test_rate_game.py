@@ -14,10 +14,10 @@ from torch import Tensor
 
 from nashswarm.board import BUDGET_TOLERANCE, Slope, meet
 from nashswarm.calibration.context import Oracle
-from nashswarm.checkpoint import TABLES
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods import Flock
 from nashswarm.methods_ import Compressed, Method
+from nashswarm.packed.checkpoint import TABLES
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.entropy import ESCAPE, CodeTables, address, coded_bits, decode_lattice
 from nashswarm.quant.lattice import Lattice, LatticeTensor, price_at

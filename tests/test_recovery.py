@@ -14,13 +14,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nashswarm import checkpoint, recovery
+from nashswarm import recovery
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
 from nashswarm.methods import Gptq, Uniform
 from nashswarm.methods_ import Compressed
 from nashswarm.models import matrices
+from nashswarm.packed import checkpoint
 from nashswarm.progress import no_track
 from nashswarm.quant.entropy import CodeTables, count, tables_of
 from nashswarm.quant.grid import Scheme, quantize

@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 
-from nashswarm import checkpoint, inference, measures, memory
+from nashswarm import inference, measures, memory
 from nashswarm.cli import main
 from nashswarm.models.matrices import find_layers
+from nashswarm.packed import checkpoint
 from nashswarm.runtime import room
 
 Packed = Callable[..., dict[str, np.ndarray]]

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from nashswarm import checkpoint
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.moments import calibrate, summed_nll
@@ -20,6 +19,7 @@ from nashswarm.calibration.prefix_replay import Replay
 from nashswarm.layers import Layer, Moments
 from nashswarm.memory import give_back
 from nashswarm.models import evaluation, matrices
+from nashswarm.packed import checkpoint
 from nashswarm.progress import Track, show_progress
 
 HELDOUT_LOGITS = 1 << 26  # in a batch of held-out windows: what their divergence may take in memory

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from nashswarm import errors
-from nashswarm.linear import PackedMatrix, set_activations
+from nashswarm.packed.modules import PackedMatrix, set_activations
 from nashswarm.records.files import write_by
 from nashswarm.runtime.portable import Grouped, Planes, for_onnx, for_torch, portable
 from nashswarm.runtime.qdq import OPSET, Digits

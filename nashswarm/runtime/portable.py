@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nashswarm import kernels
 from nashswarm.kernels import tiles as layout
-from nashswarm.linear import PackedMatrix, QuantizedEmbedding, QuantizedLinear
+from nashswarm.packed.modules import PackedMatrix, QuantizedEmbedding, QuantizedLinear
 from nashswarm.quant.grid import QuantizedTensor
 
 NBITS_WIDTHS = (2, 4, 8)

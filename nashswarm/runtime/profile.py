@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from nashswarm.linear import QuantizedLinear
+from nashswarm.packed.modules import QuantizedLinear
 from nashswarm.progress import Track
 
 BEYOND = 4  # times the largest cache: what is read of memory

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from nashswarm.linear import PackedMatrix
+from nashswarm.packed.modules import PackedMatrix
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nashswarm import memory
-from nashswarm.linear import PackedMatrix
+from nashswarm.packed.modules import PackedMatrix
 
 TRIES = 4  # of lengths between one that fits and twice it
 

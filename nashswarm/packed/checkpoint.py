@@ -28,7 +28,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nashswarm.layers import Layer
-from nashswarm.linear import (
+from nashswarm.models.experts import unfuse
+from nashswarm.models.matrices import MATRICES, other_tensors, round_others
+from nashswarm.models.sources import CONFIG, WEIGHTS
+from nashswarm.packed.modules import (
     Activations,
     PackedMatrix,
     QuantizedEmbedding,
@@ -38,9 +41,6 @@ from nashswarm.linear import (
     quantized,
     set_activations,
 )
-from nashswarm.models.experts import unfuse
-from nashswarm.models.matrices import MATRICES, other_tensors, round_others
-from nashswarm.models.sources import CONFIG, WEIGHTS
 from nashswarm.quant.entropy import KINDS, CodeTables, decode_groups, decode_lattice
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
