@@ -15,7 +15,7 @@ from torch import Tensor
 from nashswarm import errors, evaluators, measures_glue, peers, timing
 from nashswarm.data import glue
 from nashswarm.layers import Layer
-from nashswarm.models import evaluation, matrices, sources
+from nashswarm.models import evaluation, matrices
 from nashswarm.packed.modules import Activations, set_activations
 from nashswarm.progress import Track
 from nashswarm.records import statistics
@@ -143,7 +143,7 @@ class Speed:
         models = {"full": subject.full, "": packed, "float32": packed}
         for name in self.against:
             try:
-                sources[name] = peers.CONTESTANTS[name](subject.full)
+                models[name] = peers.CONTESTANTS[name](subject.full)
             except errors.NotInstalled as missing:
                 log.warning("not timed: %s", missing)
         tokens = subject.windows[:1, :prompt]
@@ -151,14 +151,14 @@ class Speed:
         def prepare(name: str) -> None:
             set_activations(packed, "float32" if name == "float32" else "int8")
 
-        times = timing.interleaved(sources, tokens, context, self.new_tokens, self.repeats, prepare, subject.track)
+        times = timing.interleaved(models, tokens, context, self.new_tokens, self.repeats, prepare, subject.track)
         found: dict[str, float] = {}
         for name, own in times.items():
             suffix = f"_{name}" if name else ""
             found[f"decode_ms{suffix}"] = float(np.median(own["decode"]))
             found[f"decode_long_ms{suffix}"] = float(np.median(own["decode_long"]))
             found[f"prefill_tokens_per_second{suffix}"] = prompt / float(np.median(own["prefill"]))
-            found[f"bytes_resident{suffix}"] = resident_bytes(sources[name])
+            found[f"bytes_resident{suffix}"] = resident_bytes(models[name])
             if name != "full":
                 found |= timing.ratios(times["full"], own, suffix)
         kinds: tuple[Activations, ...] = ("float32", "int8")
@@ -346,7 +346,7 @@ class LmEval:
         models = {"": subject.compressed, "_full": subject.full}
         metric: dict[str, float] = {}
         series: dict[str, list[float]] = {}
-        for suffix, model in sources.items():
+        for suffix, model in models.items():
             found = evaluators.harness(model, subject.tokenizer, self.tasks, self.folder, self.limit, BATCH)
             for task in self.tasks:
                 name = f"accuracy_{task}{suffix}"
@@ -356,7 +356,7 @@ class LmEval:
                 answered = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
                 series[name] = [float(sample["acc"]) for sample in answered]
         for task in self.tasks:
-            own, full = (np.array(series[f"accuracy_{task}{suffix}"]) for suffix in sources)
+            own, full = (np.array(series[f"accuracy_{task}{suffix}"]) for suffix in models)
             name = f"accuracy_{task}_delta"
             metric[name] = float((own - full).mean())
             metric[f"{name}_low"], metric[f"{name}_high"] = statistics.interval((own - full).tolist())
