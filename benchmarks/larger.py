@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from nashswarm import shards
+from nashswarm.methods.streaming import shards
 from nashswarm.models import shapes
 from nashswarm.models.sources import CONFIG, EMBEDDED
 from nashswarm.records.files import write_report

@@ -14,12 +14,14 @@ from torch import Tensor
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.data import corpus, stdlib_docs
-from nashswarm.methods import FixedWidth, Gptq, Uniform
+from nashswarm.methods.fixed_width import FixedWidth
+from nashswarm.methods.gptq import Gptq
+from nashswarm.methods.nash_swarm.solver import NashSwarm
+from nashswarm.methods.uniform import Uniform
 from nashswarm.methods_ import Method
 from nashswarm.models import matrices, sources
 from nashswarm.models.experts import unfuse
 from nashswarm.packed import checkpoint
-from nashswarm.rate_game import NashSwarm
 
 METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}
 LONGEST_WINDOW = 512  # tokens; longer ones cost memory and teach little more

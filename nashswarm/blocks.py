@@ -18,7 +18,15 @@ from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.error_feedback import pieces
-from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor, Scheme, quantize, row_blocks, tile_sums
+from nashswarm.quant.grid import (
+    GRID_WIDTHS,
+    TILE_ROWS,
+    QuantizedTensor,
+    Scheme,
+    quantize,
+    row_blocks,
+    tile_sums,
+)
 from nashswarm.quant.pack import packed_bytes, run_lengths
 
 Bits = Mapping[str, Integer[np.ndarray, "row_blocks groups"]]
@@ -172,3 +180,6 @@ def text(bits: Bits) -> str:
         )
         lines.append(f"{name} {tiles.shape[0]}x{tiles.shape[1]} {runs}\n")
     return "".join(lines)
+
+
+PLAYED_WIDTHS = (0, *GRID_WIDTHS)

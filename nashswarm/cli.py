@@ -15,10 +15,12 @@ import numpy as np
 import torch
 import transformers
 
-from nashswarm import __version__, api, by_layer, forecast, inference, measures, peers, plan, run, shards
+from nashswarm import __version__, api, inference, measures, plan, run
 from nashswarm.certify import LIMIT, certify
 from nashswarm.data import corpus, hub
 from nashswarm.kernels import ACTIVATIONS
+from nashswarm.methods.peers import peer
+from nashswarm.methods.streaming import compress, forecast, shards
 from nashswarm.models import shapes, sources
 from nashswarm.packed import model_folder
 from nashswarm.progress import show_progress
@@ -121,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument("--context-tokens", type=int, default=32, help="before those decoded (32)")
     timed.add_argument("--new-tokens", type=int, default=32)
     timed.add_argument("--repeats", type=int, default=30)
-    timed.add_argument("--against", nargs="+", default=(), choices=sorted(peers.CONTESTANTS))
+    timed.add_argument("--against", nargs="+", default=(), choices=sorted(peer.CONTESTANTS))
 
     profiled = command(
         "profile",
@@ -280,7 +282,7 @@ def _compress_by_layer(given: argparse.Namespace) -> int:
     pool = corpus.windows(_text(given, {}).text("calibration"), tokenizer, length, "calibration")
     windows = corpus.draw(pool, given.windows, 1, np.random.default_rng(given.seed))[0]
     try:
-        found = by_layer.compress(source, tokenizer, windows, given.out, settings, show_progress)
+        found = compress.compress(source, tokenizer, windows, given.out, settings, show_progress)
     except (MemoryError, RuntimeError) as error:  # torch's for want of memory
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
@@ -309,13 +311,13 @@ def _plan(given: argparse.Namespace) -> int:
     return 0
 
 
-def _by_layer(given: argparse.Namespace) -> by_layer.ByLayer:
+def _by_layer(given: argparse.Namespace) -> compress.ByLayer:
     if given.method not in (None, "gptq") or given.exclude:
         raise ValueError("--by-layer knows neither --exclude nor another --method than gptq")
     given.windows = 4 if given.windows is None else given.windows
     if given.windows < 1 or given.bits != int(given.bits):
         raise ValueError("--windows must be at least 1, and --bits by layer the whole number of bits of a weight")
-    return by_layer.ByLayer(int(given.bits), given.head_bits, sweeps=given.sweeps)
+    return compress.ByLayer(int(given.bits), given.head_bits, sweeps=given.sweeps)
 
 
 def _rebudget(given: argparse.Namespace) -> int:

@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm import errors, evaluators, measures_glue, peers, timing
+from nashswarm import errors, evaluators, measures_glue, timing
 from nashswarm.data import glue
 from nashswarm.layers import Layer
+from nashswarm.methods.peers import peer
 from nashswarm.models import evaluation, matrices
 from nashswarm.packed.modules import Activations, set_activations
 from nashswarm.progress import Track
@@ -123,8 +124,8 @@ class Speed:
     quality_windows: int = 10
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.against if name not in peers.CONTESTANTS]:
-            raise ValueError(f"unknown measure.against {unknown[0]!r}: choose among {', '.join(peers.CONTESTANTS)}")
+        if unknown := [name for name in self.against if name not in peer.CONTESTANTS]:
+            raise ValueError(f"unknown measure.against {unknown[0]!r}: choose among {', '.join(peer.CONTESTANTS)}")
 
     def check(self, windows: Int[Tensor, "windows length"]) -> int:
         """The tokens of the prompt.  Raises ValueError if the windows are too short."""
@@ -143,7 +144,7 @@ class Speed:
         models = {"full": subject.full, "": packed, "float32": packed}
         for name in self.against:
             try:
-                models[name] = peers.CONTESTANTS[name](subject.full)
+                models[name] = peer.CONTESTANTS[name](subject.full)
             except errors.NotInstalled as missing:
                 log.warning("not timed: %s", missing)
         tokens = subject.windows[:1, :prompt]

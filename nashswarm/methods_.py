@@ -7,7 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
+from nashswarm.blocks import Bits, text
 from nashswarm.calibration.context import Oracle
+from nashswarm.quant.entropy import encode_groups
+from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor
+from nashswarm.quant.pack import pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,3 +41,29 @@ class Method(Protocol):
     """What the runner asks of a method."""
 
     def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed: ...
+
+
+def _store(
+    bits: Bits,
+    tensors: Mapping[str, QuantizedTensor],
+    damage: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    series: Mapping[str, list[float]] | None = None,
+    float_bits: int = 16,
+    coded: bool = False,
+) -> Compressed:
+    """The stored form of every layer: its tiles at their widths, or entropy-coded."""
+    if damage is not None:
+        metrics = dict(metrics or {}) | {"damage": sum(damage.values())}
+    return Compressed(
+        packed={name: encode_groups(tensor) if coded else pack(tensor) for name, tensor in tensors.items()},
+        weights={name: tensor.dequantize() for name, tensor in tensors.items()},
+        allocation=text(bits),
+        code_bits=sum(
+            int((tensor.bits.double() * TILE_ROWS * tensor.scheme.group_size).sum()) for tensor in tensors.values()
+        ),
+        damage=damage or {},
+        metrics=metrics or {},
+        series=series or {},
+        float_bits=float_bits,
+    )

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nashswarm import rate_game, report, tables, typeset
+from nashswarm import report, tables, typeset
+from nashswarm.methods.nash_swarm import solver
 from nashswarm.quant.grid import TILE_ROWS
 from nashswarm.records.record import Record
 from nashswarm.typeset import CELL, Column, fixed, tex
@@ -110,7 +111,7 @@ def of_records(records: Iterable[Record]) -> dict[str, str]:
     gathered = [one for one in records if one.labels["experiment"] != "audit"]
     found = {
         macro_name("significance", "level"): str(typeset.LEVEL),
-        macro_name("tolerance", "of", "blocks"): tex(typeset.scientific(rate_game.REGRET)),
+        macro_name("tolerance", "of", "blocks"): tex(typeset.scientific(solver.REGRET)),
         macro_name("block", "rows"): str(TILE_ROWS),
     }
     for experiment in dict.fromkeys(sorted(one.labels["experiment"] for one in gathered)):

@@ -15,12 +15,14 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from nashswarm import moe_training, peers, recovery
+from nashswarm import moe_training
 from nashswarm.data import corpus, glue
 from nashswarm.errors import NotOffered
 from nashswarm.experiment.identity import to_importable, to_recorded
 from nashswarm.measures import Measure, Official, Size
-from nashswarm.methods import AsPublished
+from nashswarm.methods import distillation
+from nashswarm.methods.peers import peer
+from nashswarm.methods.prototype import AsPublished
 from nashswarm.methods_ import Method
 from nashswarm.models import sources
 from nashswarm.moe.model import MoeSource
@@ -73,7 +75,7 @@ class Plan(NamedTuple):
     dtype: torch.dtype
     texts: Mapping[str, str]
     identity: Mapping[str, Any]
-    finetune: recovery.Recovery | None = None
+    finetune: distillation.Recovery | None = None
 
 
 class MoePlan(NamedTuple):
@@ -179,7 +181,7 @@ def _described(value: Any) -> Any:
     return [_described(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def choose_task(config: DictConfig, method: Method) -> recovery.Recovery | None:
+def choose_task(config: DictConfig, method: Method) -> distillation.Recovery | None:
     """How the compressed model is to be fine-tuned, if it is.  Raises ValueError for an unknown task, NotOffered for a
     method whose format cannot be trained."""
     settings = config.get("finetune")
@@ -187,13 +189,13 @@ def choose_task(config: DictConfig, method: Method) -> recovery.Recovery | None:
         raise ValueError(f"task={config.task} is not a choice of the group task: {', '.join(TASKS)}")
     if settings is None:
         return None
-    if isinstance(method, peers.Peer | AsPublished):
-        whose = method.library if isinstance(method, peers.Peer) else "as_published"
+    if isinstance(method, peer.Peer | AsPublished):
+        whose = method.library if isinstance(method, peer.Peer) else "as_published"
         raise NotOffered(f"task=finetune cannot train what {whose} packs; use task=compress")
     if config.dtype != "float32":
         raise ValueError(f"task=finetune trains in float32; leave dtype={config.dtype} out")
     found = build(settings)
-    assert isinstance(found, recovery.Recovery)
+    assert isinstance(found, distillation.Recovery)
     return found
 
 

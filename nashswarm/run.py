@@ -20,13 +20,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nashswarm import measures, moe_measures, moe_training, peers, recovery
+from nashswarm import measures, moe_measures, moe_training
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.data import corpus, glue
 from nashswarm.experiment.identity import to_recorded
 from nashswarm.measures import Measure, Subject
 from nashswarm.memory import peak_bytes, reset_peak
+from nashswarm.methods import distillation
+from nashswarm.methods.peers import peer
 from nashswarm.methods_ import Compressed, Method
 from nashswarm.models import classifier, evaluation, matrices, sources
 from nashswarm.packed import checkpoint, model_folder
@@ -120,7 +122,7 @@ def _check(planned: Plan | MoePlan, target: pathlib.Path | None) -> None:
     """Raises ValueError for what is missing or in the way, before any work."""
     if isinstance(planned, Plan):
         measures.require(planned.measure)
-        if target is not None and isinstance(planned.method, peers.Peer):
+        if target is not None and isinstance(planned.method, peer.Peer):
             raise ValueError(f"save={target}: what {planned.method.library} packs cannot be loaded again; leave it out")
     if target is not None:
         model_folder.check_free(target)
@@ -175,7 +177,7 @@ class Job:
         dtype: torch.dtype,
         texts: Mapping[str, str],
         identity: Mapping[str, Any],
-        finetune: recovery.Recovery | None = None,
+        finetune: distillation.Recovery | None = None,
     ) -> None:
         self.method, self.measure, self.finetune = method, measure, finetune
         self.seed = int(config.seed)
@@ -237,7 +239,7 @@ class Job:
         return result, found | before | measured | cost, series | windows
 
     def recover(
-        self, result: Compressed, settings: recovery.Recovery
+        self, result: Compressed, settings: distillation.Recovery
     ) -> tuple[Compressed, dict[str, float], dict[str, list[float]]]:
         """The result after training; how good and how large it was before, how training went, and its series."""
         evidence = self.evidence
@@ -251,7 +253,7 @@ class Job:
         evidence.trial = started
         held = (self.pool[:, None] == evidence.holdout).all(-1).any(1)
         began = time.monotonic()
-        trained = recovery.recover(
+        trained = distillation.recover(
             evidence, result, self.pool[~held], settings, np.random.default_rng((self.seed, FINETUNE_STREAM))
         )
         found |= trained.metrics | {"finetune_seconds": time.monotonic() - began}

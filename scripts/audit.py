@@ -20,11 +20,11 @@ import numpy as np
 import pandas as pd
 
 from nashswarm import report, typeset
+from nashswarm.methods.nash_swarm.solver import NashSwarm
 from nashswarm.models.shapes import SHAPES, Sizes, class_entropy, sizes
 from nashswarm.paper import commands, macro_name
 from nashswarm.published import UNTRAINED
 from nashswarm.quant.prototype import CLASS_BITS
-from nashswarm.rate_game import NashSwarm
 from nashswarm.records import files, record, statistics
 from nashswarm.records.record import Record
 from nashswarm.tables import equal_bytes

@@ -15,10 +15,11 @@ from typing import Any
 
 import transformers
 
-from nashswarm import forecast, report, shards, typeset
-from nashswarm.by_layer import ByLayer
+from nashswarm import report, typeset
+from nashswarm.methods.nash_swarm.solver import NashSwarm
+from nashswarm.methods.streaming import forecast, shards
+from nashswarm.methods.streaming.compress import ByLayer
 from nashswarm.models import shapes, sources
-from nashswarm.rate_game import NashSwarm
 from nashswarm.records import record
 from nashswarm.records.files import write_whole
 from nashswarm.records.record import Record

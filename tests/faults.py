@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from nashswarm.methods import Uniform
+from nashswarm.methods.uniform import Uniform
 from nashswarm.methods_ import Compressed
 from nashswarm.records import record
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 import nashswarm
 from nashswarm.api import METHODS
-from nashswarm.methods import FixedWidth, Gptq, Uniform
+from nashswarm.methods.fixed_width import FixedWidth
+from nashswarm.methods.gptq import Gptq
+from nashswarm.methods.uniform import Uniform
 from nashswarm.models import evaluation
 from nashswarm.packed.modules import QuantizedEmbedding, QuantizedLinear, set_activations
 

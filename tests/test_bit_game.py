@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import optimize, sparse
 
-from nashswarm.bit_game import Solution, by_lot, by_quantiles, solve
 from nashswarm.blocks import Blocks
 from nashswarm.games import flock as swarm
 from nashswarm.layers import Layer
+from nashswarm.methods.bit_allocation.game import Solution, by_lot, by_quantiles, solve
 from nashswarm.quant.grid import Scheme
 
 WIDTHS = (0, 2, 3, 4, 8)

@@ -17,9 +17,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from nashswarm import by_layer, forecast, memory, shards
-from nashswarm.by_layer import ByLayer
+from nashswarm import memory
 from nashswarm.cli import main
+from nashswarm.methods.streaming import compress, forecast, shards
+from nashswarm.methods.streaming.compress import ByLayer
 from nashswarm.models.shapes import LARGE
 from nashswarm.packed.checkpoint import decode
 from nashswarm.packed.modules import QuantizedLinear, set_activations
@@ -78,7 +79,7 @@ def finished(
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     """The compressed model, not to be changed, and what it cost."""
     out = tmp_path_factory.mktemp("small") / "llama"
-    return out, by_layer.compress(shards.open_source(folder), tokenizer, windows, out, SETTINGS)
+    return out, compress.compress(shards.open_source(folder), tokenizer, windows, out, SETTINGS)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -223,11 +224,11 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     monkeypatch.setattr(record, "write_whole", write)
     source = shards.open_source(folder)
     try:
-        by_layer.compress(source, tokenizer, windows, out, SETTINGS)
+        compress.compress(source, tokenizer, windows, out, SETTINGS)
         assert left[0] > 0, "all writes came before the one to be killed at"
     except Killed:
         assert not out.exists()
-        found = by_layer.compress(source, tokenizer, windows, out, SETTINGS)
+        found = compress.compress(source, tokenizer, windows, out, SETTINGS)
         assert found["starts"] == (1 if after == 1 else 2)
     assert contents(out) == contents(finished[0])
     assert list(tmp_path.iterdir()) == [out]
@@ -262,10 +263,10 @@ sys.exit(main(sys.argv[1:]))
 def test_a_finished_run_is_not_run_again(
     folder: pathlib.Path, tokenizer: Any, windows: Tensor, finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(by_layer, "_compressed")
-    assert by_layer.compress(shards.open_source(folder), tokenizer, windows, finished[0], SETTINGS) == finished[1]
+    monkeypatch.delattr(compress, "_compressed")
+    assert compress.compress(shards.open_source(folder), tokenizer, windows, finished[0], SETTINGS) == finished[1]
     with pytest.raises(ValueError, match="is not an empty folder"):
-        by_layer.compress(shards.open_source(folder), tokenizer, windows, finished[0], ByLayer(bits=4))
+        compress.compress(shards.open_source(folder), tokenizer, windows, finished[0], ByLayer(bits=4))
 
 
 def test_another_run_is_not_gone_on_with(
@@ -273,18 +274,18 @@ def test_another_run_is_not_gone_on_with(
 ) -> None:
     out, source = tmp_path / "out", shards.open_source(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(by_layer, "_compressed", lambda *given: (_ for _ in ()).throw(Killed))
+        patch.setattr(compress, "_compressed", lambda *given: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            by_layer.compress(source, tokenizer, windows, out, SETTINGS)
+            compress.compress(source, tokenizer, windows, out, SETTINGS)
     with pytest.raises(ValueError, match="the unfinished run of another settings and another windows"):
-        by_layer.compress(source, tokenizer, windows[:2], out, ByLayer(bits=4))
+        compress.compress(source, tokenizer, windows[:2], out, ByLayer(bits=4))
     (tmp_path / "other.unfinished").mkdir()
     (tmp_path / "other.unfinished" / "letter").write_text("dear")
     with pytest.raises(ValueError, match="is not the folder of an unfinished run"):
-        by_layer.compress(source, tokenizer, windows, tmp_path / "other", SETTINGS)
+        compress.compress(source, tokenizer, windows, tmp_path / "other", SETTINGS)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(OSError, match=r"needs [\d,]+ bytes and the disk has 1 left"):
-        by_layer.compress(source, tokenizer, windows, tmp_path / "third", SETTINGS)
+        compress.compress(source, tokenizer, windows, tmp_path / "third", SETTINGS)
     assert not list(tmp_path.glob("*third*"))
 
 
@@ -348,7 +349,7 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(
         ValueError, match=r"columns of 4 matrices are not divisible by 64: model.layers.0.mlp.down_proj"
     ):
-        by_layer.layout(narrow, ByLayer())
+        compress.layout(narrow, ByLayer())
 
 
 @pytest.mark.parametrize("folder", ["tied"], indirect=True)

@@ -15,9 +15,9 @@ import safetensors.numpy
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm import rate_game
 from nashswarm.certify import Bowl, Laid, certify, decode, gain_of_codes, pulls, replies
 from nashswarm.cli import main
+from nashswarm.methods.nash_swarm import solver
 from nashswarm.packed.model_folder import read
 from nashswarm.quant.entropy import CodeTables, decode_lattice, encode_lattice
 from nashswarm.quant.lattice import LatticeTensor
@@ -87,7 +87,7 @@ def test_the_size_of_the_record_is_that_of_the_files(method: str, execute: Execu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "records"]
 
 
-def stay(table: Any, costs: np.ndarray, played: Any, stance: rate_game.Stance, align: float) -> rate_game.Stance:
+def stay(table: Any, costs: np.ndarray, played: Any, stance: solver.Stance, align: float) -> solver.Stance:
     return dataclasses.replace(stance, found=stance.found | {"flock_align": align})
 
 
@@ -105,8 +105,8 @@ def test_the_certificate_agrees_with_the_record(
     rules: list[str], execute: Execute, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where blocks stay although they gain by moving, so that something is left to regret."""
-    monkeypatch.setattr(rate_game, "REGRET", np.inf)
-    monkeypatch.setattr(rate_game._Table, "replied", stay)
+    monkeypatch.setattr(solver, "REGRET", np.inf)
+    monkeypatch.setattr(solver._Table, "replied", stay)
     record = execute(tmp_path / "model", "method=nash_swarm", *rules).record
     found = certify(tmp_path / "model")
     assert found["agrees"] and found["recorded_regret_max"] == record.metrics["regret_max"]

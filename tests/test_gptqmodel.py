@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nashswarm.calibration.context import Oracle
 from nashswarm.layers import Layer, Moments
-from nashswarm.methods import Gptq
+from nashswarm.methods.gptq import Gptq
 from nashswarm.models import matrices, sources
 
 LAYERS = ("h.0.attn.c_attn", "h.1.mlp.c_fc", "h.2.attn.c_proj", "h.3.mlp.c_proj")

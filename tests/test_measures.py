@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import peers, timing
+from nashswarm import timing
 from nashswarm.measures import (
     Bleu,
     Layers,
@@ -30,6 +30,7 @@ from nashswarm.measures import (
     require,
     resident_bytes,
 )
+from nashswarm.methods.peers import peer
 from nashswarm.models import evaluation
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
@@ -154,7 +155,7 @@ def test_an_unknown_contestant_is_refused() -> None:
 def test_a_contestant_that_is_not_installed_is_not_timed(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(peers, "ONNX_PACKAGES", ("no-such-package",))
+    monkeypatch.setattr(peer, "ONNX_PACKAGES", ("no-such-package",))
     found, _ = Speed(prompt_tokens=4, new_tokens=1, repeats=1, against=["onnxruntime"], quality_windows=1).measure(
         subject
     )

@@ -14,13 +14,17 @@ from torch import Tensor
 from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.moments import calibrate
 from nashswarm.layers import curvature
-from nashswarm.methods import AsPublished, FixedWidth, Flock, Gptq, Split, Uniform
+from nashswarm.methods.bit_allocation.damages import key
+from nashswarm.methods.fixed_width import FixedWidth, Split
+from nashswarm.methods.gptq import Gptq
+from nashswarm.methods.prototype import AsPublished
+from nashswarm.methods.swarm import Flock
+from nashswarm.methods.uniform import Uniform
 from nashswarm.methods_ import Compressed, Method
 from nashswarm.models import evaluation, matrices
 from nashswarm.quant.entropy import decode_groups
 from nashswarm.quant.grid import QuantizedTensor, Scheme
 from nashswarm.quant.pack import packed_bytes, unpack
-from nashswarm.survey import key
 
 FIXED_BYTES = 6000
 PLAIN = Flock(align=(0.0,), shrink=(0.0,))

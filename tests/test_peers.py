@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nashswarm import peers, tuned
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
 from nashswarm.measures import resident_bytes
+from nashswarm.methods.peers import auto_round, peer
+from nashswarm.methods.peers.peer import CONTESTANTS, LIBRARIES, Peer
 from nashswarm.methods_ import Method
 from nashswarm.models import matrices
-from nashswarm.peers import CONTESTANTS, LIBRARIES, Peer
 from nashswarm.quant.pack import unpack
 
 ROWS, COLUMNS, GROUP = 48, 256, 64
@@ -239,7 +239,7 @@ def evidence_of(model: Any, windows: Tensor, layers: Any = None) -> Oracle:
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """AutoRound, tuning for no longer than a test may take."""
     installed("auto_round")
-    monkeypatch.setattr(tuned, "ITERATIONS", 40)
+    monkeypatch.setattr(auto_round, "ITERATIONS", 40)
 
 
 def words_of(words: np.ndarray, bits: int) -> np.ndarray:
@@ -291,9 +291,9 @@ def test_auto_round_answers_to_its_calibration_text(
         full, other = (one.transformer(token_windows).last_hidden_state for one in (model, trial))
         return float((full - other).square().sum())
 
-    monkeypatch.setattr(tuned, "ITERATIONS", 0)
+    monkeypatch.setattr(auto_round, "ITERATIONS", 0)
     before = error()
-    monkeypatch.setattr(tuned, "ITERATIONS", 40)
+    monkeypatch.setattr(auto_round, "ITERATIONS", 40)
     assert error() < 0.95 * before
 
 
@@ -417,7 +417,7 @@ def has_bfloat16() -> bool:
 
 def test_a_model_whose_products_would_not_be_replaced_is_an_error(tiny: Any) -> None:
     with pytest.raises(AssertionError, match="not replaced"):
-        peers._with_products(tiny, lambda weight, bias: nn.Linear(*weight.T.shape))
+        peer._with_products(tiny, lambda weight, bias: nn.Linear(*weight.T.shape))
 
 
 @pytest.mark.slow

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm.board import BUDGET_TOLERANCE, Slope, meet
 from nashswarm.calibration.context import Oracle
 from nashswarm.layers import Layer, Moments, curvature
-from nashswarm.methods import Flock
+from nashswarm.methods.nash_swarm.quantizer import BUDGET_TOLERANCE, Slope, meet
+from nashswarm.methods.nash_swarm.solver import REGRET, NashSwarm, _Table
+from nashswarm.methods.swarm import Flock
 from nashswarm.methods_ import Compressed, Method
 from nashswarm.packed.checkpoint import TABLES
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.entropy import ESCAPE, CodeTables, address, coded_bits, decode_lattice
 from nashswarm.quant.lattice import Lattice, LatticeTensor, price_at
-from nashswarm.rate_game import REGRET, NashSwarm, _Table
 
 FIXED_BYTES = 100
 SHAPES = {"wte": (500, 16), "h.0.up": (600, 16), "h.0.down": (330, 24)}  # columns take time, rows do not

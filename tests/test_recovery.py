@@ -14,11 +14,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nashswarm import recovery
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
-from nashswarm.methods import Gptq, Uniform
+from nashswarm.methods import distillation
+from nashswarm.methods.distillation import Recovery, recover
+from nashswarm.methods.gptq import Gptq
+from nashswarm.methods.nash_swarm.solver import NashSwarm
+from nashswarm.methods.uniform import Uniform
 from nashswarm.methods_ import Compressed
 from nashswarm.models import matrices
 from nashswarm.packed import checkpoint
@@ -27,9 +30,7 @@ from nashswarm.quant.entropy import CodeTables, count, tables_of
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.prototype import quantize_by_magnitude
 from nashswarm.quant.trainable_codes import Latent
-from nashswarm.rate_game import NashSwarm
 from nashswarm.records import record
-from nashswarm.recovery import Recovery, recover
 from nashswarm.run import Outcome, run
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -56,7 +57,7 @@ def compressed(evidence: Evidence) -> Callable[[str], Compressed]:
     return lambda form: METHODS[form].compress(evidence.oracle(), np.random.default_rng(0))
 
 
-def trained(evidence: Evidence, result: Compressed, settings: Recovery = BRIEF) -> recovery.Recovered:
+def trained(evidence: Evidence, result: Compressed, settings: Recovery = BRIEF) -> distillation.Recovered:
     again = copy.copy(evidence)
     again.trial = copy.deepcopy(evidence.full)
     return recover(again, result, evidence.calibration, settings, np.random.default_rng(0))
@@ -162,7 +163,7 @@ def test_length_pulls_codes_to_zero(drawn: dict[str, Callable[..., Any]]) -> Non
     tables = tables_of(count([tensor]))
     latent = Latent(tensor, weight, torch.device("cpu"), True, tables)
     assert float(latent.bits(latent.start).sum()) == pytest.approx(
-        float(recovery.coded_bits(tensor, tables).sum()), rel=1e-5
+        float(distillation.coded_bits(tensor, tables).sum()), rel=1e-5
     )
     latent.take(torch.zeros(32, 64), 1.0)
     assert latent.codes.grad is not None
@@ -235,4 +236,4 @@ def test_tasks_and_settings_go_together(execute: Callable[..., Outcome]) -> None
 
 def test_the_yaml_says_the_defaults_of_the_code() -> None:
     written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/task/finetune.yaml"))["finetune"]  # type: ignore[index, call-overload]
-    assert written == {"_target_": "nashswarm.recovery.Recovery", **dataclasses.asdict(Recovery())}
+    assert written == {"_target_": "nashswarm.methods.distillation.Recovery", **dataclasses.asdict(Recovery())}

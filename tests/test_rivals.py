@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nashswarm import rivals
-from nashswarm.bit_game import by_lot, solve
 from nashswarm.blocks import Blocks
 from nashswarm.layers import Layer
+from nashswarm.methods.bit_allocation import baselines
+from nashswarm.methods.bit_allocation.game import by_lot, solve
 from nashswarm.quant.grid import Scheme
 
 WIDTHS = (0, 2, 3, 4, 8)
@@ -20,7 +20,7 @@ SEEN = np.array((1.0, 0.022, 0.0041, 0.00093, 3.4e-6))  # of the embedded model'
 
 Allocate = Callable[[Blocks, int], np.ndarray]
 few = settings(max_examples=25, deadline=None)
-formulas = pytest.mark.parametrize("allocate", [rivals.equal_loss, rivals.dual_ascent])
+formulas = pytest.mark.parametrize("allocate", [baselines.equal_loss, baselines.dual_ascent])
 
 
 def world(sensitivity: np.ndarray, curve: np.ndarray = HIGH_RATE, layers: int = 1) -> Blocks:
@@ -84,7 +84,7 @@ def test_equal_loss_is_the_closed_form_at_the_greatest_offset_that_fits(seed: in
     means = np.sort(np.subtract.outer((1, 2.5, 3.5, 6), wished).ravel()) + 1e-9
     away = np.abs(wished + np.append(-99, means)[:, None] - np.array(WIDTHS)[:, None, None])
     ladder = away.argmin(0).tolist()
-    found = rivals.equal_loss(blocks, at_bits(blocks, bits)).tolist()
+    found = baselines.equal_loss(blocks, at_bits(blocks, bits)).tolist()
     richer = ladder[ladder.index(found) + 1 :]
     assert blocks.packed_bytes(np.array(found)) <= at_bits(blocks, bits)
     assert not richer or blocks.packed_bytes(np.array(richer[0])) > at_bits(blocks, bits)
@@ -96,7 +96,7 @@ def test_dual_ascent_is_close_to_the_bit_game(curve: np.ndarray, excess: float, 
     blocks = world(spread(0, 512), curve, layers=4)
     budget = at_bits(blocks, bits)
     played = damage(blocks, solve(blocks, budget).profile)
-    ascended = damage(blocks, rivals.dual_ascent(blocks, budget))
+    ascended = damage(blocks, baselines.dual_ascent(blocks, budget))
     assert 0.99 * played <= ascended <= excess * played
 
 
@@ -118,7 +118,7 @@ def test_evolution_keeps_its_budget_its_best_and_its_count(seed: int, bits: floa
         return damage(blocks, profile)
 
     one, other = (
-        rivals.evolve(blocks, budget, measure, np.random.default_rng(seed), rounds, offspring) for _ in range(2)
+        baselines.evolve(blocks, budget, measure, np.random.default_rng(seed), rounds, offspring) for _ in range(2)
     )
     assert np.array_equal(one, other) and len(measured) == 2 * offspring * (rounds + 1)
     lottery = np.random.default_rng(seed)
@@ -133,7 +133,7 @@ def test_evolution_finds_the_layer_that_matters() -> None:
     blocks = world(np.repeat((1e-3, 1e-3, 1.0, 1e-3, 1e-3), 16), SEEN, layers=5)
     budget = at_bits(blocks, 3.0)
     lot, found = (
-        rivals.evolve(blocks, budget, lambda profile: damage(blocks, profile), np.random.default_rng(0), rounds, 4)
+        baselines.evolve(blocks, budget, lambda profile: damage(blocks, profile), np.random.default_rng(0), rounds, 4)
         for rounds in (0, 15)
     )
     assert damage(blocks, found) < 0.5 * damage(blocks, lot)

@@ -25,7 +25,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import mirror
-from nashswarm import bit_game, peers
+from nashswarm.methods.bit_allocation.game import Solution
+from nashswarm.methods.peers import peer
 from nashswarm.plan import _by_content
 from nashswarm.records import record
 from nashswarm.run import Outcome, run
@@ -213,9 +214,9 @@ def test_the_regret_of_the_record_by_enumeration(
 ) -> None:
     """Every player, every action, cost by cost, at the profile that the record's allocation spells out."""
     solved: list[tuple[Any, Any]] = []
-    report = bit_game.Solution.report
+    report = Solution.report
     monkeypatch.setattr(
-        bit_game.Solution, "report", lambda self, blocks: (solved.append((self, blocks)), report(self, blocks))[1]
+        Solution, "report", lambda self, blocks: (solved.append((self, blocks)), report(self, blocks))[1]
     )
     found = execute("method=fixed_width").record
     solution, blocks = solved[-1]
@@ -546,8 +547,8 @@ def test_a_peer_that_is_not_installed_is_a_line_and_no_failure(
     command: Callable[..., tuple[int, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    absent = dataclasses.replace(peers.LIBRARIES["hqq"], needs=("no-such-package",))
-    monkeypatch.setattr(peers, "LIBRARIES", dict(peers.LIBRARIES) | {"hqq": absent})
+    absent = dataclasses.replace(peer.LIBRARIES["hqq"], needs=("no-such-package",))
+    monkeypatch.setattr(peer, "LIBRARIES", dict(peer.LIBRARIES) | {"hqq": absent})
     code, printed = command("-m", "method=uniform4,peer_hqq")
     assert code == 0 and "2 jobs: 1 finished, 0 skipped, 1 left out, 0 failed" in printed
     assert "left out: " in printed and "needs no-such-package: pip install 'nashswarm[peers]'" in " ".join(

@@ -14,9 +14,18 @@ IMPORT_PATHS = {  # recorded name -> where the class can be imported from today
     "nashswarm.data.StdlibDocs": "nashswarm.data.corpus.StdlibDocs",
     "nashswarm.glue.Glue": "nashswarm.data.glue.Glue",
     "nashswarm.glue.Training": "nashswarm.data.glue.Training",
+    "nashswarm.methods.AsPublished": "nashswarm.methods.prototype.AsPublished",
+    "nashswarm.methods.FixedWidth": "nashswarm.methods.fixed_width.FixedWidth",
+    "nashswarm.methods.Flock": "nashswarm.methods.swarm.Flock",
+    "nashswarm.methods.Gptq": "nashswarm.methods.gptq.Gptq",
+    "nashswarm.methods.Split": "nashswarm.methods.fixed_width.Split",
+    "nashswarm.methods.Uniform": "nashswarm.methods.uniform.Uniform",
     "nashswarm.models.ModelSource": "nashswarm.models.sources.ModelSource",
     "nashswarm.models.PackagedModel": "nashswarm.models.sources.PackagedModel",
     "nashswarm.models.RandomModel": "nashswarm.models.sources.RandomModel",
+    "nashswarm.peers.Peer": "nashswarm.methods.peers.peer.Peer",
+    "nashswarm.rate_game.NashSwarm": "nashswarm.methods.nash_swarm.solver.NashSwarm",
+    "nashswarm.recovery.Recovery": "nashswarm.methods.distillation.Recovery",
 }
 RECORDED_NAMES = {path: name for name, path in IMPORT_PATHS.items()}
 

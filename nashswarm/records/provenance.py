@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nashswarm import peers
+from nashswarm.methods.peers import peer
 
 EVALUATORS = ("lm-eval", "sacrebleu")
 PROGRAM = ("nashswarm", "experiments", "hydra_plugins")  # folders whose modules are imported, tracked or not
@@ -68,7 +68,7 @@ def told(origin: Mapping[str, Any]) -> str:
 
 def _versions() -> Iterator[tuple[str, str]]:
     """Name and version of every package that numbers can depend on, the optional ones where they are installed."""
-    needs = {need for library in peers.LIBRARIES.values() for need in library.needs}
+    needs = {need for library in peer.LIBRARIES.values() for need in library.needs}
     for name in (*PACKAGES, *EVALUATORS, *sorted(needs)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             yield name, importlib.metadata.version(name)

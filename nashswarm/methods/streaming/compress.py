@@ -28,6 +28,19 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from nashswarm import memory
+from nashswarm.methods.streaming.shards import (
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    NORM,
+    Shards,
+    Source,
+    file_bytes,
+    names,
+    some,
+    tensors_of,
+    units,
+)
 from nashswarm.models.sources import CONFIG
 from nashswarm.packed import checkpoint, model_folder
 from nashswarm.progress import Track, no_track
@@ -38,7 +51,6 @@ from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize,
 from nashswarm.quant.pack import pack, packed_bytes
 from nashswarm.records.files import claim, write_whole
 from nashswarm.records.provenance import code_digest, provenance
-from nashswarm.shards import EMBEDDING, HEAD, INDEX, NORM, Shards, Source, file_bytes, names, some, tensors_of, units
 
 ARCHITECTURE = "LlamaForCausalLM"
 SHARED_INPUTS = (  # matrices of a block that read the same input

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from nashswarm import tuned
 from nashswarm.calibration.context import Oracle
 from nashswarm.errors import NotOffered, require
 from nashswarm.layers import Layer
+from nashswarm.methods.peers import auto_round
 from nashswarm.methods_ import Compressed
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
@@ -58,7 +58,7 @@ class Library:
     extra: str = "peers"
     together: int = 1
     rows: int = 1
-    tune: Callable[[Any, Tensor, Sequence[Layer], int, int, int], tuned.Found] | None = None
+    tune: Callable[[Any, Tensor, Sequence[Layer], int, int, int], auto_round.Found] | None = None
 
     def require(self, setting: str) -> None:
         """Raises NotInstalled if a package is absent."""
@@ -238,7 +238,7 @@ LIBRARIES: Mapping[str, Library] = {
     "onnxruntime": Library(_onnxruntime, dict.fromkeys((2, 4, 8), SHARED), ONNX_PACKAGES),
     "nncf": Library(_nncf, {2: SHARED, 3: SHARED, 4: SHARED, 8: (None,)}, ("nncf", "openvino")),
     "auto_round": Library(
-        None, dict.fromkeys((2, 3, 4), SHARED), ("auto-round",), rows=tuned.ROWS, tune=tuned.auto_round
+        None, dict.fromkeys((2, 3, 4), SHARED), ("auto-round",), rows=auto_round.ROWS, tune=auto_round.auto_round
     ),
     "gguf": Library(_gguf, dict.fromkeys((2, 3, 4, 5, 6), (256,)) | {8: (32,)}, ("gguf", "pywhispercpp")),
 }

@@ -25,12 +25,23 @@ from scipy import sparse
 from torch import Tensor
 
 from nashswarm import blocks, layers
-from nashswarm.board import BUDGET_TOLERANCE, COARSE, Blocks, Board, Offsets, Played, Stance, by_block, expected
 from nashswarm.calibration.context import Oracle
 from nashswarm.games import flock as swarm
 from nashswarm.games.potential import Coupling, Game, best_response
 from nashswarm.memory import give_back
-from nashswarm.methods import Flock
+from nashswarm.methods.bit_allocation.damages import PROBE_TOKENS
+from nashswarm.methods.nash_swarm.quantizer import (
+    BUDGET_TOLERANCE,
+    COARSE,
+    Blocks,
+    Board,
+    Offsets,
+    Played,
+    Stance,
+    by_block,
+    expected,
+)
+from nashswarm.methods.swarm import Flock
 from nashswarm.methods_ import Compressed
 from nashswarm.packed.modules import to_tiles
 from nashswarm.quant.curvature import Whitened, whiten
@@ -38,7 +49,6 @@ from nashswarm.quant.entropy import coded_bits
 from nashswarm.quant.lattice import LatticeTensor, price_at, stack
 from nashswarm.quant.lattice_codes import lattice_reply, regret_by_row
 from nashswarm.quant.pack import run_lengths
-from nashswarm.survey import PROBE_TOKENS
 
 BitGame = Literal["equilibrium", "uniform"]
 CodeGame = Literal["equilibrium", "pass", "rounding"]

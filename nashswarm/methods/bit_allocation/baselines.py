@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from nashswarm.bit_game import by_lot
 from nashswarm.blocks import TINY, Blocks, grid_shape
+from nashswarm.methods.bit_allocation.game import by_lot
 from nashswarm.quant.grid import TILE_ROWS
 
 REFERENCE_BITS = 4  # where high-rate theory reads a block's sensitivity

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from nashswarm import memory
-from nashswarm.by_layer import SHARED_INPUTS, ByLayer, descriptions, layout
+from nashswarm.methods.streaming.compress import SHARED_INPUTS, ByLayer, descriptions, layout
+from nashswarm.methods.streaming.shards import EMBEDDING, NORM, file_bytes, tensors_of, units
 from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import Curvature, pivots
 from nashswarm.quant.error_feedback import AT_ONCE
 from nashswarm.quant.grid import quantize
 from nashswarm.quant.pack import pack
-from nashswarm.shards import EMBEDDING, NORM, file_bytes, tensors_of, units
 
 SIZE = 1536  # columns of the sample
 ROWS = 1024  # of the sample

@@ -1,0 +1,44 @@
+"""The same width for every weight, by rounding to nearest, or plain floats."""
+
+import dataclasses
+
+import numpy as np
+
+from nashswarm.blocks import PLAYED_WIDTHS, check_divisible, grid_shape, quantize_layers
+from nashswarm.calibration.context import Oracle
+from nashswarm.errors import NotOffered
+from nashswarm.methods.bit_allocation.damages import report_regret, survey
+from nashswarm.methods_ import Compressed, _store
+from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """``bits`` everywhere: round to nearest at 2, 3, 4 or 8 bits, or plain floats at 16 and 32 (the baseline).
+
+    ``search``: the best range of every group instead of minimum and maximum.  ``coded``: entropy-coded storage.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    search: bool = False
+    coded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (*GRID_WIDTHS, *FLOATS):
+            raise NotOffered(
+                f"method.bits={self.bits}: a uniform width is one of {', '.join(map(str, (*GRID_WIDTHS, *FLOATS)))}"
+            )
+        if self.coded and self.bits in FLOATS:
+            raise ValueError(f"method.coded is for codes; method.bits={self.bits} stores floats")
+
+    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
+        scheme = Scheme(self.group_size, self.search)
+        check_divisible(oracle.layers, self.group_size)
+        bits = {layer.name: np.full(grid_shape(layer, scheme), self.bits, np.uint8) for layer in oracle.layers}
+        if self.bits in FLOATS:
+            return _store(bits, quantize_layers(oracle.layers, bits, scheme), float_bits=self.bits)
+        blocks = survey(oracle, oracle.moments(), PLAYED_WIDTHS, scheme, code_game=False)
+        profile = np.full(len(blocks.damage), PLAYED_WIDTHS.index(self.bits))
+        tensors = quantize_layers(oracle.layers, bits, scheme)
+        return _store(bits, tensors, *report_regret(blocks, profile), coded=self.coded)
