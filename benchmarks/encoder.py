@@ -32,7 +32,7 @@ from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.moments import calibrate
 from nashswarm.data import corpus
 from nashswarm.layers import Layer, Moments
-from nashswarm.methods_ import Method
+from nashswarm.methods.method import Method
 from nashswarm.models import matrices, sources
 from nashswarm.models.evaluation import embed, projection
 from nashswarm.plan import build

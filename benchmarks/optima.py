@@ -20,11 +20,11 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from scipy import sparse
 
-from nashswarm.blocks import PLAYED_WIDTHS, Blocks
 from nashswarm.games import flock as swarm
 from nashswarm.games import optima
 from nashswarm.games.potential import Coupling, Game, best_response, shadow_price
 from nashswarm.layers import Layer
+from nashswarm.methods.bit_allocation.blocks import PLAYED_WIDTHS, Blocks
 from nashswarm.methods.bit_allocation.damages import survey
 from nashswarm.methods.bit_allocation.game import solve
 from nashswarm.plan import plan

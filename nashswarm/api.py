@@ -16,9 +16,9 @@ from nashswarm.calibration.session import Evidence
 from nashswarm.data import corpus, stdlib_docs
 from nashswarm.methods.fixed_width import FixedWidth
 from nashswarm.methods.gptq import Gptq
+from nashswarm.methods.method import Method
 from nashswarm.methods.nash_swarm.solver import NashSwarm
 from nashswarm.methods.uniform import Uniform
-from nashswarm.methods_ import Method
 from nashswarm.models import matrices, sources
 from nashswarm.models.experts import unfuse
 from nashswarm.packed import checkpoint

@@ -21,9 +21,9 @@ from nashswarm.errors import NotOffered
 from nashswarm.experiment.identity import to_importable, to_recorded
 from nashswarm.measures import Measure, Official, Size
 from nashswarm.methods import distillation
+from nashswarm.methods.method import Method
 from nashswarm.methods.peers import peer
 from nashswarm.methods.prototype import AsPublished
-from nashswarm.methods_ import Method
 from nashswarm.models import sources
 from nashswarm.moe.model import MoeSource
 from nashswarm.moe.router import Settings

@@ -28,8 +28,8 @@ from nashswarm.experiment.identity import to_recorded
 from nashswarm.measures import Measure, Subject
 from nashswarm.memory import peak_bytes, reset_peak
 from nashswarm.methods import distillation
+from nashswarm.methods.method import Compressed, Method
 from nashswarm.methods.peers import peer
-from nashswarm.methods_ import Compressed, Method
 from nashswarm.models import classifier, evaluation, matrices, sources
 from nashswarm.packed import checkpoint, model_folder
 from nashswarm.plan import MoePlan, Plan, config_again, plan, plan_moe

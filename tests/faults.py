@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from nashswarm.methods.method import Compressed
 from nashswarm.methods.uniform import Uniform
-from nashswarm.methods_ import Compressed
 from nashswarm.records import record
 
 PATIENCE = 1800.0  # seconds: machines are busy, and every job imports torch

@@ -9,10 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from nashswarm import blocks as allocation
 from nashswarm import figures
-from nashswarm.blocks import Blocks, block_features, check_divisible, damage, quantize_layers, text
 from nashswarm.layers import Layer, Moments, curvature
+from nashswarm.methods.bit_allocation import blocks as allocation
+from nashswarm.methods.bit_allocation.blocks import (
+    Blocks,
+    block_features,
+    check_divisible,
+    damage,
+    quantize_layers,
+    text,
+)
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy import optimize, sparse
 
-from nashswarm.blocks import Blocks
 from nashswarm.games import flock as swarm
 from nashswarm.layers import Layer
+from nashswarm.methods.bit_allocation.blocks import Blocks
 from nashswarm.methods.bit_allocation.game import Solution, by_lot, by_quantiles, solve
 from nashswarm.quant.grid import Scheme
 

@@ -17,10 +17,10 @@ from nashswarm.layers import curvature
 from nashswarm.methods.bit_allocation.damages import key
 from nashswarm.methods.fixed_width import FixedWidth, Split
 from nashswarm.methods.gptq import Gptq
+from nashswarm.methods.method import Compressed, Method
 from nashswarm.methods.prototype import AsPublished
 from nashswarm.methods.swarm import Flock
 from nashswarm.methods.uniform import Uniform
-from nashswarm.methods_ import Compressed, Method
 from nashswarm.models import evaluation, matrices
 from nashswarm.quant.entropy import decode_groups
 from nashswarm.quant.grid import QuantizedTensor, Scheme

@@ -18,9 +18,9 @@ from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
 from nashswarm.measures import resident_bytes
+from nashswarm.methods.method import Method
 from nashswarm.methods.peers import auto_round, peer
 from nashswarm.methods.peers.peer import CONTESTANTS, LIBRARIES, Peer
-from nashswarm.methods_ import Method
 from nashswarm.models import matrices
 from nashswarm.quant.pack import unpack
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from nashswarm.calibration.context import Oracle
 from nashswarm.layers import Layer, Moments, curvature
+from nashswarm.methods.method import Compressed, Method
 from nashswarm.methods.nash_swarm.quantizer import BUDGET_TOLERANCE, Slope, meet
 from nashswarm.methods.nash_swarm.solver import REGRET, NashSwarm, _Table
 from nashswarm.methods.swarm import Flock
-from nashswarm.methods_ import Compressed, Method
 from nashswarm.packed.checkpoint import TABLES
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.entropy import ESCAPE, CodeTables, address, coded_bits, decode_lattice

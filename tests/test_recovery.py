@@ -20,9 +20,9 @@ from nashswarm.errors import NotOffered
 from nashswarm.methods import distillation
 from nashswarm.methods.distillation import Recovery, recover
 from nashswarm.methods.gptq import Gptq
+from nashswarm.methods.method import Compressed
 from nashswarm.methods.nash_swarm.solver import NashSwarm
 from nashswarm.methods.uniform import Uniform
-from nashswarm.methods_ import Compressed
 from nashswarm.models import matrices
 from nashswarm.packed import checkpoint
 from nashswarm.progress import no_track

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nashswarm.blocks import Blocks
 from nashswarm.layers import Layer
 from nashswarm.methods.bit_allocation import baselines
+from nashswarm.methods.bit_allocation.blocks import Blocks
 from nashswarm.methods.bit_allocation.game import by_lot, solve
 from nashswarm.quant.grid import Scheme
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from nashswarm import blocks
 from nashswarm.calibration.context import Oracle
 from nashswarm.errors import NotOffered
 from nashswarm.layers import Layer
-from nashswarm.methods_ import Compressed
+from nashswarm.methods.bit_allocation import blocks
+from nashswarm.methods.method import Compressed
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import GRID_WIDTHS, Scheme
 

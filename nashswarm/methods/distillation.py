@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
-from nashswarm.methods_ import Compressed
+from nashswarm.methods.method import Compressed
 from nashswarm.models import evaluation, matrices
 from nashswarm.packed import checkpoint
 from nashswarm.packed.modules import to_tiles

@@ -9,14 +9,14 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int
 
-from nashswarm.blocks import PLAYED_WIDTHS, check_divisible, grid_shape, quantize_layers
 from nashswarm.calibration.context import Oracle
 from nashswarm.games import flock
 from nashswarm.methods.bit_allocation.baselines import dual_ascent, equal_loss, evolve
+from nashswarm.methods.bit_allocation.blocks import PLAYED_WIDTHS, check_divisible, grid_shape, quantize_layers
 from nashswarm.methods.bit_allocation.damages import report_regret, survey
 from nashswarm.methods.bit_allocation.game import by_lot, by_quantiles, solve
+from nashswarm.methods.method import Compressed, _store
 from nashswarm.methods.swarm import Flock
-from nashswarm.methods_ import Compressed, _store
 from nashswarm.quant.grid import GRID_WIDTHS, WIDTHS, QuantizedTensor, Scheme
 from nashswarm.quant.pack import packed_bytes
 from nashswarm.quant.prototype import QUANTILES

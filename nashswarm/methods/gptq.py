@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from nashswarm.blocks import check_divisible
 from nashswarm.calibration.context import Oracle
 from nashswarm.errors import NotOffered
 from nashswarm.layers import Layer, Moments, curvature
-from nashswarm.methods_ import Compressed, _store
+from nashswarm.methods.bit_allocation.blocks import check_divisible
+from nashswarm.methods.method import Compressed, _store
 from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import DAMPING
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme

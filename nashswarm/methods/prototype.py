@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nashswarm.blocks import grid_shape, quantize_layers
 from nashswarm.calibration.context import Oracle
-from nashswarm.methods_ import Compressed, _store
+from nashswarm.methods.bit_allocation.blocks import grid_shape, quantize_layers
+from nashswarm.methods.method import Compressed, _store
 from nashswarm.quant.grid import Scheme
 from nashswarm.quant.prototype import QUANTILES, quantize_by_magnitude
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from nashswarm.blocks import PLAYED_WIDTHS, check_divisible, grid_shape, quantize_layers
 from nashswarm.calibration.context import Oracle
 from nashswarm.errors import NotOffered
+from nashswarm.methods.bit_allocation.blocks import PLAYED_WIDTHS, check_divisible, grid_shape, quantize_layers
 from nashswarm.methods.bit_allocation.damages import report_regret, survey
-from nashswarm.methods_ import Compressed, _store
+from nashswarm.methods.method import Compressed, _store
 from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, Scheme
 
 

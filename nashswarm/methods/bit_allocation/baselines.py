@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from nashswarm.blocks import TINY, Blocks, grid_shape
+from nashswarm.methods.bit_allocation.blocks import TINY, Blocks, grid_shape
 from nashswarm.methods.bit_allocation.game import by_lot
 from nashswarm.quant.grid import TILE_ROWS
 

@@ -11,9 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nashswarm import layers
-from nashswarm.blocks import Blocks, damage, features, log_sensitivity
 from nashswarm.calibration.context import Oracle
 from nashswarm.layers import Moments
+from nashswarm.methods.bit_allocation.blocks import Blocks, damage, features, log_sensitivity
 from nashswarm.methods.bit_allocation.game import solve
 from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.grid import Scheme, quantize

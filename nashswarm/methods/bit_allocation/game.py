@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int
 from scipy import sparse
 
-from nashswarm.blocks import Blocks
 from nashswarm.games import flock as swarm
 from nashswarm.games.potential import Coupling, Equilibrium, Game, best_response, independent_classes, shadow_price
+from nashswarm.methods.bit_allocation.blocks import Blocks
 from nashswarm.quant.pack import RUN_BYTES
 
 BUDGET_TOLERANCE = 1e-3

@@ -24,12 +24,14 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from nashswarm import blocks, layers
+from nashswarm import layers
 from nashswarm.calibration.context import Oracle
 from nashswarm.games import flock as swarm
 from nashswarm.games.potential import Coupling, Game, best_response
 from nashswarm.memory import give_back
+from nashswarm.methods.bit_allocation import blocks
 from nashswarm.methods.bit_allocation.damages import PROBE_TOKENS
+from nashswarm.methods.method import Compressed
 from nashswarm.methods.nash_swarm.quantizer import (
     BUDGET_TOLERANCE,
     COARSE,
@@ -42,7 +44,6 @@ from nashswarm.methods.nash_swarm.quantizer import (
     expected,
 )
 from nashswarm.methods.swarm import Flock
-from nashswarm.methods_ import Compressed
 from nashswarm.packed.modules import to_tiles
 from nashswarm.quant.curvature import Whitened, whiten
 from nashswarm.quant.entropy import coded_bits

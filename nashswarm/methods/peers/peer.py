@@ -28,8 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from nashswarm.calibration.context import Oracle
 from nashswarm.errors import NotOffered, require
 from nashswarm.layers import Layer
+from nashswarm.methods.method import Compressed
 from nashswarm.methods.peers import auto_round
-from nashswarm.methods_ import Compressed
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 

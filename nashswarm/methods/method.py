@@ -7,8 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from nashswarm.blocks import Bits, text
 from nashswarm.calibration.context import Oracle
+from nashswarm.methods.bit_allocation.blocks import Bits, text
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor
 from nashswarm.quant.pack import pack
