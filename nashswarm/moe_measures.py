@@ -23,7 +23,7 @@ from nashswarm.moe import load, store
 from nashswarm.moe.loss import implied_prices
 from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
 from nashswarm.moe.router import NashSwarmRouter, Router, Routing, regrets
-from nashswarm.moe_training import Trained
+from nashswarm.moe.training import Trained
 from nashswarm.progress import Track
 from nashswarm.timing import wait
 

@@ -15,7 +15,6 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from nashswarm import moe_training
 from nashswarm.data import corpus, glue
 from nashswarm.errors import NotOffered
 from nashswarm.experiment.identity import to_importable, to_recorded
@@ -27,6 +26,7 @@ from nashswarm.methods.prototype import AsPublished
 from nashswarm.models import sources
 from nashswarm.moe.model import MoeSource
 from nashswarm.moe.router import Settings
+from nashswarm.moe.training import Training
 from nashswarm.moe_measures import MoeMeasure, QuickValidation
 from nashswarm.packed import model_folder
 from nashswarm.records.record import fingerprint
@@ -88,7 +88,7 @@ class MoePlan(NamedTuple):
     device: str
     texts: Mapping[str, str]
     identity: Mapping[str, Any]
-    training: moe_training.Training
+    training: Training
 
 
 def plan(config: DictConfig) -> Plan:

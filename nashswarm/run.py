@@ -20,7 +20,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nashswarm import measures, moe_measures, moe_training
+from nashswarm import measures, moe_measures
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.data import corpus, glue
@@ -31,6 +31,7 @@ from nashswarm.methods import distillation
 from nashswarm.methods.method import Compressed, Method
 from nashswarm.methods.peers import peer
 from nashswarm.models import classifier, evaluation, matrices, sources
+from nashswarm.moe import training
 from nashswarm.packed import checkpoint, model_folder
 from nashswarm.plan import MoePlan, Plan, config_again, plan, plan_moe
 from nashswarm.progress import show_progress
@@ -143,15 +144,15 @@ def _compress(config: DictConfig, planned: Plan) -> Done:
 def _train_moe(config: DictConfig, planned: MoePlan) -> Done:
     """A mixture of experts, trained or found in the cache, and what is measured of it."""
     source, texts, length = planned.source, planned.texts, planned.dataset.sequence_length
-    judged = moe_training.windows(source, texts["calibration"], length, "validation")
+    judged = training.windows(source, texts["calibration"], length, "validation")
     judged = corpus.first(judged, planned.dataset.test_windows, "validation")
     moe_measures.check(planned.measure, judged)
-    trained = moe_training.trained(
+    trained = training.trained(
         source, planned.router, planned.training, texts["train"], length, int(config.seed), planned.device,
         pathlib.Path(config.cache), show_progress, code_digest(),
     )  # fmt: skip
     few = moe_measures.CALIBRATION
-    taught = moe_training.windows(source, texts["train"][: few * judged.shape[1] * 32], length, "training")[:few]
+    taught = training.windows(source, texts["train"][: few * judged.shape[1] * 32], length, "training")[:few]
     judged, taught = judged.to(planned.device), taught.to(planned.device)
     subject = moe_measures.MoeSubject(trained, judged, taught, show_progress)
     found, series = planned.measure.measure(subject)

@@ -11,8 +11,8 @@ from nashswarm.models import experts as moe_experts
 from nashswarm.moe import router, store
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import NashSwarmRouter
+from nashswarm.moe.training import Trained
 from nashswarm.moe_measures import WARM_UP, MoeSubject, QuickValidation, Routed, RoutingTime, timed
-from nashswarm.moe_training import Trained
 from nashswarm.progress import no_track
 
 LAYER = "blocks.0.mixture.experts"

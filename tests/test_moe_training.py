@@ -13,12 +13,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm import api, moe_training, tables
+from nashswarm import api, tables
 from nashswarm.data.corpus import HubText, sha256
-from nashswarm.moe import loss
+from nashswarm.moe import loss, training
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import ExpertChoice, LossFree, NashSwarmRouter, TopK
-from nashswarm.moe_training import Training, batches, train
+from nashswarm.moe.training import Training, batches, train
 from nashswarm.packed import model_folder
 from nashswarm.plan import plan
 from nashswarm.progress import no_track
@@ -125,7 +125,7 @@ def test_nobody_else_trains_the_same_model_meanwhile(
         tried.append(ended.stderr)
         return train(*arguments)
 
-    monkeypatch.setattr(moe_training, "train", spied)
+    monkeypatch.setattr(training, "train", spied)
     execute("method=moe_dense", "measure.repeats=1", "measure.windows=8")
     execute("method=moe_dense", "measure.repeats=2", "measure.windows=8")
     assert len(tried) == 1 and "BlockingIOError" in tried[0]
@@ -139,7 +139,7 @@ def test_a_model_of_another_version_is_taken_only_if_asked(
     given = ["measure.repeats=1", "measure.windows=8", "measure.served_tokens=5"]
     own = execute(*given, "rerun=true")
     monkeypatch.setattr("nashswarm.run.code_digest", lambda: "newer")
-    monkeypatch.setattr(moe_training, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
     other = execute(*given, "rerun=true", "train_moe.any_version=true", "method.follow=0.5")
     assert other.record.provenance["trained_by"] == own.record.provenance["trained_by"] != "newer"
     assert other.record.metrics["nll"] == own.record.metrics["nll"]

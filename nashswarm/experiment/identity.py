@@ -23,6 +23,7 @@ IMPORT_PATHS = {  # recorded name -> where the class can be imported from today
     "nashswarm.models.ModelSource": "nashswarm.models.sources.ModelSource",
     "nashswarm.models.PackagedModel": "nashswarm.models.sources.PackagedModel",
     "nashswarm.models.RandomModel": "nashswarm.models.sources.RandomModel",
+    "nashswarm.moe_training.Training": "nashswarm.moe.training.Training",
     "nashswarm.peers.Peer": "nashswarm.methods.peers.peer.Peer",
     "nashswarm.rate_game.NashSwarm": "nashswarm.methods.nash_swarm.solver.NashSwarm",
     "nashswarm.recovery.Recovery": "nashswarm.methods.distillation.Recovery",
