@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nashswarm import errors, timing
+from nashswarm import errors
 from nashswarm.data import corpus
 from nashswarm.machine import machine
+from nashswarm.measures import timing
 from nashswarm.models import matrices, sources
 from nashswarm.packed import checkpoint
 from nashswarm.packed.modules import set_activations

@@ -13,8 +13,9 @@ import torch
 import transformers
 
 import nashswarm
-from nashswarm import measures
 from nashswarm.data import corpus, stdlib_docs
+from nashswarm.measures import measure
+from nashswarm.measures.speed import Speed
 from nashswarm.models import evaluation, sources
 from nashswarm.progress import no_track
 
@@ -32,8 +33,8 @@ def main() -> None:
     floats = copy.deepcopy(packed)
     floats.dequantize()
     reference = functools.partial(evaluation.reference, floats, test[:4])
-    subject = measures.Subject(floats, floats, lambda: packed, test, reference, no_track)
-    speed = measures.Speed(prompt_tokens=64, context_tokens=32, new_tokens=16, repeats=10, quality_windows=4)
+    subject = measure.Subject(floats, floats, lambda: packed, test, reference, no_track)
+    speed = Speed(prompt_tokens=64, context_tokens=32, new_tokens=16, repeats=10, quality_windows=4)
     found, _ = speed.measure(subject)
 
     print(f"file         {report.bytes_file:>12,} bytes")

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 import transformers
 
-from nashswarm import __version__, api, inference, measures, plan, run
+from nashswarm import __version__, api, inference, plan, run
 from nashswarm.certify import LIMIT, certify
 from nashswarm.data import corpus, hub
 from nashswarm.kernels import ACTIVATIONS
+from nashswarm.measures import size
 from nashswarm.methods.peers import peer
 from nashswarm.methods.streaming import compress, forecast, shards
 from nashswarm.models import shapes, sources
@@ -245,7 +246,7 @@ def _compress(given: argparse.Namespace) -> int:
     method = api.method_of(given.method, given.bits)
     cache = given.cache.expanduser().resolve()
     config = plan.config_of(
-        source, method, dataset, measures.Size(), seed=given.seed, save=str(given.out), cache=str(cache),
+        source, method, dataset, size.Size(), seed=given.seed, save=str(given.out), cache=str(cache),
         records=str(cache / "records"),
     )  # fmt: skip
     labels = {"model": source.label, "method": given.method, "dataset": dataset.label, "measure": "size"}

@@ -18,10 +18,14 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from nashswarm import errors, measures, memory
+from nashswarm import errors, memory
 from nashswarm.data import corpus
 from nashswarm.kernels import native
 from nashswarm.machine import Machine, machine
+from nashswarm.measures import load
+from nashswarm.measures.measure import Subject
+from nashswarm.measures.size import resident_bytes
+from nashswarm.measures.speed import Speed
 from nashswarm.models import evaluation, sources
 from nashswarm.packed.modules import PackedMatrix, QuantizedLinear
 from nashswarm.progress import show_progress
@@ -59,7 +63,7 @@ def inspect(given: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(table)
     size = sum((given.folder / name).stat().st_size for name in _weights(given.folder))
-    console.print(f"{size:,} bytes of weights and config, {measures.resident_bytes(model):,} bytes in memory")
+    console.print(f"{size:,} bytes of weights and config, {resident_bytes(model):,} bytes in memory")
     return 0
 
 
@@ -73,12 +77,12 @@ def bench(given: argparse.Namespace) -> int:
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
     length = sources.LoadedModel(full, tokenizer).window_length(None)
     windows = corpus.windows(corpus.StdlibDocs().text("test"), tokenizer, length, "test")
-    measure = measures.Speed(given.prompt_tokens, given.context_tokens, given.new_tokens, given.repeats, given.against)
+    measure = Speed(given.prompt_tokens, given.context_tokens, given.new_tokens, given.repeats, given.against)
 
     def reference(batch_size: int) -> evaluation.Reference:
         return evaluation.reference(full, windows[: measure.quality_windows], batch_size)
 
-    subject = measures.Subject(full, full, lambda: packed, windows, reference, show_progress)
+    subject = Subject(full, full, lambda: packed, windows, reference, show_progress)
     found, _ = measure.measure(subject)
     print(json.dumps({"folder": str(given.folder), "threads": given.threads} | found, indent=1))
     return 0
@@ -168,7 +172,7 @@ def _count_misses(name: str, module: QuantizedLinear, here: Machine, counter: st
 
 def serve(given: argparse.Namespace) -> int:
     """Answer HTTP requests until interrupted, by a process that is replaced if it dies."""
-    errors.require("serve", measures.Load.NEEDS, measures.Load.EXTRA)
+    errors.require("serve", load.Load.NEEDS, load.Load.EXTRA)
     if given.threads < 1 or given.queue < 0 or given.patience <= 0 or not 0 <= given.port < 65536:
         raise ValueError("--threads must be at least 1, --queue 0, --patience above 0 and --port below 65536")
     import uvicorn

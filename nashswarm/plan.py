@@ -18,7 +18,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from nashswarm.data import corpus, glue
 from nashswarm.errors import NotOffered
 from nashswarm.experiment.identity import to_importable, to_recorded
-from nashswarm.measures import Measure, Official, Size
+from nashswarm.measures.measure import Measure
+from nashswarm.measures.moe import MoeMeasure, QuickValidation
+from nashswarm.measures.quality import Official
+from nashswarm.measures.size import Size
 from nashswarm.methods import distillation
 from nashswarm.methods.method import Method
 from nashswarm.methods.peers import peer
@@ -27,7 +30,6 @@ from nashswarm.models import sources
 from nashswarm.moe.model import MoeSource
 from nashswarm.moe.router import Settings
 from nashswarm.moe.training import Training
-from nashswarm.moe_measures import MoeMeasure, QuickValidation
 from nashswarm.packed import model_folder
 from nashswarm.records.record import fingerprint
 

@@ -20,12 +20,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nashswarm import measures, moe_measures
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.data import corpus, glue
 from nashswarm.experiment.identity import to_recorded
-from nashswarm.measures import Measure, Subject
+from nashswarm.measures import moe, quality
+from nashswarm.measures.measure import Measure, Subject, check, require
 from nashswarm.memory import peak_bytes, reset_peak
 from nashswarm.methods import distillation
 from nashswarm.methods.method import Compressed, Method
@@ -122,7 +122,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
 def _check(planned: Plan | MoePlan, target: pathlib.Path | None) -> None:
     """Raises ValueError for what is missing or in the way, before any work."""
     if isinstance(planned, Plan):
-        measures.require(planned.measure)
+        require(planned.measure)
         if target is not None and isinstance(planned.method, peer.Peer):
             raise ValueError(f"save={target}: what {planned.method.library} packs cannot be loaded again; leave it out")
     if target is not None:
@@ -146,15 +146,15 @@ def _train_moe(config: DictConfig, planned: MoePlan) -> Done:
     source, texts, length = planned.source, planned.texts, planned.dataset.sequence_length
     judged = training.windows(source, texts["calibration"], length, "validation")
     judged = corpus.first(judged, planned.dataset.test_windows, "validation")
-    moe_measures.check(planned.measure, judged)
+    moe.check(planned.measure, judged)
     trained = training.trained(
         source, planned.router, planned.training, texts["train"], length, int(config.seed), planned.device,
         pathlib.Path(config.cache), show_progress, code_digest(),
     )  # fmt: skip
-    few = moe_measures.CALIBRATION
+    few = moe.CALIBRATION
     taught = training.windows(source, texts["train"][: few * judged.shape[1] * 32], length, "training")[:few]
     judged, taught = judged.to(planned.device), taught.to(planned.device)
-    subject = moe_measures.MoeSubject(trained, judged, taught, show_progress)
+    subject = moe.MoeSubject(trained, judged, taught, show_progress)
     found, series = planned.measure.measure(subject)
 
     def write(target: pathlib.Path, about: dict[str, Any]) -> None:
@@ -200,7 +200,7 @@ class Job:
             cut(texts[purpose], loaded.tokenizer, length, purpose).to(device) for purpose in ("calibration", "test")
         )
         self.test = corpus.first(test, dataset.test_windows, "test")
-        measures.check(measure, self.test)
+        check(measure, self.test)
         self.pool = pool
         drawn = corpus.draw(pool, dataset.calibration_windows, dataset.holdout_windows, self.rng)
         label_seed = int(self.rng.integers(2**31))
@@ -248,7 +248,7 @@ class Job:
         others = self.place(result)
         files = checkpoint.files(self.full, result.packed, others, result.float_bits)
         found = {"bytes_file_before": float(sum(len(content) for content in files.values()))}
-        for measure in measures.of_quality(self.measure):
+        for measure in quality.of_quality(self.measure):
             measured, _ = measure.measure(self.subject(result))
             found |= {_before(name): value for name, value in measured.items() if name not in CONSTANT}
         evidence.trial = started

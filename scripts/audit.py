@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 
 from nashswarm import report, typeset
+from nashswarm.measures.prototype import UNTRAINED
 from nashswarm.methods.nash_swarm.solver import NashSwarm
 from nashswarm.models.shapes import SHAPES, Sizes, class_entropy, sizes
 from nashswarm.paper import commands, macro_name
-from nashswarm.published import UNTRAINED
 from nashswarm.quant.prototype import CLASS_BITS
 from nashswarm.records import files, record, statistics
 from nashswarm.records.record import Record

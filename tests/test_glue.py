@@ -14,12 +14,12 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 import nashswarm  # noqa: F401  (it makes the format known to transformers)
-from nashswarm import measures_glue
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.data.corpus import Dataset
 from nashswarm.data.glue import TASKS, Glue, Training, labels, windows
-from nashswarm.measures_glue import METRICS, interval, predictions
+from nashswarm.measures import glue
+from nashswarm.measures.glue import METRICS, interval, predictions
 from nashswarm.models import classifier as glue
 from nashswarm.models import evaluation
 from nashswarm.models.classifier import fine_tuned
@@ -135,7 +135,7 @@ def test_an_example_is_a_window(tokenizer: Any, folder: Callable[[str], pathlib.
 
 
 def test_padding_is_invisible(classifier: Any, padded: Tensor) -> None:
-    together = measures_glue.scores(classifier, padded, 2, no_track)
+    together = glue.scores(classifier, padded, 2, no_track)
     for window, scores, length in zip(padded, together, (12, 5, 9), strict=True):
         with torch.no_grad():
             alone = classifier(input_ids=window[None, :length]).logits[0]
@@ -157,11 +157,11 @@ def test_a_model_is_fine_tuned_once(
     first = fine_tuned(*given)
     test = dataset.text("test")
     tokens = windows(test, first.tokenizer, LENGTH, "test")
-    answers = measures_glue.scores(first.model, tokens, 8, no_track)
+    answers = glue.scores(first.model, tokens, 8, no_track)
     assert METRICS["accuracy"](labels(test), predictions(answers)) == 1.0
     assert [path.name for path in tmp_path.iterdir()] == [next(tmp_path.glob("sst2-*")).name]
     monkeypatch.setattr(glue, "_train", lambda *_: pytest.fail("trained again"))
-    assert np.array_equal(measures_glue.scores(fine_tuned(*given).model, tokens, 8, no_track), answers)
+    assert np.array_equal(glue.scores(fine_tuned(*given).model, tokens, 8, no_track), answers)
 
 
 def test_training_goes_on_where_it_stopped(
@@ -270,7 +270,7 @@ def test_a_whole_run(
     saved = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     text = Glue(str(config.dataset.path), task).text("test")
     again = predictions(
-        measures_glue.scores(
+        glue.scores(
             saved,
             windows(text, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"), LENGTH, "test"),
             8,

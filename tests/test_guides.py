@@ -16,7 +16,7 @@ from examples.adding.ends import Ends
 from nashswarm import figures
 from nashswarm.data import corpus
 from nashswarm.errors import NotOffered
-from nashswarm.measures import Subject
+from nashswarm.measures.measure import Subject
 from nashswarm.models import evaluation, matrices
 from nashswarm.progress import no_track
 from nashswarm.records.record import Record

@@ -15,21 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm import timing
-from nashswarm.measures import (
-    Bleu,
-    Layers,
-    LmEval,
-    Load,
-    Measure,
-    Quality,
-    Several,
-    Size,
-    Speed,
-    Subject,
-    require,
-    resident_bytes,
-)
+from nashswarm.measures import timing
+from nashswarm.measures.generation import Bleu, LmEval
+from nashswarm.measures.layers import Layers
+from nashswarm.measures.load import Load
+from nashswarm.measures.measure import Measure, Several, Subject, require
+from nashswarm.measures.quality import Quality
+from nashswarm.measures.size import Size, resident_bytes
+from nashswarm.measures.speed import Speed
 from nashswarm.methods.peers import peer
 from nashswarm.models import evaluation
 from nashswarm.models.matrices import find_layers

@@ -22,6 +22,7 @@ from transformers.models.mixtral import modeling_mixtral as mixtral
 
 import nashswarm
 from nashswarm.machine import Machine
+from nashswarm.measures.moe import first_version, one_by_one
 from nashswarm.models.experts import Experts, SplitExperts, unfuse
 from nashswarm.moe import load, loss, store
 from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
@@ -36,7 +37,6 @@ from nashswarm.moe.router import (
     equilibrium,
     regrets,
 )
-from nashswarm.moe_measures import first_version, one_by_one
 
 WIDTH, EXPERTS, K, VOCABULARY = 64, 8, 2, 96
 LEADERS = NashSwarmRouter(prices="sign", search="leaders", flock=4)

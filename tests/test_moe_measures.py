@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from nashswarm import moe_measures
+from nashswarm.measures import moe
+from nashswarm.measures.moe import WARM_UP, MoeSubject, QuickValidation, Routed, RoutingTime, timed
 from nashswarm.models import experts as moe_experts
 from nashswarm.moe import router, store
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import NashSwarmRouter
 from nashswarm.moe.training import Trained
-from nashswarm.moe_measures import WARM_UP, MoeSubject, QuickValidation, Routed, RoutingTime, timed
 from nashswarm.progress import no_track
 
 LAYER = "blocks.0.mixture.experts"
@@ -51,8 +51,8 @@ def test_routing_is_timed_where_the_model_is(model: MoeForCausalLM, monkeypatch:
 
     for module in (moe_experts, router):  # torch's knows no float32 without values
         monkeypatch.setattr(module, "grouped", lambda x, weights, ends: x @ weights[0])
-    monkeypatch.setattr(moe_measures, "timed", once)
-    monkeypatch.setattr(moe_measures, "first_version", lambda x, router: x @ router.weight.T)
+    monkeypatch.setattr(moe, "timed", once)
+    monkeypatch.setattr(moe, "first_version", lambda x, router: x @ router.weight.T)
     found, _ = RoutingTime(tokens=8, experts=[8]).measure(subject_of(model.to(META)))
     assert found["route_plain_8"] == 1e6 / 8 and set(seen) == {META}
 

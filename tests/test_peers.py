@@ -17,7 +17,7 @@ from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
-from nashswarm.measures import resident_bytes
+from nashswarm.measures.size import resident_bytes
 from nashswarm.methods.method import Method
 from nashswarm.methods.peers import auto_round, peer
 from nashswarm.methods.peers.peer import CONTESTANTS, LIBRARIES, Peer

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nashswarm import published
-from nashswarm.measures import Measure, Subject
+from nashswarm.measures import prototype
+from nashswarm.measures.measure import Measure, Subject
+from nashswarm.measures.prototype import Published, padded, padded_loss, quantized, random_replies
 from nashswarm.models import evaluation
 from nashswarm.progress import no_track
-from nashswarm.published import Published, padded, padded_loss, quantized, random_replies
 
 SMALL = Published(paragraphs=4, tokens=64, draws=2, samples=2, experts=4, routed_tokens=8)
 
@@ -24,7 +24,7 @@ def text(text_file: Any) -> str:
 
 def test_an_untrained_model_already_has_the_published_loss() -> None:
     """Equal logits for every token: ln V, however the model is called; fresh weights add a little luck."""
-    losses = [published.untrained_loss(seed, 8, 16) for seed in range(3)]
+    losses = [prototype.untrained_loss(seed, 8, 16) for seed in range(3)]
     assert losses == pytest.approx([math.log(1000)] * 3, abs=0.15)
     assert max(losses) != min(losses)
 
@@ -52,23 +52,23 @@ def test_paragraphs_are_the_first_ones_that_are_not_empty(tokenizer: Any) -> Non
 
 
 def test_only_linear_layers_are_quantized_and_stay_floats(model: Any, random_model: Any) -> None:
-    changed = quantized(model, published.one_grid)
+    changed = quantized(model, prototype.one_grid)
     differing = {name for name, own in model.state_dict().items() if not torch.equal(own, changed.state_dict()[name])}
     assert differing == {"lm_head.weight", "transformer.wte.weight"}  # tied; the Conv1D blocks are as they were
     assert all(parameter.dtype == torch.float32 for parameter in changed.parameters())
-    llama = quantized(random_model("llama"), published.one_grid)
+    llama = quantized(random_model("llama"), prototype.one_grid)
     linear = [name for name, module in llama.named_modules() if isinstance(module, nn.Linear)]
     assert len(linear) == 2 * 7 + 1
 
 
-@pytest.mark.parametrize("bits", published.WIDTHS)
+@pytest.mark.parametrize("bits", prototype.WIDTHS)
 def test_rows_on_their_grids(bits: int) -> None:
     rows = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    rounded = published.round_to_grid(rows, bits)
+    rounded = prototype.round_to_grid(rows, bits)
     low, high = rows.min(1, keepdim=True).values, rows.max(1, keepdim=True).values
     assert ((rounded - rows).abs() <= 0.501 * (high - low) / (2**bits - 1)).all()
     assert all(len(row.unique()) <= 2**bits for row in rounded)
-    assert torch.equal(published.round_to_grid(torch.ones(2, 3), bits), torch.ones(2, 3))
+    assert torch.equal(prototype.round_to_grid(torch.ones(2, 3), bits), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -1e6])
@@ -81,7 +81,7 @@ def test_random_replies_converge_in_66_iterations_whatever_the_payoffs(scale: fl
 
 
 def test_where_random_replies_end_most_players_regret_it(tiny: Any) -> None:
-    found = published.replies(tiny.lm_head.weight.detach())
+    found = prototype.replies(tiny.lm_head.weight.detach())
     assert 0.1 < found["best_reply_share"] < 0.45
     assert found["reply_regret"] > 0.5
     assert found["solved_regret"] == 0 and found["solved_sweeps"] == 1
@@ -90,12 +90,12 @@ def test_where_random_replies_end_most_players_regret_it(tiny: Any) -> None:
 def test_the_game_of_widths_by_hand() -> None:
     """An error and a price for every bit: the price is the same for all, and leaves the choice open."""
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
-    costs = published.width_costs(weight)
+    costs = prototype.width_costs(weight)
     prices = [
-        (costs[row, place] - float((weight[row] - published.round_to_grid(weight[row : row + 1], bits)).square().sum()))
+        (costs[row, place] - float((weight[row] - prototype.round_to_grid(weight[row : row + 1], bits)).square().sum()))
         / bits
         for row in range(6)
-        for place, bits in enumerate(published.WIDTHS)
+        for place, bits in enumerate(prototype.WIDTHS)
     ]
     assert prices == pytest.approx([prices[0]] * len(prices), rel=1e-4)
     assert len(set(costs.argmin(1).tolist())) > 1
@@ -104,7 +104,7 @@ def test_the_game_of_widths_by_hand() -> None:
 def test_both_routers_agree() -> None:
     generator = torch.Generator().manual_seed(2)
     tokens, centroids = torch.randn(30, 16, generator=generator), torch.randn(5, 16, generator=generator)
-    assert torch.equal(published.route(tokens, centroids), published.route_by_loops(tokens, centroids))
+    assert torch.equal(prototype.route(tokens, centroids), prototype.route_by_loops(tokens, centroids))
 
 
 def test_it_is_a_measure_and_reports_both_protocols(

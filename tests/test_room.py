@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from nashswarm import inference, measures, memory
+from nashswarm import inference, memory
 from nashswarm.cli import main
+from nashswarm.measures.size import resident_bytes
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
 from nashswarm.runtime import room
@@ -42,9 +43,9 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_every_weight_is_counted_once(small: Any, tiny: Any) -> None:
     packed, others = (sum(part.nbytes for part in group) for group in room.weights(small))
-    assert packed + others == measures.resident_bytes(small) and 0 < others < packed
+    assert packed + others == resident_bytes(small) and 0 < others < packed
     none, every = (sum(part.nbytes for part in group) for group in room.weights(tiny))
-    assert none == 0 and every == measures.resident_bytes(tiny)
+    assert none == 0 and every == resident_bytes(tiny)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -88,7 +89,7 @@ def test_pinned_weights_are_told_by_the_system(small: Any) -> None:
         size = room.pin(small)
     except ValueError as refused:
         pytest.skip(str(refused))
-    assert size == measures.resident_bytes(small) <= memory.held()["pinned"]
+    assert size == resident_bytes(small) <= memory.held()["pinned"]
 
 
 def test_a_system_that_does_not_pin_is_named(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:

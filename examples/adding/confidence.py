@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nashswarm.measures import Found, Subject
+from nashswarm.measures.measure import Found, Subject
 from nashswarm.records import statistics
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nashswarm.games.potential import Game, best_response
-from nashswarm.measures import BATCH, Found, Subject
+from nashswarm.measures.measure import BATCH, Found, Subject
 from nashswarm.models import evaluation
 from nashswarm.quant.prototype import QUANTILES, quantize_by_magnitude
 from nashswarm.records.statistics import interval

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from nashswarm import api
-from nashswarm.measures import Found, resident_bytes
+from nashswarm.measures.measure import Found
+from nashswarm.measures.size import resident_bytes
+from nashswarm.measures.timing import wait
 from nashswarm.models import evaluation
 from nashswarm.moe import load, store
 from nashswarm.moe.loss import implied_prices
@@ -25,7 +27,6 @@ from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
 from nashswarm.moe.router import NashSwarmRouter, Router, Routing, regrets
 from nashswarm.moe.training import Trained
 from nashswarm.progress import Track
-from nashswarm.timing import wait
 
 WARM_UP = 3
 FLOAT_BYTES = 4
