@@ -24,7 +24,6 @@ from torch import Tensor
 
 from nashswarm import errors
 from nashswarm.data import corpus
-from nashswarm.machine import machine
 from nashswarm.measures import timing
 from nashswarm.models import matrices, sources
 from nashswarm.packed import checkpoint
@@ -35,6 +34,7 @@ from nashswarm.quant.pack import pack
 from nashswarm.records.files import write_report
 from nashswarm.records.provenance import provenance, told
 from nashswarm.runtime import export
+from nashswarm.runtime.machine import machine
 
 GROUP_SIZE = 64
 WIDTHS = {"4": (4,), "2, 3, 4": (2, 3, 4)}

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from nashswarm.kernels.__main__ import example
-from nashswarm.machine import machine
 from nashswarm.progress import show_progress
 from nashswarm.records.files import write_report
 from nashswarm.records.provenance import provenance, told
-from nashswarm.runtime import misses
+from nashswarm.runtime import cache_misses
+from nashswarm.runtime.machine import machine
 
 SHAPES = ((3072, 768), (768, 3072))
 LAYERS = 12
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     origin = provenance(datetime.datetime.now(datetime.UTC))
     try:
-        counter, why = misses.tool()
+        counter, why = cache_misses.tool()
         if not shutil.which("valgrind"):
             raise ValueError("a laptop's caches are simulated, and valgrind is not installed (apt install valgrind)")
         caches = machine().caches
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sets = [(f"{rows}x{columns}", [(rows, columns)], HERE, own, counter) for rows, columns in SHAPES]
         several = f"{LAYERS} of each in turn"
         sets += [(several, [*SHAPES] * LAYERS, HERE, own, counter)]
-        sets += [(several, [*SHAPES] * LAYERS, LAPTOP, LAPTOP_CACHES, misses.CACHEGRIND)]
+        sets += [(several, [*SHAPES] * LAYERS, LAPTOP, LAPTOP_CACHES, cache_misses.CACHEGRIND)]
         runs = [(*one, bits) for one in sets for bits in (None, *BITS)]
         found = {"why": why, "rows": with_falls([measured(*one) for one in show_progress(runs, "counting")])}
     except ValueError as error:
@@ -69,7 +69,7 @@ def measured(
 ) -> dict[str, Any]:
     """A row: misses of one product, the mean over the matrices.  ``bits``: None for floats."""
     matrices = [example(*shape, (bits or 4,), GROUP_SIZE, True, seed) for seed, shape in enumerate(shapes)]
-    counted = misses.count(matrices, ACTIVATIONS if bits else None, *caches, counter)
+    counted = cache_misses.count(matrices, ACTIVATIONS if bits else None, *caches, counter)
     size = sum(one.nbytes if bits else 4 * one.rows * one.columns for one in matrices)
     return {
         "matrices": name,
@@ -93,7 +93,7 @@ def with_falls(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         beside = plain[row["matrices"], row["caches"]]
-        least = NONE * beside["bytes"] / beside["count"] / misses.LINE
+        least = NONE * beside["bytes"] / beside["count"] / cache_misses.LINE
         falls = {
             f"{level}_fall": 1 - row[f"{level}_misses"] / beside[f"{level}_misses"]
             if beside[f"{level}_misses"] > least

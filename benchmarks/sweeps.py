@@ -21,10 +21,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from nashswarm.machine import machine
 from nashswarm.progress import show_progress
 from nashswarm.records import files, record
 from nashswarm.records.provenance import provenance, told
+from nashswarm.runtime.machine import machine
 
 RUN = [sys.executable, "-m", "experiments.run", "-m"]
 NOTHING = [

@@ -21,7 +21,6 @@ from rich.table import Table
 from nashswarm import errors, memory
 from nashswarm.data import corpus
 from nashswarm.kernels import native
-from nashswarm.machine import Machine, machine
 from nashswarm.measures import load
 from nashswarm.measures.measure import Subject
 from nashswarm.measures.size import resident_bytes
@@ -29,9 +28,10 @@ from nashswarm.measures.speed import Speed
 from nashswarm.models import evaluation, sources
 from nashswarm.packed.modules import PackedMatrix, QuantizedLinear
 from nashswarm.progress import show_progress
+from nashswarm.runtime import cache_misses, memory_limit
 from nashswarm.runtime import export as exporter
-from nashswarm.runtime import misses, room
 from nashswarm.runtime import profile as profiler
+from nashswarm.runtime.machine import Machine, machine
 
 if TYPE_CHECKING:
     from nashswarm.runtime.server import Limits
@@ -92,7 +92,7 @@ def profile(given: argparse.Namespace) -> int:
     """Print where the time of a step goes, by matrix and by batch size."""
     if min(given.threads, given.steps, given.context_tokens, given.largest_batch) < 1:
         raise ValueError("--threads, --steps, --context-tokens and --largest-batch must be at least 1")
-    counter = misses.tool() if given.misses else None
+    counter = cache_misses.tool() if given.misses else None
     model = _load_writer(given.folder, "profile times decoding")
     largest = _largest(model) if given.misses else None
     longest = sources.LoadedModel(model, None).window_length(None)
@@ -134,9 +134,9 @@ def profile(given: argparse.Namespace) -> int:
 
 def _tell_memory(model: Any, window: int, limit: float | None, console: Console) -> None:
     """Print where the bytes of the model and the process are, and how long a text fits within ``limit`` megabytes."""
-    packed, others = (sum(part.nbytes for part in group) for group in room.weights(model))
+    packed, others = (sum(part.nbytes for part in group) for group in memory_limit.weights(model))
     console.print(f"in memory: {packed:,} bytes of packed matrices, {others:,} of other weights", highlight=False)
-    if (size := room.token_bytes(model)) is not None:
+    if (size := memory_limit.token_bytes(model)) is not None:
         console.print(f"{size:,} bytes of cache for each token of a text", highlight=False)
     if found := memory.held():
         console.print(
@@ -144,7 +144,7 @@ def _tell_memory(model: Any, window: int, limit: float | None, console: Console)
             f"{found['pinned']:,} are pinned", highlight=False,
         )  # fmt: skip
     if limit is not None:
-        tokens, held = room.longest(model, int(1e6 * limit), window)
+        tokens, held = memory_limit.longest(model, int(1e6 * limit), window)
         console.print(f"within {limit:g} MB: texts of {tokens} tokens, {1e-6 * held:.0f} MB at the peak")
 
 
@@ -163,7 +163,7 @@ def _count_misses(name: str, module: QuantizedLinear, here: Machine, counter: st
     forms = {"packed": (module.activations, tiles.nbytes), "float32": (None, 4 * tiles.rows * tiles.columns)}
     table = Table("form", "bytes", "reads", "that miss L1", f"that miss L{last}", box=None)
     for form, (activations, size) in show_progress(list(forms.items()), "counting cache misses"):
-        found = misses.count([tiles], activations, here.caches[1], here.caches[last], counter)
+        found = cache_misses.count([tiles], activations, here.caches[1], here.caches[last], counter)
         table.add_row(form, *(f"{max(value, 0):,.0f}" for value in (size, found.reads, found.first, found.last)))
     console.print(f"cache misses of a product with {name}, {tiles.rows}x{tiles.columns}, one column", highlight=False)
     console.print(why)
@@ -211,10 +211,10 @@ def _application(
     try:
         model, tokenizer = _load(folder), transformers.AutoTokenizer.from_pretrained(folder)
         if pinned:
-            print(f"{room.pin(model):,} bytes of weights are pinned", file=sys.stderr)
+            print(f"{memory_limit.pin(model):,} bytes of weights are pinned", file=sys.stderr)
         if memory_mb is not None:
             window = sources.LoadedModel(model, tokenizer).window_length(None)
-            tokens, held = room.longest(model, int(1e6 * memory_mb), window)
+            tokens, held = memory_limit.longest(model, int(1e6 * memory_mb), window)
             print(f"texts of up to {tokens} tokens are answered: {1e-6 * held:.0f} MB at the peak", file=sys.stderr)
             limits = dataclasses.replace(limits, tokens=tokens)
     except (ValueError, OSError, RuntimeError) as error:  # the last: torch got no memory

@@ -20,10 +20,10 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from nashswarm import typeset
-from nashswarm.machine import machine
 from nashswarm.records import files, record
 from nashswarm.records.provenance import provenance
 from nashswarm.records.record import Record
+from nashswarm.runtime.machine import machine
 
 log = logging.getLogger(__name__)
 TIMED = re.compile(r"seconds|_ms|per_second|_ratio|growth|resident|peak_bytes|latency|route_|share_")

@@ -21,7 +21,6 @@ from torch.nn import functional
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 import nashswarm
-from nashswarm.machine import Machine
 from nashswarm.measures.moe import first_version, one_by_one
 from nashswarm.models.experts import Experts, SplitExperts, unfuse
 from nashswarm.moe import load, loss, store
@@ -37,6 +36,7 @@ from nashswarm.moe.router import (
     equilibrium,
     regrets,
 )
+from nashswarm.runtime.machine import Machine
 
 WIDTH, EXPERTS, K, VOCABULARY = 64, 8, 2, 96
 LEADERS = NashSwarmRouter(prices="sign", search="leaders", flock=4)

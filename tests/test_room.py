@@ -15,7 +15,7 @@ from nashswarm.cli import main
 from nashswarm.measures.size import resident_bytes
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
-from nashswarm.runtime import room
+from nashswarm.runtime import memory_limit
 
 Packed = Callable[..., dict[str, np.ndarray]]
 BASE, TOKEN = 1_000_000, 500  # bytes of a process that is made up
@@ -37,39 +37,39 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         lengths.append(tokens)
         return BASE + TOKEN * tokens + tokens * tokens
 
-    monkeypatch.setattr(room, "peak", peak)
+    monkeypatch.setattr(memory_limit, "peak", peak)
     return lengths
 
 
 def test_every_weight_is_counted_once(small: Any, tiny: Any) -> None:
-    packed, others = (sum(part.nbytes for part in group) for group in room.weights(small))
+    packed, others = (sum(part.nbytes for part in group) for group in memory_limit.weights(small))
     assert packed + others == resident_bytes(small) and 0 < others < packed
-    none, every = (sum(part.nbytes for part in group) for group in room.weights(tiny))
+    none, every = (sum(part.nbytes for part in group) for group in memory_limit.weights(tiny))
     assert none == 0 and every == resident_bytes(tiny)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_token_takes_keys_and_values_of_every_layer(kind: str, random_model: Callable[[str], Any]) -> None:
     heads = {"gpt2": 4, "llama": 2}[kind]
-    assert room.token_bytes(random_model(kind)) == 2 * 2 * heads * 16 * 4
+    assert memory_limit.token_bytes(random_model(kind)) == 2 * 2 * heads * 16 * 4
 
 
 @pytest.mark.parametrize("fits", [1024, 1023, 700, 64, 3, 2])
 def test_the_text_that_is_found_fits_and_uses_the_room(fits: int, tried: list[int]) -> None:
     limit = BASE + TOKEN * fits + fits * fits
-    tokens, held = room.longest(None, limit, 1024)
+    tokens, held = memory_limit.longest(None, limit, 1024)
     assert held == BASE + TOKEN * tokens + tokens * tokens <= limit
-    assert 0.7 * fits <= tokens <= fits and len(tried) <= room.TRIES + 11
+    assert 0.7 * fits <= tokens <= fits and len(tried) <= memory_limit.TRIES + 11
 
 
 def test_a_limit_below_the_process_is_refused(tried: list[int]) -> None:
     with pytest.raises(ValueError, match="holds 1 MB with a text of two tokens, more than the limit of 0 MB"):
-        room.longest(None, BASE // 4, 1024)
+        memory_limit.longest(None, BASE // 4, 1024)
     assert tried == [2]
 
 
 def test_lengths_grow_until_one_does_not_fit(tried: list[int]) -> None:
-    room.longest(None, BASE + TOKEN * 100, 1024)
+    memory_limit.longest(None, BASE + TOKEN * 100, 1024)
     assert tried[:7] == [2, 4, 8, 16, 32, 64, 128] and max(tried) == 128
 
 
@@ -77,16 +77,16 @@ def test_a_longer_text_takes_more_memory() -> None:
     config = transformers.GPT2Config(vocab_size=64, n_positions=2048, n_embd=256, n_layer=2, n_head=4)
     wide = transformers.GPT2LMHeadModel(config).eval()
     try:
-        least, most = room.peak(wide, 2), room.peak(wide, 2048)
+        least, most = memory_limit.peak(wide, 2), memory_limit.peak(wide, 2048)
     except ValueError as refused:
         pytest.skip(str(refused))
-    size = room.token_bytes(wide)
+    size = memory_limit.token_bytes(wide)
     assert size is not None and most - least > 2048 * size > 2**23 - 1
 
 
 def test_pinned_weights_are_told_by_the_system(small: Any) -> None:
     try:
-        size = room.pin(small)
+        size = memory_limit.pin(small)
     except ValueError as refused:
         pytest.skip(str(refused))
     assert size == resident_bytes(small) <= memory.held()["pinned"]
@@ -98,7 +98,7 @@ def test_a_system_that_does_not_pin_is_named(small: Any, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(memory, "pin", refuse)
     with pytest.raises(ValueError, match=r"cannot be pinned \(Cannot allocate memory\): raise .*ulimit -l"):
-        room.pin(small)
+        memory_limit.pin(small)
 
 
 def test_pinning_what_is_not_there_is_an_error() -> None:
@@ -111,7 +111,7 @@ def test_a_model_without_a_cache_has_no_token_bytes() -> None:
         def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
             return object()
 
-    assert room.token_bytes(Plain()) is None
+    assert memory_limit.token_bytes(Plain()) is None
 
 
 def test_the_profile_tells_where_bytes_are(
@@ -121,7 +121,7 @@ def test_the_profile_tells_where_bytes_are(
     words = ["profile", str(tmp_path), "--steps", "1", "--largest-batch", "1", "--threads", "1"]
     assert main([*words, "--memory-mb", "1.01"]) == 0
     shown = capsys.readouterr().out
-    packed, _ = (sum(part.nbytes for part in group) for group in room.weights(small))
+    packed, _ = (sum(part.nbytes for part in group) for group in memory_limit.weights(small))
     assert f"{packed:,} bytes of packed matrices" in shown and "bytes of cache for each token" in shown
     assert "within 1.01 MB: texts of 19 tokens, 1 MB at the peak" in shown
     assert main([*words, "--memory-mb", "0.5"]) == 2

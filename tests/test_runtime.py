@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from nashswarm.cli import main
-from nashswarm.machine import ASSUMED, machine
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
 from nashswarm.progress import no_track
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 from nashswarm.runtime import profile
+from nashswarm.runtime.machine import ASSUMED, machine
 
 
 @pytest.fixture

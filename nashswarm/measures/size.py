@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from nashswarm.measures.measure import Found, Subject
-from nashswarm.runtime import room
+from nashswarm.runtime import memory_limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,5 +19,5 @@ class Size:
 def resident_bytes(model: Any) -> int:
     """Bytes of all parameters and buffers of a loaded model, shared ones once; a contestant that keeps its weights out
     of torch's sight says how many they are as ``weight_bytes``."""
-    held = sum(part.nbytes for part in room.tensors(model))
+    held = sum(part.nbytes for part in memory_limit.tensors(model))
     return held + sum(getattr(module, "weight_bytes", 0) for module in model.modules())

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from nashswarm.machine import machine
 from nashswarm.models.experts import Experts
+from nashswarm.runtime.machine import machine
 
 MATRICES = ("up_proj", "down_proj")
 Key = tuple[str, int]  # a layer and the number of its expert
