@@ -18,15 +18,15 @@ import hydra
 import numpy as np
 import torch
 
+from nashswarm.experiment.plan import plan
+from nashswarm.experiment.run import Job
 from nashswarm.layers import curvature
-from nashswarm.plan import plan
 from nashswarm.progress import show_progress
 from nashswarm.quant.coordinate_descent import reply
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
-from nashswarm.run import Job
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 SCHEME = Scheme(64, search=True)

@@ -31,11 +31,11 @@ from torch import Tensor
 from nashswarm.calibration.context import Oracle
 from nashswarm.calibration.moments import calibrate
 from nashswarm.data import corpus
+from nashswarm.experiment.plan import build
 from nashswarm.layers import Layer, Moments
 from nashswarm.methods.method import Method
 from nashswarm.models import matrices, sources
 from nashswarm.models.evaluation import embed, projection
-from nashswarm.plan import build
 from nashswarm.progress import show_progress
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.records import files, record

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 import hydra
 import numpy as np
 
+from nashswarm.experiment.run import run
 from nashswarm.progress import show_progress
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
 from nashswarm.records.record import Record
 from nashswarm.records.statistics import interval
-from nashswarm.run import run
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 PLAIN = (

@@ -21,15 +21,15 @@ import torch
 from jaxtyping import Float, Int
 from sklearn.manifold import TSNE
 
+from nashswarm.experiment.plan import plan
+from nashswarm.experiment.run import Job
 from nashswarm.games import flock
 from nashswarm.games.potential import best_response, independent_classes
 from nashswarm.methods.nash_swarm.quantizer import Played, Stance, by_block
 from nashswarm.methods.nash_swarm.solver import REFERENCE, NashSwarm, _Table
-from nashswarm.plan import plan
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
-from nashswarm.run import Job
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 

@@ -20,6 +20,8 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from scipy import sparse
 
+from nashswarm.experiment.plan import plan
+from nashswarm.experiment.run import Job
 from nashswarm.games import flock as swarm
 from nashswarm.games import optima
 from nashswarm.games.potential import Coupling, Game, best_response, shadow_price
@@ -27,12 +29,10 @@ from nashswarm.layers import Layer
 from nashswarm.methods.bit_allocation.blocks import PLAYED_WIDTHS, Blocks
 from nashswarm.methods.bit_allocation.damages import survey
 from nashswarm.methods.bit_allocation.game import solve
-from nashswarm.plan import plan
 from nashswarm.progress import show_progress
 from nashswarm.quant.grid import Scheme
 from nashswarm.records.files import write_report
 from nashswarm.records.provenance import provenance, told
-from nashswarm.run import Job
 
 ROOT = pathlib.Path(__file__).parent.parent
 SYNTHETIC_LAYERS = 50

@@ -23,10 +23,10 @@ from jaxtyping import Float
 from scipy.linalg import hadamard
 from torch import Tensor
 
+from nashswarm.experiment.run import run
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
 from nashswarm.records.statistics import interval
-from nashswarm.run import run
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 METHODS = ("nash_swarm method.bits=3.0", "nash_swarm method.bits=2.0", "gptq method.bits=3", "gptq method.bits=2")

@@ -35,7 +35,7 @@ NOTHING = [
 ]
 MIRRORS = ("disabled", "offline")
 BY_HAND = """
-import time, torch, nashswarm.run
+import time, torch, nashswarm.experiment.run
 from nashswarm import data, metrics, models
 for _ in range({times}):
     started = time.perf_counter()

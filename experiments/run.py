@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import mirror
 from nashswarm.errors import NotOffered
+from nashswarm.experiment.run import run
 from nashswarm.records import files
-from nashswarm.run import run
 
 log = logging.getLogger(__name__)
 

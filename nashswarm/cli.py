@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import transformers
 
-from nashswarm import __version__, api, inference, plan, run
-from nashswarm.certify import LIMIT, certify
+from nashswarm import __version__, api, inference
 from nashswarm.data import corpus, hub
+from nashswarm.experiment import plan, run
+from nashswarm.experiment.certify import LIMIT, certify
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.measures import size
 from nashswarm.methods.peers import peer

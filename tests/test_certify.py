@@ -15,14 +15,14 @@ import safetensors.numpy
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm.certify import Bowl, Laid, certify, decode, gain_of_codes, pulls, replies
 from nashswarm.cli import main
+from nashswarm.experiment.certify import Bowl, Laid, certify, decode, gain_of_codes, pulls, replies
+from nashswarm.experiment.run import Outcome, reopen, run
 from nashswarm.methods.nash_swarm import solver
 from nashswarm.packed.model_folder import read
 from nashswarm.quant.entropy import CodeTables, decode_lattice, encode_lattice
 from nashswarm.quant.lattice import LatticeTensor
 from nashswarm.records import record
-from nashswarm.run import Outcome, reopen, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "size"}
@@ -295,7 +295,7 @@ def test_a_run_that_was_stopped_before_its_record_takes_it_from_the_model(
     before = {path: path.read_bytes() for path in folder.iterdir()}
     assert not list((tmp_path / "records").rglob("*.json"))
     with monkeypatch.context() as patched:
-        patched.setattr("nashswarm.run._compress", None)  # nothing is computed
+        patched.setattr("nashswarm.experiment.run._compress", None)  # nothing is computed
         ended = execute(folder, *words)
     assert ended.status == "finished" and record.read(ended.path) == ended.record
     assert dataclasses.asdict(ended.record) == about(folder)["record"]

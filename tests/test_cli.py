@@ -16,10 +16,10 @@ import transformers
 import nashswarm
 from nashswarm.cli import _window_length, main
 from nashswarm.data import stdlib_docs
+from nashswarm.experiment.plan import config_again
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
 from nashswarm.packed.modules import PackedMatrix
-from nashswarm.plan import config_again
 
 FILES = ["config.json", "game.safetensors", "model.safetensors"]
 FILES = sorted([*FILES, "README.md", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"])

@@ -15,7 +15,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from nashswarm import cli, plan
+from nashswarm import cli
+from nashswarm.experiment import plan
 
 ROOT = pathlib.Path(__file__).parent.parent
 TRACKED = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).splitlines()

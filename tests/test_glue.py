@@ -18,6 +18,7 @@ from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.data.corpus import Dataset
 from nashswarm.data.glue import TASKS, Glue, Training, labels, windows
+from nashswarm.experiment.run import run
 from nashswarm.measures import glue
 from nashswarm.measures.glue import METRICS, interval, predictions
 from nashswarm.models import classifier as glue
@@ -27,7 +28,6 @@ from nashswarm.models.matrices import find_layers, put
 from nashswarm.models.sources import ModelSource, PackagedModel
 from nashswarm.progress import no_track
 from nashswarm.records.record import read
-from nashswarm.run import run
 
 ROOT = pathlib.Path(__file__).parent.parent
 LENGTH = 24

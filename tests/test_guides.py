@@ -16,11 +16,11 @@ from examples.adding.ends import Ends
 from nashswarm import figures
 from nashswarm.data import corpus
 from nashswarm.errors import NotOffered
+from nashswarm.experiment.run import run
 from nashswarm.measures.measure import Subject
 from nashswarm.models import evaluation, matrices
 from nashswarm.progress import no_track
 from nashswarm.records.record import Record
-from nashswarm.run import run
 
 ROOT = pathlib.Path(__file__).parent.parent
 FEW = ["dataset.sequence_length=32", "dataset.calibration_windows=6", "dataset.holdout_windows=3"]

@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 
 import nashswarm  # noqa: F401  it makes the format known to transformers
-from nashswarm.certify import certify
+from nashswarm.experiment.certify import certify
 from nashswarm.experiment.identity import IMPORT_PATHS, RECORDED_NAMES, TARGET, to_importable, to_recorded
-from nashswarm.plan import TEXT_KEYS, plan
+from nashswarm.experiment.plan import TEXT_KEYS, plan
 from nashswarm.records.record import Record, fingerprint, read
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -15,15 +15,15 @@ from hydra import compose, initialize_config_dir
 
 from nashswarm import api, tables
 from nashswarm.data.corpus import HubText, sha256
+from nashswarm.experiment.plan import plan
+from nashswarm.experiment.run import Outcome, reopen, run
 from nashswarm.moe import loss, training
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router import ExpertChoice, LossFree, NashSwarmRouter, TopK
 from nashswarm.moe.training import Training, batches, train
 from nashswarm.packed import model_folder
-from nashswarm.plan import plan
 from nashswarm.progress import no_track
 from nashswarm.records import record
-from nashswarm.run import Outcome, reopen, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 LABELS = {"experiment": "single", "model": "moe_small", "method": "any", "dataset": "story", "measure": "routed"}
@@ -138,7 +138,7 @@ def test_a_model_of_another_version_is_taken_only_if_asked(
     """What comes after training, like the prices' step, is no other model; the record says who trained it."""
     given = ["measure.repeats=1", "measure.windows=8", "measure.served_tokens=5"]
     own = execute(*given, "rerun=true")
-    monkeypatch.setattr("nashswarm.run.code_digest", lambda: "newer")
+    monkeypatch.setattr("nashswarm.experiment.run.code_digest", lambda: "newer")
     monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
     other = execute(*given, "rerun=true", "train_moe.any_version=true", "method.follow=0.5")
     assert other.record.provenance["trained_by"] == own.record.provenance["trained_by"] != "newer"

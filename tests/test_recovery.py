@@ -17,6 +17,7 @@ from torch import Tensor
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.errors import NotOffered
+from nashswarm.experiment.run import Outcome, run
 from nashswarm.methods import distillation
 from nashswarm.methods.distillation import Recovery, recover
 from nashswarm.methods.gptq import Gptq
@@ -31,7 +32,6 @@ from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.prototype import quantize_by_magnitude
 from nashswarm.quant.trainable_codes import Latent
 from nashswarm.records import record
-from nashswarm.run import Outcome, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "quality"}

@@ -25,11 +25,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import mirror
+from nashswarm.experiment.plan import _by_content
+from nashswarm.experiment.run import Outcome, run
 from nashswarm.methods.bit_allocation.game import Solution
 from nashswarm.methods.peers import peer
-from nashswarm.plan import _by_content
 from nashswarm.records import record
-from nashswarm.run import Outcome, run
 from scripts import train_default_model
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -188,7 +188,7 @@ def test_a_second_run_is_skipped_and_a_rerun_gives_the_same_bits(execute: Callab
 def test_what_other_code_cached_is_not_read(execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     execute("method=gptq")
     assert "moments" in execute("method=gptq", "rerun=true").record.provenance["cache_hits"]
-    monkeypatch.setattr("nashswarm.run.code_digest", lambda: "another version")
+    monkeypatch.setattr("nashswarm.experiment.run.code_digest", lambda: "another version")
     assert execute("method=gptq", "rerun=true").record.provenance["cache_hits"] == []
 
 

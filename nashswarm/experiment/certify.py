@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from nashswarm import run
+from nashswarm.experiment import run
 from nashswarm.layers import Layer, Moments
 from nashswarm.packed import checkpoint, model_folder
 from nashswarm.quant.entropy import CodeTables

@@ -24,6 +24,7 @@ from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import Evidence
 from nashswarm.data import corpus, glue
 from nashswarm.experiment.identity import to_recorded
+from nashswarm.experiment.plan import MoePlan, Plan, config_again, plan, plan_moe
 from nashswarm.measures import moe, quality
 from nashswarm.measures.measure import Measure, Subject, check, require
 from nashswarm.memory import peak_bytes, reset_peak
@@ -33,7 +34,6 @@ from nashswarm.methods.peers import peer
 from nashswarm.models import classifier, evaluation, matrices, sources
 from nashswarm.moe import training
 from nashswarm.packed import checkpoint, model_folder
-from nashswarm.plan import MoePlan, Plan, config_again, plan, plan_moe
 from nashswarm.progress import show_progress
 from nashswarm.records import record
 from nashswarm.records.files import claim
