@@ -7,8 +7,8 @@ from typing import Any
 import matplotlib.style
 
 import nashswarm
-from nashswarm import figures
 from nashswarm.records import record
+from nashswarm.reporting import curves
 
 ROOT = Path(__file__).parent.parent
 project = "nashswarm"
@@ -55,7 +55,7 @@ def draw(app: Any) -> None:
     whole = next(one for one in runs if one.labels["method"] == "nash_swarm")
     with matplotlib.style.context(ROOT / "paper/style.mplstyle"):
         folder.mkdir(exist_ok=True)
-        figures.layer_bits(whole).savefig(folder / "layer_bits.png")
+        curves.layer_bits(whole).savefig(folder / "layer_bits.png")
 
 
 def setup(app: Any) -> None:

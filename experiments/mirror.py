@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from nashswarm import figures, page, report, typeset
 from nashswarm.records.record import Record, read
+from nashswarm.reporting import frame, page, typeset
+from nashswarm.reporting.curves import layer_bits
 
 log = logging.getLogger(__name__)
 MODES = ("disabled", "offline", "online")
@@ -100,7 +101,7 @@ def to_wandb(record: Record, mode: str, folder: pathlib.Path) -> None:
             session.log(values)
         if record.layers:
             session.log({"layers": wandb.Table(dataframe=pd.DataFrame(record.layers))})
-            session.log({"bits by layer": wandb.Image(figures.layer_bits(record))})
+            session.log({"bits by layer": wandb.Image(layer_bits(record))})
         artifact = wandb.Artifact(f"record-{record.fingerprint}", type="record", metadata=dict(record.labels))
         for name, content in contents(record).items():
             with artifact.new_file(name) as file:
@@ -131,7 +132,7 @@ def contents(record: Record) -> dict[str, str]:
     return {
         "record.json": json.dumps(fields, indent=1, ensure_ascii=False) + "\n",
         "allocation.txt": allocation,
-        "table.md": typeset.markdown(report.points(report.frame([record]))),
+        "table.md": typeset.markdown(frame.points(frame.frame([record]))),
         "page.html": page.page([record]),
     }
 

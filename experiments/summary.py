@@ -8,16 +8,16 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from nashswarm import report, typeset
 from nashswarm.records import record
+from nashswarm.reporting import frame, typeset
 
 
 class Summary(Callback):
     """Hydra callback that reads the jobs' ``outcome.json`` and their records."""
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        outcomes = report.read_outcomes(pathlib.Path(config.hydra.sweep.dir))
+        outcomes = frame.read_outcomes(pathlib.Path(config.hydra.sweep.dir))
         records = [record.read(pathlib.Path(outcome["record"])) for outcome in outcomes if outcome["record"]]
-        typeset.console().print(report.summary(outcomes, records))
+        typeset.console().print(frame.summary(outcomes, records))
         if any(outcome["status"] == "failed" for outcome in outcomes):
             sys.exit(1)

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nashswarm import report, typeset
 from nashswarm.measures.prototype import UNTRAINED
 from nashswarm.methods.nash_swarm.solver import NashSwarm
 from nashswarm.models.shapes import SHAPES, Sizes, class_entropy, sizes
-from nashswarm.paper import commands, macro_name
 from nashswarm.quant.prototype import CLASS_BITS
 from nashswarm.records import files, record, statistics
 from nashswarm.records.record import Record
-from nashswarm.tables import equal_bytes
-from nashswarm.typeset import CELL, REFERENCE
+from nashswarm.reporting import frame, typeset
+from nashswarm.reporting.paper import commands, macro_name
+from nashswarm.reporting.tables import equal_bytes
+from nashswarm.reporting.typeset import CELL, REFERENCE
 
 LATER = "not measured yet"
 HOLDS, FAILS = "holds", "does not hold"
@@ -155,7 +155,7 @@ def removals(folder: pathlib.Path) -> pd.DataFrame:
         runs = list(record.read_all(path))
         if not any(run.labels["method"].partition("[")[0] in REMOVED for run in runs):
             continue
-        table = report.tested(report.average(report.frame(runs)), runs)
+        table = frame.tested(frame.average(frame.frame(runs)), runs)
         keys = [*CELL[:-1], "overrides"]
         table[["method", "overrides"]] = [list(label.partition("[")[::2]) for label in table["method"]]
         whole = table[table["method"] == REFERENCE].groupby(keys)["kl"].mean()
@@ -179,7 +179,7 @@ def by_place(runs: Sequence[Record]) -> dict[Place, Rows]:
     """The rows of runs, means over seeds, by model and text and by method; of several experiments the first."""
     found: dict[Place, Rows] = {}
     if runs:
-        table = report.tested(report.average(report.frame(runs)), runs)
+        table = frame.tested(frame.average(frame.frame(runs)), runs)
         for (_, model, dataset, _), rows in table.groupby(["experiment", "model", "dataset", "measure"]):
             found.setdefault((str(model), str(dataset)), {row["method"]: row for _, row in rows.iterrows()})
     return found
@@ -668,7 +668,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         evidence = gather(options.records, options.misses)
         if options.paper:
-            report.refuse_dirty(report.frame(record.read_all(options.records)))
+            frame.refuse_dirty(frame.frame(record.read_all(options.records)))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

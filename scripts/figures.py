@@ -21,8 +21,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from nashswarm import charts, figures, flock_figure, report, tables
 from nashswarm.records import record
+from nashswarm.reporting import charts, curves, flock_figure, frame, tables
 
 STYLE = pathlib.Path(__file__).parents[1] / "paper" / "style.mplstyle"
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not options.experiment and options.kernels.exists():
                 products = pd.DataFrame(json.loads(options.kernels.read_text())["rows"])
                 for folder in filter(None, (options.out, options.paper)):
-                    figures.save(charts.roofline(products), folder / "roofline")
+                    curves.save(charts.roofline(products), folder / "roofline")
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
@@ -59,27 +59,27 @@ def write_figures(options: argparse.Namespace) -> None:
     """Write what the options ask for.  Raises ValueError where there is nothing to draw."""
     chosen = {name: getattr(options, name) for name in ("experiment", "model", "dataset", "measure")}
     records = list(record.read_all(options.records))
-    table = report.select(report.frame(records), **{name: value for name, value in chosen.items() if value})
+    table = frame.select(frame.frame(records), **{name: value for name, value in chosen.items() if value})
     if options.paper:
-        report.refuse_dirty(table)
+        frame.refuse_dirty(table)
     whole = not any(chosen.values()) and options.layer is None
     console = Console()
     for experiment in sorted(set(table["experiment"])):
-        rows = report.select(table, experiment=experiment)
+        rows = frame.select(table, experiment=experiment)
         own = [run for run in records if run.labels["experiment"] == experiment]
         runs = [run for run in own if run.fingerprint in set(rows["fingerprint"])]
-        for name, draw in drawings(report.points(rows), runs, options.layer).items():
+        for name, draw in drawings(frame.points(rows), runs, options.layer).items():
             stems = [folder / f"{experiment}_{name}" for folder in filter(None, (options.out, options.paper))]
             try:
                 figure = draw()
             except ValueError as reason:
                 console.print(f"no {experiment}_{name}: {reason}", markup=False, highlight=False)
                 for stem in stems if whole else ():  # one that other records had
-                    for suffix in figures.SUFFIXES:
+                    for suffix in curves.SUFFIXES:
                         stem.with_name(stem.name + suffix).unlink(missing_ok=True)
                 continue
             for stem in stems:
-                for path in figures.save(figure, stem):
+                for path in curves.save(figure, stem):
                     console.print(str(path), markup=False, highlight=False)
 
 
@@ -87,22 +87,22 @@ def write_flock(options: argparse.Namespace) -> None:
     """Write the still of the flock where figures go, and its animation beside the figures that are shown on a page."""
     dance = json.loads(options.dance.read_text())
     for folder in filter(None, (options.out, options.paper)):
-        figures.save(flock_figure.still(dance), folder / "flock")
+        curves.save(flock_figure.still(dance), folder / "flock")
     flock_figure.animate(dance, options.out / "flock.gif")
 
 
 def drawings(points: pd.DataFrame, runs: list[record.Record], layer: str | None) -> dict[str, Callable[[], Figure]]:
     """The figures of an experiment by name, each to be drawn when called."""
-    tiled = [run for run in runs if any(np.ptp(grid) for grid in figures.tiles(run.allocation).values())]
-    tiled.sort(key=lambda run: (report.rank(run.labels["method"])[0], run.labels["seed"]))
+    tiled = [run for run in runs if any(np.ptp(grid) for grid in curves.tiles(run.allocation).values())]
+    tiled.sort(key=lambda run: (frame.rank(run.labels["method"])[0], run.labels["seed"]))
     return {
-        "pareto": lambda: figures.pareto(points),
-        "perplexity": lambda: figures.pareto(points, "perplexity"),
+        "pareto": lambda: curves.pareto(points),
+        "perplexity": lambda: curves.pareto(points, "perplexity"),
         "accuracy": lambda: charts.accuracy(points),
-        "ablation": lambda: figures.ablation(runs),
-        "convergence": lambda: figures.convergence(runs),
+        "ablation": lambda: curves.ablation(runs),
+        "convergence": lambda: curves.convergence(runs),
         "settling": lambda: charts.settling(runs),
-        "bits": lambda: figures.bit_map(tiled[-1].allocation if tiled else "", layer),
+        "bits": lambda: curves.bit_map(tiled[-1].allocation if tiled else "", layer),
         "decisions": lambda: charts.decisions(runs),
         "sensitivity": lambda: charts.sensitivity(tables.layers(runs)),
         "speed": lambda: charts.speed(tables.speed(runs)),

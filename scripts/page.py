@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import matplotlib.style
 
-from nashswarm.page import page
 from nashswarm.records import files, record
+from nashswarm.reporting.page import page
 
 STYLE = pathlib.Path(__file__).parents[1] / "paper" / "style.mplstyle"
 

@@ -19,10 +19,10 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from nashswarm import typeset
 from nashswarm.records import files, record
 from nashswarm.records.provenance import provenance
 from nashswarm.records.record import Record
+from nashswarm.reporting import typeset
 from nashswarm.runtime.machine import machine
 
 log = logging.getLogger(__name__)

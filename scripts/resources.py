@@ -15,7 +15,6 @@ from typing import Any
 
 import transformers
 
-from nashswarm import report, typeset
 from nashswarm.methods.nash_swarm.solver import NashSwarm
 from nashswarm.methods.streaming import forecast, shards
 from nashswarm.methods.streaming.compress import ByLayer
@@ -23,6 +22,7 @@ from nashswarm.models import shapes, sources
 from nashswarm.records import record
 from nashswarm.records.files import write_whole
 from nashswarm.records.record import Record
+from nashswarm.reporting import frame, typeset
 
 EXPERIMENT = ("experiment", "records", "minutes of one process", "longest run, minutes", "threads", "commits")
 WORK = {"moments", "damage", "probe", "game"}  # what the cache may have done before
@@ -104,7 +104,7 @@ def measured_rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
     rows = {}
     for one in sorted(records, key=lambda one: one.metrics.get("quantize_seconds", 0)):
         metrics, origin = one.metrics, one.provenance
-        family = report.family_of(one.labels["method"])  # none of a search, which has other settings too
+        family = frame.family_of(one.labels["method"])  # none of a search, which has other settings too
         own = family.startswith(TIMED) and "[" not in family and metrics.get("quantize_peak_bytes")
         if own and not WORK & set(origin.get("cache_hits", ())):
             about = f"`{one.labels['model']}`", count(origin["parameters"]), one.labels["method"]

@@ -11,8 +11,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from nashswarm import report, typeset
 from nashswarm.records import record
+from nashswarm.reporting import frame, typeset
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,12 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=pathlib.Path, help="the folder of a sweep, one subfolder per job")
     folder = parser.parse_args(arguments).folder
     try:
-        outcomes = report.read_outcomes(folder)
+        outcomes = frame.read_outcomes(folder)
         records = [record.read(pathlib.Path(outcome["record"])) for outcome in outcomes if outcome["record"]]
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    typeset.console().print(report.summary(outcomes, records))
+    typeset.console().print(frame.summary(outcomes, records))
     return int(any(outcome["status"] == "failed" for outcome in outcomes))
 
 

@@ -17,8 +17,8 @@ from collections.abc import Collection, Sequence
 
 import pandas as pd
 
-from nashswarm import paper, report, tables, typeset
 from nashswarm.records import files, record
+from nashswarm.reporting import frame, paper, tables, typeset
 
 FORMATS = {".md": typeset.markdown, ".csv": typeset.csv, ".tex": typeset.latex}
 BUDGETS = ("2", "3", "4")  # bits of the paper's main table
@@ -48,10 +48,10 @@ def write_tables(options: argparse.Namespace) -> None:
     names = ("experiment", "model", "dataset", "measure")
     chosen = {name: getattr(options, name) for name in names if getattr(options, name)}
     records = list(record.read_all(options.records))
-    table = report.select(report.frame(records), **chosen)
+    table = frame.select(frame.frame(records), **chosen)
     records = [one for one in records if all(one.labels[name] == value for name, value in chosen.items())]
     if options.paper:
-        report.refuse_dirty(table)
+        frame.refuse_dirty(table)
     written: set[str] = set()
 
     def write(name: str, table: pd.DataFrame, columns: Sequence[typeset.Column] = typeset.COLUMNS) -> None:
@@ -63,14 +63,14 @@ def write_tables(options: argparse.Namespace) -> None:
                 files.write_whole(options.out / f"{name}{suffix}", render(table, columns).encode())
 
     for experiment in sorted(set(table["experiment"]) - {"audit"}):
-        rows = report.select(table, experiment=experiment)
+        rows = frame.select(table, experiment=experiment)
         own = [one for one in records if one.labels["experiment"] == experiment]
         if another := tables.unlike(own):
             write(experiment, *another)
             own_columns = paper.ROUTERS if another[1] is tables.ROUTERS else another[1]
             for_paper(options.paper, experiment, typeset.latex(another[0], own_columns))
             continue
-        means = report.tested(report.average(rows.dropna(axis=1, how="all")), own)  # without what others alone have
+        means = frame.tested(frame.average(rows.dropna(axis=1, how="all")), own)  # without what others alone have
         write(experiment, means)
         for_paper(options.paper, experiment, typeset.latex(means, paper.COLUMNS))
         if means["method"].str.fullmatch(paper.BUDGET).all():

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from nashswarm import figures
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods.bit_allocation import blocks as allocation
 from nashswarm.methods.bit_allocation.blocks import (
@@ -22,6 +21,7 @@ from nashswarm.methods.bit_allocation.blocks import (
 )
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
+from nashswarm.reporting import curves
 
 few = settings(max_examples=25, deadline=None)
 SCHEME = Scheme(8)
@@ -55,7 +55,7 @@ def test_text_is_what_the_figures_read(data: st.DataObject) -> None:
         rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
         widths = st.lists(st.sampled_from([0, 2, 3, 4, 8, 16]), min_size=rows * columns, max_size=rows * columns)
         grids[name] = np.array(data.draw(widths), np.uint8).reshape(rows, columns)
-    read = figures.tiles(text(grids))
+    read = curves.tiles(text(grids))
     assert list(read) == list(grids)
     for name, tiles in grids.items():
         assert read[name].tolist() == tiles.tolist()

@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 from test_report import synthetic
 
-from nashswarm import charts, flock_figure, report, tables
 from nashswarm.records import record
 from nashswarm.records.record import Record
+from nashswarm.reporting import charts, flock_figure, frame, tables
 from scripts import figures as script
 
 
 def test_accuracy_is_per_cent_against_how_many_times_smaller() -> None:
     records = [synthetic(name) for name in ("baseline", "uniform4", "nash_swarm")]
-    points = report.average(report.frame(records))
+    points = frame.average(frame.frame(records))
     axes = charts.accuracy(points).axes[0]
     drawn = {label.get_text() for label in axes.texts if label.get_text()}
     assert drawn == {"baseline", "uniform4", "nash_swarm"}

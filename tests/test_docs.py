@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nashswarm import typeset
+from nashswarm.reporting import typeset
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from examples.adding.confidence import Confidence
 from examples.adding.ends import Ends
-from nashswarm import figures
 from nashswarm.data import corpus
 from nashswarm.errors import NotOffered
 from nashswarm.experiment.run import run
@@ -21,6 +20,7 @@ from nashswarm.measures.measure import Subject
 from nashswarm.models import evaluation, matrices
 from nashswarm.progress import no_track
 from nashswarm.records.record import Record
+from nashswarm.reporting import curves
 
 ROOT = pathlib.Path(__file__).parent.parent
 FEW = ["dataset.sequence_length=32", "dataset.calibration_windows=6", "dataset.holdout_windows=3"]
@@ -62,7 +62,7 @@ def test_an_added_dataset(execute: Callable[..., Record], text_folder: pathlib.P
 
 def test_an_added_method(execute: Callable[..., Record]) -> None:
     found = execute("method=ends")
-    widths = {name: set(grid.ravel().tolist()) for name, grid in figures.tiles(found.allocation).items()}
+    widths = {name: set(grid.ravel().tolist()) for name, grid in curves.tiles(found.allocation).items()}
     assert widths["transformer.wte"] == widths["transformer.h.1.mlp.c_fc"] == {8}
     assert widths["transformer.h.0.mlp.c_fc"] == widths["transformer.h.0.attn.c_attn"] == {3}
     even = execute("method=ends", "method.ends=3")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import cloudpickle
+import nashswarm.plan  # it registers the types of the root config
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -21,10 +22,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
-import nashswarm.plan  # it registers the types of the root config
 from hydra_plugins import launchers, search
-from nashswarm import report
 from nashswarm.records import record
+from nashswarm.reporting import frame
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 
@@ -72,7 +72,7 @@ def careless(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Careles
 def test_a_job_that_its_engine_lost_is_a_failed_job(careless: Careless, tmp_path: pathlib.Path) -> None:
     returned = careless.launch([["seed=1"], ["seed=2"], ["seed=3"]], 5)
     assert [one.return_value for one in returned] == [None] * 3
-    outcomes = report.read_outcomes(tmp_path / "logs")
+    outcomes = frame.read_outcomes(tmp_path / "logs")
     assert [one["status"] for one in outcomes] == ["skipped", "failed", "failed"]
     assert [one["message"] for one in outcomes[1:]] == ["the job left no outcome", "the node burnt"]
     assert outcomes[2]["overrides"] == ["seed=3"]
@@ -111,7 +111,7 @@ def test_an_outcome_of_an_earlier_sweep_is_none_of_this_one(careless: Careless, 
     (tmp_path / "logs/6").mkdir(parents=True)
     (tmp_path / "logs/6/outcome.json").write_text(json.dumps({"status": "finished", "record": "of yesterday"}))
     careless.launch([["seed=2"]], 6)
-    assert [one["status"] for one in report.read_outcomes(tmp_path / "logs")] == ["failed"]
+    assert [one["status"] for one in frame.read_outcomes(tmp_path / "logs")] == ["failed"]
 
 
 TOLD = """

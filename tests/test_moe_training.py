@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from nashswarm import api, tables
+from nashswarm import api
 from nashswarm.data.corpus import HubText, sha256
 from nashswarm.experiment.plan import plan
 from nashswarm.experiment.run import Outcome, reopen, run
@@ -24,6 +24,7 @@ from nashswarm.moe.training import Training, batches, train
 from nashswarm.packed import model_folder
 from nashswarm.progress import no_track
 from nashswarm.records import record
+from nashswarm.reporting import tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 LABELS = {"experiment": "single", "model": "moe_small", "method": "any", "dataset": "story", "measure": "routed"}

@@ -9,11 +9,11 @@ import subprocess
 
 import pytest
 
-from nashswarm import figures, typeset
-from nashswarm import page as page_module
-from nashswarm.page import page
 from nashswarm.records import record
 from nashswarm.records.record import Record
+from nashswarm.reporting import curves, typeset
+from nashswarm.reporting import page as page_module
+from nashswarm.reporting.page import page
 
 RECORDS = pathlib.Path(__file__).parent.parent / "results/records/ablation"
 METHODS = ("uniform4", "no_nash", "nash_swarm")
@@ -115,7 +115,7 @@ def test_only_what_no_record_shows_is_left_out(some: list[Record], monkeypatch: 
     def broken(*_: object) -> None:
         raise ValueError("shapes do not match")
 
-    monkeypatch.setattr(figures, "pareto", broken)
+    monkeypatch.setattr(curves, "pareto", broken)
     with pytest.raises(ValueError, match="shapes do not match"):
         page(some)
 

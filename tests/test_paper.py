@@ -8,9 +8,9 @@ import re
 import pandas as pd
 import pytest
 
-from nashswarm import paper, typeset
 from nashswarm.records import record
 from nashswarm.records.record import Record
+from nashswarm.reporting import paper, typeset
 from scripts import audit
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -7,8 +7,8 @@ import re
 import pandas as pd
 import pytest
 
-from nashswarm import report, tables, typeset
 from nashswarm.records import record
+from nashswarm.reporting import frame, tables, typeset
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,7 +28,7 @@ FORMATS = [(".md", typeset.markdown), (".csv", typeset.csv), (".tex", typeset.la
 @pytest.mark.parametrize("experiment", sorted({path.name for path in COMMITTED.iterdir()} - {"audit"}))
 def test_committed_tables_follow_from_the_records(experiment: str) -> None:
     records = list(record.read_all(COMMITTED / experiment))
-    found = tables.unlike(records) or [report.tested(report.average(report.frame(records)), records)]
+    found = tables.unlike(records) or [frame.tested(frame.average(frame.frame(records)), records)]
     layers = tables.layers(records)
     for suffix, render in FORMATS:
         assert render(*found) == (ROOT / f"results/tables/{experiment}{suffix}").read_text()
@@ -72,7 +72,7 @@ def test_what_it_says_of_presets_and_of_allocations_on_tiles() -> None:
 
 def test_the_budgeted_game_beats_its_ablations_in_the_committed_table() -> None:
     """The sentences of the README that say who wins."""
-    rows = report.frame(record.read_all(COMMITTED / "ablation")).set_index("method")
+    rows = frame.frame(record.read_all(COMMITTED / "ablation")).set_index("method")
     game = rows.loc["nash_swarm"]
     for control in ("no_nash", "no_bit_game", "no_code_game", "no_quantization"):
         assert game["kl_high"] < rows.loc[control, "kl_low"], control

@@ -17,9 +17,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from nashswarm import figures, report, tables, typeset
 from nashswarm.records import record
 from nashswarm.records.record import Record
+from nashswarm.reporting import curves, frame, tables, typeset
 
 ROOT = pathlib.Path(__file__).parents[1]
 KL = {
@@ -109,7 +109,7 @@ def rendered(content: Any) -> str:
 
 
 def test_a_frame_has_one_row_per_record_and_derives_perplexity(records: list[Record]) -> None:
-    table = report.frame([*records, records[0]])
+    table = frame.frame([*records, records[0]])
     assert len(table) == len(records)
     assert table["perplexity"].tolist() == pytest.approx(np.exp(table["nll"]).tolist())
     row = table[table["method"] == "uniform3"].iloc[0]
@@ -119,17 +119,17 @@ def test_a_frame_has_one_row_per_record_and_derives_perplexity(records: list[Rec
 
 def test_a_configuration_of_two_experiments_has_a_row_in_each(records: list[Record]) -> None:
     again = dataclasses.replace(records[0], labels=records[0].labels | {"experiment": "elsewhere"})
-    both = report.frame([records[0], again, again])
+    both = frame.frame([records[0], again, again])
     assert sorted(both["experiment"]) == sorted(["elsewhere", records[0].labels["experiment"]])
 
 
 def test_no_records_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ValueError, match="run an experiment first"):
-        report.frame([])
+        frame.frame([])
 
 
 def test_seeds_are_averaged_and_counted(records: list[Record]) -> None:
-    means = report.average(report.frame(records)).set_index("method")
+    means = frame.average(frame.frame(records)).set_index("method")
     pair = [r.metrics for r in records if r.labels["method"] == "no_nash"]
     assert means.loc["no_nash", "kl"] == pytest.approx((pair[0]["kl"] + pair[1]["kl"]) / 2)
     assert means.loc["no_nash", "perplexity"] == pytest.approx(math.exp((pair[0]["nll"] + pair[1]["nll"]) / 2))
@@ -139,14 +139,14 @@ def test_seeds_are_averaged_and_counted(records: list[Record]) -> None:
 def test_a_metric_that_one_seed_lacks_is_missing_in_the_mean() -> None:
     whole, part = synthetic("no_nash", 0), synthetic("no_nash", 1)
     del part.metrics["kl"]
-    assert report.average(report.frame([whole, part]))["kl"].isna().all()
+    assert frame.average(frame.frame([whole, part]))["kl"].isna().all()
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged() -> None:
-    runs = report.frame([synthetic("no_nash", 0, bits=3), synthetic("no_nash", 1, bits=4)])
+    runs = frame.frame([synthetic("no_nash", 0, bits=3), synthetic("no_nash", 1, bits=4)])
     with pytest.raises(ValueError, match=r"no_nash differ in more than the seed \(method\.bits: 3, 4\)"):
-        report.average(runs)
-    assert len(report.points(runs)) == 2
+        frame.average(runs)
+    assert len(frame.points(runs)) == 2
 
 
 def test_one_thread_and_two_are_rows_of_their_own() -> None:
@@ -154,28 +154,28 @@ def test_one_thread_and_two_are_rows_of_their_own() -> None:
         plain = synthetic(method)
         return dataclasses.replace(plain, config=plain.config | {"threads": threads})
 
-    means = report.average(report.frame([on(1, "gptq"), on(2, "gptq"), on(2, "uniform4")]))
+    means = frame.average(frame.frame([on(1, "gptq"), on(2, "gptq"), on(2, "uniform4")]))
     shown = typeset.cells(means)[["method", "threads"]].to_numpy().tolist()
     assert shown == [["uniform4", "2"], ["gptq", "1"], ["gptq", "2"]]
-    assert "threads" not in typeset.cells(report.average(report.frame([on(2, "gptq")])))
+    assert "threads" not in typeset.cells(frame.average(frame.frame([on(2, "gptq")])))
 
 
 def test_select_names_what_there_is(records: list[Record]) -> None:
-    table = report.frame(records)
-    assert set(report.select(table, method="no_nash", seed="1")["seed"]) == {"1"}
+    table = frame.frame(records)
+    assert set(frame.select(table, method="no_nash", seed="1")["seed"]) == {"1"}
     with pytest.raises(ValueError, match="no record has experiment=main; there are records of ablation"):
-        report.select(table, experiment="main")
+        frame.select(table, experiment="main")
     with pytest.raises(ValueError, match="'bits' is not a label"):
-        report.select(table, bits="3")
+        frame.select(table, bits="3")
 
 
 def test_methods_keep_their_order() -> None:
     wanted = ["baseline", "uniform8", "uniform3", "rtn", "gptq", "as_published", "no_nash", "hqq", "nash_swarm"]
-    assert sorted(reversed(wanted), key=report.rank) == wanted
+    assert sorted(reversed(wanted), key=frame.rank) == wanted
 
 
 def test_intervals_and_empty_columns(records: list[Record]) -> None:
-    content = typeset.cells(report.average(report.frame(records))).set_index("method")
+    content = typeset.cells(frame.average(frame.frame(records))).set_index("method")
     assert re.fullmatch(r"0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", content.loc["nash_swarm", "KL (nats)"])
     assert content.loc["nash_swarm", "max regret"] == "2.1e-06"
     assert content.loc["baseline", "ΔNLL (nats)"] == "+0.0000"
@@ -187,12 +187,12 @@ def test_intervals_and_empty_columns(records: list[Record]) -> None:
 def test_a_label_that_varies_becomes_a_column(records: list[Record]) -> None:
     other = synthetic("baseline", 0, kl=0.0, other=True)
     other.labels["model"] = "gpt2_large"
-    table = report.average(report.frame([*records, other]))
+    table = frame.average(frame.frame([*records, other]))
     assert list(typeset.cells(table)["model"])[:2] == ["gpt2_large", "gpt2_small"]
 
 
 def test_latex_is_escaped(records: list[Record]) -> None:
-    text = typeset.latex(report.average(report.frame(records)))
+    text = typeset.latex(frame.average(frame.frame(records)))
     assert r"\toprule" in text and r"\bottomrule" in text
     assert r"no\_nash" in text and "no_nash" not in text.replace(r"no\_nash", "")
     assert r"{@{}r@{}}saved\\\%\end{tabular}" in text and r"$\Delta$NLL" in text and r"$2.1{\cdot}10^{-6}$" in text
@@ -202,13 +202,13 @@ def test_latex_is_escaped(records: list[Record]) -> None:
 def test_what_was_before_stands_beside_what_is_after() -> None:
     one = synthetic("gptq")
     one.metrics.update({"kl_before": 0.4, "kl_before_low": 0.3, "kl_before_high": 0.5, "bytes_file_before": 2e6})
-    shown = typeset.cells(report.average(report.frame([one])))
+    shown = typeset.cells(frame.average(frame.frame([one])))
     assert shown["KL before (nats)"].tolist() == ["0.4000 [0.3000, 0.5000]"] and shown["MB before"].tolist() == ["2.00"]
     assert list(shown).index("KL before (nats)") == list(shown).index("KL (nats)") - 1
 
 
 def test_markdown_and_csv(records: list[Record]) -> None:
-    means = report.average(report.frame(records))
+    means = frame.average(frame.frame(records))
     lines = typeset.markdown(means).splitlines()
     assert len(lines) == 2 + len(ABLATION) + 2 and len({line.count("|") for line in lines[:-2]}) == 1
     assert lines[2].startswith("| baseline |") and lines[-3].startswith("| nash_swarm |")
@@ -222,14 +222,14 @@ UNCLEAN: list[dict[str, Any]] = [{"commit": "ab", "dirty": True}, {"commit": Non
 
 @pytest.mark.parametrize("provenance", UNCLEAN)
 def test_uncommitted_and_unknown_code_is_marked_and_refused(provenance: dict[str, Any], records: list[Record]) -> None:
-    report.refuse_dirty(report.frame(records))
-    assert typeset.UNCLEAN not in typeset.markdown(report.average(report.frame(records)))
+    frame.refuse_dirty(frame.frame(records))
+    assert typeset.UNCLEAN not in typeset.markdown(frame.average(frame.frame(records)))
     unclean = [dataclasses.replace(synthetic("hqq", seed), provenance=origin) for seed, origin in
                enumerate(({"commit": "cd", "dirty": False}, provenance))]  # fmt: skip
-    table = report.frame([*records, *unclean])
+    table = frame.frame([*records, *unclean])
     with pytest.raises(ValueError, match="runs of hqq come from uncommitted or unknown code"):
-        report.refuse_dirty(table)
-    means = report.average(table)
+        frame.refuse_dirty(table)
+    means = frame.average(table)
     for text in (typeset.markdown(means), rendered(typeset.terminal(means))):
         assert "hqq‡" in text and "‡ of code that was not committed, or is unknown." in text
         assert text.count("‡") == 2, "one row and the note"
@@ -243,10 +243,10 @@ def test_a_table_tells_the_commits_of_its_runs() -> None:
         return dataclasses.replace(synthetic(method, seed), provenance={"commit": commit, "dirty": False})
 
     runs = [of("gptq", 0, "bbbbbbbbbb"), of("gptq", 1, "aaaaaaaaaa"), of("hqq", 0, "aaaaaaaaaa")]
-    means = report.average(report.frame(runs))
+    means = frame.average(frame.frame(runs))
     assert typeset.note(means) == "Runs of commits aaaaaaa (2) and bbbbbbb (1)."
     assert "bbbbbbbbbb aaaaaaaaaa" in typeset.csv(means)
-    three = report.points(report.frame([*runs, of("rtn", 0, None)]))
+    three = frame.points(frame.frame([*runs, of("rtn", 0, None)]))
     assert typeset.note(three) == "Runs of commits aaaaaaa (2), bbbbbbb (1) and unknown (1)."
     twice = pd.concat([means.iloc[[0]], means.iloc[[0]]], ignore_index=True)
     assert typeset.note(twice) == "Runs of commits aaaaaaa (1) and bbbbbbb (1).", "a run of two rows counts once"
@@ -256,7 +256,7 @@ def test_a_table_tells_the_commits_of_its_runs() -> None:
 def test_every_committed_experiment_tells_the_commits_of_all_its_runs(experiment: str) -> None:
     own = list(record.read_all(ROOT / "results/records" / experiment))
     own = [one for one in own if one.labels["measure"] != "published"]
-    found = [tables.unlike(own) or (report.points(report.frame(own)), typeset.COLUMNS)]
+    found = [tables.unlike(own) or (frame.points(frame.frame(own)), typeset.COLUMNS)]
     found += [(table, columns) for table, columns in
               ((tables.speed(own), tables.SPEED), (tables.layers(own), tables.LAYERS)) if len(table)]  # fmt: skip
     counts = collections.Counter(one.provenance["commit"][:7] for one in own)
@@ -274,39 +274,39 @@ def outcome(status: str, method: str, path: pathlib.Path | None = None, message:
 def test_summary_counts_shows_and_explains(records: list[Record]) -> None:
     outcomes = [outcome("finished", "no_nash"), outcome("skipped", "uniform4"),
                 outcome("failed", "hqq", message="ValueError: 3 is odd\ntraceback")]  # fmt: skip
-    text = rendered(report.summary(outcomes, records[:2]))
+    text = rendered(frame.summary(outcomes, records[:2]))
     assert "3 jobs: 1 finished, 1 skipped, 1 failed" in text and "baseline" in text
     assert "method=hqq" in text and "ValueError: 3 is odd" in text and "traceback" not in text
     assert "logs/hqq.log" in text
-    assert "0 finished" in rendered(report.summary(outcomes[2:], []))
+    assert "0 finished" in rendered(frame.summary(outcomes[2:], []))
 
 
 def test_bit_maps_are_parsed() -> None:
-    grids = figures.tiles(synthetic("nash_swarm").allocation)
+    grids = curves.tiles(synthetic("nash_swarm").allocation)
     assert list(grids) == ["transformer.h.0.mlp.c_fc"]
     grid = grids["transformer.h.0.mlp.c_fc"]
     assert grid.shape == (24, 8) and (grid == 8).sum() == 6 and grid[0, 0] == 3 and grid[-1, -1] == 3
     for broken in ("mlp 2x3 4*5", "mlp 2x3 4", "mlp 2by3 4*6"):
         with pytest.raises(ValueError, match="allocation of 'mlp' is not"):
-            figures.tiles(broken)
+            curves.tiles(broken)
     with pytest.raises(ValueError, match="no layer is made of tiles"):
-        figures.bit_map("mlp 16\n")
+        curves.bit_map("mlp 16\n")
     with pytest.raises(ValueError, match="'attn' is not a layer made of tiles"):
-        figures.bit_map("mlp 1x1 4*1\n", "attn")
+        curves.bit_map("mlp 1x1 4*1\n", "attn")
 
 
 def test_the_frontier_is_what_nothing_beats() -> None:
     sizes, values = np.array([1.0, 2.0, 2.0, 3.0]), np.array([5.0, 6.0, 1.0, 2.0])
-    assert figures.frontier(sizes, values).tolist() == [0, 2]
+    assert curves.frontier(sizes, values).tolist() == [0, 2]
 
 
 def test_a_paired_ratio_of_a_run_with_itself_is_one() -> None:
     one = [synthetic("nash_swarm")]
-    assert figures.paired_ratio(one, one) == pytest.approx((1, 1, 1))
+    assert curves.paired_ratio(one, one) == pytest.approx((1, 1, 1))
     other = synthetic("no_nash")
     other.series["tokens"][0] = 7
     with pytest.raises(ValueError, match="different windows"):
-        figures.paired_ratio([other], one)
+        curves.paired_ratio([other], one)
 
 
 def of_windows(method: str, kl: list[float], seed: int = 0, size: float = 1e6, **config: Any) -> Record:
@@ -323,7 +323,7 @@ def test_marks_are_the_differences_that_survive_holm() -> None:
     noise = rng.permutation([-0.02, -0.01, 0.01, 0.02, 0, 0.005, -0.005, 0.03, -0.03, 0.001])
     kl = {"nash_swarm": level, "gptq": level + 0.01, "no_cache": level, "no_swarm": level + noise}
     records = [of_windows(method, values.tolist()) for method, values in kl.items()]
-    means = report.tested(report.average(report.frame(records)), records).set_index("method")
+    means = frame.tested(frame.average(frame.frame(records)), records).set_index("method")
     assert means.loc["gptq", "kl_p"] == pytest.approx(6 * 2 / 1024)
     assert means.loc["gptq", "nll_delta_p"] == pytest.approx(6 * 2 / 1024)
     assert means.loc["no_cache", "kl_p"] == 1 and means.loc["no_swarm", "kl_p"] > 0.05
@@ -346,7 +346,7 @@ def test_more_tests_need_more_evidence() -> None:
         records = [of_windows(method, kl.tolist()) for method, kl in values.items()]
         for one in records:
             del one.series["nll"]
-        means = report.tested(report.average(report.frame(records)), records)
+        means = frame.tested(frame.average(frame.frame(records)), records)
         return float(means.set_index("method").loc["gptq", "kl_p"])
 
     assert p_of("gptq") == pytest.approx(1 / 32) and p_of("gptq", "rtn") == pytest.approx(1 / 16)
@@ -358,31 +358,31 @@ def test_methods_are_tested_against_nash_swarm_of_the_same_overrides_on_the_same
     records = [of_windows(method, (level + shift).tolist()) for method, shift in shifts.items()]
     for one in records:
         del one.series["nll"], one.series["tokens"]  # as of examples of a task
-    found = report.tested(report.average(report.frame(records)), records).set_index("method")["kl_p"]
+    found = frame.tested(frame.average(frame.frame(records)), records).set_index("method")["kl_p"]
     assert found["gptq[bits=2]"] == pytest.approx(2 / 32) and found["gptq[bits=3]"] == 1
     elsewhere = [
         dataclasses.replace(one, config=one.config | {"dataset": {"sha256": one.labels["method"]}}) for one in records
     ]
-    assert "kl_p" not in report.tested(report.average(report.frame(elsewhere)), elsewhere)
+    assert "kl_p" not in frame.tested(frame.average(frame.frame(elsewhere)), elsewhere)
 
 
 def test_without_the_reference_nothing_is_tested(records: list[Record]) -> None:
     others = [one for one in records if one.labels["method"] != "nash_swarm"]
-    means = report.average(report.frame(others))
-    assert "kl_p" not in report.tested(means, others) and typeset.note(means) == f"Runs of commit {COMMIT[:7]}."
-    assert typeset.markdown(report.tested(means, others)) == typeset.markdown(means)
+    means = frame.average(frame.frame(others))
+    assert "kl_p" not in frame.tested(means, others) and typeset.note(means) == f"Runs of commit {COMMIT[:7]}."
+    assert typeset.markdown(frame.tested(means, others)) == typeset.markdown(means)
 
 
 def test_seeds_are_paired_by_their_means_and_their_spread_is_shown() -> None:
     records = [of_windows("gptq", [kl] * 4, seed) for seed, kl in enumerate((0.1, 0.2, 0.6))]
-    own, other = report.paired(records, records[:1], "kl")
+    own, other = frame.paired(records, records[:1], "kl")
     assert own == pytest.approx([0.3] * 4) and other == pytest.approx([0.1] * 4)
     for one, kl in zip(records, (0.1, 0.2, 0.6), strict=True):
         one.metrics["kl"] = kl
-    means = report.average(report.frame(records))
+    means = frame.average(frame.frame(records))
     assert means["kl_spread"][0] == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1))
     assert typeset.cells(means)["KL ± over seeds"][0] == "0.2646"
-    assert "kl_spread" not in report.average(report.frame(records[:1]))
+    assert "kl_spread" not in frame.average(frame.frame(records[:1]))
 
 
 def test_equal_bytes_by_hand() -> None:
@@ -449,14 +449,14 @@ def test_the_contestants_of_a_record_become_rows() -> None:
 
 
 def test_a_baseline_without_damage_stays_on_the_log_axis(records: list[Record]) -> None:
-    axes = figures.pareto(report.average(report.frame(records))).axes[0]
+    axes = curves.pareto(frame.average(frame.frame(records))).axes[0]
     low, high = axes.get_ylim()
     assert 0 < low < min(value for value in KL.values() if value > 0) < high
     assert any("baseline (KL about 0)" in label.get_text() for label in axes.texts)
 
 
 def test_labels_do_not_overlap(records: list[Record]) -> None:
-    figure = figures.pareto(report.average(report.frame(records)))
+    figure = curves.pareto(frame.average(frame.frame(records)))
     boxes = [label.get_window_extent() for label in figure.axes[0].texts if label.get_text()]
     assert len(boxes) == len(ABLATION)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
@@ -465,9 +465,9 @@ def test_labels_do_not_overlap(records: list[Record]) -> None:
 def test_figures_say_what_they_lack() -> None:
     baseline = [synthetic("baseline")]
     with pytest.raises(ValueError, match="no record has sweeps"):
-        figures.convergence(baseline)
+        curves.convergence(baseline)
     with pytest.raises(ValueError, match="no record of nash_swarm"):
-        figures.ablation(baseline)
+        curves.ablation(baseline)
 
 
 def test_scripts_from_records_to_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

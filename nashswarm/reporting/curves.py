@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from nashswarm.records import statistics
 from nashswarm.records.record import Record
-from nashswarm.report import family_of, paired, rank
-from nashswarm.typeset import FORMATS, REFERENCE
+from nashswarm.reporting.frame import family_of, paired, rank
+from nashswarm.reporting.typeset import FORMATS, REFERENCE
 
 NEGLIGIBLE = {"kl": 1e-5, "regret": 1e-12, "perplexity": 0.0}  # nats per token; below it a value counts as zero
 SUFFIXES = (".pdf", ".png")

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nashswarm import report, tables, typeset
 from nashswarm.methods.nash_swarm import solver
 from nashswarm.quant.grid import TILE_ROWS
 from nashswarm.records.record import Record
-from nashswarm.typeset import CELL, Column, fixed, tex
+from nashswarm.reporting import frame, tables, typeset
+from nashswarm.reporting.typeset import CELL, Column, fixed, tex
 
 MAIN = "ablation"  # the experiment whose macros name no experiment
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -118,7 +118,7 @@ def of_records(records: Iterable[Record]) -> dict[str, str]:
         words = () if experiment == MAIN else (experiment,)
         own = [one for one in gathered if one.labels["experiment"] == experiment]
         another = tables.unlike(own)
-        found |= numbers(another[0] if another else report.average(report.frame(own)), *words)
+        found |= numbers(another[0] if another else frame.average(frame.frame(own)), *words)
         contestants = tables.speed(own)
         if len(contestants) and experiment != MAIN:
             method = contestants["method"] + " " + contestants["contestant"]
@@ -147,7 +147,7 @@ def settings(records: Sequence[Record], *words: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for record in records:
         if record.labels["method"] == typeset.REFERENCE:
-            flat = report.flattened({name: record.config.get(name, {}) for name in ("method", "dataset")})
+            flat = frame.flattened({name: record.config.get(name, {}) for name in ("method", "dataset")})
             for key, value in flat:
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     found[macro_name(*words, "setting", *key.split(".")[1:])] = tex(f"{value:g}")

@@ -17,8 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from nashswarm import charts, figures, report, tables, typeset
 from nashswarm.records.record import Record
+from nashswarm.reporting import charts, curves, frame, tables, typeset
 
 PLACE = ("model", "dataset", "measure")  # what one chart has one of
 STYLE = """
@@ -64,7 +64,7 @@ def page(records: Sequence[Record]) -> str:
 
     Raises ValueError if there is no record, or if the records are of several experiments.
     """
-    table = report.frame(records)
+    table = frame.frame(records)
     names = sorted(set(table["experiment"]))
     if len(names) > 1:
         raise ValueError(f"one page shows one experiment, not {', '.join(names)}; select one first")
@@ -72,7 +72,7 @@ def page(records: Sequence[Record]) -> str:
     parts = [f"<h1>{title}</h1>"]
     for place in table[list(PLACE)].drop_duplicates().itertuples(index=False, name=None):
         own = [one for one in records if tuple(one.labels[label] for label in PLACE) == place]
-        parts += section(place, report.select(table, **dict(zip(PLACE, place, strict=True))), own)
+        parts += section(place, frame.select(table, **dict(zip(PLACE, place, strict=True))), own)
     parts += ["<h2>Runs</h2>", runs(records)]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -85,15 +85,15 @@ def page(records: Sequence[Record]) -> str:
 
 def section(place: Sequence[str], rows: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     """Tables and figures of one model, dataset and measure."""
-    means = report.tested(report.points(rows.dropna(axis=1, how="all")), records)
+    means = frame.tested(frame.points(rows.dropna(axis=1, how="all")), records)
     table, columns = tables.unlike(records) or (means, typeset.COLUMNS)
     seconds = [(tables.speed(records), tables.SPEED), (tables.layers(records), tables.LAYERS)]
     parts = [f"<h2>{html.escape(' · '.join(place))}</h2>"]
     for own, its in [(table, columns), *(second for second in seconds if len(second[0]))]:
         parts += [results(own, its, newest(records)), f"<p>{html.escape(typeset.note(own))}</p>"]
     drawn = {
-        "Quality against size": lambda: figures.pareto(means),
-        "Convergence of the games": lambda: figures.convergence(records),
+        "Quality against size": lambda: curves.pareto(means),
+        "Convergence of the games": lambda: curves.convergence(records),
     } | special(records)
     parts += [shown for caption, draw in drawn.items() if (shown := drawing(draw, caption))]
     for one in sorted({one.labels["method"]: one for one in records}.values(), key=lambda one: _rank(one)):
@@ -173,9 +173,9 @@ def bits(one: Record) -> list[str]:
     if not one.layers:
         return []
     method = html.escape(one.labels["method"])
-    tiled = figures.tiles(one.allocation)
+    tiled = curves.tiles(one.allocation)
     several = [layer for layer, grid in tiled.items() if len(set(grid.flat)) > 1]
-    bars = drawing(lambda: figures.layer_bits(one), f"Stored bits per weight of every layer, {method}")
+    bars = drawing(lambda: curves.layer_bits(one), f"Stored bits per weight of every layer, {method}")
     maps = [bit_map(layer, tiled[layer]) for layer in several]
     widths = sorted({int(width) for layer in several for width in tiled[layer].flat})
     legend = [f'<span class="width" style="background:{_ink(width)}"></span>{width} bits' for width in widths]
@@ -191,7 +191,7 @@ def bits(one: Record) -> list[str]:
 def bit_map(layer: str, grid: NDArray[np.int64]) -> str:
     """One pixel for each tile of a layer, coloured by its bits: row blocks down, column groups across."""
     content = io.BytesIO()
-    picture = np.array([figures.shade(int(width)) for width in grid.flat]).reshape(*grid.shape, 3)
+    picture = np.array([curves.shade(int(width)) for width in grid.flat]).reshape(*grid.shape, 3)
     matplotlib.image.imsave(content, picture, format="png")
     said = html.escape(f"{layer}: {grid.shape[0]} × {grid.shape[1]} tiles")
     size = f'width="{8 * grid.shape[1]}" height="{min(8 * grid.shape[0], 400)}"'
@@ -207,7 +207,7 @@ def drawing(draw: Callable[[], Figure], caption: str) -> str:
     try:
         with matplotlib.rc_context({"svg.hashsalt": "nashswarm", "figure.constrained_layout.use": True}):
             draw().savefig(content, format="svg", metadata={"Date": None})
-    except figures.NothingToDraw:
+    except curves.NothingToDraw:
         return ""
     said = html.escape(caption)
     return (
@@ -220,11 +220,11 @@ def _inline(content: io.BytesIO, kind: str) -> str:
 
 
 def _ink(width: int) -> str:
-    return "#" + "".join(f"{round(255 * part):02x}" for part in figures.shade(width))
+    return "#" + "".join(f"{round(255 * part):02x}" for part in curves.shade(width))
 
 
 def _rank(one: Record) -> tuple[int, int, str]:
-    return report.rank(one.labels["method"])
+    return frame.rank(one.labels["method"])
 
 
 def _cell(text: str, value: str, kind: str = "") -> str:

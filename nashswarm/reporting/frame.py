@@ -18,7 +18,7 @@ from rich.text import Text
 
 from nashswarm.records import statistics
 from nashswarm.records.record import Record
-from nashswarm.typeset import CELL, FORMATS, LABELS, ORIGIN, REFERENCE, TESTED, WORDS, terminal
+from nashswarm.reporting.typeset import CELL, FORMATS, LABELS, ORIGIN, REFERENCE, TESTED, WORDS, terminal
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:

@@ -11,8 +11,8 @@ import pandas as pd
 
 from nashswarm.records import statistics
 from nashswarm.records.record import Record
-from nashswarm.report import by_cell, circumstances, mean_of_all, ordered, origin, paired
-from nashswarm.typeset import CELL, ORIGIN, REFERENCE, Column
+from nashswarm.reporting.frame import by_cell, circumstances, mean_of_all, ordered, origin, paired
+from nashswarm.reporting.typeset import CELL, ORIGIN, REFERENCE, Column
 
 EQUAL_BYTES = (
     Column("MB", "bytes_file"),

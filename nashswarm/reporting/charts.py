@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from nashswarm import figures
-from nashswarm.figures import by_method, colour, markers, name_families, refuse_crowd
 from nashswarm.records.record import Record
-from nashswarm.report import family_of, rank
-from nashswarm.typeset import FORMATS, REFERENCE
+from nashswarm.reporting import curves
+from nashswarm.reporting.curves import by_method, colour, markers, name_families, refuse_crowd
+from nashswarm.reporting.frame import family_of, rank
+from nashswarm.reporting.typeset import FORMATS, REFERENCE
 
 NAMES = {
     "full": "32-bit floats",
@@ -131,7 +131,7 @@ def decisions(runs: Iterable[Record]) -> Figure:
     most = max(int(np.abs(shifts).max()) for _, shifts in layers.values()) or 1
     figure = Figure(figsize=(5.2, 0.9 + 0.13 * len(layers)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 3))
-    left.barh(range(len(layers)), [bits for bits, _ in layers.values()], color=figures.COLOURS[REFERENCE], height=0.8)
+    left.barh(range(len(layers)), [bits for bits, _ in layers.values()], color=curves.COLOURS[REFERENCE], height=0.8)
     left.set_yticks(range(len(layers)), layers, fontsize=6)
     left.tick_params(axis="y", length=0)
     left.set_xlabel("bits per weight")
@@ -253,7 +253,7 @@ def memory(contestants: pd.DataFrame) -> Figure:
     axes = figure.add_subplot(xlabel="held in memory (MB)")
     sizes = shown["bytes_resident"].to_numpy(float)
     ours = shown["contestant"].isin(OURS)
-    inks = [figures.COLOURS[REFERENCE] if own else "#777777" for own in ours]
+    inks = [curves.COLOURS[REFERENCE] if own else "#777777" for own in ours]
     axes.barh(range(len(names)), 1e-6 * sizes, height=0.6, color=inks)
     for row, size in enumerate(sizes):
         axes.annotate(FORMATS["bytes_resident"](size), (1e-6 * size, row), (4, 0), textcoords="offset points",
@@ -283,7 +283,7 @@ def latency(served: pd.DataFrame) -> Figure:
         axes.set_xticklabels([f"{clients:g}" for clients in rows["clients"]])
         for suffix, ink, whose in (
             ("_full", "#777777", "32-bit floats"),
-            ("", figures.COLOURS[REFERENCE], "compressed"),
+            ("", curves.COLOURS[REFERENCE], "compressed"),
         ):
             for level, line in ((50, "o-"), (95, "s--"), (99, "^:")):
                 seconds = 1e-3 * rows[f"latency_p{level}_ms{suffix}"]
@@ -349,7 +349,7 @@ def routing(records: Iterable[Record]) -> Figure:
             axes.axhline(float(np.mean(dense)), color="#777777", linestyle=":", linewidth=0.8, label="dense", zorder=0)
         for place, method in enumerate(methods):
             runs = [one.metrics for one in routers if (one.labels["model"], one.labels["method"]) == (model, method)]
-            look = {"color": f"C{place % 7}", "marker": figures.MARKERS[place], "linestyle": "none"}
+            look = {"color": f"C{place % 7}", "marker": curves.MARKERS[place], "linestyle": "none"}
             for metrics in runs:
                 axes.plot(metrics["max_violation"], metrics["nll"], markersize=2, alpha=0.6, **look)
             ends = [
@@ -404,14 +404,14 @@ def roofline(products: pd.DataFrame) -> Figure:
         axes.set(xscale="log", yscale="log", xlabel="operations per byte of codes")
         axes.set_title(f"{threads} thread{'s'[: threads != 1]}\nbest: {told}")
         for place, name in enumerate(sorted(set(whose))):
-            for batch, marker in zip(batches, figures.MARKERS, strict=False):
+            for batch, marker in zip(batches, curves.MARKERS, strict=False):
                 own = here & (whose == name) & (shown["batch"] == batch)
                 axes.plot((operations / codes)[own], 1e-9 * (operations / seconds)[own], marker, color=f"C{place % 7}",
                           markersize=3, alpha=0.7, label=name if batch == batches[0] else "")  # fmt: skip
     every[0].set_ylabel("billion operations per second")
     handles, names = every[0].get_legend_handles_labels()
     handles += [Line2D([], [], color="#777777", marker=one, linestyle="none", markersize=3)
-                for one, _ in zip(figures.MARKERS, batches, strict=False)]  # fmt: skip
+                for one, _ in zip(curves.MARKERS, batches, strict=False)]  # fmt: skip
     handles.append(Line2D([], [], color="#BBBBBB"))
     names += [*(f"batch {batch}" for batch in batches), "best of the products:\nbytes at batch 1, rate"]
     figure.legend(handles, names, loc="outside right center")
