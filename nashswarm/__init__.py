@@ -13,7 +13,8 @@ from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large tensors in huge pages: a fault each 2 MB, not 4 KB
 
-from nashswarm.packed import checkpoint as _checkpoint  # noqa: F401  what makes the format known
+from nashswarm.moe import model as _moe  # noqa: F401  makes the architecture known to transformers
+from nashswarm.packed import checkpoint as _checkpoint  # noqa: F401  makes the format known to transformers
 from nashswarm.packed.modules import set_activations
 
 __all__ = ["Report", "__version__", "compress", "set_activations"]

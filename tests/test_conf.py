@@ -12,7 +12,7 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
-import nashswarm.plan  # noqa: F401  (it registers the types of the root config)
+import nashswarm.experiment.plan  # noqa: F401  (it registers the types of the root config)
 
 CONF = pathlib.Path(__file__).parent.parent / "conf"
 CHOICES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))

@@ -21,7 +21,7 @@ from nashswarm.data.glue import TASKS, Glue, Training, labels, windows
 from nashswarm.experiment.run import run
 from nashswarm.measures import glue
 from nashswarm.measures.glue import METRICS, interval, predictions
-from nashswarm.models import classifier as glue
+from nashswarm.models import classifier as classifiers
 from nashswarm.models import evaluation
 from nashswarm.models.classifier import fine_tuned
 from nashswarm.models.matrices import find_layers, put
@@ -187,7 +187,7 @@ def test_training_goes_on_where_it_stopped(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(transformers.Trainer, "train", interrupted)
         fine_tuned(*broken)
-    assert [path.name.endswith(glue.CHECKPOINTS) for path in (tmp_path / "broken").iterdir()] == [True]
+    assert [path.name.endswith(classifiers.CHECKPOINTS) for path in (tmp_path / "broken").iterdir()] == [True]
     found = fine_tuned(*broken).model.state_dict()
     assert all(torch.equal(part, found[name]) for name, part in expected.items())
 

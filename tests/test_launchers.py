@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import cloudpickle
-import nashswarm.plan  # it registers the types of the root config
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -22,6 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
+import nashswarm.experiment.plan  # it registers the types of the root config
 from hydra_plugins import launchers, search
 from nashswarm.records import record
 from nashswarm.reporting import frame
@@ -370,4 +370,4 @@ def test_the_search_composes() -> None:
     for end, choice in (("low", 0), ("high", -1)):  # the method takes what the search may ask
         asked = [one.choices[choice] if hasattr(one, "choices") else getattr(one, end) for one in first]
         words = [f"{key}={value}" for key, value in zip(made.params, asked, strict=True)]
-        nashswarm.plan.build(compose("config", ["experiment=search", *words]).method)
+        nashswarm.experiment.plan.build(compose("config", ["experiment=search", *words]).method)

@@ -163,5 +163,5 @@ def test_the_wheel_and_the_source_hold_the_kernels_and_the_model(tmp_path: pathl
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"nashswarm/kernels/nashswarm_kernels.so", "nashswarm/default_model/model.safetensors"} <= names
+    assert {"nashswarm/kernels/nashswarm_kernels.so", "nashswarm/models/default_model/model.safetensors"} <= names
     assert not [name for name in names if name.startswith(("conf/", "tests/", "nashswarm/kernels/csrc"))]

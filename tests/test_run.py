@@ -599,7 +599,7 @@ def promised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, record.Recor
 
 def test_the_default_model_has_something_to_lose(promised: dict[str, record.Record]) -> None:
     """Far better than word frequencies, and visibly hurt by two bits."""
-    card = json.loads((ROOT / "nashswarm/default_model/training.json").read_text())
+    card = json.loads((ROOT / "nashswarm/models/default_model/training.json").read_text())
     assert 4 * card["test_perplexity"] <= card["unigram_perplexity"]
     assert 3e6 <= card["parameters"] <= 5e6
     last = [point["train_nll"] for point in card["curve"][-4:]]

@@ -8,9 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nashswarm import errors
-from nashswarm.data import glue
+from nashswarm.data.glue import Truth
 from nashswarm.layers import Layer
-from nashswarm.measures import glue
 from nashswarm.models import evaluation
 from nashswarm.progress import Track
 
@@ -37,7 +36,7 @@ class Subject:
     weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     damage: Mapping[str, float] = dataclasses.field(default_factory=dict)
     text: str = ""
-    truth: glue.Truth | None = None
+    truth: Truth | None = None
 
 
 @runtime_checkable

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 
-from nashswarm.data import glue
 from nashswarm.measures import glue
 from nashswarm.measures.measure import BATCH, Found, Measure, Subject, parts_of
 from nashswarm.models import evaluation

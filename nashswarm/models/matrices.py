@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from nashswarm.layers import Layer
 from nashswarm.models.experts import ExpertLinear
-from nashswarm.moe import model as moe_model  # noqa: F401  it makes the architecture known to transformers
 
 MATRICES = (nn.Linear, Conv1D, nn.Embedding)
 

@@ -13,7 +13,6 @@ import transformers
 
 from nashswarm.data import hub
 from nashswarm.models.experts import unfuse
-from nashswarm.moe import model as moe_model  # noqa: F401  it makes the architecture known to transformers
 
 LONGEST_WINDOW = 2048  # tokens; the protocol for models that could read further
 EMBEDDED = pathlib.Path(__file__).parent / "default_model"

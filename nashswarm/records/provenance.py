@@ -8,15 +8,14 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from nashswarm.methods.peers import peer
-
-EVALUATORS = ("lm-eval", "sacrebleu")
+EXTRAS = ("peers", "torchao", "eval")  # of this package: numbers can depend on what they install
 PROGRAM = ("nashswarm", "experiments", "hydra_plugins")  # folders whose modules are imported, tracked or not
 PACKAGES = ("nashswarm", "torch", "transformers", "datasets", "numpy", "scipy", "scikit-learn", "safetensors")
 
@@ -40,7 +39,7 @@ def code() -> tuple[str | None, bool | None]:
     """The commit that this process imported its code from, and whether it had changes; None outside of a repository.
     Remembered, for a process keeps its modules whatever is committed while it runs: to be asked before slow work."""
     here = pathlib.Path(__file__)
-    root = here.parent.parent
+    root = here.parents[2]
 
     def git(*words: str) -> str | None:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -67,18 +66,23 @@ def told(origin: Mapping[str, Any]) -> str:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    """Name and version of every package that numbers can depend on, the optional ones where they are installed."""
-    needs = {need for library in peer.LIBRARIES.values() for need in library.needs}
-    for name in (*PACKAGES, *EVALUATORS, *sorted(needs)):
+    """Yield name and version of every installed package that numbers can depend on."""
+    optional: set[str] = set()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for line in importlib.metadata.requires("nashswarm") or ():
+            name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
+            if name and extra and extra[1] in EXTRAS:
+                optional.add(name[0])
+    for package in (*PACKAGES, *sorted(optional)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield name, importlib.metadata.version(name)
+            yield package, importlib.metadata.version(package)
 
 
 @functools.cache
 def code_digest() -> str:
     """The sha256 over this package's sources: what other code computed is not read back as if this code had."""
     digest = hashlib.sha256()
-    folder = pathlib.Path(__file__).parent
+    folder = pathlib.Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
