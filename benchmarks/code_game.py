@@ -22,7 +22,7 @@ from nashswarm.experiment.plan import plan
 from nashswarm.experiment.run import Job
 from nashswarm.layers import curvature
 from nashswarm.progress import show_progress
-from nashswarm.quant.coordinate_descent import reply
+from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme
 from nashswarm.records import files
@@ -58,8 +58,8 @@ def job_of(overrides: Sequence[str]) -> Job:
 
 def ratios(job: Job, widths: Sequence[int]) -> list[dict[str, float]]:
     """Mean relative errors over the layers that multiply, of GPTQ and of the equilibrium, for every width."""
-    moments = job.evidence.moments()
-    layers = [layer for layer in job.evidence.layers if not any(moments[module].lookup for module in layer.modules)]
+    moments = job.session.moments()
+    layers = [layer for layer in job.session.layers if not any(moments[module].lookup for module in layer.modules)]
     rows = []
     for width in widths:
         found = []
@@ -70,7 +70,7 @@ def ratios(job: Job, widths: Sequence[int]) -> list[dict[str, float]]:
                 [
                     float(
                         curved.damage_by_row(
-                            layer.weight - reply(layer.weight, width, SCHEME, curved, sweeps).dequantize()
+                            layer.weight - quantize_layer(layer.weight, width, SCHEME, curved, sweeps).dequantize()
                         )
                         .double()
                         .sum()
@@ -99,7 +99,7 @@ def timed(shape: tuple[int, int]) -> list[dict[str, float | str]]:
     rows: list[dict[str, float | str]] = []
     for name, sweeps, tolerance in (("pass", 0, 0.0), ("to 1e-3", ENOUGH, 1e-3), ("to no move", ENOUGH, 0.0)):
         began = time.perf_counter()
-        found = reply(weight, 3, SCHEME, curved, sweeps, tolerance=tolerance)
+        found = quantize_layer(weight, 3, SCHEME, curved, sweeps, tolerance=tolerance)
         seconds = time.perf_counter() - began
         damage = float(curved.damage_by_row(weight - found.dequantize()).double().sum())
         rows.append(

@@ -28,7 +28,7 @@ import transformers
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from nashswarm.calibration.context import Oracle
+from nashswarm.calibration.context import CalibrationContext
 from nashswarm.calibration.moments import calibrate
 from nashswarm.data import corpus
 from nashswarm.experiment.plan import build
@@ -187,14 +187,14 @@ class Trial:
         expected: Float[Tensor, "windows width"],
     ) -> Float[np.ndarray, " windows"]:
         """1 − cosine of each window's embedding and the expected one; the other layers keep full precision."""
-        matrices.put(self.compressed, weights)
+        matrices.set_weights(self.compressed, weights)
         moved = embed_all(self.compressed, windows)
-        matrices.put(self.compressed, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
+        matrices.set_weights(
+            self.compressed, {layer.name: layer.weight for layer in self.layers if layer.name in weights}
+        )
         return (moved - expected).square().sum(1).numpy() / 2
 
-    def remember(
-        self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    def cached(self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What an earlier method of this trial asked for in the same words, or the answer to it."""
         name = f"{kind}-{record.fingerprint(key)}"
         if name not in self.remembered:
@@ -203,16 +203,16 @@ class Trial:
 
     def judge(self, method: Method) -> dict[str, Any]:
         """Compress by one method and measure on the test text."""
-        oracle = Oracle(
+        context = CalibrationContext(
             layers=self.layers,
             fixed_bytes=0,
             parameters=self.weights,
             moments=lambda: self.moments,
             heldout_kl=self.heldout_distance,
-            remember=self.remember,
+            cached=self.cached,
             track=show_progress,
         )
-        result = method.compress(oracle, np.random.default_rng(self.seed))
+        result = method.compress(context, np.random.default_rng(self.seed))
         found = self.distances(result.weights, self.test, self.test_embeddings)
         return {
             "settings": repr(method),

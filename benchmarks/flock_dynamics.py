@@ -47,7 +47,7 @@ def main() -> None:
     planned = plan(config)
     job = Job(config, *planned)
     assert isinstance(planned.method, NashSwarm)
-    content = danced(_Table(planned.method, job.evidence.oracle(), job.rng), options.align)
+    content = danced(_Table(planned.method, job.session.context(), job.rng), options.align)
     content["provenance"] = provenance(started)
     files.write_whole(options.out, (json.dumps(content) + "\n").encode())
 

@@ -27,7 +27,7 @@ from nashswarm.games import optima
 from nashswarm.games.potential import Coupling, Game, best_response, shadow_price
 from nashswarm.layers import Layer
 from nashswarm.methods.bit_allocation.blocks import PLAYED_WIDTHS, Blocks
-from nashswarm.methods.bit_allocation.damages import survey
+from nashswarm.methods.bit_allocation.damages import block_damages
 from nashswarm.methods.bit_allocation.game import solve
 from nashswarm.progress import show_progress
 from nashswarm.quant.grid import Scheme
@@ -119,9 +119,9 @@ def real_blocks(seed: int) -> tuple[Blocks, int]:
     """The players of the default model, surveyed as its method surveys them, and the byte budget of its layers."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("config", ["method=fixed_width", f"seed={seed}", "wandb=disabled", "device=cpu"])
-    oracle = Job(config, *plan(config)).evidence.oracle()
-    blocks = survey(oracle, oracle.moments(), PLAYED_WIDTHS, Scheme(search=True), code_game=True)
-    return blocks, int(BITS * oracle.parameters / 8) - oracle.fixed_bytes
+    context = Job(config, *plan(config)).session.context()
+    blocks = block_damages(context, context.moments(), PLAYED_WIDTHS, Scheme(search=True), code_game=True)
+    return blocks, int(BITS * context.parameters / 8) - context.fixed_bytes
 
 
 def gaps(blocks: Blocks, budget: int, rng: np.random.Generator) -> list[dict[str, Any]]:

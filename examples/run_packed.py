@@ -33,7 +33,7 @@ def main() -> None:
     floats = copy.deepcopy(packed)
     floats.dequantize()
     reference = functools.partial(evaluation.reference, floats, test[:4])
-    subject = measure.Subject(floats, floats, lambda: packed, test, reference, no_track)
+    subject = measure.EvaluationTarget(floats, floats, lambda: packed, test, reference, no_track)
     speed = Speed(prompt_tokens=64, context_tokens=32, new_tokens=16, repeats=10, quality_windows=4)
     found, _ = speed.measure(subject)
 

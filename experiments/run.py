@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import mirror
-from nashswarm.errors import NotOffered
+from nashswarm.errors import Unsupported
 from nashswarm.experiment.run import run
 from nashswarm.records import files
 
@@ -72,7 +72,7 @@ def main(config: DictConfig) -> None:
     except Exception as error:
         sentence = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         many = hydra_config.mode == RunMode.MULTIRUN
-        left_out = many and isinstance(error, NotOffered)
+        left_out = many and isinstance(error, Unsupported)
         outcome |= {"status": "left out" if left_out else "failed", "message": sentence}
         logging.getLogger("nashswarm.traceback").error(traceback.format_exc())
         if os.environ.get("HYDRA_FULL_ERROR") == "1":

@@ -12,7 +12,7 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from nashswarm.calibration.cache import Cache
-from nashswarm.calibration.session import Evidence
+from nashswarm.calibration.session import CalibrationSession
 from nashswarm.data import corpus, stdlib_docs
 from nashswarm.methods.fixed_width import FixedWidth
 from nashswarm.methods.gptq import Gptq
@@ -78,18 +78,20 @@ def compress(
     drawn = corpus.draw(windows, None, None, rng)
     full = copy.deepcopy(model).float().eval()
     unfuse(full)
-    evidence = Evidence(full, matrices.find_layers(full, exclude), *drawn, int(rng.integers(2**31)), Cache(None, {}))
-    result = chosen.compress(evidence.oracle(), rng)
-    compressed = evidence.trial if model.device.type == "cpu" else evidence.trial.to(model.dtype)
-    others = matrices.other_tensors(compressed, evidence.layers)
+    session = CalibrationSession(
+        full, matrices.find_layers(full, exclude), *drawn, int(rng.integers(2**31)), Cache(None, {})
+    )
+    result = chosen.compress(session.context(), rng)
+    compressed = session.candidate_model if model.device.type == "cpu" else session.candidate_model.to(model.dtype)
+    others = matrices.uncompressed_tensors(compressed, session.layers)
     size = sum(len(part) for part in checkpoint.files(compressed, result.packed, others, result.float_bits).values())
-    checkpoint.adopt(compressed, evidence.layers, result.packed, result.float_bits)
+    checkpoint.adopt(compressed, session.layers, result.packed, result.float_bits)
     layer_bytes = sum(len(packed) for packed in result.packed.values())
     report = Report(
         bytes_file=size,
-        compression=1 - size / (4 * evidence.parameters),
-        bits_per_weight=8 * layer_bytes / sum(layer.parameters for layer in evidence.layers),
-        bits_per_weight_model=8 * size / evidence.parameters,
+        compression=1 - size / (4 * session.parameters),
+        bits_per_weight=8 * layer_bytes / sum(layer.parameters for layer in session.layers),
+        bits_per_weight_model=8 * size / session.parameters,
         regret_max=result.metrics.get("regret_max"),
         allocation=result.allocation,
         metrics=dict(result.metrics),

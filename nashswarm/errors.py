@@ -4,17 +4,17 @@ import importlib.metadata
 from collections.abc import Sequence
 
 
-class NotOffered(ValueError):
+class Unsupported(ValueError):
     """A method that has nothing to offer here: not at these bits, or not without a package that is absent.  In a sweep
     it is left out, which is no failure."""
 
 
-class NotInstalled(NotOffered):
+class MissingPackage(Unsupported):
     """An optional package is absent."""
 
 
 def require(setting: str, packages: Sequence[str], extra: str = "peers") -> None:
-    """Raises NotInstalled, which names the packages that ``setting`` needs and that are absent."""
+    """Raises MissingPackage, which names the packages that ``setting`` needs and that are absent."""
     missing = []
     for package in packages:
         try:
@@ -22,4 +22,4 @@ def require(setting: str, packages: Sequence[str], extra: str = "peers") -> None
         except importlib.metadata.PackageNotFoundError:
             missing.append(package)
     if missing:
-        raise NotInstalled(f"{setting} needs {', '.join(missing)}: pip install 'nashswarm[{extra}]'")
+        raise MissingPackage(f"{setting} needs {', '.join(missing)}: pip install 'nashswarm[{extra}]'")

@@ -22,7 +22,7 @@ from nashswarm import errors, memory
 from nashswarm.data import corpus
 from nashswarm.kernels import native
 from nashswarm.measures import load
-from nashswarm.measures.measure import Subject
+from nashswarm.measures.measure import EvaluationTarget
 from nashswarm.measures.size import resident_bytes
 from nashswarm.measures.speed import Speed
 from nashswarm.models import evaluation, sources
@@ -82,7 +82,7 @@ def bench(given: argparse.Namespace) -> int:
     def reference(batch_size: int) -> evaluation.Reference:
         return evaluation.reference(full, windows[: measure.quality_windows], batch_size)
 
-    subject = Subject(full, full, lambda: packed, windows, reference, show_progress)
+    subject = EvaluationTarget(full, full, lambda: packed, windows, reference, show_progress)
     found, _ = measure.measure(subject)
     print(json.dumps({"folder": str(given.folder), "threads": given.threads} | found, indent=1))
     return 0

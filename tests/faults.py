@@ -34,7 +34,7 @@ class Faulty(Uniform):
     faults: str = ""
     number: int = 0
 
-    def compress(self, oracle: Any, rng: np.random.Generator) -> Compressed:
+    def compress(self, context: Any, rng: np.random.Generator) -> Compressed:
         fault = pathlib.Path(self.faults, str(self.number))
         with fault.with_suffix(".begun").open("a") as begun:
             print("again" if self.made() or not alone(begun) else "first", file=begun, flush=True)
@@ -44,7 +44,7 @@ class Faulty(Uniform):
                 fault.with_suffix(".pid").write_text(str(os.getpid()))
                 while fault.exists():
                     time.sleep(0.1)
-            return super().compress(oracle, rng)
+            return super().compress(context, rng)
 
     def made(self) -> bool:
         """Whether the record of this job is there."""

@@ -24,7 +24,7 @@ from nashswarm.methods.streaming.compress import ByLayer
 from nashswarm.models.shapes import LARGE
 from nashswarm.packed.checkpoint import decode
 from nashswarm.packed.modules import QuantizedLinear, set_activations
-from nashswarm.quant.coordinate_descent import reply
+from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.records import files as record
@@ -117,7 +117,7 @@ def in_memory(folder: pathlib.Path, windows: Tensor, settings: ByLayer, before: 
             products = sum(x.T @ x for x in seen[name]) / sum(map(len, seen[name]))
             curved = Curvature(torch.ones(module.out_features), products, None)
             bits = settings.outer_bits if name == "lm_head" else settings.bits
-            answer = reply(module.weight, bits, scheme, curved, settings.sweeps)
+            answer = quantize_layer(module.weight, bits, scheme, curved, settings.sweeps)
             kept = "model.embed_tokens.weight" if tied and name == "lm_head" else f"{name}.weight"
             found[kept] = answer.dequantize()
             module.weight.copy_(before[kept])  # a tied one is the embedding's too, and read no more

@@ -16,7 +16,15 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from nashswarm.cli import main
-from nashswarm.experiment.certify import Bowl, Laid, certify, decode, gain_of_codes, pulls, replies
+from nashswarm.experiment.certify import (
+    DecodedMatrix,
+    Quadratic,
+    certify,
+    decode,
+    feedback_matrix,
+    gain_of_codes,
+    replies,
+)
 from nashswarm.experiment.run import Outcome, reopen, run
 from nashswarm.methods.nash_swarm import solver
 from nashswarm.packed.model_folder import read
@@ -140,7 +148,7 @@ def test_every_gain_is_the_fall_of_the_whole_damage() -> None:
     """Every code of every weight tried by hand, the damage of the whole row taken anew."""
     rng = np.random.default_rng(0)
     mixed = rng.normal(size=(30, 6))
-    bowl = Bowl(rng.uniform(0.5, 2, 4), mixed.T @ mixed / 30, rng.uniform(0, 1, (4, 6)))
+    bowl = Quadratic(rng.uniform(0.5, 2, 4), mixed.T @ mixed / 30, rng.uniform(0, 1, (4, 6)))
     weight, steps, codes = rng.normal(size=(4, 6)), rng.uniform(0.1, 1, (4, 6)), rng.integers(-3, 4, (4, 6))
 
     def damage(codes: np.ndarray, row: int) -> float:
@@ -155,7 +163,7 @@ def test_every_gain_is_the_fall_of_the_whole_damage() -> None:
             other[row, column] = code
             reached.append(damage(other, row))
         gains[row] += damage(codes, row) - min(reached)
-    found = gain_of_codes(weight, Laid(codes * steps, codes, steps, -3, 3), bowl)
+    found = gain_of_codes(weight, DecodedMatrix(codes * steps, codes, steps, -3, 3), bowl)
     assert found == pytest.approx(gains, rel=1e-12) and gains.min() > 0
 
 
@@ -171,7 +179,7 @@ def test_replies_are_those_of_gptq() -> None:
         expected[:, column] = np.rint(rest[:, column] / steps[:, column])
         error = (rest[:, column] - expected[:, column] * steps[:, column]) / inverse[0, 0]
         rest[:, column:] -= np.outer(error, inverse[0])
-    assert (replies(weight, steps, pulls(Bowl(np.ones(5), inputs, None))) == expected).all()
+    assert (replies(weight, steps, feedback_matrix(Quadratic(np.ones(5), inputs, None))) == expected).all()
     assert (replies(weight, steps, None) == np.rint(weight / steps)).all()
 
 
@@ -187,11 +195,11 @@ def test_a_worse_code_is_found(folder: pathlib.Path, capsys: pytest.CaptureFixtu
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     seal(folder)
     after = certify(folder)
-    evidence = reopen(about(folder), {}).evidence
-    moments = evidence.moments()[LAYER]
+    session = reopen(about(folder), {}).session
+    moments = session.moments()[LAYER]
     inputs = (moments.inputs + moments.coupled_inputs).double() / 2
     inputs += 0.01 * inputs.diagonal().mean() * torch.eye(len(inputs))
-    weight = next(layer.weight for layer in evidence.layers if layer.name == LAYER)
+    weight = next(layer.weight for layer in session.layers if layer.name == LAYER)
     good, bad = (
         (weight - LatticeTensor(part, tensor.lattice).dequantize())[5].double() for part in (tensor.codes, codes)
     )
@@ -249,7 +257,7 @@ def test_what_is_decoded_are_the_weights_that_were_measured(played: pathlib.Path
     kept = read(played)
     job = reopen(kept.about, {})
     result, *_ = job.execute()
-    for name, tensor in decode(kept.tensors, job.evidence.layers).items():
+    for name, tensor in decode(kept.tensors, job.session.layers).items():
         assert torch.equal(tensor.dequantize(), result.weights[name])
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm.kernels import tiles as layout
-from nashswarm.models.matrices import find_layers, other_tensors, put
+from nashswarm.models.matrices import find_layers, set_weights, uncompressed_tensors
 from nashswarm.packed import checkpoint
 from nashswarm.packed.modules import PackedMatrix, QuantizedEmbedding, QuantizedLinear, set_activations
 from nashswarm.quant.entropy import CodeTables
@@ -88,8 +88,8 @@ def test_what_is_loaded_computes_the_same_bits(saved: Any, token_windows: Tensor
     layers = find_layers(by_hand)
     tables = CodeTables.unpack(matrices["code_tables"]) if "code_tables" in matrices else None
     decoded = {layer.name: checkpoint.decode(layer.name, matrices[layer.name], tables) for layer in layers}
-    checkpoint.round_others(other_tensors(by_hand, layers), 16)
-    put(by_hand, {name: tensor.dequantize() for name, tensor in decoded.items()})
+    checkpoint.round_others(uncompressed_tensors(by_hand, layers), 16)
+    set_weights(by_hand, {name: tensor.dequantize() for name, tensor in decoded.items()})
     expected = answer(by_hand, token_windows)
     assert (answer(again, token_windows) - expected).abs().max() <= 1e-4 * expected.abs().max()
     for layer in layers:
@@ -108,7 +108,7 @@ def test_saving_again_gives_the_same_bytes(saved: Any, tmp_path: pathlib.Path) -
 
 def test_the_predicted_files_are_those_that_are_saved(saved: Any) -> None:
     full, _, matrices, folder = saved
-    others = other_tensors(full, find_layers(full))
+    others = uncompressed_tensors(full, find_layers(full))
     found = checkpoint.files(full, matrices, others, 16)
     written = contents(folder)
     assert sorted(found) == FILES and found == {name: written[name] for name in FILES}
@@ -336,7 +336,7 @@ def test_what_kernels_cannot_read_is_kept_as_floats(
     published = quantize_by_magnitude(layers["transformer.wte"].weight, (0.9, 0.7))
     packed = {name: pack(quantize(layer.weight, 4, Scheme(64))) for name, layer in layers.items()}
     packed |= {name: pack(tensor) for name, tensor in odd.items()} | {"transformer.wte": published.pack()}
-    files = checkpoint.files(full, packed, other_tensors(full, list(layers.values())), 16)
+    files = checkpoint.files(full, packed, uncompressed_tensors(full, list(layers.values())), 16)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with caplog.at_level(logging.WARNING):

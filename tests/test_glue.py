@@ -15,7 +15,7 @@ from torch import Tensor
 
 import nashswarm  # noqa: F401  (it makes the format known to transformers)
 from nashswarm.calibration.cache import Cache
-from nashswarm.calibration.session import Evidence
+from nashswarm.calibration.session import CalibrationSession
 from nashswarm.data.corpus import Dataset
 from nashswarm.data.glue import TASKS, Glue, Training, labels, windows
 from nashswarm.experiment.run import run
@@ -24,7 +24,7 @@ from nashswarm.measures.glue import METRICS, interval, predictions
 from nashswarm.models import classifier as classifiers
 from nashswarm.models import evaluation
 from nashswarm.models.classifier import fine_tuned
-from nashswarm.models.matrices import find_layers, put
+from nashswarm.models.matrices import find_layers, set_weights
 from nashswarm.models.sources import ModelSource, PackagedModel
 from nashswarm.progress import no_track
 from nashswarm.records.record import read
@@ -300,18 +300,18 @@ def test_a_measure_that_does_not_belong_is_refused_before_any_work(
 
 
 def test_a_probe_counts_tokens_and_not_their_padding(classifier: Any, padded: Tensor) -> None:
-    evidence = Evidence(classifier, find_layers(classifier), padded, padded, 0, Cache(None, {}))
-    layer = evidence.layers[-1]
+    session = CalibrationSession(classifier, find_layers(classifier), padded, padded, 0, Cache(None, {}))
+    layer = session.layers[-1]
     moved = {layer.name: 1.5 * layer.weight}
-    assert evidence.mean_length == (12 + 5 + 9) // 3
+    assert session.mean_length == (12 + 5 + 9) // 3
     first = evaluation.distance(
         *(evaluation.embed_all(model, padded[:1], 1) for model in (classifier, _with(classifier, moved)))
     )
-    assert evidence.heldout_kl(moved, 8) == pytest.approx(first, rel=1e-4)
-    assert evidence.heldout_kl(moved, 9) != pytest.approx(first, rel=1e-4)
+    assert session.heldout_kl(moved, 8) == pytest.approx(first, rel=1e-4)
+    assert session.heldout_kl(moved, 9) != pytest.approx(first, rel=1e-4)
 
 
 def _with(model: Any, weights: dict[str, Tensor]) -> Any:
     found = copy.deepcopy(model)
-    put(found, weights)
+    set_weights(found, weights)
     return found

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nashswarm.calibration.context import Oracle
+from nashswarm.calibration.context import CalibrationContext
 from nashswarm.layers import Layer, Moments
 from nashswarm.methods.gptq import Gptq
 from nashswarm.models import matrices, sources
@@ -65,9 +65,9 @@ def ours(layer: Layer, inputs: Tensor, bits: int, act_order: bool) -> Tensor:
     def never(*_: Any) -> Any:
         raise AssertionError("gptq asks for nothing else")
 
-    oracle = Oracle((layer,), 0, 1, lambda: moments, never, never)
+    context = CalibrationContext((layer,), 0, 1, lambda: moments, never, never)
     method = Gptq(bits, GROUP, damping=DAMPING, act_order=act_order)
-    return method.compress(oracle, np.random.default_rng(0)).weights[layer.name]
+    return method.compress(context, np.random.default_rng(0)).weights[layer.name]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -14,9 +14,9 @@ from torch import Tensor
 from examples.adding.confidence import Confidence
 from examples.adding.ends import Ends
 from nashswarm.data import corpus
-from nashswarm.errors import NotOffered
+from nashswarm.errors import Unsupported
 from nashswarm.experiment.run import run
-from nashswarm.measures.measure import Subject
+from nashswarm.measures.measure import EvaluationTarget
 from nashswarm.models import evaluation, matrices
 from nashswarm.progress import no_track
 from nashswarm.records.record import Record
@@ -69,7 +69,7 @@ def test_an_added_method(execute: Callable[..., Record]) -> None:
     assert even.metrics["nominal_bits"] == 3 < found.metrics["nominal_bits"] < 8
     assert even.metrics["bytes_file"] < found.metrics["bytes_file"]
     assert even.metrics["kl"] > found.metrics["kl"] > 0
-    with pytest.raises(NotOffered, match="method=ends knows 2, 3, 4, 8 bits, not 5"):
+    with pytest.raises(Unsupported, match="method=ends knows 2, 3, 4, 8 bits, not 5"):
         Ends(bits=5)
 
 
@@ -79,7 +79,7 @@ def test_an_added_measure(execute: Callable[..., Record], tiny: Any, token_windo
         undecided.lm_head.weight.zero_()  # every token is as probable as any other
     reference = functools.partial(evaluation.reference, tiny, token_windows)
     found, series = Confidence(batch_size=2).measure(
-        Subject(tiny, undecided, lambda: undecided, token_windows, reference, no_track)
+        EvaluationTarget(tiny, undecided, lambda: undecided, token_windows, reference, no_track)
     )
     assert found["confidence"] == pytest.approx(1 / len(tiny.lm_head.weight))
     assert found["confidence_full"] > found["confidence"] and len(series["confidence"]) == len(token_windows)

@@ -22,7 +22,7 @@ from torch import Tensor
 from nashswarm.data import corpus, hub
 from nashswarm.models import evaluation, matrices, sources
 from nashswarm.models.sources import LoadedModel
-from nashswarm.quant.coordinate_descent import reply
+from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme, quantize
 
@@ -43,7 +43,7 @@ def round_to_nearest(model: Any) -> None:
     """4 bits, one grid from minimum to maximum a row, in place."""
     for layer in in_blocks(model):
         rounded = quantize(layer.weight, 4, Scheme(layer.weight.shape[1]))
-        matrices.put(model, {layer.name: rounded.dequantize()})
+        matrices.set_weights(model, {layer.name: rounded.dequantize()})
 
 
 @torch.no_grad()
@@ -67,7 +67,9 @@ def gptq(model: Any, windows: Tensor) -> None:
     for layer in layers:
         rows, columns = layer.weight.shape
         curved = Curvature(torch.ones(rows), inputs[layer.name], None)
-        matrices.put(model, {layer.name: reply(layer.weight, 4, Scheme(columns), curved, 0).dequantize()})
+        matrices.set_weights(
+            model, {layer.name: quantize_layer(layer.weight, 4, Scheme(columns), curved, 0).dequantize()}
+        )
 
 
 def test_the_recipes_do_what_they_say(random_model: Callable[[str], Any]) -> None:

@@ -19,7 +19,7 @@ from nashswarm.measures import timing
 from nashswarm.measures.generation import Bleu, LmEval
 from nashswarm.measures.layers import Layers
 from nashswarm.measures.load import Load
-from nashswarm.measures.measure import Measure, Several, Subject, require
+from nashswarm.measures.measure import EvaluationTarget, Measure, Several, require
 from nashswarm.measures.quality import Quality
 from nashswarm.measures.size import Size, resident_bytes
 from nashswarm.measures.speed import Speed
@@ -44,14 +44,14 @@ def packed_model(tiny: Any) -> Any:
 
 
 @pytest.fixture
-def subject(tiny: Any, packed_model: Any, token_windows: Tensor, tokenizer: Any) -> Subject:
+def subject(tiny: Any, packed_model: Any, token_windows: Tensor, tokenizer: Any) -> EvaluationTarget:
     """The tiny model, its packed copy, that copy's weights as floats, and damages as if they were predicted."""
     own, floats = copy.deepcopy(packed_model), copy.deepcopy(packed_model)
     floats.dequantize()
     reference = functools.partial(evaluation.reference, tiny, token_windows)
     layers, weights = find_layers(tiny), {layer.name: layer.weight for layer in find_layers(floats)}
     damage = {layer.name: float(number % 3) for number, layer in enumerate(layers)}
-    return Subject(
+    return EvaluationTarget(
         tiny, floats, lambda: own, token_windows, lambda size: reference(size), no_track, tokenizer,
         layers, weights, damage,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def test_size_runs_nothing_and_counts_what_is_loaded(
     def never(batch_size: int) -> evaluation.Reference:
         raise AssertionError
 
-    found, series = Size().measure(Subject(tiny, None, lambda: model, token_windows, never, no_track))
+    found, series = Size().measure(EvaluationTarget(tiny, None, lambda: model, token_windows, never, no_track))
     assert series == {} and set(found) == {"bytes_resident", "bytes_resident_full"}
     assert found["bytes_resident_full"] == 4 * sum(part.numel() for part in tiny.parameters())
     matrices = {module for module in model.modules() if isinstance(module, PackedMatrix)}
@@ -83,7 +83,7 @@ def test_size_runs_nothing_and_counts_what_is_loaded(
     assert found["bytes_resident"] < found["bytes_resident_full"] / 2
 
 
-def test_quality(subject: Subject) -> None:
+def test_quality(subject: EvaluationTarget) -> None:
     found, series = Quality(batch_size=2).measure(subject)
     assert set(found) == {
         "nll", "tokens", "nll_delta", "nll_delta_low", "nll_delta_high", "kl", "kl_low", "kl_high", "top1_agreement",
@@ -98,14 +98,14 @@ def test_quality(subject: Subject) -> None:
     assert found["nll"] == pytest.approx(evaluation.summarise(own)["nll"])
 
 
-def test_quality_refuses_logits_that_are_not_finite(subject: Subject) -> None:
+def test_quality_refuses_logits_that_are_not_finite(subject: EvaluationTarget) -> None:
     with torch.no_grad():
         subject.compressed.transformer.ln_f.weight.fill_(math.inf)
     with pytest.raises(ValueError, match=r"not finite on the test text; raise method\.bits"):
         Quality(batch_size=2).measure(subject)
 
 
-def test_speed(subject: Subject) -> None:
+def test_speed(subject: EvaluationTarget) -> None:
     measure = Speed(prompt_tokens=8, context_tokens=3, new_tokens=4, repeats=5, against=["bfloat16"], quality_windows=3)
     found, series = measure.measure(subject)
     ratios = {f"{phase}_ratio{end}" for phase in ("decode", "decode_long", "prefill") for end in ("", "_low", "_high")}
@@ -132,7 +132,7 @@ def test_speed(subject: Subject) -> None:
     assert found["bytes_resident_bfloat16"] == found["bytes_resident_full"] / 2
 
 
-def test_speed_tells_what_rounded_activations_cost(subject: Subject) -> None:
+def test_speed_tells_what_rounded_activations_cost(subject: EvaluationTarget) -> None:
     found, _ = Speed(prompt_tokens=8, new_tokens=1, repeats=1, quality_windows=3).measure(subject)
     windows = subject.windows[:3]
     floats = evaluation.evaluate(subject.compressed, windows, 1, subject.reference(1))
@@ -146,7 +146,7 @@ def test_an_unknown_contestant_is_refused() -> None:
 
 
 def test_a_contestant_that_is_not_installed_is_not_timed(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    subject: EvaluationTarget, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(peer, "ONNX_PACKAGES", ("no-such-package",))
     found, _ = Speed(prompt_tokens=4, new_tokens=1, repeats=1, against=["onnxruntime"], quality_windows=1).measure(
@@ -156,7 +156,7 @@ def test_a_contestant_that_is_not_installed_is_not_timed(
     assert "not timed: measure.against=onnxruntime needs no-such-package" in caplog.text
 
 
-def test_load(subject: Subject) -> None:
+def test_load(subject: EvaluationTarget) -> None:
     pytest.importorskip("fastapi", reason="not installed")
     found, series = Load(requests=6, concurrency=2, prompt_tokens=8, new_tokens=3).measure(subject)
     names = ("latency_p50_ms", "latency_p95_ms", "latency_p99_ms", "tokens_per_second", "shed_rate", "error_rate")
@@ -172,7 +172,7 @@ def test_load(subject: Subject) -> None:
     assert found["latency_p95_ratio"] == found["latency_p95_ms_full"] / found["latency_p95_ms"]
 
 
-def test_load_counts_requests_that_fail(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_counts_requests_that_fail(subject: EvaluationTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fastapi", reason="not installed")
 
     def broken(**_: Any) -> None:
@@ -187,12 +187,12 @@ def test_load_counts_requests_that_fail(subject: Subject, monkeypatch: pytest.Mo
     "measure",
     [Speed(prompt_tokens=20, new_tokens=5), Speed(new_tokens=13), Load(prompt_tokens=20, new_tokens=5), Load()],
 )
-def test_prompts_longer_than_the_window_are_refused(subject: Subject, measure: Speed | Load) -> None:
+def test_prompts_longer_than_the_window_are_refused(subject: EvaluationTarget, measure: Speed | Load) -> None:
     with pytest.raises(ValueError, match=r"measure\.prompt_tokens.* exceed the window of 24"):
         measure.measure(subject)
 
 
-def test_decoding_is_greedy_and_counts_the_tokens(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_is_greedy_and_counts_the_tokens(subject: EvaluationTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cached path reads the tokens that generating without a cache would."""
     read: list[Tensor] = []
     forward = subject.compressed.forward
@@ -207,14 +207,14 @@ def test_decoding_is_greedy_and_counts_the_tokens(subject: Subject, monkeypatch:
     assert torch.equal(torch.cat(read, 1), tokens)
 
 
-def test_several_measures_are_taken_one_after_the_other(subject: Subject) -> None:
+def test_several_measures_are_taken_one_after_the_other(subject: EvaluationTarget) -> None:
     parts = [Size(), Quality(batch_size=2)]
     found, series = Several(parts).measure(subject)
     alone = [part.measure(subject) for part in parts]
     assert found == alone[0][0] | alone[1][0] and series == alone[1][1]
 
 
-def test_each_layer_is_measured_alone(subject: Subject, tiny: Any) -> None:
+def test_each_layer_is_measured_alone(subject: EvaluationTarget, tiny: Any) -> None:
     """By hand: a fresh copy of the full model per matrix, one window at a time."""
     found, series = Layers(windows=3).measure(subject)
     windows, full = subject.windows[:3], evaluation.reference(tiny, subject.windows[:3], 1)
@@ -238,7 +238,7 @@ def test_each_layer_is_measured_alone(subject: Subject, tiny: Any) -> None:
     assert found["damage_pearson"] == pytest.approx(np.corrcoef(predicted, series["layer_kl"])[0, 1])
 
 
-def test_the_forward_passes_are_as_many_as_it_says(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forward_passes_are_as_many_as_it_says(subject: EvaluationTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = 0
     forward = type(subject.full).forward
 
@@ -252,13 +252,13 @@ def test_the_forward_passes_are_as_many_as_it_says(subject: Subject, monkeypatch
     assert found["forward_passes"] == passes == len(subject.layers) + 2
 
 
-def test_a_method_that_predicts_nothing_has_no_correlation(subject: Subject) -> None:
+def test_a_method_that_predicts_nothing_has_no_correlation(subject: EvaluationTarget) -> None:
     found, _ = Layers(windows=2).measure(dataclasses.replace(subject, damage={}))
     assert set(found) == {"layer_kl_sum", "kl_together", "forward_passes"}
 
 
 @pytest.mark.parametrize("measure", [Layers(windows=6), Bleu(windows=6), Bleu(windows=0)])
-def test_more_windows_than_there_are_are_refused(subject: Subject, measure: Layers | Bleu) -> None:
+def test_more_windows_than_there_are_are_refused(subject: EvaluationTarget, measure: Layers | Bleu) -> None:
     with pytest.raises(
         ValueError, match=rf"measure\.windows={measure.windows} must be between 1 and the 5 test windows"
     ):
@@ -271,7 +271,7 @@ def test_continuations_are_those_of_generate(tiny: Any, token_windows: Tensor) -
     assert torch.equal(found, tiny.generate(token_windows[:, :8], **options)[:, 8:])
 
 
-def test_bleu_is_sacrebleus(subject: Subject) -> None:
+def test_bleu_is_sacrebleus(subject: EvaluationTarget) -> None:
     sacrebleu = pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
     found, series = Bleu(prompt_tokens=8, new_tokens=16, windows=5).measure(subject)
     names = ("bleu", "bleu_text", "bleu_text_full")
@@ -291,7 +291,7 @@ def test_bleu_is_sacrebleus(subject: Subject) -> None:
     assert found["bleu_text_delta"] == pytest.approx(found["bleu_text"] - found["bleu_text_full"])
 
 
-def test_a_model_writes_like_itself(subject: Subject) -> None:
+def test_a_model_writes_like_itself(subject: EvaluationTarget) -> None:
     pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
     same = dataclasses.replace(subject, compressed=subject.full)
     found, _ = Bleu(prompt_tokens=4, new_tokens=20, windows=4, packed=False).measure(same)
@@ -331,7 +331,7 @@ def task_folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "tasks"
 
 
-def test_the_harness_asks_both_models(subject: Subject, task_folder: pathlib.Path) -> None:
+def test_the_harness_asks_both_models(subject: EvaluationTarget, task_folder: pathlib.Path) -> None:
     """By hand: the choice whose tokens are likelier after the text."""
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     found, series = LmEval(["small_questions"], str(task_folder)).measure(subject)
@@ -354,7 +354,7 @@ def test_the_harness_asks_both_models(subject: Subject, task_folder: pathlib.Pat
     assert found[f"{name}_delta_low"] <= found[f"{name}_delta"] <= found[f"{name}_delta_high"]
 
 
-def test_the_harness_asks_no_more_than_the_limit(subject: Subject, task_folder: pathlib.Path) -> None:
+def test_the_harness_asks_no_more_than_the_limit(subject: EvaluationTarget, task_folder: pathlib.Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     _, series = LmEval(["small_questions"], str(task_folder), limit=3).measure(subject)
     assert all(len(values) == 3 for values in series.values())
@@ -364,7 +364,7 @@ def test_the_harness_asks_no_more_than_the_limit(subject: Subject, task_folder: 
     ("task", "message"), [("riddles", "there is no riddles"), ("no_questions", "no_questions measure no accuracy")]
 )
 def test_a_task_that_cannot_be_scored_is_named(
-    task: str, message: str, subject: Subject, task_folder: pathlib.Path
+    task: str, message: str, subject: EvaluationTarget, task_folder: pathlib.Path
 ) -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     with pytest.raises(ValueError, match=message):

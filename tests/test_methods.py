@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm.calibration.context import Oracle
+from nashswarm.calibration.context import CalibrationContext
 from nashswarm.calibration.moments import calibrate
 from nashswarm.layers import curvature
 from nashswarm.methods.bit_allocation.damages import key
@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def oracle_of(model: Any, windows: Tensor) -> Oracle:
+def oracle_of(model: Any, windows: Tensor) -> CalibrationContext:
     """What the runner would tell a method about ``model``; nothing is kept on disk."""
     layers = matrices.find_layers(model)
     compressed = copy.deepcopy(model)
@@ -65,23 +65,23 @@ def oracle_of(model: Any, windows: Tensor) -> Oracle:
         return known["moments"]
 
     def heldout_kl(weights: Mapping[str, Tensor], tokens: int | None) -> float:
-        matrices.put(compressed, weights)
+        matrices.set_weights(compressed, weights)
         found = evaluation.evaluate(compressed, windows, 8, full)
-        matrices.put(compressed, {layer.name: layer.weight for layer in layers if layer.name in weights})
+        matrices.set_weights(compressed, {layer.name: layer.weight for layer in layers if layer.name in weights})
         return float(np.mean(found["kl"]))
 
-    def remember(kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         name = f"{kind} {sorted(key.items())}"
         if name not in known:
             known[name] = compute()
         return known[name]
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Oracle(layers, FIXED_BYTES, parameters, moments, heldout_kl, remember)
+    return CalibrationContext(layers, FIXED_BYTES, parameters, moments, heldout_kl, cached)
 
 
 @pytest.fixture(scope="module")
-def oracle(tiny: Any, token_windows: Tensor) -> Oracle:
+def context(tiny: Any, token_windows: Tensor) -> CalibrationContext:
     return oracle_of(tiny, token_windows)
 
 
@@ -90,19 +90,19 @@ def never(*_: Any) -> Any:
 
 
 @pytest.fixture
-def blind(oracle: Oracle) -> Oracle:
+def blind(context: CalibrationContext) -> CalibrationContext:
     """An oracle that answers nothing slow."""
-    return dataclasses.replace(oracle, moments=never, heldout_kl=never, remember=never)
+    return dataclasses.replace(context, moments=never, heldout_kl=never, cached=never)
 
 
-def compress(method: Method, oracle: Oracle, seed: int = 0) -> Compressed:
-    return method.compress(oracle, np.random.default_rng(seed))
+def compress(method: Method, context: CalibrationContext, seed: int = 0) -> Compressed:
+    return method.compress(context, np.random.default_rng(seed))
 
 
 @pytest.fixture(scope="module")
-def results(oracle: Oracle) -> Callable[[str], Compressed]:
+def results(context: CalibrationContext) -> Callable[[str], Compressed]:
     """Name → what that method makes of the tiny model, computed once."""
-    return functools.cache(lambda name: compress(METHODS[name], oracle))
+    return functools.cache(lambda name: compress(METHODS[name], context))
 
 
 def size(result: Compressed) -> int:
@@ -145,12 +145,14 @@ def read_classed(packed: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_packed_bytes_hold_the_weights(name: str, oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+def test_the_packed_bytes_hold_the_weights(
+    name: str, context: CalibrationContext, results: Callable[[str], Compressed]
+) -> None:
     assert isinstance(METHODS[name], Method)
     result = results(name)
-    assert list(result.packed) == list(result.weights) == [layer.name for layer in oracle.layers]
+    assert list(result.packed) == list(result.weights) == [layer.name for layer in context.layers]
     code_bits = 0
-    for layer, line in zip(oracle.layers, result.allocation.splitlines(), strict=True):
+    for layer, line in zip(context.layers, result.allocation.splitlines(), strict=True):
         tensor = read(result.packed[layer.name])
         assert torch.equal(tensor.dequantize(), result.weights[layer.name]), layer.name
         rows, columns = tensor.bits.shape
@@ -171,7 +173,7 @@ def test_the_same_seed_gives_the_same_bytes(
     assert once.metrics == again.metrics and once.allocation == again.allocation
 
 
-def test_32_bits_are_every_bit(blind: Oracle) -> None:
+def test_32_bits_are_every_bit(blind: CalibrationContext) -> None:
     result = compress(Uniform(32), blind)
     assert result.float_bits == 32
     assert all(torch.equal(result.weights[layer.name], layer.weight) for layer in blind.layers)
@@ -179,21 +181,23 @@ def test_32_bits_are_every_bit(blind: Oracle) -> None:
 
 def test_16_bits_are_every_bit_of_a_16_bit_model(model: Any, token_windows: Tensor) -> None:
     halved = model.half().float()
-    oracle = dataclasses.replace(oracle_of(halved, token_windows), moments=never, heldout_kl=never, remember=never)
+    context = dataclasses.replace(oracle_of(halved, token_windows), moments=never, heldout_kl=never, cached=never)
     with torch.no_grad():
         before = halved(input_ids=token_windows).logits
-        result = compress(Uniform(16), oracle)
-        matrices.put(halved, result.weights)
-        matrices.round_others(matrices.other_tensors(halved, oracle.layers), result.float_bits)
+        result = compress(Uniform(16), context)
+        matrices.set_weights(halved, result.weights)
+        matrices.round_others(matrices.uncompressed_tensors(halved, context.layers), result.float_bits)
         assert torch.equal(halved(input_ids=token_windows).logits, before)
-    assert size(result) == sum(18 + 2 * layer.parameters for layer in oracle.layers)
+    assert size(result) == sum(18 + 2 * layer.parameters for layer in context.layers)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_uniform_width_rounds_to_the_nearest_of_its_levels(bits: int, oracle: Oracle, results: Any) -> None:
+def test_a_uniform_width_rounds_to_the_nearest_of_its_levels(
+    bits: int, context: CalibrationContext, results: Any
+) -> None:
     result = results(f"uniform{bits}")
     assert set(tiles(result)) == {bits}
-    layer = oracle.layers[-1]
+    layer = context.layers[-1]
     for row in (0, 17, 63):
         for start in range(0, layer.weight.shape[1], 64):
             group = layer.weight[row, start : start + 64].numpy()
@@ -206,10 +210,10 @@ def test_a_uniform_width_rounds_to_the_nearest_of_its_levels(bits: int, oracle: 
             assert np.abs(found - group) == pytest.approx(nearest, abs=1e-6)
 
 
-def test_searching_the_range_lowers_the_error(oracle: Oracle) -> None:
-    plain, searched = compress(Uniform(3), oracle), compress(Uniform(3, search=True), oracle)
+def test_searching_the_range_lowers_the_error(context: CalibrationContext) -> None:
+    plain, searched = compress(Uniform(3), context), compress(Uniform(3, search=True), context)
     assert size(plain) == size(searched)
-    for layer in oracle.layers:
+    for layer in context.layers:
         errors = [(layer.weight - result.weights[layer.name]).square().sum() for result in (searched, plain)]
         assert errors[0] < errors[1]
 
@@ -222,12 +226,14 @@ def test_the_coder_changes_the_bytes_and_nothing_else(results: Callable[[str], C
         assert size(one) < size(other)  # entropy, and no padding of ragged rows to speak of
 
 
-def test_gptq_is_one_pass_at_one_width_and_sweeps_go_on(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+def test_gptq_is_one_pass_at_one_width_and_sweeps_go_on(
+    context: CalibrationContext, results: Callable[[str], Compressed]
+) -> None:
     passed, swept = results("gptq"), results("gptq_swept")
     assert set(tiles(passed)) == {3} and set(tiles(results("gptq_act_order"))) == {2}
-    rounded = compress(Uniform(3, search=True), oracle)
-    for layer in oracle.layers:
-        curved = curvature(layer, oracle.moments())
+    rounded = compress(Uniform(3, search=True), context)
+    for layer in context.layers:
+        curved = curvature(layer, context.moments())
         damages = [
             float(curved.damage_by_row(layer.weight - one.weights[layer.name]).sum())
             for one in (swept, passed, rounded)
@@ -241,55 +247,59 @@ def test_gptq_is_one_pass_at_one_width_and_sweeps_go_on(oracle: Oracle, results:
 @pytest.mark.parametrize(
     "bits, swarm", [(2.0, None), (2.5, Flock(align=(4.0,), shrink=(0.25,))), (3, None), (4.0, PLAIN), (6.0, None)]
 )
-def test_the_budget_is_met_and_never_exceeded(bits: float, swarm: Flock | None, oracle: Oracle) -> None:
-    result = compress(FixedWidth(bits=bits, swarm=swarm), oracle)
-    budget = bits * oracle.parameters / 8 - FIXED_BYTES
+def test_the_budget_is_met_and_never_exceeded(bits: float, swarm: Flock | None, context: CalibrationContext) -> None:
+    result = compress(FixedWidth(bits=bits, swarm=swarm), context)
+    budget = bits * context.parameters / 8 - FIXED_BYTES
     assert 0.98 * budget <= size(result) <= budget  # the step from one width of a tile to the next is near 0.5 %
 
 
 @pytest.mark.parametrize("name", ["no_nash", "lot", "rounding", "no_quantization"])
-def test_an_ablation_has_the_same_budget(name: str, oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+def test_an_ablation_has_the_same_budget(
+    name: str, context: CalibrationContext, results: Callable[[str], Compressed]
+) -> None:
     method = METHODS[name]
     assert isinstance(method, FixedWidth) and method.bits is not None
-    budget = method.bits * oracle.parameters / 8 - FIXED_BYTES
+    budget = method.bits * context.parameters / 8 - FIXED_BYTES
     result = results(name)
     assert 0.95 * budget <= size(result) <= budget
     assert set(tiles(result)) <= set(method.bit_widths)
 
 
-def test_the_game_beats_the_lottery(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+def test_the_game_beats_the_lottery(context: CalibrationContext, results: Callable[[str], Compressed]) -> None:
     played, drawn = results("fixed_width"), results("lot")
-    assert oracle.heldout_kl(played.weights, None) < oracle.heldout_kl(drawn.weights, None)
+    assert context.heldout_kl(played.weights, None) < context.heldout_kl(drawn.weights, None)
     assert played.metrics["damage"] < drawn.metrics["damage"]
 
 
-def test_a_flock_without_a_say_is_no_swarm(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
-    alone, silent = results("alone"), compress(FixedWidth(swarm=PLAIN), oracle)
+def test_a_flock_without_a_say_is_no_swarm(context: CalibrationContext, results: Callable[[str], Compressed]) -> None:
+    alone, silent = results("alone"), compress(FixedWidth(swarm=PLAIN), context)
     assert all(torch.equal(alone.weights[name], silent.weights[name]) for name in alone.weights)
     assert alone.metrics == silent.metrics and alone.series == silent.series
     assert alone.metrics["flock_moves"] == 0
 
 
-def test_heldout_text_chooses_among_the_flocks_settings(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+def test_heldout_text_chooses_among_the_flocks_settings(
+    context: CalibrationContext, results: Callable[[str], Compressed]
+) -> None:
     chosen = results("fixed_width")
     assert chosen.metrics["heldout_passes"] == 4
     scores = {}
     for align in Flock().align:
         for shrink in Flock().shrink:
-            fixed = compress(FixedWidth(swarm=Flock(align=(align,), shrink=(shrink,))), oracle)
+            fixed = compress(FixedWidth(swarm=Flock(align=(align,), shrink=(shrink,))), context)
             assert (fixed.metrics["flock_align"], fixed.metrics["flock_shrink"]) == (align, shrink)
-            scores[align, shrink] = oracle.heldout_kl(fixed.weights, None)
+            scores[align, shrink] = context.heldout_kl(fixed.weights, None)
     assert (chosen.metrics["flock_align"], chosen.metrics["flock_shrink"]) == min(scores, key=lambda pair: scores[pair])
 
 
-def test_nobody_gains_by_changing_alone(oracle: Oracle, results: Callable[[str], Compressed]) -> None:
+def test_nobody_gains_by_changing_alone(context: CalibrationContext, results: Callable[[str], Compressed]) -> None:
     """The regret from the bytes themselves: damage by the price list, size by packing anew."""
     result = results("alone")
     price, scheme, widths = result.metrics["price"], Scheme(64, search=True), (0, 2, 3, 4, 8)
     listed = []
     for width in widths:
-        damages = oracle.remember("damage", key(width, scheme, True), never)
-        listed.append(np.concatenate([damages[layer.name].numpy() for layer in oracle.layers]))
+        damages = context.cached("damage", key(width, scheme, True), never)
+        listed.append(np.concatenate([damages[layer.name].numpy() for layer in context.layers]))
     damage = np.stack(listed, 1)
     start, worst = 0, 0.0
     for packed in result.packed.values():
@@ -310,7 +320,7 @@ def test_nobody_gains_by_changing_alone(oracle: Oracle, results: Callable[[str],
 
 @pytest.mark.parametrize("name", ["low_resource", "balanced", "high_accuracy"])
 def test_a_preset_prunes_its_share_and_keeps_its_size(
-    name: str, oracle: Oracle, results: Callable[[str], Compressed]
+    name: str, context: CalibrationContext, results: Callable[[str], Compressed]
 ) -> None:
     method = METHODS[name]
     assert isinstance(method, FixedWidth) and method.split is not None
@@ -319,32 +329,36 @@ def test_a_preset_prunes_its_share_and_keeps_its_size(
     assert result.metrics["pruned"] == pytest.approx((tiles(result) == 0).mean())
     whole, empty = (
         sum(packed_bytes(np.full(-(-rows // 16) * (columns // 64), bits), Scheme()) for rows, columns in shapes)
-        for bits, shapes in ((bits, [layer.weight.shape for layer in oracle.layers]) for bits in (method.split.bits, 0))
+        for bits, shapes in (
+            (bits, [layer.weight.shape for layer in context.layers]) for bits in (method.split.bits, 0)
+        )
     )
     assert size(result) <= (1 - method.split.pruned) * whole + method.split.pruned * empty
 
 
 @pytest.mark.parametrize("bits", [0, 0.3, -1.0])
 @pytest.mark.parametrize("bit_game", ["equilibrium", "quantiles", "lot"])
-def test_a_budget_below_the_smallest_size_is_refused_at_once(bits: float, bit_game: Any, blind: Oracle) -> None:
+def test_a_budget_below_the_smallest_size_is_refused_at_once(
+    bits: float, bit_game: Any, blind: CalibrationContext
+) -> None:
     widths = (2, 4, 8) if bit_game == "quantiles" else (0, 2, 3, 4, 8)
     method = FixedWidth(bits=bits, bit_game=bit_game, bit_widths=widths)
     with pytest.raises(ValueError, match=r"below the smallest possible size of this model, [\d.]+ bits per parameter"):
         compress(method, blind)
 
 
-def test_the_smallest_size_that_is_named_is_possible(oracle: Oracle) -> None:
+def test_the_smallest_size_that_is_named_is_possible(context: CalibrationContext) -> None:
     with pytest.raises(ValueError) as caught:
-        compress(FixedWidth(bits=1.0, bit_widths=(2, 4)), oracle)
+        compress(FixedWidth(bits=1.0, bit_widths=(2, 4)), context)
     least = float(str(caught.value).split("this model, ")[1].split(" bits")[0])
-    assert set(tiles(compress(FixedWidth(bits=least + 0.001, bit_widths=(2, 4)), oracle))) == {2}
+    assert set(tiles(compress(FixedWidth(bits=least + 0.001, bit_widths=(2, 4)), context))) == {2}
 
 
 @pytest.mark.parametrize(
     "method", [Uniform(16, 48), Uniform(4, 48), Gptq(3, 48), FixedWidth(group_size=48), FixedWidth(group_size=128)]
 )
 def test_a_group_size_that_divides_nothing_is_refused_at_once(
-    method: Uniform | Gptq | FixedWidth, blind: Oracle
+    method: Uniform | Gptq | FixedWidth, blind: CalibrationContext
 ) -> None:
     with pytest.raises(ValueError, match=f"not divisible by group_size {method.group_size}") as caught:
         compress(method, blind)
@@ -356,11 +370,11 @@ def test_the_published_quantizer_touches_linear_layers_alone(
     random_model: Callable[[str], Any], token_windows: Tensor
 ) -> None:
     for kind, touched in (("gpt2", 1), ("llama", 15)):
-        oracle = oracle_of(random_model(kind), token_windows)
-        result = compress(AsPublished(), dataclasses.replace(oracle, moments=never, heldout_kl=never, remember=never))
-        linear = [layer for layer in oracle.layers if "Linear" in layer.kinds]
+        context = oracle_of(random_model(kind), token_windows)
+        result = compress(AsPublished(), dataclasses.replace(context, moments=never, heldout_kl=never, cached=never))
+        linear = [layer for layer in context.layers if "Linear" in layer.kinds]
         assert len(linear) == touched
-        for layer in oracle.layers:
+        for layer in context.layers:
             found = result.weights[layer.name].numpy()
             if layer in linear:
                 assert np.array_equal(read_classed(result.packed[layer.name]), found)
@@ -371,9 +385,9 @@ def test_the_published_quantizer_touches_linear_layers_alone(
                 assert np.array_equal(unpack(result.packed[layer.name]).dequantize().numpy(), found)
 
 
-def test_the_published_classes_follow_magnitude(oracle: Oracle) -> None:
-    result = compress(AsPublished(), oracle)
-    layer = oracle.layers[0]
+def test_the_published_classes_follow_magnitude(context: CalibrationContext) -> None:
+    result = compress(AsPublished(), context)
+    layer = context.layers[0]
     weight, found = layer.weight.numpy(), result.weights[layer.name].numpy()
     order = np.sort(np.abs(weight), axis=None)
     high, middle = order[int(0.9 * order.size)], order[int(0.7 * order.size)]
@@ -390,8 +404,8 @@ def test_a_matrix_of_zeros_costs_nothing(model: Any, token_windows: Tensor) -> N
     """Some checkpoints hold one; it is exact at every width."""
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight.zero_()
-    oracle = oracle_of(model, token_windows)
-    result = compress(FixedWidth(swarm=None), oracle)
+    context = oracle_of(model, token_windows)
+    result = compress(FixedWidth(swarm=None), context)
     name = "transformer.h.1.mlp.c_proj"
     assert not result.weights[name].any() and set(unpack(result.packed[name]).bits.unique().tolist()) == {0}
 
@@ -442,6 +456,8 @@ def test_bad_settings_are_refused(build: Callable[[], Method]) -> None:
         lambda: AsPublished(quantiles=(0.7, 0.9)),
     ],
 )
-def test_settings_without_a_meaning_are_refused_before_any_work(build: Callable[[], Method], blind: Oracle) -> None:
+def test_settings_without_a_meaning_are_refused_before_any_work(
+    build: Callable[[], Method], blind: CalibrationContext
+) -> None:
     with pytest.raises(ValueError):
         compress(build(), blind)

@@ -181,13 +181,13 @@ def test_each_line_of_a_matrix_that_no_cache_holds_is_missed_once() -> None:
 
 
 def test_the_verdict_follows_the_counts() -> None:
-    evidence = audit.gather(ROOT / "results" / "records", ROOT / "none.json")
+    session = audit.gather(ROOT / "results" / "records", ROOT / "none.json")
     common = {"counter": CACHEGRIND, "reads": 100.0, "first_misses": 10.0, "last_misses": 0.0}
     rows = [common | {"form": "float32"}, common | {"form": "3 bits", "first_fall": 0.9, "last_fall": None}]
     worse = [*rows, common | {"form": "4 bits", "first_fall": 0.9, "last_fall": 0.66}]
 
     def row(counted: Any) -> audit.Row:
-        return audit.cache(dataclasses.replace(evidence, misses=counted))
+        return audit.cache(dataclasses.replace(session, misses=counted))
 
     assert row(()).cells()[5] == audit.LATER
     assert row(rows).cells()[5] == f"{audit.HOLDS} here" and row(worse).cells()[5] == f"{audit.FAILS} here"

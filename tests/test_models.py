@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nashswarm.models.matrices import find_layers, other_tensors, put, round_others
+from nashswarm.models.matrices import find_layers, round_others, set_weights, uncompressed_tensors
 from nashswarm.models.sources import LoadedModel, ModelSource, content_of, load
 
 KINDS = ("gpt2", "opt", "llama", "gpt_neox")
@@ -89,9 +89,9 @@ def test_putting_the_originals_back_restores_every_bit(
     before, layers = logits(model, token_windows), find_layers(model)
     originals = {layer.name: layer.weight.clone() for layer in layers}
     for layer in layers:
-        put(model, {layer.name: layer.weight + 0.1 * torch.randn(layer.weight.shape)})
+        set_weights(model, {layer.name: layer.weight + 0.1 * torch.randn(layer.weight.shape)})
         assert not torch.equal(logits(model, token_windows), before), layer.name
-        put(model, {layer.name: originals[layer.name]})
+        set_weights(model, {layer.name: originals[layer.name]})
         assert torch.equal(logits(model, token_windows), before), layer.name
 
 
@@ -102,7 +102,7 @@ def test_layers_and_the_rest_are_every_parameter_once(
 ) -> None:
     model = random_model(kind)
     layers = find_layers(model, exclude)
-    others = other_tensors(model, layers)
+    others = uncompressed_tensors(model, layers)
     pointers = [model.get_submodule(layer.name).weight.data_ptr() for layer in layers]
     pointers += [tensor.data_ptr() for tensor in others.values()]
     assert len(set(pointers)) == len(pointers)
@@ -116,7 +116,7 @@ def test_layers_and_the_rest_are_every_parameter_once(
 
 
 def test_the_rest_is_rounded_to_what_is_stored(model: Any) -> None:
-    others = other_tensors(model, find_layers(model))
+    others = uncompressed_tensors(model, find_layers(model))
     before = {name: tensor.clone() for name, tensor in others.items()}
     round_others(others, 32)
     assert all(torch.equal(tensor, before[name]) for name, tensor in others.items())

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm.calibration.cache import Cache
-from nashswarm.calibration.context import Oracle
-from nashswarm.calibration.session import Evidence
-from nashswarm.errors import NotOffered
+from nashswarm.calibration.context import CalibrationContext
+from nashswarm.calibration.session import CalibrationSession
+from nashswarm.errors import Unsupported
 from nashswarm.measures.size import resident_bytes
 from nashswarm.methods.method import Method
 from nashswarm.methods.peers import auto_round, peer
@@ -188,51 +188,53 @@ def never(*_: Any) -> Any:
 
 
 @pytest.fixture
-def oracle(tiny: Any) -> Oracle:
-    return Oracle(matrices.find_layers(tiny), 0, 1, never, never, never)
+def context(tiny: Any) -> CalibrationContext:
+    return CalibrationContext(matrices.find_layers(tiny), 0, 1, never, never, never)
 
 
 @pytest.mark.parametrize("library, bits", [("hqq", 3), ("bitsandbytes", 4), ("quanto", 2), ("onnxruntime", 4)])
-def test_a_peer_packs_every_layer_the_tied_embedding_too(library: str, bits: int, oracle: Oracle) -> None:
+def test_a_peer_packs_every_layer_the_tied_embedding_too(library: str, bits: int, context: CalibrationContext) -> None:
     installed(library)
     method = Peer(library, bits)
     assert isinstance(method, Method)
-    result = method.compress(oracle, np.random.default_rng(0))
-    for layer in oracle.layers:
+    result = method.compress(context, np.random.default_rng(0))
+    for layer in context.layers:
         error = (result.weights[layer.name] - layer.weight).square().sum() / layer.weight.square().sum()
         assert 1e-4 < error < MOST_ERROR[bits]
         assert bits < 8 * len(result.packed[layer.name]) / layer.parameters < bits + 1.25
-    assert result.allocation.splitlines() == [f"{layer.name} {bits}" for layer in oracle.layers]
-    assert result.code_bits == bits * sum(layer.parameters for layer in oracle.layers)
+    assert result.allocation.splitlines() == [f"{layer.name} {bits}" for layer in context.layers]
+    assert result.code_bits == bits * sum(layer.parameters for layer in context.layers)
     assert result.metrics == {"layers_at_16_bits": 0}
 
 
 def test_what_a_library_cannot_pack_stays_at_16_bits_and_is_named(
-    oracle: Oracle, caplog: pytest.LogCaptureFixture
+    context: CalibrationContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Super-blocks of 256 columns fit one matrix of a block only: the wide one."""
     installed("gguf")
     with caplog.at_level(logging.WARNING):
-        result = Peer("gguf", 3, 256).compress(oracle, np.random.default_rng(0))
-    narrow = [layer for layer in oracle.layers if layer.weight.shape[1] % 256]
-    assert 0 < len(narrow) < len(oracle.layers) and result.metrics == {"layers_at_16_bits": len(narrow)}
+        result = Peer("gguf", 3, 256).compress(context, np.random.default_rng(0))
+    narrow = [layer for layer in context.layers if layer.weight.shape[1] % 256]
+    assert 0 < len(narrow) < len(context.layers) and result.metrics == {"layers_at_16_bits": len(narrow)}
     for layer in narrow:
         assert layer.name in caplog.text and f"{layer.name} 16\n" in result.allocation
         assert torch.equal(result.weights[layer.name], layer.weight.half().float())
         assert torch.equal(unpack(result.packed[layer.name]).dequantize(), layer.weight.half().float())
 
 
-def test_nothing_packed_at_all_is_an_error(oracle: Oracle) -> None:
+def test_nothing_packed_at_all_is_an_error(context: CalibrationContext) -> None:
     installed("onnxruntime")
-    narrow = [layer for layer in oracle.layers if layer.weight.shape[1] % 256]
-    some = Oracle(tuple(narrow), 0, 1, never, never, never)
+    narrow = [layer for layer in context.layers if layer.weight.shape[1] % 256]
+    some = CalibrationContext(tuple(narrow), 0, 1, never, never, never)
     with pytest.raises(ValueError, match=r"onnxruntime cannot pack any layer .* method\.group_size=256"):
         Peer("onnxruntime", 4, 256).compress(some, np.random.default_rng(0))
 
 
-def evidence_of(model: Any, windows: Tensor, layers: Any = None) -> Oracle:
+def evidence_of(model: Any, windows: Tensor, layers: Any = None) -> CalibrationContext:
     """An oracle of a model with its calibration text."""
-    return Evidence(model, layers or matrices.find_layers(model), windows, windows, 0, Cache(None, {})).oracle()
+    return CalibrationSession(
+        model, layers or matrices.find_layers(model), windows, windows, 0, Cache(None, {})
+    ).context()
 
 
 @pytest.fixture
@@ -255,12 +257,12 @@ def test_auto_round_packs_every_layer_in_words_of_32_bits(
 ) -> None:
     model, generator = random_model(kind), torch.get_rng_state()
     before = {key: part.clone() for key, part in model.state_dict().items()}
-    oracle = evidence_of(model, token_windows)
-    result = Peer("auto_round", bits, 32).compress(oracle, np.random.default_rng(0))
+    context = evidence_of(model, token_windows)
+    result = Peer("auto_round", bits, 32).compress(context, np.random.default_rng(0))
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(part, before[key]) for key, part in model.state_dict().items())
-    assert result.allocation.splitlines() == [f"{layer.name} {bits}" for layer in oracle.layers]
-    for layer in oracle.layers:
+    assert result.allocation.splitlines() == [f"{layer.name} {bits}" for layer in context.layers]
+    for layer in context.layers:
         rows, columns = layer.weight.shape
         groups = columns // 32
         codes, zero, scale = parts(
@@ -282,12 +284,12 @@ def test_auto_round_answers_to_its_calibration_text(
 ) -> None:
     """What goes into the last block's norm is nearer to the full model's than after rounding with searched ranges."""
     model = random_model("gpt2")
-    oracle = evidence_of(model, token_windows)
+    context = evidence_of(model, token_windows)
 
     def error() -> float:
-        found = Peer("auto_round", 3, 32).compress(oracle, np.random.default_rng(0))
+        found = Peer("auto_round", 3, 32).compress(context, np.random.default_rng(0))
         trial = copy.deepcopy(model)
-        matrices.put(trial, {name: weight for name, weight in found.weights.items() if ".h." in name})
+        matrices.set_weights(trial, {name: weight for name, weight in found.weights.items() if ".h." in name})
         full, other = (one.transformer(token_windows).last_hidden_state for one in (model, trial))
         return float((full - other).square().sum())
 
@@ -313,11 +315,11 @@ def test_auto_round_fills_tables_up_and_leaves_what_does_not_fill_its_words(
 
 
 def test_auto_round_is_for_models_that_predict_text(
-    random_model: Callable[[str], Any], token_windows: Tensor, oracle: Oracle
+    random_model: Callable[[str], Any], token_windows: Tensor, context: CalibrationContext
 ) -> None:
     installed("auto_round")
-    for other in (evidence_of(random_model("bert_encoder"), token_windows), oracle):
-        with pytest.raises(NotOffered, match=r"method\.library=auto_round tunes models that predict text"):
+    for other in (evidence_of(random_model("bert_encoder"), token_windows), context):
+        with pytest.raises(Unsupported, match=r"method\.library=auto_round tunes models that predict text"):
             Peer("auto_round", 4, 32).compress(other, np.random.default_rng(0))
 
 
@@ -348,7 +350,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_that_is_not_installed_is_one_sentence(library: str, bare: None) -> None:
     bits, sizes = next(iter(LIBRARIES[library].formats.items()))
-    blind = Oracle((), 0, 1, never, never, never)
+    blind = CalibrationContext((), 0, 1, never, never, never)
     with pytest.raises(ValueError, match=rf"method\.library={library} needs .*: pip install 'nashswarm\[\w+\]'"):
         Peer(library, bits, sizes[0]).compress(blind, np.random.default_rng(0))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nashswarm.measures import prototype
-from nashswarm.measures.measure import Measure, Subject
+from nashswarm.measures.measure import EvaluationTarget, Measure
 from nashswarm.measures.prototype import Published, padded, padded_loss, quantized, random_replies
 from nashswarm.models import evaluation
 from nashswarm.progress import no_track
@@ -112,7 +112,7 @@ def test_it_is_a_measure_and_reports_both_protocols(
 ) -> None:
     assert isinstance(SMALL, Measure)
     reference = evaluation.reference(tiny, token_windows, 8)
-    subject = Subject(
+    subject = EvaluationTarget(
         tiny, None, lambda: None, token_windows, lambda size: reference, no_track, tokenizer=tokenizer, text=text
     )
     found, series = SMALL.measure(subject)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nashswarm.calibration.context import Oracle
+from nashswarm.calibration.context import CalibrationContext
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods.method import Compressed, Method
 from nashswarm.methods.nash_swarm.quantizer import BUDGET_TOLERANCE, Slope, meet
@@ -82,7 +82,7 @@ def oracle_of(
     moments: Mapping[str, Moments],
     truth: Callable[[Layer, Tensor], float] | None = None,
     store: dict[str, Any] | None = None,
-) -> Oracle:
+) -> CalibrationContext:
     """The KL is the sum of ``truth`` over the layers: the damage that the moments predict, unless told otherwise."""
     store = {} if store is None else store
 
@@ -93,14 +93,14 @@ def oracle_of(
         by_name = {layer.name: layer for layer in layers}
         return sum((truth or predicted)(by_name[name], by_name[name].weight - found) for name, found in weights.items())
 
-    def remember(kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         name = f"{kind} {sorted(key.items())}"
         if name not in store:
             store[name] = compute()
         return {part: tensor.clone() for part, tensor in store[name].items()}
 
     parameters = sum(layer.parameters for layer in layers)
-    return Oracle(layers, FIXED_BYTES, parameters, lambda: moments, heldout_kl, remember)
+    return CalibrationContext(layers, FIXED_BYTES, parameters, lambda: moments, heldout_kl, cached)
 
 
 @functools.cache
@@ -109,8 +109,8 @@ def example(correlated: bool = True) -> tuple[tuple[Layer, ...], dict[str, Momen
     return layers, moments_of(layers, correlated)
 
 
-def compress(method: Method, oracle: Oracle | None = None) -> Compressed:
-    return method.compress(oracle or oracle_of(*example()), np.random.default_rng(0))
+def compress(method: Method, context: CalibrationContext | None = None) -> Compressed:
+    return method.compress(context or oracle_of(*example()), np.random.default_rng(0))
 
 
 @functools.cache
@@ -197,7 +197,7 @@ def test_with_a_price_a_step_costs_the_same_everywhere() -> None:
     found = compress(dataclasses.replace(ALONE, offsets=(0,)))
     unit = math.sqrt(12 * found.metrics["price"] / 8 / math.log(2))
     for layer in layers:
-        rows, inputs = curvature(layer, moments).damped().shared()
+        rows, inputs = curvature(layer, moments).damped().mean_row_curvature()
         h = inputs.double()
         columns = [1 / torch.linalg.inv(h[column:, column:])[0, 0].item() for column in range(len(h))]
         lattice = decoded(found)[layer.name].lattice
@@ -297,16 +297,16 @@ def test_measured_damages_correct_predicted_ones_where_those_are_wrong() -> None
         factor = 30.0 if layer.name == "h.0.up" else 1.0
         return factor * float(curvature(layer, moments).damage_by_row(error).sum())
 
-    oracle = oracle_of(layers, moments, truth)
-    blind = compress(ALONE, oracle)
-    told = compress(dataclasses.replace(ALONE, strength=(0.0, 0.5, 1.0)), oracle)
+    context = oracle_of(layers, moments, truth)
+    blind = compress(ALONE, context)
+    told = compress(dataclasses.replace(ALONE, strength=(0.0, 0.5, 1.0)), context)
     assert told.metrics["strength"] == 1.0 and blind.metrics["strength"] == 0.0
     assert told.metrics["heldout_passes"] == len(layers) + 3 and blind.metrics["heldout_passes"] == 0
-    assert oracle.heldout_kl(told.weights, None) < 0.8 * oracle.heldout_kl(blind.weights, None)
+    assert context.heldout_kl(told.weights, None) < 0.8 * context.heldout_kl(blind.weights, None)
     finer = [decoded(found)["h.0.up"].lattice.row_steps().mean() for found in (told, blind)]
     assert finer[0] < 0.5 * finer[1]
     assert -1 <= told.metrics["damage_correlation"] <= 1
-    table = _Table(ALONE, oracle, np.random.default_rng(0))
+    table = _Table(ALONE, context, np.random.default_rng(0))
     _, ratios, _ = table.probe(math.sqrt(12 * blind.metrics["price"] / 8 / math.log(2)))
     assert ratios["h.0.up"] / ratios["h.0.down"] == pytest.approx(30, rel=0.3)
 
@@ -322,11 +322,11 @@ def test_shrinkage_helps_where_sensitivities_are_noise() -> None:
     def truth(layer: Layer, error: Tensor) -> float:
         return float(curvature(layer, flat).damage_by_row(error).sum())
 
-    oracle = oracle_of(layers, moments, truth)
+    context = oracle_of(layers, moments, truth)
     method = dataclasses.replace(ALONE, swarm=Flock(align=(0.0,), shrink=(0.0, 1.0)))
-    shrunk, alone = compress(method, oracle), compress(ALONE, oracle)
+    shrunk, alone = compress(method, context), compress(ALONE, context)
     assert shrunk.metrics["flock_shrink"] == 1.0 and shrunk.metrics["heldout_passes"] == 2
-    assert oracle.heldout_kl(shrunk.weights, None) < 0.9 * oracle.heldout_kl(alone.weights, None)
+    assert context.heldout_kl(shrunk.weights, None) < 0.9 * context.heldout_kl(alone.weights, None)
 
 
 def test_half_a_shrinkage_moves_every_row_half_way() -> None:
@@ -450,8 +450,8 @@ def test_where_nothing_is_coupled_blocks_choose_from_the_hull_of_rate_and_distor
 def test_the_certificate_by_a_second_computation_from_the_bytes(small: Any) -> None:
     """Every offset of every block and every other code of every weight, in float64, from the decoded file."""
     layers, moments = small
-    oracle = dataclasses.replace(oracle_of(layers, moments), parameters=6 * sum(layer.parameters for layer in layers))
-    found = compress(ALONE, oracle)
+    context = dataclasses.replace(oracle_of(layers, moments), parameters=6 * sum(layer.parameters for layer in layers))
+    found = compress(ALONE, context)
     tables, price = CodeTables.unpack(found.packed[TABLES]), found.metrics["price"] / 8
     steps_regret, codes_regret = [], []
     for layer in layers:

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from nashswarm.calibration.cache import Cache
-from nashswarm.calibration.session import Evidence
-from nashswarm.errors import NotOffered
+from nashswarm.calibration.session import CalibrationSession
+from nashswarm.errors import Unsupported
 from nashswarm.experiment.run import Outcome, run
 from nashswarm.methods import distillation
 from nashswarm.methods.distillation import Recovery, recover
@@ -30,7 +30,7 @@ from nashswarm.progress import no_track
 from nashswarm.quant.entropy import CodeTables, count, tables_of
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.prototype import quantize_by_magnitude
-from nashswarm.quant.trainable_codes import Latent
+from nashswarm.quant.trainable_codes import TrainableCodes
 from nashswarm.records import record
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -45,22 +45,24 @@ BRIEF = Recovery(steps=48, batch_size=3, code_rate=0.004, scale_rate=0.002, floa
 
 
 @pytest.fixture
-def evidence(model: Any) -> Evidence:
+def session(model: Any) -> CalibrationSession:
     """What is known of the tiny model: eight windows that calibrate it and are trained on, four held out."""
     windows = torch.randint(512, (12, 24), generator=torch.Generator().manual_seed(1))
-    return Evidence(model, matrices.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track)
+    return CalibrationSession(
+        model, matrices.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track
+    )
 
 
 @pytest.fixture
-def compressed(evidence: Evidence) -> Callable[[str], Compressed]:
+def compressed(session: CalibrationSession) -> Callable[[str], Compressed]:
     """Format → the tiny model in it."""
-    return lambda form: METHODS[form].compress(evidence.oracle(), np.random.default_rng(0))
+    return lambda form: METHODS[form].compress(session.context(), np.random.default_rng(0))
 
 
-def trained(evidence: Evidence, result: Compressed, settings: Recovery = BRIEF) -> distillation.Recovered:
-    again = copy.copy(evidence)
-    again.trial = copy.deepcopy(evidence.full)
-    return recover(again, result, evidence.calibration, settings, np.random.default_rng(0))
+def trained(session: CalibrationSession, result: Compressed, settings: Recovery = BRIEF) -> distillation.Recovered:
+    again = copy.copy(session)
+    again.candidate_model = copy.deepcopy(session.full)
+    return recover(again, result, session.calibration, settings, np.random.default_rng(0))
 
 
 def size(result: Compressed) -> int:
@@ -78,10 +80,10 @@ def decoded(packed: Mapping[str, Any]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("form", ["tiles", "groups", "lattice"])
 def test_training_lowers_the_held_out_kl_within_the_bytes(
-    form: str, evidence: Evidence, compressed: Callable[[str], Compressed]
+    form: str, session: CalibrationSession, compressed: Callable[[str], Compressed]
 ) -> None:
     before = compressed(form)
-    found = trained(evidence, before)
+    found = trained(session, before)
     assert found.metrics["finetune_kl_heldout"] < 0.97 * found.metrics["finetune_kl_heldout_before"]
     assert found.metrics["finetune_chosen_step"] > 0
     assert size(found.result) <= 1.001 * size(before)
@@ -95,21 +97,21 @@ def test_training_lowers_the_held_out_kl_within_the_bytes(
 
 @pytest.mark.parametrize("form", sorted(METHODS))
 def test_the_same_seed_gives_the_same_bytes(
-    form: str, evidence: Evidence, compressed: Callable[[str], Compressed]
+    form: str, session: CalibrationSession, compressed: Callable[[str], Compressed]
 ) -> None:
     before, settings = compressed(form), dataclasses.replace(BRIEF, steps=4, candidates=2)
-    one, other = (trained(evidence, before, settings) for _ in range(2))
+    one, other = (trained(session, before, settings) for _ in range(2))
     assert one.series == other.series and one.metrics == other.metrics
     assert all(np.array_equal(one.result.packed[name], other.result.packed[name]) for name in before.packed)
 
 
 @pytest.mark.parametrize("form", ["tiles", "groups", "lattice"])
 def test_where_nothing_helps_the_untrained_state_is_kept(
-    form: str, evidence: Evidence, compressed: Callable[[str], Compressed]
+    form: str, session: CalibrationSession, compressed: Callable[[str], Compressed]
 ) -> None:
     before = compressed(form)
     wild = Recovery(steps=3, code_rate=30.0, scale_rate=5.0, float_rate=5.0, candidates=3)
-    found = trained(evidence, before, wild)
+    found = trained(session, before, wild)
     assert found.metrics["finetune_chosen_step"] == 0
     assert found.metrics["finetune_kl_heldout"] == found.metrics["finetune_kl_heldout_before"]
     assert found.result.packed is before.packed and found.result.weights is before.weights
@@ -118,15 +120,17 @@ def test_where_nothing_helps_the_untrained_state_is_kept(
 def test_a_model_without_a_vocabulary_is_trained_by_its_answers(random_model: Callable[[str], Any]) -> None:
     model = random_model("bert_classifier")
     windows = torch.randint(1, 512, (12, 24), generator=torch.Generator().manual_seed(1))
-    evidence = Evidence(model, matrices.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track)
-    found = trained(evidence, METHODS["tiles"].compress(evidence.oracle(), np.random.default_rng(0)))
+    session = CalibrationSession(
+        model, matrices.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track
+    )
+    found = trained(session, METHODS["tiles"].compress(session.context(), np.random.default_rng(0)))
     assert found.series["finetune_loss"][-1] < found.series["finetune_loss"][0]
     assert found.metrics["finetune_kl_heldout"] <= found.metrics["finetune_kl_heldout_before"]
 
 
 def test_codes_stay_on_their_grid() -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    latent = Latent(quantize(weight, 3, Scheme(64)), weight, torch.device("cpu"), coded=False)
+    latent = TrainableCodes(quantize(weight, 3, Scheme(64)), weight, torch.device("cpu"), coded=False)
     with torch.no_grad():
         latent.codes += torch.where(torch.arange(64) % 2 == 0, 50, -50)
     latent.settle()
@@ -135,10 +139,10 @@ def test_codes_stay_on_their_grid() -> None:
 
 
 def test_of_float_tiles_only_what_stands_beside_them_moves(
-    evidence: Evidence, compressed: Callable[[str], Compressed]
+    session: CalibrationSession, compressed: Callable[[str], Compressed]
 ) -> None:
     before = compressed("floats")
-    found = trained(evidence, before)
+    found = trained(session, before)
     assert all(np.array_equal(found.result.packed[name], before.packed[name]) for name in before.packed)
 
 
@@ -147,7 +151,7 @@ def test_gradients_reach_codes_and_scales() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, slope = (torch.randn(32, 64, generator=generator) for _ in range(2))
     tensor = quantize(weight, torch.tensor([[2], [0]], dtype=torch.uint8), Scheme(64))
-    latent = Latent(tensor, weight, torch.device("cpu"), coded=False)
+    latent = TrainableCodes(tensor, weight, torch.device("cpu"), coded=False)
     assert torch.equal(latent.weight(), tensor.dequantize())
     latent.take(slope, 0.0)
     assert latent.codes.grad is not None and latent.scale.grad is not None
@@ -161,7 +165,7 @@ def test_length_pulls_codes_to_zero(drawn: dict[str, Callable[..., Any]]) -> Non
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     tensor = drawn["lattice"](weight)
     tables = tables_of(count([tensor]))
-    latent = Latent(tensor, weight, torch.device("cpu"), True, tables)
+    latent = TrainableCodes(tensor, weight, torch.device("cpu"), True, tables)
     assert float(latent.bits(latent.start).sum()) == pytest.approx(
         float(distillation.coded_bits(tensor, tables).sum()), rel=1e-5
     )
@@ -171,12 +175,12 @@ def test_length_pulls_codes_to_zero(drawn: dict[str, Callable[..., Any]]) -> Non
     assert between.any() and (latent.codes.grad[between] > 0).all()
 
 
-def test_what_cannot_be_trained_is_not_offered(evidence: Evidence) -> None:
-    packed = {layer.name: quantize_by_magnitude(layer.weight, (0.9, 0.7)).pack() for layer in evidence.layers}
-    with pytest.raises(NotOffered, match="task=finetune cannot train the format"):
-        trained(evidence, Compressed(packed, {}, "", 0))
+def test_what_cannot_be_trained_is_not_offered(session: CalibrationSession) -> None:
+    packed = {layer.name: quantize_by_magnitude(layer.weight, (0.9, 0.7)).pack() for layer in session.layers}
+    with pytest.raises(Unsupported, match="task=finetune cannot train the format"):
+        trained(session, Compressed(packed, {}, "", 0))
     with pytest.raises(ValueError, match="no calibration text is left"):
-        recover(evidence, Compressed(packed, {}, "", 0), evidence.calibration[:0], BRIEF, np.random.default_rng(0))
+        recover(session, Compressed(packed, {}, "", 0), session.calibration[:0], BRIEF, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"candidates": 0}, {"candidates": 65}, {"batch_size": 0},
@@ -226,7 +230,7 @@ def test_a_run_records_before_and_after_and_saves_what_it_measured(
 
 
 def test_tasks_and_settings_go_together(execute: Callable[..., Outcome]) -> None:
-    with pytest.raises(NotOffered, match="task=finetune cannot train what as_published packs"):
+    with pytest.raises(Unsupported, match="task=finetune cannot train what as_published packs"):
         execute("task=finetune", "method=as_published")
     with pytest.raises(ValueError, match=r"finetune\.candidates=9"):
         execute("task=finetune", "finetune.candidates=9", "finetune.steps=3")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nashswarm.calibration.cache import Cache
-from nashswarm.calibration.prefix_replay import Replay
-from nashswarm.calibration.session import Evidence
+from nashswarm.calibration.prefix_replay import PrefixReplay
+from nashswarm.calibration.session import CalibrationSession
 from nashswarm.models import evaluation, matrices
 
 
@@ -19,21 +19,19 @@ def test_probes_find_what_whole_passes_find(kind: str, random_model: Callable[[s
     model = random_model(kind)
     layers = matrices.find_layers(model)
     windows = torch.randint(0, model.config.vocab_size, (3, 16), generator=torch.Generator().manual_seed(0))
-    evidence = Evidence(model, layers, windows, windows, 0, Cache(None, {}))
+    session = CalibrationSession(model, layers, windows, windows, 0, Cache(None, {}))
     for layer in layers:
         weights = {layer.name: layer.weight * 0.9}
         other = copy.deepcopy(model)
-        matrices.put(other, weights)
-        if evidence.causal:
+        matrices.set_weights(other, weights)
+        if session.causal:
             whole = evaluation.evaluate(
-                other, windows, evidence.batch, evaluation.reference(model, windows, evidence.batch)
+                other, windows, session.batch, evaluation.reference(model, windows, session.batch)
             )
             slow = evaluation.summarise(whole)["kl"]
         else:
-            slow = evaluation.distance(
-                *(evaluation.embed_all(each, windows, evidence.batch) for each in (model, other))
-            )
-        assert evidence.heldout_kl(weights, windows.numel()) == slow == evidence.heldout_kl(weights, None)
+            slow = evaluation.distance(*(evaluation.embed_all(each, windows, session.batch) for each in (model, other)))
+        assert session.heldout_kl(weights, windows.numel()) == slow == session.heldout_kl(weights, None)
         assert slow > 0 or "pooler" in layer.name
 
 
@@ -70,7 +68,7 @@ def test_only_what_may_have_changed_is_computed(names: list[str], repeats: int, 
     seen: list[nn.Module] = []
     for block in model.blocks:
         block[0].register_forward_hook(lambda module, *call: seen.append(module))
-    replay = Replay(model, lambda: [model(text) for text in texts])
+    replay = PrefixReplay(model, lambda: [model(text) for text in texts])
     seen.clear()
     with torch.no_grad():
         for name in names:
@@ -84,7 +82,7 @@ def test_only_what_may_have_changed_is_computed(names: list[str], repeats: int, 
 
 def test_who_changes_a_replayed_answer_changes_no_later_one() -> None:
     model, text = Stack(), torch.ones(2, 4)
-    replay = Replay(model, lambda: model(text))
+    replay = PrefixReplay(model, lambda: model(text))
     for _ in range(2):
         with replay.before(["blocks.1.0"]):
             answer = model.blocks[0](text)

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nashswarm.quant.coordinate_descent import Settled, reply, settle
-from nashswarm.quant.curvature import DAMPING, Curvature, pivots, whiten
+from nashswarm.quant.coordinate_descent import DescentResult, coordinate_descent, quantize_layer
+from nashswarm.quant.curvature import DAMPING, Curvature, factor_curvature, pivots
 from nashswarm.quant.entropy import address
-from nashswarm.quant.error_feedback import Grid, feedback
+from nashswarm.quant.error_feedback import Grid, error_feedback_pass
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.lattice import Lattice, LatticeTensor, lattice_of
-from nashswarm.quant.lattice_codes import Coding, lattice_reply, lattice_settle, regret_by_row
+from nashswarm.quant.lattice_codes import Coding, lattice_descent, lattice_error_feedback, regret_by_row
 from tests.laplace import LAPLACE
 
 SCHEME = Scheme(8, search=True)
@@ -55,7 +55,7 @@ def test_the_pass_is_gptq_wherever_it_wins(bits: int) -> None:
     curved = Curvature(torch.ones(24), h, None)
     slow = gptq(weight, bits, h, curved.diagonal())
     plain = quantize(weight, bits, SCHEME, curved.diagonal()).dequantize().numpy()
-    answer = reply(weight, bits, SCHEME, curved).dequantize().numpy()
+    answer = quantize_layer(weight, bits, SCHEME, curved).dequantize().numpy()
     either = [min(np.abs(answer[row] - one[row]).max() for one in (slow, plain)) for row in range(24)]
     assert np.quantile(either, 0.9) < 1e-5  # a float32 tie may fall the other way now and then
     assert (np.abs(answer - plain).max(1) > 0).mean() > 0.5
@@ -65,7 +65,7 @@ def test_the_pass_is_gptq_wherever_it_wins(bits: int) -> None:
 def test_no_row_is_worse_than_plain_rounding_and_the_layer_is_much_better(bits: int) -> None:
     weight, curved = weights(40, 32, 7), Curvature(torch.rand(40) + 0.1, correlated(32, 7), torch.rand(40, 32))
     plain = curved.damage_by_row(weight - quantize(weight, bits, SCHEME, curved.diagonal()).dequantize())
-    answer = curved.damage_by_row(weight - reply(weight, bits, SCHEME, curved).dequantize())
+    answer = curved.damage_by_row(weight - quantize_layer(weight, bits, SCHEME, curved).dequantize())
     assert (answer <= plain).all()
     assert answer.sum() < 0.8 * plain.sum()
 
@@ -83,19 +83,19 @@ def test_damage_of_a_row_against_sums() -> None:
 def test_without_correlation_there_is_nothing_to_compensate() -> None:
     weight, curved = weights(16, 16, 3), Curvature(torch.ones(16), torch.diag(torch.rand(16) + 0.1), None)
     plain = quantize(weight, 3, SCHEME, curved.diagonal())
-    assert torch.equal(reply(weight, 3, SCHEME, curved).dequantize(), plain.dequantize())
+    assert torch.equal(quantize_layer(weight, 3, SCHEME, curved).dequantize(), plain.dequantize())
 
 
 def test_a_matrix_that_is_only_looked_up_is_rounded_plainly() -> None:
     weight, curved = weights(16, 16, 4), Curvature(torch.zeros(16), None, torch.rand(16, 16))
     plain = quantize(weight, 3, SCHEME, curved.lookups)
-    assert torch.equal(reply(weight, 3, SCHEME, curved).codes, plain.codes)
+    assert torch.equal(quantize_layer(weight, 3, SCHEME, curved).codes, plain.codes)
 
 
 def test_pruned_tiles_stay_pruned_and_their_neighbours_make_up_for_them() -> None:
     weight, curved = weights(16, 16, 5), Curvature(torch.ones(16), correlated(16, 5), None)
     widths = torch.tensor([[0, 8]])
-    answer = reply(weight, widths, SCHEME, curved).dequantize()
+    answer = quantize_layer(weight, widths, SCHEME, curved).dequantize()
     plain = quantize(weight, widths, SCHEME, curved.diagonal()).dequantize()
     assert (answer[:, :8] == 0).all()
     assert curved.damage_by_row(weight - answer).sum() < curved.damage_by_row(weight - plain).sum()
@@ -103,14 +103,14 @@ def test_pruned_tiles_stay_pruned_and_their_neighbours_make_up_for_them() -> Non
 
 def test_it_is_deterministic() -> None:
     weight, curved = weights(16, 16, 6), Curvature(torch.ones(16), correlated(16, 6), None)
-    assert torch.equal(reply(weight, 2, SCHEME, curved).codes, reply(weight, 2, SCHEME, curved).codes)
+    assert torch.equal(quantize_layer(weight, 2, SCHEME, curved).codes, quantize_layer(weight, 2, SCHEME, curved).codes)
 
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_sweeps_go_on_where_gptq_stops(bits: int) -> None:
     """Each row pays less or the same after every further sweep, on the grids of the pass."""
     weight, curved = weights(40, 32, 8), Curvature(torch.rand(40) + 0.1, correlated(32, 8), torch.rand(40, 32))
-    answers = [reply(weight, bits, SCHEME, curved, sweeps) for sweeps in (0, 1, 2, 50)]
+    answers = [quantize_layer(weight, bits, SCHEME, curved, sweeps) for sweeps in (0, 1, 2, 50)]
     damages = [curved.damped().damage_by_row(weight - answer.dequantize()) for answer in answers]
     for before, after in itertools.pairwise(damages):
         assert (after <= before * (1 + 1e-5)).all()
@@ -125,7 +125,7 @@ def test_columns_in_the_order_of_their_inputs_are_columns_in_order_where_the_dia
     weight, sorted_h = weights(24, 16, 9), h[order][:, order]
     one_group = Scheme(16, search=True)
     answers = [
-        reply(weight, 3, one_group, Curvature(torch.ones(24), sorted_h, None), act_order=act_order)
+        quantize_layer(weight, 3, one_group, Curvature(torch.ones(24), sorted_h, None), act_order=act_order)
         for act_order in (False, True)
     ]
     assert torch.equal(answers[0].codes, answers[1].codes) and torch.equal(answers[0].scale, answers[1].scale)
@@ -134,16 +134,16 @@ def test_columns_in_the_order_of_their_inputs_are_columns_in_order_where_the_dia
 def test_act_order_is_the_pass_over_sorted_columns_put_back() -> None:
     weight, h, one_group = weights(24, 16, 10), correlated(16, 10), Scheme(16, search=True)
     order = h.diagonal().argsort(descending=True)
-    found = reply(weight, 3, one_group, Curvature(torch.ones(24), h, None), act_order=True)
-    by_hand = reply(weight[:, order], 3, one_group, Curvature(torch.ones(24), h[order][:, order], None))
+    found = quantize_layer(weight, 3, one_group, Curvature(torch.ones(24), h, None), act_order=True)
+    by_hand = quantize_layer(weight[:, order], 3, one_group, Curvature(torch.ones(24), h[order][:, order], None))
     assert (found.codes[:, order] == by_hand.codes).float().mean() > 0.99
 
 
 def test_more_damping_trusts_the_correlations_less() -> None:
     weight, curved = weights(16, 16, 11), Curvature(torch.ones(16), correlated(16, 11), None)
     plain = quantize(weight, 3, SCHEME, curved.diagonal())
-    assert not torch.equal(reply(weight, 3, SCHEME, curved).codes, plain.codes)
-    assert (reply(weight, 3, SCHEME, curved, damping=1e6).codes == plain.codes).float().mean() > 0.99
+    assert not torch.equal(quantize_layer(weight, 3, SCHEME, curved).codes, plain.codes)
+    assert (quantize_layer(weight, 3, SCHEME, curved, damping=1e6).codes == plain.codes).float().mean() > 0.99
 
 
 # On lattices.
@@ -169,8 +169,8 @@ class Case:
         prices = self.price * torch.from_numpy(LAPLACE.bits()).float()
         return Grid(self.steps[:, columns], price=prices, table=table, shift=shift, bit=self.price)
 
-    def settle(self, codes: torch.Tensor, sweeps: int = 100) -> Settled:
-        return settle(self.weight, codes, self.curvature, self.grid_of, sweeps)
+    def settle(self, codes: torch.Tensor, sweeps: int = 100) -> DescentResult:
+        return coordinate_descent(self.weight, codes, self.curvature, self.grid_of, sweeps)
 
     def cost(self, row: int, codes: np.ndarray) -> float:
         """Of one row in float64: the quadratic form written out, and the length of every code."""
@@ -212,7 +212,7 @@ def case(rows: int, columns: int, seed: int, unit: float = 0.5, lookups: bool = 
         correlated(columns, seed) + 0.05 * torch.eye(columns),
         torch.rand(rows, columns, generator=generator) if lookups else None,
     )
-    weight, whitened = weights(rows, columns, seed), whiten(curvature)
+    weight, whitened = weights(rows, columns, seed), factor_curvature(curvature)
     lattice = lattice_of(weight, unit, whitened.rows, whitened.columns)
     return Case(weight, curvature, lattice, price * unit**2 * np.log(2) / 12 if price else None)
 
@@ -243,7 +243,7 @@ def slow_pass(weight: torch.Tensor, h: torch.Tensor, steps: torch.Tensor) -> np.
 def test_the_pass_on_a_fine_lattice_is_gptq(block: int) -> None:
     one = case(30, 40, 1, unit=0.05)
     inputs = one.curvature.inputs
-    found = feedback(one.weight, one.curvature.rows, pivots(inputs), one.grid_of, block)
+    found = error_feedback_pass(one.weight, one.curvature.rows, pivots(inputs), one.grid_of, block)
     slow = torch.from_numpy(slow_pass(one.weight, inputs, one.steps)).float()
     same = (found == slow).all(1)
     assert same.float().mean() >= 0.9  # a float32 tie may fall the other way, and the rest of its row answers
@@ -255,7 +255,7 @@ def test_the_pass_in_another_order_is_the_pass_over_permuted_columns() -> None:
     one = case(30, 20, 2, unit=0.2)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     permuted = one.curvature.inputs[order][:, order]
-    found = feedback(one.weight, one.curvature.rows, pivots(permuted), one.grid_of, 8, order)
+    found = error_feedback_pass(one.weight, one.curvature.rows, pivots(permuted), one.grid_of, 8, order)
     slow = slow_pass(one.weight[:, order], permuted, one.steps[:, order])
     assert (found[:, order].numpy() == slow).all(1).mean() >= 0.9
 
@@ -371,13 +371,13 @@ def test_regret_of_the_codes_by_brute_force(one: Case) -> None:
 def test_a_matrix_that_is_only_looked_up_takes_the_cheapest_codes(seed: int, price: float, unit: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight, sensitivity = weights(5, 4, seed), torch.outer(*(torch.rand(5, generator=generator) + 0.2 for _ in "ab"))
-    whitened = whiten(Curvature(torch.zeros(5), None, sensitivity[:, :4]))
+    whitened = factor_curvature(Curvature(torch.zeros(5), None, sensitivity[:, :4]))
     lattice = lattice_of(weight, unit, whitened.rows, whitened.columns)
     one = Case(weight, whitened.curvature, lattice, price * unit**2 * np.log(2) / 12 if price else None)
     coding = Coding(LAPLACE, one.price) if one.price else None
-    answer = lattice_reply(weight, whitened, lattice)
+    answer = lattice_error_feedback(weight, whitened, lattice)
     assert torch.equal(answer.codes, (weight / one.steps).round().int())
-    settled, found = lattice_settle(weight, answer, whitened.curvature, coding)
+    settled, found = lattice_descent(weight, answer, whitened.curvature, coding)
     assert found.moves[-1] == 0 and one.worst_gain(settled.codes) <= 1e-4
     if not price:
         assert torch.equal(settled.codes, answer.codes)
@@ -385,11 +385,11 @@ def test_a_matrix_that_is_only_looked_up_takes_the_cheapest_codes(seed: int, pri
 
 def test_a_price_makes_codes_shorter_and_damage_larger() -> None:
     one = case(20, 24, 7, unit=1.0)
-    whitened, lengths, damages = whiten(one.curvature), [], []
+    whitened, lengths, damages = factor_curvature(one.curvature), [], []
     for price in (0.0, 0.3, 1.0, 3.0):
         coding = Coding(LAPLACE, price * np.log(2) / 12) if price else None
-        answer, _ = lattice_settle(
-            one.weight, lattice_reply(one.weight, whitened, one.lattice), one.curvature, coding, 20
+        answer, _ = lattice_descent(
+            one.weight, lattice_error_feedback(one.weight, whitened, one.lattice), one.curvature, coding, 20
         )
         table, shift = address(one.lattice.levels())
         symbols = (answer.codes.abs() >> shift).clamp(max=48)
@@ -401,10 +401,10 @@ def test_a_price_makes_codes_shorter_and_damage_larger() -> None:
 
 def test_sweeps_on_a_lattice_end_at_a_fraction_of_roundings_damage() -> None:
     one = case(20, 24, 8, unit=1.0)
-    whitened = whiten(one.curvature)
-    rounded = lattice_reply(one.weight, whiten(one.curvature, feedback=False), one.lattice)
-    passed = lattice_reply(one.weight, whitened, one.lattice)
-    settled, found = lattice_settle(one.weight, passed, whitened.curvature, None, 50)
+    whitened = factor_curvature(one.curvature)
+    rounded = lattice_error_feedback(one.weight, factor_curvature(one.curvature, feedback=False), one.lattice)
+    passed = lattice_error_feedback(one.weight, whitened, one.lattice)
+    settled, found = lattice_descent(one.weight, passed, whitened.curvature, None, 50)
     assert torch.equal(rounded.codes, (one.weight / one.steps).round().int())
     damages = [whitened.curvature.damage_by_row(one.weight - each.dequantize()) for each in (settled, passed, rounded)]
     assert (damages[0] <= damages[1] * (1 + 1e-5)).all()
@@ -420,7 +420,7 @@ def test_sweeps_on_a_lattice_end_at_a_fraction_of_roundings_damage() -> None:
 @some
 def test_a_local_curvature_is_sparse_symmetric_and_no_less_than_the_whole(size: int, near: int, seed: int) -> None:
     curved = Curvature(torch.ones(3), correlated(size, seed), None)
-    local, whole = curved.neighbourly(near).inputs.double(), curved.inputs.double()
+    local, whole = curved.keep_top_correlations(near).inputs.double(), curved.inputs.double()
     torch.testing.assert_close(local, local.T, rtol=1e-5, atol=1e-5)
     scale = whole.diagonal().max()
     assert torch.linalg.eigvalsh(local).min() >= -1e-5 * scale
@@ -437,7 +437,7 @@ def test_every_column_keeps_those_it_is_most_correlated_with() -> None:
     h = correlated(12, 4)
     size = h.diagonal().sqrt()
     correlation = (h / torch.outer(size, size)).abs().fill_diagonal_(0)
-    local = Curvature(torch.ones(1), h, None).neighbourly(3).inputs
+    local = Curvature(torch.ones(1), h, None).keep_top_correlations(3).inputs
     for column in range(12):
         for near in correlation[column].argsort(descending=True)[:3].tolist():
             assert local[column, near] == h[column, near] and local[near, column] == h[near, column]
@@ -449,7 +449,7 @@ def test_local_replies_cannot_diverge(near: int) -> None:
     shared = torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
     inputs = shared + 0.05 * torch.randn(64, 24, generator=torch.Generator().manual_seed(1))
     whole = Curvature(torch.ones(10), inputs.T @ inputs / 64, None)
-    local, weight = whole.neighbourly(near), weights(10, 24, 3)
+    local, weight = whole.keep_top_correlations(near), weights(10, 24, 3)
     lattice = lattice_of(weight, 0.5, torch.ones(10), torch.ones(24))
     start = (weight / 0.5).round()
     one = Case(weight, local, lattice)
@@ -459,5 +459,7 @@ def test_local_replies_cannot_diverge(near: int) -> None:
     error = weight - settled.codes * one.steps
     assert (local.damage_by_row(error) <= bound * (1 + 1e-5)).all()
     assert (whole.damage_by_row(error) <= local.damage_by_row(error) * (1 + 1e-4)).all()
-    answer, _ = lattice_settle(weight, lattice_reply(weight, whiten(local), lattice), local, None, 30)
+    answer, _ = lattice_descent(
+        weight, lattice_error_feedback(weight, factor_curvature(local), lattice), local, None, 30
+    )
     assert whole.damage_by_row(weight - answer.dequantize()).sum() <= bound.sum()

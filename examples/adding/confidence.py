@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nashswarm.measures.measure import Found, Subject
+from nashswarm.measures.measure import EvaluationTarget, MeasureResult
 from nashswarm.records import statistics
 
 
@@ -17,7 +17,7 @@ class Confidence:
 
     batch_size: int = 8
 
-    def measure(self, subject: Subject) -> Found:
+    def measure(self, subject: EvaluationTarget) -> MeasureResult:
         own, full = (self.by_window(model, subject) for model in (subject.compressed, subject.full))
         deltas = np.subtract(own, full).tolist()
         low, high = statistics.interval(deltas)
@@ -31,7 +31,7 @@ class Confidence:
         return found, {"confidence": own, "confidence_full": full}
 
     @torch.no_grad()
-    def by_window(self, model: Any, subject: Subject) -> list[float]:
+    def by_window(self, model: Any, subject: EvaluationTarget) -> list[float]:
         found: list[float] = []
         for batch in subject.track(subject.windows.split(self.batch_size), "confidence"):
             chances = model(input_ids=batch).logits.float().softmax(-1)

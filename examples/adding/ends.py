@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from nashswarm.calibration.context import Oracle
-from nashswarm.errors import NotOffered
+from nashswarm.calibration.context import CalibrationContext
+from nashswarm.errors import Unsupported
 from nashswarm.layers import Layer
 from nashswarm.methods.bit_allocation import blocks
 from nashswarm.methods.method import Compressed
@@ -24,22 +24,22 @@ class Ends:
 
     def __post_init__(self) -> None:
         if unknown := {self.bits, self.ends} - set(GRID_WIDTHS):
-            raise NotOffered(f"method=ends knows {', '.join(map(str, GRID_WIDTHS))} bits, not {min(unknown)}")
+            raise Unsupported(f"method=ends knows {', '.join(map(str, GRID_WIDTHS))} bits, not {min(unknown)}")
 
-    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
-        blocks.check_divisible(oracle.layers, self.group_size)
+    def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
+        blocks.check_divisible(context.layers, self.group_size)
         scheme = Scheme(self.group_size, search=True)
-        widths = {layer.name: self.width(layer, oracle.layers) for layer in oracle.layers}
+        widths = {layer.name: self.width(layer, context.layers) for layer in context.layers}
         bits = {
             layer.name: np.full(blocks.grid_shape(layer, scheme), widths[layer.name], np.uint8)
-            for layer in oracle.layers
+            for layer in context.layers
         }
-        tensors = blocks.quantize_layers(oracle.layers, bits, scheme, oracle.moments())
+        tensors = blocks.quantize_layers(context.layers, bits, scheme, context.moments())
         return Compressed(
             packed={name: encode_groups(tensor) for name, tensor in tensors.items()},
             weights={name: tensor.dequantize() for name, tensor in tensors.items()},
             allocation=blocks.text(bits),
-            code_bits=sum(widths[layer.name] * layer.parameters for layer in oracle.layers),
+            code_bits=sum(widths[layer.name] * layer.parameters for layer in context.layers),
         )
 
     def width(self, layer: Layer, layers: tuple[Layer, ...]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-class Replay:
+class PrefixReplay:
     """The answers of a model's blocks, the parts of its lists of modules, on some text.
 
     ``run``: all forward passes over that text, done without gradients.  A block that answers more or less than once a

@@ -1,5 +1,5 @@
 """What is known of a model that is to be compressed: calibration statistics, and how far weights move it on held-out
-text.  An ``Oracle`` answers from it, and methods see nothing else."""
+text.  An ``CalibrationContext`` answers from it, and methods see nothing else."""
 
 import copy
 import dataclasses
@@ -13,9 +13,9 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from nashswarm.calibration.cache import Cache
-from nashswarm.calibration.context import Oracle
+from nashswarm.calibration.context import CalibrationContext
 from nashswarm.calibration.moments import calibrate, summed_nll
-from nashswarm.calibration.prefix_replay import Replay
+from nashswarm.calibration.prefix_replay import PrefixReplay
 from nashswarm.layers import Layer, Moments
 from nashswarm.memory import give_back
 from nashswarm.models import evaluation, matrices
@@ -27,7 +27,7 @@ Compute = Callable[[], dict[str, Tensor]]
 Truth = evaluation.Reference | Float[Tensor, "some width"]  # what a full model says about text
 
 
-class Evidence:
+class CalibrationSession:
     """A model, its layers, and the windows that calibrate it and those held out; ``seed`` is that of labels drawn from
     the model."""
 
@@ -47,24 +47,24 @@ class Evidence:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
 
     @functools.cached_property
-    def trial(self) -> Any:
+    def candidate_model(self) -> Any:
         """A copy of the model to try weights on, made when first asked for: calibration needs the room."""
         return copy.deepcopy(self.full)
 
-    def oracle(self) -> Oracle:
+    def context(self) -> CalibrationContext:
         """All that the method may know."""
-        others = matrices.other_tensors(self.full, self.layers)
+        others = matrices.uncompressed_tensors(self.full, self.layers)
         likely = {layer.name: np.zeros(layer.parameters // 3, np.uint8) for layer in self.layers}
         likely[checkpoint.TABLES] = np.zeros(1000, np.uint8)
         fixed = sum(len(content) for content in checkpoint.files(self.full, likely, others, 16).values())
         fixed -= sum(len(content) for content in likely.values())
-        return Oracle(
+        return CalibrationContext(
             layers=self.layers,
             fixed_bytes=fixed + 3 * len(self.layers),  # of the header: longer numbers, if layers take more
             parameters=self.parameters,
             moments=self.moments,
             heldout_kl=self.heldout_kl,
-            remember=self.cache,
+            cached=self.cache,
             track=self.track,
             inputs_after=self.inputs_after,
             calibration=(self.full, self.calibration),
@@ -95,15 +95,18 @@ class Evidence:
             sums[name] = sums.get(name, 0) + (x.T @ x).double().cpu()
 
         hooks = [
-            self.trial.get_submodule(name).register_forward_pre_hook(functools.partial(see, name)) for name in names
+            self.candidate_model.get_submodule(name).register_forward_pre_hook(functools.partial(see, name))
+            for name in names
         ]
-        matrices.put(self.trial, weights)
+        matrices.set_weights(self.candidate_model, weights)
         positions = 0
         for window in self.calibration:
             tokens = evaluation.unpadded(self.full, window)
-            self.trial(input_ids=tokens[None])
+            self.candidate_model(input_ids=tokens[None])
             positions += len(tokens)
-        matrices.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
+        matrices.set_weights(
+            self.candidate_model, {layer.name: layer.weight for layer in self.layers if layer.name in weights}
+        )
         for hook in hooks:
             hook.remove()
         return {name: (total / positions).float() for name, total in sums.items()}
@@ -148,19 +151,21 @@ class Evidence:
     def probe(self, windows: Integer[Tensor, "some length"]) -> "_Probe":
         """What one layer after the other is tried on."""
         run = functools.partial(
-            evaluation.evaluate if self.causal else evaluation.embed_all, self.trial, windows, self.batch
+            evaluation.evaluate if self.causal else evaluation.embed_all, self.candidate_model, windows, self.batch
         )
         truth = self.reference.spoken_out(len(windows)) if self.causal else self.embeddings[: len(windows)]
-        return _Probe(windows, truth, Replay(self.trial, run))
+        return _Probe(windows, truth, PrefixReplay(self.candidate_model, run))
 
     def moved(self, weights: Mapping[str, Tensor], windows: Integer[Tensor, "some length"], truth: Truth) -> float:
         """How far the model's answers are from the ``truth`` with these layer weights."""
-        matrices.put(self.trial, weights)
+        matrices.set_weights(self.candidate_model, weights)
         if isinstance(truth, evaluation.Reference):
-            found = evaluation.summarise(evaluation.evaluate(self.trial, windows, self.batch, truth))["kl"]
+            found = evaluation.summarise(evaluation.evaluate(self.candidate_model, windows, self.batch, truth))["kl"]
         else:
-            found = evaluation.distance(truth, evaluation.embed_all(self.trial, windows, self.batch))
-        matrices.put(self.trial, {layer.name: layer.weight for layer in self.layers if layer.name in weights})
+            found = evaluation.distance(truth, evaluation.embed_all(self.candidate_model, windows, self.batch))
+        matrices.set_weights(
+            self.candidate_model, {layer.name: layer.weight for layer in self.layers if layer.name in weights}
+        )
         give_back()
         return found
 
@@ -171,4 +176,4 @@ class _Probe:
 
     windows: Integer[Tensor, "some length"]
     truth: Truth
-    replay: Replay
+    replay: PrefixReplay

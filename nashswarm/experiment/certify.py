@@ -40,7 +40,7 @@ Array = np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class Bowl:
+class Quadratic:
     """Second derivatives of the loss in a matrix, in nats per token: ``rows`` (f) times ``inputs`` (H, damped), and
     ``lookups`` (d); the pieces that a matrix lacks are None."""
 
@@ -48,10 +48,10 @@ class Bowl:
     inputs: Float[Array, "in in"] | None
     lookups: Float[Array, "out in"] | None
 
-    def weighed(self, weights: Float[Array, " out"]) -> "Bowl":
+    def weighed(self, weights: Float[Array, " out"]) -> "Quadratic":
         """Every row's second derivatives times its weight."""
         lookups = None if self.lookups is None else weights[:, None] * self.lookups
-        return Bowl(weights * self.rows, self.inputs, lookups)
+        return Quadratic(weights * self.rows, self.inputs, lookups)
 
     def slope(self, error: Float[Array, "out in"], rows: slice = slice(None)) -> Float[Array, "out in"]:
         """How fast damage grows with each error of these rows."""
@@ -70,7 +70,7 @@ class Bowl:
 
 
 @dataclasses.dataclass(frozen=True)
-class Toll:
+class RateCost:
     """What codes pay for their length: ``price`` nats per token a bit, by the ``bits`` of every symbol in every table;
     the ``levels`` of the weights say which table."""
 
@@ -88,7 +88,7 @@ class Toll:
 
 
 @dataclasses.dataclass(frozen=True)
-class Laid:
+class DecodedMatrix:
     """A decoded matrix: where its weights lie, their codes and steps, the least and largest code of each, and what they
     pay for their length."""
 
@@ -97,7 +97,7 @@ class Laid:
     steps: Float[Array, "out in"]
     low: int
     high: Integer[Array, "out in"] | int
-    toll: Toll | None = None
+    toll: RateCost | None = None
 
 
 def certify(folder: pathlib.Path, model: str | None = None, dataset: str | None = None) -> dict[str, Any]:
@@ -109,11 +109,11 @@ def certify(folder: pathlib.Path, model: str | None = None, dataset: str | None 
     started = time.monotonic()
     kept = model_folder.read(folder)
     job = run.reopen(kept.about, {"model": model, "dataset": dataset})
-    layers = job.evidence.layers
+    layers = job.session.layers
     decoded = decode(kept.tensors, layers)
     rules = kept.about["config"]["method"]
     metrics = kept.about["record"]["metrics"]
-    moments = job.evidence.moments()
+    moments = job.session.moments()
     bowls = {layer.name: bowl(layer, moments, rules) for layer in layers}
     steps, bits, price = None, None, 0.0
     if kept.game:
@@ -168,7 +168,7 @@ def decode(tensors: Mapping[str, Array], layers: tuple[Layer, ...]) -> dict[str,
     return decoded
 
 
-def bowl(layer: Layer, moments: Mapping[str, Moments], rules: Mapping[str, Any]) -> Bowl:
+def bowl(layer: Layer, moments: Mapping[str, Moments], rules: Mapping[str, Any]) -> Quadratic:
     """The layer's curvature as the game defines it: damped, and where replies are local, sparse."""
     rows, inputs, lookups = np.zeros(len(layer.weight)), None, None
     for found in (moments[module] for module in layer.modules):
@@ -181,10 +181,12 @@ def bowl(layer: Layer, moments: Mapping[str, Moments], rules: Mapping[str, Any])
         local = (rules.get("swarm") or {}).get("local_reply")
         inputs = inputs if local is None else _neighbourly(inputs, local)
         inputs = inputs + rules.get("damping", DAMPING) * inputs.diagonal().mean() * np.eye(len(inputs))
-    return Bowl(rows, inputs, lookups)
+    return Quadratic(rows, inputs, lookups)
 
 
-def laid(tensor: checkpoint.Decoded, bits: Float[Array, "tables symbols"] | None = None, price: float = 0.0) -> Laid:
+def laid(
+    tensor: checkpoint.Decoded, bits: Float[Array, "tables symbols"] | None = None, price: float = 0.0
+) -> DecodedMatrix:
     """Where the weights lie and could lie, and what their codes pay at the ``price`` of a bit.
 
     Raises ValueError for the prototype's format, in which nobody plays.
@@ -196,8 +198,8 @@ def laid(tensor: checkpoint.Decoded, bits: Float[Array, "tables symbols"] | None
         codes = tensor.codes.numpy().astype(np.int64)
         columns = 2.0 ** (_double(lattice.column_scale) / 4)
         steps = np.outer(lattice.base * 2.0 ** (_double(lattice.row_scale) / 4), columns)
-        toll = None if bits is None or not price else Toll(price, bits, levels(*sides(tensor)))
-        return Laid(codes * steps, codes, steps, int(codes.min()), int(codes.max()), toll)
+        toll = None if bits is None or not price else RateCost(price, bits, levels(*sides(tensor)))
+        return DecodedMatrix(codes * steps, codes, steps, int(codes.min()), int(codes.max()), toll)
     size = tensor.scheme.group_size
     width = np.repeat(tensor.bits.numpy().astype(np.int64), BLOCK, 0)[: len(tensor.codes)]
     grid = np.isin(width, GRID_WIDTHS)
@@ -205,10 +207,10 @@ def laid(tensor: checkpoint.Decoded, bits: Float[Array, "tables symbols"] | None
         np.repeat(np.where(grid, part, 0), size, 1) for part in (_double(tensor.scale), (1 << width % 16) - 1)
     )
     codes = np.where(np.repeat(grid, size, 1), tensor.codes.numpy(), 0).astype(np.int64)
-    return Laid(_double(tensor.dequantize()), codes, scale, 0, largest)
+    return DecodedMatrix(_double(tensor.dequantize()), codes, scale, 0, largest)
 
 
-def gain_of_codes(weight: Float[Array, "out in"], found: Laid, bowl: Bowl) -> Float[Array, " out"]:
+def gain_of_codes(weight: Float[Array, "out in"], found: DecodedMatrix, bowl: Quadratic) -> Float[Array, " out"]:
     """What the weights of every row would gain, each by its best other code alone, added up."""
     gains = np.zeros(len(weight))
     count = max(1, CHUNK // weight.shape[1])
@@ -231,7 +233,7 @@ def gain_of_codes(weight: Float[Array, "out in"], found: Laid, bowl: Bowl) -> Fl
 def gain_of_steps(
     layers: tuple[Layer, ...],
     tensors: Mapping[str, LatticeTensor],
-    bowls: Mapping[str, Bowl],
+    bowls: Mapping[str, Quadratic],
     bits: Float[Array, "tables symbols"],
     rules: Mapping[str, Any],
     metrics: Mapping[str, float],
@@ -242,7 +244,7 @@ def gain_of_steps(
     parts = []
     for layer in layers:
         tensor, curved = tensors[layer.name], bowls[layer.name]
-        pull = None if rules["code_game"] == "rounding" else pulls(curved)
+        pull = None if rules["code_game"] == "rounding" else feedback_matrix(curved)
         curved = curved.weighed(game[f"weights/{layer.name}"].astype(float))
         parts.append(costs(_double(layer.weight), tensor, curved, pull, bits, offsets, price))
     found = np.concatenate(parts)
@@ -260,7 +262,7 @@ def gain_of_steps(
 def costs(
     weight: Float[Array, "out in"],
     tensor: LatticeTensor,
-    bowl: Bowl,
+    bowl: Quadratic,
     pull: Float[Array, "in in"] | None,
     bits: Float[Array, "tables symbols"],
     offsets: Int[Array, " offsets"],
@@ -283,7 +285,7 @@ def costs(
         if offset == 0:
             own = tensor.codes.numpy().astype(np.int64)
             length = by_block(
-                Toll(price, bits, levels(row_scale, column_scale, row_size, column_size)).length(own).sum(1)
+                RateCost(price, bits, levels(row_scale, column_scale, row_size, column_size)).length(own).sum(1)
             )
             found.append(damage(own, steps_at(row_scale)) + price * length)
             continue
@@ -291,12 +293,12 @@ def costs(
         steps = steps_at(moved)
         codes = replies(weight, steps, pull)
         rows = fitted(np.abs(codes).mean(1), moved)
-        length = by_block(Toll(price, bits, levels(moved, column_scale, rows, column_size)).length(codes).sum(1))
+        length = by_block(RateCost(price, bits, levels(moved, column_scale, rows, column_size)).length(codes).sum(1))
         found.append(damage(codes, steps) + price * length)
     return np.stack(found, 1)
 
 
-def pulls(bowl: Bowl) -> Float[Array, "in in"] | None:
+def feedback_matrix(bowl: Quadratic) -> Float[Array, "in in"] | None:
     """How far an error of column i moves the target of a later column j: G_ij / G_jj; H = G Gᵀ, G upper triangular.
 
     What columns before j have done can then be made good by j alone, and ``e H eᵀ = Σ_j (G_jj (e_j + Σ_i<j e_i

@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nashswarm.data import corpus, glue
-from nashswarm.errors import NotOffered
+from nashswarm.errors import Unsupported
 from nashswarm.experiment.identity import to_importable, to_recorded
 from nashswarm.measures.measure import Measure
 from nashswarm.measures.moe import MoeMeasure, QuickValidation
@@ -184,7 +184,7 @@ def _described(value: Any) -> Any:
 
 
 def choose_task(config: DictConfig, method: Method) -> distillation.Recovery | None:
-    """How the compressed model is to be fine-tuned, if it is.  Raises ValueError for an unknown task, NotOffered for a
+    """How the compressed model is to be fine-tuned, if it is.  Raises ValueError for an unknown task, Unsupported for a
     method whose format cannot be trained."""
     settings = config.get("finetune")
     if config.task not in TASKS or (settings is not None) != (config.task == "finetune"):
@@ -193,7 +193,7 @@ def choose_task(config: DictConfig, method: Method) -> distillation.Recovery | N
         return None
     if isinstance(method, peer.Peer | AsPublished):
         whose = method.library if isinstance(method, peer.Peer) else "as_published"
-        raise NotOffered(f"task=finetune cannot train what {whose} packs; use task=compress")
+        raise Unsupported(f"task=finetune cannot train what {whose} packs; use task=compress")
     if config.dtype != "float32":
         raise ValueError(f"task=finetune trains in float32; leave dtype={config.dtype} out")
     found = build(settings)

@@ -21,12 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nashswarm.calibration.cache import Cache
-from nashswarm.calibration.session import Evidence
+from nashswarm.calibration.session import CalibrationSession
 from nashswarm.data import corpus, glue
 from nashswarm.experiment.identity import to_recorded
 from nashswarm.experiment.plan import MoePlan, Plan, config_again, plan, plan_moe
 from nashswarm.measures import moe, quality
-from nashswarm.measures.measure import Measure, Subject, check, require
+from nashswarm.measures.measure import EvaluationTarget, Measure, check, require
 from nashswarm.memory import peak_bytes, reset_peak
 from nashswarm.methods import distillation
 from nashswarm.methods.method import Compressed, Method
@@ -137,7 +137,7 @@ def _compress(config: DictConfig, planned: Plan) -> Done:
         game = {name: part.numpy() for name, part in result.game.items()}
         model_folder.write(target, job.files, about, game, job.tokenizer)
 
-    origin = {"parameters": job.evidence.parameters, "cache_hits": job.cache.hits}
+    origin = {"parameters": job.session.parameters, "cache_hits": job.cache.hits}
     return Done(found, series, job.layer_table(result), result.allocation, origin, write)
 
 
@@ -208,16 +208,16 @@ class Job:
         key |= {"length": length, "torch": torch.__version__, "code": code_digest()}
         self.cache = Cache(pathlib.Path(config.cache) if getattr(method, "cache", True) else None, key)
         drawn_cache = self.cache.under({"seed": config.seed})
-        self.evidence = Evidence(self.full, layers, *drawn, label_seed, drawn_cache)
+        self.session = CalibrationSession(self.full, layers, *drawn, label_seed, drawn_cache)
         self.tokenizer, self.test_text = loaded.tokenizer, texts["test"]
         self.files: dict[str, bytes] = {}  # of the compressed model
 
     def execute(self) -> tuple[Compressed, dict[str, float], dict[str, list[float]]]:
         """Compress and measure: the result, its metrics, the time and memory (the process's peak, the full model
         included) that compression took among them, and its series; ``files`` are the compressed model from then on."""
-        evidence = self.evidence
+        session = self.session
         started = time.monotonic()
-        result = self.method.compress(evidence.oracle(), self.rng)
+        result = self.method.compress(session.context(), self.rng)
         cost = {"quantize_seconds": time.monotonic() - started, "quantize_peak_bytes": float(peak_bytes())}
         before: dict[str, float] = {}
         series: dict[str, list[float]] = dict(result.series)
@@ -225,16 +225,16 @@ class Job:
             result, before, own = self.recover(result, self.finetune)
             series |= own
         others = self.place(result)
-        layer_weights = sum(layer.parameters for layer in evidence.layers)
+        layer_weights = sum(layer.parameters for layer in session.layers)
         layer_bytes = sum(len(packed) for packed in result.packed.values())
         self.files = checkpoint.files(self.full, result.packed, others, result.float_bits)
         size = sum(len(content) for content in self.files.values())
         found = dict(result.metrics) | {
             "bytes_file": size,
             "bits_per_weight": 8 * layer_bytes / layer_weights,
-            "bits_per_weight_model": 8 * size / evidence.parameters,
+            "bits_per_weight_model": 8 * size / session.parameters,
             "nominal_bits": result.code_bits / layer_weights,
-            "compression": 1 - size / (4 * evidence.parameters),
+            "compression": 1 - size / (4 * session.parameters),
         }
         measured, windows = self.measure.measure(self.subject(result))
         return result, found | before | measured | cost, series | windows
@@ -243,33 +243,33 @@ class Job:
         self, result: Compressed, settings: distillation.Recovery
     ) -> tuple[Compressed, dict[str, float], dict[str, list[float]]]:
         """The result after training; how good and how large it was before, how training went, and its series."""
-        evidence = self.evidence
-        started = copy.deepcopy(evidence.trial)  # in the precision that a trial of weights has
+        session = self.session
+        started = copy.deepcopy(session.candidate_model)  # in the precision that a trial of weights has
         others = self.place(result)
         files = checkpoint.files(self.full, result.packed, others, result.float_bits)
         found = {"bytes_file_before": float(sum(len(content) for content in files.values()))}
         for measure in quality.of_quality(self.measure):
             measured, _ = measure.measure(self.subject(result))
             found |= {_before(name): value for name, value in measured.items() if name not in CONSTANT}
-        evidence.trial = started
-        held = (self.pool[:, None] == evidence.holdout).all(-1).any(1)
+        session.candidate_model = started
+        held = (self.pool[:, None] == session.holdout).all(-1).any(1)
         began = time.monotonic()
         trained = distillation.recover(
-            evidence, result, self.pool[~held], settings, np.random.default_rng((self.seed, FINETUNE_STREAM))
+            session, result, self.pool[~held], settings, np.random.default_rng((self.seed, FINETUNE_STREAM))
         )
         found |= trained.metrics | {"finetune_seconds": time.monotonic() - began}
         return trained.result, found, trained.series
 
     def place(self, result: Compressed) -> dict[str, Tensor]:
         """Put the result's weights on the trial, everything else rounded as it is stored: those other tensors."""
-        others = matrices.other_tensors(self.evidence.trial, self.evidence.layers)
-        matrices.put(self.evidence.trial, result.weights)
+        others = matrices.uncompressed_tensors(self.session.candidate_model, self.session.layers)
+        matrices.set_weights(self.session.candidate_model, result.weights)
         matrices.round_others(others, result.float_bits)
         return others
 
-    def subject(self, result: Compressed) -> Subject:
+    def subject(self, result: Compressed) -> EvaluationTarget:
         """What is measured: the trial, on which the result was put."""
-        compressed, layers = self.evidence.trial, self.evidence.layers
+        compressed, layers = self.session.candidate_model, self.session.layers
 
         def pack() -> Any:
             if result.foreign is not None:
@@ -278,7 +278,7 @@ class Job:
             checkpoint.adopt(model, layers, result.packed, result.float_bits)
             return model
 
-        return Subject(
+        return EvaluationTarget(
             self.full, compressed, functools.cache(pack), self.test, self.reference, show_progress,
             self.tokenizer, layers, result.weights, result.damage, self.test_text, self.truth,
         )  # fmt: skip
@@ -305,7 +305,7 @@ class Job:
                 "bits_per_weight": 8 * len(result.packed[layer.name]) / layer.parameters,
             }
             | ({"damage": result.damage[layer.name]} if layer.name in result.damage else {})
-            for layer in self.evidence.layers
+            for layer in self.session.layers
         ]
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nashswarm.measures import harness
-from nashswarm.measures.measure import BATCH, Found, Subject, _check_length, _check_number
+from nashswarm.measures.measure import BATCH, EvaluationTarget, MeasureResult, check_length, check_number
 from nashswarm.models import evaluation
 from nashswarm.records import statistics
 
@@ -31,10 +31,10 @@ class Bleu:
 
     def check(self, windows: Int[Tensor, "windows length"]) -> None:
         """Raises ValueError if the windows are too few or too short."""
-        _check_number(self.windows, windows)
-        _check_length(self.prompt_tokens + self.new_tokens, windows)
+        check_number(self.windows, windows)
+        check_length(self.prompt_tokens + self.new_tokens, windows)
 
-    def measure(self, subject: Subject) -> Found:
+    def measure(self, subject: EvaluationTarget) -> MeasureResult:
         self.check(subject.windows)
         windows, length = subject.windows[: self.windows], self.prompt_tokens + self.new_tokens
         prompts, rest = windows[:, : self.prompt_tokens], windows[:, self.prompt_tokens : length]
@@ -61,7 +61,7 @@ class LmEval:
     folder: str | None = None
     limit: int | None = None
 
-    def measure(self, subject: Subject) -> Found:
+    def measure(self, subject: EvaluationTarget) -> MeasureResult:
         models = {"": subject.compressed, "_full": subject.full}
         metric: dict[str, float] = {}
         series: dict[str, list[float]] = {}

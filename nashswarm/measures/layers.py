@@ -6,7 +6,7 @@ import dataclasses
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm.measures.measure import BATCH, Found, Subject, _check_number
+from nashswarm.measures.measure import BATCH, EvaluationTarget, MeasureResult, check_number
 from nashswarm.models import evaluation, matrices
 from nashswarm.records import statistics
 
@@ -25,9 +25,9 @@ class Layers:
 
     def check(self, windows: Int[Tensor, "windows length"]) -> None:
         """Raises ValueError if the windows are too few."""
-        _check_number(self.windows, windows)
+        check_number(self.windows, windows)
 
-    def measure(self, subject: Subject) -> Found:
+    def measure(self, subject: EvaluationTarget) -> MeasureResult:
         self.check(subject.windows)
         windows = subject.windows[: self.windows]
         full = evaluation.reference(subject.full, windows, BATCH)
@@ -35,9 +35,9 @@ class Layers:
         trial = copy.deepcopy(subject.full)
         series: dict[str, list[float]] = {f"layer_{name}": [] for name in ("kl", "kl_low", "kl_high", "nll_delta")}
         for layer in subject.track(subject.layers, "one layer after the other"):
-            matrices.put(trial, {layer.name: subject.weights[layer.name]})
+            matrices.set_weights(trial, {layer.name: subject.weights[layer.name]})
             found = evaluation.evaluate(trial, windows, BATCH, full)
-            matrices.put(trial, {layer.name: layer.weight})
+            matrices.set_weights(trial, {layer.name: layer.weight})
             alone = evaluation.summarise(found)
             alone["kl_low"], alone["kl_high"] = statistics.interval(found["kl"])
             for name, values in series.items():

@@ -7,7 +7,7 @@ from typing import ClassVar
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm.measures.measure import Found, Subject, _check_length
+from nashswarm.measures.measure import EvaluationTarget, MeasureResult, check_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Load:
 
     def check(self, windows: Int[Tensor, "windows length"]) -> None:
         """Raises ValueError if the windows are too short, or numbers no numbers of requests."""
-        _check_length(self.prompt_tokens + self.new_tokens, windows)
+        check_length(self.prompt_tokens + self.new_tokens, windows)
         numbers = (self.requests, self.concurrency, self.rounds, self.new_tokens, self.prompt_tokens)
         if min(numbers) < 1 or self.queue < 0:
             raise ValueError(
@@ -42,7 +42,7 @@ class Load:
         if self.rate is not None and self.rate <= 0:
             raise ValueError(f"measure.rate={self.rate} must be above 0, or null for a closed loop")
 
-    def measure(self, subject: Subject) -> Found:
+    def measure(self, subject: EvaluationTarget) -> MeasureResult:
         self.check(subject.windows)
         from nashswarm.runtime import load, server
 

@@ -14,11 +14,11 @@ from nashswarm.models import evaluation
 from nashswarm.progress import Track
 
 BATCH = 8  # windows
-Found = tuple[dict[str, float], dict[str, list[float]]]
+MeasureResult = tuple[dict[str, float], dict[str, list[float]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class EvaluationTarget:
     """A full model, its compressed copy as floats, and the test windows.  ``packed``: the compressed model as it is
     loaded, computing on packed weights.  ``reference``: the full model's answers to the windows, given a batch size.
     ``layers``: the full model's matrices, ``weights``: the compressed ones by the layers' names, ``damage``: what the
@@ -43,7 +43,7 @@ class Subject:
 class Measure(Protocol):
     """What the runner asks of a measure: metrics and series of the record."""
 
-    def measure(self, subject: Subject) -> Found: ...
+    def measure(self, subject: EvaluationTarget) -> MeasureResult: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Several:
 
     measures: Sequence[Measure]
 
-    def measure(self, subject: Subject) -> Found:
+    def measure(self, subject: EvaluationTarget) -> MeasureResult:
         parts = [part.measure(subject) for part in self.measures]
         found = {name: value for own, _ in parts for name, value in own.items()}
         return found, {name: values for _, own in parts for name, values in own.items()}
@@ -63,7 +63,7 @@ def require(measure: Measure) -> None:
     for part in parts_of(measure):
         try:
             errors.require(f"measure={type(part).__name__}", getattr(part, "NEEDS", ()), getattr(part, "EXTRA", "eval"))
-        except errors.NotInstalled as missing:
+        except errors.MissingPackage as missing:
             raise ValueError(str(missing)) from None
 
 
@@ -73,12 +73,12 @@ def check(measure: Measure, windows: Int[Tensor, "windows length"]) -> None:
         getattr(part, "check", lambda _: None)(windows)
 
 
-def _check_number(asked: int, windows: Int[Tensor, "windows length"]) -> None:
+def check_number(asked: int, windows: Int[Tensor, "windows length"]) -> None:
     if not 1 <= asked <= len(windows):
         raise ValueError(f"measure.windows={asked} must be between 1 and the {len(windows)} test windows")
 
 
-def _check_length(tokens: int, windows: Int[Tensor, "windows length"]) -> None:
+def check_length(tokens: int, windows: Int[Tensor, "windows length"]) -> None:
     if tokens > windows.shape[1]:
         raise ValueError(f"measure.prompt_tokens + measure.new_tokens exceed the window of {windows.shape[1]}")
 

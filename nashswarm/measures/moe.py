@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nashswarm import api
-from nashswarm.measures.measure import Found
+from nashswarm.measures.measure import MeasureResult
 from nashswarm.measures.size import resident_bytes
 from nashswarm.measures.timing import wait
 from nashswarm.models import evaluation
@@ -73,7 +73,7 @@ class Routed:
         if not 0 < self.resident <= 1:
             raise ValueError(f"measure.resident={self.resident} must be above 0 and at most 1")
 
-    def measure(self, subject: MoeSubject) -> Found:
+    def measure(self, subject: MoeSubject) -> MeasureResult:
         model, windows = subject.model, subject.windows[: self.windows]
         found, series = judged(model, windows, self.batch_size, subject.track)
         batch = windows[: self.batch_size]
@@ -146,7 +146,7 @@ def judged(
     batch_size: int,
     track: Track,
     follow: bool = False,
-) -> Found:
+) -> MeasureResult:
     """NLL, loads, drops and regrets on these windows; the loads of each layer as a series.  ``follow``: move the prices
     of ``model`` after each batch, which the next one sees."""
     series: dict[str, list[float]] = {"nll": [], "tokens": []}
@@ -211,7 +211,7 @@ class QuickValidation:
     def tokens(self) -> int:
         return self.batches * self.batch_size * self.length
 
-    def measure(self, subject: MoeSubject) -> Found:
+    def measure(self, subject: MoeSubject) -> MeasureResult:
         check(self, subject.windows)
         windows = subject.windows.flatten()[: self.tokens].view(-1, self.length)
         packed, report = api.compress(
@@ -270,7 +270,7 @@ class RoutingTime:
         if min(self.experts, default=0) < 1:
             raise ValueError(f"measure.experts=[{','.join(map(str, self.experts))}] must be numbers of at least 1")
 
-    def measure(self, subject: MoeSubject) -> Found:
+    def measure(self, subject: MoeSubject) -> MeasureResult:
         config, device = subject.model.config, subject.model.device
         width, k = config.hidden_size, config.num_experts_per_tok
         generator = torch.Generator().manual_seed(0)

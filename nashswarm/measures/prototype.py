@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nashswarm.games.potential import Game, best_response
-from nashswarm.measures.measure import BATCH, Found, Subject
+from nashswarm.measures.measure import BATCH, EvaluationTarget, MeasureResult
 from nashswarm.models import evaluation
 from nashswarm.quant.prototype import QUANTILES, quantize_by_magnitude
 from nashswarm.records.statistics import interval
@@ -47,7 +47,7 @@ class Published:
     experts: int = 8
     routed_tokens: int = 512
 
-    def measure(self, subject: Subject) -> Found:
+    def measure(self, subject: EvaluationTarget) -> MeasureResult:
         full = subject.full
         batches = padded(subject.text, subject.tokenizer, self.paragraphs, self.tokens, self.draws)
         schemes = {"adaptive": quantized(full, adaptive), "uniform4": quantized(full, one_grid)}

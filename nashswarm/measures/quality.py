@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from nashswarm.measures import glue
-from nashswarm.measures.measure import BATCH, Found, Measure, Subject, parts_of
+from nashswarm.measures.measure import BATCH, EvaluationTarget, Measure, MeasureResult, parts_of
 from nashswarm.models import evaluation
 from nashswarm.records import statistics
 
@@ -16,7 +16,7 @@ class Quality:
 
     batch_size: int = BATCH
 
-    def measure(self, subject: Subject) -> Found:
+    def measure(self, subject: EvaluationTarget) -> MeasureResult:
         full = subject.reference(self.batch_size)
         windows = evaluation.evaluate(subject.compressed, subject.windows, self.batch_size, full, subject.track)
         if not np.isfinite(windows["kl"]).all():
@@ -36,7 +36,7 @@ class Official:
 
     batch_size: int = 32
 
-    def measure(self, subject: Subject) -> Found:
+    def measure(self, subject: EvaluationTarget) -> MeasureResult:
         truth = subject.truth
         assert truth is not None, "the windows have no labels"
         full, own = (

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from nashswarm.measures.measure import Found, Subject
+from nashswarm.measures.measure import EvaluationTarget, MeasureResult
 from nashswarm.runtime import memory_limit
 
 
@@ -11,7 +11,7 @@ from nashswarm.runtime import memory_limit
 class Size:
     """Bytes alone: of the file, and of all that the loaded models hold in memory.  Nothing is run."""
 
-    def measure(self, subject: Subject) -> Found:
+    def measure(self, subject: EvaluationTarget) -> MeasureResult:
         full, own = (resident_bytes(model) for model in (subject.full, subject.packed()))
         return {"bytes_resident": own, "bytes_resident_full": full}, {}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nashswarm import errors
 from nashswarm.measures import timing
-from nashswarm.measures.measure import BATCH, Found, Subject
+from nashswarm.measures.measure import BATCH, EvaluationTarget, MeasureResult
 from nashswarm.measures.size import resident_bytes
 from nashswarm.methods.peers import peer
 from nashswarm.models import evaluation
@@ -53,7 +53,7 @@ class Speed:
             )
         return prompt
 
-    def measure(self, subject: Subject) -> Found:
+    def measure(self, subject: EvaluationTarget) -> MeasureResult:
         prompt = self.check(subject.windows)
         context = min(self.context_tokens, prompt)
         packed = subject.packed()
@@ -61,7 +61,7 @@ class Speed:
         for name in self.against:
             try:
                 models[name] = peer.CONTESTANTS[name](subject.full)
-            except errors.NotInstalled as missing:
+            except errors.MissingPackage as missing:
                 log.warning("not timed: %s", missing)
         tokens = subject.windows[:1, :prompt]
 

@@ -20,8 +20,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from nashswarm.calibration.session import Evidence
-from nashswarm.errors import NotOffered
+from nashswarm.calibration.session import CalibrationSession
+from nashswarm.errors import Unsupported
 from nashswarm.methods.method import Compressed
 from nashswarm.models import evaluation, matrices
 from nashswarm.packed import checkpoint
@@ -30,7 +30,7 @@ from nashswarm.quant.entropy import KINDS, CodeTables, coded_bits
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
 from nashswarm.quant.prototype import ClassedTensor
-from nashswarm.quant.trainable_codes import Latent, encode
+from nashswarm.quant.trainable_codes import TrainableCodes, encode
 
 STALE = ("regret", "potential", "damage")  # how metrics begin that tell of the codes before they were trained
 TOLERANCE = 1e-3  # how much more than before the packed matrices may take
@@ -95,7 +95,7 @@ class State:
 
 
 def recover(
-    evidence: Evidence,
+    session: CalibrationSession,
     result: Compressed,
     windows: Int[Tensor, "windows length"],
     settings: Recovery,
@@ -103,39 +103,45 @@ def recover(
 ) -> Recovered:
     """Train what ``result`` stores on ``windows``; ``evidence.trial`` has the floats beside the matrices afterwards.
 
-    Raises NotOffered for a format that cannot be trained, ValueError without a window to train on.
+    Raises Unsupported for a format that cannot be trained, ValueError without a window to train on.
     """
     if not len(windows):
         raise ValueError("no calibration text is left to train on; lower dataset.holdout_windows or give more text")
     drawn = torch.from_numpy(rng.permutation(len(windows))[: settings.windows]).to(windows.device)
-    return _Training(evidence, result, windows[drawn], settings).run(rng)
+    return _Training(session, result, windows[drawn], settings).run(rng)
 
 
 class _Training:
     """One training under way."""
 
     def __init__(
-        self, evidence: Evidence, result: Compressed, windows: Int[Tensor, "windows length"], settings: Recovery
+        self,
+        session: CalibrationSession,
+        result: Compressed,
+        windows: Int[Tensor, "windows length"],
+        settings: Recovery,
     ) -> None:
-        self.evidence, self.result, self.windows, self.settings = evidence, result, windows, settings
-        self.trial = evidence.trial
+        self.session, self.result, self.windows, self.settings = session, result, windows, settings
+        self.candidate_model = session.candidate_model
         packed_tables = result.packed.get(checkpoint.TABLES)
         tables = None if packed_tables is None else CodeTables.unpack(packed_tables)
-        self.latents: dict[str, Latent] = {}
-        for layer in evidence.layers:
+        self.latents: dict[str, TrainableCodes] = {}
+        for layer in session.layers:
             content = result.packed[layer.name]
             tensor = checkpoint.decode(layer.name, content, tables)
             if isinstance(tensor, ClassedTensor):
-                raise NotOffered(f"task=finetune cannot train the format in which {layer.name} is stored")
+                raise Unsupported(f"task=finetune cannot train the format in which {layer.name} is stored")
             coded = content[:4].tobytes() in KINDS.values()
-            self.latents[layer.name] = Latent(tensor, layer.weight, windows.device, coded, tables)
-        taken = {id(self.trial.get_submodule(layer.name).weight) for layer in evidence.layers}
-        self.floats = [part for part in self.trial.parameters() if id(part) not in taken and part.is_floating_point()]
+            self.latents[layer.name] = TrainableCodes(tensor, layer.weight, windows.device, coded, tables)
+        taken = {id(self.candidate_model.get_submodule(layer.name).weight) for layer in session.layers}
+        self.floats = [
+            part for part in self.candidate_model.parameters() if id(part) not in taken and part.is_floating_point()
+        ]
         self.limit = int((1 + TOLERANCE) * _size(result.packed))
         self.teacher: Any = (
-            evaluation.reference(evidence.full, windows, evidence.batch)
-            if evidence.causal
-            else evaluation.embed_all(evidence.full, windows, evidence.batch)
+            evaluation.reference(session.full, windows, session.batch)
+            if session.causal
+            else evaluation.embed_all(session.full, windows, session.batch)
         )
 
     def run(self, rng: np.random.Generator) -> Recovered:
@@ -155,7 +161,7 @@ class _Training:
         optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
         judged = {round(settings.steps * (number + 1) / settings.candidates) for number in range(settings.candidates)}
-        for step in self.evidence.track(range(1, settings.steps + 1), "recovering"):
+        for step in self.session.track(range(1, settings.steps + 1), "recovering"):
             series["finetune_loss"].append(self.step(self.batch(rng), price))
             optimizer.step()
             decay.step()
@@ -167,7 +173,7 @@ class _Training:
                 log.debug("step %d: held-out KL %.5f, %d bytes", step, kl, _size(state.packed))
                 if kl < least:
                     best, least, chosen = state, kl, step
-        self.trial.zero_grad(set_to_none=True)
+        self.candidate_model.zero_grad(set_to_none=True)
         self.place(best.floats)
         found = {
             "finetune_steps": settings.steps,
@@ -185,21 +191,21 @@ class _Training:
 
     def step(self, batch: Int[Tensor, " batch"], price: float) -> float:
         """Gradients of the loss on a batch, in every parameter; the loss."""
-        matrices.put(self.trial, {name: latent.weight() for name, latent in self.latents.items()})
-        self.trial.zero_grad(set_to_none=True)
+        matrices.set_weights(self.candidate_model, {name: latent.weight() for name, latent in self.latents.items()})
+        self.candidate_model.zero_grad(set_to_none=True)
         loss = self.loss(batch)
         loss.backward()
         for name, latent in self.latents.items():
-            latent.take(matrices.gradient(self.trial, name), price)
+            latent.take(matrices.gradient(self.candidate_model, name), price)
         return loss.item()
 
     def loss(self, batch: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
-        if not self.evidence.causal:
-            apart: Tensor = (evaluation.embed(self.trial, self.windows[batch]) - self.teacher[batch]).square()
+        if not self.session.causal:
+            apart: Tensor = (evaluation.embed(self.candidate_model, self.windows[batch]) - self.teacher[batch]).square()
             return apart.sum(1).mean() / 2
         with torch.no_grad():
             wanted = self.teacher.head(self.teacher.states[batch])[:, :-1].float().log_softmax(-1)
-        own = self.trial(input_ids=self.windows[batch]).logits[:, :-1].float().log_softmax(-1)
+        own = self.candidate_model(input_ids=self.windows[batch]).logits[:, :-1].float().log_softmax(-1)
         return functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1).mean()
 
     def state(self, least: float, packed: Any = None) -> State:
@@ -243,7 +249,7 @@ class _Training:
         """KL in nats per token on held-out text."""
         now = [part.detach().clone() for part in self.floats]
         self.place(state.floats)
-        found = self.evidence.heldout_kl(state.weights(), None)
+        found = self.session.heldout_kl(state.weights(), None)
         self.place(now)
         return found if math.isfinite(found) else math.inf
 

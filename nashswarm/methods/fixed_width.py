@@ -9,13 +9,13 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int
 
-from nashswarm.calibration.context import Oracle
+from nashswarm.calibration.context import CalibrationContext
 from nashswarm.games import flock
 from nashswarm.methods.bit_allocation.baselines import dual_ascent, equal_loss, evolve
 from nashswarm.methods.bit_allocation.blocks import PLAYED_WIDTHS, check_divisible, grid_shape, quantize_layers
-from nashswarm.methods.bit_allocation.damages import report_regret, survey
+from nashswarm.methods.bit_allocation.damages import block_damages, report_regret
 from nashswarm.methods.bit_allocation.game import by_lot, by_quantiles, solve
-from nashswarm.methods.method import Compressed, _store
+from nashswarm.methods.method import Compressed, store_groups
 from nashswarm.methods.swarm import Flock
 from nashswarm.quant.grid import GRID_WIDTHS, WIDTHS, QuantizedTensor, Scheme
 from nashswarm.quant.pack import packed_bytes
@@ -86,20 +86,20 @@ class FixedWidth:
         if self.coded and max(self.bit_widths) > max(GRID_WIDTHS):
             raise ValueError(f"method.coded is for codes; method.bit_widths {list(self.bit_widths)} stores floats")
 
-    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
+    def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(self.group_size, search=self.code_game)
-        check_divisible(oracle.layers, self.group_size)
-        budget = self._budget(oracle, scheme)
-        moments = oracle.moments()
-        blocks = survey(oracle, moments, self.bit_widths, scheme, self.code_game)
+        check_divisible(context.layers, self.group_size)
+        budget = self._budget(context, scheme)
+        moments = context.moments()
+        blocks = block_damages(context, moments, self.bit_widths, scheme, self.code_game)
         weighed = moments if self.code_game else None
 
         def tensors_at(profile: Int[np.ndarray, " blocks"]) -> dict[str, QuantizedTensor]:
-            return quantize_layers(oracle.layers, blocks.bits(profile), scheme, weighed)
+            return quantize_layers(context.layers, blocks.bits(profile), scheme, weighed)
 
         def measure(profile: Int[np.ndarray, " blocks"]) -> float:
             found = tensors_at(profile)
-            return oracle.heldout_kl({name: tensor.dequantize() for name, tensor in found.items()}, None)
+            return context.heldout_kl({name: tensor.dequantize() for name, tensor in found.items()}, None)
 
         if self.bit_game != "equilibrium":
             passes = 0
@@ -116,7 +116,7 @@ class FixedWidth:
                 profile = by_lot(blocks, budget, rng)
             damage, metrics = report_regret(blocks, profile)
             metrics["heldout_passes"] = passes
-            return _store(blocks.bits(profile), tensors_at(profile), damage, metrics, coded=self.coded)
+            return store_groups(blocks.bits(profile), tensors_at(profile), damage, metrics, coded=self.coded)
 
         pruned = self.split.pruned if self.split else 0.0
         alone = solve(blocks, budget, pruned)
@@ -132,7 +132,7 @@ class FixedWidth:
                 passes = len(candidates)
                 scores = {
                     pair: measure(solution.profile)
-                    for pair, solution in oracle.track(list(solved.items()), "choosing the flock")
+                    for pair, solution in context.track(list(solved.items()), "choosing the flock")
                 }
                 choice = min(scores, key=lambda pair: scores[pair])
             else:
@@ -146,23 +146,25 @@ class FixedWidth:
             "heldout_passes": passes,
         }
         damage = blocks.damage_by_layer(best.profile)
-        return _store(blocks.bits(best.profile), tensors_at(best.profile), damage, metrics, series, coded=self.coded)
+        return store_groups(
+            blocks.bits(best.profile), tensors_at(best.profile), damage, metrics, series, coded=self.coded
+        )
 
-    def _budget(self, oracle: Oracle, scheme: Scheme) -> int:
+    def _budget(self, context: CalibrationContext, scheme: Scheme) -> int:
         """Bytes that the packed layers may take.  Raises ValueError if not even the smallest widths fit."""
 
         def bytes_at(bits: int) -> int:
-            shapes = [grid_shape(layer, scheme) for layer in oracle.layers]
+            shapes = [grid_shape(layer, scheme) for layer in context.layers]
             return sum(packed_bytes(np.full(rows * columns, bits), scheme) for rows, columns in shapes)
 
         if self.split is not None:
             share = 1 - self.split.pruned
             return int(share * bytes_at(self.split.bits) + self.split.pruned * bytes_at(0))
         assert self.bits is not None
-        budget = int(self.bits * oracle.parameters / 8) - oracle.fixed_bytes
+        budget = int(self.bits * context.parameters / 8) - context.fixed_bytes
         smallest = bytes_at(self.bit_widths[0])
         if budget < smallest:
-            least = 8 * (smallest + oracle.fixed_bytes) / oracle.parameters
+            least = 8 * (smallest + context.fixed_bytes) / context.parameters
             raise ValueError(
                 f"method.bits={self.bits} is below the smallest possible size of this model, "
                 f"{least:.3f} bits per parameter with widths {list(self.bit_widths)}; raise method.bits"

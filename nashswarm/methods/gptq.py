@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from nashswarm.calibration.context import Oracle
-from nashswarm.errors import NotOffered
+from nashswarm.calibration.context import CalibrationContext
+from nashswarm.errors import Unsupported
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods.bit_allocation.blocks import check_divisible
-from nashswarm.methods.method import Compressed, _store
-from nashswarm.quant.coordinate_descent import reply
+from nashswarm.methods.method import Compressed, store_groups
+from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import DAMPING
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme
 
@@ -34,37 +34,42 @@ class Gptq:
 
     def __post_init__(self) -> None:
         if self.bits not in GRID_WIDTHS:
-            raise NotOffered(f"method.bits={self.bits}: gptq knows {', '.join(map(str, GRID_WIDTHS))} bits")
+            raise Unsupported(f"method.bits={self.bits}: gptq knows {', '.join(map(str, GRID_WIDTHS))} bits")
         if self.damping <= 0 or self.sweeps < 0:
             raise ValueError(
                 f"method.damping={self.damping} must be positive, method.sweeps={self.sweeps} not negative"
             )
 
-    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
+    def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(self.group_size, search=True)
-        check_divisible(oracle.layers, self.group_size)
-        moments = dict(oracle.moments())
+        check_divisible(context.layers, self.group_size)
+        moments = dict(context.moments())
         tensors: dict[str, QuantizedTensor] = {}
         damage, bits = {}, {}
-        depth = oracle.layers[0].depth
-        for layer in oracle.track(sorted(oracle.layers, key=lambda layer: layer.depth), "replying"):
+        depth = context.layers[0].depth
+        for layer in context.track(sorted(context.layers, key=lambda layer: layer.depth), "replying"):
             if self.sequential and layer.depth > depth:
                 depth = layer.depth
-                moments |= _after(tensors, [other for other in oracle.layers if other.depth == depth], moments, oracle)
+                moments |= _after(
+                    tensors, [other for other in context.layers if other.depth == depth], moments, context
+                )
             curved = curvature(layer, moments)
-            found = reply(layer.weight, self.bits, scheme, curved, self.sweeps, self.damping, self.act_order)
+            found = quantize_layer(layer.weight, self.bits, scheme, curved, self.sweeps, self.damping, self.act_order)
             tensors[layer.name], bits[layer.name] = found, found.bits.numpy()
             damage[layer.name] = float(curved.damage_by_row(layer.weight - found.dequantize()).double().sum())
-        in_order = {layer.name: tensors[layer.name] for layer in oracle.layers}
-        return _store(bits, in_order, damage, coded=self.coded)
+        in_order = {layer.name: tensors[layer.name] for layer in context.layers}
+        return store_groups(bits, in_order, damage, coded=self.coded)
 
 
 def _after(
-    tensors: Mapping[str, QuantizedTensor], layers: Sequence[Layer], moments: Mapping[str, Moments], oracle: Oracle
+    tensors: Mapping[str, QuantizedTensor],
+    layers: Sequence[Layer],
+    moments: Mapping[str, Moments],
+    context: CalibrationContext,
 ) -> dict[str, Moments]:
     """The moments of ``layers`` with the inputs that they meet behind compressed ones."""
-    if oracle.inputs_after is None:
+    if context.inputs_after is None:
         raise ValueError("method.sequential needs a model to run, which this oracle has not; set it to false")
     names = [name for layer in layers for name in layer.modules if not moments[name].lookup]
-    seen = oracle.inputs_after({name: tensor.dequantize() for name, tensor in tensors.items()}, names)
+    seen = context.inputs_after({name: tensor.dequantize() for name, tensor in tensors.items()}, names)
     return {name: dataclasses.replace(moments[name], inputs=inputs) for name, inputs in seen.items()}

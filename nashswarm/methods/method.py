@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from nashswarm.calibration.context import Oracle
+from nashswarm.calibration.context import CalibrationContext
 from nashswarm.methods.bit_allocation.blocks import Bits, text
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor
@@ -40,10 +40,10 @@ class Compressed:
 class Method(Protocol):
     """What the runner asks of a method."""
 
-    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed: ...
+    def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed: ...
 
 
-def _store(
+def store_groups(
     bits: Bits,
     tensors: Mapping[str, QuantizedTensor],
     damage: Mapping[str, float] | None = None,

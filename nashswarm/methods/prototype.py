@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nashswarm.calibration.context import Oracle
+from nashswarm.calibration.context import CalibrationContext
 from nashswarm.methods.bit_allocation.blocks import grid_shape, quantize_layers
-from nashswarm.methods.method import Compressed, _store
+from nashswarm.methods.method import Compressed, store_groups
 from nashswarm.quant.grid import Scheme
 from nashswarm.quant.prototype import QUANTILES, quantize_by_magnitude
 
@@ -24,20 +24,22 @@ class AsPublished:
                 f"method.quantiles {list(self.quantiles)} must be two numbers, descending, between 0 and 1"
             )
 
-    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
+    def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(group_size=1)
-        untouched = [layer for layer in oracle.layers if "Linear" not in layer.kinds]
+        untouched = [layer for layer in context.layers if "Linear" not in layer.kinds]
         bits = {layer.name: np.full(grid_shape(layer, scheme), 16, np.uint8) for layer in untouched}
-        kept = _store(bits, quantize_layers(untouched, bits, scheme))
+        kept = store_groups(bits, quantize_layers(untouched, bits, scheme))
         classed = {
             layer.name: quantize_by_magnitude(layer.weight, self.quantiles)
-            for layer in oracle.layers
+            for layer in context.layers
             if "Linear" in layer.kinds
         }
         widths = np.array((8, 4, 2))
         return Compressed(
             packed=dict(kept.packed) | {name: tensor.pack() for name, tensor in classed.items()},
             weights=dict(kept.weights) | {name: tensor.dequantize() for name, tensor in classed.items()},
-            allocation="".join(f"{layer.name} {'mixed' if layer.name in classed else 16}\n" for layer in oracle.layers),
+            allocation="".join(
+                f"{layer.name} {'mixed' if layer.name in classed else 16}\n" for layer in context.layers
+            ),
             code_bits=kept.code_bits + sum(int(widths[tensor.classes].sum()) for tensor in classed.values()),
         )

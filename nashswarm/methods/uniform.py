@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from nashswarm.calibration.context import Oracle
-from nashswarm.errors import NotOffered
+from nashswarm.calibration.context import CalibrationContext
+from nashswarm.errors import Unsupported
 from nashswarm.methods.bit_allocation.blocks import PLAYED_WIDTHS, check_divisible, grid_shape, quantize_layers
-from nashswarm.methods.bit_allocation.damages import report_regret, survey
-from nashswarm.methods.method import Compressed, _store
+from nashswarm.methods.bit_allocation.damages import block_damages, report_regret
+from nashswarm.methods.method import Compressed, store_groups
 from nashswarm.quant.grid import FLOATS, GRID_WIDTHS, Scheme
 
 
@@ -26,19 +26,19 @@ class Uniform:
 
     def __post_init__(self) -> None:
         if self.bits not in (*GRID_WIDTHS, *FLOATS):
-            raise NotOffered(
+            raise Unsupported(
                 f"method.bits={self.bits}: a uniform width is one of {', '.join(map(str, (*GRID_WIDTHS, *FLOATS)))}"
             )
         if self.coded and self.bits in FLOATS:
             raise ValueError(f"method.coded is for codes; method.bits={self.bits} stores floats")
 
-    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
+    def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
         scheme = Scheme(self.group_size, self.search)
-        check_divisible(oracle.layers, self.group_size)
-        bits = {layer.name: np.full(grid_shape(layer, scheme), self.bits, np.uint8) for layer in oracle.layers}
+        check_divisible(context.layers, self.group_size)
+        bits = {layer.name: np.full(grid_shape(layer, scheme), self.bits, np.uint8) for layer in context.layers}
         if self.bits in FLOATS:
-            return _store(bits, quantize_layers(oracle.layers, bits, scheme), float_bits=self.bits)
-        blocks = survey(oracle, oracle.moments(), PLAYED_WIDTHS, scheme, code_game=False)
+            return store_groups(bits, quantize_layers(context.layers, bits, scheme), float_bits=self.bits)
+        blocks = block_damages(context, context.moments(), PLAYED_WIDTHS, scheme, code_game=False)
         profile = np.full(len(blocks.damage), PLAYED_WIDTHS.index(self.bits))
-        tensors = quantize_layers(oracle.layers, bits, scheme)
-        return _store(bits, tensors, *report_regret(blocks, profile), coded=self.coded)
+        tensors = quantize_layers(context.layers, bits, scheme)
+        return store_groups(bits, tensors, *report_regret(blocks, profile), coded=self.coded)

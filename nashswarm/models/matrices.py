@@ -53,7 +53,7 @@ def find_layers(model: Any, exclude: Sequence[str] = ()) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights (layer → (out, in)) into the model, in place."""
     with torch.no_grad():
         for name, weight in weights.items():
@@ -69,7 +69,7 @@ def gradient(model: nn.Module, name: str) -> Tensor:
     return found.T if isinstance(module, Conv1D) else found
 
 
-def other_tensors(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
+def uncompressed_tensors(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
     """Everything a checkpoint stores beside the layers: norms, biases, excluded matrices, persistent buffers."""
     taken = {_matrix(model.get_submodule(layer.name)).data_ptr() for layer in layers}
     others: dict[str, Tensor] = {}

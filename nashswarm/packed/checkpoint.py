@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nashswarm.layers import Layer
 from nashswarm.models.experts import unfuse
-from nashswarm.models.matrices import MATRICES, other_tensors, round_others
+from nashswarm.models.matrices import MATRICES, round_others, uncompressed_tensors
 from nashswarm.models.sources import CONFIG, WEIGHTS
 from nashswarm.packed.modules import (
     Activations,
@@ -174,7 +174,7 @@ def adopt(model: Any, layers: Sequence[Layer], packed: Mapping[str, Bytes], floa
 
     Raises ValueError for bytes that cannot be decoded.
     """
-    round_others(other_tensors(model, layers), float_bits)
+    round_others(uncompressed_tensors(model, layers), float_bits)
     shapes = {layer.name: (layer.weight.shape[0], layer.weight.shape[1]) for layer in layers}
     _place(model, {layer.modules: packed[layer.name] for layer in layers}, shapes, packed.get(TABLES))
     model.hf_quantizer = NashSwarmQuantizer(NashSwarmConfig(float_bits=float_bits))

@@ -18,12 +18,12 @@ from jaxtyping import Float, Integer, Real
 from torch import Tensor
 
 from nashswarm.quant.curvature import DAMPING, Curvature, pivots
-from nashswarm.quant.error_feedback import BLOCK, FAR, NEAR, Grid, GridOf, column_major, feedback
+from nashswarm.quant.error_feedback import BLOCK, FAR, NEAR, Grid, GridOf, column_major, error_feedback_pass
 from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme, quantize
 
 
 @dataclasses.dataclass(frozen=True)
-class Settled:
+class DescentResult:
     """Where best replies ended: the codes, the sweeps it took, the weights that moved in each of them and what was
     gained, in nats per token; at the equilibrium the last sweep moves nobody."""
 
@@ -31,14 +31,14 @@ class Settled:
     moves: list[int]
     gains: list[float]
 
-    def after(self, earlier: "Settled | None") -> "Settled":
+    def after(self, earlier: "DescentResult | None") -> "DescentResult":
         """With the sweeps of ``earlier`` before these."""
         if earlier is None:
             return self
-        return Settled(self.codes, earlier.moves + self.moves, earlier.gains + self.gains)
+        return DescentResult(self.codes, earlier.moves + self.moves, earlier.gains + self.gains)
 
     @classmethod
-    def beside(cls, parts: Sequence["Settled"]) -> "Settled":
+    def beside(cls, parts: Sequence["DescentResult"]) -> "DescentResult":
         """Of all rows, where each of the ``parts`` settled some."""
         moves, gains = (
             [sum(sweep) for sweep in itertools.zip_longest(*each, fillvalue=0)]
@@ -47,14 +47,14 @@ class Settled:
         return cls(torch.cat([part.codes for part in parts]), moves, gains)
 
 
-def settle(
+def coordinate_descent(
     weight: Float[Tensor, "out in"],
     codes: Float[Tensor, "out in"],
     curvature: Curvature,
     grid_of: GridOf,
     sweeps: int = 100,
     tolerance: float = 0.0,
-) -> Settled:
+) -> DescentResult:
     """Best replies from ``codes``, one block of columns after the other, until no weight moves, the gain of a sweep
     falls below ``tolerance`` of the damage, or ``sweeps`` are over.  No move ever raises the cost of its row.
 
@@ -79,7 +79,7 @@ def settle(
         moves.append(int(moved.sum()))
         if tolerance and gains[-1] <= tolerance * float(curvature.damage_by_row(error).double().sum()):
             break
-    return Settled(codes, moves, gains)
+    return DescentResult(codes, moves, gains)
 
 
 class _Block:
@@ -135,7 +135,7 @@ class _Block:
         return gained
 
 
-def reply(
+def quantize_layer(
     weight: Float[Tensor, "out in"],
     bits: int | Integer[Tensor, "row_blocks groups"],
     scheme: Scheme,
@@ -159,10 +159,10 @@ def reply(
         return plain
     rows = curvature.rows
     if factor is None or act_order:
-        rows, inputs = curvature.damped(damping).shared()
+        rows, inputs = curvature.damped(damping).mean_row_curvature()
     if act_order:
         order = inputs.diagonal().argsort(descending=True, stable=True)
-        steps = feedback(
+        steps = error_feedback_pass(
             weight, rows, pivots(inputs[order][:, order]), lambda now, _: _affine_grid(plain, now), order=order
         )
         passed = dataclasses.replace(plain, codes=_stored(steps, plain.zero_point, scheme))
@@ -175,7 +175,7 @@ def reply(
             return _affine_grid(chosen[-1])
 
         factor = pivots(inputs) if factor is None else factor
-        steps = feedback(weight, rows, factor, open_group, scheme.group_size)
+        steps = error_feedback_pass(weight, rows, factor, open_group, scheme.group_size)
         scale, zero_point = (torch.cat([getattr(part, name) for part in chosen], 1) for name in ("scale", "zero_point"))
         passed = QuantizedTensor(_stored(steps, zero_point, scheme), scale, zero_point, plain.bits, scheme)
     better = curvature.damage_by_row(weight - passed.dequantize()) < curvature.damage_by_row(
@@ -195,7 +195,9 @@ def reply(
     def grid_of(columns: Tensor, current: Tensor) -> Grid:
         return _affine_grid(kept, columns)
 
-    settled = settle(weight, kept.codes.float() - spread, curvature.damped(damping), grid_of, sweeps, tolerance)
+    settled = coordinate_descent(
+        weight, kept.codes.float() - spread, curvature.damped(damping), grid_of, sweeps, tolerance
+    )
     return dataclasses.replace(kept, codes=_stored(settled.codes, kept.zero_point, scheme))
 
 

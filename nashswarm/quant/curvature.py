@@ -61,7 +61,7 @@ class Curvature:
         inputs.diagonal().add_(damping * inputs.diagonal().mean() + TINY)
         return dataclasses.replace(self, inputs=inputs)
 
-    def neighbourly(self, neighbours: int) -> "Curvature":
+    def keep_top_correlations(self, neighbours: int) -> "Curvature":
         """Every column minds only the columns it is most correlated with: the local reply of the flock.
 
         What is dropped from H is added, in absolute value, to its diagonal; so the sparse H is no less than the true
@@ -77,7 +77,7 @@ class Curvature:
         dropped = self.inputs.abs().masked_fill(kept, 0).sum(1)
         return dataclasses.replace(self, inputs=self.inputs.masked_fill(~kept, 0) + torch.diag(dropped))
 
-    def shared(self) -> tuple[Float[Tensor, " out"], Float[Tensor, "in in"]]:
+    def mean_row_curvature(self) -> tuple[Float[Tensor, " out"], Float[Tensor, "in in"]]:
         """(a, H) with the lookups taken in on average: a row of H for every row is more than can be factored."""
         assert self.inputs is not None
         if self.lookups is None:
@@ -87,7 +87,7 @@ class Curvature:
 
 
 @dataclasses.dataclass(frozen=True)
-class Whitened:
+class FactoredCurvature:
     """A layer's curvature ready for replies: ``rows`` (a) and ``columns`` (κ), the sensitivities with error feedback,
     and the pivots (None: the matrix is only looked up)."""
 
@@ -96,24 +96,24 @@ class Whitened:
     columns: Float[Tensor, " in"]
     factor: Float[Tensor, "in in"] | None
 
-    def of_rows(self, rows: Rows) -> "Whitened":
+    def of_rows(self, rows: Rows) -> "FactoredCurvature":
         """Of some of the rows alone."""
         return dataclasses.replace(self, curvature=self.curvature.of_rows(rows), rows=self.rows[rows])
 
 
-def whiten(curvature: Curvature, damping: float = DAMPING, feedback: bool = True) -> Whitened:
+def factor_curvature(curvature: Curvature, damping: float = DAMPING, feedback: bool = True) -> FactoredCurvature:
     """The damped curvature, factored; without ``feedback`` the columns cost what they cost alone."""
     damped = curvature.damped(damping)
     if damped.inputs is not None and not feedback:
-        rows, inputs = damped.shared()
-        return Whitened(damped, rows, inputs.diagonal(), None)
+        rows, inputs = damped.mean_row_curvature()
+        return FactoredCurvature(damped, rows, inputs.diagonal(), None)
     if damped.inputs is None:
         diagonal = damped.diagonal()
         columns = diagonal.mean(0) / diagonal.mean().clamp(min=TINY)
-        return Whitened(damped, diagonal.mean(1), columns, None)
-    rows, inputs = damped.shared()
+        return FactoredCurvature(damped, diagonal.mean(1), columns, None)
+    rows, inputs = damped.mean_row_curvature()
     factor = pivots(inputs)
-    return Whitened(damped, rows, 1 / factor.diagonal().square(), factor)
+    return FactoredCurvature(damped, rows, 1 / factor.diagonal().square(), factor)
 
 
 def pivots(inputs: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:

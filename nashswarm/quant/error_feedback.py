@@ -99,7 +99,7 @@ def pieces(matrix: Float[Tensor, "out in"]) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(matrix), size)]
 
 
-def feedback(
+def error_feedback_pass(
     weight: Float[Tensor, "out in"],
     rows: Float[Tensor, " out"],
     factor: Float[Tensor, "in in"],

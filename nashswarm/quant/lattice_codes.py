@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from nashswarm.quant.coordinate_descent import Settled, settle
-from nashswarm.quant.curvature import TINY, Curvature, Whitened
+from nashswarm.quant.coordinate_descent import DescentResult, coordinate_descent
+from nashswarm.quant.curvature import TINY, Curvature, FactoredCurvature
 from nashswarm.quant.entropy import CodeTables, address
-from nashswarm.quant.error_feedback import FAR, Grid, GridOf, feedback, pieces
+from nashswarm.quant.error_feedback import FAR, Grid, GridOf, error_feedback_pass, pieces
 from nashswarm.quant.lattice import Lattice, LatticeTensor
 
 
@@ -25,7 +25,9 @@ class Coding:
     price: float
 
 
-def lattice_reply(weight: Float[Tensor, "out in"], whitened: Whitened, lattice: Lattice) -> LatticeTensor:
+def lattice_error_feedback(
+    weight: Float[Tensor, "out in"], whitened: FactoredCurvature, lattice: Lattice
+) -> LatticeTensor:
     """The codes of a matrix on its lattice after one pass, or after plain rounding where there is no factor."""
     column_steps = lattice.column_steps()
 
@@ -38,27 +40,27 @@ def lattice_reply(weight: Float[Tensor, "out in"], whitened: Whitened, lattice: 
         def grid_of(columns: Tensor, current: Tensor) -> Grid:
             return Grid(torch.outer(column_steps[columns], row_steps).T)
 
-        return feedback(weight[rows], whitened.rows[rows], whitened.factor, grid_of).int()
+        return error_feedback_pass(weight[rows], whitened.rows[rows], whitened.factor, grid_of).int()
 
     return LatticeTensor(torch.cat([codes(rows) for rows in pieces(weight)]), lattice)
 
 
-def lattice_settle(
+def lattice_descent(
     weight: Float[Tensor, "out in"],
     tensor: LatticeTensor,
     curvature: Curvature,
     coding: Coding | None = None,
     sweeps: int = 100,
-) -> tuple[LatticeTensor, Settled]:
+) -> tuple[LatticeTensor, DescentResult]:
     """The codes after so many sweeps of best replies, and how those went.  ``coding``: what codes cost, if they do."""
 
-    def settled(rows: slice) -> Settled:
+    def settled(rows: slice) -> DescentResult:
         own = tensor.of_rows(rows)
         grid_of = _lattice_grid(own.lattice, coding)
-        found = settle(weight[rows], own.codes.float(), curvature.of_rows(rows), grid_of, sweeps)
+        found = coordinate_descent(weight[rows], own.codes.float(), curvature.of_rows(rows), grid_of, sweeps)
         return dataclasses.replace(found, codes=found.codes.int())
 
-    ended = Settled.beside([settled(rows) for rows in pieces(weight)])
+    ended = DescentResult.beside([settled(rows) for rows in pieces(weight)])
     return LatticeTensor(ended.codes, tensor.lattice), ended
 
 

@@ -25,7 +25,7 @@ CODES = 1 << max(GRID_WIDTHS)  # kinds of codes that a group may have
 REACH = 0.45  # how far from its code, in steps, a latent one starts toward the full weight: short of rounding elsewhere
 
 
-class Latent:
+class TrainableCodes:
     """A stored matrix while it is trained; ``codes`` (out, groups, group size; of a lattice one group) and ``scale``
     (1, 1, 1 or out, groups, 1) are its parameters.  ``tables``: of a lattice.  ``coded``: whether an entropy coder
     stores it."""

@@ -15,7 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from nashswarm.layers import Layer, Moments, curvature
-from nashswarm.quant.coordinate_descent import reply
+from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.error_feedback import pieces
 from nashswarm.quant.grid import (
@@ -163,7 +163,7 @@ def quantize_layers(
         if moments is None:
             tensors[layer.name] = quantize(layer.weight, tiles, scheme)
         else:
-            tensors[layer.name] = reply(layer.weight, tiles, scheme, curvature(layer, moments))
+            tensors[layer.name] = quantize_layer(layer.weight, tiles, scheme, curvature(layer, moments))
     return tensors
 
 

@@ -11,19 +11,19 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nashswarm import layers
-from nashswarm.calibration.context import Oracle
+from nashswarm.calibration.context import CalibrationContext
 from nashswarm.layers import Moments
 from nashswarm.methods.bit_allocation.blocks import Blocks, damage, features, log_sensitivity
 from nashswarm.methods.bit_allocation.game import solve
-from nashswarm.quant.coordinate_descent import reply
+from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.grid import Scheme, quantize
 
 PROBED_WIDTHS = (0, 2, 3, 4)  # where the damage of a layer is measured, not only predicted
 PROBE_TOKENS = 1024
 
 
-def survey(
-    oracle: Oracle, moments: Mapping[str, Moments], widths: Sequence[int], scheme: Scheme, code_game: bool
+def block_damages(
+    context: CalibrationContext, moments: Mapping[str, Moments], widths: Sequence[int], scheme: Scheme, code_game: bool
 ) -> Blocks:
     """All players: what every width would cost each block, and what its flock compares.
 
@@ -34,23 +34,27 @@ def survey(
 
     def at_width(width: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for layer in oracle.track(oracle.layers, f"probing at {width} bits"):
+        for layer in context.track(context.layers, f"probing at {width} bits"):
             curved = layers.curvature(layer, moments)
-            answer = reply(layer.weight, width, scheme, curved) if code_game else quantize(layer.weight, width, scheme)
+            answer = (
+                quantize_layer(layer.weight, width, scheme, curved)
+                if code_game
+                else quantize(layer.weight, width, scheme)
+            )
             quantized = answer.dequantize()
             predicted = damage(layer, quantized, curved, scheme)
             found[layer.name] = predicted
             if width in PROBED_WIDTHS and (total := float(predicted.sum())) > 0:
-                measured = oracle.heldout_kl({layer.name: quantized}, PROBE_TOKENS)
+                measured = context.heldout_kl({layer.name: quantized}, PROBE_TOKENS)
                 found[layer.name] = predicted * (measured / total)
         return found
 
     columns = []
     for width in widths:
-        by_layer = oracle.remember("damage", key(width, scheme, code_game), functools.partial(at_width, width))
-        columns.append(torch.cat([by_layer[layer.name] for layer in oracle.layers]).numpy())
-    described = (each(oracle.layers, moments, scheme.group_size) for each in (log_sensitivity, features))
-    return Blocks(oracle.layers, scheme, tuple(widths), np.stack(columns, 1), *described)
+        by_layer = context.cached("damage", key(width, scheme, code_game), functools.partial(at_width, width))
+        columns.append(torch.cat([by_layer[layer.name] for layer in context.layers]).numpy())
+    described = (each(context.layers, moments, scheme.group_size) for each in (log_sensitivity, features))
+    return Blocks(context.layers, scheme, tuple(widths), np.stack(columns, 1), *described)
 
 
 def key(width: int, scheme: Scheme, code_game: bool) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from nashswarm.layers import Layer
 from nashswarm.memory import give_back
 from nashswarm.packed.checkpoint import TABLES
 from nashswarm.progress import Track
-from nashswarm.quant.coordinate_descent import Settled
-from nashswarm.quant.curvature import Curvature, Whitened
+from nashswarm.quant.coordinate_descent import DescentResult
+from nashswarm.quant.curvature import Curvature, FactoredCurvature
 from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_integers, encode_lattice, tables_of
 from nashswarm.quant.error_feedback import pieces
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, lattice_of, price_at
-from nashswarm.quant.lattice_codes import Coding, lattice_reply, lattice_settle
+from nashswarm.quant.lattice_codes import Coding, lattice_descent, lattice_error_feedback
 
 BUDGET_TOLERANCE = 1e-3
 COARSE = 1e-2  # how closely a budget is met before offsets are chosen
@@ -70,7 +70,7 @@ class Played:
     unit: float
     tensors: dict[str, LatticeTensor]
     tables: CodeTables
-    settled: dict[str, Settled]
+    settled: dict[str, DescentResult]
 
     @functools.cached_property
     def packed(self) -> dict[str, np.ndarray]:
@@ -109,7 +109,7 @@ class Board:
     def __init__(
         self,
         layers: Sequence[Layer],
-        whitened: Mapping[str, Whitened],
+        whitened: Mapping[str, FactoredCurvature],
         uniform: bool,
         rate_in_codes: float,
         track: Track,
@@ -164,7 +164,7 @@ class Board:
         that mind their length, the tables that they paid by, which fit those of the ``FIRST`` sweeps."""
         tensors: dict[str, LatticeTensor] = {}
         for layer in self.track(self.layers, "replying"):
-            found = lattice_reply(layer.weight, self.whitened[layer.name], self.lattice(layer, unit, stance))
+            found = lattice_error_feedback(layer.weight, self.whitened[layer.name], self.lattice(layer, unit, stance))
             tensors[layer.name] = expected(found)
         give_back()
         played = Played(unit, tensors, tables_of(count(tensors.values())), {})
@@ -181,7 +181,7 @@ class Board:
         tensors, settled = {}, {}
         for layer in self.track(self.layers, "settling"):
             now, own = played.tensors[layer.name], self.curvature(layer, stance)
-            tensors[layer.name], ended = lattice_settle(layer.weight, now, own, coding, sweeps)
+            tensors[layer.name], ended = lattice_descent(layer.weight, now, own, coding, sweeps)
             settled[layer.name] = ended.after(played.settled.get(layer.name))
         give_back()
         return Played(played.unit, tensors, played.tables, settled)
@@ -194,10 +194,10 @@ class Board:
             weight, ground = layer.weight[rows], self.whitened[layer.name].of_rows(rows)
             lattice = self.lattice(layer, played.unit, stance).of_rows(rows)
             column_size = played.tensors[layer.name].lattice.column_size
-            passed = lattice_reply(weight, ground, dataclasses.replace(lattice, column_size=column_size))
+            passed = lattice_error_feedback(weight, ground, dataclasses.replace(lattice, column_size=column_size))
             found = expected(passed, columns_too=False)
             if sweeps:
-                found, _ = lattice_settle(weight, found, self.curvature(layer, stance, rows), coding, sweeps)
+                found, _ = lattice_descent(weight, found, self.curvature(layer, stance, rows), coding, sweeps)
             tensors[layer.name] = tensors[layer.name].replaced(rows, found)
         return dataclasses.replace(played, tensors=tensors)
 

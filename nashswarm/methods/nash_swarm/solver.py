@@ -25,7 +25,7 @@ from scipy import sparse
 from torch import Tensor
 
 from nashswarm import layers
-from nashswarm.calibration.context import Oracle
+from nashswarm.calibration.context import CalibrationContext
 from nashswarm.games import flock as swarm
 from nashswarm.games.potential import Coupling, Game, best_response
 from nashswarm.memory import give_back
@@ -45,10 +45,10 @@ from nashswarm.methods.nash_swarm.quantizer import (
 )
 from nashswarm.methods.swarm import Flock
 from nashswarm.packed.modules import to_tiles
-from nashswarm.quant.curvature import Whitened, whiten
+from nashswarm.quant.curvature import FactoredCurvature, factor_curvature
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.quant.lattice import LatticeTensor, price_at, stack
-from nashswarm.quant.lattice_codes import lattice_reply, regret_by_row
+from nashswarm.quant.lattice_codes import lattice_error_feedback, regret_by_row
 from nashswarm.quant.pack import run_lengths
 
 BitGame = Literal["equilibrium", "uniform"]
@@ -97,12 +97,12 @@ class NashSwarm:
         if self.bit_game == "uniform" and self.rate_in_codes:
             raise ValueError("method.rate_in_codes needs a price, which method.bit_game=uniform has not; set it to 0")
 
-    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
-        budget = int(self.bits * oracle.parameters / 8) - oracle.fixed_bytes
-        table = _Table(self, oracle, rng)
+    def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
+        budget = int(self.bits * context.parameters / 8) - context.fixed_bytes
+        table = _Table(self, context, rng)
         smallest = table.smallest_bytes()
         if budget < smallest:
-            least = 8 * (smallest + oracle.fixed_bytes) / oracle.parameters
+            least = 8 * (smallest + context.fixed_bytes) / context.parameters
             raise ValueError(
                 f"method.bits={self.bits} is below the smallest possible size of this model, {least:.3f} bits per "
                 "parameter with every code zero; raise method.bits"
@@ -113,24 +113,24 @@ class NashSwarm:
 class _Table(Board):
     """The board, the rules, and what the oracle knows: where the game of one model is played."""
 
-    def __init__(self, rules: NashSwarm, oracle: Oracle, rng: np.random.Generator) -> None:
-        self.rules, self.oracle = rules, oracle
+    def __init__(self, rules: NashSwarm, context: CalibrationContext, rng: np.random.Generator) -> None:
+        self.rules, self.context = rules, context
         self.flock_seed = int(rng.integers(2**31))
-        moments = dict(oracle.moments())
-        self.features = blocks.features(oracle.layers, moments, None) if rules.swarm else None
+        moments = dict(context.moments())
+        self.features = blocks.features(context.layers, moments, None) if rules.swarm else None
         local = rules.swarm.local_reply if rules.swarm else None
         feedback = rules.code_game != "rounding"
         self.sight = {"local_reply": local, "feedback": feedback}  # what the curvature that players see depends on
-        whitened: dict[str, Whitened] = {}
-        for layer in oracle.track(oracle.layers, "factoring"):
+        whitened: dict[str, FactoredCurvature] = {}
+        for layer in context.track(context.layers, "factoring"):
             curved = layers.curvature(layer, moments)
             for name in layer.modules:
                 del moments[name]  # as large as the model, and told now
             if local is not None:
-                curved = curved.neighbourly(local)
-            whitened[layer.name] = whiten(curved, feedback=feedback)
+                curved = curved.keep_top_correlations(local)
+            whitened[layer.name] = factor_curvature(curved, feedback=feedback)
         give_back()
-        super().__init__(oracle.layers, whitened, rules.bit_game == "uniform", rules.rate_in_codes, oracle.track)
+        super().__init__(context.layers, whitened, rules.bit_game == "uniform", rules.rate_in_codes, context.track)
         self.sweeps = rules.sweeps if rules.code_game == "equilibrium" else 0
         self.passes = 0
 
@@ -150,7 +150,7 @@ class _Table(Board):
             path = {f"path/{name}": torch.tensor(values).double() for name, values in stance.path.items()}
             return stance.tensors() | told | path
 
-        parts = self.oracle.remember("game", {"rules": rules}, solve)
+        parts = self.context.cached("game", {"rules": rules}, solve)
         names = [layer.name for layer in self.layers]
         return Stance(
             {name: parts[f"weights/{name}"] for name in names},
@@ -256,7 +256,7 @@ class _Table(Board):
             octaves = (played.bytes - budget) / self.slope.at_high_rate
             weights = {name: part.dequantize() for name, part in played.tensors.items()}
             del played  # its codes are as large as the model
-            scores.append(self.oracle.heldout_kl(weights, None) * 4.0**octaves)
+            scores.append(self.context.heldout_kl(weights, None) * 4.0**octaves)
             self.passes += 1
         return stances[int(np.argmin(scores))]
 
@@ -271,11 +271,11 @@ class _Table(Board):
             for layer in self.track(self.layers, "probing layers"):
                 tensor = played.tensors[layer.name]
                 predicted.append(float(self.damage(layer, tensor, self.plain).double().sum()))
-                measured.append(self.oracle.heldout_kl({layer.name: tensor.dequantize()}, PROBE_TOKENS))
+                measured.append(self.context.heldout_kl({layer.name: tensor.dequantize()}, PROBE_TOKENS))
             found = {"bytes": [played.bytes], "predicted": predicted, "measured": measured}
             return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
-        found = self.oracle.remember("probe", self.sight | {"unit": unit, "probe_tokens": PROBE_TOKENS}, alone)
+        found = self.context.cached("probe", self.sight | {"unit": unit, "probe_tokens": PROBE_TOKENS}, alone)
         self.passes += len(self.layers)
         logs = np.log(np.maximum([found["predicted"].numpy(), found["measured"].numpy()], 1e-12))
         ratios = np.exp(np.clip(logs[1] - logs[0], -5, 5))
@@ -308,7 +308,7 @@ class _Table(Board):
                 lattices = [standing[layer.name].of_rows(rows).moved(shift) for shift in shifts]
                 ground = self.whitened[layer.name].of_rows(rows)
                 ground = dataclasses.replace(ground, rows=ground.rows.repeat(len(shifts)))
-                answer = lattice_reply(weight.repeat(len(shifts), 1), ground, stack(lattices))
+                answer = lattice_error_feedback(weight.repeat(len(shifts), 1), ground, stack(lattices))
                 for shift, codes, lattice in zip(shifts, answer.codes.split(len(weight)), lattices, strict=True):
                     placed = dataclasses.replace(lattice, column_size=now.lattice.column_size)
                     tensor = expected(LatticeTensor(codes, placed), columns_too=False)

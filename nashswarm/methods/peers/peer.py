@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from nashswarm.calibration.context import Oracle
-from nashswarm.errors import NotOffered, require
+from nashswarm.calibration.context import CalibrationContext
+from nashswarm.errors import Unsupported, require
 from nashswarm.layers import Layer
 from nashswarm.methods.method import Compressed
 from nashswarm.methods.peers import auto_round
@@ -61,7 +61,7 @@ class Library:
     tune: Callable[[Any, Tensor, Sequence[Layer], int, int, int], auto_round.Found] | None = None
 
     def require(self, setting: str) -> None:
-        """Raises NotInstalled if a package is absent."""
+        """Raises MissingPackage if a package is absent."""
         require(setting, self.needs, self.extra)
 
     def fits(self, layer: Layer, group_size: int | None) -> bool:
@@ -88,46 +88,46 @@ class Peer:
             raise ValueError(f"unknown method.library {self.library!r}: choose among {', '.join(LIBRARIES)}")
         formats = LIBRARIES[self.library].formats
         if self.bits not in formats:
-            raise NotOffered(f"method.bits={self.bits}: {self.library} knows {_listed(formats)} bits")
+            raise Unsupported(f"method.bits={self.bits}: {self.library} knows {_listed(formats)} bits")
         if self.group_size not in formats[self.bits]:
             raise ValueError(
                 f"method.group_size={self.group_size}: {self.library} at {self.bits} bits knows "
                 f"{_listed('null' if size is None else size for size in formats[self.bits])}"
             )
 
-    def compress(self, oracle: Oracle, rng: np.random.Generator) -> Compressed:
+    def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
         library = LIBRARIES[self.library]
         library.require(f"method.library={self.library}")
-        if library.tune and (oracle.calibration is None or oracle.calibration[0].get_output_embeddings() is None):
-            raise NotOffered(f"method.library={self.library} tunes models that predict text, which this one does not")
-        kept = [layer.name for layer in oracle.layers if not library.fits(layer, self.group_size)]
-        if len(kept) == len(oracle.layers):
+        if library.tune and (context.calibration is None or context.calibration[0].get_output_embeddings() is None):
+            raise Unsupported(f"method.library={self.library} tunes models that predict text, which this one does not")
+        kept = [layer.name for layer in context.layers if not library.fits(layer, self.group_size)]
+        if len(kept) == len(context.layers):
             raise ValueError(f"{self.library} cannot pack any layer in groups of method.group_size={self.group_size}")
         if kept:
             log.warning("%s cannot pack %d layers, kept at 16 bits: %s", self.library, len(kept), ", ".join(kept))
-        chosen = [layer for layer in oracle.layers if layer.name not in kept]
-        packed = {layer.name: _floats(layer.weight) for layer in oracle.layers if layer.name in kept}
-        packed |= self._packed(library, oracle, chosen, rng)
-        found = {layer.name: packed[layer.name] for layer in oracle.layers}
-        bits = {layer.name: 16 if layer.name in kept else self.bits for layer in oracle.layers}
+        chosen = [layer for layer in context.layers if layer.name not in kept]
+        packed = {layer.name: _floats(layer.weight) for layer in context.layers if layer.name in kept}
+        packed |= self._packed(library, context, chosen, rng)
+        found = {layer.name: packed[layer.name] for layer in context.layers}
+        bits = {layer.name: 16 if layer.name in kept else self.bits for layer in context.layers}
         return Compressed(
             packed={name: packed for name, (packed, _) in found.items()},
             weights={name: weight for name, (_, weight) in found.items()},
             allocation="".join(f"{name} {width}\n" for name, width in bits.items()),
-            code_bits=sum(bits[layer.name] * layer.parameters for layer in oracle.layers),
+            code_bits=sum(bits[layer.name] * layer.parameters for layer in context.layers),
             metrics={"layers_at_16_bits": len(kept)},
             foreign=self.library,
         )
 
     def _packed(
-        self, library: Library, oracle: Oracle, layers: Sequence[Layer], rng: np.random.Generator
+        self, library: Library, context: CalibrationContext, layers: Sequence[Layer], rng: np.random.Generator
     ) -> dict[str, Packed]:
         """Layer → its bytes and the weights that they stand for."""
         if library.pack is not None:
-            track = oracle.track(layers, f"packing by {self.library}")
+            track = context.track(layers, f"packing by {self.library}")
             return {layer.name: library.pack(layer.weight.clone(), self.bits, self.group_size) for layer in track}
-        assert library.tune is not None and oracle.calibration is not None and self.group_size is not None
-        found = library.tune(*oracle.calibration, layers, self.bits, self.group_size, int(rng.integers(2**31)))
+        assert library.tune is not None and context.calibration is not None and self.group_size is not None
+        found = library.tune(*context.calibration, layers, self.bits, self.group_size, int(rng.integers(2**31)))
         return {name: (_bytes(*parts), weight) for name, (parts, weight) in found.items()}
 
 

@@ -44,7 +44,7 @@ from nashswarm.methods.streaming.shards import (
 from nashswarm.models.sources import CONFIG
 from nashswarm.packed import checkpoint, model_folder
 from nashswarm.progress import Track, no_track
-from nashswarm.quant.coordinate_descent import reply
+from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import DAMPING, TINY, Curvature, pivots
 from nashswarm.quant.error_feedback import pieces
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
@@ -353,7 +353,9 @@ def _answer(
     for rows in pieces(weight):
         own = weight[rows].float()
         curved = Curvature(torch.ones(len(own)), inputs, None)
-        parts.append(reply(own, bits, settings.scheme, curved, settings.sweeps, settings.damping, factor=factor))
+        parts.append(
+            quantize_layer(own, bits, settings.scheme, curved, settings.sweeps, settings.damping, factor=factor)
+        )
     return _joined(parts)
 
 

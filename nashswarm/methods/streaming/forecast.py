@@ -11,7 +11,7 @@ import torch
 from nashswarm import memory
 from nashswarm.methods.streaming.compress import SHARED_INPUTS, ByLayer, descriptions, layout
 from nashswarm.methods.streaming.shards import EMBEDDING, NORM, file_bytes, tensors_of, units
-from nashswarm.quant.coordinate_descent import reply
+from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import Curvature, pivots
 from nashswarm.quant.error_feedback import AT_ONCE
 from nashswarm.quant.grid import quantize
@@ -60,7 +60,7 @@ def rates(settings: ByLayer) -> Rates:
     hessian, factor = curved.inputs, pivots(curved.inputs)
     product = _seconds(lambda: weight @ hessian) / (ROWS * SIZE**2)
     bits, scheme = settings.bits, settings.scheme
-    whole = _seconds(lambda: pack(reply(weight, bits, scheme, curved, settings.sweeps, factor=factor)))
+    whole = _seconds(lambda: pack(quantize_layer(weight, bits, scheme, curved, settings.sweeps, factor=factor)))
     return Rates(
         product=product,
         factor=_seconds(lambda: pivots(hessian)) / SIZE**3,
