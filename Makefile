@@ -70,7 +70,7 @@ docs: .venv/documented  ## the documentation, warnings being errors, its example
 sanitize: .venv/tested  ## the tests of the kernels, built to find memory errors and undefined behaviour
 	@cmake -S $(KERNELS) -B $(SANITIZED) -DSANITIZE=ON > /dev/null
 	@cmake --build $(SANITIZED) > /dev/null
-	@$(SANITIZER) $(BIN)/python -m pytest --quiet -p tests.sanitized tests/test_kernels.py -k "not compiled and not triton"
+	@$(SANITIZER) $(BIN)/python -m pytest --quiet -p tests.sanitized tests/kernels/test_kernels.py -k "not compiled and not triton"
 
 ENGINES := slurm-wlm munge chromium
 

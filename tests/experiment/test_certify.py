@@ -1,0 +1,332 @@
+"""Compressed models in folders, and their certificates computed again from the bytes."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from hydra import compose, initialize_config_dir
+
+from nashswarm.cli import main
+from nashswarm.experiment.certify import (
+    DecodedMatrix,
+    Quadratic,
+    certify,
+    decode,
+    feedback_matrix,
+    gain_of_codes,
+    replies,
+)
+from nashswarm.experiment.run import Outcome, reopen, run
+from nashswarm.methods.nash_swarm import solver
+from nashswarm.packed.model_folder import read
+from nashswarm.quant.entropy import CodeTables, decode_lattice, encode_lattice
+from nashswarm.quant.lattice import LatticeTensor
+from nashswarm.records import record
+
+ROOT = pathlib.Path(__file__).parents[2]
+LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "size"}
+SEALED = ["config.json", "game.safetensors", "model.safetensors"]
+FILES = sorted([*SEALED, "README.md", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"])
+LAYER = "transformer.h.0.mlp.c_fc"
+
+Execute = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def execute(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Execute:
+    """Run on the tiny model; records beside the folder that is saved, one cache for all."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def started(save: pathlib.Path, *more: str, many: bool = False) -> Outcome:
+        overrides = [
+            *small_run,
+            "measure=size",
+            f"cache={cache}",
+            f"records={save.parent}/records",
+            f"save={save}",
+        ]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return run(compose("config", [*overrides, *more]), LABELS, many=many)
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def played(execute: Execute, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The tiny model as nash_swarm compressed it; not to be changed."""
+    folder = tmp_path_factory.mktemp("played") / "model"
+    execute(folder, "method=nash_swarm")
+    return folder
+
+
+@pytest.fixture
+def folder(played: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy that a test may change."""
+    return pathlib.Path(shutil.copytree(played, tmp_path / "model"))
+
+
+def about(folder: pathlib.Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "nashswarm.json").read_text()))
+
+
+def seal(folder: pathlib.Path) -> None:
+    """Let the checksums of nashswarm.json be those of the files as they are now."""
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in SEALED}
+    (folder / "nashswarm.json").write_text(json.dumps(about(folder) | {"sha256": sums}))
+
+
+@pytest.mark.parametrize("method", ["nash_swarm", "uniform4", "gptq", "baseline", "as_published"])
+def test_the_size_of_the_record_is_that_of_the_files(method: str, execute: Execute, tmp_path: pathlib.Path) -> None:
+    found = execute(tmp_path / "model", f"method={method}").record
+    names = [path.name for path in sorted((tmp_path / "model").iterdir())]
+    assert names == (FILES if method == "nash_swarm" else [name for name in FILES if name != "game.safetensors"])
+    sizes = {name: (tmp_path / "model" / name).stat().st_size for name in names}
+    assert found.metrics["bytes_file"] == sizes["model.safetensors"] + sizes["config.json"]
+    assert about(tmp_path / "model")["record"]["metrics"] == found.metrics
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "records"]
+
+
+def stay(table: Any, costs: np.ndarray, played: Any, stance: solver.Stance, align: float) -> solver.Stance:
+    return dataclasses.replace(stance, found=stance.found | {"flock_align": align})
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [],
+        ["method.swarm.align=[0.5]", "method.swarm.shrink=[0.25]"],
+        ["method.swarm.local_reply=5"],
+        ["method.code_game=pass", "method.strength=[0.5]"],
+        ["method.code_game=rounding", "method.swarm=null"],
+    ],
+)
+def test_the_certificate_agrees_with_the_record(
+    rules: list[str], execute: Execute, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where blocks stay although they gain by moving, so that something is left to regret."""
+    monkeypatch.setattr(solver, "REGRET", np.inf)
+    monkeypatch.setattr(solver._Table, "replied", stay)
+    record = execute(tmp_path / "model", "method=nash_swarm", *rules).record
+    found = certify(tmp_path / "model")
+    assert found["agrees"] and found["recorded_regret_max"] == record.metrics["regret_max"]
+    assert found["players"] == record.metrics["players"] and found["price"] == record.metrics["price"]
+    assert found["enumerated"] == "codes and steps" and found["layers"] == len(record.layers)
+    for name in ("regret_max", "regret_mean", "regret_of_codes", "regret_of_steps"):
+        assert found[name] == pytest.approx(record.metrics[name], rel=0.01, abs=1e-7), name
+    assert found["regret_of_steps"] > 1e-6
+
+
+@pytest.mark.parametrize("method", ["uniform4", "gptq", "no_swarm", "fixed_width", "gptq_one_step", "baseline"])
+def test_every_format_is_read_and_says_what_was_enumerated(
+    method: str, execute: Execute, tmp_path: pathlib.Path
+) -> None:
+    record = execute(tmp_path / "model", f"method={method}").record
+    found = certify(tmp_path / "model")
+    stepped = method == "no_swarm"
+    assert found["enumerated"] == ("codes and steps" if stepped else "codes")
+    assert found["agrees"] is (True if stepped else None)
+    assert (found["regret_of_codes"] == 0) == (method in ("no_swarm", "baseline"))  # an exact equilibrium, and floats
+    assert found["layers"] == len(record.layers)
+
+
+def test_a_format_without_players_is_refused(execute: Execute, tmp_path: pathlib.Path) -> None:
+    execute(tmp_path / "model", "method=as_published")
+    with pytest.raises(ValueError, match="method=as_published has no players: there is nothing to certify"):
+        certify(tmp_path / "model")
+
+
+def test_every_gain_is_the_fall_of_the_whole_damage() -> None:
+    """Every code of every weight tried by hand, the damage of the whole row taken anew."""
+    rng = np.random.default_rng(0)
+    mixed = rng.normal(size=(30, 6))
+    bowl = Quadratic(rng.uniform(0.5, 2, 4), mixed.T @ mixed / 30, rng.uniform(0, 1, (4, 6)))
+    weight, steps, codes = rng.normal(size=(4, 6)), rng.uniform(0.1, 1, (4, 6)), rng.integers(-3, 4, (4, 6))
+
+    def damage(codes: np.ndarray, row: int) -> float:
+        error = weight[row] - codes[row] * steps[row]
+        return float(bowl.rows[row] * error @ bowl.inputs @ error + bowl.lookups[row] @ error**2) / 2
+
+    gains = np.zeros(4)
+    for row, column in np.ndindex(4, 6):
+        reached = []
+        for code in range(-3, 4):
+            other = codes.copy()
+            other[row, column] = code
+            reached.append(damage(other, row))
+        gains[row] += damage(codes, row) - min(reached)
+    found = gain_of_codes(weight, DecodedMatrix(codes * steps, codes, steps, -3, 3), bowl)
+    assert found == pytest.approx(gains, rel=1e-12) and gains.min() > 0
+
+
+def test_replies_are_those_of_gptq() -> None:
+    """As its paper states them: a column and an inverse of the remaining H at a time."""
+    rng = np.random.default_rng(1)
+    mixed = rng.normal(size=(30, 8)) @ rng.normal(size=(8, 8))
+    inputs = mixed.T @ mixed / 30
+    weight, steps = rng.normal(size=(5, 8)), rng.uniform(0.2, 0.5, (5, 8))
+    rest, expected = weight.copy(), np.zeros(weight.shape, int)
+    for column in range(8):
+        inverse = np.linalg.inv(inputs[column:, column:])
+        expected[:, column] = np.rint(rest[:, column] / steps[:, column])
+        error = (rest[:, column] - expected[:, column] * steps[:, column]) / inverse[0, 0]
+        rest[:, column:] -= np.outer(error, inverse[0])
+    assert (replies(weight, steps, feedback_matrix(Quadratic(np.ones(5), inputs, None))) == expected).all()
+    assert (replies(weight, steps, None) == np.rint(weight / steps)).all()
+
+
+def test_a_worse_code_is_found(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One code moved by 40 steps and coded again: what its block gains by going back is known by hand."""
+    before = certify(folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tables = CodeTables.unpack(tensors["code_tables"])
+    tensor = decode_lattice(tensors[f"{LAYER}.weight"], tables)
+    codes = tensor.codes.clone()
+    codes[5, 7] += 40
+    tensors[f"{LAYER}.weight"] = encode_lattice(LatticeTensor(codes, tensor.lattice), tables)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    seal(folder)
+    after = certify(folder)
+    session = reopen(about(folder), {}).session
+    moments = session.moments()[LAYER]
+    inputs = (moments.inputs + moments.coupled_inputs).double() / 2
+    inputs += 0.01 * inputs.diagonal().mean() * torch.eye(len(inputs))
+    weight = next(layer.weight for layer in session.layers if layer.name == LAYER)
+    good, bad = (
+        (weight - LatticeTensor(part, tensor.lattice).dequantize())[5].double() for part in (tensor.codes, codes)
+    )
+    gain = float(moments.coupled[5]) / 2 * float(bad @ inputs @ bad - good @ inputs @ good)
+    assert after["regret_of_codes"] >= 0.99 * gain > 10 * before["regret_max"]
+    assert after["agrees"] is False and after["regret_of_steps"] > before["regret_of_steps"]
+    assert after["regret_of_codes"] > before["regret_of_codes"]
+    assert main(["certify", str(folder)]) == 1
+    assert json.loads(capsys.readouterr().out)["regret_max"] == after["regret_max"]
+
+
+def test_a_changed_byte_is_refused(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    first, last = json.loads(content[8:header])[f"{LAYER}.weight"]["data_offsets"]
+    content[header + (first + last) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checksum of .*model.safetensors is wrong"):
+        certify(folder)
+    assert main(["certify", str(folder)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("nashswarm certify: the checksum") and not printed.out
+    seal(folder)  # whoever makes the checksum fit is found out by that of the layer
+    with pytest.raises(ValueError, match=f"{LAYER} cannot be read: the checksum"):
+        certify(folder)
+
+
+def test_a_folder_without_a_model_is_refused(folder: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="holds no compressed model"):
+        certify(folder.parent)
+    (folder / "game.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks game.safetensors"):
+        certify(folder)
+
+
+def test_the_full_model_and_its_text_may_have_moved(
+    folder: pathlib.Path, tmp_path: pathlib.Path, model_folder: pathlib.Path, text_file: pathlib.Path
+) -> None:
+    (tmp_path / "moved").symlink_to(model_folder)
+    shutil.copy(text_file, tmp_path / "moved.txt")
+    described = about(folder)
+    for group in ("model", "dataset"):
+        described["config"][group]["path"] = "/nowhere"
+    (folder / "nashswarm.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="/nowhere"):
+        certify(folder)
+    assert certify(folder, str(tmp_path / "moved"), str(tmp_path / "moved.txt"))["agrees"]
+    (tmp_path / "moved.txt").write_text(text_file.read_text() + "more")
+    with pytest.raises(ValueError, match="the dataset is not the one of the saved run"):
+        certify(folder, str(tmp_path / "moved"), str(tmp_path / "moved.txt"))
+
+
+def test_what_is_decoded_are_the_weights_that_were_measured(played: pathlib.Path) -> None:
+    kept = read(played)
+    job = reopen(kept.about, {})
+    result, *_ = job.execute()
+    for name, tensor in decode(kept.tensors, job.session.layers).items():
+        assert torch.equal(tensor.dequantize(), result.weights[name])
+
+
+def test_a_folder_that_holds_something_is_refused_before_any_work(execute: Execute, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious").touch()
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        execute(tmp_path / "model", "method=uniform4")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "precious"]
+    (tmp_path / "model" / "precious").unlink()
+    assert execute(tmp_path / "model", "method=uniform4").status == "finished"
+
+
+def test_a_record_without_its_model_is_run_again(execute: Execute, tmp_path: pathlib.Path) -> None:
+    assert execute(tmp_path / "model", "method=uniform4").status == "finished"
+    assert execute(tmp_path / "model", "method=uniform4").status == "skipped"
+    shutil.rmtree(tmp_path / "model")
+    assert execute(tmp_path / "model", "method=uniform4").status == "finished"
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        execute(tmp_path / "model", "method=uniform3")
+
+
+def test_a_sweep_saves_one_folder_a_job(execute: Execute, tmp_path: pathlib.Path) -> None:
+    ended = [execute(tmp_path / "models", f"method={method}", many=True) for method in ("uniform4", "uniform3")]
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted(
+        one.record.fingerprint for one in ended
+    )
+    assert execute(tmp_path / "models", "method=uniform4", many=True).status == "skipped"
+
+
+def test_a_run_that_was_stopped_before_its_record_takes_it_from_the_model(
+    execute: Execute, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, words = tmp_path / "model", ("method=uniform4",)
+
+    def stopped(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(record, "write", stopped)
+        with pytest.raises(OSError, match="No space left"):
+            execute(folder, *words)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert not list((tmp_path / "records").rglob("*.json"))
+    with monkeypatch.context() as patched:
+        patched.setattr("nashswarm.experiment.run._compress", None)  # nothing is computed
+        ended = execute(folder, *words)
+    assert ended.status == "finished" and record.read(ended.path) == ended.record
+    assert dataclasses.asdict(ended.record) == about(folder)["record"]
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert execute(folder, *words).status == "skipped"
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        execute(folder, *words, "rerun=true")
+
+
+def test_a_full_disk_leaves_nothing(execute: Execute, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    execute(tmp_path / "warm" / "model", "method=uniform4")  # the cache is written now
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"cannot write .*model: No space left on device"):
+        execute(tmp_path / "cold" / "model", "method=uniform4")
+    assert not [path for path in tmp_path.rglob("cold/**/*") if path.is_file() or path.name.startswith(".")]
+
+
+def test_the_command_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["certify", "--help"])
+    assert "FOLDER" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main([])

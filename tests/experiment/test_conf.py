@@ -1,0 +1,195 @@
+"""Every file of conf/ composes and builds, offline, and says the same as the code."""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+
+import nashswarm.experiment.plan  # noqa: F401  (it registers the types of the root config)
+
+CONF = pathlib.Path(__file__).parents[2] / "conf"
+CHOICES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
+VALUES = [choice for choice in CHOICES if choice.split("/")[0] in {"model", "method", "dataset", "measure"}]
+EXPERIMENTS = [choice.split("/")[1] for choice in CHOICES if choice.startswith("experiment/")]
+MANDATORY = {"model/local": ["model.path=folder"], "dataset/local_text": ["dataset.path=file.txt"]}
+CHANGED = {  # method → what it is made from, and what it changes of that
+    "nash_swarm4": ("nash_swarm", {"bits"}),
+    "moe_no_nash": ("moe_nash_swarm", {"prices", "loss"}),
+    "moe_no_swarm": ("moe_nash_swarm", {"flock", "loss"}),
+    "moe_no_cache": ("moe_nash_swarm", {"residency", "loss"}),
+    "no_nash": ("fixed_width", {"bit_game", "code_game", "bit_widths"}),
+    "no_bit_game": ("nash_swarm", {"bit_game", "rate_in_codes", "swarm"}),
+    "no_code_game": ("nash_swarm", {"code_game"}),
+    "no_offsets": ("nash_swarm", {"offsets"}),
+    "no_sweeps": ("nash_swarm", {"code_game"}),
+    "no_swarm": ("nash_swarm", {"swarm"}),
+    "no_quantization": ("fixed_width", {"bit_widths"}),
+    "no_cache": ("nash_swarm", {"cache"}),
+    "gptq_one_step": ("nash_swarm", {"bit_game", "code_game", "rate_in_codes", "strength", "swarm"}),
+    "baq": ("fixed_width", {"bit_game", "swarm"}),
+    "radio": ("fixed_width", {"bit_game", "swarm"}),
+    "evopress": ("fixed_width", {"bit_game", "swarm", "generations"}),
+    "low_resource": ("fixed_width", {"bits", "split"}),
+    "balanced": ("fixed_width", {"bits", "split"}),
+    "high_accuracy": ("fixed_width", {"bits", "split"}),
+}
+SAID_TWICE = [  # the files whose values are the defaults of their dataclass
+    "model/default",
+    "method/nash_swarm",
+    "method/fixed_width",
+    "method/gptq",
+    "method/uniform4",
+    "method/as_published",
+    "dataset/stdlib_docs",
+    "measure/quality",
+    "measure/size",
+    "measure/speed",
+    "measure/load",
+    "measure/bleu",
+    "measure/layers",
+    "measure/lm_eval",
+    "measure/published",
+    "model/moe_small",
+    "method/moe_nash_swarm",
+    "method/moe_top_k",
+    "method/moe_loss_free",
+    "method/moe_expert_choice",
+    "method/moe_dense",
+    "measure/routed",
+    "measure/quick_validation",
+    "measure/routing_time",
+]
+
+
+@pytest.fixture(autouse=True)
+def conf() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(choice: str) -> DictConfig:
+    """The configuration with ``choice``, for example method/nash_swarm, mandatory values supplied."""
+    group, name = choice.split("/")
+    return compose("config", [f"{group}={name}", *MANDATORY.get(choice, [])], return_hydra_config=True)
+
+
+def node(choice: str) -> DictConfig:
+    """The part of the configuration that ``choice`` fills."""
+    return composed(choice)[choice.split("/")[0]]
+
+
+def plain(value: Any) -> Any:
+    """``value`` as YAML would hold it: dataclasses as dicts with their target, tuples as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def targets(value: Any) -> Iterator[dict[str, Any]]:
+    """Every dict in ``value`` that names a ``_target_``."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield value
+        for entry in value.values():
+            yield from targets(entry)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.relative_to(CONF).as_posix())
+def test_every_file_begins_with_its_reason(path: pathlib.Path) -> None:
+    comments = list(itertools.takewhile(lambda line: line.startswith("# "), path.read_text().splitlines()))
+    assert comments and comments[-1].endswith("."), comments  # before it: Hydra's package, an experiment's command
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes(choice: str) -> None:
+    config = composed(choice)
+    OmegaConf.to_container(OmegaConf.masked_copy(config, set(config) - {"hydra"}), resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("choice", VALUES)
+def test_every_choice_builds_an_inert_value_that_equals_its_yaml(choice: str) -> None:
+    value = instantiate(node(choice), _convert_="object")
+    assert dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert plain(value) == OmegaConf.to_container(node(choice), resolve=True)
+
+
+@pytest.mark.parametrize("choice", VALUES)
+def test_the_yaml_names_every_field_and_no_other(choice: str) -> None:
+    for fields in targets(OmegaConf.to_container(node(choice))):
+        wanted = [field.name for field in dataclasses.fields(get_class(fields["_target_"])) if field.init]
+        assert sorted(set(fields) - {"_target_"}) == sorted(wanted), fields["_target_"]
+
+
+@pytest.mark.parametrize("choice", SAID_TWICE)
+def test_the_defaults_of_the_yaml_are_those_of_the_code(choice: str) -> None:
+    written = OmegaConf.to_container(node(choice), resolve=True)
+    for field in dataclasses.fields(get_class(written["_target_"])):
+        factory = field.default_factory
+        if field.default is not dataclasses.MISSING or factory is not dataclasses.MISSING:
+            default = field.default if factory is dataclasses.MISSING else factory()
+            assert written[field.name] == plain(default), f"{written['_target_']}.{field.name}"
+
+
+@pytest.mark.parametrize("name", sorted(CHANGED))
+def test_an_ablation_differs_in_what_it_names_and_in_nothing_else(name: str) -> None:
+    base, changed = CHANGED[name]
+    whole, part = node(f"method/{base}"), node(f"method/{name}")
+    assert set(whole) == set(part)
+    assert {key for key in whole if whole[key] != part[key]} == changed
+    written = OmegaConf.load(CONF / "method" / f"{name}.yaml")
+    assert set(written) - {"defaults"} == changed
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_is_a_sweep_whose_second_line_starts_it(name: str) -> None:
+    assert (CONF / f"experiment/{name}.yaml").read_text().splitlines()[1] == (
+        f"# python -m experiments.run experiment={name}"
+    )
+    hydra = composed(f"experiment/{name}").hydra
+    assert hydra.mode.name == "MULTIRUN"
+    assert hydra.job.name == name
+    if hydra.sweeper._target_ == "hydra_plugins.search.Study":
+        return  # its params are no lists: tests/experiment/test_launchers.py
+    sweep = {
+        key: [choice.strip() for choice in str(choices).split(",")] for key, choices in hydra.sweeper.params.items()
+    }
+    for values in itertools.product(*sweep.values()):
+        job = [f"experiment={name}", *(f"{key}={value}" for key, value in zip(sweep, values, strict=True))]
+        assert "method" in compose("config", job)
+
+
+def test_a_single_run_needs_no_job_number() -> None:
+    hydra = compose("config", return_hydra_config=True).hydra
+    assert hydra.run.dir.startswith("results/logs/single/")
+    assert hydra.mode is None
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("method=nash_swrm", "Could not find 'method/nash_swrm'"),
+        ("experiment=ablatoin", "Could not find 'experiment/ablatoin'"),
+        ("metod=nash_swarm", "Could not override 'metod'"),
+        ("method.bitz=3", "Could not override 'method.bitz'"),
+        ("sed=1", "Could not override 'sed'"),
+    ],
+)
+def test_a_misspelling_fails_with_the_message_of_hydra(override: str, message: str) -> None:
+    with pytest.raises(ConfigCompositionException, match=message):
+        compose("config", [override])
+
+
+@pytest.mark.parametrize("choice", sorted(MANDATORY))
+def test_a_missing_path_is_named(choice: str) -> None:
+    with pytest.raises(MissingMandatoryValue, match=r"path"):
+        OmegaConf.to_container(compose("config", [choice.replace("/", "=")]), throw_on_missing=True)

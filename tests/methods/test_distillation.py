@@ -1,0 +1,243 @@
+"""Fine-tuning what a file holds: every format on the tiny GPT-2, and whole runs."""
+
+import copy
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from nashswarm.calibration.cache import Cache
+from nashswarm.calibration.session import CalibrationSession
+from nashswarm.errors import Unsupported
+from nashswarm.experiment.run import Outcome, run
+from nashswarm.methods import distillation
+from nashswarm.methods.distillation import Recovery, recover
+from nashswarm.methods.gptq import Gptq
+from nashswarm.methods.method import Compressed
+from nashswarm.methods.nash_swarm.solver import NashSwarm
+from nashswarm.methods.uniform import Uniform
+from nashswarm.models import matrices
+from nashswarm.packed import checkpoint
+from nashswarm.progress import no_track
+from nashswarm.quant.entropy import CodeTables, count, tables_of
+from nashswarm.quant.grid import Scheme, quantize
+from nashswarm.quant.prototype import quantize_by_magnitude
+from nashswarm.quant.trainable_codes import TrainableCodes
+from nashswarm.records import record
+
+ROOT = pathlib.Path(__file__).parents[2]
+LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "quality"}
+METHODS = {
+    "tiles": Uniform(2, search=True),
+    "groups": Gptq(2),
+    "lattice": NashSwarm(bits=4.0, swarm=None, strength=(0.0,)),
+    "floats": Uniform(16),
+}
+BRIEF = Recovery(steps=48, batch_size=3, code_rate=0.004, scale_rate=0.002, float_rate=0.002, candidates=4)
+
+
+@pytest.fixture
+def session(model: Any) -> CalibrationSession:
+    """What is known of the tiny model: eight windows that calibrate it and are trained on, four held out."""
+    windows = torch.randint(512, (12, 24), generator=torch.Generator().manual_seed(1))
+    return CalibrationSession(
+        model, matrices.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track
+    )
+
+
+@pytest.fixture
+def compressed(session: CalibrationSession) -> Callable[[str], Compressed]:
+    """Format → the tiny model in it."""
+    return lambda form: METHODS[form].compress(session.context(), np.random.default_rng(0))
+
+
+def trained(session: CalibrationSession, result: Compressed, settings: Recovery = BRIEF) -> distillation.Recovered:
+    again = copy.copy(session)
+    again.candidate_model = copy.deepcopy(session.full)
+    return recover(again, result, session.calibration, settings, np.random.default_rng(0))
+
+
+def size(result: Compressed) -> int:
+    return sum(len(content) for content in result.packed.values())
+
+
+def decoded(packed: Mapping[str, Any]) -> dict[str, Tensor]:
+    tables = CodeTables.unpack(packed[checkpoint.TABLES]) if checkpoint.TABLES in packed else None
+    return {
+        name: checkpoint.decode(name, content, tables).dequantize()
+        for name, content in packed.items()
+        if name != checkpoint.TABLES
+    }
+
+
+@pytest.mark.parametrize("form", ["tiles", "groups", "lattice"])
+def test_training_lowers_the_held_out_kl_within_the_bytes(
+    form: str, session: CalibrationSession, compressed: Callable[[str], Compressed]
+) -> None:
+    before = compressed(form)
+    found = trained(session, before)
+    assert found.metrics["finetune_kl_heldout"] < 0.97 * found.metrics["finetune_kl_heldout_before"]
+    assert found.metrics["finetune_chosen_step"] > 0
+    assert size(found.result) <= 1.001 * size(before)
+    for name, weight in decoded(found.result.packed).items():
+        assert torch.equal(weight, found.result.weights[name]), name
+    assert found.result.damage == {} and found.result.game == {}
+    assert not any(name.startswith(("regret", "damage", "potential")) and not name.endswith("_before")
+                   for name in found.result.metrics)  # fmt: skip
+    assert [line.split()[0] for line in found.result.allocation.splitlines()] == list(found.result.weights)
+
+
+@pytest.mark.parametrize("form", sorted(METHODS))
+def test_the_same_seed_gives_the_same_bytes(
+    form: str, session: CalibrationSession, compressed: Callable[[str], Compressed]
+) -> None:
+    before, settings = compressed(form), dataclasses.replace(BRIEF, steps=4, candidates=2)
+    one, other = (trained(session, before, settings) for _ in range(2))
+    assert one.series == other.series and one.metrics == other.metrics
+    assert all(np.array_equal(one.result.packed[name], other.result.packed[name]) for name in before.packed)
+
+
+@pytest.mark.parametrize("form", ["tiles", "groups", "lattice"])
+def test_where_nothing_helps_the_untrained_state_is_kept(
+    form: str, session: CalibrationSession, compressed: Callable[[str], Compressed]
+) -> None:
+    before = compressed(form)
+    wild = Recovery(steps=3, code_rate=30.0, scale_rate=5.0, float_rate=5.0, candidates=3)
+    found = trained(session, before, wild)
+    assert found.metrics["finetune_chosen_step"] == 0
+    assert found.metrics["finetune_kl_heldout"] == found.metrics["finetune_kl_heldout_before"]
+    assert found.result.packed is before.packed and found.result.weights is before.weights
+
+
+def test_a_model_without_a_vocabulary_is_trained_by_its_answers(random_model: Callable[[str], Any]) -> None:
+    model = random_model("bert_classifier")
+    windows = torch.randint(1, 512, (12, 24), generator=torch.Generator().manual_seed(1))
+    session = CalibrationSession(
+        model, matrices.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track
+    )
+    found = trained(session, METHODS["tiles"].compress(session.context(), np.random.default_rng(0)))
+    assert found.series["finetune_loss"][-1] < found.series["finetune_loss"][0]
+    assert found.metrics["finetune_kl_heldout"] <= found.metrics["finetune_kl_heldout_before"]
+
+
+def test_codes_stay_on_their_grid() -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    latent = TrainableCodes(quantize(weight, 3, Scheme(64)), weight, torch.device("cpu"), coded=False)
+    with torch.no_grad():
+        latent.codes += torch.where(torch.arange(64) % 2 == 0, 50, -50)
+    latent.settle()
+    stored = latent.stored(0.0)
+    assert stored.codes.unique().tolist() == [0, 7] and torch.equal(stored.dequantize(), latent.weight())
+
+
+def test_of_float_tiles_only_what_stands_beside_them_moves(
+    session: CalibrationSession, compressed: Callable[[str], Compressed]
+) -> None:
+    before = compressed("floats")
+    found = trained(session, before)
+    assert all(np.array_equal(found.result.packed[name], before.packed[name]) for name in before.packed)
+
+
+def test_gradients_reach_codes_and_scales() -> None:
+    """L = Σ g·w of one group at 2 bits: dL/du = g·step, dL/ds = Σ g·w; a pruned tile stays as it is."""
+    generator = torch.Generator().manual_seed(0)
+    weight, slope = (torch.randn(32, 64, generator=generator) for _ in range(2))
+    tensor = quantize(weight, torch.tensor([[2], [0]], dtype=torch.uint8), Scheme(64))
+    latent = TrainableCodes(tensor, weight, torch.device("cpu"), coded=False)
+    assert torch.equal(latent.weight(), tensor.dequantize())
+    latent.take(slope, 0.0)
+    assert latent.codes.grad is not None and latent.scale.grad is not None
+    assert torch.allclose(latent.codes.grad[:16, 0], (slope * tensor.scale.float())[:16])
+    assert not latent.codes.grad[16:].any() and not latent.scale.grad[16:].any()
+    assert torch.allclose(latent.scale.grad[:16, 0, 0], (slope * tensor.dequantize())[:16].sum(1), atol=1e-4)
+
+
+def test_length_pulls_codes_to_zero(drawn: dict[str, Callable[..., Any]]) -> None:
+    """Without any other gradient every price makes latent codes between 0 and 1 smaller, and the file with them."""
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    tensor = drawn["lattice"](weight)
+    tables = tables_of(count([tensor]))
+    latent = TrainableCodes(tensor, weight, torch.device("cpu"), True, tables)
+    assert float(latent.bits(latent.start).sum()) == pytest.approx(
+        float(distillation.coded_bits(tensor, tables).sum()), rel=1e-5
+    )
+    latent.take(torch.zeros(32, 64), 1.0)
+    assert latent.codes.grad is not None
+    between = (latent.codes > 0) & (latent.codes < 1) & (latent.tensor.lattice.levels() < 0)[:, None]  # type: ignore[union-attr]
+    assert between.any() and (latent.codes.grad[between] > 0).all()
+
+
+def test_what_cannot_be_trained_is_not_offered(session: CalibrationSession) -> None:
+    packed = {layer.name: quantize_by_magnitude(layer.weight, (0.9, 0.7)).pack() for layer in session.layers}
+    with pytest.raises(Unsupported, match="task=finetune cannot train the format"):
+        trained(session, Compressed(packed, {}, "", 0))
+    with pytest.raises(ValueError, match="no calibration text is left"):
+        recover(session, Compressed(packed, {}, "", 0), session.calibration[:0], BRIEF, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"candidates": 0}, {"candidates": 65}, {"batch_size": 0},
+                                   {"windows": 0}, {"code_rate": -1.0}, {"scale_rate": float("nan")},
+                                   {"code_rate": 0, "scale_rate": 0, "float_rate": 0}])  # fmt: skip
+def test_bad_settings_are_one_sentence(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^finetune\.[^\n]*(must be|may be)"):
+        Recovery(**wrong)
+
+
+@pytest.fixture
+def execute(small_run: list[str], tmp_path: pathlib.Path) -> Callable[..., Outcome]:
+    """A run of the tiny model on the small text."""
+    folders = [f"records={tmp_path}/records", f"cache={tmp_path}/cache"]
+
+    def started(*more: str) -> Outcome:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return run(compose("config", [*small_run, *folders, *more]), LABELS)
+
+    return started
+
+
+@pytest.mark.parametrize("method", ["uniform2", "gptq"])
+def test_a_run_records_before_and_after_and_saves_what_it_measured(
+    method: str, execute: Callable[..., Outcome], tmp_path: pathlib.Path, tiny: Any
+) -> None:
+    plain = execute(f"method={method}").record
+    short = ["task=finetune", "finetune.steps=6", "finetune.scale_rate=0.003", f"save={tmp_path}/saved"]
+    ended = execute(f"method={method}", *short)
+    found = ended.record
+    assert "finetune" not in plain.config and found.config["finetune"]["steps"] == 6
+    assert plain.fingerprint != found.fingerprint and record.read(ended.path) == found
+    metrics = found.metrics
+    for name in ("kl", "nll_delta"):
+        assert metrics[f"{name}_before"] == plain.metrics[name]
+    assert metrics["kl_before_low"] == plain.metrics["kl_low"]
+    assert metrics["bytes_file_before"] == plain.metrics["bytes_file"]
+    assert not any(name.startswith("regret") and not name.endswith("_before") for name in metrics)
+    assert metrics["finetune_seconds"] > 0 and metrics["finetune_chosen_step"] > 0
+    folder = tmp_path / "saved"
+    assert metrics["bytes_file"] == sum((folder / name).stat().st_size for name in ("model.safetensors", "config.json"))
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    norms = [model.transformer.h[0].ln_1.weight.detach().half() for model in (loaded, tiny)]
+    assert not torch.equal(*norms), "the trained norms are in the file"
+    again = execute(f"method={method}", *short[:-1], "rerun=true").record
+    assert again.series["kl"] == found.series["kl"]
+
+
+def test_tasks_and_settings_go_together(execute: Callable[..., Outcome]) -> None:
+    with pytest.raises(Unsupported, match="task=finetune cannot train what as_published packs"):
+        execute("task=finetune", "method=as_published")
+    with pytest.raises(ValueError, match=r"finetune\.candidates=9"):
+        execute("task=finetune", "finetune.candidates=9", "finetune.steps=3")
+    with pytest.raises(ValueError, match="trains in float32"):
+        execute("task=finetune", "dtype=bfloat16")
+
+
+def test_the_yaml_says_the_defaults_of_the_code() -> None:
+    written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/task/finetune.yaml"))["finetune"]  # type: ignore[index, call-overload]
+    assert written == {"_target_": "nashswarm.methods.distillation.Recovery", **dataclasses.asdict(Recovery())}

@@ -1,0 +1,310 @@
+"""Packed matrices and the modules around them: nothing is lost, and what comes out is what their floats would give."""
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from torch import Tensor, nn
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+from transformers.pytorch_utils import Conv1D
+
+from nashswarm.kernels import tiles as layout
+from nashswarm.packed.modules import (
+    ESCAPE_BYTES,
+    PackedMatrix,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    codes_of,
+    dequantized,
+    packable,
+    quantized,
+    set_activations,
+    to_tiles,
+)
+from nashswarm.quant.entropy import decode_groups, decode_lattice
+from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
+from nashswarm.quant.lattice import Lattice, LatticeTensor
+from nashswarm.quant.pack import unpack
+from tests.quant.laplace import LAPLACE
+
+Drawn = dict[str, Callable[..., Any]]
+few = settings(max_examples=30, deadline=None)
+
+
+def on_lattice(codes: Tensor, seed: int = 0) -> LatticeTensor:
+    rng = np.random.default_rng(seed)
+    row, column = (torch.from_numpy(rng.integers(-128, 128, size).astype(np.int8)) for size in codes.shape)
+    return LatticeTensor(codes.int(), Lattice(0.25, row, column, torch.zeros_like(row), torch.zeros_like(column)))
+
+
+def heavy_tailed(rows: int, columns: int, spread: float, seed: int) -> Tensor:
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(np.round(rng.standard_t(3, (rows, columns)) * spread).astype(np.int32))
+
+
+def assert_same(found: Any, tensor: Any) -> None:
+    """Equal in every part, also in dtype."""
+    assert type(found) is type(tensor)
+    parts, own = (vars(tensor.lattice), vars(found.lattice)) if isinstance(tensor, LatticeTensor) else ({}, {})
+    parts, own = ({name: part for name, part in (vars(one) | more).items() if name != "lattice"} for one, more in
+                  ((tensor, parts), (found, own)))  # fmt: skip
+    for name, part in parts.items():
+        if isinstance(part, Tensor):
+            assert own[name].dtype == part.dtype and torch.equal(own[name], part), name
+        else:
+            assert own[name] == part, name
+
+
+@few
+@given(some.integers(1, 70), some.integers(1, 150), some.sampled_from([0.0, 0.3, 2.0, 50.0, 1e6]), some.integers(0, 9))
+def test_a_lattice_comes_back_whatever_its_shape_and_spread(rows: int, columns: int, spread: float, seed: int) -> None:
+    tensor = on_lattice(heavy_tailed(rows, columns, spread, seed), seed)
+    matrix = PackedMatrix(tensor, True, LAPLACE)
+    assert_same(matrix.tensor(), tensor)
+    assert torch.equal(matrix.dequantize(), tensor.dequantize())
+    assert_same(decode_lattice(matrix.stored(), LAPLACE), tensor)
+
+
+@some.composite
+def grids(draw: some.DrawFn) -> QuantizedTensor:
+    """Every mixture of widths, ragged rows."""
+    rows, groups, size = draw(some.integers(1, 50)), draw(some.integers(1, 4)), draw(some.sampled_from([32, 64, 96]))
+    count = row_blocks(rows) * groups
+    widths = draw(some.lists(some.sampled_from((0, *GRID_WIDTHS)), min_size=count, max_size=count))
+    weight = torch.randn(rows, groups * size, generator=torch.Generator().manual_seed(draw(some.integers(0, 99))))
+    return quantize(weight, torch.tensor(widths).view(-1, groups), Scheme(size, symmetric=draw(some.booleans())))
+
+
+@few
+@given(grids(), some.booleans())
+def test_groups_come_back_whatever_their_widths(tensor: QuantizedTensor, coded: bool) -> None:
+    matrix = PackedMatrix(tensor, coded)
+    assert_same(matrix.tensor(), tensor)
+    assert torch.equal(matrix.dequantize(), tensor.dequantize())
+    assert_same((decode_groups if coded else unpack)(matrix.stored()), tensor)
+
+
+@few
+@given(some.integers(1, 40), some.integers(1, 140), some.sampled_from([0.3, 2.0, 20.0, 1e3]), some.integers(0, 9))
+def test_a_tile_takes_the_width_of_fewest_bytes(rows: int, columns: int, spread: float, seed: int) -> None:
+    """By loops: every width of every tile tried, its escapes counted one by one."""
+    codes = heavy_tailed(rows, columns, spread, seed).tolist()
+    found = to_tiles(on_lattice(torch.tensor(codes)))
+    total = 0
+    for block, group in itertools.product(range(-(-rows // 16)), range(-(-columns // 64))):
+        cells = [row[64 * group : 64 * group + 64] for row in codes[16 * block : 16 * block + 16]]
+        costs = {}
+        for width in (0, 2, 3, 4, 8):
+            low, high = (-(2 ** (width - 1)), 2 ** (width - 1) - 1) if width else (0, 0)
+            escapes = sum(not low <= code <= high for row in cells for code in row)
+            costs[width] = 16 * 64 * width // 8 + 8 * escapes
+        assert costs[int(found.widths[block, group])] == min(costs.values())
+        total += min(costs.values())
+    assert found.payload.nbytes + ESCAPE_BYTES * len(found.escape_codes) == total
+
+
+@pytest.mark.parametrize(("largest", "bits"), [(0, 0), (1, 2), (3, 3), (7, 4), (127, 8)])
+def test_the_width_is_the_smallest_that_holds_the_range(largest: int, bits: int) -> None:
+    codes = torch.arange(16 * 64).view(16, 64).remainder(2 * largest + 1) - largest
+    found = to_tiles(on_lattice(codes))
+    assert found.widths.tolist() == [[bits]] and found.payload.nbytes == 16 * 64 * bits // 8
+    assert not len(found.escape_codes)
+
+
+def test_escapes_by_hand() -> None:
+    """20 rows of ones in 100 columns: four tiles of 2 bits, from -2 to 1, and three codes beyond."""
+    codes = torch.ones(20, 100, dtype=torch.int32)
+    codes[5, 7], codes[3, 69], codes[18, 64] = -1000, 2, 70_000
+    found = to_tiles(on_lattice(codes))
+    assert found.widths.tolist() == [[2, 2], [2, 2]]
+    assert found.escape_starts.tolist() == [0, 2, 3]
+    assert found.escape_places.tolist() == [16 * 7 + 5, 16 * 69 + 3, 16 * 64 + 2]
+    assert found.escape_codes.tolist() == [-1000, 2, 70_000]
+    assert torch.equal(codes_of(found), codes)
+    assert found.payload.nbytes == 4 * 16 * 64 * 2 // 8
+
+
+def test_what_kernels_cannot_read() -> None:
+    weight = torch.randn(16, 96)
+    assert packable(quantize(weight, 8, Scheme(32))) and packable(quantize(weight, 0, Scheme(96)))
+    assert not packable(quantize(weight, 4, Scheme(16))) and not packable(quantize(weight, 4, Scheme(48)))
+    assert not packable(quantize(weight, 16, Scheme(32))) and not packable(quantize(weight, 32, Scheme(32)))
+
+
+@pytest.fixture(params=["grid", "lattice"])
+def tensor(request: pytest.FixtureRequest, drawn: Drawn) -> Any:
+    """40 × 64 weights, the lattice's with escapes."""
+    return drawn[request.param](torch.randn(40, 64, generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.fixture
+def matrix(tensor: Any) -> PackedMatrix:
+    return PackedMatrix(tensor, True, LAPLACE)
+
+
+def layer_of(matrix: PackedMatrix, bias: bool = True) -> QuantizedLinear:
+    found = quantized(nn.Linear(*reversed(matrix.shape), bias=bias), matrix, torch.float32)
+    assert isinstance(found, QuantizedLinear)
+    found.activations = "float32"
+    return found
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer(tensor: Any, matrix: PackedMatrix, bias: bool) -> None:
+    layer, x = layer_of(matrix, bias), torch.randn(2, 5, 64)
+    assert torch.equal(layer.weight, tensor.dequantize()) and layer.weight.shape == (40, 64)
+    assert (layer.in_features, layer.out_features, layer.bias is not None) == (64, 40, bias)
+    expected = nn.functional.linear(x.double(), tensor.dequantize().double(), layer.bias.double() if bias else None)
+    scale = expected.abs().max()
+    assert (layer(x) - expected).abs().max() <= 1e-6 * scale
+    layer.activations = "int8"
+    assert 0 < (layer(x) - expected).abs().max() <= 0.02 * scale
+
+
+def test_a_linear_layer_keeps_no_floats(matrix: PackedMatrix) -> None:
+    layer = layer_of(matrix)
+    assert [name for name, _ in layer.named_parameters()] == ["bias"] and isinstance(layer, nn.Linear)
+    sizes = {name: part.numel() for name, part in layer.named_buffers() if part.dtype == torch.float32}
+    assert max(sizes.values(), default=0) <= 64  # scales of rows and columns
+    assert "40x64" in repr(layer) and "bits" in repr(layer)
+
+
+def test_a_conv1d_becomes_a_linear_layer_and_comes_back(tensor: Any, matrix: PackedMatrix) -> None:
+    before, x = Conv1D(40, 64), torch.randn(3, 64)
+    with torch.no_grad():
+        before.weight.copy_(tensor.dequantize().T)
+        before.bias.normal_()
+    layer = quantized(before, matrix, torch.float32)
+    assert isinstance(layer, QuantizedLinear) and layer.bias is before.bias
+    layer.activations = "float32"
+    torch.testing.assert_close(layer(x), before(x))
+    after = dequantized(layer, nn.Parameter(matrix.dequantize()))
+    assert type(after) is Conv1D and torch.equal(after(x), before(x))
+    assert {name: part.shape for name, part in after.state_dict().items()} == {"weight": (64, 40), "bias": (40,)}
+
+
+def test_what_was_replaced_comes_back(matrix: PackedMatrix) -> None:
+    for before in (nn.Linear(64, 40), nn.Embedding(40, 64, padding_idx=3), OPTLearnedPositionalEmbedding(38, 64)):
+        kept = set(before.state_dict())
+        packed = quantized(before, matrix, torch.float32)
+        after = dequantized(packed, nn.Parameter(matrix.dequantize()))
+        assert type(after) is type(before) and set(after.state_dict()) == kept == set(before.state_dict())
+        assert torch.equal(after.weight, matrix.dequantize()) and not torch.equal(before.weight, after.weight)
+        assert vars(after).keys() == vars(before).keys() and packed.matrix is matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_embedding(tensor: Any, matrix: PackedMatrix, dtype: torch.dtype) -> None:
+    layer = quantized(nn.Embedding(40, 64, padding_idx=1), matrix, dtype)
+    ids = torch.randint(40, (2, 3, 4))
+    assert isinstance(layer, QuantizedEmbedding) and not list(layer.parameters())
+    assert layer(ids).dtype == dtype and torch.equal(layer(ids), tensor.dequantize()[ids].to(dtype))
+    assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (40, 64, 1)
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        layer(torch.tensor([40]))
+
+
+def test_an_embedding_with_a_forward_of_its_own_keeps_it(tensor: Any, matrix: PackedMatrix) -> None:
+    """OPT's positions begin at an offset of 2."""
+    before = OPTLearnedPositionalEmbedding(38, 64)
+    with torch.no_grad():
+        before.weight.copy_(tensor.dequantize())
+    layer = quantized(before, matrix, torch.float32)
+    assert isinstance(layer, QuantizedEmbedding) and isinstance(layer, OPTLearnedPositionalEmbedding)
+    positions = torch.arange(5)[None]
+    arguments = {"attention_mask": torch.ones(1, 5, dtype=torch.long), "position_ids": positions}
+    assert torch.equal(layer(**arguments), before(**arguments))
+    assert torch.equal(layer(**arguments)[0], tensor.dequantize()[2:7])
+
+
+def test_a_tied_head_shares_the_matrix(matrix: PackedMatrix) -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(40, 64), "head": nn.Linear(64, 40)})
+    for name in ("embedding", "head"):
+        model[name] = quantized(model[name], matrix, torch.float32)
+    assert len({part.data_ptr() for part in model.buffers() if part.numel()}) == sum(
+        part.numel() > 0 for part in matrix.buffers()
+    )
+    other = copy.deepcopy(model)
+    assert other["embedding"].matrix is other["head"].matrix is not matrix
+
+
+def test_the_weight_cannot_be_changed_in_place(matrix: PackedMatrix) -> None:
+    layer, table = layer_of(matrix), quantized(nn.Embedding(40, 64), matrix, torch.float32)
+    for module in (layer, table):
+        with pytest.raises(RuntimeError, match=r"(?i)inference tensor"):
+            module.weight.add_(1)
+        with pytest.raises(RuntimeError, match="packed weights cannot be changed"):  # as adapters do it
+            module.weight.data += 1
+        assert type(module.weight * 2) is Tensor and type(module.weight.clone()) is Tensor
+        with pytest.raises((AttributeError, KeyError)):
+            module.weight = nn.Parameter(torch.zeros(40, 64))
+        assert torch.equal(module.weight, matrix.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_another_dtype_leaves_the_packed_parts_alone(matrix: PackedMatrix, dtype: torch.dtype) -> None:
+    model = nn.Sequential(quantized(nn.Embedding(40, 64), matrix, torch.float32), layer_of(matrix))
+    before = {name: (part.dtype, part.clone()) for name, part in matrix.named_buffers()}
+    model.to(dtype)
+    for name, part in matrix.named_buffers():
+        assert part.dtype == before[name][0] and torch.equal(part, before[name][1]), name
+    ids = torch.arange(40)
+    assert model[1].bias.dtype == dtype
+    assert model[0](ids).dtype == dtype and model(ids).dtype == dtype
+    assert torch.equal(model.float()[0](ids), matrix.dequantize())
+
+
+def test_half_and_meta_and_back(matrix: PackedMatrix) -> None:
+    layer = layer_of(matrix).half()
+    assert layer(torch.randn(2, 64).half()).dtype == torch.float16 and layer.weight.dtype == torch.float32
+    elsewhere = copy.deepcopy(layer).to("meta")
+    assert elsewhere.matrix.payload.is_meta and not layer.matrix.payload.is_meta
+
+
+def test_a_deep_copy_is_one(matrix: PackedMatrix) -> None:
+    layer, x = layer_of(matrix), torch.randn(3, 64)
+    before = layer(x)  # the tiles are made now
+    other = copy.deepcopy(layer)
+    assert torch.equal(other(x), before)
+    pointers = {part.data_ptr() for part in matrix.buffers() if part.numel()}
+    assert not pointers & {part.data_ptr() for part in other.matrix.buffers()}
+    assert other.matrix.tiles.payload is other.matrix.payload and layer.matrix.tiles.payload is layer.matrix.payload
+    other.matrix.payload.zero_()
+    assert torch.equal(layer(x), before) and not torch.equal(other(x), before)
+
+
+def test_activations_are_set_on_every_layer(matrix: PackedMatrix) -> None:
+    model = nn.Sequential(layer_of(matrix), nn.ReLU(), quantized(Conv1D(40, 64), matrix, torch.float32))
+    set_activations(model, "int8")
+    assert [model[number].activations for number in (0, 2)] == ["int8", "int8"]
+    set_activations(model, "float32")
+    assert [model[number].activations for number in (0, 2)] == ["float32", "float32"]
+    with pytest.raises(ValueError, match="unknown activations 'int4': choose int8, float32"):
+        set_activations.__wrapped__(model, "int4")  # past the type checker of the tests
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 5, 64)])
+def test_gradients_are_those_of_the_floats(tensor: Any, matrix: PackedMatrix, shape: tuple[int, ...]) -> None:
+    layer, x = layer_of(matrix), torch.randn(shape, requires_grad=True)
+    weigh = torch.randn(*shape[:-1], 40)
+    (layer(x) * weigh).sum().backward()
+    own = x.grad, layer.bias.grad
+    y = x.detach().clone().requires_grad_()
+    bias = layer.bias.detach().clone().requires_grad_()
+    (nn.functional.linear(y, tensor.dequantize(), bias) * weigh).sum().backward()
+    for found, expected in zip(own, (y.grad, bias.grad), strict=True):
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not any(part.requires_grad for part in matrix.buffers())
+
+
+def test_tiles_count_all_that_is_kept(matrix: PackedMatrix) -> None:
+    """What the model says of its memory is what its tiles take."""
+    buffers = sum(part.nbytes for part in matrix.buffers())
+    assert matrix.tiles.nbytes == buffers + matrix.weight_bytes and buffers > matrix.tiles.payload.nbytes
+    assert layout.payload_starts(matrix.tiles.widths, matrix.group_size)[-1] == len(matrix.tiles.payload)

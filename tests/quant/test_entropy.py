@@ -1,0 +1,283 @@
+"""Entropy-coded bytes: what goes in comes out, what is damaged is refused, and the length is what theory says."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nashswarm.quant import entropy
+from nashswarm.quant.entropy import (
+    ESCAPE,
+    HIGHEST,
+    LOWEST,
+    TABLES,
+    TOTAL,
+    CodeTables,
+    coded_bits,
+    count,
+    decode_groups,
+    decode_integers,
+    decode_lattice,
+    encode_groups,
+    encode_integers,
+    encode_lattice,
+    tables_of,
+)
+from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize
+from nashswarm.quant.lattice import Lattice, LatticeTensor
+from tests.quant.laplace import LAPLACE
+
+some = settings(max_examples=40, deadline=None)
+INT8 = st.integers(-128, 127)
+
+
+def flat(rows: int, columns: int, level: int = 0) -> Lattice:
+    """A lattice of equal steps that expects codes of magnitude 2^(level/2) everywhere."""
+    zero = torch.zeros(max(rows, columns), dtype=torch.int8)
+    return Lattice(1.0, zero[:rows], zero[:columns], zero[:rows] + level, zero[:columns])
+
+
+@st.composite
+def lattice_tensors(draw: st.DrawFn) -> LatticeTensor:
+    """Any shape; codes small, of many sizes, huge or all zero; steps and expected sizes right, or whatever they are."""
+    rows, columns = draw(st.integers(1, 35)), draw(st.integers(1, 35))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    largest = draw(st.sampled_from([0, 1, 60, 5000, 2**31 - 1]))
+    octaves = rng.random((rows, columns)) * np.log2(largest + 1)
+    codes = np.minimum(2.0**octaves - 1, largest).astype(np.int64) * rng.choice([-1, 1], (rows, columns))
+    base = float(np.float32(draw(st.floats(1e-6, 1e3))))
+    if draw(st.booleans()):
+        sides = [torch.from_numpy(rng.integers(-128, 128, size).astype(np.int8)) for size in (rows, columns) * 2]
+        lattice = Lattice(base, *sides)
+    else:
+        lattice = dataclasses.replace(flat(rows, columns), base=base).expecting(torch.from_numpy(np.abs(codes)).float())
+    return LatticeTensor(torch.from_numpy(codes.astype(np.int32)), lattice)
+
+
+@st.composite
+def grouped_tensors(draw: st.DrawFn) -> QuantizedTensor:
+    """Matrices of odd shapes and group sizes, one width or a mixture, now and then with tiles pruned."""
+    rows, groups, group_size = draw(st.integers(1, 50)), draw(st.integers(1, 5)), draw(st.sampled_from([1, 3, 8, 64]))
+    kinds = sorted(draw(st.sets(st.sampled_from([0, *GRID_WIDTHS]), min_size=1)))
+    tiles = math.ceil(rows / 16) * groups
+    widths = draw(st.lists(st.sampled_from(kinds), min_size=tiles, max_size=tiles))
+    weight = torch.randn(rows, groups * group_size, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    weight *= draw(st.sampled_from([0.0, 1e-3, 1.0, 1e3]))
+    return quantize(weight, torch.tensor(widths).view(-1, groups), Scheme(group_size, symmetric=draw(st.booleans())))
+
+
+def assert_same(found: LatticeTensor, tensor: LatticeTensor) -> None:
+    assert found.codes.dtype == torch.int32 and torch.equal(found.codes, tensor.codes.int())
+    assert found.lattice.base == tensor.lattice.base
+    for name in ("row_scale", "column_scale", "row_size", "column_size"):
+        mine, yours = getattr(found.lattice, name), getattr(tensor.lattice, name)
+        assert mine.dtype == yours.dtype == torch.int8 and torch.equal(mine, yours), name
+    assert torch.equal(found.dequantize(), tensor.dequantize())
+
+
+@given(lattice_tensors(), st.booleans())
+@some
+def test_a_lattice_tensor_comes_back_bit_by_bit(tensor: LatticeTensor, fitted: bool) -> None:
+    tables = tables_of(count([tensor])) if fitted else LAPLACE
+    assert_same(decode_lattice(encode_lattice(tensor, tables), tables), tensor)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (17, 31)])
+@pytest.mark.parametrize("value", [0, 1, -1, ESCAPE - 1, -ESCAPE, 2**31 - 1, -(2**31 - 1)])
+@pytest.mark.parametrize("level", [-20, 0, HIGHEST, HIGHEST + 1, 13, 60])
+def test_a_constant_matrix_comes_back(shape: tuple[int, int], value: int, level: int) -> None:
+    tensor = LatticeTensor(torch.full(shape, value, dtype=torch.int32), flat(*shape, level))
+    assert_same(decode_lattice(encode_lattice(tensor, LAPLACE), LAPLACE), tensor)
+
+
+@given(grouped_tensors())
+@some
+def test_a_grouped_tensor_comes_back_bit_by_bit(tensor: QuantizedTensor) -> None:
+    found = decode_groups(encode_groups(tensor))
+    assert found.scheme == tensor.scheme
+    for part in ("codes", "scale", "zero_point", "bits"):
+        mine, yours = getattr(found, part), getattr(tensor, part)
+        assert mine.dtype == yours.dtype and torch.equal(mine, yours), part
+
+
+@given(
+    st.one_of(
+        st.lists(INT8, max_size=300),
+        st.lists(st.integers(-(2**31), -(2**31) + 1000), max_size=20),
+        st.lists(st.integers(0, 2**16 - 1), max_size=20),
+    )
+)
+@some
+def test_integers_come_back(values: list[int]) -> None:
+    coded = encode_integers(np.array(values, np.int64))
+    assert decode_integers(coded).tolist() == values
+    assert (coded == b"") == (values == [])
+
+
+def test_integers_of_very_unequal_frequency_come_back() -> None:
+    values = np.repeat([-100, 3, 4, 127], [1, 1_000_000, 1, 7])
+    np.random.default_rng(0).shuffle(values)
+    coded = encode_integers(values)
+    assert np.array_equal(decode_integers(coded), values)
+    assert len(coded) < 400  # 9 in a million; 8192 would be room for one bit in sixteen
+
+
+def test_too_many_kinds_of_integers_are_refused() -> None:
+    assert decode_integers(encode_integers(np.array([0, 2**16 - 1]))).tolist() == [0, 2**16 - 1]
+    with pytest.raises(ValueError, match="integers from 0 to 65536 are too many kinds"):
+        encode_integers(np.array([0, 2**16]))
+
+
+def gaussian(rows: int, columns: int, spread: float, seed: int = 0) -> LatticeTensor:
+    """Rounded normal codes whose rows and columns are of very different size, on a lattice that knows it."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (torch.randn(rows, 1, generator=generator) + torch.randn(columns, generator=generator)).exp()
+    codes = (spread * sizes * torch.randn(rows, columns, generator=generator)).round().int()
+    return LatticeTensor(codes, flat(rows, columns).expecting(codes.abs().float()))
+
+
+EXAMPLES: dict[str, tuple[Callable[[], np.ndarray], Callable[[np.ndarray], object]]] = {
+    "lattice": (lambda: encode_lattice(gaussian(9, 21, 5.0), LAPLACE), lambda packed: decode_lattice(packed, LAPLACE)),
+    "groups": (lambda: encode_groups(quantize(torch.randn(17, 24), 3, Scheme(8))), decode_groups),
+    "tables": (LAPLACE.pack, CodeTables.unpack),
+}
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_every_flipped_bit_is_noticed(kind: str) -> None:
+    encode, decode = EXAMPLES[kind]
+    packed = encode()
+    for place in [*range(min(16, len(packed))), *range(16, len(packed), 7), len(packed) - 1]:
+        for bit in (0, 3, 7):
+            damaged = packed.copy()
+            damaged[place] ^= 1 << bit
+            with pytest.raises(ValueError, match=r"damaged|begin with"):
+                decode(damaged)
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_bytes_cut_short_or_too_many_are_refused(kind: str) -> None:
+    encode, decode = EXAMPLES[kind]
+    packed = encode()
+    for length in [*range(16), *range(16, len(packed), 11), len(packed) - 1]:
+        with pytest.raises(ValueError, match=r"damaged|begin with"):
+            decode(packed[:length])
+    with pytest.raises(ValueError, match="damaged"):
+        decode(np.append(packed, np.uint8(0)))
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_bytes_of_another_kind_are_refused(kind: str) -> None:
+    for other, (encode, _) in EXAMPLES.items():
+        if other != kind:
+            with pytest.raises(ValueError, match=f"entropy-coded {kind} begin with"):
+                EXAMPLES[kind][1](encode())
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([1e-9, 1.0, 1e12]))
+@some
+def test_every_table_sums_to_its_total_and_leaves_no_symbol_out(seed: int, share: float, largest: float) -> None:
+    rng = np.random.default_rng(seed)
+    counts = largest ** rng.random((TABLES, ESCAPE + 1)) * (rng.random((TABLES, ESCAPE + 1)) < share)
+    tables = tables_of(counts)
+    assert (tables.frequencies.sum(1) == TOTAL).all() and (tables.frequencies >= 1).all()
+    ideal = (counts + 0.1) / (counts + 0.1).sum(1, keepdims=True)
+    others = np.ones(counts.shape, bool)
+    others[np.arange(TABLES), ideal.argmax(1)] = False  # the commonest takes what rounding left
+    assert (np.abs(tables.frequencies - ideal * TOTAL)[others] <= 1 + (ESCAPE + 1) * ideal[others]).all()
+    assert np.array_equal(CodeTables.unpack(tables.pack()).frequencies, tables.frequencies)
+
+
+def test_a_code_is_as_long_as_its_rarity_with_a_sign_and_the_escaped_magnitude() -> None:
+    bits, table = LAPLACE.bits(), 4
+    for magnitude in range(ESCAPE + 1):
+        rarity = -math.log2(LAPLACE.frequencies[table, magnitude] / 2**14)
+        extra = (magnitude > 0) + 32 * (magnitude == ESCAPE)
+        assert bits[table, magnitude] == pytest.approx(rarity + extra)
+
+
+def slow_address(level: int) -> tuple[int, int]:
+    shift = 0
+    while level > HIGHEST:
+        level, shift = level - 2, shift + 1
+    return max(level, LOWEST) - LOWEST, shift
+
+
+def test_a_level_above_the_last_table_halves_the_magnitudes_until_one_fits() -> None:
+    levels = torch.arange(-40, 60)
+    table, shift = entropy.address(levels)
+    assert list(zip(table.tolist(), shift.tolist(), strict=True)) == [slow_address(level) for level in range(-40, 60)]
+
+
+@given(lattice_tensors())
+@some
+def test_symbols_are_counted_and_measured_one_by_one(tensor: LatticeTensor) -> None:
+    counts, bits, lengths = np.zeros((TABLES, ESCAPE + 1)), LAPLACE.bits(), []
+    levels = tensor.lattice.levels().tolist()
+    for row, codes in zip(levels, tensor.codes.tolist(), strict=True):
+        lengths.append(0.0)
+        for level, code in zip(row, codes, strict=True):
+            table, shift = slow_address(level)
+            symbol = min(abs(code) >> shift, ESCAPE)
+            counts[table, symbol] += 1
+            own_sign = symbol == 0 and code != 0  # the table's length holds the sign of the other symbols
+            lengths[-1] += bits[table, symbol] + shift + own_sign
+    assert np.array_equal(count([tensor]), counts)
+    assert np.array_equal(count([tensor, tensor]), 2 * counts)
+    assert coded_bits(tensor, LAPLACE).tolist() == pytest.approx(lengths, rel=1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.3, 2.0, 100.0])
+def test_the_length_that_players_see_is_the_length_of_the_file(spread: float) -> None:
+    tensor = gaussian(300, 400, spread)
+    tables = tables_of(count([tensor]))
+    sides = (getattr(tensor.lattice, name) for name in ("row_scale", "column_scale", "row_size", "column_size"))
+    header = 4 + 4 + 4 * 9 + 12 + sum(len(encode_integers(side.numpy())) for side in sides)
+    expected = coded_bits(tensor, tables).sum().item() / 8
+    assert len(encode_lattice(tensor, tables)) - header == pytest.approx(expected, rel=0.01, abs=12)
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.7, 0.9])
+def test_geometric_codes_take_their_entropy(ratio: float) -> None:
+    """P(c) ∝ ratio^|c|: the sign is free for zero, and the tables are learned from the codes themselves."""
+    chances = ratio ** np.abs(np.arange(-40, 41))
+    chances /= chances.sum()
+    codes = np.random.default_rng(0).choice(np.arange(-40, 41), (400, 500), p=chances).astype(np.int32)
+    lattice = flat(400, 500).expecting(torch.from_numpy(np.abs(codes)).float())
+    tensor = LatticeTensor(torch.from_numpy(codes), lattice)
+    tables = tables_of(count([tensor]))
+    ideal = -(chances * np.log2(chances)).sum() * codes.size / 8
+    found = len(encode_lattice(tensor, tables))
+    assert 0.99 * ideal < found < 1.02 * ideal + 400
+    assert len(tables.pack()) < 1000
+
+
+def test_a_lattice_that_knows_the_sizes_codes_shorter_than_one_that_does_not() -> None:
+    tensor = gaussian(200, 300, 2.0)
+    blind = LatticeTensor(tensor.codes, flat(200, 300, level=3))
+    long, short = (len(encode_lattice(one, tables_of(count([one])))) for one in (blind, tensor))
+    assert short < 0.8 * long
+
+
+@pytest.mark.parametrize("bits", GRID_WIDTHS)
+def test_grouped_codes_take_no_more_than_the_entropy_of_each_part(bits: int) -> None:
+    tensor = quantize(torch.randn(160, 512, generator=torch.Generator().manual_seed(bits)), bits, Scheme(64))
+    halves = tensor.scale.numpy().view(np.uint8).reshape(-1, 2)
+    ideal = 0.0
+    for part in (tensor.codes.numpy(), halves[:, 0], halves[:, 1], tensor.zero_point.numpy()):
+        shares = np.unique(part, return_counts=True)[1] / part.size
+        ideal -= part.size * (shares * np.log2(shares)).sum() / 8
+    assert 0.99 * ideal < len(encode_groups(tensor)) < 1.02 * ideal + 500
+    assert len(encode_groups(tensor)) < 160 * 512 * (bits + 24 / 64) / 8
+
+
+def test_laplace_expects_the_mean_that_its_level_says() -> None:
+    for table in range(TABLES):
+        mean = LAPLACE.probabilities(table) @ np.arange(ESCAPE + 1)
+        wanted = 2.0 ** ((table + LOWEST) / 2)
+        assert mean == pytest.approx(wanted, rel=0.06, abs=0.08)  # 48 rare symbols of 2⁻¹⁴ each, whatever the level

@@ -1,0 +1,188 @@
+"""The audit says what its records say, and would say otherwise of other records."""
+
+import dataclasses
+import pathlib
+import re
+
+import pandas as pd
+import pytest
+
+from nashswarm.models.shapes import Sizes
+from nashswarm.records import record
+from scripts import audit
+
+ROOT = pathlib.Path(__file__).parents[2]
+TABLES = ROOT / "results" / "tables"
+PLACE = "default", "stdlib_docs"
+
+
+@pytest.fixture(scope="module")
+def evidence() -> audit.Evidence:
+    return audit.gather(ROOT / "results" / "records")
+
+
+def verdicts(evidence: audit.Evidence) -> dict[str, str]:
+    return {row.name: row.cells()[5] for row in audit.claims(evidence)}
+
+
+def test_committed_tables_follow_from_the_records(evidence: audit.Evidence) -> None:
+    assert audit.markdown(evidence) == (TABLES / "audit.md").read_text()
+    assert audit.latex(evidence) == (TABLES / "audit.tex").read_text()
+
+
+def test_every_claim_has_a_row_and_a_verdict(evidence: audit.Evidence) -> None:
+    found = verdicts(evidence)
+    assert list(found) == [f"C{number}" for number in range(1, 13)]
+    assert {re.sub(" here$", "", verdict) for verdict in found.values()} <= {audit.HOLDS, audit.FAILS, audit.LATER}
+    assert all(command.startswith("`python ") for *_, command in (row.cells() for row in audit.claims(evidence)))
+
+
+def test_the_audit_ran_on_committed_code(evidence: audit.Evidence) -> None:
+    assert not any(run.provenance["dirty"] for run in evidence.published.values())
+    text = "".join(path.read_text() for path in (ROOT / "results" / "records" / "audit").iterdir())
+    assert not re.search(r"/(work|tmp|home|root)/", text)
+
+
+def test_without_evidence_there_is_no_verdict(evidence: audit.Evidence) -> None:
+    found = verdicts(dataclasses.replace(evidence, honest={}, grown={}, removed=pd.DataFrame()))
+    assert {found[name] for name in ("C2", "C3", "C6", "C7", "C12")} == {audit.LATER}
+
+
+def test_a_verdict_on_a_model_of_the_claim_is_not_one_from_elsewhere(evidence: audit.Evidence) -> None:
+    there = dataclasses.replace(evidence, honest={("gpt2", "wikitext2_raw"): evidence.honest[PLACE]})
+    assert verdicts(evidence)["C2"] == f"{audit.FAILS} here" and verdicts(there)["C2"] == audit.FAILS
+
+
+def test_verdicts_on_size_follow_the_sizes(evidence: audit.Evidence) -> None:
+    """A model that is one linear layer saves as much at every size; without classes it would be what was published."""
+    linear = {name: Sizes(10**9, (10**9,)) for name in evidence.sizes}
+    found = verdicts(dataclasses.replace(evidence, sizes=linear))
+    assert (found["C1"], found["C10"]) == (audit.FAILS, audit.HOLDS)
+    assert linear["gpt2"].compression(0) == pytest.approx(0.90625)
+
+
+@pytest.mark.parametrize(
+    "claim, method, changed",
+    [
+        ("C2", "as_published", {"kl_high": 0.0, "bytes_file": 1}),
+        ("C3", "as_published", {"decode_ratio_low": 1.1}),
+        ("C6", "nash_swarm", {"decode_ratio_high": 2.8}),
+    ],
+)
+def test_verdicts_on_runs_follow_the_runs(
+    claim: str, method: str, changed: dict[str, float], evidence: audit.Evidence
+) -> None:
+    rows = dict(evidence.honest[PLACE])
+    own = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[claim]
+    rows[method] = pd.Series(dict(rows[method]) | changed)
+    other = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[claim]
+    assert {own, other} == {f"{audit.FAILS} here", f"{audit.HOLDS} here"}
+    assert other == f"{audit.HOLDS} here"
+
+
+def test_a_component_matters_where_every_paired_test_survives(evidence: audit.Evidence) -> None:
+    """Two tables: the swarm matters in one of them."""
+    rows = [(method, table, "default", True) for method in audit.REMOVED for table in ("ablation", "main")]
+    found = pd.DataFrame(rows, columns=["method", "experiment", "model", "costs"])
+    assert verdicts(dataclasses.replace(evidence, removed=found))["C7"] == f"{audit.HOLDS} here"
+    found.loc[len(found) - 1, "costs"] = False
+    [row] = [row for row in audit.claims(dataclasses.replace(evidence, removed=found)) if row.name == "C7"]
+    assert row.cells()[5] == f"{audit.FAILS} here"
+    assert "`no_swarm` in 1 of 2 (ablation 1 of 1, main 0 of 1)" in row.honest
+    assert "`no_nash` in 2 of 2 (ablation 1 of 1, main 1 of 1)" in row.honest
+    assert verdicts(dataclasses.replace(evidence, removed=found[found["method"] != "no_nash"]))["C7"] == audit.LATER
+    there = dataclasses.replace(evidence, removed=found.assign(model="gpt2"))
+    assert verdicts(there)["C7"] == audit.FAILS
+
+
+def test_runs_without_a_component_are_paired_in_every_experiment(tmp_path: pathlib.Path) -> None:
+    """A method without swarm that is worse in every window, and again one that does what the whole one does."""
+    ablation = list(record.read_all(ROOT / "results" / "records" / "ablation"))
+    whole, alone, still = (next(run for run in ablation if run.labels["method"] == name) for name in
+                           ("nash_swarm", "no_swarm", "no_nash"))  # fmt: skip
+    worse = {"kl": [1.1 * value for value in whole.series["kl"]]}
+    metrics = whole.metrics | {"kl": 1.1 * whole.metrics["kl"]}
+    alone = dataclasses.replace(alone, series=whole.series | worse, metrics=metrics)
+    same = dataclasses.replace(alone, series=whole.series, metrics=whole.metrics)
+    for experiment, runs, suffix in (("ablation", (whole, alone, still), ""), ("main", (whole, same), "[bits=3]")):
+        for run in runs:
+            labels = run.labels | {"experiment": experiment, "method": run.labels["method"] + suffix}
+            record.write(tmp_path / experiment, dataclasses.replace(run, labels=labels))
+    found = audit.removals(tmp_path)
+    assert [tuple(row) for row in found[["experiment", "method", "costs"]].to_numpy()] == [
+        ("ablation", "no_nash", True), ("ablation", "no_swarm", True), ("main", "no_swarm", False),
+    ]  # fmt: skip
+
+
+def test_where_it_helps_no_model_it_helps_no_small_one_most(evidence: audit.Evidence) -> None:
+    rows = dict(evidence.honest[PLACE])
+    assert verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))["C12"] == f"{audit.FAILS} here"
+    rows["as_published"] = pd.Series(dict(rows["as_published"]) | {"kl_high": 0.0, "bytes_file": 1})
+    assert verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))["C12"] == audit.LATER
+
+
+def test_what_is_faster_is_decided_at_the_sizes_of_the_claim(evidence: audit.Evidence) -> None:
+    small = evidence.honest[PLACE]["nash_swarm"]
+    fast = pd.Series(dict(small) | {"bytes_file": 50e6, "decode_ratio_high": 3.0})
+    for other, verdict in ((fast, audit.HOLDS), (dict(fast) | {"decode_ratio_high": 1.0}, audit.FAILS)):
+        honest = {PLACE: evidence.honest[PLACE], ("gpt2_random", "any"): {"nash_swarm": pd.Series(other)}}
+        assert verdicts(dataclasses.replace(evidence, honest=honest))["C6"] == f"{verdict} here"
+
+
+def mixture(method: str, change: float) -> record.Record:
+    """A quick validation whose loss changes by about so much."""
+    nll = [2.0, 2.5, 3.0, 2.2]
+    worse = [value + change + shift for value, shift in zip(nll, (0.01, -0.01, 0.02, -0.02), strict=True)]
+    metrics = {"bytes_memory": 8e6, "bytes_file": 1e6, "nll": 2.4, "nll_quantized": 2.4 + change}
+    labels = {"method": method, "dataset": "story", "model": "moe_small", "seed": "0"}
+    return record.Record(labels, {}, metrics, {"nll": nll, "nll_quantized": worse}, [], "", {})
+
+
+@pytest.mark.parametrize("change, verdict", [(0.2, audit.FAILS), (0.0, audit.HOLDS)])
+def test_a_loss_that_grows_by_compression_is_seen(change: float, verdict: str, evidence: audit.Evidence) -> None:
+    found = dataclasses.replace(evidence, mixtures={"quick_validation": [mixture("moe_dense", change)]})
+    [row] = [row for row in audit.claims(found) if row.name == "C4"]
+    assert row.cells()[5] == verdict and "8.00 → 1.00 MB" in row.honest
+
+
+@pytest.mark.parametrize("ratio, verdict", [(1.5, audit.FAILS), (0.7, audit.HOLDS)])
+def test_the_time_of_a_layer_decides_on_routing(ratio: float, verdict: str, evidence: audit.Evidence) -> None:
+    times = {"route_plain_8": 1.0, "route_flock_8": 1.25, "layer_ratio_batch_1_8": 3.0, "layer_ratio_batch_64_8": ratio}
+    timed = dataclasses.replace(mixture("moe_nash_swarm", 0.0), metrics=times, config={"measure": {"tokens": 64}})
+    found = dataclasses.replace(evidence, mixtures={"performance_analysis": [timed]})
+    [row] = [row for row in audit.claims(found) if row.name == "C5"]
+    assert row.cells()[5] == verdict and "with 8 experts 3.0× at batch 1" in row.honest and "1.25× plain" in row.honest
+
+
+def test_an_equilibrium_would_be_recognized(evidence: audit.Evidence) -> None:
+    run = evidence.published[PLACE]
+    calm = dataclasses.replace(run, metrics=run.metrics | {"reply_regret": 0.0})
+    assert verdicts(evidence)["C8"] == audit.FAILS
+    assert verdicts(dataclasses.replace(evidence, published={PLACE: calm}))["C8"] == audit.HOLDS
+
+
+def test_another_model_joins_every_cell_that_is_measured(evidence: audit.Evidence) -> None:
+    more = {**evidence.published, ("gpt2", "wikitext2_raw"): evidence.published[PLACE]}
+    rows = audit.claims(dataclasses.replace(evidence, published=more))
+    joined = [row.name for row in rows if "gpt2 on wikitext2_raw: " in row.published]
+    assert joined == ["C2", "C3", "C4", "C5", "C8", "C9", "C12"]
+
+
+def test_latex_rows_are_whole(evidence: audit.Evidence) -> None:
+    found = audit.latex(evidence)
+    counts = [len(re.findall(r"(?<!\\)&", line)) for line in found.splitlines() if line.endswith(r"\\")]
+    assert counts == [5] * 13 + [10] * (1 + len(evidence.sizes))
+    assert found.isascii()
+
+
+def test_without_records_there_is_a_sentence(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert audit.main(["--records", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("the audit has no records; run ")
+
+
+def test_two_runs_of_one_model_are_refused(evidence: audit.Evidence, tmp_path: pathlib.Path) -> None:
+    run = evidence.published[PLACE]
+    for seed in (0, 1):
+        record.write(tmp_path / "audit", dataclasses.replace(run, config=dict(run.config) | {"seed": seed}))
+    with pytest.raises(ValueError, match="two records audit default on stdlib_docs"):
+        audit.gather(tmp_path)

@@ -1,0 +1,71 @@
+"""Figures of records: whose path they draw, in which order, and how methods are told apart."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nashswarm.records.record import Record
+from nashswarm.reporting import charts, curves, frame
+from tests.reporting.test_frame import synthetic
+
+
+def with_reference(method: str) -> Record:
+    one = synthetic(method)
+    of_reference = {"potential_of_reference": [5.0, 3.0], "regret_of_reference": [0.5, 0.0]}
+    trials = {"price_of_trial": [4e-8, 1e-8, 2e-8], "bytes_of_trial": [9.0, 30.0, 20.0]}
+    return dataclasses.replace(one, series=one.series | of_reference | trials)
+
+
+def test_the_path_of_the_reference_goes_before_that_of_the_budget() -> None:
+    prices, above, below = curves.convergence([with_reference("nash_swarm"), synthetic("no_nash")]).axes
+    paths = {line.get_label(): list(line.get_ydata()) for line in above.lines}
+    assert paths["nash_swarm"] == [0.0, -2.0]
+    assert len(paths["no_nash"]) == len(synthetic("no_nash").series["potential"])
+    assert [list(line.get_ydata()) for line in prices.lines if len(line.get_ydata())] == [pytest.approx([2, 0.5, 1])]
+    assert prices.get_yscale() == "log"
+    assert [0.5] in [list(line.get_ydata()) for line in below.lines]
+
+
+def test_without_trials_there_is_no_panel_of_prices_and_without_a_path_no_line() -> None:
+    above, _ = curves.convergence([synthetic("no_nash"), synthetic("baseline")]).axes
+    assert [line.get_label() for line in above.lines] == ["no_nash"]
+
+
+def test_ablations_are_in_the_order_of_what_they_cost() -> None:
+    levels = {"nash_swarm": 0.1, "gptq": 0.15, "no_cache": 0.11, "no_sweeps": 0.4, "no_offsets": 0.2}
+    axes = curves.ablation([synthetic(method, kl=kl) for method, kl in levels.items()]).axes[0]
+    named = [label.get_text() for label in axes.get_yticklabels()]
+    assert named == ["gptq", "no_sweeps", "no_offsets", "no_cache"]
+
+
+def test_many_lines_have_a_legend_in_which_no_two_look_alike() -> None:
+    libraries = [f"peer_{letter}" for letter in "abcdef"]
+    methods = [*libraries, "fixed_width", "baq", "radio", "nash_swarm"]
+    points = frame.points(frame.frame([synthetic(method, kl=0.1 + place) for place, method in enumerate(methods)]))
+    sizes = [points.assign(bytes_file=points["bytes_file"] * times, method=points["method"] + f"[bits={times}]")
+             for times in (1, 2)]  # fmt: skip
+    figure = curves.pareto(pd.concat(sizes))
+    (legend,) = figure.legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == sorted(methods)
+    looks = {(str(handle.get_color()), str(handle.get_marker())) for handle in legend.get_lines()}
+    assert len(looks) == len(methods)
+    assert len({curves.colour(method) for method in methods}) == 5
+    assert not any(text.get_text() for text in figure.axes[0].texts)
+    few = curves.pareto(pd.concat(sizes).loc[lambda table: table["method"].str.startswith("peer")])
+    assert not few.legends and np.sum([bool(text.get_text()) for text in few.axes[0].texts]) == len(libraries)
+
+
+def test_of_a_search_only_points_are_drawn_for_nobody_reads_so_many_names() -> None:
+    methods = [f"nash_swarm[bits={2 + 0.1 * place},code_game=pass]" for place in range(curves.READABLE + 1)]
+    settled = {"potential": [2.0, 1.0], "regret": [1.0, 0.0], "moves": [3.0, 0.0]}
+    records = [synthetic(method, kl=0.1 + place) for place, method in enumerate(methods)]
+    records = [dataclasses.replace(one, series=one.series | settled) for one in records]
+    figure = curves.pareto(frame.points(frame.frame(records)))
+    assert not figure.legends and not any(text.get_text() for text in figure.axes[0].texts)
+    with pytest.raises(curves.NothingToDraw, match="25 methods are more than one figure of lines can tell apart"):
+        curves.convergence(records)
+    assert len(curves.convergence(records[1:]).legends) == 1
+    with pytest.raises(curves.NothingToDraw, match="25 methods"):
+        charts.settling(records)

@@ -1,0 +1,151 @@
+"""The page of an experiment: what it shows, that it needs nothing beside it, and that a browser reads it."""
+
+import dataclasses
+import html
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from nashswarm.records import record
+from nashswarm.records.record import Record
+from nashswarm.reporting import curves, typeset
+from nashswarm.reporting import page as page_module
+from nashswarm.reporting.page import page
+
+RECORDS = pathlib.Path(__file__).parents[2] / "results/records/ablation"
+METHODS = ("uniform4", "no_nash", "nash_swarm")
+CLICKS = """<script>
+const column = name => [...document.querySelectorAll("table.sortable th button")].find(b => b.textContent === name);
+column("KL (nats)").click();
+const order = [...document.querySelector("table.sortable tbody").rows].map(row => row.cells[0].dataset.value);
+document.title = "sorted:" + order.join(",");
+document.querySelectorAll("details").forEach(one => one.open = true);
+const broken = [...document.images].filter(one => !one.complete || one.naturalWidth === 0);
+document.body.dataset.broken = broken.length;
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def some() -> list[Record]:
+    """A few committed records, one of them as if it came from uncommitted code."""
+    found = [one for one in record.read_all(RECORDS) if one.labels["method"] in METHODS]
+    assert len(found) == len(METHODS)
+    changed = dataclasses.replace(found[0], provenance=found[0].provenance | {"dirty": True})
+    return [changed, *(dataclasses.replace(one, provenance=one.provenance | {"dirty": False}) for one in found[1:])]
+
+
+@pytest.fixture(scope="module")
+def content(some: list[Record]) -> str:
+    return page(some)
+
+
+def test_the_page_shows_every_run_and_needs_nothing_beside_it(some: list[Record], content: str) -> None:
+    for one in some:
+        assert one.fingerprint in content and one.labels["method"] in content
+        assert repr(one.metrics["kl"]) in content and typeset.FORMATS["kl"](one.metrics["kl"]) in content
+    assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]*)"', content))
+    assert "@import" not in content and "url(" not in content
+    assert content.count("uncommitted or unknown code") == 2  # in the table and among the runs
+    assert content.count('<details class="bits">') == len(METHODS)
+    assert "Quality against size" in content and page(some) == content
+
+
+OWN = {
+    "layers": ("weights", "predicted damage (nats)", "KL alone (nats)"),
+    "load": ("clients", "due per second", "P95, full", "full P95 ÷ P95"),
+    "moe": ("NLL (nats)", "MaxVio", "Gini", "router µs/token"),
+    "performance_analysis": ("experts", "top-k µs/token", "leaders", "layer ÷ dense, one token"),
+    "quick_validation": ("MB as floats", "loss (nats)", "loss compressed", "compressed ms"),
+    "speed": ("MB in memory", "decode ms", "× prefill"),
+}  # others: what compression costs
+CHARTS = {
+    "layers": ("Predicted and measured damage of single matrices",),
+    "load": ("What clients of a server wait, uniform3",),
+    "moe": ("How evenly experts work",),
+    "speed": ("Speed", "Memory"),
+}
+
+
+@pytest.mark.parametrize("experiment", sorted({path.name for path in RECORDS.parent.iterdir()} - {"audit"}))
+def test_the_page_of_an_experiment_has_its_own_columns(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "bits", lambda one: [])  # slow, and the same for all
+    found = page(list(record.read_all(RECORDS.parent / experiment)))
+    heads = re.findall(r'<th scope="col"><button>([^<]+)</button>', found)
+    for heading in OWN.get(experiment, ("MB", "saved %")):
+        assert html.escape(heading) in heads
+    for caption in CHARTS.get(experiment, ()):
+        assert f"<figcaption>{caption}</figcaption>" in found
+    for table in found.split("<h2>Runs</h2>")[0].split("<table")[1:]:
+        for row in re.findall(r"<tr[^>]*>(<td.*)</tr>", table):
+            numbers = re.findall(r'<td data-value="([^"]*)">[^<]', row)
+            assert any(numbers), "a row without a number"
+
+
+def test_older_code_is_shown_with_its_commit(some: list[Record]) -> None:
+    """Of three runs the last one began with other code than the others."""
+    commits = {"uniform4": "a" * 40, "no_nash": "b" * 40, "nash_swarm": "b" * 40}
+    started = {"uniform4": "2026-01-01", "no_nash": "2026-01-02", "nash_swarm": "2026-01-03"}
+    runs = []
+    for one in some:
+        origin = {"commit": commits[one.labels["method"]], "dirty": False, "started": started[one.labels["method"]]}
+        runs.append(dataclasses.replace(one, provenance=one.provenance | origin, layers=[]))
+    for shown in (page(runs), page(runs[::-1])):
+        flagged = re.findall(r'<tr[^>]*><td class="word" data-value="(\w+)".*older code: (\w+)', shown)
+        assert flagged == [("uniform4", "aaaaaaa")] * 2, "in the table and among the runs"
+        assert "Runs of commits aaaaaaa (1) and bbbbbbb (2)." in shown
+
+
+def test_one_page_shows_one_experiment(some: list[Record]) -> None:
+    other = dataclasses.replace(some[0], labels=some[0].labels | {"experiment": "<other>"})
+    with pytest.raises(ValueError, match="one page shows one experiment, not <other>, ablation"):
+        page([*some, other])
+    assert "<h1>&lt;other&gt;</h1>" in page([other])
+
+
+def test_only_what_no_record_shows_is_left_out(some: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
+    sized = [
+        dataclasses.replace(one, metrics={"bytes_file": one.metrics["bytes_file"]}, series={}, layers=[])
+        for one in some
+    ]
+    assert "<figure" not in page(sized) and "<h2>Runs</h2>" in page(sized)
+
+    def broken(*_: object) -> None:
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(curves, "pareto", broken)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        page(some)
+
+
+@pytest.mark.engines
+def test_a_browser_reads_it(some: list[Record], content: str, tmp_path: pathlib.Path) -> None:
+    """Headless Chromium sorts the table, draws every picture, and has nothing to complain of."""
+    browser = shutil.which("chromium")
+    assert browser, "there is no chromium: apt-get install chromium"
+    path = tmp_path / "page.html"
+    path.write_text(content.replace("</body>", CLICKS + "</body>"))
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path}/own",
+    ]
+    seen = subprocess.run(
+        [browser, *options, "--virtual-time-budget=5000", "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    assert "CONSOLE" not in seen.stderr, seen.stderr
+    by_kl = sorted(some, key=lambda one: one.metrics["kl"])
+    assert f"<title>sorted:{','.join(one.labels['method'] for one in by_kl)}</title>" in seen.stdout
+    assert 'data-broken="0"' in seen.stdout and seen.stdout.count("<img") == content.count("<img")
+    picture = tmp_path / "page.png"
+    shot = [f"--screenshot={picture}", "--window-size=1300,2400", path.as_uri()]
+    subprocess.run([browser, *options, *shot], capture_output=True, timeout=600, check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000

@@ -1,0 +1,178 @@
+"""The paper quotes no number by hand, only macros that the tables script writes, and cites only what it lists."""
+
+import json
+import math
+import pathlib
+import re
+
+import pandas as pd
+import pytest
+
+from nashswarm.records import record
+from nashswarm.records.record import Record
+from nashswarm.reporting import paper, typeset
+from scripts import audit
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAPER = ROOT / "paper"
+RECORDS = ROOT / "results" / "records"
+SOURCE = re.sub(r"(?<!\\)%.*", "", (PAPER / "main.tex").read_text())
+PREAMBLE, BODY = SOURCE.split(r"\begin{document}")
+# lengths, widths of graphics, and names such as uniform4 are no results, nor are formulas and the level of intervals
+LAYOUT = r"\\(?:setlength\{[^}]*\}\{[^}]*\}|includegraphics\[[^]]*\]\{[^}]*\}|method\{[^}]*\}|(?:eq)?ref\{[^}]*\})"
+FORMULAS = r"\\begin\{equation\*?\}.*?\\end\{equation\*?\}|\$[^$]*\$"
+CITATIONS = r"\\cite[tp]?\{[^}]*\}"
+LEVEL = r"95\\,\\%"
+
+
+def prose(text: str) -> str:
+    return re.sub("|".join((LAYOUT, FORMULAS, CITATIONS, LEVEL)), "", text, flags=re.DOTALL)
+
+
+def test_no_result_is_typed() -> None:
+    assert re.findall(r"\d+(?:[.,]\d+)*|\\%", prose(BODY)) == []
+    assert "per cent" not in re.sub(r"\\\w+\{\} per cent", "", prose(BODY))
+
+
+def test_formulas_hold_no_decimal_number() -> None:
+    assert not re.search(r"\d[.,]\d", "".join(re.findall(FORMULAS, BODY, flags=re.DOTALL)))
+
+
+@pytest.mark.parametrize("typed", ["perplexity of 29.9", r"saves 90\,\% of it", "compresses 4 times", "1,024 windows"])
+def test_a_typed_result_would_be_seen(typed: str) -> None:
+    assert re.search(r"\d", prose(typed))
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return list(record.read_all(RECORDS))
+
+
+def test_every_macro_is_written_from_the_committed_records(records: list[Record]) -> None:
+    written = set(paper.of_records(records))
+    written |= set(paper.of_benchmarks(ROOT / "results/benchmarks"))
+    written |= set(re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", audit.included(audit.gather(RECORDS))["audit_numbers"]))
+    used = set(re.findall(r"\\([A-Z][a-z]+[A-Z][A-Za-z]*)", BODY))
+    assert len(used) > 100
+    assert used <= written, f"nothing writes {sorted(used - written)}"
+
+
+def test_every_citation_is_listed_and_every_listed_work_is_cited() -> None:
+    listed = set(re.findall(r"@\w+\{([^,]+),", (PAPER / "references.bib").read_text()))
+    groups = re.findall(r"\\cite[tp]?\{([^}]*)\}", BODY)
+    assert {key.strip() for group in groups for key in group.split(",")} == listed
+
+
+def test_what_is_included_is_generated_from_what_is_committed() -> None:
+    included = set(re.findall(r"\\(?:input|includegraphics(?:\[[^]]*\])?)\{([^}]*)\}", SOURCE))
+    assert {path.split("/")[0] for path in included} == {"generated", "architecture"}
+    names = {path.removeprefix("generated/") for path in included} - {"architecture", "numbers"}
+    optional = set(re.findall(r"\\whenmade\{([^}]*)\}", SOURCE))
+    figures = {path.name for path in (ROOT / "results/figures").glob("*.pdf")}
+    tables = {path.stem for path in (ROOT / "results/tables").glob("*.tex")}
+    made = figures | tables | {f"{name}_budgets" for name in tables} | {f"audit_{name}" for name in AUDIT}
+    assert names <= made | optional | {path.removesuffix(".tex") for path in optional}, names - made
+
+
+AUDIT = ("claims", "verdicts", "sizes", "numbers")
+
+
+def test_the_diagram_holds_no_number() -> None:
+    drawn = re.sub(r"(?<!\\)%.*", "", (PAPER / "architecture.tex").read_text())
+    words = re.findall(r"\{((?:[^{}]|\{[^{}]*\})*)\}\s*;|\{([^{}]*)\} \(", drawn)
+    assert len(words) > 10 and not re.search(r"\d", "".join(part for pair in words for part in pair))
+
+
+def means(**differing: list[str]) -> pd.DataFrame:
+    rows = {"model": "gpt", "dataset": "text", "measure": "quality", "experiment": "e", "method": "gptq[bits=3]"}
+    numbers = {"bytes_file": 3e6, "bits_per_weight_model": 3.0, "kl": 0.0625, "tokens": 100.0, "seeds": 1.0}
+    count = max(map(len, differing.values()))
+    return pd.DataFrame({name: [value] * count for name, value in (rows | numbers).items()} | differing)
+
+
+def test_macros_are_letters_named_by_where_they_come_from() -> None:
+    found = paper.numbers(means(method=["gptq[bits=2.3]", "nash_swarm"]), "main")
+    assert all(re.fullmatch("[A-Za-z]+", name) for name in found)
+    assert found["MainGptqBitsTwoThreeKl"] == "0.0625" and found["MainNashSwarmBytesFile"] == "3.00"
+    assert found["MainParametersMillions"] == "8.0" and found["MainModelName"] == "gpt"
+    tasks = paper.numbers(means(dataset=["sst2", "cola"]), "glue")
+    assert {"GlueSstTwoGptqBitsThreeKl", "GlueColaGptqBitsThreeKl"} <= set(tasks)
+    assert r"\newcommand{\MainModelName}{gpt}" in paper.commands(found)
+
+
+def test_numbers_from_different_texts_do_not_meet() -> None:
+    table = means(method=["gptq", "hqq"]).assign(tokens=[100.0, 1.0])
+    with pytest.raises(ValueError, match="different tokens"):
+        paper.numbers(table)
+
+
+def test_what_full_precision_had_is_told_of_the_same_text() -> None:
+    found = paper.numbers(means(method=["gptq"]).assign(perplexity=60.0, nll_delta=math.log(1.5)))
+    assert found["GptqPerplexityFull"] == "40.00"
+
+
+def test_budgets_stand_side_by_side_and_what_is_absent_is_a_dash() -> None:
+    lines = paper.budgets(means(method=["gptq[bits=2]", "gptq[bits=3]", "hqq[bits=3]"]), ("2", "3")).splitlines()
+    assert lines[-5:-2] == [
+        r"\midrule",
+        r"gptq & 3.00 & 0.0625 & 3.00 & 0.0625 \\",
+        r"hqq & -- & -- & 3.00 & 0.0625 \\",
+    ]
+
+
+def test_the_correlation_is_that_of_logarithms() -> None:
+    layers = pd.DataFrame({"layer_damage": [1e-4, 1e-3, 1e-2, 0.0], "layer_kl": [2e-4, 2e-3, 2e-2, 1.0]})
+    assert math.isclose(paper.correlation(layers), 1)
+
+
+def test_settings_are_those_of_the_whole_method(records: list[Record]) -> None:
+    ablation = [one for one in records if one.labels["experiment"] == "ablation"]
+    own = next(one for one in ablation if one.labels["method"] == typeset.REFERENCE)
+    found = paper.settings(ablation)
+    assert found["SettingSwarmNeighbours"] == str(own.config["method"]["swarm"]["neighbours"])
+    assert found["SettingTestWindows"] == str(own.config["dataset"]["test_windows"])
+
+
+def test_mixtures_are_those_that_were_trained(records: list[Record]) -> None:
+    own = next(one for one in records if one.labels["model"] == "moe_small64" and one.labels["method"] == paper.ROUTED)
+    found = paper.mixtures([own], "moe")
+    assert found["MoeMoeSmallSixFourExperts"] == "64"
+    assert float(found["MoeMoeSmallSixFourActiveMillions"]) == round(own.metrics["active_parameters"] / 1e6, 1)
+    assert paper.mixtures([one for one in records if one.labels["experiment"] == "main"]) == {}
+
+
+def test_of_rotations_the_largest_change_is_told_of_each_method(tmp_path: pathlib.Path) -> None:
+    changes = {"gptq": (1.01, 0.97), "nash_swarm": (1.0, 1.02)}
+    rows = [
+        {"method": method, "signs": signs, "kl_straight": 2.0, "kl_turned": 2.0 * change}
+        for method, both in changes.items()
+        for signs, change in enumerate(both)
+    ]
+    (tmp_path / "rotation.json").write_text(json.dumps({"rows": rows, "provenance": {"dirty": False}}))
+    expected = {"RotationGptqMost": "3.0", "RotationNashSwarmMost": "2.0", "RotationDraws": "2"}
+    assert paper.of_benchmarks(tmp_path) == expected
+
+
+def test_of_sweeps_the_worst_round_is_told_and_of_reruns_those_that_are_the_same(tmp_path: pathlib.Path) -> None:
+    idle = {"each, disabled": [1.0, 3.1], "each, offline": [1.5, 3.0], "by hand": [1.0, 0.6]}
+    sweeps = {"idle": idle, "seconds": {"one after the other": [300.0, 340.0], "two processes": [150.0, 200.0]}}
+    reproduced = {"runs": [{"moved": []}, {"moved": ["kl"]}, {"moved": []}]}
+    for name, content in (("sweeps", sweeps), ("reproduced", reproduced)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | {"provenance": {"dirty": False}}))
+    expected = {"ReproducedRuns": "3", "ReproducedSame": "2", "SweepsTimes": "1.7", "SweepsAdded": "2.5"}
+    assert paper.of_benchmarks(tmp_path) == expected
+
+
+def test_benchmarks_tell_what_their_rows_say_and_must_be_committed(tmp_path: pathlib.Path) -> None:
+    row = {"role": "shrink", "windows": 1, "variant": "flock of 7"}
+    row |= {"difference_percent": -12.34, "low_percent": -15.0, "high_percent": 0.04}
+    content = {"rows": [row], "provenance": {"dirty": False}}
+    path = tmp_path / "flock.json"
+    path.write_text(json.dumps(content))
+    found = paper.of_benchmarks(tmp_path)
+    assert found["FlockShrinkOneFlockOfSevenDifferencePercent"] == "$-$12.3"
+    assert found["FlockShrinkOneFlockOfSevenHighPercent"] == "+0.0"
+    for unclean in ({"dirty": True}, {"dirty": None}, {}):
+        path.write_text(json.dumps(content | {"provenance": unclean}))
+        with pytest.raises(ValueError, match=r"flock\.json comes from uncommitted or unknown code"):
+            paper.of_benchmarks(tmp_path)

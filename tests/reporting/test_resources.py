@@ -1,0 +1,63 @@
+"""What compressing takes: the committed table follows from records and shapes."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from nashswarm.models.sources import FAMILY
+from nashswarm.records import record
+from nashswarm.records.record import Record
+from scripts import resources
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMITTED = (ROOT / "results/tables/resources.md").read_text()
+NO_CHECKPOINT = {"local", "minilm", "moe_small", "moe_small64"}  # anyone's, a package's, and to be trained
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return list(record.read_all(ROOT / "results/records"))
+
+
+def test_what_was_measured_is_in_the_records(records: list[Record]) -> None:
+    rows = resources.measured_rows(records)
+    assert {f"`{name}`" for name in ("default", "gpt2_random")} <= {row[0] for row in rows}
+    assert "".join(f"| {' | '.join(row)} |\n" for row in rows) in COMMITTED
+
+
+def test_runs_that_read_what_others_computed_are_left_out(records: list[Record]) -> None:
+    own = next(one for one in records if one.labels["method"] == "no_cache" and one.metrics.get("quantize_peak_bytes"))
+    lucky = dataclasses.replace(own, provenance=dict(own.provenance) | {"cache_hits": ["baseline", "game"]})
+    assert len(resources.measured_rows([own, lucky])) == 1
+    with pytest.raises(ValueError, match="no record tells what compression took"):
+        resources.measured_rows([lucky])
+
+
+def test_what_experiments_took_is_in_the_records(records: list[Record]) -> None:
+    rows = resources.experiments(records).splitlines()[2:]
+    assert sorted(path.name for path in (ROOT / "results/records").iterdir()) == [row.split("`")[1] for row in rows]
+    two = [dataclasses.replace(records[0], metrics={"seconds": seconds}) for seconds in (60.0, 90.0)]
+    assert "| 2 | 2.5 | 1.5 |" in resources.experiments(two)
+
+
+def test_every_model_of_conf_has_a_row() -> None:
+    for path in (ROOT / "conf/model").glob("*.yaml"):
+        trained = path.stem in NO_CHECKPOINT or path.stem.startswith(FAMILY)
+        assert trained or f"| `{path.stem}` |" in COMMITTED, path.stem
+
+
+def test_a_shape_by_hand() -> None:
+    """A LLaMA of one block, as wide as a group: parameters 2·64·64 + 4·64·64 + 3·64·64 + 3·64."""
+    tiny = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
+    row = resources.shape_row("tiny", tiny | {"num_hidden_layers": 1, "num_attention_heads": 1})
+    count = 9 * 64 * 64 + 3 * 64
+    assert row[:3] == ("`tiny`", f"{count:,}", resources.gigabytes(4 * count))
+    assert row[3:5] == (resources.gigabytes(3 * count / 8), resources.gigabytes(8 * count))
+    assert float(row[5]) < float(row[2]) < float(row[6])  # small in the file, states of the windows in memory
+
+
+@pytest.mark.slow
+def test_the_committed_table_is_that_of_the_script(records: list[Record]) -> None:
+    assert resources.markdown(records) == COMMITTED
+    assert resources.experiments(records) == (ROOT / "results/tables/experiments.md").read_text()
