@@ -138,7 +138,7 @@ def _tell_memory(model: Any, window: int, limit: float | None, console: Console)
     console.print(f"in memory: {packed:,} bytes of packed matrices, {others:,} of other weights", highlight=False)
     if (size := memory_limit.token_bytes(model)) is not None:
         console.print(f"{size:,} bytes of cache for each token of a text", highlight=False)
-    if found := memory.held():
+    if found := memory.usage_by_kind():
         console.print(
             f"the process holds {found['own']:,} bytes of its own and {found['mapped']:,} of mapped files; "
             f"{found['pinned']:,} are pinned", highlight=False,

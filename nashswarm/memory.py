@@ -33,7 +33,7 @@ def resident_bytes() -> int:
     return peak_bytes()
 
 
-def held() -> dict[str, int]:
+def usage_by_kind() -> dict[str, int]:
     """Bytes of this process in memory now: its ``own``, those of ``mapped`` files (programs, checkpoints), which the
     system may drop and read again, and how many of all are ``pinned``.  Empty where the system does not tell."""
     names = {"RssAnon": "own", "RssFile": "mapped", "VmLck": "pinned"}
@@ -52,7 +52,7 @@ def pin(address: int, size: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return freed memory to the system, where the C library can (glibc).
 
     It keeps what is freed for the next request of that size, and between tensors that stay, pieces of many sizes add up

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 
 from nashswarm.models.matrices import find_layers
-from nashswarm.quant.entropy import CodeTables, count, encode_groups, encode_lattice, tables_of
+from nashswarm.quant.entropy import CodeTables, count_symbols, encode_groups, encode_lattice, fit_tables
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor
 from nashswarm.quant.pack import pack
@@ -180,7 +180,7 @@ def lattice_tensor(weight: Tensor, seed: int = 0) -> LatticeTensor:
     codes = (weight / (lattice.row_steps()[:, None] * lattice.column_steps())).round().int()
     for place in rng.integers(codes.numel(), size=2):
         codes.view(-1)[place] = int(rng.integers(-(10**6), 10**6))
-    return LatticeTensor(codes, lattice.expecting(codes.abs().float()))
+    return LatticeTensor(codes, lattice.fit_sizes(codes.abs().float()))
 
 
 def packed_by(model: Any, form: str, exclude: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
@@ -190,7 +190,7 @@ def packed_by(model: Any, form: str, exclude: tuple[str, ...] = ()) -> dict[str,
         encode = {"tiles": pack, "groups": encode_groups}[form]
         return {layer.name: encode(grid_tensor(layer.weight, number, 32)) for number, layer in enumerate(layers)}
     tensors = {layer.name: lattice_tensor(layer.weight, number) for number, layer in enumerate(layers)}
-    tables: CodeTables = tables_of(count(tensors.values()))
+    tables: CodeTables = fit_tables(count_symbols(tensors.values()))
     return {name: encode_lattice(tensor, tables) for name, tensor in tensors.items()} | {"code_tables": tables.pack()}
 
 

@@ -26,7 +26,7 @@ class Cache:
         self.folder, self.key = folder, dict(key)
         self.hits: list[str] = [] if hits is None else hits
 
-    def under(self, key: Mapping[str, Any]) -> "Cache":
+    def with_key(self, key: Mapping[str, Any]) -> "Cache":
         """The same cache for what depends on ``key`` as well."""
         return Cache(self.folder, self.key | dict(key), self.hits)
 

@@ -126,11 +126,13 @@ def summed_nll(
 ) -> Float[Tensor, ""]:
     """The summed NLL of a window's next tokens, in nats: of tokens drawn from the model or of the text's own."""
     logits = model(input_ids=window.unsqueeze(0)).logits[0, :-1]
-    targets = drawn(logits.detach(), generator).to(logits.device) if labels == "model" else window[1:]
+    targets = sample_tokens(logits.detach(), generator).to(logits.device) if labels == "model" else window[1:]
     return functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def drawn(logits: Float[Tensor, "positions vocabulary"], generator: torch.Generator) -> Integer[Tensor, " positions"]:
+def sample_tokens(
+    logits: Float[Tensor, "positions vocabulary"], generator: torch.Generator
+) -> Integer[Tensor, " positions"]:
     """A token of every position, on the CPU: where a number drawn from 0 to 1 falls in the cumulative distribution.
     (``torch.multinomial`` draws a number for every token of the vocabulary.)"""
     heights = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)

@@ -37,7 +37,7 @@ class PrefixReplay:
         self.passes += 1
 
     @contextlib.contextmanager
-    def before(self, names: Iterable[str]) -> Iterator[None]:
+    def skip_prefix(self, names: Iterable[str]) -> Iterator[None]:
         """Within it, the same passes over the same text compute nothing before the first block that holds one of the
         modules ``names``; where one of them lies in no block, or they lie in several lists, everything."""
         skipped = self._before(list(names))

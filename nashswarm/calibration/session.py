@@ -17,7 +17,7 @@ from nashswarm.calibration.context import CalibrationContext
 from nashswarm.calibration.moments import calibrate, summed_nll
 from nashswarm.calibration.prefix_replay import PrefixReplay
 from nashswarm.layers import Layer, Moments
-from nashswarm.memory import give_back
+from nashswarm.memory import trim_heap
 from nashswarm.models import evaluation, matrices
 from nashswarm.packed import checkpoint
 from nashswarm.progress import Track, show_progress
@@ -79,7 +79,7 @@ class CalibrationSession:
         def compute() -> dict[str, Tensor]:
             generator = torch.Generator().manual_seed(self.seed)
             found = calibrate(self.full, names, self.calibration, generator, track=self.track, score=score)
-            give_back()
+            trim_heap()
             return {f"{name}/{part}": getattr(moments, part) for name, moments in found.items() for part in parts}
 
         tensors = self.cache("moments", {}, compute)
@@ -145,7 +145,7 @@ class CalibrationSession:
         if tokens not in self.probes:
             self.probes[tokens] = self.probe(self.holdout[: -(-tokens // self.mean_length)])
         probe = self.probes[tokens]
-        with probe.replay.before(weights):
+        with probe.replay.skip_prefix(weights):
             return self.moved(weights, probe.windows, probe.truth)
 
     def probe(self, windows: Integer[Tensor, "some length"]) -> "_Probe":
@@ -166,7 +166,7 @@ class CalibrationSession:
         matrices.set_weights(
             self.candidate_model, {layer.name: layer.weight for layer in self.layers if layer.name in weights}
         )
-        give_back()
+        trim_heap()
         return found
 
 

@@ -34,7 +34,7 @@ BLOCK = 16  # rows of a player
 DAMPING = 0.01  # of the mean diagonal of H, where the method names none
 CHUNK = 1 << 18  # weights enumerated at once
 LOWEST, HIGHEST, ESCAPE, TOTAL = -12, 5, 48, 1 << 14  # of the code tables, as the format fixes them
-QUIETEST = 2.0**-7  # added to mean magnitudes, as the format fixes it
+MIN_MAGNITUDE = 2.0**-7  # added to mean magnitudes, as the format fixes it
 
 Array = np.ndarray
 
@@ -338,7 +338,7 @@ def lengths(tables: CodeTables) -> Float[Array, "tables symbols"]:
 
 def fitted(magnitudes: Float[Array, " n"], scale: Int[Array, " n"]) -> Int[Array, " n"]:
     """The size, in half octaves, that the coder is told of rows with codes of these mean magnitudes."""
-    return np.rint(2 * np.log2(magnitudes + QUIETEST) + scale / 2).clip(-128, 127).astype(np.int64)
+    return np.rint(2 * np.log2(magnitudes + MIN_MAGNITUDE) + scale / 2).clip(-128, 127).astype(np.int64)
 
 
 def sides(tensor: LatticeTensor) -> tuple[Int[Array, " n"], ...]:

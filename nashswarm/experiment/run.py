@@ -207,7 +207,7 @@ class Job:
         key = {name: identity[name] for name in ("model", "dataset", "dtype", "device", "threads")}
         key |= {"length": length, "torch": torch.__version__, "code": code_digest()}
         self.cache = Cache(pathlib.Path(config.cache) if getattr(method, "cache", True) else None, key)
-        drawn_cache = self.cache.under({"seed": config.seed})
+        drawn_cache = self.cache.with_key({"seed": config.seed})
         self.session = CalibrationSession(self.full, layers, *drawn, label_seed, drawn_cache)
         self.tokenizer, self.test_text = loaded.tokenizer, texts["test"]
         self.files: dict[str, bytes] = {}  # of the compressed model

@@ -40,14 +40,14 @@ def matmul(
     The operator where something follows what is computed, and ``direct`` where nothing does.
     """
     if _followed(x, *(() if bias is None else (bias,))):
-        return cast(Tensor, torch.ops.nashswarm.matmul(x, bias, activations, *flat(tiles)))
+        return cast(Tensor, torch.ops.nashswarm.matmul(x, bias, activations, *operator_arguments(tiles)))
     return direct(x, tiles, activations, bias)
 
 
 def rows_of(tiles: Tiles, ids: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape columns"]:
     """The rows of the dequantized matrix that ``ids`` name, in float32."""
     if _followed(ids):
-        return cast(Tensor, torch.ops.nashswarm.rows(ids, *flat(tiles)))
+        return cast(Tensor, torch.ops.nashswarm.rows(ids, *operator_arguments(tiles)))
     return _rows(ids, tiles)
 
 
@@ -111,7 +111,7 @@ def direct(
     return answer.view(*x.shape[:-1], tiles.rows).to(x.dtype)
 
 
-def bare(*parts: Tensor) -> bool:
+def native_floats(*parts: Tensor) -> bool:
     """Whether the C++ library may compute with these floats by their addresses."""
     return (
         not _followed(*parts)
@@ -131,7 +131,7 @@ def _followed(*parts: Tensor) -> bool:
     )
 
 
-def flat(tiles: Tiles) -> tuple[Any, ...]:
+def operator_arguments(tiles: Tiles) -> tuple[Any, ...]:
     """The tiles as arguments of the operators."""
     return *(getattr(tiles, name) for name in PARTS), tiles.order, tiles.rows, tiles.columns, tiles.group_size
 
@@ -152,7 +152,7 @@ def _rows(ids: Tensor, tiles: Tiles) -> Tensor:
 
 
 def _route(scores: Tensor, entry: Tensor, cost: Tensor, price: Tensor, flock: int, k: int) -> tuple[Tensor, Tensor]:
-    if bare(scores, entry, cost, price):
+    if native_floats(scores, entry, cost, price):
         return native.route(scores.contiguous(), entry.contiguous(), cost.contiguous(), price.contiguous(), flock, k)
     return reference.route(scores, entry, cost, price, flock, k)
 

@@ -85,11 +85,11 @@ def path() -> str:
         raise ValueError(f"{VARIABLE}={chosen} is no path: choose {', '.join((*PATHS, SLOW))}, or unset it")
     if chosen not in paths:
         raise ValueError(f"{VARIABLE}={chosen} cannot be taken here: choose {', '.join(paths)}, or unset it")
-    log.log(logging.WARNING if chosen == SLOW else logging.INFO, path_taken(chosen))
+    log.log(logging.WARNING if chosen == SLOW else logging.INFO, describe_path(chosen))
     return chosen
 
 
-def path_taken(chosen: str) -> str:
+def describe_path(chosen: str) -> str:
     """What the log says."""
     if chosen != SLOW:
         return f"packed weights are multiplied by the C++ library, path {chosen}"
@@ -146,7 +146,7 @@ def rows_of(tiles: Tiles, ids: Int64[Tensor, "*shape"]) -> Float32[Tensor, "*sha
     found = torch.empty(*ids.shape, tiles.columns)
     wrong = _library().nashswarm_rows(matrix.address, ids.data_ptr(), found.data_ptr(), ids.numel())
     if wrong >= 0:
-        raise layout.no_row(tiles, int(ids.flatten()[wrong]))
+        raise layout.missing_row(tiles, int(ids.flatten()[wrong]))
     return found
 
 

@@ -25,19 +25,19 @@ def matmul(x: Float[Tensor, "batch columns"], tiles: Tiles, activations: str) ->
         return x @ layout.dequantize(tiles).T
     if tiles.column_scale.numel():
         x = x * tiles.column_scale.float()
-    return finished(rounded(x, tiles.group_size) @ layout.grid_values(tiles).T, x, tiles)
+    return apply_row_terms(round_activations(x, tiles.group_size) @ layout.grid_values(tiles).T, x, tiles)
 
 
-def finished(
+def apply_row_terms(
     answer: Float[Tensor, "batch rows"], x: Float[Tensor, "batch columns"], tiles: Tiles
 ) -> Float[Tensor, "batch rows"]:
     """What the codes gave, and the escapes, times the scales of the rows; x times those of the columns is given."""
-    rows, columns = layout.escaped(tiles)
+    rows, columns = layout.escape_positions(tiles)
     answer.index_add_(1, rows, x[:, columns] * tiles.escape_codes.float())
     return answer * tiles.row_scale.float() if tiles.row_scale.numel() else answer
 
 
-def rounded(x: Float[Tensor, "batch columns"], group_size: int) -> Float[Tensor, "batch columns"]:
+def round_activations(x: Float[Tensor, "batch columns"], group_size: int) -> Float[Tensor, "batch columns"]:
     """x as the int8 path sees it: in every group multiples of 1/127 of the largest; a group with an infinity is nan."""
     groups = torch.nn.functional.pad(x, (0, -x.shape[1] % group_size)).unflatten(1, (-1, group_size))
     largest = groups.abs().amax(2, keepdim=True).clamp(min=LEAST)
@@ -49,9 +49,11 @@ def rounded(x: Float[Tensor, "batch columns"], group_size: int) -> Float[Tensor,
 def rows_of(tiles: Tiles, ids: Integer[Tensor, " count"]) -> Float[Tensor, "count columns"]:
     """The rows of the dequantized matrix that ``ids`` name; only their row blocks are unpacked."""
     if ids.is_cpu and ((ids < 0) | (ids >= tiles.rows)).any():
-        raise layout.no_row(tiles, int(ids[(ids < 0) | (ids >= tiles.rows)][0]))
+        raise layout.missing_row(tiles, int(ids[(ids < 0) | (ids >= tiles.rows)][0]))
     blocks, places = (ids.long() // layout.TILE_ROWS).unique(return_inverse=True)
-    return layout.dequantize(layout.some_blocks(tiles, blocks))[places * layout.TILE_ROWS + ids % layout.TILE_ROWS]
+    return layout.dequantize(layout.select_row_blocks(tiles, blocks))[
+        places * layout.TILE_ROWS + ids % layout.TILE_ROWS
+    ]
 
 
 def group(numbers: Integer[Tensor, " count"], size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -150,7 +150,7 @@ def payload_starts(widths: UInt8[Tensor, "*shape"], group_size: int) -> Int[Tens
     return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
 
 
-def tiled(matrix: Integer[Tensor, "rows columns"], group_size: int) -> Integer[Tensor, "tiles 16 inputs"]:
+def to_tiles(matrix: Integer[Tensor, "rows columns"], group_size: int) -> Integer[Tensor, "tiles 16 inputs"]:
     """A matrix cut into tiles, padded with zeros to whole ones."""
     rows, columns = matrix.shape
     padded = torch.nn.functional.pad(matrix, (0, -columns % group_size, 0, -rows % TILE_ROWS))
@@ -161,7 +161,7 @@ def tiled(matrix: Integer[Tensor, "rows columns"], group_size: int) -> Integer[T
 def dequantize(tiles: Tiles) -> Float[Tensor, "rows columns"]:
     """The float32 matrix that the codes stand for."""
     matrix = grid_values(tiles)
-    rows, columns = escaped(tiles)
+    rows, columns = escape_positions(tiles)
     matrix.index_put_((rows, columns), tiles.escape_codes.float(), accumulate=True)
     if tiles.row_scale.numel():
         matrix *= tiles.row_scale.float()[:, None]
@@ -185,7 +185,7 @@ def grid_values(tiles: Tiles) -> Float[Tensor, "rows columns"]:
     return matrix.reshape(row_blocks * TILE_ROWS, -1)[: tiles.rows, : tiles.columns].contiguous()
 
 
-def some_blocks(tiles: Tiles, blocks: Int[Tensor, " blocks"]) -> Tiles:
+def select_row_blocks(tiles: Tiles, blocks: Int[Tensor, " blocks"]) -> Tiles:
     """The matrix of these row blocks, one after the other; the last is padded to a whole one."""
     groups = tiles.widths.shape[1]
     payload = tiles.payload[_ranges(payload_starts(tiles.widths, tiles.group_size)[::groups], blocks)]
@@ -217,12 +217,12 @@ def _ranges(starts: Int[Tensor, " parts_and_one"], chosen: Int[Tensor, " chosen"
     return torch.arange(int(counts.sum()), device=starts.device) + shifts.repeat_interleave(counts)
 
 
-def no_row(tiles: Tiles, row: int) -> IndexError:
+def missing_row(tiles: Tiles, row: int) -> IndexError:
     """What to raise where a row is asked for that there is not."""
     return IndexError(f"row {row} is asked for: the packed matrix has rows 0 … {tiles.rows - 1}")
 
 
-def escaped(tiles: Tiles) -> tuple[Int[Tensor, " escapes"], Int[Tensor, " escapes"]]:
+def escape_positions(tiles: Tiles) -> tuple[Int[Tensor, " escapes"], Int[Tensor, " escapes"]]:
     """The row and the column of every escape."""
     counts = tiles.escape_starts.diff().long()
     blocks = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)

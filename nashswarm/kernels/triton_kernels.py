@@ -63,4 +63,4 @@ def matmul(x: Float32[Tensor, "batch columns"], tiles: Tiles) -> Float32[Tensor,
         len(x), tiles.columns, row_blocks, groups,
         GROUP_SIZE=tiles.group_size, SCALED=tiles.scale.numel() > 0, BATCH=BATCH,
     )  # fmt: skip
-    return reference.finished(answer[:, : tiles.rows].contiguous(), x, tiles)
+    return reference.apply_row_terms(answer[:, : tiles.rows].contiguous(), x, tiles)

@@ -30,7 +30,7 @@ from nashswarm.quant.entropy import KINDS, CodeTables, coded_bits
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
 from nashswarm.quant.prototype import ClassedTensor
-from nashswarm.quant.trainable_codes import TrainableCodes, encode
+from nashswarm.quant.trainable_codes import TrainableCodes, encode_tensors
 
 STALE = ("regret", "potential", "damage")  # how metrics begin that tell of the codes before they were trained
 TOLERANCE = 1e-3  # how much more than before the packed matrices may take
@@ -166,7 +166,7 @@ class _Training:
             optimizer.step()
             decay.step()
             for latent in self.latents.values():
-                latent.settle()
+                latent.clamp_codes()
             if step in judged and (state := self.fitted()) is not None:
                 kl = self.judge(state)
                 series["finetune_kl_heldout"].append(kl)
@@ -196,7 +196,7 @@ class _Training:
         loss = self.loss(batch)
         loss.backward()
         for name, latent in self.latents.items():
-            latent.take(matrices.gradient(self.candidate_model, name), price)
+            latent.backpropagate(matrices.gradient(self.candidate_model, name), price)
         return loss.item()
 
     def loss(self, batch: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
@@ -210,9 +210,9 @@ class _Training:
 
     def state(self, least: float, packed: Any = None) -> State:
         """What would be stored now, but for codes that grew longer without going further than ``least`` steps."""
-        tensors = {name: latent.stored(least) for name, latent in self.latents.items()}
+        tensors = {name: latent.quantized(least) for name, latent in self.latents.items()}
         coded = {name: latent.coded for name, latent in self.latents.items()}
-        stored = encode(tensors, coded, checkpoint.TABLES) if packed is None else dict(packed)
+        stored = encode_tensors(tensors, coded, checkpoint.TABLES) if packed is None else dict(packed)
         floats = [part.detach().clone() for part in self.floats]
         if self.result.float_bits == 16:
             floats = [part.half().to(part.dtype) for part in floats]
@@ -229,7 +229,7 @@ class _Training:
         log.debug("%d bytes of at most %d", _size(state.packed), self.limit)
         if excess <= 0:
             return state
-        moves = [latent.moves() for latent in self.latents.values() if latent.coded]
+        moves = [latent.lengthened_codes() for latent in self.latents.values() if latent.coded]
         if not moves:
             return None
         way, grown = (torch.cat(parts) for parts in zip(*moves, strict=True))

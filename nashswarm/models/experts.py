@@ -40,7 +40,7 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "tokens width"]:
         """Each token's gated sum of what its experts make of it."""
         k, flat = experts.shape[1], experts.flatten()
-        if len(flat) <= FEW and kernels.bare(x, self.up_proj, self.down_proj, gates):
+        if len(flat) <= FEW and kernels.native_floats(x, self.up_proj, self.down_proj, gates):
             parts = (part.contiguous() for part in (x, self.up_proj, self.down_proj, experts.long(), gates))
             return native.experts(*parts)
         order, places, ends = kernels.group(flat, len(self.up_proj))
@@ -63,7 +63,7 @@ def gathered(
     out: Float[Tensor, "assignments width"], places: Int[Tensor, " assignments"], gates: Float[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens width"]:
     """The gated sums of each token's k assignments, which stand at ``places``."""
-    if kernels.bare(out, gates):
+    if kernels.native_floats(out, gates):
         return native.sums(out.contiguous(), places, gates.contiguous())
     return functional.embedding_bag(places.view_as(gates), out, per_sample_weights=gates.to(out.dtype), mode="sum")
 

@@ -47,7 +47,7 @@ def to_tiles(tensor: Packable) -> Tiles:
     size = tensor.scheme.group_size
     scale, zero_point = (_by_tile(part) for part in (tensor.scale, tensor.zero_point))
     widths = tensor.bits.to(torch.uint8)
-    payload = layout.pack(layout.tiled(tensor.codes, size).to(torch.uint8), widths.flatten())
+    payload = layout.pack(layout.to_tiles(tensor.codes, size).to(torch.uint8), widths.flatten())
     none = torch.zeros(0)
     return Tiles(rows, columns, size, payload, widths, scale, zero_point, none, none, *_no_escapes(len(widths)))
 
@@ -56,7 +56,7 @@ def _tiles_of_lattice(tensor: LatticeTensor) -> Tiles:
     """The width of a tile is the one that takes the fewest bytes: codes beyond its range are escapes, so that a rare
     large code does not widen a whole tile."""
     rows, columns = tensor.codes.shape
-    tiles = layout.tiled(tensor.codes, GROUP)
+    tiles = layout.to_tiles(tensor.codes, GROUP)
     choices = torch.tensor(layout.WIDTHS)
     least, most = tiles.flatten(1).amin(1), tiles.flatten(1).amax(1)
     cost = torch.empty(len(tiles), len(choices), dtype=torch.int64)

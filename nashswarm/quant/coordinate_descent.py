@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Integer, Real
 from torch import Tensor
 
-from nashswarm.quant.curvature import DAMPING, Curvature, pivots
-from nashswarm.quant.error_feedback import BLOCK, FAR, NEAR, Grid, GridOf, column_major, error_feedback_pass
+from nashswarm.quant.curvature import DAMPING, Curvature, inverse_cholesky
+from nashswarm.quant.error_feedback import BLOCK, FAR, NEAR, Grid, GridFactory, column_major, error_feedback_pass
 from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme, quantize
 
 
@@ -31,14 +31,14 @@ class DescentResult:
     moves: list[int]
     gains: list[float]
 
-    def after(self, earlier: "DescentResult | None") -> "DescentResult":
+    def prepend(self, earlier: "DescentResult | None") -> "DescentResult":
         """With the sweeps of ``earlier`` before these."""
         if earlier is None:
             return self
         return DescentResult(self.codes, earlier.moves + self.moves, earlier.gains + self.gains)
 
     @classmethod
-    def beside(cls, parts: Sequence["DescentResult"]) -> "DescentResult":
+    def concatenate(cls, parts: Sequence["DescentResult"]) -> "DescentResult":
         """Of all rows, where each of the ``parts`` settled some."""
         moves, gains = (
             [sum(sweep) for sweep in itertools.zip_longest(*each, fillvalue=0)]
@@ -51,7 +51,7 @@ def coordinate_descent(
     weight: Float[Tensor, "out in"],
     codes: Float[Tensor, "out in"],
     curvature: Curvature,
-    grid_of: GridOf,
+    grid_of: GridFactory,
     sweeps: int = 100,
     tolerance: float = 0.0,
 ) -> DescentResult:
@@ -151,7 +151,7 @@ def quantize_layer(
     A group's grids are chosen when its turn comes, from the weights as they have become; with ``act_order`` the columns
     come in the order of their inputs, largest first, on plain rounding's grids.  A row keeps the pass only where its
     damage is less than plain rounding's.  Float tiles, and matrices that are only looked up, have no columns to
-    compensate and are rounded plainly.  ``factor``: the ``pivots`` of the damped H where they are known already.
+    compensate and are rounded plainly.  ``factor``: ``inverse_cholesky`` of the damped H if known.
     """
     diagonal = curvature.diagonal()
     plain = quantize(weight, bits, scheme, diagonal)
@@ -163,7 +163,11 @@ def quantize_layer(
     if act_order:
         order = inputs.diagonal().argsort(descending=True, stable=True)
         steps = error_feedback_pass(
-            weight, rows, pivots(inputs[order][:, order]), lambda now, _: _affine_grid(plain, now), order=order
+            weight,
+            rows,
+            inverse_cholesky(inputs[order][:, order]),
+            lambda now, _: _affine_grid(plain, now),
+            order=order,
         )
         passed = dataclasses.replace(plain, codes=_stored(steps, plain.zero_point, scheme))
     else:
@@ -174,7 +178,7 @@ def quantize_layer(
             chosen.append(quantize(current, plain.bits[:, group : group + 1], scheme, diagonal[:, columns]))
             return _affine_grid(chosen[-1])
 
-        factor = pivots(inputs) if factor is None else factor
+        factor = inverse_cholesky(inputs) if factor is None else factor
         steps = error_feedback_pass(weight, rows, factor, open_group, scheme.group_size)
         scale, zero_point = (torch.cat([getattr(part, name) for part in chosen], 1) for name in ("scale", "zero_point"))
         passed = QuantizedTensor(_stored(steps, zero_point, scheme), scale, zero_point, plain.bits, scheme)

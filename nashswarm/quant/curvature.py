@@ -43,12 +43,12 @@ class Curvature:
             total += (self.lookups * error.square()).sum(1)
         return total / 2
 
-    def of_rows(self, rows: Rows) -> "Curvature":
+    def select_rows(self, rows: Rows) -> "Curvature":
         """Of some of the rows alone."""
         lookups = None if self.lookups is None else self.lookups[rows]
         return dataclasses.replace(self, rows=self.rows[rows], lookups=lookups)
 
-    def weighed(self, weights: Float[Tensor, " out"]) -> "Curvature":
+    def scale_rows(self, weights: Float[Tensor, " out"]) -> "Curvature":
         """Every row's damage times its weight."""
         lookups = None if self.lookups is None else self.lookups * weights[:, None]
         return dataclasses.replace(self, rows=self.rows * weights, lookups=lookups)
@@ -89,16 +89,16 @@ class Curvature:
 @dataclasses.dataclass(frozen=True)
 class FactoredCurvature:
     """A layer's curvature ready for replies: ``rows`` (a) and ``columns`` (κ), the sensitivities with error feedback,
-    and the pivots (None: the matrix is only looked up)."""
+    and the inverse_cholesky (None: the matrix is only looked up)."""
 
     curvature: Curvature
     rows: Float[Tensor, " out"]
     columns: Float[Tensor, " in"]
     factor: Float[Tensor, "in in"] | None
 
-    def of_rows(self, rows: Rows) -> "FactoredCurvature":
+    def select_rows(self, rows: Rows) -> "FactoredCurvature":
         """Of some of the rows alone."""
-        return dataclasses.replace(self, curvature=self.curvature.of_rows(rows), rows=self.rows[rows])
+        return dataclasses.replace(self, curvature=self.curvature.select_rows(rows), rows=self.rows[rows])
 
 
 def factor_curvature(curvature: Curvature, damping: float = DAMPING, feedback: bool = True) -> FactoredCurvature:
@@ -112,11 +112,11 @@ def factor_curvature(curvature: Curvature, damping: float = DAMPING, feedback: b
         columns = diagonal.mean(0) / diagonal.mean().clamp(min=TINY)
         return FactoredCurvature(damped, diagonal.mean(1), columns, None)
     rows, inputs = damped.mean_row_curvature()
-    factor = pivots(inputs)
+    factor = inverse_cholesky(inputs)
     return FactoredCurvature(damped, rows, 1 / factor.diagonal().square(), factor)
 
 
-def pivots(inputs: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+def inverse_cholesky(inputs: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     """U, upper triangular, with H⁻¹ = Uᵀ U; 1 / U_jj² is what an error of column j costs once later columns have
     answered.  It is the inverse of the upper triangular R with H = R Rᵀ."""
     return _inverse(torch.linalg.cholesky(inputs.double().flip(0, 1)).flip(0, 1)).float()

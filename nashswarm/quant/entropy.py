@@ -59,7 +59,7 @@ class CodeTables:
         return CodeTables(frequencies.reshape(TABLES, ESCAPE + 1))
 
 
-def tables_of(counts: Float[np.ndarray, "tables symbols"]) -> CodeTables:
+def fit_tables(counts: Float[np.ndarray, "tables symbols"]) -> CodeTables:
     """Tables in proportion to ``counts``; every symbol keeps a frequency of at least 1."""
     smooth = counts + 0.1
     free = TOTAL - smooth.shape[1]
@@ -69,27 +69,27 @@ def tables_of(counts: Float[np.ndarray, "tables symbols"]) -> CodeTables:
     return CodeTables(frequencies)
 
 
-def address(levels: Integer[Tensor, "*shape"]) -> tuple[Integer[Tensor, "*shape"], Integer[Tensor, "*shape"]]:
+def table_and_shift(levels: Integer[Tensor, "*shape"]) -> tuple[Integer[Tensor, "*shape"], Integer[Tensor, "*shape"]]:
     """(table, shift) of every level: how many low bits of the magnitude are stored plainly."""
     shift = ((levels - HIGHEST + 1) >> 1).clamp(min=0)
     return (levels - 2 * shift).clamp(min=LOWEST) - LOWEST, shift
 
 
-def count(tensors: Iterable[LatticeTensor]) -> Float[np.ndarray, "tables symbols"]:
+def count_symbols(tensors: Iterable[LatticeTensor]) -> Float[np.ndarray, "tables symbols"]:
     """How often every table codes every symbol."""
     total = torch.zeros(TABLES * (ESCAPE + 1), dtype=torch.int64)
     for tensor in tensors:
-        table, shift = address(tensor.lattice.levels())
+        table, shift = table_and_shift(tensor.lattice.levels())
         symbols = (tensor.codes.abs() >> shift).clamp(max=ESCAPE)
         total += torch.bincount((table * (ESCAPE + 1) + symbols).flatten(), minlength=len(total))
     return total.view(TABLES, ESCAPE + 1).double().numpy()
 
 
-def lengths(
+def code_lengths(
     codes: Integer[Tensor, "out in"], levels: Integer[Tensor, "out in"], tables: CodeTables
 ) -> Float[Tensor, "out in"]:
     """The length of every code in bits."""
-    table, shift = address(levels)
+    table, shift = table_and_shift(levels)
     magnitudes = codes.abs()
     symbols = (magnitudes >> shift).clamp(max=ESCAPE)
     bits = torch.from_numpy(tables.bits()).float().to(codes.device).take((table * (ESCAPE + 1) + symbols).long())
@@ -100,13 +100,13 @@ def lengths(
 
 def coded_bits(tensor: LatticeTensor, tables: CodeTables) -> Float[Tensor, " out"]:
     """The length of every row's codes in bits, scales and headers aside."""
-    return lengths(tensor.codes, tensor.lattice.levels(), tables).sum(1, dtype=torch.float64)
+    return code_lengths(tensor.codes, tensor.lattice.levels(), tables).sum(1, dtype=torch.float64)
 
 
 def encode_lattice(tensor: LatticeTensor, tables: CodeTables) -> UInt8[np.ndarray, " bytes"]:
     """The stored bytes of a lattice tensor, to be decoded with the same tables."""
     lattice = tensor.lattice
-    table, shift = (part.flatten().numpy() for part in address(lattice.levels()))
+    table, shift = (part.flatten().numpy() for part in table_and_shift(lattice.levels()))
     codes = tensor.codes.flatten().numpy()
     magnitudes = np.abs(codes)
     symbols = np.minimum(magnitudes >> shift, ESCAPE)
@@ -133,7 +133,7 @@ def decode_lattice(packed: UInt8[np.ndarray, " bytes"], tables: CodeTables) -> L
     shape, *sides, words, low, signs, escapes = _opened("lattice", packed)
     rows, columns, base = SHAPE.unpack(shape)
     lattice = Lattice(base, *(torch.from_numpy(decode_integers(side).astype(np.int8)) for side in sides))
-    table, shift = (part.flatten().numpy() for part in address(lattice.levels()))
+    table, shift = (part.flatten().numpy() for part in table_and_shift(lattice.levels()))
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
     symbols = np.zeros(rows * columns, np.int64)
     for used in np.unique(table).tolist():

@@ -12,7 +12,7 @@ from nashswarm.quant.curvature import TINY
 from nashswarm.quant.grid import TILE_ROWS
 
 BLOCK = 128  # columns replied to between two matrix products
-AT_ONCE = 1 << 22  # weights that reply together: memory is for the model
+CHUNK_WEIGHTS = 1 << 22  # weights that reply together: memory is for the model
 NEAR: Sequence[int] = (1, -1)
 FAR: Sequence[int] = (1, -1, 2, -2)  # by what codes that pay for their length try to move, or to 0
 ALL = slice(None)
@@ -90,12 +90,12 @@ class Grid:
         return move, gain
 
 
-GridOf = Callable[[Tensor, Float[Tensor, "out columns"]], Grid]  # of columns, by number, and their weights by now
+GridFactory = Callable[[Tensor, Float[Tensor, "out columns"]], Grid]  # of columns, by number, and their weights by now
 
 
-def pieces(matrix: Float[Tensor, "out in"]) -> list[slice]:
-    """Its rows, whole blocks at a time, so many that ``AT_ONCE`` weights are in work: rows play for themselves."""
-    size = max(AT_ONCE // matrix.shape[1] // TILE_ROWS, 1) * TILE_ROWS
+def row_chunks(matrix: Float[Tensor, "out in"]) -> list[slice]:
+    """Split the rows of a matrix into slices of about ``CHUNK_WEIGHTS`` weights, in whole row blocks."""
+    size = max(CHUNK_WEIGHTS // matrix.shape[1] // TILE_ROWS, 1) * TILE_ROWS
     return [slice(start, start + size) for start in range(0, len(matrix), size)]
 
 
@@ -103,11 +103,11 @@ def error_feedback_pass(
     weight: Float[Tensor, "out in"],
     rows: Float[Tensor, " out"],
     factor: Float[Tensor, "in in"],
-    grid_of: GridOf,
+    grid_of: GridFactory,
     block: int = BLOCK,
     order: Integer[Tensor, " in"] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """One pass over the columns in ``order``: their codes.  ``factor``: ``pivots`` of H in that order."""
+    """One pass over the columns in ``order``: their codes.  ``factor``: ``inverse_cholesky`` of H in that order."""
     order = torch.arange(weight.shape[1]) if order is None else order
     current = column_major(weight[:, order])
     codes = torch.empty_like(current)

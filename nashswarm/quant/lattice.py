@@ -22,7 +22,7 @@ from torch import Tensor
 SCALES_PER_OCTAVE = 4
 LEVELS_PER_OCTAVE = 2
 Rows = Integer[Tensor, " some"] | slice
-QUIETEST = 2.0**-7  # added to mean magnitudes, so that rows of zeros have a level too
+MIN_MAGNITUDE = 2.0**-7  # added to mean magnitudes, so that rows of zeros have a level too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,26 +49,28 @@ class Lattice:
         size = self.row_size.int()[:, None] + self.column_size.int()[columns]
         return size - (scale >> 1)  # two scales a level
 
-    def of_rows(self, rows: Rows) -> "Lattice":
+    def select_rows(self, rows: Rows) -> "Lattice":
         """The grid of some of the rows."""
         return dataclasses.replace(self, row_scale=self.row_scale[rows], row_size=self.row_size[rows])
 
-    def moved(self, scales: Integer[Tensor, " out"] | int) -> "Lattice":
+    def shift_row_scales(self, scales: Integer[Tensor, " out"] | int) -> "Lattice":
         """With coarser rows, by so many scales."""
         return dataclasses.replace(self, row_scale=(self.row_scale.int() + scales).clamp(-128, 127).to(torch.int8))
 
-    def expecting(self, magnitudes: Float[Tensor, "out in"], columns_too: bool = True) -> "Lattice":
+    def fit_sizes(self, magnitudes: Float[Tensor, "out in"], columns_too: bool = True) -> "Lattice":
         """The same grid, its expected sizes fitted to the ``magnitudes`` of codes; or those of its rows only."""
-        octaves = LEVELS_PER_OCTAVE * (magnitudes.mean() + QUIETEST).log2()
-        rows = LEVELS_PER_OCTAVE * (magnitudes.mean(1) + QUIETEST).log2() + self.row_scale / LEVELS_PER_OCTAVE
+        octaves = LEVELS_PER_OCTAVE * (magnitudes.mean() + MIN_MAGNITUDE).log2()
+        rows = LEVELS_PER_OCTAVE * (magnitudes.mean(1) + MIN_MAGNITUDE).log2() + self.row_scale / LEVELS_PER_OCTAVE
         found = dataclasses.replace(self, row_size=_whole(rows))
         if not columns_too:
             return found
-        columns = LEVELS_PER_OCTAVE * (magnitudes.mean(0) + QUIETEST).log2() + self.column_scale / LEVELS_PER_OCTAVE
+        columns = (
+            LEVELS_PER_OCTAVE * (magnitudes.mean(0) + MIN_MAGNITUDE).log2() + self.column_scale / LEVELS_PER_OCTAVE
+        )
         return dataclasses.replace(found, column_size=_whole(columns - octaves))
 
 
-def stack(lattices: Sequence[Lattice]) -> Lattice:
+def stack_rows(lattices: Sequence[Lattice]) -> Lattice:
     """Lattices of the same base and columns above one another."""
     return dataclasses.replace(
         lattices[0],
@@ -88,18 +90,18 @@ class LatticeTensor:
         """The float32 matrix that the codes stand for."""
         return self.codes.float() * self.lattice.row_steps()[:, None] * self.lattice.column_steps()
 
-    def of_rows(self, rows: Rows) -> "LatticeTensor":
+    def select_rows(self, rows: Rows) -> "LatticeTensor":
         """Some of the rows."""
-        return LatticeTensor(self.codes[rows], self.lattice.of_rows(rows))
+        return LatticeTensor(self.codes[rows], self.lattice.select_rows(rows))
 
-    def replaced(self, rows: Rows, part: "LatticeTensor") -> "LatticeTensor":
+    def replace_rows(self, rows: Rows, part: "LatticeTensor") -> "LatticeTensor":
         """With ``part`` in the place of some of the rows."""
         codes, scale, size = self.codes.clone(), self.lattice.row_scale.clone(), self.lattice.row_size.clone()
         codes[rows], scale[rows], size[rows] = part.codes, part.lattice.row_scale, part.lattice.row_size
         return LatticeTensor(codes, dataclasses.replace(self.lattice, row_scale=scale, row_size=size))
 
 
-def lattice_of(
+def make_lattice(
     weight: Float[Tensor, "out in"], unit: float, rows: Float[Tensor, " out"], columns: Float[Tensor, " in"]
 ) -> Lattice:
     """The lattice on which an error of ``unit`` steps costs the same in every row (sensitivities ``rows``, a) and every
@@ -117,13 +119,13 @@ def lattice_of(
         torch.zeros(len(columns), dtype=torch.int8),
     )
     steps = lattice.row_steps()[:, None] * lattice.column_steps()
-    return lattice.expecting((weight / steps).abs())
+    return lattice.fit_sizes((weight / steps).abs())
 
 
-def price_at(unit: float) -> float:
+def bit_price(unit: float) -> float:
     """What the next bit is worth at ``unit``, in nats per token.
 
-    >>> round(price_at(1.0) * 12 / math.log(2), 6)
+    >>> round(bit_price(1.0) * 12 / math.log(2), 6)
     1.0
     """
     return unit**2 * math.log(2) / 12

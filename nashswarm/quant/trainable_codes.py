@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
 
-from nashswarm.quant.entropy import CodeTables, count, encode_groups, encode_lattice, lengths, tables_of
+from nashswarm.quant.entropy import CodeTables, code_lengths, count_symbols, encode_groups, encode_lattice, fit_tables
 from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, WIDTHS, QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
 from nashswarm.quant.pack import pack
@@ -74,7 +74,7 @@ class TrainableCodes:
         return codes if self.low is None or self.high is None else codes.maximum(self.low).minimum(self.high)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def clamp_codes(self) -> None:
         """Bring latent codes that a step took off their grid back to its ends."""
         self.codes.copy_(torch.where(self.trained, self.clamped(self.codes), self.origin))
 
@@ -85,7 +85,7 @@ class TrainableCodes:
         return values.view(self.tensor.codes.shape)
 
     @torch.no_grad()
-    def take(self, gradient: Float[Tensor, "out in"], price: float) -> None:
+    def backpropagate(self, gradient: Float[Tensor, "out in"], price: float) -> None:
         """Hand the gradient of the loss in the weights on to the parameters; ``price``: of a bit, in the loss."""
         own = torch.where(self.trained, gradient.view(self.shape), 0)
         factor = self.step * self.scale.exp()
@@ -99,11 +99,11 @@ class TrainableCodes:
     def bits(self, codes: Float[Tensor, "out groups group_size"]) -> Float[Tensor, "out groups group_size"]:
         """The length of every code where an entropy coder stores it, by the tables at the start."""
         if isinstance(self.table, CodeTables):
-            return lengths(codes.view(self.tensor.codes.shape).int(), self.address, self.table).view(self.shape)
+            return code_lengths(codes.view(self.tensor.codes.shape).int(), self.address, self.table).view(self.shape)
         return self.table.to(self.device).take(self.address * CODES + codes.long().clamp(0, CODES - 1))
 
     @torch.no_grad()
-    def moves(self) -> tuple[Float[Tensor, " moves"], Float[Tensor, " moves"]]:
+    def lengthened_codes(self) -> tuple[Float[Tensor, " moves"], Float[Tensor, " moves"]]:
         """Of all codes that moved and became longer: how far their latent codes went, in steps, and by how many bits
         they grew."""
         grown = torch.where(self.trained, self.bits(self.codes.round()) - self.bits(self.start), 0)
@@ -111,7 +111,7 @@ class TrainableCodes:
         return (self.codes - self.origin).abs()[longer], grown[longer]
 
     @torch.no_grad()
-    def stored(self, least: float) -> LatticeTensor | QuantizedTensor:
+    def quantized(self, least: float) -> LatticeTensor | QuantizedTensor:
         """The tensor with its codes rounded; those that grew longer without going further than ``least`` steps stay as
         they were."""
         codes = self.codes.round()
@@ -131,12 +131,12 @@ class TrainableCodes:
         return dataclasses.replace(self.tensor, codes=whole, scale=scale)
 
 
-def encode(
+def encode_tensors(
     tensors: Mapping[str, LatticeTensor | QuantizedTensor], coded: Mapping[str, bool], tables_name: str
 ) -> dict[str, UInt8[np.ndarray, " _"]]:
     """The stored bytes of every matrix and, under ``tables_name``, of the tables that fit all lattices together."""
     lattices = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, LatticeTensor)}
-    tables = tables_of(count(lattices.values()))
+    tables = fit_tables(count_symbols(lattices.values()))
     found = {name: encode_lattice(tensor, tables) for name, tensor in lattices.items()}
     for name, tensor in tensors.items():
         if isinstance(tensor, QuantizedTensor):

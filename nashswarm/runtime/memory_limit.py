@@ -37,12 +37,12 @@ def peak(model: Any, tokens: int) -> int:
     """The most bytes that this process held while the model read a text, of so many tokens with the one that it wrote
     then.  Raises ValueError where the system does not tell."""
     ids = torch.zeros(1, tokens - 1, dtype=torch.long)
-    memory.give_back()
+    memory.trim_heap()
     if not memory.reset_peak():
         raise ValueError("this system does not tell how much a process has held: leave out --memory-mb")
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
     held = memory.peak_bytes()
-    memory.give_back()
+    memory.trim_heap()
     return held
 
 

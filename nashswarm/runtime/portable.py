@@ -141,7 +141,7 @@ class Planes(nn.Module):
             self.register_buffer(name, getattr(tiles, name).float())
         self.escapes = len(tiles.escape_codes)
         if self.escapes:
-            rows, columns = layout.escaped(tiles)
+            rows, columns = layout.escape_positions(tiles)
             self.register_buffer("escape_places", (rows * matrix.shape[1] + columns).int())
             self.register_buffer("escape_codes", tiles.escape_codes)
 

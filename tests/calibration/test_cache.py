@@ -53,7 +53,7 @@ def test_what_a_killed_worker_left_half_written_is_removed(tmp_path: pathlib.Pat
 
 def test_a_computation_may_ask_for_other_tensors(tmp_path: pathlib.Path) -> None:
     cache = Cache(tmp_path, {})
-    inner = cache.under({"part": 1})
+    inner = cache.with_key({"part": 1})
     found = cache("outer", {}, lambda: {"x": 1 + inner("inner", {}, lambda: {"x": torch.ones(1)})["x"]})
     assert found["x"] == 2 and len(list(tmp_path.iterdir())) == 2
 

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from nashswarm.calibration import moments as calibration
-from nashswarm.calibration.moments import calibrate, drawn
+from nashswarm.calibration.moments import calibrate, sample_tokens
 from nashswarm.layers import Moments
 from nashswarm.models.matrices import find_layers
 
@@ -131,7 +131,7 @@ def test_labels_drawn_from_the_model_follow_the_generator(model: Any, token_wind
 
 def test_tokens_are_drawn_where_a_uniform_number_falls() -> None:
     logits = torch.randn(300, 7, generator=torch.Generator().manual_seed(0)) * 3
-    found = drawn(logits, torch.Generator().manual_seed(1))
+    found = sample_tokens(logits, torch.Generator().manual_seed(1))
     heights = torch.rand(300, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for row, height, token in zip(logits.double().softmax(-1), heights, found, strict=True):
         assert row[:token].sum() <= height < row[: token + 1].sum()
@@ -139,7 +139,7 @@ def test_tokens_are_drawn_where_a_uniform_number_falls() -> None:
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     logits = torch.tensor([0.1, 0.0, 0.6, 0.3]).log().expand(40_000, 4)
-    counts = torch.bincount(drawn(logits, torch.Generator().manual_seed(0)), minlength=4)
+    counts = torch.bincount(sample_tokens(logits, torch.Generator().manual_seed(0)), minlength=4)
     torch.testing.assert_close(counts / 40_000, torch.tensor([0.1, 0.0, 0.6, 0.3]), atol=0.01, rtol=0)
     assert counts[1] == 0
 

@@ -73,7 +73,7 @@ def test_only_what_may_have_changed_is_computed(names: list[str], repeats: int, 
     with torch.no_grad():
         for name in names:
             model.get_submodule(name).weight.mul_(0.5)
-    with replay.before(names):
+    with replay.skip_prefix(names):
         found = [model(text) for text in texts]
     assert len(seen) == computed * len(texts)
     for text, answer in zip(texts, found, strict=True):
@@ -84,7 +84,7 @@ def test_who_changes_a_replayed_answer_changes_no_later_one() -> None:
     model, text = Stack(), torch.ones(2, 4)
     replay = PrefixReplay(model, lambda: model(text))
     for _ in range(2):
-        with replay.before(["blocks.1.0"]):
+        with replay.skip_prefix(["blocks.1.0"]):
             answer = model.blocks[0](text)
         assert torch.equal(answer, model.blocks[0](model.start(text)))
         answer.data.zero_()

@@ -354,8 +354,10 @@ def test_the_operators_are_as_torch_wants_them(activations: str) -> None:
     tiles = example(33, 70, 32, [0, 2, 3, 4, 8], lattice=True, escapes=3)
     for x in (torch.randn(2, 70), torch.randn(2, 70, requires_grad=True)):
         bias = torch.randn(33, requires_grad=x.requires_grad)
-        torch.library.opcheck(torch.ops.nashswarm.matmul.default, (x, bias, activations, *kernels.flat(tiles)))
-    torch.library.opcheck(torch.ops.nashswarm.rows.default, (torch.tensor([3, 32]), *kernels.flat(tiles)))
+        torch.library.opcheck(
+            torch.ops.nashswarm.matmul.default, (x, bias, activations, *kernels.operator_arguments(tiles))
+        )
+    torch.library.opcheck(torch.ops.nashswarm.rows.default, (torch.tensor([3, 32]), *kernels.operator_arguments(tiles)))
 
 
 def test_gradients_reach_x_and_the_bias(path: str) -> None:
@@ -459,7 +461,7 @@ def test_the_log_says_once_which_path_is_taken(
     with caplog.at_level(logging.INFO, native.__name__):
         for _ in range(3):
             kernels.matmul(torch.zeros(1, 70), tiles)
-    assert [record.getMessage() for record in caplog.records] == [native.path_taken(path)]
+    assert [record.getMessage() for record in caplog.records] == [native.describe_path(path)]
 
 
 def test_without_a_library_torch_multiplies_and_says_why(

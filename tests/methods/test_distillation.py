@@ -27,7 +27,7 @@ from nashswarm.methods.uniform import Uniform
 from nashswarm.models import matrices
 from nashswarm.packed import checkpoint
 from nashswarm.progress import no_track
-from nashswarm.quant.entropy import CodeTables, count, tables_of
+from nashswarm.quant.entropy import CodeTables, count_symbols, fit_tables
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.prototype import quantize_by_magnitude
 from nashswarm.quant.trainable_codes import TrainableCodes
@@ -133,8 +133,8 @@ def test_codes_stay_on_their_grid() -> None:
     latent = TrainableCodes(quantize(weight, 3, Scheme(64)), weight, torch.device("cpu"), coded=False)
     with torch.no_grad():
         latent.codes += torch.where(torch.arange(64) % 2 == 0, 50, -50)
-    latent.settle()
-    stored = latent.stored(0.0)
+    latent.clamp_codes()
+    stored = latent.quantized(0.0)
     assert stored.codes.unique().tolist() == [0, 7] and torch.equal(stored.dequantize(), latent.weight())
 
 
@@ -153,7 +153,7 @@ def test_gradients_reach_codes_and_scales() -> None:
     tensor = quantize(weight, torch.tensor([[2], [0]], dtype=torch.uint8), Scheme(64))
     latent = TrainableCodes(tensor, weight, torch.device("cpu"), coded=False)
     assert torch.equal(latent.weight(), tensor.dequantize())
-    latent.take(slope, 0.0)
+    latent.backpropagate(slope, 0.0)
     assert latent.codes.grad is not None and latent.scale.grad is not None
     assert torch.allclose(latent.codes.grad[:16, 0], (slope * tensor.scale.float())[:16])
     assert not latent.codes.grad[16:].any() and not latent.scale.grad[16:].any()
@@ -164,12 +164,12 @@ def test_length_pulls_codes_to_zero(drawn: dict[str, Callable[..., Any]]) -> Non
     """Without any other gradient every price makes latent codes between 0 and 1 smaller, and the file with them."""
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     tensor = drawn["lattice"](weight)
-    tables = tables_of(count([tensor]))
+    tables = fit_tables(count_symbols([tensor]))
     latent = TrainableCodes(tensor, weight, torch.device("cpu"), True, tables)
     assert float(latent.bits(latent.start).sum()) == pytest.approx(
         float(distillation.coded_bits(tensor, tables).sum()), rel=1e-5
     )
-    latent.take(torch.zeros(32, 64), 1.0)
+    latent.backpropagate(torch.zeros(32, 64), 1.0)
     assert latent.codes.grad is not None
     between = (latent.codes > 0) & (latent.codes < 1) & (latent.tensor.lattice.levels() < 0)[:, None]  # type: ignore[union-attr]
     assert between.any() and (latent.codes.grad[between] > 0).all()

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nashswarm.quant.coordinate_descent import DescentResult, coordinate_descent, quantize_layer
-from nashswarm.quant.curvature import DAMPING, Curvature, factor_curvature, pivots
-from nashswarm.quant.entropy import address
+from nashswarm.quant.curvature import DAMPING, Curvature, factor_curvature, inverse_cholesky
+from nashswarm.quant.entropy import table_and_shift
 from nashswarm.quant.error_feedback import Grid, error_feedback_pass
 from nashswarm.quant.grid import Scheme, quantize
-from nashswarm.quant.lattice import Lattice, LatticeTensor, lattice_of
-from nashswarm.quant.lattice_codes import Coding, lattice_descent, lattice_error_feedback, regret_by_row
+from nashswarm.quant.lattice import Lattice, LatticeTensor, make_lattice
+from nashswarm.quant.lattice_codes import RateTerm, lattice_descent, lattice_error_feedback, regret_by_row
 from tests.quant.laplace import LAPLACE
 
 SCHEME = Scheme(8, search=True)
@@ -165,7 +165,7 @@ class Case:
     def grid_of(self, columns: torch.Tensor, current: torch.Tensor) -> Grid:
         if self.price is None:
             return Grid(self.steps[:, columns])
-        table, shift = address(self.lattice.levels(columns))
+        table, shift = table_and_shift(self.lattice.levels(columns))
         prices = self.price * torch.from_numpy(LAPLACE.bits()).float()
         return Grid(self.steps[:, columns], price=prices, table=table, shift=shift, bit=self.price)
 
@@ -182,7 +182,7 @@ class Case:
             total += (self.curvature.lookups[row].double().numpy() * error**2).sum() / 2
         if self.price is not None:
             for column, code in enumerate(codes):
-                table, shift = (int(part) for part in address(self.lattice.levels()[row, column]))
+                table, shift = (int(part) for part in table_and_shift(self.lattice.levels()[row, column]))
                 symbol = int(abs(code)) >> shift
                 total += self.price * (LAPLACE.bits()[table, min(symbol, 48)] + bool(code and not symbol and shift))
         return float(total)
@@ -213,7 +213,7 @@ def case(rows: int, columns: int, seed: int, unit: float = 0.5, lookups: bool = 
         torch.rand(rows, columns, generator=generator) if lookups else None,
     )
     weight, whitened = weights(rows, columns, seed), factor_curvature(curvature)
-    lattice = lattice_of(weight, unit, whitened.rows, whitened.columns)
+    lattice = make_lattice(weight, unit, whitened.rows, whitened.columns)
     return Case(weight, curvature, lattice, price * unit**2 * np.log(2) / 12 if price else None)
 
 
@@ -243,7 +243,7 @@ def slow_pass(weight: torch.Tensor, h: torch.Tensor, steps: torch.Tensor) -> np.
 def test_the_pass_on_a_fine_lattice_is_gptq(block: int) -> None:
     one = case(30, 40, 1, unit=0.05)
     inputs = one.curvature.inputs
-    found = error_feedback_pass(one.weight, one.curvature.rows, pivots(inputs), one.grid_of, block)
+    found = error_feedback_pass(one.weight, one.curvature.rows, inverse_cholesky(inputs), one.grid_of, block)
     slow = torch.from_numpy(slow_pass(one.weight, inputs, one.steps)).float()
     same = (found == slow).all(1)
     assert same.float().mean() >= 0.9  # a float32 tie may fall the other way, and the rest of its row answers
@@ -255,14 +255,14 @@ def test_the_pass_in_another_order_is_the_pass_over_permuted_columns() -> None:
     one = case(30, 20, 2, unit=0.2)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     permuted = one.curvature.inputs[order][:, order]
-    found = error_feedback_pass(one.weight, one.curvature.rows, pivots(permuted), one.grid_of, 8, order)
+    found = error_feedback_pass(one.weight, one.curvature.rows, inverse_cholesky(permuted), one.grid_of, 8, order)
     slow = slow_pass(one.weight[:, order], permuted, one.steps[:, order])
     assert (found[:, order].numpy() == slow).all(1).mean() >= 0.9
 
 
 def test_a_pivot_is_what_an_error_costs_once_later_columns_have_answered() -> None:
     h = correlated(12, 3) + 0.05 * torch.eye(12)
-    found = 1 / pivots(h).diagonal().square()
+    found = 1 / inverse_cholesky(h).diagonal().square()
     for column in range(12):
         near, far = h[column, column].double(), h[column, column + 1 :].double()
         left = near - far @ torch.linalg.pinv(h[column + 1 :, column + 1 :].double()) @ far
@@ -347,7 +347,7 @@ def test_the_end_is_one_of_the_equilibria_that_exhaustive_search_finds(
 def test_regret_of_the_codes_by_brute_force(one: Case) -> None:
     """Before: what every weight would gain alone, added up.  After: nothing."""
     start = (one.weight / one.steps).round()
-    coding = Coding(LAPLACE, one.price) if one.price else None
+    rate = RateTerm(LAPLACE, one.price) if one.price else None
     gains = np.zeros(len(start))
     for row, own in enumerate(start.double().numpy()):
         for column in range(len(own)):
@@ -357,13 +357,13 @@ def test_regret_of_the_codes_by_brute_force(one: Case) -> None:
                 moved[column] = code
                 alternatives.append(one.cost(row, moved))
             gains[row] += one.cost(row, own) - min(alternatives)
-    found = regret_by_row(one.weight, LatticeTensor(start.int(), one.lattice), one.curvature, coding)
+    found = regret_by_row(one.weight, LatticeTensor(start.int(), one.lattice), one.curvature, rate)
     slack = 1e-5 * one.costs(start).max()
     assert (found.numpy() <= (1 + 1e-3) * gains + slack).all()
     assert (found.numpy() >= (1 - 1e-3) * gains - slack).all()
     settled = LatticeTensor(one.settle(start).codes.int(), one.lattice)
     unit = (one.curvature.diagonal() * one.steps.square()).sum(1)
-    assert (regret_by_row(one.weight, settled, one.curvature, coding) <= 2e-5 * unit).all()
+    assert (regret_by_row(one.weight, settled, one.curvature, rate) <= 2e-5 * unit).all()
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 1.0, 4.0]), st.sampled_from([0.3, 1.0, 6.0]))
@@ -372,12 +372,12 @@ def test_a_matrix_that_is_only_looked_up_takes_the_cheapest_codes(seed: int, pri
     generator = torch.Generator().manual_seed(seed)
     weight, sensitivity = weights(5, 4, seed), torch.outer(*(torch.rand(5, generator=generator) + 0.2 for _ in "ab"))
     whitened = factor_curvature(Curvature(torch.zeros(5), None, sensitivity[:, :4]))
-    lattice = lattice_of(weight, unit, whitened.rows, whitened.columns)
+    lattice = make_lattice(weight, unit, whitened.rows, whitened.columns)
     one = Case(weight, whitened.curvature, lattice, price * unit**2 * np.log(2) / 12 if price else None)
-    coding = Coding(LAPLACE, one.price) if one.price else None
+    rate = RateTerm(LAPLACE, one.price) if one.price else None
     answer = lattice_error_feedback(weight, whitened, lattice)
     assert torch.equal(answer.codes, (weight / one.steps).round().int())
-    settled, found = lattice_descent(weight, answer, whitened.curvature, coding)
+    settled, found = lattice_descent(weight, answer, whitened.curvature, rate)
     assert found.moves[-1] == 0 and one.worst_gain(settled.codes) <= 1e-4
     if not price:
         assert torch.equal(settled.codes, answer.codes)
@@ -387,11 +387,11 @@ def test_a_price_makes_codes_shorter_and_damage_larger() -> None:
     one = case(20, 24, 7, unit=1.0)
     whitened, lengths, damages = factor_curvature(one.curvature), [], []
     for price in (0.0, 0.3, 1.0, 3.0):
-        coding = Coding(LAPLACE, price * np.log(2) / 12) if price else None
+        rate = RateTerm(LAPLACE, price * np.log(2) / 12) if price else None
         answer, _ = lattice_descent(
-            one.weight, lattice_error_feedback(one.weight, whitened, one.lattice), one.curvature, coding, 20
+            one.weight, lattice_error_feedback(one.weight, whitened, one.lattice), one.curvature, rate, 20
         )
-        table, shift = address(one.lattice.levels())
+        table, shift = table_and_shift(one.lattice.levels())
         symbols = (answer.codes.abs() >> shift).clamp(max=48)
         lengths.append(LAPLACE.bits()[table.numpy(), symbols.numpy()].sum())
         damages.append(float(one.curvature.damage_by_row(one.weight - answer.dequantize()).sum()))
@@ -450,7 +450,7 @@ def test_local_replies_cannot_diverge(near: int) -> None:
     inputs = shared + 0.05 * torch.randn(64, 24, generator=torch.Generator().manual_seed(1))
     whole = Curvature(torch.ones(10), inputs.T @ inputs / 64, None)
     local, weight = whole.keep_top_correlations(near), weights(10, 24, 3)
-    lattice = lattice_of(weight, 0.5, torch.ones(10), torch.ones(24))
+    lattice = make_lattice(weight, 0.5, torch.ones(10), torch.ones(24))
     start = (weight / 0.5).round()
     one = Case(weight, local, lattice)
     settled = one.settle(start)

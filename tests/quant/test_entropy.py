@@ -19,14 +19,14 @@ from nashswarm.quant.entropy import (
     TOTAL,
     CodeTables,
     coded_bits,
-    count,
+    count_symbols,
     decode_groups,
     decode_integers,
     decode_lattice,
     encode_groups,
     encode_integers,
     encode_lattice,
-    tables_of,
+    fit_tables,
 )
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize
 from nashswarm.quant.lattice import Lattice, LatticeTensor
@@ -55,7 +55,7 @@ def lattice_tensors(draw: st.DrawFn) -> LatticeTensor:
         sides = [torch.from_numpy(rng.integers(-128, 128, size).astype(np.int8)) for size in (rows, columns) * 2]
         lattice = Lattice(base, *sides)
     else:
-        lattice = dataclasses.replace(flat(rows, columns), base=base).expecting(torch.from_numpy(np.abs(codes)).float())
+        lattice = dataclasses.replace(flat(rows, columns), base=base).fit_sizes(torch.from_numpy(np.abs(codes)).float())
     return LatticeTensor(torch.from_numpy(codes.astype(np.int32)), lattice)
 
 
@@ -83,7 +83,7 @@ def assert_same(found: LatticeTensor, tensor: LatticeTensor) -> None:
 @given(lattice_tensors(), st.booleans())
 @some
 def test_a_lattice_tensor_comes_back_bit_by_bit(tensor: LatticeTensor, fitted: bool) -> None:
-    tables = tables_of(count([tensor])) if fitted else LAPLACE
+    tables = fit_tables(count_symbols([tensor])) if fitted else LAPLACE
     assert_same(decode_lattice(encode_lattice(tensor, tables), tables), tensor)
 
 
@@ -138,7 +138,7 @@ def gaussian(rows: int, columns: int, spread: float, seed: int = 0) -> LatticeTe
     generator = torch.Generator().manual_seed(seed)
     sizes = (torch.randn(rows, 1, generator=generator) + torch.randn(columns, generator=generator)).exp()
     codes = (spread * sizes * torch.randn(rows, columns, generator=generator)).round().int()
-    return LatticeTensor(codes, flat(rows, columns).expecting(codes.abs().float()))
+    return LatticeTensor(codes, flat(rows, columns).fit_sizes(codes.abs().float()))
 
 
 EXAMPLES: dict[str, tuple[Callable[[], np.ndarray], Callable[[np.ndarray], object]]] = {
@@ -184,7 +184,7 @@ def test_bytes_of_another_kind_are_refused(kind: str) -> None:
 def test_every_table_sums_to_its_total_and_leaves_no_symbol_out(seed: int, share: float, largest: float) -> None:
     rng = np.random.default_rng(seed)
     counts = largest ** rng.random((TABLES, ESCAPE + 1)) * (rng.random((TABLES, ESCAPE + 1)) < share)
-    tables = tables_of(counts)
+    tables = fit_tables(counts)
     assert (tables.frequencies.sum(1) == TOTAL).all() and (tables.frequencies >= 1).all()
     ideal = (counts + 0.1) / (counts + 0.1).sum(1, keepdims=True)
     others = np.ones(counts.shape, bool)
@@ -201,7 +201,7 @@ def test_a_code_is_as_long_as_its_rarity_with_a_sign_and_the_escaped_magnitude()
         assert bits[table, magnitude] == pytest.approx(rarity + extra)
 
 
-def slow_address(level: int) -> tuple[int, int]:
+def slow_table_and_shift(level: int) -> tuple[int, int]:
     shift = 0
     while level > HIGHEST:
         level, shift = level - 2, shift + 1
@@ -210,8 +210,10 @@ def slow_address(level: int) -> tuple[int, int]:
 
 def test_a_level_above_the_last_table_halves_the_magnitudes_until_one_fits() -> None:
     levels = torch.arange(-40, 60)
-    table, shift = entropy.address(levels)
-    assert list(zip(table.tolist(), shift.tolist(), strict=True)) == [slow_address(level) for level in range(-40, 60)]
+    table, shift = entropy.table_and_shift(levels)
+    assert list(zip(table.tolist(), shift.tolist(), strict=True)) == [
+        slow_table_and_shift(level) for level in range(-40, 60)
+    ]
 
 
 @given(lattice_tensors())
@@ -222,20 +224,20 @@ def test_symbols_are_counted_and_measured_one_by_one(tensor: LatticeTensor) -> N
     for row, codes in zip(levels, tensor.codes.tolist(), strict=True):
         lengths.append(0.0)
         for level, code in zip(row, codes, strict=True):
-            table, shift = slow_address(level)
+            table, shift = slow_table_and_shift(level)
             symbol = min(abs(code) >> shift, ESCAPE)
             counts[table, symbol] += 1
             own_sign = symbol == 0 and code != 0  # the table's length holds the sign of the other symbols
             lengths[-1] += bits[table, symbol] + shift + own_sign
-    assert np.array_equal(count([tensor]), counts)
-    assert np.array_equal(count([tensor, tensor]), 2 * counts)
+    assert np.array_equal(count_symbols([tensor]), counts)
+    assert np.array_equal(count_symbols([tensor, tensor]), 2 * counts)
     assert coded_bits(tensor, LAPLACE).tolist() == pytest.approx(lengths, rel=1e-5)
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.3, 2.0, 100.0])
 def test_the_length_that_players_see_is_the_length_of_the_file(spread: float) -> None:
     tensor = gaussian(300, 400, spread)
-    tables = tables_of(count([tensor]))
+    tables = fit_tables(count_symbols([tensor]))
     sides = (getattr(tensor.lattice, name) for name in ("row_scale", "column_scale", "row_size", "column_size"))
     header = 4 + 4 + 4 * 9 + 12 + sum(len(encode_integers(side.numpy())) for side in sides)
     expected = coded_bits(tensor, tables).sum().item() / 8
@@ -248,9 +250,9 @@ def test_geometric_codes_take_their_entropy(ratio: float) -> None:
     chances = ratio ** np.abs(np.arange(-40, 41))
     chances /= chances.sum()
     codes = np.random.default_rng(0).choice(np.arange(-40, 41), (400, 500), p=chances).astype(np.int32)
-    lattice = flat(400, 500).expecting(torch.from_numpy(np.abs(codes)).float())
+    lattice = flat(400, 500).fit_sizes(torch.from_numpy(np.abs(codes)).float())
     tensor = LatticeTensor(torch.from_numpy(codes), lattice)
-    tables = tables_of(count([tensor]))
+    tables = fit_tables(count_symbols([tensor]))
     ideal = -(chances * np.log2(chances)).sum() * codes.size / 8
     found = len(encode_lattice(tensor, tables))
     assert 0.99 * ideal < found < 1.02 * ideal + 400
@@ -260,7 +262,7 @@ def test_geometric_codes_take_their_entropy(ratio: float) -> None:
 def test_a_lattice_that_knows_the_sizes_codes_shorter_than_one_that_does_not() -> None:
     tensor = gaussian(200, 300, 2.0)
     blind = LatticeTensor(tensor.codes, flat(200, 300, level=3))
-    long, short = (len(encode_lattice(one, tables_of(count([one])))) for one in (blind, tensor))
+    long, short = (len(encode_lattice(one, fit_tables(count_symbols([one])))) for one in (blind, tensor))
     assert short < 0.8 * long
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nashswarm.quant.lattice import QUIETEST, Lattice, LatticeTensor, lattice_of, price_at, stack
+from nashswarm.quant.lattice import MIN_MAGNITUDE, Lattice, LatticeTensor, bit_price, make_lattice, stack_rows
 
 few = settings(max_examples=25, deadline=None)
 EIGHTH = 1 / 8 + 1e-4  # of an octave: half a step of a scale, for rows and for columns
@@ -46,7 +46,7 @@ def test_an_error_of_one_step_costs_the_same_everywhere(
 ) -> None:
     """Step ∝ 1/√(a κ), to an eighth of an octave for the row and as much for the column."""
     a, kappa = sensitivities(rows, seed, spread), sensitivities(columns, seed + 1, spread)
-    lattice = lattice_of(torch.randn(rows, columns), unit, a, kappa)
+    lattice = make_lattice(torch.randn(rows, columns), unit, a, kappa)
     for row, step in enumerate(lattice.row_steps().tolist()):
         wanted = lattice.row_steps()[0].item() * math.sqrt(a[0].item() / a[row].item())
         assert abs(math.log2(step / wanted)) <= 2 * EIGHTH
@@ -61,25 +61,25 @@ def test_an_error_of_one_step_costs_the_same_everywhere(
 def test_one_side_alone_is_right_to_an_eighth_of_an_octave(seed: int, side: str) -> None:
     varied, same = sensitivities(30, seed, 2.0), torch.ones(7)
     if side == "rows":
-        steps = lattice_of(torch.randn(30, 7), 0.01, varied, same).row_steps()
+        steps = make_lattice(torch.randn(30, 7), 0.01, varied, same).row_steps()
     else:
-        lattice = lattice_of(torch.randn(7, 30), 0.01, same, varied)
+        lattice = make_lattice(torch.randn(7, 30), 0.01, same, varied)
         steps = lattice.column_steps() * lattice.row_steps()[0]
     assert (torch.log2(steps * varied.sqrt() / 0.01).abs() <= EIGHTH).all()
 
 
 def test_what_has_no_sensitivity_counts_as_the_least_sensitive_that_has_some() -> None:
     weight = torch.randn(4, 3)
-    lattice = lattice_of(weight, 1.0, torch.tensor([4.0, 0.0, 1.0, 16.0]), torch.tensor([1.0, 0.0, 64.0]))
+    lattice = make_lattice(weight, 1.0, torch.tensor([4.0, 0.0, 1.0, 16.0]), torch.tensor([1.0, 0.0, 64.0]))
     steps = lattice.row_steps()[:, None] * lattice.column_steps()
     assert torch.allclose(steps, torch.tensor([[0.5], [1], [1], [0.25]]) * torch.tensor([1, 1, 0.125]))
-    assert lattice_of(weight, 1.0, torch.zeros(4), torch.zeros(3)).row_steps().tolist() == [1.0] * 4
+    assert make_lattice(weight, 1.0, torch.zeros(4), torch.zeros(3)).row_steps().tolist() == [1.0] * 4
 
 
 def test_sensitivities_of_any_size_fit_the_small_integers() -> None:
     """The middle is taken out, so only what differs by more than 2³² from it saturates."""
     for scale in (1e-25, 1e-10, 1.0, 1e10):
-        lattice = lattice_of(torch.ones(3, 1), 1e-3, scale * torch.tensor([1e-3, 1.0, 1e3]), torch.ones(1))
+        lattice = make_lattice(torch.ones(3, 1), 1e-3, scale * torch.tensor([1e-3, 1.0, 1e3]), torch.ones(1))
         ideal = 1e-3 / (scale * torch.tensor([1e-3, 1.0, 1e3])).sqrt()
         assert (torch.log2(lattice.row_steps() * lattice.column_steps() / ideal).abs() <= EIGHTH).all()
 
@@ -108,11 +108,11 @@ def test_levels_follow_the_codes_of_a_matrix_whose_sizes_factor(seed: int, typic
     lattice = random_lattice(20, 30, seed)
     by_row, by_column = (torch.randn(size, generator=generator).exp2() for size in (20, 30))
     magnitudes = typical * torch.outer(by_row / by_row.mean(), by_column / by_column.mean())
-    levels = lattice.expecting(magnitudes).levels()
-    sides = [2 * (magnitudes.mean(axes, keepdim=True) + QUIETEST).log2() for axes in (1, 0, (0, 1))]
+    levels = lattice.fit_sizes(magnitudes).levels()
+    sides = [2 * (magnitudes.mean(axes, keepdim=True) + MIN_MAGNITUDE).log2() for axes in (1, 0, (0, 1))]
     assert ((levels - (sides[0] + sides[1] - sides[2])).abs() <= 2).all()  # three roundings by a half, a floor by one
     if typical >= 1:  # below, the quietest size that is told apart is felt three times
-        expected = 2 * (magnitudes + QUIETEST).log2()
+        expected = 2 * (magnitudes + MIN_MAGNITUDE).log2()
         assert ((levels - expected).abs() <= 2.25).all()
         assert (levels - expected).mean().abs() < 0.6
 
@@ -120,7 +120,7 @@ def test_levels_follow_the_codes_of_a_matrix_whose_sizes_factor(seed: int, typic
 def test_a_lattice_knows_the_sizes_of_the_weights_it_was_made_for() -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(200, 300, generator=generator) * torch.randn(200, 1, generator=generator).exp()
-    lattice = lattice_of(weight, 0.02, sensitivities(200, 1, 1.0), sensitivities(300, 2, 1.0))
+    lattice = make_lattice(weight, 0.02, sensitivities(200, 1, 1.0), sensitivities(300, 2, 1.0))
     steps = lattice.row_steps()[:, None] * lattice.column_steps()
     means = (weight / steps).abs().mean(1, keepdim=True)
     found = 2.0 ** (lattice.levels() / 2)
@@ -130,16 +130,16 @@ def test_a_lattice_knows_the_sizes_of_the_weights_it_was_made_for() -> None:
 def test_rows_and_columns_of_zeros_have_a_level_too() -> None:
     weight = torch.randn(5, 6)
     weight[2], weight[:, 3] = 0, 0
-    levels = lattice_of(weight, 1e-2, torch.ones(5), torch.ones(6)).levels()
+    levels = make_lattice(weight, 1e-2, torch.ones(5), torch.ones(6)).levels()
     assert (levels[2, [0, 1, 2, 4, 5]] < levels[0, [0, 1, 2, 4, 5]] - 10).all()
     assert (levels[[0, 1, 3, 4], 3] < levels[[0, 1, 3, 4], 0] - 10).all()
-    assert (lattice_of(torch.zeros(5, 6), 1.0, torch.ones(5), torch.ones(6)).levels() <= -13).all()
+    assert (make_lattice(torch.zeros(5, 6), 1.0, torch.ones(5), torch.ones(6)).levels() <= -13).all()
 
 
 def test_stacked_lattices_are_their_rows_above_one_another() -> None:
     parts = [random_lattice(rows, 7, rows) for rows in (3, 1, 4)]
     parts = [Lattice(0.25, p.row_scale, parts[0].column_scale, p.row_size, parts[0].column_size) for p in parts]
-    whole = stack(parts)
+    whole = stack_rows(parts)
     codes = torch.randint(-9, 10, (8, 7))
     by_part = [LatticeTensor(one, part).dequantize() for one, part in zip(codes.split([3, 1, 4]), parts, strict=True)]
     assert torch.equal(LatticeTensor(codes, whole).dequantize(), torch.cat(by_part))
@@ -149,9 +149,9 @@ def test_stacked_lattices_are_their_rows_above_one_another() -> None:
 @pytest.mark.parametrize("unit", [1e-4, 0.3, 7.0])
 def test_at_its_unit_the_next_bit_is_worth_the_price(unit: float) -> None:
     """D(R) = unit² / 24 · 4^(-R): its slope at R = 0 is the price of a bit."""
-    assert price_at(unit) == pytest.approx((unit**2 / 24) * math.log(4))
+    assert bit_price(unit) == pytest.approx((unit**2 / 24) * math.log(4))
     smaller = (unit**2 / 24) * 4.0**-1e-6
-    assert price_at(unit) == pytest.approx((unit**2 / 24 - smaller) / 1e-6, rel=1e-5)
+    assert bit_price(unit) == pytest.approx((unit**2 / 24 - smaller) / 1e-6, rel=1e-5)
 
 
 def test_uniform_quantizers_at_the_price_of_their_unit_pay_what_theory_says() -> None:
@@ -159,7 +159,7 @@ def test_uniform_quantizers_at_the_price_of_their_unit_pay_what_theory_says() ->
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(100, 400, generator=generator)
     a, kappa = sensitivities(100, 5, 1.0), sensitivities(400, 6, 1.0)
-    lattice = lattice_of(weight, 1e-3, a, kappa)
+    lattice = make_lattice(weight, 1e-3, a, kappa)
     steps = lattice.row_steps()[:, None] * lattice.column_steps()
     tensor = LatticeTensor((weight / steps).round().int(), lattice)
     damage = torch.outer(a, kappa) * (weight - tensor.dequantize()).square() / 2

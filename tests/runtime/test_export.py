@@ -19,7 +19,7 @@ from nashswarm.models.sources import EMBEDDED, WEIGHTS, ModelSource, load
 from nashswarm.packed import checkpoint
 from nashswarm.packed.modules import PackedMatrix
 from nashswarm.quant.grid import Scheme, quantize
-from nashswarm.quant.lattice import LatticeTensor, lattice_of
+from nashswarm.quant.lattice import LatticeTensor, make_lattice
 from nashswarm.quant.pack import pack
 from nashswarm.runtime import export, portable, qdq
 
@@ -110,10 +110,10 @@ def test_matmulnbits_gets_what_it_reads(runtime: Any) -> None:
 
 def lattice_up_to(weight: Tensor, limit: int) -> LatticeTensor:
     """A matrix of codes up to a limit, reached in every column, and one beyond it."""
-    lattice = lattice_of(weight, 0.5, torch.ones(len(weight)), torch.rand(weight.shape[1]) + 0.5)
+    lattice = make_lattice(weight, 0.5, torch.ones(len(weight)), torch.rand(weight.shape[1]) + 0.5)
     codes = (weight / (lattice.row_steps()[:, None] * lattice.column_steps())).round().clamp(-limit, limit).int()
     codes[0], codes[1, 5] = limit, 8 * limit
-    return LatticeTensor(codes, lattice.expecting(codes.abs().float()))
+    return LatticeTensor(codes, lattice.fit_sizes(codes.abs().float()))
 
 
 def of_form(form: str, shape: tuple[int, int], drawn: Drawn) -> PackedMatrix:

@@ -89,7 +89,7 @@ def test_pinned_weights_are_told_by_the_system(small: Any) -> None:
         size = memory_limit.pin(small)
     except ValueError as refused:
         pytest.skip(str(refused))
-    assert size == resident_bytes(small) <= memory.held()["pinned"]
+    assert size == resident_bytes(small) <= memory.usage_by_kind()["pinned"]
 
 
 def test_a_system_that_does_not_pin_is_named(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import Curvature
-from nashswarm.quant.error_feedback import pieces
+from nashswarm.quant.error_feedback import row_chunks
 from nashswarm.quant.grid import (
     GRID_WIDTHS,
     TILE_ROWS,
@@ -140,7 +140,7 @@ def block_features(layer: Layer, moments: Mapping[str, Moments], size: int) -> F
     first = moments[next((name for name in layer.modules if not moments[name].lookup), layer.modules[0])]
     by_row, by_column = (first.inputs, first.outputs) if first.lookup else (first.outputs, first.inputs.diagonal())
     found = []
-    for rows in pieces(layer.weight):
+    for rows in row_chunks(layer.weight):
         weight = layer.weight[rows]
         mean = block_means(weight, size)
         deviation = weight.double() - mean.repeat_interleave(TILE_ROWS, 0)[: len(weight)].repeat_interleave(size, 1)

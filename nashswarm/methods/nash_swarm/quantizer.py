@@ -19,16 +19,16 @@ from torch import Tensor
 
 from nashswarm.games import flock
 from nashswarm.layers import Layer
-from nashswarm.memory import give_back
+from nashswarm.memory import trim_heap
 from nashswarm.packed.checkpoint import TABLES
 from nashswarm.progress import Track
 from nashswarm.quant.coordinate_descent import DescentResult
 from nashswarm.quant.curvature import Curvature, FactoredCurvature
-from nashswarm.quant.entropy import CodeTables, coded_bits, count, encode_integers, encode_lattice, tables_of
-from nashswarm.quant.error_feedback import pieces
+from nashswarm.quant.entropy import CodeTables, coded_bits, count_symbols, encode_integers, encode_lattice, fit_tables
+from nashswarm.quant.error_feedback import row_chunks
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
-from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, lattice_of, price_at
-from nashswarm.quant.lattice_codes import Coding, lattice_descent, lattice_error_feedback
+from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, bit_price, make_lattice
+from nashswarm.quant.lattice_codes import RateTerm, lattice_descent, lattice_error_feedback
 
 BUDGET_TOLERANCE = 1e-3
 COARSE = 1e-2  # how closely a budget is met before offsets are chosen
@@ -81,7 +81,7 @@ class Played:
     def fitted(self) -> "Played":
         """The same codes; tables and sizes fitted to them."""
         tensors = {name: expected(tensor) for name, tensor in self.tensors.items()}
-        return dataclasses.replace(self, tensors=tensors, tables=tables_of(count(tensors.values())))
+        return dataclasses.replace(self, tensors=tensors, tables=fit_tables(count_symbols(tensors.values())))
 
     @property
     def bytes(self) -> int:
@@ -132,21 +132,21 @@ class Board:
         ground = self.whitened[layer.name]
         if self.uniform:
             flat = torch.ones(len(layer.weight)), torch.ones(layer.weight.shape[1])
-            return lattice_of(layer.weight, unit * float(layer.weight.square().mean().sqrt()), *flat)
-        found = lattice_of(layer.weight, unit, ground.rows * stance.weights[layer.name], ground.columns)
+            return make_lattice(layer.weight, unit * float(layer.weight.square().mean().sqrt()), *flat)
+        found = make_lattice(layer.weight, unit, ground.rows * stance.weights[layer.name], ground.columns)
         offsets = torch.from_numpy(stance.offsets[layer.name]).repeat_interleave(TILE_ROWS)
-        return found.moved(offsets[: len(layer.weight)])
+        return found.shift_row_scales(offsets[: len(layer.weight)])
 
     def curvature(self, layer: Layer, stance: Stance, rows: Rows = ALL) -> Curvature:
         """Of these rows, as the players see it."""
-        return self.whitened[layer.name].curvature.of_rows(rows).weighed(stance.weights[layer.name][rows])
+        return self.whitened[layer.name].curvature.select_rows(rows).scale_rows(stance.weights[layer.name][rows])
 
     def damage(self, layer: Layer, tensor: LatticeTensor, stance: Stance, rows: Rows = ALL) -> Float[Tensor, " out"]:
         """Nats per token of every row, as the players see it."""
         weight, curvature = layer.weight[rows], self.curvature(layer, stance, rows)
         by_piece = [
-            curvature.of_rows(piece).damage_by_row(weight[piece] - tensor.of_rows(piece).dequantize())
-            for piece in pieces(weight)
+            curvature.select_rows(piece).damage_by_row(weight[piece] - tensor.select_rows(piece).dequantize())
+            for piece in row_chunks(weight)
         ]
         return torch.cat(by_piece)
 
@@ -154,7 +154,7 @@ class Board:
         self, layer: Layer, tensor: LatticeTensor, played: Played, stance: Stance, rows: Rows = ALL
     ) -> Float[Tensor, " blocks"]:
         """What every block pays for these codes, in nats per token: damage and bits."""
-        paid = price_at(played.unit) * coded_bits(tensor, played.tables)
+        paid = bit_price(played.unit) * coded_bits(tensor, played.tables)
         return by_block(self.damage(layer, tensor, stance, rows) + paid)
 
     # all of them
@@ -166,8 +166,8 @@ class Board:
         for layer in self.track(self.layers, "replying"):
             found = lattice_error_feedback(layer.weight, self.whitened[layer.name], self.lattice(layer, unit, stance))
             tensors[layer.name] = expected(found)
-        give_back()
-        played = Played(unit, tensors, tables_of(count(tensors.values())), {})
+        trim_heap()
+        played = Played(unit, tensors, fit_tables(count_symbols(tensors.values())), {})
         if not sweeps:
             return played
         if not self.rate_in_codes:
@@ -182,8 +182,8 @@ class Board:
         for layer in self.track(self.layers, "settling"):
             now, own = played.tensors[layer.name], self.curvature(layer, stance)
             tensors[layer.name], ended = lattice_descent(layer.weight, now, own, coding, sweeps)
-            settled[layer.name] = ended.after(played.settled.get(layer.name))
-        give_back()
+            settled[layer.name] = ended.prepend(played.settled.get(layer.name))
+        trim_heap()
         return Played(played.unit, tensors, played.tables, settled)
 
     def moved(self, played: Played, stance: Stance, movers: Blocks, sweeps: int) -> Played:
@@ -191,14 +191,14 @@ class Board:
         coding = self.coding(played.unit, played.tables)
         tensors = dict(played.tensors)
         for layer, rows in self.rows(movers):
-            weight, ground = layer.weight[rows], self.whitened[layer.name].of_rows(rows)
-            lattice = self.lattice(layer, played.unit, stance).of_rows(rows)
+            weight, ground = layer.weight[rows], self.whitened[layer.name].select_rows(rows)
+            lattice = self.lattice(layer, played.unit, stance).select_rows(rows)
             column_size = played.tensors[layer.name].lattice.column_size
             passed = lattice_error_feedback(weight, ground, dataclasses.replace(lattice, column_size=column_size))
             found = expected(passed, columns_too=False)
             if sweeps:
                 found, _ = lattice_descent(weight, found, self.curvature(layer, stance, rows), coding, sweeps)
-            tensors[layer.name] = tensors[layer.name].replaced(rows, found)
+            tensors[layer.name] = tensors[layer.name].replace_rows(rows, found)
         return dataclasses.replace(played, tensors=tensors)
 
     def meet(self, budget: int, unit: float, stance: Stance, sweeps: int, tolerance: float) -> Played:
@@ -211,9 +211,9 @@ class Board:
 
         return meet(trial, lambda played: played.bytes, budget, unit, self.slope, tolerance)
 
-    def coding(self, unit: float, tables: CodeTables) -> Coding | None:
+    def coding(self, unit: float, tables: CodeTables) -> RateTerm | None:
         """What codes cost in their own eyes."""
-        return Coding(tables, self.rate_in_codes * price_at(unit)) if self.rate_in_codes else None
+        return RateTerm(tables, self.rate_in_codes * bit_price(unit)) if self.rate_in_codes else None
 
     def unit_of_rounding(self, budget: int) -> float:
         """The unit at which plain rounding on the lattice would take ``budget`` bytes: where the search begins."""
@@ -224,7 +224,7 @@ class Board:
                 lattice = self.lattice(layer, unit, self.plain)
                 steps = lattice.row_steps()[:, None] * lattice.column_steps()
                 tensors[layer.name] = LatticeTensor((layer.weight / steps).round().int(), lattice)
-            return unit, _estimated_bytes(tensors, tables_of(count(tensors.values())))
+            return unit, _estimated_bytes(tensors, fit_tables(count_symbols(tensors.values())))
 
         first = 2.0**-1 if self.uniform else 2.0**-12
         return meet(trial, lambda found: found[1], budget, first, Slope(self.slope.at_high_rate), 2 * COARSE)[0]
@@ -235,7 +235,7 @@ class Board:
         for layer in self.layers:
             zeros = torch.zeros(layer.weight.shape, dtype=torch.int32)
             tensors[layer.name] = expected(LatticeTensor(zeros, self.lattice(layer, 1.0, self.plain)))
-        return _estimated_bytes(tensors, tables_of(count(tensors.values())))
+        return _estimated_bytes(tensors, fit_tables(count_symbols(tensors.values())))
 
     def shrink(self, stance: Stance, coupling: sparse.csr_array, strength: float) -> Weights:
         """Every row's log sensitivity moved by ``strength`` toward the mean of its block's flock."""
@@ -258,11 +258,11 @@ class Board:
         found: list[tuple[Layer, Rows]] = []
         for layer in self.layers:
             if movers is None:
-                found += [(layer, piece) for piece in pieces(layer.weight)]
+                found += [(layer, piece) for piece in row_chunks(layer.weight)]
                 continue
             moving = torch.from_numpy(self.by_layer(movers)[layer.name]).repeat_interleave(TILE_ROWS)
             chosen = moving[: len(layer.weight)].nonzero()[:, 0]
-            found += [(layer, chosen[piece]) for piece in pieces(layer.weight[chosen])]
+            found += [(layer, chosen[piece]) for piece in row_chunks(layer.weight[chosen])]
         return found
 
     def by_layer(self, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -309,7 +309,7 @@ def meet(
 
 
 def expected(tensor: LatticeTensor, columns_too: bool = True) -> LatticeTensor:
-    return LatticeTensor(tensor.codes, tensor.lattice.expecting(tensor.codes.abs().float(), columns_too))
+    return LatticeTensor(tensor.codes, tensor.lattice.fit_sizes(tensor.codes.abs().float(), columns_too))
 
 
 def _estimated_bytes(tensors: Mapping[str, LatticeTensor], tables: CodeTables) -> int:

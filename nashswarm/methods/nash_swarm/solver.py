@@ -28,7 +28,7 @@ from nashswarm import layers
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.games import flock as swarm
 from nashswarm.games.potential import Coupling, Game, best_response
-from nashswarm.memory import give_back
+from nashswarm.memory import trim_heap
 from nashswarm.methods.bit_allocation import blocks
 from nashswarm.methods.bit_allocation.damages import PROBE_TOKENS
 from nashswarm.methods.method import Compressed
@@ -47,7 +47,7 @@ from nashswarm.methods.swarm import Flock
 from nashswarm.packed.modules import to_tiles
 from nashswarm.quant.curvature import FactoredCurvature, factor_curvature
 from nashswarm.quant.entropy import coded_bits
-from nashswarm.quant.lattice import LatticeTensor, price_at, stack
+from nashswarm.quant.lattice import LatticeTensor, bit_price, stack_rows
 from nashswarm.quant.lattice_codes import lattice_error_feedback, regret_by_row
 from nashswarm.quant.pack import run_lengths
 
@@ -129,7 +129,7 @@ class _Table(Board):
             if local is not None:
                 curved = curved.keep_top_correlations(local)
             whitened[layer.name] = factor_curvature(curved, feedback=feedback)
-        give_back()
+        trim_heap()
         super().__init__(context.layers, whitened, rules.bit_game == "uniform", rules.rate_in_codes, context.track)
         self.sweeps = rules.sweeps if rules.code_game == "equilibrium" else 0
         self.passes = 0
@@ -302,19 +302,19 @@ class _Table(Board):
         own = {layer.name: layer for layer, _ in parts}
         standing = {name: self.lattice(layer, played.unit, stance) for name, layer in own.items()}
         for layer, rows in self.track(parts, "trying offsets"):
-            weight, now = layer.weight[rows], played.tensors[layer.name].of_rows(rows)
+            weight, now = layer.weight[rows], played.tensors[layer.name].select_rows(rows)
             by_shift = {0: self.cost(layer, now, played, stance, rows)}
             if shifts:
-                lattices = [standing[layer.name].of_rows(rows).moved(shift) for shift in shifts]
-                ground = self.whitened[layer.name].of_rows(rows)
+                lattices = [standing[layer.name].select_rows(rows).shift_row_scales(shift) for shift in shifts]
+                ground = self.whitened[layer.name].select_rows(rows)
                 ground = dataclasses.replace(ground, rows=ground.rows.repeat(len(shifts)))
-                answer = lattice_error_feedback(weight.repeat(len(shifts), 1), ground, stack(lattices))
+                answer = lattice_error_feedback(weight.repeat(len(shifts), 1), ground, stack_rows(lattices))
                 for shift, codes, lattice in zip(shifts, answer.codes.split(len(weight)), lattices, strict=True):
                     placed = dataclasses.replace(lattice, column_size=now.lattice.column_size)
                     tensor = expected(LatticeTensor(codes, placed), columns_too=False)
                     by_shift[shift] = self.cost(layer, tensor, played, stance, rows)
             costs.append(torch.stack([by_shift[shift] for shift in self.rules.offsets], 1))
-        give_back()
+        trim_heap()
         return torch.cat(costs).numpy()
 
     def game(
@@ -328,7 +328,7 @@ class _Table(Board):
         own = np.full((len(costs), int(reached.max()) - least + 1), 10 * costs.max())
         np.put_along_axis(own, reached - least, costs, 1)
         steps = np.arange(own.shape[1])
-        apart = 8 * price_at(played.unit) * align * np.abs(steps[:, None] - steps)
+        apart = 8 * bit_price(played.unit) * align * np.abs(steps[:, None] - steps)
         return Game(own, (Coupling(self.flock, apart),) if align else ()), offsets - least, least
 
     def replied(
@@ -351,7 +351,7 @@ class _Table(Board):
         rounds: Mapping[str, list[float]],
     ) -> Compressed:
         """Packed bytes, weights, and the certificate."""
-        price = price_at(played.unit)
+        price = bit_price(played.unit)
         names = [layer.name for layer in self.layers]
         damage = {
             layer.name: float(self.damage(layer, played.tensors[layer.name], self.plain).double().sum())
@@ -371,7 +371,7 @@ class _Table(Board):
         series = {name: values for name, values in rounds.items() if values}
         series |= {f"{name}_of_reference": values for name, values in stance.path.items()}
         if not self.uniform:
-            series["price_of_trial"] = [8 * price_at(unit) for unit, _ in self.tried]
+            series["price_of_trial"] = [8 * bit_price(unit) for unit, _ in self.tried]
             series["bytes_of_trial"] = [float(spent) for _, spent in self.tried]
         if played.settled:
             longest = max(len(found.moves) for found in played.settled.values())

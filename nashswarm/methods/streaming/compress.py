@@ -45,8 +45,8 @@ from nashswarm.models.sources import CONFIG
 from nashswarm.packed import checkpoint, model_folder
 from nashswarm.progress import Track, no_track
 from nashswarm.quant.coordinate_descent import quantize_layer
-from nashswarm.quant.curvature import DAMPING, TINY, Curvature, pivots
-from nashswarm.quant.error_feedback import pieces
+from nashswarm.quant.curvature import DAMPING, TINY, Curvature, inverse_cholesky
+from nashswarm.quant.error_feedback import row_chunks
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.pack import pack, packed_bytes
 from nashswarm.records.files import claim, write_whole
@@ -172,7 +172,7 @@ def compress(
                 _write(work / _states_name(number + 1), {STATES: after})
             _write(work / names(files)[number], tensors)
             del before, after, tensors
-            memory.give_back()
+            memory.trim_heap()
             about["units"].append(
                 {"modules": unit, "seconds": time.monotonic() - started, "error": error}
                 | {"cpu_seconds": time.process_time() - busy, "peak_bytes": memory.peak_bytes()}
@@ -265,7 +265,7 @@ def _compressed(
     if states is None:
         weight = source.shards[f"{EMBEDDING}.weight"]
         bits = settings.width(EMBEDDING)
-        found = _joined([quantize(weight[rows].float(), bits, settings.scheme) for rows in pieces(weight)])
+        found = _joined([quantize(weight[rows].float(), bits, settings.scheme) for rows in row_chunks(weight)])
         ids, places = windows.unique(return_inverse=True)
         return {f"{EMBEDDING}.weight": _packed(found)}, _of_rows(found, ids).dequantize()[places], None
     if NORM in unit:
@@ -308,7 +308,7 @@ def _block(source: Source, name: str, states: States, settings: ByLayer) -> tupl
         for part in shared:
             weight = weights[f"{part}.weight"]
             found = _answer(weight, settings.bits, inputs, factor, settings)
-            for rows in pieces(weight):
+            for rows in row_chunks(weight):
                 weight[rows] = _of_rows(found, rows).dequantize()
             tensors[f"{name}.{part}.weight"] = _packed(found)
     after = _through(source, block, states)
@@ -338,7 +338,7 @@ def _add(total: Float[Tensor, "in in"], inputs: Float[Tensor, "*positions in"]) 
 def _factor(inputs: Float[Tensor, "in in"], settings: ByLayer) -> Float[Tensor, "in in"]:
     damped = Curvature(torch.ones(1), inputs, None).damped(settings.damping).inputs
     assert damped is not None
-    return pivots(damped)
+    return inverse_cholesky(damped)
 
 
 def _answer(
@@ -350,7 +350,7 @@ def _answer(
 ) -> QuantizedTensor:
     """The reply to ``weight``, some rows at a time."""
     parts = []
-    for rows in pieces(weight):
+    for rows in row_chunks(weight):
         own = weight[rows].float()
         curved = Curvature(torch.ones(len(own)), inputs, None)
         parts.append(

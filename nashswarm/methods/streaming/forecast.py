@@ -12,8 +12,8 @@ from nashswarm import memory
 from nashswarm.methods.streaming.compress import SHARED_INPUTS, ByLayer, descriptions, layout
 from nashswarm.methods.streaming.shards import EMBEDDING, NORM, file_bytes, tensors_of, units
 from nashswarm.quant.coordinate_descent import quantize_layer
-from nashswarm.quant.curvature import Curvature, pivots
-from nashswarm.quant.error_feedback import AT_ONCE
+from nashswarm.quant.curvature import Curvature, inverse_cholesky
+from nashswarm.quant.error_feedback import CHUNK_WEIGHTS
 from nashswarm.quant.grid import quantize
 from nashswarm.quant.pack import pack
 
@@ -57,13 +57,13 @@ def rates(settings: ByLayer) -> Rates:
     weight = torch.randn(ROWS, SIZE, generator=generator)
     curved = Curvature(torch.ones(ROWS), inputs.T @ inputs / len(inputs), None).damped(settings.damping)
     assert curved.inputs is not None
-    hessian, factor = curved.inputs, pivots(curved.inputs)
+    hessian, factor = curved.inputs, inverse_cholesky(curved.inputs)
     product = _seconds(lambda: weight @ hessian) / (ROWS * SIZE**2)
     bits, scheme = settings.bits, settings.scheme
     whole = _seconds(lambda: pack(quantize_layer(weight, bits, scheme, curved, settings.sweeps, factor=factor)))
     return Rates(
         product=product,
-        factor=_seconds(lambda: pivots(hessian)) / SIZE**3,
+        factor=_seconds(lambda: inverse_cholesky(hessian)) / SIZE**3,
         reply=max(whole / (ROWS * SIZE) - REPLY_PRODUCTS * SIZE * product, 0.0),
         rounding=_seconds(lambda: pack(quantize(weight, bits, scheme))) / (ROWS * SIZE),
     )
@@ -119,7 +119,7 @@ def _seconds_of(model: Any, unit: Sequence[str], tokens: int, length: int, rates
 def _memory_of(model: Any, unit: Sequence[str], states: int) -> int:
     """Beside what the process has anyway, in bytes."""
     if unit[0] == EMBEDDING:
-        return max(CODES * _numel(model, EMBEDDING), PIECE * AT_ONCE) + states
+        return max(CODES * _numel(model, EMBEDDING), PIECE * CHUNK_WEIGHTS) + states
     block = 0 if unit[0] == NORM else 4 * sum(_numel(model, name) for shared in _groups(unit) for name in shared)
     most = 0
     groups = list(_groups(unit))
@@ -128,7 +128,7 @@ def _memory_of(model: Any, unit: Sequence[str], states: int) -> int:
         moments = 4 * sum(_columns(model, other[0]) ** 2 for other in groups[number:])
         factoring = (4 + PIVOTS) * columns**2
         codes = max(_numel(model, name) for name in shared)
-        replying = 4 * columns**2 + PIECE * AT_ONCE + 2 * codes
+        replying = 4 * columns**2 + PIECE * CHUNK_WEIGHTS + 2 * codes
         packing = 4 * columns**2 + CODES * codes
         most = max(most, moments + max(factoring, replying, packing))
     return block + 3 * states + most

@@ -20,8 +20,8 @@ from nashswarm.methods.nash_swarm.solver import REGRET, NashSwarm, _Table
 from nashswarm.methods.swarm import Flock
 from nashswarm.packed.checkpoint import TABLES
 from nashswarm.quant.curvature import Curvature
-from nashswarm.quant.entropy import ESCAPE, CodeTables, address, coded_bits, decode_lattice
-from nashswarm.quant.lattice import Lattice, LatticeTensor, price_at
+from nashswarm.quant.entropy import ESCAPE, CodeTables, coded_bits, decode_lattice
+from nashswarm.quant.lattice import Lattice, LatticeTensor, bit_price
 
 FIXED_BYTES = 100
 SHAPES = {"wte": (500, 16), "h.0.up": (600, 16), "h.0.down": (330, 24)}  # columns take time, rows do not
@@ -389,7 +389,7 @@ def slow_bits(codes: np.ndarray, lattice: Lattice, tables: CodeTables) -> np.nda
     total, lengths = np.zeros(len(codes)), tables.bits()
     for row, levels in enumerate(lattice.levels()):
         for level, code in zip(levels, codes[row], strict=True):
-            table, shift = (int(part) for part in address(level))
+            table, shift = (int(part) for part in table_and_shift(level))
             symbol = min(int(abs(code)) >> shift, ESCAPE)
             total[row] += lengths[table, symbol] + shift + (symbol == 0 and code != 0)
     return total
@@ -431,7 +431,7 @@ def test_where_nothing_is_coupled_blocks_choose_from_the_hull_of_rate_and_distor
     )
     for unit in (2.0**-8, 2.0**-5):
         played = table.play(unit, table.plain, 0)
-        price, costs = price_at(unit), table.actions(played, table.plain)
+        price, costs = bit_price(unit), table.actions(played, table.plain)
         chosen = table.replied(costs, played, table.plain, 0.0).offsets
         block = 0
         for layer in layers:
