@@ -21,7 +21,7 @@ from nashswarm.experiment import plan, run
 from nashswarm.experiment.certify import LIMIT, certify
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.measures import size
-from nashswarm.methods.peers import peer
+from nashswarm.measures.contestants import CONTESTANTS
 from nashswarm.methods.streaming import compress, forecast, shards
 from nashswarm.models import shapes, sources
 from nashswarm.packed import model_folder
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument("--context-tokens", type=int, default=32, help="before those decoded (32)")
     timed.add_argument("--new-tokens", type=int, default=32)
     timed.add_argument("--repeats", type=int, default=30)
-    timed.add_argument("--against", nargs="+", default=(), choices=sorted(peer.CONTESTANTS))
+    timed.add_argument("--against", nargs="+", default=(), choices=sorted(CONTESTANTS))
 
     profiled = command(
         "profile",

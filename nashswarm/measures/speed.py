@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nashswarm import errors
 from nashswarm.measures import timing
+from nashswarm.measures.contestants import CONTESTANTS
 from nashswarm.measures.measure import BATCH, EvaluationTarget, MeasureResult
 from nashswarm.measures.size import resident_bytes
-from nashswarm.methods.peers import peer
 from nashswarm.models import evaluation
 from nashswarm.packed.modules import Activations, set_activations
 
@@ -40,8 +40,8 @@ class Speed:
     quality_windows: int = 10
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.against if name not in peer.CONTESTANTS]:
-            raise ValueError(f"unknown measure.against {unknown[0]!r}: choose among {', '.join(peer.CONTESTANTS)}")
+        if unknown := [name for name in self.against if name not in CONTESTANTS]:
+            raise ValueError(f"unknown measure.against {unknown[0]!r}: choose among {', '.join(CONTESTANTS)}")
 
     def check(self, windows: Int[Tensor, "windows length"]) -> int:
         """The tokens of the prompt.  Raises ValueError if the windows are too short."""
@@ -60,7 +60,7 @@ class Speed:
         models = {"full": subject.full, "": packed, "float32": packed}
         for name in self.against:
             try:
-                models[name] = peer.CONTESTANTS[name](subject.full)
+                models[name] = CONTESTANTS[name](subject.full)
             except errors.MissingPackage as missing:
                 log.warning("not timed: %s", missing)
         tokens = subject.windows[:1, :prompt]

@@ -23,7 +23,7 @@ from nashswarm.measures.measure import EvaluationTarget, Measure, Several, requi
 from nashswarm.measures.quality import Quality
 from nashswarm.measures.size import Size, resident_bytes
 from nashswarm.measures.speed import Speed
-from nashswarm.methods.peers import peer
+from nashswarm.methods.peers import onnxruntime
 from nashswarm.models import evaluation
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
@@ -148,7 +148,8 @@ def test_an_unknown_contestant_is_refused() -> None:
 def test_a_contestant_that_is_not_installed_is_not_timed(
     subject: EvaluationTarget, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(peer, "ONNX_PACKAGES", ("no-such-package",))
+    absent = dataclasses.replace(onnxruntime.LIBRARY, needs=("no-such-package",))
+    monkeypatch.setattr(onnxruntime, "LIBRARY", absent)
     found, _ = Speed(prompt_tokens=4, new_tokens=1, repeats=1, against=["onnxruntime"], quality_windows=1).measure(
         subject
     )

@@ -1,1 +1,6 @@
-"""TODO-PACKAGE peers."""
+"""Quantization libraries that nashswarm is compared with, each run through its own code and counted in its own bytes.
+
+``library`` defines what a library can do.  Each of ``hqq``, ``bitsandbytes``, ``quanto``, ``torchao``, ``onnxruntime``,
+``nncf``, ``auto_round`` and ``gguf`` wraps the library of that name; ``peer`` holds the table of all eight and the
+method ``Peer``.  The libraries are optional and are imported only when a method uses them.
+"""
