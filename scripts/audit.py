@@ -87,7 +87,7 @@ class Evidence:
     sizes: Mapping[str, Sizes]
     mixtures: Mapping[str, Sequence[Record]] = dataclasses.field(default_factory=dict)
     peers: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
-    misses: Sequence[Mapping[str, Any]] = ()  # rows of benchmarks/misses.py
+    misses: Sequence[Mapping[str, Any]] = ()  # rows of experiments/benchmarks/misses.py
     grown: Mapping[Place, Rows] = dataclasses.field(default_factory=dict)  # of models of one family
     removed: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
 
@@ -482,7 +482,7 @@ def cache(evidence: Evidence) -> Row:
         else f"hardware counters or cachegrind: {LATER}",
         "counted misses fall by 67 %",
         each_of(fall >= 0.67 for found in known.values() for fall in found),
-        f"{AUDIT} and `python benchmarks/misses.py`" if packed else AUDIT,
+        f"{AUDIT} and `python -m experiments.benchmarks.misses`" if packed else AUDIT,
         here=True,
     )
 
@@ -662,7 +662,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=pathlib.Path, default=pathlib.Path("results/records"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/tables"))
-    parser.add_argument("--misses", type=pathlib.Path, default=MISSES, help="what benchmarks/misses.py left")
+    parser.add_argument("--misses", type=pathlib.Path, default=MISSES, help="what experiments.benchmarks.misses wrote")
     parser.add_argument("--paper", type=pathlib.Path, help="also write the paper's tables here")
     options = parser.parse_args(arguments)
     try:

@@ -5,8 +5,8 @@
 Writes ``<experiment>_pareto``, ``_perplexity``, ``_accuracy``, ``_ablation``, ``_convergence``, ``_settling``,
 ``_bits``, ``_decisions``, ``_sensitivity``, ``_speed``, ``_memory``, ``_latency``, ``_crowding`` and ``_routing`` as
 PDF and PNG, each where the records carry what it shows, and says which it left out and why.  Of all experiments
-together also ``flock``, a still and an animation of what ``benchmarks/flock_dynamics.py`` saw, and ``roofline``, of the
-products that ``benchmarks/kernels.py`` timed.
+together also ``flock``, a still and an animation of what ``experiments.benchmarks.flock_dynamics`` saw, and
+``roofline``, of the products that ``experiments.benchmarks.kernels`` timed.
 """
 
 import argparse

@@ -372,16 +372,16 @@ def routing(records: Iterable[Record]) -> Figure:
 def roofline(products: pd.DataFrame) -> Figure:
     """Rate against arithmetic intensity of every product with packed matrices, one panel a number of threads.
 
-    ``products``: the rows that ``benchmarks/kernels.py`` wrote.  Intensity: operations, two a weight and row of the
-    batch, per byte of codes, scales apart.  No benchmark of the machine is at hand, so the roof is what the products
-    themselves reached: the most bytes of codes per second at batch 1, and the highest rate.
+    ``products``: the rows that ``experiments.benchmarks.kernels`` wrote.  Intensity: operations, two a weight and row
+    of the batch, per byte of codes, scales apart.  No benchmark of the machine is at hand, so the roof is what the
+    products themselves reached: the most bytes of codes per second at batch 1, and the highest rate.
 
     Raises ValueError if no product has a width that its name tells.
     """
     kinds = products["kernel"].str.extract(r"^(onnxruntime )?(?:([\d+]+) bits, .*, (int8|float32)|(torch fp32))$")
     known = (kinds[1].notna() | kinds[3].notna()).to_numpy()
     if not known.any():
-        raise ValueError("no product is told in bits; run benchmarks/kernels.py")
+        raise ValueError("no product is told in bits; run python -m experiments.benchmarks.kernels")
     shown, kinds = products[known], kinds[known]
     bits = kinds[1].fillna("32").map(lambda widths: float(np.mean([int(width) for width in widths.split("+")])))
     weights = shown["shape"].str.split("x").map(lambda sides: int(sides[0]) * int(sides[1]))

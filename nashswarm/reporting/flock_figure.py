@@ -20,7 +20,7 @@ COLOURS = matplotlib.colormaps["viridis_r"]  # as in the other figures: the dark
 def still(dance: Mapping[str, Any]) -> Figure:
     """Three panels: the surroundings of the watched block before the dynamics, half way, and after.
 
-    ``dance``: what ``benchmarks/flock_dynamics.py`` wrote.
+    ``dance``: what ``experiments/benchmarks/flock_dynamics.py`` wrote.
     """
     frames, places = dance["frames"], np.array(dance["places"])
     away = np.linalg.norm(places - places[dance["watched"]], axis=1)

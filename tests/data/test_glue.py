@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 import nashswarm  # noqa: F401  (it makes the format known to transformers)
+from experiments.config import compose
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import CalibrationSession
 from nashswarm.data.corpus import Dataset
@@ -211,25 +211,21 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(tmp_path: pathlib.Path) ->
 
 
 def composed(encoder: str, folder: pathlib.Path, tmp_path: pathlib.Path, *more: str) -> Any:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose(
-            "config",
-            [
-                "model=local",
-                f"model.path={encoder}",
-                "measure=official",
-                f"records={tmp_path}/records",
-                f"cache={tmp_path}/cache",
-                "device=cpu",
-                *(text for text in more if text.startswith("dataset=")),
-                f"dataset.path={folder}",
-                f"dataset.sequence_length={LENGTH}",
-                "dataset.calibration_windows=8",
-                "dataset.holdout_windows=4",
-                "dataset.training.learning_rate=1e-3",
-                *(text for text in more if not text.startswith("dataset=")),
-            ],
-        )
+    return compose(
+        "model=local",
+        f"model.path={encoder}",
+        "measure=official",
+        f"records={tmp_path}/records",
+        f"cache={tmp_path}/cache",
+        "device=cpu",
+        *(text for text in more if text.startswith("dataset=")),
+        f"dataset.path={folder}",
+        f"dataset.sequence_length={LENGTH}",
+        "dataset.calibration_windows=8",
+        "dataset.holdout_windows=4",
+        "dataset.training.learning_rate=1e-3",
+        *(text for text in more if not text.startswith("dataset=")),
+    )
 
 
 LABELS = {"experiment": "glue", "model": "tiny", "method": "any", "dataset": "task", "measure": "official"}
@@ -293,8 +289,7 @@ def test_a_whole_run(
 def test_a_measure_that_does_not_belong_is_refused_before_any_work(
     encoder: str, text_file: pathlib.Path, tmp_path: pathlib.Path, overrides: list[str], message: str
 ) -> None:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", ["model=local", f"model.path={encoder}", f"dataset.path={text_file}", *overrides])
+    config = compose("model=local", f"model.path={encoder}", f"dataset.path={text_file}", *overrides)
     with pytest.raises(ValueError, match=message):
         run(config, LABELS)
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from hydra import compose, initialize_config_dir
 
+from experiments.config import compose
 from nashswarm.cli import main
 from nashswarm.experiment.certify import (
     DecodedMatrix,
@@ -54,8 +54,7 @@ def execute(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> E
             f"records={save.parent}/records",
             f"save={save}",
         ]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return run(compose("config", [*overrides, *more]), LABELS, many=many)
+        return run(compose(*overrides, *more), LABELS, many=many)
 
     return started
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 
 import nashswarm  # noqa: F401  it makes the format known to transformers
+from experiments.config import compose
 from nashswarm.experiment.certify import certify
 from nashswarm.experiment.identity import IMPORT_PATHS, RECORDED_NAMES, TARGET, to_importable, to_recorded
 from nashswarm.experiment.plan import TEXT_KEYS, plan
@@ -61,8 +61,7 @@ def test_composed_configs_find_the_records_of_the_ablation(records: dict[pathlib
     ablation = [record for record in records.values() if record.labels["experiment"] == "ablation"]
     assert len(ablation) >= 13
     for record in ablation:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("config", ["experiment=ablation", f"method={record.labels['method']}", "device=cpu"])
+        config = compose("experiment=ablation", f"method={record.labels['method']}", "device=cpu")
         identity = dict(plan(config).identity)
         texts = {key: record.config["dataset"][key] for key in TEXT_KEYS}
         identity |= {"dataset": identity["dataset"] | texts, "threads": record.config["threads"]}

@@ -15,10 +15,10 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
+from experiments.config import compose
 from nashswarm.data import corpus, hub
 from nashswarm.layers import Layer
 from nashswarm.models import evaluation, matrices, sources
@@ -98,8 +98,7 @@ def fetch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Loade
     hub.use_cache_if_unreachable.cache_clear()
 
     def found(name: str, length: int) -> tuple[LoadedModel, Tensor, Tensor]:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", [f"model={name}", "dataset=wikitext2_raw"])
+        config = compose(f"model={name}", "dataset=wikitext2_raw")
         try:
             source = instantiate(config.model, _convert_="object")
             text = instantiate(config.dataset, _convert_="object")

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import mirror
+from experiments.config import compose
 from nashswarm.experiment.plan import _by_content
 from nashswarm.experiment.run import Outcome, run
 from nashswarm.methods.bit_allocation.game import Solution
@@ -60,8 +60,7 @@ def execute(small_run: list[str], tmp_path: pathlib.Path) -> Callable[..., Outco
 
     def started(*more: str) -> Outcome:
         folders = [f"records={tmp_path}/records", f"cache={tmp_path}/cache"]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("config", [*small_run, *folders, *more])
+        config = compose(*small_run, *folders, *more)
         return run(config, LABELS)
 
     return started
@@ -591,8 +590,7 @@ def promised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, record.Recor
     for method, more in (("uniform2", []), ("uniform3", []), ("nash_swarm", alone)):
         windows = ["dataset.calibration_windows=8", "dataset.holdout_windows=2", "dataset.test_windows=16"]
         overrides = [f"method={method}", *more, *windows, f"records={folder}", f"cache={folder}/cache"]
-        with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-            config = compose("config", [*overrides, "wandb=disabled"])
+        config = compose(*overrides, "wandb=disabled")
         records[method] = run(config, {"method": method, "model": "default", "dataset": "stdlib_docs"}).record
     return records
 
@@ -618,8 +616,7 @@ def test_a_size_of_the_family_is_trained_and_composed_by_name(
     assert card["architecture"].startswith("GPT-2, 2 blocks, width 64") and card["test_nll"] > 5
     monkeypatch.setenv("NASHSWARM_FAMILY", str(tmp_path))
     overrides = ["model=default_xs", "method=uniform4", "dataset.test_windows=2", f"records={tmp_path}"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        config = compose("config", [*overrides, "wandb=disabled", f"cache={tmp_path}/cache"])
+    config = compose(*overrides, "wandb=disabled", f"cache={tmp_path}/cache")
     found = run(config, {"method": "uniform4", "model": "default_xs", "dataset": "stdlib_docs"}).record
     assert found.labels["model"] == "default_xs" and found.metrics["nll"] > 5
 

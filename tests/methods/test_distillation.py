@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from experiments.config import compose
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import CalibrationSession
 from nashswarm.errors import Unsupported
@@ -197,8 +197,7 @@ def execute(small_run: list[str], tmp_path: pathlib.Path) -> Callable[..., Outco
     folders = [f"records={tmp_path}/records", f"cache={tmp_path}/cache"]
 
     def started(*more: str) -> Outcome:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return run(compose("config", [*small_run, *folders, *more]), LABELS)
+        return run(compose(*small_run, *folders, *more), LABELS)
 
     return started
 

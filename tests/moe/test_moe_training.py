@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
+from experiments.config import compose
 from nashswarm import api
 from nashswarm.data.corpus import HubText, sha256
 from nashswarm.experiment.plan import plan
@@ -107,8 +107,7 @@ def execute(text_folder: pathlib.Path, tmp_path: pathlib.Path) -> Callable[..., 
     overrides += [f"records={tmp_path}/records", f"cache={tmp_path}/cache"]
 
     def started(*more: str) -> Outcome:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return run(compose("config", [*overrides, *more]), LABELS)
+        return run(compose(*overrides, *more), LABELS)
 
     return started
 
@@ -175,12 +174,11 @@ def test_the_trained_model_is_saved_and_can_be_compressed(
 ) -> None:
     sizes = ["measure.served_tokens=5", "measure.repeats=1", "measure.windows=8", "model.width=64"]
     found = execute(f"save={tmp_path}/trained", "model.expert_width=64", *sizes).record
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        changed = ["model=local", f"model.path={tmp_path}/trained", "method=gptq", "method.bits=4"]
-        changed += ["dataset=local_text", f"dataset.path={tmp_path}/story.txt", "device=cpu", "dataset.test_windows=4"]
-        changed += ["dataset.calibration_windows=4", "dataset.holdout_windows=2", f"records={tmp_path}/records"]
-        (tmp_path / "story.txt").write_text("the starling follows its flock and the block its price . " * 200)
-        compressed = run(compose("config", [*changed, f"cache={tmp_path}/cache"]), LABELS).record
+    changed = ["model=local", f"model.path={tmp_path}/trained", "method=gptq", "method.bits=4"]
+    changed += ["dataset=local_text", f"dataset.path={tmp_path}/story.txt", "device=cpu", "dataset.test_windows=4"]
+    changed += ["dataset.calibration_windows=4", "dataset.holdout_windows=2", f"records={tmp_path}/records"]
+    (tmp_path / "story.txt").write_text("the starling follows its flock and the block its price . " * 200)
+    compressed = run(compose(*changed, f"cache={tmp_path}/cache"), LABELS).record
     assert sum(row["role"] == "expert_up" for row in compressed.layers) == 8
     assert compressed.provenance["parameters"] == found.provenance["parameters"]
     assert compressed.metrics["bits_per_weight_model"] < 8
@@ -258,11 +256,10 @@ def test_a_single_file_never_judges_what_it_has_trained(
     found = execute(*given, f"save={tmp_path}/trained").record
     assert found.config["dataset"]["calibration_sha256"] == sha256(single.text("calibration"))
     words = ["model=local", f"model.path={tmp_path}/trained", "dataset=local_text", "method=gptq", "device=cpu"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        same, size, other = (
-            compose("config", [*words, f"dataset.path={path}", f"measure={measure}"])
-            for path, measure in ((text_file, "quality"), (text_file, "size"), (text_folder, "quality"))
-        )
+    same, size, other = (
+        compose(*words, f"dataset.path={path}", f"measure={measure}")
+        for path, measure in ((text_file, "quality"), (text_file, "size"), (text_folder, "quality"))
+    )
     with pytest.raises(ValueError, match="trained was trained on this very test text: choose another dataset"):
         plan(same)
     assert plan(size).identity["dataset"]["test_sha256"] == found.config["dataset"]["train_sha256"]
@@ -270,8 +267,7 @@ def test_a_single_file_never_judges_what_it_has_trained(
 
 
 def test_a_router_without_its_task_is_refused() -> None:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", ["method=moe_top_k"])
+    config = compose("method=moe_top_k")
     with pytest.raises(ValueError, match="this method is for mixtures of experts that are to be trained: add task="):
         run(config, LABELS)
 

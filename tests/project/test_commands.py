@@ -12,9 +12,9 @@ import tomllib
 from collections.abc import Callable, Iterator
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from experiments.config import compose
 from nashswarm import cli
 from nashswarm.experiment import plan
 
@@ -121,11 +121,10 @@ def check_run(words: tuple[str, ...]) -> None:
         assert "-m" in flags or not swept, one.input_line
         values = list(one.sweep_string_iterator()) if swept else [one.get_value_element_as_str()]
         axes.append([f"{one.key_or_group}={value}" for value in values])
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for job in itertools.product(*axes):
-            config = compose("config", list(job), return_hydra_config=True)
-            for group in plan.GROUPS:
-                plan.build(config[group])
+    for job in itertools.product(*axes):
+        config = compose(*job, return_hydra_config=True)
+        for group in plan.GROUPS:
+            plan.build(config[group])
 
 
 CHECKS: dict[str, Callable[[list[str]], None]] = {

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from experiments.config import compose
 from nashswarm import cli
 from tests.conftest import sentences
 from tests.project.test_commands import COMMANDS, FENCE, GUIDES, ROOT, commands
@@ -111,7 +111,7 @@ HERE = [command for command in TYPED if not command.startswith(tuple(NOT_HERE))]
 
 
 def benchmark(command: str) -> str | None:
-    found = re.match(r"python benchmarks/(\w+)\.py", command)
+    found = re.match(r"python -m experiments\.benchmarks\.(\w+)", command)
     return found and found.group(1)
 
 
@@ -218,9 +218,8 @@ def made_small(words: list[str]) -> list[str]:
         for one in parsed
         if not one.key_or_group.startswith("hydra.")
     ]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        added = f"hydra.searchpath=[file://{ROOT / 'examples/adding/conf'}]"
-        config = compose("config", [added, *first], return_hydra_config=True)
+    added = f"hydra.searchpath=[file://{ROOT / 'examples/adding/conf'}]"
+    config = compose(added, *first, return_hydra_config=True)
     choices = config.hydra.runtime.choices
     axes = swept | set(config.hydra.sweeper.params or {})
     more = ["wandb=disabled"]
@@ -281,7 +280,7 @@ def test_a_benchmark_runs_on_little(name: str, place: pathlib.Path, variables: d
     out = ["--out", str(place / "report")]
     if name in ("equal_bytes", "flock"):
         out += ["--records", str(place / "records")]
-    typed([str(ROOT / "benchmarks" / f"{name}.py"), *BENCHMARKS[name], *out], place, variables)
+    typed(["-m", f"experiments.benchmarks.{name}", *BENCHMARKS[name], *out], place, variables)
     assert list(place.glob("report*.json"))
 
 

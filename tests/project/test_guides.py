@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from examples.adding.confidence import Confidence
 from examples.adding.ends import Ends
+from experiments.config import compose
 from nashswarm.data import corpus
 from nashswarm.errors import Unsupported
 from nashswarm.experiment.run import run
@@ -39,8 +39,7 @@ def execute(
     folders = [f"records={tmp_path}/records", f"cache={tmp_path}/cache"]
 
     def started(*more: str) -> Record:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("config", [added, "model=story_writer", "dataset=stories", *FEW, *folders, *more])
+        config = compose(added, "model=story_writer", "dataset=stories", *FEW, *folders, *more)
         return run(config, LABELS).record
 
     return started

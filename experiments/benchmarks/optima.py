@@ -1,6 +1,6 @@
 """How far the bit game ends from what is best: dual bounds, exact optima, the price of anarchy.
 
-    python benchmarks/optima.py --players 121500
+    python -m experiments.benchmarks.optima --players 121500
 
 Writes a JSON file and a Markdown table.  The first part plays synthetic players in the number of GPT-2 124M, the others
 the real damages of the default model on its calibration text.
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 from scipy import sparse
 
+from experiments.config import compose
 from nashswarm.experiment.plan import plan
 from nashswarm.experiment.run import Job
 from nashswarm.games import flock as swarm
@@ -34,7 +34,6 @@ from nashswarm.quant.grid import Scheme
 from nashswarm.records.files import write_report
 from nashswarm.records.provenance import provenance, told
 
-ROOT = pathlib.Path(__file__).parent.parent
 SYNTHETIC_LAYERS = 50
 DECADES = 5  # that the middle 99 % of the sensitivities span
 EXACT_PLAYERS = 2000
@@ -117,8 +116,7 @@ def synthetic(players: int, rng: np.random.Generator) -> Blocks:
 
 def real_blocks(seed: int) -> tuple[Blocks, int]:
     """The players of the default model, surveyed as its method surveys them, and the byte budget of its layers."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", ["method=fixed_width", f"seed={seed}", "wandb=disabled", "device=cpu"])
+    config = compose("method=fixed_width", f"seed={seed}", "wandb=disabled", "device=cpu")
     context = Job(config, *plan(config)).session.context()
     blocks = block_damages(context, context.moments(), PLAYED_WIDTHS, Scheme(search=True), code_game=True)
     return blocks, int(BITS * context.parameters / 8) - context.fixed_bytes
@@ -276,7 +274,7 @@ def markdown(found: dict[str, Any]) -> str:
         "# The bit game against what is best",
         "",
         f"{told(origin)}, {origin['machine']}, "
-        f"{origin['threads']} thread(s); `python benchmarks/optima.py --seed {origin['seed']}`.",
+        f"{origin['threads']} thread(s); `python -m experiments.benchmarks.optima --seed {origin['seed']}`.",
         "",
         f"## {size['players']:,} players",
         "",

@@ -1,6 +1,6 @@
 """What the swarm does, role by role, against its controls.
 
-    python benchmarks/flock.py
+    python -m experiments.benchmarks.flock
 
 Every role is played alone, the rest of the method at its plainest (one price, one pass, no offsets), so that nothing
 else can hide what it does; seeds draw the calibration windows.  ``shrink``: sensitivities denoised by the flock when
@@ -16,9 +16,9 @@ import itertools
 import pathlib
 from collections.abc import Sequence
 
-import hydra
 import numpy as np
 
+from experiments.config import compose
 from nashswarm.experiment.run import run
 from nashswarm.progress import show_progress
 from nashswarm.records import files
@@ -26,7 +26,6 @@ from nashswarm.records.provenance import provenance
 from nashswarm.records.record import Record
 from nashswarm.records.statistics import interval
 
-CONF = pathlib.Path(__file__).parent.parent / "conf"
 PLAIN = (
     "method=nash_swarm",
     "method.strength=[0.0]",
@@ -119,20 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measured(variant: Sequence[str], windows: int, seed: int, options: argparse.Namespace) -> Record:
     """The record of one run, made or found."""
-    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        config = hydra.compose(
-            "config",
-            [
-                "wandb=disabled",
-                f"records={options.records}",
-                f"seed={seed}",
-                f"dataset.calibration_windows={windows}",
-                f"dataset.holdout_windows={HELD_OUT}",
-                f"dataset.test_windows={options.test_windows}",
-                *variant,
-                *options.overrides,
-            ],
-        )
+    config = compose(
+        "wandb=disabled",
+        f"records={options.records}",
+        f"seed={seed}",
+        f"dataset.calibration_windows={windows}",
+        f"dataset.holdout_windows={HELD_OUT}",
+        f"dataset.test_windows={options.test_windows}",
+        *variant,
+        *options.overrides,
+    )
     labels = {"model": "default", "method": " ".join(variant), "dataset": "stdlib_docs", "measure": "quality"}
     return run(config, labels).record
 

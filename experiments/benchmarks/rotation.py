@@ -1,6 +1,6 @@
 """Does incoherence help?  Values and outputs of every attention head are turned by a random Hadamard matrix.
 
-    python benchmarks/rotation.py --model <folder of a GPT-2> dataset=wikitext2 dataset.test_windows=60
+    python -m experiments.benchmarks.rotation --model <folder of a GPT-2> dataset=wikitext2 dataset.test_windows=60
 
 With Q = H · diag(±1) / √d inside each head, W_v → Q W_v and W_o → W_o Qᵀ leave the function as it is and fuse into the
 weights, so that the turned model has the same architecture and no side information (QuaRot, Ashkboos et al. 2024; the
@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 import transformers
@@ -23,12 +22,12 @@ from jaxtyping import Float
 from scipy.linalg import hadamard
 from torch import Tensor
 
+from experiments.config import compose
 from nashswarm.experiment.run import run
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
 from nashswarm.records.statistics import interval
 
-CONF = pathlib.Path(__file__).parent.parent / "conf"
 METHODS = ("nash_swarm method.bits=3.0", "nash_swarm method.bits=2.0", "gptq method.bits=3", "gptq method.bits=2")
 TURNS = 3  # draws of the signs
 
@@ -96,9 +95,8 @@ def rotation(width: int, generator: torch.Generator) -> Float[Tensor, "width wid
 
 def measured(method: str, model: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """KL by window and size of one run, made or found."""
-    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        words = [f"method={method.split()[0]}", *method.split()[1:], "model=local", f"model.path={model}"]
-        config = hydra.compose("config", [*words, "wandb=disabled", f"records={options.records}", *options.overrides])
+    words = [f"method={method.split()[0]}", *method.split()[1:], "model=local", f"model.path={model}"]
+    config = compose(*words, "wandb=disabled", f"records={options.records}", *options.overrides)
     labels = {"model": name, "method": method, "dataset": "any", "measure": "quality", "experiment": "rotation"}
     found = run(config, labels).record
     return {"kl": found.series["kl"], "bits": found.metrics["bits_per_weight_model"]}

@@ -1,6 +1,6 @@
 """nash_swarm against GPTQ at the exact size of GPTQ's file.
 
-    python benchmarks/equal_bytes.py model=local model.path=<folder> dataset=wikitext2
+    python -m experiments.benchmarks.equal_bytes model=local model.path=<folder> dataset=wikitext2
 
 At 2, 3 and 4 bits GPTQ runs with groups of 64 and of 128, entropy-coded, embeddings included; the better of them sets
 the size.  GPTQ with one step a tensor, nash_swarm and its ablation without a flock then get exactly that many bits per
@@ -12,16 +12,15 @@ import datetime
 import pathlib
 from collections.abc import Sequence
 
-import hydra
 import numpy as np
 
+from experiments.config import compose
 from nashswarm.experiment.run import run
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
 from nashswarm.records.record import Record
 from nashswarm.records.statistics import interval
 
-CONF = pathlib.Path(__file__).parent.parent / "conf"
 RIVALS = ("gptq_one_step", "no_swarm", "nash_swarm")
 
 
@@ -49,11 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measured(method: str, overrides: Sequence[str], options: argparse.Namespace) -> Record:
     """The record of one run, made or found."""
-    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        config = hydra.compose(
-            "config",
-            [f"method={method}", "wandb=disabled", f"records={options.records}", *options.overrides, *overrides],
-        )
+    config = compose(f"method={method}", "wandb=disabled", f"records={options.records}", *options.overrides, *overrides)
     labels = {
         "model": pathlib.Path(config.model.path).name if config.model.path else "default",
         "method": f"{method}[{','.join(text.removeprefix('method.') for text in overrides)}]",

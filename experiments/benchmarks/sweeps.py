@@ -1,6 +1,6 @@
 """What the framework adds to a run, and what a second process saves a sweep:
 
-    python benchmarks/sweeps.py
+    python -m experiments.benchmarks.sweeps
 
 A run that compresses nothing, with and without the mirror in Weights & Biases, beside the same work by hand; then the
 quick start's ablation, one job after the other and in two processes.  Every process has one thread and every run that
@@ -21,6 +21,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from nashswarm.data import corpus
+from nashswarm.models import evaluation, sources
 from nashswarm.progress import show_progress
 from nashswarm.records import files, record
 from nashswarm.records.provenance import provenance, told
@@ -34,16 +38,7 @@ NOTHING = [
     "cache={folder}/cache/${seed}",
 ]
 MIRRORS = ("disabled", "offline")
-BY_HAND = """
-import time, torch, nashswarm.experiment.run
-from nashswarm import data, metrics, models
-for _ in range({times}):
-    started = time.perf_counter()
-    loaded = models.load(models.ModelSource(), "cpu", torch.float32)
-    windows = data.windows(data.StdlibDocs().text("test"), loaded.tokenizer, loaded.window_length(None), "test")[:2]
-    metrics.evaluate(loaded.model, windows, 8, metrics.reference(loaded.model, windows, 8))
-    print(time.perf_counter() - started)
-"""
+BY_HAND = "from experiments.benchmarks.sweeps import run_by_hand; run_by_hand({times})"
 SWEEP = "experiment=ablation dataset.test_windows=32"
 SHARED = ["wandb=disabled", "cache={folder}/cache"]
 WAYS = {"one after the other": [], "two processes": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]}
@@ -89,6 +84,17 @@ def idle(runs: int, order: int) -> dict[str, float]:
             lines = ran([sys.executable, "-c", BY_HAND.format(times=1 + runs)]).split()
             found["by hand"] = statistics.mean(map(float, lines[1:]))
     return found
+
+
+def run_by_hand(times: int) -> None:
+    """Do the work of a run without the framework, ``times`` times, and print the seconds of each."""
+    for _ in range(times):
+        started = time.perf_counter()
+        loaded = sources.load(sources.ModelSource(), "cpu", torch.float32)
+        length = loaded.window_length(None)
+        windows = corpus.windows(corpus.StdlibDocs().text("test"), loaded.tokenizer, length, "test")[:2]
+        evaluation.evaluate(loaded.model, windows, 8, evaluation.reference(loaded.model, windows, 8))
+        print(time.perf_counter() - started)
 
 
 def sweep(words: str, order: int) -> dict[str, float]:

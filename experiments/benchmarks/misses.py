@@ -1,6 +1,6 @@
 """How many cache misses a product with a packed matrix has, beside the same product with floats:
 
-    python benchmarks/misses.py
+    python -m experiments.benchmarks.misses
 
 One column, lattices at 2, 3 and 4 bits: one matrix at a time, which this machine's caches hold, and the 24 of GPT-2's
 MLPs in turn, as the layers of a model take theirs, with this machine's caches and with a laptop's.  Writes a JSON file
@@ -48,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sets += [(several, [*SHAPES] * LAYERS, HERE, own, counter)]
         sets += [(several, [*SHAPES] * LAYERS, LAPTOP, LAPTOP_CACHES, cache_misses.CACHEGRIND)]
         runs = [(*one, bits) for one in sets for bits in (None, *BITS)]
-        found = {"why": why, "rows": with_falls([measured(*one) for one in show_progress(runs, "counting")])}
+        rows = with_falls([measured(*one) for one in show_progress(runs, "counting")])
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    found |= {"machine": str(machine()), "provenance": origin}
+    found = {"why": why, "rows": rows, "machine": str(machine()), "provenance": origin}
     text = markdown(found)
     write_report(options.out, found, text)
     print(text)

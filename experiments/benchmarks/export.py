@@ -1,6 +1,6 @@
 """How exported models answer and how fast, beside the models they come from:
 
-    python benchmarks/export.py
+    python -m experiments.benchmarks.export
 
 GPT-2 of 124M random weights, its matrices at four bits, or at two, three and four by lot, as every target of
 ``nashswarm export`` writes it; one thread.  Prompts and greedy decoding in turns, medians with 95 % intervals over
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     origin = provenance(datetime.datetime.now(datetime.UTC))
-    errors.require("benchmarks/export.py", export.PACKAGES, "onnx")
+    errors.require("experiments.benchmarks.export", export.PACKAGES, "onnx")
     torch.set_num_threads(1)
     loaded = sources.load(sources.RandomModel(), "cpu", torch.float32)
     full = loaded.model
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = next(iter(times.values()))
     rows = []
     for case, each in zip(contestants, times.values(), strict=True):
-        row = dict(zip(("widths", "target", "dtype"), case, strict=True)) | found.get(case, {})
+        row: dict[str, Any] = dict(zip(("widths", "target", "dtype"), case, strict=True)) | found.get(case, {})
         rows.append(row | {"decode_ms": statistics.median(each["decode"])} | timing.ratios(first, each, ""))
     content = {"rows": rows, "machine": str(machine()), "provenance": origin}
     text = markdown(content)

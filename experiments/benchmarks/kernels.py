@@ -1,6 +1,6 @@
 """How fast products with packed matrices are, beside torch and onnxruntime:
 
-    python benchmarks/kernels.py
+    python -m experiments.benchmarks.kernels
 
 Ratios to torch's float32 product of the same shape, medians of rounds in which the two take turns, weights in cache,
 one thread and two, with 95 % intervals; the error is relative to float64 products of the same weights.  Below, matrices
@@ -14,6 +14,7 @@ import itertools
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -57,7 +58,7 @@ def main() -> None:
     print(tables)
 
 
-def measured(shape: tuple[int, int], batch: int, rounds: int) -> list[dict[str, str | float]]:
+def measured(shape: tuple[int, int], batch: int, rounds: int) -> list[dict[str, Any]]:
     """A row for every kernel."""
     x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(1))
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
@@ -71,28 +72,28 @@ def measured(shape: tuple[int, int], batch: int, rounds: int) -> list[dict[str, 
         calls[name] = functools.partial(raw(), x, tiles, activations, None)
         if bits == (3,):
             calls[f"{name}, operator"] = functools.partial(kernels.matmul, x, tiles, activations)
-    for bits, (level, activations) in itertools.product((2, 4, 8), ((4, "int8"), (1, "float32"))):
-        name = f"onnxruntime {bits} bits, groups of {GROUP_SIZE}, {activations}"
-        calls[name], dequantized = onnx_product(shape, bits, level, x)
+    for width, (level, activations) in itertools.product((2, 4, 8), ((4, "int8"), (1, "float32"))):
+        name = f"onnxruntime {width} bits, groups of {GROUP_SIZE}, {activations}"
+        calls[name], dequantized = onnx_product(shape, width, level, x)
         exact[name] = x.double() @ dequantized.double().T
-    found = []
+    rows: list[dict[str, Any]] = []
     for name, call in calls.items():
         ours, plain = interleaved([call, calls["torch fp32"]], rounds)
         ratios = sorted(second / first for first, second in zip(ours, plain, strict=True))
         low, high = median_interval(ratios)
-        found.append(
+        rows.append(
             {"shape": f"{shape[0]}x{shape[1]}", "batch": batch, "kernel": name}
             | {"microseconds": 1e6 * statistics.median(ours), "ratio": statistics.median(ratios)}
             | {"low": low, "high": high}
             | {"relative error": float((call().double() - exact[name]).norm() / exact[name].norm())}
         )
-    return found
+    return rows
 
 
-def several_widths(shape: tuple[int, int], rounds: int) -> list[dict[str, str | float]]:
+def several_widths(shape: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
     """What mixing widths in one matrix costs at batch 1, over the mean of matrices of one of them each."""
     x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(1))
-    found = []
+    rows: list[dict[str, Any]] = []
     for lattice, activations in itertools.product((False, True), kernels.ACTIVATIONS):
         widths = [*((bits,) for bits in MIXED), MIXED]
         tiles = [example(*shape, bits, GROUP_SIZE, lattice) for bits in widths]
@@ -101,12 +102,12 @@ def several_widths(shape: tuple[int, int], rounds: int) -> list[dict[str, str | 
         ratios = sorted(one / other for one, other in zip(several, of_one, strict=True))
         low, high = median_interval(ratios)
         kind = "lattice" if lattice else f"groups of {GROUP_SIZE}"
-        found.append(
+        rows.append(
             {"shape": f"{shape[0]}x{shape[1]}", "kernel": f"{'+'.join(map(str, MIXED))} bits, {kind}, {activations}"}
             | {"microseconds": 1e6 * statistics.median(several), "of one width": 1e6 * statistics.median(of_one)}
             | {"ratio": statistics.median(ratios), "low": low, "high": high}
         )
-    return found
+    return rows
 
 
 def onnx_product(shape: tuple[int, int], bits: int, level: int, x: Tensor) -> tuple[Callable[[], Tensor], Tensor]:
@@ -117,7 +118,9 @@ def onnx_product(shape: tuple[int, int], bits: int, level: int, x: Tensor) -> tu
     codes = rng.integers(0, 2**bits, (rows, groups, GROUP_SIZE)).astype(np.uint8)
     scale = rng.uniform(0.01, 0.02, (rows, groups)).astype(np.float32)
     each = 8 // bits
-    packed = sum(codes[..., place::each].astype(np.uint16) << bits * place for place in range(each)).astype(np.uint8)
+    packed = np.zeros((rows, groups, GROUP_SIZE // each), np.uint8)
+    for place in range(each):
+        packed |= codes[..., place::each] << bits * place
     node = onnx.helper.make_node(
         "MatMulNBits", ["x", "codes", "scale"], ["y"], domain="com.microsoft", K=columns, N=rows, bits=bits,
         block_size=GROUP_SIZE, accuracy_level=level,
@@ -147,7 +150,7 @@ def onnx_product(shape: tuple[int, int], bits: int, level: int, x: Tensor) -> tu
     return call, torch.from_numpy(matrix.reshape(rows, columns))
 
 
-def as_table(rows: Sequence[dict[str, str | float]]) -> str:
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("--:" for _ in names) + " |"]
