@@ -21,7 +21,7 @@ from nashswarm.methods.nash_swarm.solver import NashSwarm
 from nashswarm.methods.uniform import Uniform
 from nashswarm.models import matrices, sources
 from nashswarm.models.experts import unfuse
-from nashswarm.packed import checkpoint
+from nashswarm.packed import checkpoint, file_format
 
 METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}
 LONGEST_WINDOW = 512  # tokens; longer ones cost memory and teach little more
@@ -84,7 +84,8 @@ def compress(
     result = chosen.compress(session.context(), rng)
     compressed = session.candidate_model if model.device.type == "cpu" else session.candidate_model.to(model.dtype)
     others = matrices.uncompressed_tensors(compressed, session.layers)
-    size = sum(len(part) for part in checkpoint.files(compressed, result.packed, others, result.float_bits).values())
+    files = file_format.checkpoint_files(compressed, result.packed, others, result.float_bits)
+    size = sum(map(len, files.values()))
     checkpoint.adopt(compressed, session.layers, result.packed, result.float_bits)
     layer_bytes = sum(len(packed) for packed in result.packed.values())
     report = Report(

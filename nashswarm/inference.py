@@ -56,7 +56,7 @@ def inspect(given: argparse.Namespace) -> int:
         widths, counts = (part.tolist() for part in tiled.widths.unique(return_counts=True))
         tiles = ", ".join(f"{count}×{width}" for width, count in zip(widths, counts, strict=True))
         escapes = f", {len(tiled.escape_codes)} escapes" if len(tiled.escape_codes) else ""
-        stored = f"{8 * len(matrix.stored()) / weights:.3f}"
+        stored = f"{8 * len(matrix.encode()) / weights:.3f}"
         resident = f"{8 * tiled.nbytes / weights:.3f}"
         shape = "x".join(map(str, matrix.shape))
         table.add_row(name, shape, kind + (", coded" if matrix.coded else ""), stored, resident, tiles + escapes)

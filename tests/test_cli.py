@@ -90,7 +90,7 @@ def test_inspect(made: Any, command: Command) -> None:
         row = next(line for line in table.splitlines() if f" {name.removesuffix('.matrix')} " in line)
         assert "x".join(map(str, matrix.shape)) in row and "lattice, coded" in row
         weights = matrix.shape[0] * matrix.shape[1]
-        assert f"{8 * len(matrix.stored()) / weights:.3f}" in row and f"{8 * matrix.tiles.nbytes / weights:.3f}" in row
+        assert f"{8 * len(matrix.encode()) / weights:.3f}" in row and f"{8 * matrix.tiles.nbytes / weights:.3f}" in row
         assert f"{int((matrix.widths == 2).sum())}×2" in row or not (matrix.widths == 2).any()
     assert f"{printed['bytes_file']:,} bytes of weights and config" in table
     assert f"{printed['bytes_resident']:,} bytes in memory" in table

@@ -19,7 +19,7 @@ from nashswarm.calibration.prefix_replay import PrefixReplay
 from nashswarm.layers import Layer, Moments
 from nashswarm.memory import trim_heap
 from nashswarm.models import evaluation, matrices
-from nashswarm.packed import checkpoint
+from nashswarm.packed import file_format
 from nashswarm.progress import Track, show_progress
 
 HELDOUT_LOGITS = 1 << 26  # in a batch of held-out windows: what their divergence may take in memory
@@ -55,8 +55,8 @@ class CalibrationSession:
         """All that the method may know."""
         others = matrices.uncompressed_tensors(self.full, self.layers)
         likely = {layer.name: np.zeros(layer.parameters // 3, np.uint8) for layer in self.layers}
-        likely[checkpoint.TABLES] = np.zeros(1000, np.uint8)
-        fixed = sum(len(content) for content in checkpoint.files(self.full, likely, others, 16).values())
+        likely[file_format.TABLES] = np.zeros(1000, np.uint8)
+        fixed = sum(len(content) for content in file_format.checkpoint_files(self.full, likely, others, 16).values())
         fixed -= sum(len(content) for content in likely.values())
         return CalibrationContext(
             layers=self.layers,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nashswarm.experiment import run
 from nashswarm.layers import Layer, Moments
-from nashswarm.packed import checkpoint, model_folder
+from nashswarm.packed import file_format, model_folder
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import GRID_WIDTHS
 from nashswarm.quant.lattice import LatticeTensor
@@ -117,7 +117,7 @@ def certify(folder: pathlib.Path, model: str | None = None, dataset: str | None 
     bowls = {layer.name: bowl(layer, moments, rules) for layer in layers}
     steps, bits, price = None, None, 0.0
     if kept.game:
-        bits, price = lengths(CodeTables.unpack(kept.tensors[checkpoint.TABLES])), metrics["price"] / 8
+        bits, price = lengths(CodeTables.unpack(kept.tensors[file_format.TABLES])), metrics["price"] / 8
         tensors = {name: tensor for name, tensor in decoded.items() if isinstance(tensor, LatticeTensor)}
         steps = gain_of_steps(layers, tensors, bowls, bits, rules, metrics, kept.game)
         bowls = {name: found.weighed(kept.game[f"weights/{name}"].astype(float)) for name, found in bowls.items()}
@@ -151,14 +151,14 @@ def certify(folder: pathlib.Path, model: str | None = None, dataset: str | None 
     }
 
 
-def decode(tensors: Mapping[str, Array], layers: tuple[Layer, ...]) -> dict[str, checkpoint.Decoded]:
+def decode(tensors: Mapping[str, Array], layers: tuple[Layer, ...]) -> dict[str, file_format.Decoded]:
     """Every layer from its stored bytes.  Raises ValueError for one that is absent, damaged or of another shape."""
-    tables = CodeTables.unpack(tensors[checkpoint.TABLES]) if checkpoint.TABLES in tensors else None
+    tables = CodeTables.unpack(tensors[file_format.TABLES]) if file_format.TABLES in tensors else None
     decoded = {}
     for layer in layers:
         if f"{layer.name}.weight" not in tensors:
             raise ValueError(f"the file lacks the layer {layer.name}; it belongs to another model")
-        found = checkpoint.decode(layer.name, tensors[f"{layer.name}.weight"], tables)
+        found = file_format.decode(layer.name, tensors[f"{layer.name}.weight"], tables)
         if found.codes.shape != layer.weight.shape:
             raise ValueError(
                 f"{layer.name} is stored as {tuple(found.codes.shape)}, the model has it as "
@@ -185,7 +185,7 @@ def bowl(layer: Layer, moments: Mapping[str, Moments], rules: Mapping[str, Any])
 
 
 def laid(
-    tensor: checkpoint.Decoded, bits: Float[Array, "tables symbols"] | None = None, price: float = 0.0
+    tensor: file_format.Decoded, bits: Float[Array, "tables symbols"] | None = None, price: float = 0.0
 ) -> DecodedMatrix:
     """Where the weights lie and could lie, and what their codes pay at the ``price`` of a bit.
 

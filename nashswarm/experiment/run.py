@@ -33,7 +33,7 @@ from nashswarm.methods.method import Compressed, Method
 from nashswarm.methods.peers import peer
 from nashswarm.models import classifier, evaluation, matrices, sources
 from nashswarm.moe import training
-from nashswarm.packed import checkpoint, model_folder
+from nashswarm.packed import checkpoint, file_format, model_folder
 from nashswarm.progress import show_progress
 from nashswarm.records import record
 from nashswarm.records.files import claim
@@ -227,7 +227,7 @@ class Job:
         others = self.place(result)
         layer_weights = sum(layer.parameters for layer in session.layers)
         layer_bytes = sum(len(packed) for packed in result.packed.values())
-        self.files = checkpoint.files(self.full, result.packed, others, result.float_bits)
+        self.files = file_format.checkpoint_files(self.full, result.packed, others, result.float_bits)
         size = sum(len(content) for content in self.files.values())
         found = dict(result.metrics) | {
             "bytes_file": size,
@@ -246,7 +246,7 @@ class Job:
         session = self.session
         started = copy.deepcopy(session.candidate_model)  # in the precision that a trial of weights has
         others = self.place(result)
-        files = checkpoint.files(self.full, result.packed, others, result.float_bits)
+        files = file_format.checkpoint_files(self.full, result.packed, others, result.float_bits)
         found = {"bytes_file_before": float(sum(len(content) for content in files.values()))}
         for measure in quality.of_quality(self.measure):
             measured, _ = measure.measure(self.subject(result))
@@ -264,7 +264,7 @@ class Job:
         """Put the result's weights on the trial, everything else rounded as it is stored: those other tensors."""
         others = matrices.uncompressed_tensors(self.session.candidate_model, self.session.layers)
         matrices.set_weights(self.session.candidate_model, result.weights)
-        matrices.round_others(others, result.float_bits)
+        matrices.round_to_stored(others, result.float_bits)
         return others
 
     def subject(self, result: Compressed) -> EvaluationTarget:

@@ -24,8 +24,8 @@ from nashswarm.calibration.session import CalibrationSession
 from nashswarm.errors import Unsupported
 from nashswarm.methods.method import Compressed
 from nashswarm.models import evaluation, matrices
-from nashswarm.packed import checkpoint
-from nashswarm.packed.modules import to_tiles
+from nashswarm.packed import file_format
+from nashswarm.packed.tiles import to_tiles
 from nashswarm.quant.entropy import KINDS, CodeTables, coded_bits
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
@@ -123,12 +123,12 @@ class _Training:
     ) -> None:
         self.session, self.result, self.windows, self.settings = session, result, windows, settings
         self.candidate_model = session.candidate_model
-        packed_tables = result.packed.get(checkpoint.TABLES)
+        packed_tables = result.packed.get(file_format.TABLES)
         tables = None if packed_tables is None else CodeTables.unpack(packed_tables)
         self.latents: dict[str, TrainableCodes] = {}
         for layer in session.layers:
             content = result.packed[layer.name]
-            tensor = checkpoint.decode(layer.name, content, tables)
+            tensor = file_format.decode(layer.name, content, tables)
             if isinstance(tensor, ClassedTensor):
                 raise Unsupported(f"task=finetune cannot train the format in which {layer.name} is stored")
             coded = content[:4].tobytes() in KINDS.values()
@@ -212,7 +212,7 @@ class _Training:
         """What would be stored now, but for codes that grew longer without going further than ``least`` steps."""
         tensors = {name: latent.quantized(least) for name, latent in self.latents.items()}
         coded = {name: latent.coded for name, latent in self.latents.items()}
-        stored = encode_tensors(tensors, coded, checkpoint.TABLES) if packed is None else dict(packed)
+        stored = encode_tensors(tensors, coded, file_format.TABLES) if packed is None else dict(packed)
         floats = [part.detach().clone() for part in self.floats]
         if self.result.float_bits == 16:
             floats = [part.half().to(part.dtype) for part in floats]
@@ -265,8 +265,8 @@ class _Training:
         if not trained:
             return dataclasses.replace(own, metrics=found)
         bits: dict[str, float] = {}
-        if checkpoint.TABLES in best.packed:
-            tables = CodeTables.unpack(best.packed[checkpoint.TABLES])
+        if file_format.TABLES in best.packed:
+            tables = CodeTables.unpack(best.packed[file_format.TABLES])
             lattices = {name: part for name, part in best.tensors.items() if isinstance(part, LatticeTensor)}
             bits = {name: float(coded_bits(tensor, tables).sum()) for name, tensor in lattices.items()}
             resident = sum(to_tiles(tensor).nbytes for tensor in lattices.values())

@@ -80,7 +80,7 @@ def uncompressed_tensors(model: nn.Module, layers: Sequence[Layer]) -> dict[str,
     return others
 
 
-def round_others(others: Mapping[str, Tensor], float_bits: int) -> None:
+def round_to_stored(others: Mapping[str, Tensor], float_bits: int) -> None:
     """Give the tensors beside the layers the precision they are stored in, in place."""
     if float_bits == 16:
         for name, tensor in others.items():

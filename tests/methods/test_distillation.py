@@ -25,7 +25,7 @@ from nashswarm.methods.method import Compressed
 from nashswarm.methods.nash_swarm.solver import NashSwarm
 from nashswarm.methods.uniform import Uniform
 from nashswarm.models import matrices
-from nashswarm.packed import checkpoint
+from nashswarm.packed import file_format
 from nashswarm.progress import no_track
 from nashswarm.quant.entropy import CodeTables, count_symbols, fit_tables
 from nashswarm.quant.grid import Scheme, quantize
@@ -70,11 +70,11 @@ def size(result: Compressed) -> int:
 
 
 def decoded(packed: Mapping[str, Any]) -> dict[str, Tensor]:
-    tables = CodeTables.unpack(packed[checkpoint.TABLES]) if checkpoint.TABLES in packed else None
+    tables = CodeTables.unpack(packed[file_format.TABLES]) if file_format.TABLES in packed else None
     return {
-        name: checkpoint.decode(name, content, tables).dequantize()
+        name: file_format.decode(name, content, tables).dequantize()
         for name, content in packed.items()
-        if name != checkpoint.TABLES
+        if name != file_format.TABLES
     }
 
 

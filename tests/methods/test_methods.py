@@ -186,7 +186,7 @@ def test_16_bits_are_every_bit_of_a_16_bit_model(model: Any, token_windows: Tens
         before = halved(input_ids=token_windows).logits
         result = compress(Uniform(16), context)
         matrices.set_weights(halved, result.weights)
-        matrices.round_others(matrices.uncompressed_tensors(halved, context.layers), result.float_bits)
+        matrices.round_to_stored(matrices.uncompressed_tensors(halved, context.layers), result.float_bits)
         assert torch.equal(halved(input_ids=token_windows).logits, before)
     assert size(result) == sum(18 + 2 * layer.parameters for layer in context.layers)
 

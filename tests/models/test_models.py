@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nashswarm.models.matrices import find_layers, round_others, set_weights, uncompressed_tensors
+from nashswarm.models.matrices import find_layers, round_to_stored, set_weights, uncompressed_tensors
 from nashswarm.models.sources import LoadedModel, ModelSource, content_of, load
 
 KINDS = ("gpt2", "opt", "llama", "gpt_neox")
@@ -118,14 +118,14 @@ def test_layers_and_the_rest_are_every_parameter_once(
 def test_the_rest_is_rounded_to_what_is_stored(model: Any) -> None:
     others = uncompressed_tensors(model, find_layers(model))
     before = {name: tensor.clone() for name, tensor in others.items()}
-    round_others(others, 32)
+    round_to_stored(others, 32)
     assert all(torch.equal(tensor, before[name]) for name, tensor in others.items())
-    round_others(others, 16)
+    round_to_stored(others, 16)
     assert all(torch.equal(tensor, before[name].half().float()) for name, tensor in others.items())
     assert torch.equal(model.transformer.ln_f.weight, before["transformer.ln_f.weight"].half().float())
     others["transformer.ln_f.bias"].fill_(1e6)
     with pytest.raises(ValueError, match=r"transformer\.ln_f\.bias does not fit 16-bit floats"):
-        round_others(others, 16)
+        round_to_stored(others, 16)
 
 
 def test_a_folder_is_loaded(model_folder: pathlib.Path, tiny: Any, token_windows: Tensor) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm.kernels import tiles as layout
-from nashswarm.models.matrices import find_layers, set_weights, uncompressed_tensors
-from nashswarm.packed import checkpoint
+from nashswarm.models.matrices import find_layers, round_to_stored, set_weights, uncompressed_tensors
+from nashswarm.packed import checkpoint, file_format
+from nashswarm.packed.file_format import NashSwarmConfig
 from nashswarm.packed.modules import PackedMatrix, QuantizedEmbedding, QuantizedLinear, set_activations
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import Scheme, quantize
@@ -87,8 +88,8 @@ def test_what_is_loaded_computes_the_same_bits(saved: Any, token_windows: Tensor
     by_hand = copy.deepcopy(full)
     layers = find_layers(by_hand)
     tables = CodeTables.unpack(matrices["code_tables"]) if "code_tables" in matrices else None
-    decoded = {layer.name: checkpoint.decode(layer.name, matrices[layer.name], tables) for layer in layers}
-    checkpoint.round_others(uncompressed_tensors(by_hand, layers), 16)
+    decoded = {layer.name: file_format.decode(layer.name, matrices[layer.name], tables) for layer in layers}
+    round_to_stored(uncompressed_tensors(by_hand, layers), 16)
     set_weights(by_hand, {name: tensor.dequantize() for name, tensor in decoded.items()})
     expected = answer(by_hand, token_windows)
     assert (answer(again, token_windows) - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -109,7 +110,7 @@ def test_saving_again_gives_the_same_bytes(saved: Any, tmp_path: pathlib.Path) -
 def test_the_predicted_files_are_those_that_are_saved(saved: Any) -> None:
     full, _, matrices, folder = saved
     others = uncompressed_tensors(full, find_layers(full))
-    found = checkpoint.files(full, matrices, others, 16)
+    found = file_format.checkpoint_files(full, matrices, others, 16)
     written = contents(folder)
     assert sorted(found) == FILES and found == {name: written[name] for name in FILES}
     assert set(written) - set(FILES) <= {"generation_config.json"}
@@ -194,7 +195,7 @@ def described(folder: pathlib.Path, **changes: Any) -> None:
 def resealed(folder: pathlib.Path, tensors: dict[str, Tensor]) -> None:
     """Other tensors, and the checksum that belongs to them."""
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    described(folder, checksum=checkpoint.checksum(tensors))
+    described(folder, checksum=file_format.checksum(tensors))
 
 
 def test_loading_makes_no_floats_of_packed_matrices(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +337,7 @@ def test_what_kernels_cannot_read_is_kept_as_floats(
     published = quantize_by_magnitude(layers["transformer.wte"].weight, (0.9, 0.7))
     packed = {name: pack(quantize(layer.weight, 4, Scheme(64))) for name, layer in layers.items()}
     packed |= {name: pack(tensor) for name, tensor in odd.items()} | {"transformer.wte": published.pack()}
-    files = checkpoint.files(full, packed, uncompressed_tensors(full, list(layers.values())), 16)
+    files = file_format.checkpoint_files(full, packed, uncompressed_tensors(full, list(layers.values())), 16)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with caplog.at_level(logging.WARNING):
@@ -425,9 +426,7 @@ def test_generation_works(folder: pathlib.Path, token_windows: Tensor) -> None:
 
 def test_compressing_while_loading_is_refused(model_folder: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="require the model to be pre-quantized"):
-        transformers.AutoModelForCausalLM.from_pretrained(
-            model_folder, quantization_config=checkpoint.NashSwarmConfig()
-        )
+        transformers.AutoModelForCausalLM.from_pretrained(model_folder, quantization_config=NashSwarmConfig())
 
 
 def test_bytes_that_are_no_matrix_are_refused_before_the_model_changes(model: Any, packed: Packed) -> None:
@@ -439,8 +438,8 @@ def test_bytes_that_are_no_matrix_are_refused_before_the_model_changes(model: An
 
 def test_the_checksum_is_of_everything_but_the_order() -> None:
     tensors = {"a": torch.arange(4, dtype=torch.float16), "b": torch.zeros(2, 2)}
-    found = checkpoint.checksum(tensors)
-    assert checkpoint.checksum(dict(reversed(tensors.items()))) == found and len(found) == 8
+    found = file_format.checksum(tensors)
+    assert file_format.checksum(dict(reversed(tensors.items()))) == found and len(found) == 8
     for changed in (
         {"a": tensors["a"], "c": tensors["b"]},
         tensors | {"b": torch.zeros(4)},
@@ -448,7 +447,7 @@ def test_the_checksum_is_of_everything_but_the_order() -> None:
         tensors | {"a": tensors["a"] + 1},
         {"a": tensors["a"]},
     ):
-        assert checkpoint.checksum(changed) != found
+        assert file_format.checksum(changed) != found
 
 
 @pytest.fixture

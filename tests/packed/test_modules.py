@@ -16,17 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from nashswarm.kernels import tiles as layout
 from nashswarm.packed.modules import (
-    ESCAPE_BYTES,
     PackedMatrix,
     QuantizedEmbedding,
     QuantizedLinear,
-    codes_of,
     dequantized,
-    packable,
     quantized,
     set_activations,
-    to_tiles,
 )
+from nashswarm.packed.tiles import ESCAPE_BYTES, codes_of, packable, to_tiles
 from nashswarm.quant.entropy import decode_groups, decode_lattice
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor
@@ -68,7 +65,7 @@ def test_a_lattice_comes_back_whatever_its_shape_and_spread(rows: int, columns: 
     matrix = PackedMatrix(tensor, True, LAPLACE)
     assert_same(matrix.tensor(), tensor)
     assert torch.equal(matrix.dequantize(), tensor.dequantize())
-    assert_same(decode_lattice(matrix.stored(), LAPLACE), tensor)
+    assert_same(decode_lattice(matrix.encode(), LAPLACE), tensor)
 
 
 @some.composite
@@ -87,7 +84,7 @@ def test_groups_come_back_whatever_their_widths(tensor: QuantizedTensor, coded: 
     matrix = PackedMatrix(tensor, coded)
     assert_same(matrix.tensor(), tensor)
     assert torch.equal(matrix.dequantize(), tensor.dequantize())
-    assert_same((decode_groups if coded else unpack)(matrix.stored()), tensor)
+    assert_same((decode_groups if coded else unpack)(matrix.encode()), tensor)
 
 
 @few

@@ -20,7 +20,7 @@ from torch import Tensor
 from nashswarm.games import flock
 from nashswarm.layers import Layer
 from nashswarm.memory import trim_heap
-from nashswarm.packed.checkpoint import TABLES
+from nashswarm.packed.file_format import TABLES
 from nashswarm.progress import Track
 from nashswarm.quant.coordinate_descent import DescentResult
 from nashswarm.quant.curvature import Curvature, FactoredCurvature

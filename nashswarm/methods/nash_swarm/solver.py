@@ -44,7 +44,7 @@ from nashswarm.methods.nash_swarm.quantizer import (
     expected,
 )
 from nashswarm.methods.swarm import Flock
-from nashswarm.packed.modules import to_tiles
+from nashswarm.packed.tiles import to_tiles
 from nashswarm.quant.curvature import FactoredCurvature, factor_curvature
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.quant.lattice import LatticeTensor, bit_price, stack_rows

@@ -42,7 +42,7 @@ from nashswarm.methods.streaming.shards import (
     units,
 )
 from nashswarm.models.sources import CONFIG
-from nashswarm.packed import checkpoint, model_folder
+from nashswarm.packed import file_format, model_folder
 from nashswarm.progress import Track, no_track
 from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import DAMPING, TINY, Curvature, inverse_cholesky
@@ -129,7 +129,7 @@ def descriptions(config: Any, files: Sequence[Mapping[str, Tensor]], checksum: s
     total = sum(part.nbytes for tensors in files for part in tensors.values())
     weight_map = {name: path for path, tensors in zip(names(files), files, strict=True) for name in sorted(tensors)}
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-    text = checkpoint.described(config, ARCHITECTURE, torch.float32, checksum, FLOAT_BITS)
+    text = file_format.config_json(config, ARCHITECTURE, torch.float32, checksum, FLOAT_BITS)
     return {INDEX: index.encode(), CONFIG: text}
 
 
@@ -283,7 +283,7 @@ def _head(source: Source, name: str, states: States, settings: ByLayer) -> dict[
     weight = source.shards[f"{name}.weight"]
     inputs = inputs.div_(len(states) * states.shape[1])
     found = _answer(weight, settings.width(name), inputs, _factor(inputs, settings), settings)
-    return {f"{name}.weight": _packed(found)} | checkpoint.rounded({f"{NORM}.weight": gain}, FLOAT_BITS)
+    return {f"{name}.weight": _packed(found)} | file_format.to_stored_floats({f"{NORM}.weight": gain}, FLOAT_BITS)
 
 
 def _block(source: Source, name: str, states: States, settings: ByLayer) -> tuple[dict[str, Tensor], States, float]:
@@ -301,7 +301,7 @@ def _block(source: Source, name: str, states: States, settings: ByLayer) -> tupl
         handle.remove()
     matrices = {f"{part}.weight" for shared in SHARED_INPUTS for part in shared}
     others = {f"{name}.{part}": weight for part, weight in weights.items() if part not in matrices}
-    tensors = checkpoint.rounded(others, FLOAT_BITS)
+    tensors = file_format.to_stored_floats(others, FLOAT_BITS)
     for shared in SHARED_INPUTS:
         inputs = moments.pop(shared).div_(len(states) * states.shape[1])
         factor = _factor(inputs, settings)
@@ -381,7 +381,7 @@ def _finish(
 ) -> None:
     """Add to the finished files what makes them a checkpoint."""
     places = {name: work / path for path, tensors in zip(names(files), files, strict=True) for name in tensors}
-    described = descriptions(source.config, files, checkpoint.checksum(Shards(places)))
+    described = descriptions(source.config, files, file_format.checksum(Shards(places)))
     for name, content in described.items():
         write_whole(work / name, content)
     tokenizer.save_pretrained(work)

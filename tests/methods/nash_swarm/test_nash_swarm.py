@@ -18,7 +18,7 @@ from nashswarm.methods.method import Compressed, Method
 from nashswarm.methods.nash_swarm.quantizer import BUDGET_TOLERANCE, Slope, meet
 from nashswarm.methods.nash_swarm.solver import REGRET, NashSwarm, _Table
 from nashswarm.methods.swarm import Flock
-from nashswarm.packed.checkpoint import TABLES
+from nashswarm.packed.file_format import TABLES
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.entropy import ESCAPE, CodeTables, coded_bits, decode_lattice
 from nashswarm.quant.lattice import Lattice, LatticeTensor, bit_price

@@ -22,7 +22,7 @@ from nashswarm.cli import main
 from nashswarm.methods.streaming import compress, forecast, shards
 from nashswarm.methods.streaming.compress import ByLayer
 from nashswarm.models.shapes import LARGE
-from nashswarm.packed.checkpoint import decode
+from nashswarm.packed.file_format import decode
 from nashswarm.packed.modules import QuantizedLinear, set_activations
 from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import Curvature

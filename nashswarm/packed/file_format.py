@@ -1,0 +1,190 @@
+"""The files of a compressed checkpoint: convert matrices and other tensors to bytes, and back.
+
+The weight of a compressed matrix is stored under its usual name as a row of bytes: packed tiles or entropy-coded codes.
+The code tables that all entropy-coded matrices share are stored as ``code_tables``.  All other tensors (norms, biases,
+excluded matrices) are floats of 16 or 32 bits.  ``config.json`` holds the version of the format and a checksum over all
+tensors, however many files they are spread over.
+"""
+
+import copy
+import json
+import pathlib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from nashswarm.models.sources import CONFIG, WEIGHTS
+from nashswarm.packed.modules import Activations, PackedMatrix, QuantizedEmbedding, QuantizedLinear
+from nashswarm.quant.entropy import KINDS, CodeTables, decode_groups, decode_lattice
+from nashswarm.quant.grid import QuantizedTensor
+from nashswarm.quant.lattice import LatticeTensor
+from nashswarm.quant.pack import unpack
+from nashswarm.quant.prototype import KIND as PROTOTYPE
+from nashswarm.quant.prototype import ClassedTensor
+
+METHOD = "nashswarm"
+VERSION = 1
+TABLES = "code_tables"  # the key of the code tables beside the packed matrices
+FLOATS = {16: torch.float16, 32: torch.float32}
+Decoded = LatticeTensor | QuantizedTensor | ClassedTensor
+Bytes = UInt8[np.ndarray, " _"]
+
+
+class NashSwarmConfig(QuantizationConfigMixin):
+    """The section ``quantization_config`` of a checkpoint's ``config.json``.
+
+    ``checksum``: crc32 over all tensors, in hexadecimal digits.  ``float_bits``: of every tensor that is not a
+    compressed matrix.  ``activations``: the type that inputs are rounded to inside products.
+
+    Raises ValueError for ``float_bits`` that the format does not have.
+    """
+
+    quant_method: str  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        version: int = VERSION,
+        checksum: str = "00000000",
+        float_bits: int = 16,
+        activations: Activations = "int8",
+        quant_method: str = METHOD,
+    ) -> None:
+        self.quant_method, self.version, self.checksum = quant_method, version, checksum
+        self.float_bits, self.activations = float_bits, activations
+        if float_bits not in FLOATS:
+            raise ValueError(
+                f"config.json says float_bits={float_bits}; the format knows {' and '.join(map(str, FLOATS))}"
+            )
+
+
+def checkpoint_files(
+    model: Any, packed: Mapping[str, Bytes], others: Mapping[str, Tensor], float_bits: int
+) -> dict[str, bytes]:
+    """Return the files of a compressed model by name, exactly as ``save_pretrained`` will write them.
+
+    ``packed``: the bytes of each matrix by its name, and ``code_tables`` if there are any.  ``others``: the model's
+    ``uncompressed_tensors``.
+    """
+    tensors = {_key(name): torch.from_numpy(content.copy()) for name, content in packed.items()}
+    tensors |= to_stored_floats(others, float_bits)
+    config = config_json(model.config, type(model).__name__, model.dtype, checksum(tensors), float_bits)
+    return {WEIGHTS: safetensors.torch.save(tensors, {"format": "pt"}), CONFIG: config}
+
+
+def config_json(config: Any, architecture: str, dtype: torch.dtype, checksum: str, float_bits: int) -> bytes:
+    """Return the ``config.json`` of a compressed model whose tensors have this checksum."""
+    compressed = copy.deepcopy(config)
+    compressed.quantization_config = NashSwarmConfig(checksum=checksum, float_bits=float_bits).to_dict()
+    compressed.architectures, compressed.dtype = [architecture], str(dtype).removeprefix("torch.")
+    return compressed.to_json_string().encode()
+
+
+def stored_tensors(model: Any, float_bits: int) -> dict[str, Tensor]:
+    """Return the tensors of ``model``'s checkpoint: each packed matrix once as bytes, all others as floats."""
+    tensors: dict[str, Tensor] = {}
+    matrices: set[PackedMatrix] = set()
+    packed_names: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+            packed_names.append(f"{name}.matrix.")
+            if module.matrix not in matrices:
+                matrices.add(module.matrix)
+                tensors[_key(name)] = torch.from_numpy(module.matrix.encode().copy())
+    if tables := [matrix.tables for matrix in matrices if matrix.tables is not None]:
+        tensors[TABLES] = torch.from_numpy(tables[0].pack().copy())
+    others: dict[int, tuple[str, Tensor]] = {}  # each shared tensor once
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(tuple(packed_names)):
+            others.setdefault(tensor.data_ptr(), (name, tensor))
+    return tensors | to_stored_floats(dict(others.values()), float_bits)
+
+
+def decode(name: str, content: Bytes, tables: CodeTables | None) -> Decoded:
+    """Decode the matrix ``name`` from its stored bytes, whichever format they have.
+
+    Raises ValueError if the bytes cannot be read.
+    """
+    kind = content[:4].tobytes()
+    try:
+        if kind == KINDS["lattice"]:
+            if tables is None:
+                raise ValueError(f"the file lacks {TABLES}")
+            return decode_lattice(content, tables)
+        if kind == KINDS["groups"]:
+            return decode_groups(content)
+        return ClassedTensor.unpack(content) if kind == PROTOTYPE else unpack(content)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def is_entropy_coded(content: Bytes) -> bool:
+    """Check whether the bytes of a matrix are entropy-coded."""
+    return content[:4].tobytes() in KINDS.values()
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the crc32 over names, dtypes, shapes and contents in hexadecimal digits; the order does not matter."""
+    crc = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def verified_sizes(paths: Sequence[pathlib.Path], expected: str) -> dict[str, int]:
+    """Check the files of a checkpoint against a checksum, and return the number of bytes of each packed tensor.
+
+    Raises ValueError if a file cannot be read or the checksum of all tensors is not the ``expected`` one.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            tensors |= safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is cut short or damaged ({error}); copy it again") from error
+        if not _plain_header(path):
+            raise ValueError(f"the header of {path} is not as save_pretrained writes it: damaged; copy it again")
+    if (actual := checksum(tensors)) != expected:
+        raise ValueError(
+            f"the checksum of {', '.join(map(str, paths))} is {actual}, not {expected}: damaged, or not the files that "
+            "belong to this config.json; copy the whole folder again"
+        )
+    return {name: len(part) for name, part in tensors.items() if part.dtype == torch.uint8 and part.ndim == 1}
+
+
+def to_stored_floats(tensors: Mapping[str, Tensor], float_bits: int) -> dict[str, Tensor]:
+    """Return the tensors with floats of ``float_bits`` bits; integers stay as they are.
+
+    Raises ValueError for a tensor with finite numbers that 16-bit floats cannot hold.
+    """
+    dtype = FLOATS[float_bits]
+    rounded = {name: (part.to(dtype) if part.is_floating_point() else part).detach() for name, part in tensors.items()}
+    if lost := [name for name, part in rounded.items() if not part.isfinite().all() and tensors[name].isfinite().all()]:
+        raise ValueError(f"{', '.join(lost)} does not fit {float_bits}-bit floats")
+    return rounded
+
+
+def _plain_header(path: pathlib.Path) -> bool:
+    """Check that the header of a safetensors file holds the tensors alone, formatted as safetensors writes it.
+
+    Readers skip blanks and metadata, so a changed byte there would go unnoticed.
+    """
+    with path.open("rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little")).decode()
+    header = json.loads(text)
+    plain = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    return text.rstrip(" ") == plain and header.get("__metadata__") == {"format": "pt"}
+
+
+def _key(name: str) -> str:
+    """Return the key of a packed matrix in the file."""
+    return name if name == TABLES else f"{name}.weight"
