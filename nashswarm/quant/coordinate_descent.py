@@ -1,12 +1,13 @@
-"""The code game of one layer: its columns are the players, their codes the actions.
+"""Coordinate descent over the codes of a layer, starting from a pass of error feedback.
 
-All rows play for themselves; the damage of a row is ``½ (f_o e_oᵀ H e_o + Σ_j d_oj e_oj²)``, d being what a lookup of
-the same matrix adds, and where codes are entropy-coded each pays its length at the price of a bit.
+Rows are independent.  The damage of row o is ``½ (f_o e_oᵀ H e_o + Σ_j d_oj e_oj²)`` (see ``curvature``); where codes
+are entropy-coded, each adds the price of its length.
 
-``feedback`` is one greedy pass: each column takes its best code and the columns after it take over its error, weighed
-by H (GPTQ, Frantar et al. 2023).  It stops before equilibrium.  ``settle`` goes on: with all others fixed the cost of
-column j is a parabola around ``Q_j + (f R_j + d_j E_j) / (f H_jj + d_j)``, E = W − Q, R = E H, and column after column
-takes its cheapest code until nobody moves (coordinate descent, as QuantEase, Behdin et al. 2023).
+``error_feedback_pass`` is greedy: each column takes its nearest code, and later columns compensate for its error (GPTQ,
+Frantar et al. 2023).  ``coordinate_descent`` continues from there (as QuantEase, Behdin et al. 2023).  If all other
+codes stay, the damage is a parabola in the code of column j with its minimum at
+``Q_j + (f R_j + d_j E_j) / (f H_jj + d_j)``, where E = W − Q and R = E H.  Weights move to their cheapest code until
+none gains by moving.  In terms of games, weights are players and the result is a Nash equilibrium.
 """
 
 import dataclasses
@@ -18,31 +19,44 @@ from jaxtyping import Float, Integer, Real
 from torch import Tensor
 
 from nashswarm.quant.curvature import DAMPING, Curvature, inverse_cholesky
-from nashswarm.quant.error_feedback import BLOCK, FAR, NEAR, Grid, GridFactory, column_major, error_feedback_pass
+from nashswarm.quant.error_feedback import (
+    BLOCK_COLUMNS,
+    FAR_JUMPS,
+    NEAR_JUMPS,
+    Grid,
+    GridFactory,
+    column_major,
+    error_feedback_pass,
+)
 from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme, quantize
+
+SMALLEST_GAIN = 1e-5  # of a move, as a share of the stiffness: below, float32 cannot tell gains from rounding
 
 
 @dataclasses.dataclass(frozen=True)
 class DescentResult:
-    """Where best replies ended: the codes, the sweeps it took, the weights that moved in each of them and what was
-    gained, in nats per token; at the equilibrium the last sweep moves nobody."""
+    """The codes at which coordinate descent ended, and its progress.
+
+    ``moves`` counts the moves of each sweep, and ``gains`` is the cost they saved, in nats per token.  If the last
+    sweep has no moves, no weight gains by changing its code alone.
+    """
 
     codes: Real[Tensor, "out in"]
     moves: list[int]
     gains: list[float]
 
     def prepend(self, earlier: "DescentResult | None") -> "DescentResult":
-        """With the sweeps of ``earlier`` before these."""
+        """Return this result with the sweeps of an ``earlier`` descent before its own."""
         if earlier is None:
             return self
         return DescentResult(self.codes, earlier.moves + self.moves, earlier.gains + self.gains)
 
     @classmethod
     def concatenate(cls, parts: Sequence["DescentResult"]) -> "DescentResult":
-        """Of all rows, where each of the ``parts`` settled some."""
+        """Concatenate the results of disjoint sets of rows, adding up the moves and gains of each sweep."""
         moves, gains = (
-            [sum(sweep) for sweep in itertools.zip_longest(*each, fillvalue=0)]
-            for each in ([part.moves for part in parts], [part.gains for part in parts])
+            [sum(sweep) for sweep in itertools.zip_longest(*sweeps, fillvalue=0)]
+            for sweeps in ([part.moves for part in parts], [part.gains for part in parts])
         )
         return cls(torch.cat([part.codes for part in parts]), moves, gains)
 
@@ -51,88 +65,96 @@ def coordinate_descent(
     weight: Float[Tensor, "out in"],
     codes: Float[Tensor, "out in"],
     curvature: Curvature,
-    grid_of: GridFactory,
+    make_grid: GridFactory,
     sweeps: int = 100,
     tolerance: float = 0.0,
 ) -> DescentResult:
-    """Best replies from ``codes``, one block of columns after the other, until no weight moves, the gain of a sweep
-    falls below ``tolerance`` of the damage, or ``sweeps`` are over.  No move ever raises the cost of its row.
+    """Improve ``codes`` one weight at a time, block of columns after block of columns.
 
-    Codes that pay for their length try near moves first, and once nobody moves, far ones.
+    Stops when no weight moves, when a sweep gains no more than ``tolerance`` times the damage, or after ``sweeps``
+    sweeps.  No move raises the cost of its row.  Entropy-coded codes try near jumps first, and far jumps once no near
+    jump helps.
     """
     codes = codes.clone()
-    spans = [slice(start, start + BLOCK) for start in range(0, weight.shape[1], BLOCK)]
-    grids = [grid_of(torch.arange(weight.shape[1])[span], weight[:, span]) for span in spans]
-    blocks = [_Block(span, grid, curvature, codes) for span, grid in zip(spans, grids, strict=True)]
+    spans = [slice(start, start + BLOCK_COLUMNS) for start in range(0, weight.shape[1], BLOCK_COLUMNS)]
+    grids = [make_grid(torch.arange(weight.shape[1])[span], weight[:, span]) for span in spans]
+    blocks = [_ColumnBlock(span, grid, curvature, codes) for span, grid in zip(spans, grids, strict=True)]
     error = weight - codes * torch.cat([grid.step for grid in grids], 1)
     active = torch.arange(len(weight))
     moves: list[int] = []
     gains: list[float] = []
     while len(moves) < sweeps:
         if not len(active):
-            if not any([block.look_far(codes) for block in blocks]):
+            if not any([block.allow_far_jumps(codes) for block in blocks]):
                 break
             active = torch.arange(len(weight))
-        moved = torch.zeros(len(weight), dtype=torch.int32)
-        gains.append(sum(block.settle(active, error, codes, moved) for block in blocks))
-        active = active[moved[active] > 0]
-        moves.append(int(moved.sum()))
+        row_moves = torch.zeros(len(weight), dtype=torch.int32)
+        gains.append(sum(block.descend(active, error, codes, row_moves) for block in blocks))
+        active = active[row_moves[active] > 0]
+        moves.append(int(row_moves.sum()))
         if tolerance and gains[-1] <= tolerance * float(curvature.damage_by_row(error).double().sum()):
             break
     return DescentResult(codes, moves, gains)
 
 
-class _Block:
-    """Some columns of a matrix whose weights reply: ``stiffness``, what a step of each costs, and ``saved``, what moves
-    would save of their codes' lengths."""
+class _ColumnBlock:
+    """A block of columns whose weights move.
+
+    ``stiffness`` is the second derivative of the damage in each code; ``savings`` is what moves would save on the
+    length of codes (see ``Grid.length_savings``).
+    """
 
     def __init__(self, span: slice, grid: Grid, curvature: Curvature, codes: Float[Tensor, "out in"]) -> None:
-        self.span, self.grid, self.jumps, self.saved = span, grid, NEAR, grid.saved(codes[:, span], NEAR)
+        self.span, self.grid, self.jumps = span, grid, NEAR_JUMPS
+        self.savings = grid.length_savings(codes[:, span], NEAR_JUMPS)
         self.rows, self.lookups = curvature.rows, None if curvature.lookups is None else curvature.lookups[:, span]
         self.inputs = None if curvature.inputs is None else curvature.inputs[:, span]
-        self.near = None if self.inputs is None else self.inputs[span]
-        self.stiffness = Curvature(self.rows, self.near, self.lookups).diagonal() * grid.step.square()
+        self.block_inputs = None if self.inputs is None else self.inputs[span]
+        self.stiffness = Curvature(self.rows, self.block_inputs, self.lookups).diagonal() * grid.step.square()
 
-    def look_far(self, codes: Float[Tensor, "out in"]) -> bool:
-        """Try far moves from now on; False if there are none that were not tried."""
-        if self.saved is None or self.jumps == FAR:
+    def allow_far_jumps(self, codes: Float[Tensor, "out in"]) -> bool:
+        """Try far jumps from now on; return False if they are tried already or codes have no length cost."""
+        if self.savings is None or self.jumps == FAR_JUMPS:
             return False
-        self.jumps, self.saved = FAR, self.grid.saved(codes[:, self.span], FAR)
+        self.jumps, self.savings = FAR_JUMPS, self.grid.length_savings(codes[:, self.span], FAR_JUMPS)
         return True
 
-    def settle(
+    def descend(
         self,
         rows: Integer[Tensor, " some"],
         error: Float[Tensor, "out in"],
         codes: Float[Tensor, "out in"],
-        moved: Integer[Tensor, " out"],
+        row_moves: Integer[Tensor, " out"],
     ) -> float:
-        """What these ``rows`` gain here, each moving its best weight again and again until it has none; ``error``,
-        ``codes`` and the count of moves change in place."""
-        first, gained = self.span.start, 0.0
-        pull = None if self.inputs is None else error[rows] @ self.inputs
+        """Move the best weight of each of these rows, repeatedly, until none gains; return the total gain.
+
+        ``error``, ``codes`` and ``row_moves`` (the number of moves of each row) are updated in place.
+        """
+        first, total_gain = self.span.start, 0.0
+        gradient = None if self.inputs is None else error[rows] @ self.inputs
         while len(rows):
             step, stiffness = self.grid.step[rows], self.stiffness[rows]
-            slope = torch.zeros_like(step) if pull is None else self.rows[rows, None] * pull
+            slope = torch.zeros_like(step) if gradient is None else self.rows[rows, None] * gradient
             if self.lookups is not None:
                 slope += self.lookups[rows] * error[rows, self.span]
-            saved = None if self.saved is None else self.saved[:, rows]
-            move, gain = self.grid.moves(codes[rows, self.span], slope.mul_(step), stiffness, saved, self.jumps, rows)
-            most, column = torch.where(gain > 1e-5 * stiffness, gain, 0.0).max(1)  # beyond what float32 can tell
-            (better,) = most.nonzero(as_tuple=True)
+            savings = None if self.savings is None else self.savings[:, rows]
+            block_codes = codes[rows, self.span]
+            move, gain = self.grid.best_moves(block_codes, slope.mul_(step), stiffness, savings, self.jumps, rows)
+            best_gain, column = torch.where(gain > SMALLEST_GAIN * stiffness, gain, 0.0).max(1)
+            (better,) = best_gain.nonzero(as_tuple=True)
             rows, column = rows[better], column[better]
             move = move[better, column]
             change = move * step[better, column]
             codes[rows, first + column] += move
             error[rows, first + column] -= change
-            if pull is not None and self.near is not None:
-                pull = pull[better].sub_(change[:, None] * self.near[column])
-            renewed = self.grid.saved(codes[rows, first + column], self.jumps, (rows, column))
-            if self.saved is not None and renewed is not None:
-                self.saved[:, rows, column] = renewed
-            moved[rows] += 1
-            gained += float(most.double().sum())
-        return gained
+            if gradient is not None and self.block_inputs is not None:
+                gradient = gradient[better].sub_(change[:, None] * self.block_inputs[column])
+            new_savings = self.grid.length_savings(codes[rows, first + column], self.jumps, (rows, column))
+            if self.savings is not None and new_savings is not None:
+                self.savings[:, rows, column] = new_savings
+            row_moves[rows] += 1
+            total_gain += float(best_gain.double().sum())
+        return total_gain
 
 
 def quantize_layer(
@@ -146,67 +168,66 @@ def quantize_layer(
     tolerance: float = 0.0,
     factor: Float[Tensor, "in in"] | None = None,
 ) -> QuantizedTensor:
-    """Codes, scales and zero points of least damage found, each tile at its width: one pass and so many ``sweeps``.
+    """Quantize a matrix, each tile at its width, by one pass of error feedback and ``sweeps`` of coordinate descent.
 
-    A group's grids are chosen when its turn comes, from the weights as they have become; with ``act_order`` the columns
-    come in the order of their inputs, largest first, on plain rounding's grids.  A row keeps the pass only where its
-    damage is less than plain rounding's.  Float tiles, and matrices that are only looked up, have no columns to
-    compensate and are rounded plainly.  ``factor``: ``inverse_cholesky`` of the damped H if known.
+    The grids of a group are chosen when the pass reaches it, from its corrected weights.  With ``act_order`` the
+    columns are taken in descending order of the diagonal of H, on the grids of plain rounding.  A row keeps the result
+    of the pass only if its damage is below that of plain rounding.  Matrices that are only looked up, or have float
+    tiles, are rounded plainly.  ``tolerance`` is that of ``coordinate_descent``.  ``factor`` is ``inverse_cholesky`` of
+    the damped H, if it is known already.
     """
     diagonal = curvature.diagonal()
     plain = quantize(weight, bits, scheme, diagonal)
     if curvature.inputs is None or not set(plain.bits.unique().tolist()) <= {0, *GRID_WIDTHS}:
         return plain
-    rows = curvature.rows
     if factor is None or act_order:
-        rows, inputs = curvature.damped(damping).mean_row_curvature()
+        _, inputs = curvature.damped(damping).mean_row_curvature()
     if act_order:
         order = inputs.diagonal().argsort(descending=True, stable=True)
         steps = error_feedback_pass(
             weight,
-            rows,
             inverse_cholesky(inputs[order][:, order]),
-            lambda now, _: _affine_grid(plain, now),
+            lambda columns, _: _affine_grid(plain, columns),
             order=order,
         )
-        passed = dataclasses.replace(plain, codes=_stored(steps, plain.zero_point, scheme))
+        feedback = dataclasses.replace(plain, codes=_to_codes(steps, plain.zero_point, scheme))
     else:
-        chosen: list[QuantizedTensor] = []
+        groups: list[QuantizedTensor] = []
 
-        def open_group(columns: Tensor, current: Tensor) -> Grid:
+        def make_group_grid(columns: Tensor, corrected: Tensor) -> Grid:
             group = int(columns[0]) // scheme.group_size
-            chosen.append(quantize(current, plain.bits[:, group : group + 1], scheme, diagonal[:, columns]))
-            return _affine_grid(chosen[-1])
+            groups.append(quantize(corrected, plain.bits[:, group : group + 1], scheme, diagonal[:, columns]))
+            return _affine_grid(groups[-1])
 
         factor = inverse_cholesky(inputs) if factor is None else factor
-        steps = error_feedback_pass(weight, rows, factor, open_group, scheme.group_size)
-        scale, zero_point = (torch.cat([getattr(part, name) for part in chosen], 1) for name in ("scale", "zero_point"))
-        passed = QuantizedTensor(_stored(steps, zero_point, scheme), scale, zero_point, plain.bits, scheme)
-    better = curvature.damage_by_row(weight - passed.dequantize()) < curvature.damage_by_row(
+        steps = error_feedback_pass(weight, factor, make_group_grid, scheme.group_size)
+        scale, zero_point = (torch.cat([getattr(part, name) for part in groups], 1) for name in ("scale", "zero_point"))
+        feedback = QuantizedTensor(_to_codes(steps, zero_point, scheme), scale, zero_point, plain.bits, scheme)
+    better = curvature.damage_by_row(weight - feedback.dequantize()) < curvature.damage_by_row(
         weight - plain.dequantize()
     )
-    won = better.unsqueeze(1)
-    kept = dataclasses.replace(
+    better = better.unsqueeze(1)
+    tensor = dataclasses.replace(
         plain,
-        codes=torch.where(won, passed.codes, plain.codes),
-        scale=torch.where(won, passed.scale, plain.scale),
-        zero_point=torch.where(won, passed.zero_point, plain.zero_point),
+        codes=torch.where(better, feedback.codes, plain.codes),
+        scale=torch.where(better, feedback.scale, plain.scale),
+        zero_point=torch.where(better, feedback.zero_point, plain.zero_point),
     )
     if not sweeps:
-        return kept
-    spread = kept.zero_point.repeat_interleave(scheme.group_size, 1)
+        return tensor
+    zero = tensor.zero_point.repeat_interleave(scheme.group_size, 1)
 
-    def grid_of(columns: Tensor, current: Tensor) -> Grid:
-        return _affine_grid(kept, columns)
+    def make_grid(columns: Tensor, corrected: Tensor) -> Grid:
+        return _affine_grid(tensor, columns)
 
-    settled = coordinate_descent(
-        weight, kept.codes.float() - spread, curvature.damped(damping), grid_of, sweeps, tolerance
+    result = coordinate_descent(
+        weight, tensor.codes.float() - zero, curvature.damped(damping), make_grid, sweeps, tolerance
     )
-    return dataclasses.replace(kept, codes=_stored(settled.codes, kept.zero_point, scheme))
+    return dataclasses.replace(tensor, codes=_to_codes(result.codes, tensor.zero_point, scheme))
 
 
 def _affine_grid(tensor: QuantizedTensor, columns: Tensor | None = None) -> Grid:
-    """The grid of these columns; codes are counted from the zero point."""
+    """Return the grid of some columns (None: of all), with codes counted from the zero point."""
     size = tensor.scheme.group_size
     groups = torch.arange(len(tensor.scale[0])).repeat_interleave(size) if columns is None else columns // size
     levels = ((1 << tensor.bits.int()) - 1).repeat_interleave(TILE_ROWS, 0)[: len(tensor.scale)]
@@ -215,5 +236,6 @@ def _affine_grid(tensor: QuantizedTensor, columns: Tensor | None = None) -> Grid
     return Grid(step, low, high)
 
 
-def _stored(steps: Float[Tensor, "out in"], zero_point: Tensor, scheme: Scheme) -> Integer[Tensor, "out in"]:
+def _to_codes(steps: Float[Tensor, "out in"], zero_point: Tensor, scheme: Scheme) -> Integer[Tensor, "out in"]:
+    """Return the stored codes of values that are counted in steps from the zero point."""
     return (steps + zero_point.repeat_interleave(scheme.group_size, 1)).to(torch.uint8)

@@ -1,6 +1,8 @@
-"""What an error of a matrix's weights costs: second derivatives of the loss, damped, and factored for error feedback.
+"""Second derivatives of the loss in the weights of a matrix, damped, and factored for error feedback.
 
-The damage of a row o is ``½ (f_o e_oᵀ H e_o + Σ_j d_oj e_oj²)``, d being what a lookup of the same matrix adds.
+Let e_o be the error of row o.  Its damage, the expected rise of the loss in nats per token, is
+``½ (f_o e_oᵀ H e_o + Σ_j d_oj e_oj²)``.  H and f come from products with the matrix; d comes from lookups of its rows,
+as in an embedding that is also the output head.
 """
 
 import dataclasses
@@ -11,17 +13,17 @@ from torch import Tensor
 
 from nashswarm.quant.lattice import Rows
 
-DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
+DAMPING = 0.01  # as a share of the mean diagonal of H, as in GPTQ
 TINY = torch.finfo(torch.float32).tiny
-SMALL = 128  # columns of a triangle that is solved at once
+SMALL_TRIANGLE = 128  # columns up to which a triangular matrix is inverted without splitting it
 
 
 @dataclasses.dataclass(frozen=True)
 class Curvature:
-    """Second derivatives of the loss in a matrix's weights, in nats per token.
+    """Second derivatives of the loss in the weights of a matrix, in nats per token.
 
-    ``rows`` (f) times ``inputs`` (H) for its products, ``lookups`` (d) for its lookups; ``inputs`` of None: it is only
-    looked up.
+    ``rows`` (f) and ``inputs`` (H) describe products with the matrix, ``lookups`` (d) lookups of its rows.  ``inputs``
+    is None for a matrix that is only looked up, ``lookups`` is None for one that is never looked up.
     """
 
     rows: Float[Tensor, " out"]
@@ -29,13 +31,13 @@ class Curvature:
     lookups: Float[Tensor, "out in"] | None
 
     def diagonal(self) -> Float[Tensor, "out in"]:
-        """s: what half a unit of squared error of each weight costs."""
+        """Return the second derivative of the loss in each weight: twice the damage of a unit error in it alone."""
         products = None if self.inputs is None else torch.outer(self.rows, self.inputs.diagonal())
         parts = [part for part in (products, self.lookups) if part is not None]
         return torch.stack(parts).sum(0)
 
     def damage_by_row(self, error: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
-        """Damage of each row of ``error``, cross terms of H in full."""
+        """Compute the damage of the errors of each row, in nats per token, with all cross terms of H."""
         total = torch.zeros(len(error))
         if self.inputs is not None:
             total += self.rows * ((error @ self.inputs) * error).sum(1)
@@ -44,17 +46,20 @@ class Curvature:
         return total / 2
 
     def select_rows(self, rows: Rows) -> "Curvature":
-        """Of some of the rows alone."""
+        """Return the curvature of some of the rows."""
         lookups = None if self.lookups is None else self.lookups[rows]
         return dataclasses.replace(self, rows=self.rows[rows], lookups=lookups)
 
     def scale_rows(self, weights: Float[Tensor, " out"]) -> "Curvature":
-        """Every row's damage times its weight."""
+        """Return the curvature with the damage of each row multiplied by its weight."""
         lookups = None if self.lookups is None else self.lookups * weights[:, None]
         return dataclasses.replace(self, rows=self.rows * weights, lookups=lookups)
 
     def damped(self, damping: float = DAMPING) -> "Curvature":
-        """With ``damping`` times its mean on the diagonal of H: calibration text is a sample."""
+        """Return the curvature with ``damping`` times the mean diagonal of H added to its diagonal.
+
+        H is estimated from a sample of text; damping keeps it invertible and trusts its off-diagonal less.
+        """
         if self.inputs is None:
             return self
         inputs = self.inputs.clone()
@@ -62,23 +67,27 @@ class Curvature:
         return dataclasses.replace(self, inputs=inputs)
 
     def keep_top_correlations(self, neighbours: int) -> "Curvature":
-        """Every column minds only the columns it is most correlated with: the local reply of the flock.
+        """Return the curvature with H made sparse: each column keeps its ``neighbours`` most correlated columns.
 
-        What is dropped from H is added, in absolute value, to its diagonal; so the sparse H is no less than the true
-        one and a reply to it cannot diverge.
+        A pair of columns stays if either keeps the other.  The absolute values of the entries that are dropped are
+        added to the diagonal, so that the sparse H is at least the full H (as quadratic forms).  Coordinate descent on
+        the sparse H therefore cannot diverge on the full one.
         """
         if self.inputs is None or neighbours >= len(self.inputs) - 1:
             return self
         size = self.inputs.diagonal().clamp(min=TINY).sqrt()
         correlation = (self.inputs / torch.outer(size, size)).abs().fill_diagonal_(0)
-        kept = torch.zeros_like(correlation, dtype=torch.bool)
-        kept.scatter_(1, correlation.topk(neighbours, 1).indices, True)
-        kept = (kept | kept.T).fill_diagonal_(True)
-        dropped = self.inputs.abs().masked_fill(kept, 0).sum(1)
-        return dataclasses.replace(self, inputs=self.inputs.masked_fill(~kept, 0) + torch.diag(dropped))
+        keep = torch.zeros_like(correlation, dtype=torch.bool)
+        keep.scatter_(1, correlation.topk(neighbours, 1).indices, True)
+        keep = (keep | keep.T).fill_diagonal_(True)
+        dropped = self.inputs.abs().masked_fill(keep, 0).sum(1)
+        return dataclasses.replace(self, inputs=self.inputs.masked_fill(~keep, 0) + torch.diag(dropped))
 
     def mean_row_curvature(self) -> tuple[Float[Tensor, " out"], Float[Tensor, "in in"]]:
-        """(a, H) with the lookups taken in on average: a row of H for every row is more than can be factored."""
+        """Return row sensitivities and one H for all rows, with the lookups averaged over rows and over columns.
+
+        Exact lookups would give every row an H of its own, and too many matrices to factor.
+        """
         assert self.inputs is not None
         if self.lookups is None:
             return self.rows, self.inputs
@@ -88,8 +97,11 @@ class Curvature:
 
 @dataclasses.dataclass(frozen=True)
 class FactoredCurvature:
-    """A layer's curvature ready for replies: ``rows`` (a) and ``columns`` (κ), the sensitivities with error feedback,
-    and the inverse_cholesky (None: the matrix is only looked up)."""
+    """The damped curvature of a matrix, with what lattices and error feedback need of it.
+
+    ``rows`` (a) and ``columns`` (κ) are the sensitivities from which a lattice is made.  ``factor`` is
+    ``inverse_cholesky(H)``; it is None if there is no error feedback, as for a matrix that is only looked up.
+    """
 
     curvature: Curvature
     rows: Float[Tensor, " out"]
@@ -97,12 +109,16 @@ class FactoredCurvature:
     factor: Float[Tensor, "in in"] | None
 
     def select_rows(self, rows: Rows) -> "FactoredCurvature":
-        """Of some of the rows alone."""
+        """Return the factored curvature of some of the rows."""
         return dataclasses.replace(self, curvature=self.curvature.select_rows(rows), rows=self.rows[rows])
 
 
 def factor_curvature(curvature: Curvature, damping: float = DAMPING, feedback: bool = True) -> FactoredCurvature:
-    """The damped curvature, factored; without ``feedback`` the columns cost what they cost alone."""
+    """Damp the curvature and factor it for error feedback.
+
+    With ``feedback`` the sensitivity of a column is what its error costs after later columns have compensated for it;
+    without, it is the diagonal of H.
+    """
     damped = curvature.damped(damping)
     if damped.inputs is not None and not feedback:
         rows, inputs = damped.mean_row_curvature()
@@ -117,17 +133,21 @@ def factor_curvature(curvature: Curvature, damping: float = DAMPING, feedback: b
 
 
 def inverse_cholesky(inputs: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """U, upper triangular, with H⁻¹ = Uᵀ U; 1 / U_jj² is what an error of column j costs once later columns have
-    answered.  It is the inverse of the upper triangular R with H = R Rᵀ."""
-    return _inverse(torch.linalg.cholesky(inputs.double().flip(0, 1)).flip(0, 1)).float()
+    """Compute the upper triangular U with H⁻¹ = Uᵀ U.
+
+    ``1 / U_jj²`` is what an error of column j costs once later columns have compensated for it.  U is the inverse of
+    the upper triangular R with H = R Rᵀ.
+    """
+    return _invert_triangle(torch.linalg.cholesky(inputs.double().flip(0, 1)).flip(0, 1)).float()
 
 
-def _inverse(upper: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """Of an upper triangular matrix, from those of its halves: nearly all of it is matrix products."""
+def _invert_triangle(upper: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Invert an upper triangular matrix by inverting its halves, which makes nearly all of the work matrix products."""
     size, half = len(upper), len(upper) // 2
-    if size <= SMALL:
+    if size <= SMALL_TRIANGLE:
         return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype), upper=True)
-    found = torch.zeros_like(upper)
-    found[:half, :half], found[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
-    found[:half, half:] = found[:half, :half] @ upper[:half, half:] @ found[half:, half:].neg()
-    return found
+    inverse = torch.zeros_like(upper)
+    inverse[:half, :half] = _invert_triangle(upper[:half, :half])
+    inverse[half:, half:] = _invert_triangle(upper[half:, half:])
+    inverse[:half, half:] = inverse[:half, :half] @ upper[:half, half:] @ inverse[half:, half:].neg()
+    return inverse

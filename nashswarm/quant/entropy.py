@@ -1,9 +1,11 @@
-"""Entropy-coded storage: codes ↔ bytes, the code tables and headers counted.
+"""Entropy-coded storage: codes ↔ bytes.
 
-The magnitude of a lattice code is coded by the table of its level, its sign and what a level shifts out as plain bits.
-The tables belong to the whole model: a code that many players use becomes cheaper for everybody, which makes the codes
-a congestion game in which company helps (Rosenthal 1973).  The coder is an asymmetric numeral system (Duda 2009) of the
-``constriction`` library (Bamler 2022).
+Lattice codes have a level each, the magnitude that is expected of them.  The level chooses one of 18 tables of symbol
+frequencies and a shift: the magnitude without its lowest ``shift`` bits is the symbol, coded by the table; those bits
+and the sign are stored plainly.  All matrices of a model share the tables, so a symbol that is used often becomes
+cheaper everywhere (a congestion game with falling costs, Rosenthal 1973).  Grouped codes have a table for each width
+of a matrix instead.  The coder is the asymmetric numeral system (Duda 2009) of the ``constriction`` library (Bamler
+2022).
 """
 
 import dataclasses
@@ -21,62 +23,66 @@ from torch import Tensor
 
 from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor
-from nashswarm.quant.pack import matrix, tag_runs, tiles, widths_of
+from nashswarm.quant.pack import expand_tags, from_tiles, tag_runs, to_tiles
 
-LOWEST, HIGHEST = -12, 5  # levels with a table of their own; above, low bits are stored plainly
+LOWEST, HIGHEST = -12, 5  # levels with a table of their own; levels above shift low bits out
 TABLES = HIGHEST - LOWEST + 1
-ESCAPE = 48  # the symbol of magnitudes from here on, which are stored whole
-TOTAL = 1 << 14  # of a table's frequencies
+ESCAPE = 48  # the symbol of all magnitudes from 48 on, which are stored as 32-bit integers
+TOTAL = 1 << 14  # the sum of the frequencies of a table
 KINDS = {"lattice": b"NSl1", "groups": b"NSg1", "tables": b"NSt1"}
 SHAPE = struct.Struct("<IIf")  # rows, columns, base
 GROUPS = struct.Struct("<IIH?")  # rows, columns, group size, symmetric
-INTEGERS = struct.Struct("<IiH")  # how many, the least, bytes of the table
+INTEGERS = struct.Struct("<IiH")  # count, least value, bytes of the table
 COUNT = struct.Struct("<I")
 
 
 @dataclasses.dataclass(frozen=True)
 class CodeTables:
-    """Frequencies of the magnitudes 0 to 47 and of an escape, one table a level, each summing to 2¹⁴."""
+    """Frequencies of the symbols (magnitudes 0 to 47 and an escape), one table for each level; each sums to 2¹⁴."""
 
     frequencies: Integer[np.ndarray, "tables symbols"]
 
     def probabilities(self, table: int) -> Float[np.ndarray, " symbols"]:
+        """Return the probabilities of the symbols in one table."""
         return self.frequencies[table] / TOTAL
 
     def bits(self) -> Float[np.ndarray, "tables symbols"]:
-        """The length of every magnitude's code, its sign included, in bits."""
+        """Return the code length of each symbol in bits, including the sign and the 32 bits of an escape."""
         signs = np.arange(ESCAPE + 1) > 0
         escape = 32.0 * (np.arange(ESCAPE + 1) == ESCAPE)
         return -np.log2(self.frequencies / TOTAL) + signs + escape
 
     def pack(self) -> UInt8[np.ndarray, " bytes"]:
-        return _sealed("tables", zlib.compress(self.frequencies.astype(np.uint16).tobytes(), 9))
+        """Return the stored bytes of the tables."""
+        return _seal("tables", zlib.compress(self.frequencies.astype(np.uint16).tobytes(), 9))
 
     @staticmethod
     def unpack(packed: UInt8[np.ndarray, " bytes"]) -> "CodeTables":
-        """Raises ValueError if the bytes are damaged."""
-        frequencies = np.frombuffer(zlib.decompress(_opened("tables", packed)[0]), np.uint16).astype(np.int64)
+        """Read tables from their stored bytes.
+
+        Raises ValueError if the bytes are damaged.
+        """
+        frequencies = np.frombuffer(zlib.decompress(_open("tables", packed)[0]), np.uint16).astype(np.int64)
         return CodeTables(frequencies.reshape(TABLES, ESCAPE + 1))
 
 
 def fit_tables(counts: Float[np.ndarray, "tables symbols"]) -> CodeTables:
-    """Tables in proportion to ``counts``; every symbol keeps a frequency of at least 1."""
-    smooth = counts + 0.1
-    free = TOTAL - smooth.shape[1]
-    shares = smooth / smooth.sum(1, keepdims=True) * free
+    """Return tables with frequencies in proportion to ``counts``, and at least 1 for every symbol."""
+    smoothed = counts + 0.1
+    shares = smoothed / smoothed.sum(1, keepdims=True) * (TOTAL - smoothed.shape[1])
     frequencies = np.floor(shares).astype(np.int64) + 1
     frequencies[np.arange(len(shares)), shares.argmax(1)] += TOTAL - frequencies.sum(1)
     return CodeTables(frequencies)
 
 
 def table_and_shift(levels: Integer[Tensor, "*shape"]) -> tuple[Integer[Tensor, "*shape"], Integer[Tensor, "*shape"]]:
-    """(table, shift) of every level: how many low bits of the magnitude are stored plainly."""
+    """Return the table of each level, and its shift: how many low bits of the magnitude are stored plainly."""
     shift = ((levels - HIGHEST + 1) >> 1).clamp(min=0)
     return (levels - 2 * shift).clamp(min=LOWEST) - LOWEST, shift
 
 
 def count_symbols(tensors: Iterable[LatticeTensor]) -> Float[np.ndarray, "tables symbols"]:
-    """How often every table codes every symbol."""
+    """Count how often each table codes each symbol."""
     total = torch.zeros(TABLES * (ESCAPE + 1), dtype=torch.int64)
     for tensor in tensors:
         table, shift = table_and_shift(tensor.lattice.levels())
@@ -88,7 +94,7 @@ def count_symbols(tensors: Iterable[LatticeTensor]) -> Float[np.ndarray, "tables
 def code_lengths(
     codes: Integer[Tensor, "out in"], levels: Integer[Tensor, "out in"], tables: CodeTables
 ) -> Float[Tensor, "out in"]:
-    """The length of every code in bits."""
+    """Compute the length of each code in bits: symbol, sign, and bits that are stored plainly."""
     table, shift = table_and_shift(levels)
     magnitudes = codes.abs()
     symbols = (magnitudes >> shift).clamp(max=ESCAPE)
@@ -99,27 +105,27 @@ def code_lengths(
 
 
 def coded_bits(tensor: LatticeTensor, tables: CodeTables) -> Float[Tensor, " out"]:
-    """The length of every row's codes in bits, scales and headers aside."""
+    """Compute the total length of the codes of each row in bits, without scales and headers."""
     return code_lengths(tensor.codes, tensor.lattice.levels(), tables).sum(1, dtype=torch.float64)
 
 
 def encode_lattice(tensor: LatticeTensor, tables: CodeTables) -> UInt8[np.ndarray, " bytes"]:
-    """The stored bytes of a lattice tensor, to be decoded with the same tables."""
+    """Return the stored bytes of a lattice tensor.  They can be decoded with the same tables only."""
     lattice = tensor.lattice
     table, shift = (part.flatten().numpy() for part in table_and_shift(lattice.levels()))
     codes = tensor.codes.flatten().numpy()
     magnitudes = np.abs(codes)
     symbols = np.minimum(magnitudes >> shift, ESCAPE)
     coder = constriction.stream.stack.AnsCoder()
-    for used in np.unique(table)[::-1].tolist():
-        coder.encode_reverse(symbols[table == used], _model(tables.probabilities(used)))
+    for number in np.unique(table)[::-1].tolist():
+        coder.encode_reverse(symbols[table == number], _model(tables.probabilities(number)))
     escaped = symbols == ESCAPE
-    low = [_planes(magnitudes[(shift == size) & ~escaped], size) for size in range(1, int(shift.max()) + 1)]
-    sides = (lattice.row_scale, lattice.column_scale, lattice.row_size, lattice.column_size)
-    return _sealed(
+    low = [_low_bits(magnitudes[(shift == size) & ~escaped], size) for size in range(1, int(shift.max()) + 1)]
+    exponents = (lattice.row_scale, lattice.column_scale, lattice.row_size, lattice.column_size)
+    return _seal(
         "lattice",
         SHAPE.pack(*tensor.codes.shape, lattice.base),
-        *(encode_integers(side.numpy()) for side in sides),
+        *(encode_integers(part.numpy()) for part in exponents),
         coder.get_compressed().astype("<u4").tobytes(),
         np.packbits(np.concatenate([np.zeros(0, np.uint8), *low])).tobytes(),
         np.packbits(codes[codes != 0] < 0).tobytes(),
@@ -128,37 +134,42 @@ def encode_lattice(tensor: LatticeTensor, tables: CodeTables) -> UInt8[np.ndarra
 
 
 def decode_lattice(packed: UInt8[np.ndarray, " bytes"], tables: CodeTables) -> LatticeTensor:
-    """The tensor that ``encode_lattice`` turned into these bytes.  Raises ValueError if they are damaged or of another
-    kind."""
-    shape, *sides, words, low, signs, escapes = _opened("lattice", packed)
+    """Decode the bytes of ``encode_lattice``.
+
+    Raises ValueError if they are damaged or of another kind.
+    """
+    shape, *exponents, words, low, signs, escapes = _open("lattice", packed)
     rows, columns, base = SHAPE.unpack(shape)
-    lattice = Lattice(base, *(torch.from_numpy(decode_integers(side).astype(np.int8)) for side in sides))
+    lattice = Lattice(base, *(torch.from_numpy(decode_integers(part).astype(np.int8)) for part in exponents))
     table, shift = (part.flatten().numpy() for part in table_and_shift(lattice.levels()))
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
     symbols = np.zeros(rows * columns, np.int64)
-    for used in np.unique(table).tolist():
-        symbols[table == used] = coder.decode(_model(tables.probabilities(used)), int((table == used).sum()))
+    for number in np.unique(table).tolist():
+        symbols[table == number] = coder.decode(_model(tables.probabilities(number)), int((table == number).sum()))
     escaped = symbols == ESCAPE
     codes = symbols << shift
     codes[escaped] = np.frombuffer(escapes, "<u4")
-    planes = np.unpackbits(np.frombuffer(low, np.uint8))
+    low_bits = np.unpackbits(np.frombuffer(low, np.uint8))
     for size in range(1, int(shift.max()) + 1):
         chosen = (shift == size) & ~escaped
-        own, planes = np.split(planes, [size * int(chosen.sum())])
-        codes[chosen] |= _from_planes(own, size)
+        size_bits, low_bits = np.split(low_bits, [size * int(chosen.sum())])
+        codes[chosen] |= _from_low_bits(size_bits, size)
     negative = np.unpackbits(np.frombuffer(signs, np.uint8))[: np.count_nonzero(codes)].astype(bool)
     codes[np.flatnonzero(codes)[negative]] *= -1
     return LatticeTensor(torch.from_numpy(codes.reshape(rows, columns).astype(np.int32)), lattice)
 
 
 def encode_groups(tensor: QuantizedTensor) -> UInt8[np.ndarray, " bytes"]:
-    """The stored bytes of a tensor with one scale a group; codes and zero points of every width have a table of their
-    own, scales are split into bytes."""
+    """Return the stored bytes of a tensor with a scale and a zero point for each group.
+
+    The codes and the zero points of each width have a table of their own, and so have the low and the high bytes of the
+    scales.  Raises ValueError for tiles of 16 or 32 bits.
+    """
     flat_bits = tensor.bits.flatten().numpy()
     if unknown := set(flat_bits.tolist()) - {0, *GRID_WIDTHS}:
         raise ValueError(f"tiles of {sorted(unknown)} bits hold floats, not codes: pack them instead")
     codes, scale, zero_point = (
-        tiles(part, tensor.bits.shape[1]) for part in (tensor.codes, tensor.scale, tensor.zero_point)
+        to_tiles(part, tensor.bits.shape[1]) for part in (tensor.codes, tensor.scale, tensor.zero_point)
     )
     parts = [
         GROUPS.pack(*tensor.codes.shape, tensor.scheme.group_size, tensor.scheme.symmetric),
@@ -170,15 +181,17 @@ def encode_groups(tensor: QuantizedTensor) -> UInt8[np.ndarray, " bytes"]:
             halves = scale[chosen].view(np.uint8).reshape(-1, 2)
             parts += [encode_integers(part) for part in (halves[:, 0], halves[:, 1], zero_point[chosen].ravel())]
             parts.append(encode_integers(codes[chosen].ravel()))
-    return _sealed("groups", *parts)
+    return _seal("groups", *parts)
 
 
 def decode_groups(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
-    """The tensor that ``encode_groups`` turned into these bytes.  Raises ValueError if they are damaged or of another
-    kind."""
-    head, tags, *parts = _opened("groups", packed)
+    """Decode the bytes of ``encode_groups``.
+
+    Raises ValueError if they are damaged or of another kind.
+    """
+    head, tags, *parts = _open("groups", packed)
     rows, columns, group_size, symmetric = GROUPS.unpack(head)
-    flat_bits = widths_of(np.frombuffer(tags, np.uint16))
+    flat_bits = expand_tags(np.frombuffer(tags, np.uint16))
     shape = (row_blocks(rows), columns // group_size)
     codes = np.zeros((len(flat_bits), TILE_ROWS, group_size), np.uint8)
     scale = np.zeros((len(flat_bits), TILE_ROWS, 1), np.float16)
@@ -187,24 +200,24 @@ def decode_groups(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
     for width in GRID_WIDTHS:
         chosen = flat_bits == width
         if chosen.any():
-            low, high, zeros, own = (decode_integers(next(remaining)).astype(np.uint8) for _ in range(4))
+            low, high, zeros, width_codes = (decode_integers(next(remaining)).astype(np.uint8) for _ in range(4))
             scale[chosen] = np.stack([low, high], 1).copy().view(np.float16).reshape(-1, TILE_ROWS, 1)
             zero_point[chosen] = zeros.reshape(-1, TILE_ROWS, 1)
-            codes[chosen] = own.reshape(-1, TILE_ROWS, group_size)
+            codes[chosen] = width_codes.reshape(-1, TILE_ROWS, group_size)
     bits = torch.from_numpy(flat_bits.reshape(shape))
     return QuantizedTensor(
-        matrix(codes, shape, rows),
-        matrix(scale, shape, rows),
-        matrix(zero_point, shape, rows),
+        from_tiles(codes, shape, rows),
+        from_tiles(scale, shape, rows),
+        from_tiles(zero_point, shape, rows),
         bits,
         Scheme(group_size, symmetric=symmetric),
     )
 
 
 def encode_integers(values: Integer[np.ndarray, " n"]) -> bytes:
-    """A table of how often each value between the least and the largest occurs, and the values by it.
+    """Return the entropy-coded bytes of integers, with a table of their frequencies.
 
-    Raises ValueError for a range of more than 2¹⁶ values.
+    Raises ValueError if their range is larger than 2¹⁶.
     """
     if not len(values):
         return b""
@@ -223,7 +236,7 @@ def encode_integers(values: Integer[np.ndarray, " n"]) -> bytes:
 
 
 def decode_integers(coded: bytes) -> Integer[np.ndarray, " n"]:
-    """What ``encode_integers`` was given.
+    """Decode the bytes of ``encode_integers``.
 
     >>> decode_integers(encode_integers(np.array([3, -1, 3, 3, 7]))).tolist()
     [3, -1, 3, 3, 7]
@@ -240,7 +253,10 @@ def decode_integers(coded: bytes) -> Integer[np.ndarray, " n"]:
 
 
 def _shares(logs: UInt8[np.ndarray, " symbols"]) -> Float[np.ndarray, " symbols"]:
-    """Probabilities from their binary logarithms in eighths; whole frequencies first, so that every machine agrees."""
+    """Return probabilities from binary logarithms in eighths.
+
+    Frequencies are rounded to integers first, so that all machines compute the same probabilities.
+    """
     frequencies = np.where(logs > 0, np.round(16 * 2.0 ** (logs / 8)), 0.0)
     return frequencies / frequencies.sum()
 
@@ -249,23 +265,26 @@ def _model(probabilities: Float[np.ndarray, " symbols"]) -> Any:
     return constriction.stream.model.Categorical(probabilities, perfect=False)
 
 
-def _planes(values: Integer[np.ndarray, " n"], bits: int) -> UInt8[np.ndarray, " planes"]:
-    """The low ``bits`` bits of each value, one after the other."""
+def _low_bits(values: Integer[np.ndarray, " n"], bits: int) -> UInt8[np.ndarray, " n_times_bits"]:
+    """Return the low ``bits`` bits of each value, value by value, least significant bit first."""
     return (values[:, None] >> np.arange(bits) & 1).astype(np.uint8).ravel()
 
 
-def _from_planes(planes: UInt8[np.ndarray, " planes"], bits: int) -> Integer[np.ndarray, " n"]:
-    return (planes.reshape(-1, bits).astype(np.int64) << np.arange(bits)).sum(1)
+def _from_low_bits(low_bits: UInt8[np.ndarray, " n_times_bits"], bits: int) -> Integer[np.ndarray, " n"]:
+    return (low_bits.reshape(-1, bits).astype(np.int64) << np.arange(bits)).sum(1)
 
 
-def _sealed(kind: str, *parts: bytes) -> UInt8[np.ndarray, " bytes"]:
-    """Kind, checksum, and the parts with their lengths."""
+def _seal(kind: str, *parts: bytes) -> UInt8[np.ndarray, " bytes"]:
+    """Join parts behind their kind, a checksum and their lengths."""
     body = b"".join([COUNT.pack(len(parts)), *(COUNT.pack(len(part)) for part in parts), *parts])
     return np.frombuffer(KINDS[kind] + COUNT.pack(zlib.crc32(body)) + body, np.uint8)
 
 
-def _opened(kind: str, packed: UInt8[np.ndarray, " bytes"]) -> list[bytes]:
-    """The parts that ``_sealed`` put together.  Raises ValueError if a bit of them has changed."""
+def _open(kind: str, packed: UInt8[np.ndarray, " bytes"]) -> list[bytes]:
+    """Split the bytes of ``_seal`` into their parts.
+
+    Raises ValueError if they are of another kind or a bit of them has changed.
+    """
     content = packed.tobytes()
     if content[:4] != KINDS[kind]:
         raise ValueError(f"these bytes begin with {content[:4]!r}; entropy-coded {kind} begin with {KINDS[kind]!r}")

@@ -1,9 +1,9 @@
-"""Group-wise affine quantization of a matrix whose tiles may have different widths.
+"""Group-wise affine quantization of a matrix whose tiles may have different bit widths.
 
-A tile is 16 rows × ``group_size`` columns and has one width b in {0, 2, 3, 4, 8, 16, 32}.  In a tile of 2 to 8 bits
-every row has an fp16 scale s and a b-bit zero point z, and a code c stands for the weight ``s · (c − z)``.  Width 0 is
-a pruned tile; at widths 16 and 32 the code is the bit pattern of the float itself, so full precision is the same code
-path.
+A tile is 16 rows × ``group_size`` columns and has one width b in {0, 2, 3, 4, 8, 16, 32} bits.  In a tile of 2 to 8
+bits each row, a group of ``group_size`` weights, has an fp16 scale s and a b-bit zero point z; a code c stands for the
+weight ``s · (c − z)``.  A tile of width 0 is pruned: its weights are zero.  At widths 16 and 32 the code is the bit
+pattern of the float itself, so that unquantized weights need no code path of their own.
 """
 
 import dataclasses
@@ -17,15 +17,16 @@ WIDTHS = (0, 2, 3, 4, 8, 16, 32)
 GRID_WIDTHS = (2, 3, 4, 8)
 SHRINKS = tuple(1.0 - 0.05 * step for step in range(13))
 FLOATS = {16: (torch.float16, torch.int16), 32: (torch.float32, torch.int32)}
-CHUNK = 1 << 12  # groups quantized at once: a range search stays in the cache
+CHUNK_GROUPS = 1 << 12  # groups quantized at a time: the range search then stays in the CPU cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How the tiles of a matrix are quantized, their widths aside.
+    """How the tiles of a matrix are quantized, apart from their widths.
 
-    ``search``: choose each group's range by the least (weighted) squared error instead of its minimum and maximum.
-    ``symmetric``: the zero point is the middle of the grid and is not stored.
+    Without ``search``, the range of a group runs from its minimum to its maximum; with it, the range is the one of
+    least (weighted) squared error among that and 12 smaller ones.  With ``symmetric``, the zero point is the middle of
+    the grid and is not stored.
     """
 
     group_size: int = 64
@@ -37,7 +38,7 @@ class Scheme:
             raise ValueError(f"group_size={self.group_size} must be at least 1")
 
     def bits_per_weight(self, bits: int) -> float:
-        """Stored bits per weight of a tile: codes, scale and zero point.
+        """Return the stored bits per weight of a tile of width ``bits``: code, scale and zero point.
 
         >>> Scheme(group_size=64).bits_per_weight(3)
         3.296875
@@ -45,7 +46,7 @@ class Scheme:
         return 8 * self.tile_bytes(bits) / (TILE_ROWS * self.group_size)
 
     def tile_bytes(self, bits: int) -> int:
-        """Stored bytes of one tile.
+        """Return the stored bytes of one tile of width ``bits``.
 
         >>> [Scheme().tile_bytes(bits) for bits in (0, 2, 4, 16)]
         [0, 292, 552, 2048]
@@ -58,7 +59,7 @@ class Scheme:
 class QuantizedTensor:
     """A matrix of shape (out, in) as codes on the grids of its groups.
 
-    ``bits`` holds the width of every tile, row block by row block.
+    ``bits`` is the width of each tile.
     """
 
     codes: Integer[Tensor, "out in"]
@@ -68,7 +69,7 @@ class QuantizedTensor:
     scheme: Scheme
 
     def dequantize(self) -> Float[Tensor, "out in"]:
-        """The float32 matrix that the codes stand for."""
+        """Return the float32 weights that the codes stand for."""
         rows, columns = self.codes.shape
         groups = self.codes.view(rows, -1, self.scheme.group_size)
         values = (groups.float() - self.zero_point.unsqueeze(-1)) * self.scale.float().unsqueeze(-1)
@@ -80,7 +81,7 @@ class QuantizedTensor:
 
 
 def row_blocks(rows: int) -> int:
-    """How many tiles stand above one another; the last one may be ragged."""
+    """Return the number of row blocks of 16 rows, counting a last one that is not full."""
     return -(-rows // TILE_ROWS)
 
 
@@ -90,10 +91,11 @@ def quantize(
     scheme: Scheme,
     sensitivity: Float[Tensor, "out in"] | None = None,
 ) -> QuantizedTensor:
-    """Quantize ``weight``, each tile at its width.
+    """Quantize a matrix by rounding, each tile at its width.
 
-    ``sensitivity`` weighs the squared errors of the range search.  Raises ValueError if ``group_size`` does not divide
-    the columns, a width is unknown, or a weight is not finite or does not fit its float width.
+    ``bits`` is one width for all tiles, or a width for each.  ``sensitivity`` weights the squared errors of the range
+    search.  Raises ValueError if ``group_size`` does not divide the columns, a width is unknown, or a weight is not
+    finite or does not fit its float width.
     """
     rows, columns = weight.shape
     if columns % scheme.group_size:
@@ -122,13 +124,13 @@ def quantize(
             codes[chosen] = _float_codes(values[chosen], width).to(code_type)
         else:
             weights = None if importance is None else importance[chosen]
-            found = _quantize_groups(values[chosen], width, scheme, weights)
-            codes[chosen], scale[chosen], zero_point[chosen] = found[0].to(code_type), found[1], found[2]
+            group_codes, scale[chosen], zero_point[chosen] = _quantize_groups(values[chosen], width, scheme, weights)
+            codes[chosen] = group_codes.to(code_type)
     return QuantizedTensor(codes.view(rows, columns), scale, zero_point, tiles, scheme)
 
 
 def tile_sums(values: Float[Tensor, "out in"], group_size: int) -> Float[Tensor, "row_blocks groups"]:
-    """The sum of ``values`` over each tile, in float64."""
+    """Sum ``values`` over each tile, in float64."""
     by_row = values.double().view(len(values), -1, group_size).sum(-1)
     padded = torch.nn.functional.pad(by_row, (0, 0, 0, -len(by_row) % TILE_ROWS))
     return padded.view(-1, TILE_ROWS, by_row.shape[1]).sum(1)
@@ -145,16 +147,20 @@ def _float_codes(values: Tensor, width: int) -> Tensor:
 def _quantize_groups(
     values: Tensor, bits: int, scheme: Scheme, importance: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and zero points of the groups ``values`` (groups, group_size)."""
+    """Return codes, scales and zero points of ``values``, shape (groups, group_size)."""
     parts = [
-        _search(chunk, bits, scheme, None if importance is None else importance[start : start + CHUNK])
-        for start, chunk in zip(range(0, len(values), CHUNK), values.split(CHUNK), strict=True)
+        _search(chunk, bits, scheme, None if importance is None else importance[start : start + CHUNK_GROUPS])
+        for start, chunk in zip(range(0, len(values), CHUNK_GROUPS), values.split(CHUNK_GROUPS), strict=True)
     ]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def _search(values: Tensor, bits: int, scheme: Scheme, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of the shrunken ranges, its scale then refitted by least squares wherever that lowers the error."""
+    """Choose each group's range, and return codes, scales and zero points.
+
+    The search tries the shrunken ranges, then refits the scale to the codes by least squares, twice, wherever that
+    lowers the error.
+    """
     levels = (1 << bits) - 1
     if scheme.symmetric:
         high = values.abs().amax(-1) * (levels / (levels - 1))
@@ -170,16 +176,16 @@ def _search(values: Tensor, bits: int, scheme: Scheme, importance: Tensor | None
         squared = (values - (codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).square()
         return (squared if importance is None else squared * importance).sum(-1)
 
-    best = error(codes, scale, zero)
+    least_error = error(codes, scale, zero)
 
     def keep_better(new_scale: Tensor, new_zero: Tensor) -> None:
-        nonlocal scale, zero, codes, best
+        nonlocal scale, zero, codes, least_error
         new_codes = _round(values, new_scale, new_zero, levels)
         new_error = error(new_codes, new_scale, new_zero)
-        better = new_error < best
+        better = new_error < least_error
         scale, zero = torch.where(better, new_scale, scale), torch.where(better, new_zero, zero)
         codes = torch.where(better.unsqueeze(-1), new_codes, codes)
-        best = torch.where(better, new_error, best)
+        least_error = torch.where(better, new_error, least_error)
 
     for shrink in SHRINKS[1:]:
         keep_better(*_affine(low * shrink, high * shrink, levels, scheme.symmetric))
@@ -192,7 +198,7 @@ def _search(values: Tensor, bits: int, scheme: Scheme, importance: Tensor | None
 
 
 def _affine(low: Tensor, high: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale (rounded to fp16, as it is stored) and zero point of the range from ``low`` to ``high``."""
+    """Return the scale (rounded to fp16, as it is stored) and the zero point of the range from ``low`` to ``high``."""
     scale = ((high - low) / levels).half().float()
     if not scale.isfinite().all():
         largest = torch.maximum(high, -low).max()

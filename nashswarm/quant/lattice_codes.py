@@ -1,7 +1,7 @@
-"""The code game on a lattice: codes that pay for their length, and what they would regret.
+"""Codes of a matrix on a lattice: error feedback, coordinate descent with a rate term, and the regret that is left.
 
-Where codes are entropy-coded each pays its length in the model's tables at the price of a bit (see ``reply`` for the
-passes and the sweeps themselves).
+Where codes are entropy-coded, each costs its length times the price of a bit, besides its damage.  The passes and
+sweeps themselves are in ``error_feedback`` and ``coordinate_descent``.
 """
 
 import dataclasses
@@ -13,36 +13,36 @@ from torch import Tensor
 from nashswarm.quant.coordinate_descent import DescentResult, coordinate_descent
 from nashswarm.quant.curvature import TINY, Curvature, FactoredCurvature
 from nashswarm.quant.entropy import CodeTables, table_and_shift
-from nashswarm.quant.error_feedback import FAR, Grid, GridFactory, error_feedback_pass, row_chunks
+from nashswarm.quant.error_feedback import FAR_JUMPS, Grid, GridFactory, error_feedback_pass, row_chunks
 from nashswarm.quant.lattice import Lattice, LatticeTensor
 
 
 @dataclasses.dataclass(frozen=True)
 class RateTerm:
-    """What a code costs: the model's tables, and the price of a bit in nats per token."""
+    """What the length of codes costs: the code tables of the model, and the price of a bit in nats per token."""
 
     tables: CodeTables
     price: float
 
 
 def lattice_error_feedback(
-    weight: Float[Tensor, "out in"], whitened: FactoredCurvature, lattice: Lattice
+    weight: Float[Tensor, "out in"], curvature: FactoredCurvature, lattice: Lattice
 ) -> LatticeTensor:
-    """The codes of a matrix on its lattice after one pass, or after plain rounding where there is no factor."""
+    """Quantize a matrix on its lattice by one pass of error feedback, or by rounding if there is no factor."""
     column_steps = lattice.column_steps()
 
-    def codes(rows: slice) -> Integer[Tensor, "some in"]:
+    def quantize_rows(rows: slice) -> Integer[Tensor, "some in"]:
         row_steps = lattice.select_rows(rows).row_steps()
-        if whitened.factor is None:
+        if curvature.factor is None:
             steps = torch.outer(row_steps, column_steps)
             return torch.where(steps > 0, weight[rows] / steps, 0.0).round().int()
 
-        def grid_of(columns: Tensor, current: Tensor) -> Grid:
+        def make_grid(columns: Tensor, corrected: Tensor) -> Grid:
             return Grid(torch.outer(column_steps[columns], row_steps).T)
 
-        return error_feedback_pass(weight[rows], whitened.rows[rows], whitened.factor, grid_of).int()
+        return error_feedback_pass(weight[rows], curvature.factor, make_grid).int()
 
-    return LatticeTensor(torch.cat([codes(rows) for rows in row_chunks(weight)]), lattice)
+    return LatticeTensor(torch.cat([quantize_rows(rows) for rows in row_chunks(weight)]), lattice)
 
 
 def lattice_descent(
@@ -52,35 +52,39 @@ def lattice_descent(
     rate: RateTerm | None = None,
     sweeps: int = 100,
 ) -> tuple[LatticeTensor, DescentResult]:
-    """The codes after so many sweeps of best replies, and how those went.  ``rate``: what codes cost, if they do."""
+    """Improve the codes of ``tensor`` by up to ``sweeps`` of coordinate descent.
 
-    def settled(rows: slice) -> DescentResult:
-        own = tensor.select_rows(rows)
-        grid_of = _lattice_grid(own.lattice, rate)
-        found = coordinate_descent(weight[rows], own.codes.float(), curvature.select_rows(rows), grid_of, sweeps)
-        return dataclasses.replace(found, codes=found.codes.int())
+    Returns the tensor with its new codes, and the progress of the descent.  ``rate`` is None if length costs nothing.
+    """
 
-    ended = DescentResult.concatenate([settled(rows) for rows in row_chunks(weight)])
-    return LatticeTensor(ended.codes, tensor.lattice), ended
+    def descend(rows: slice) -> DescentResult:
+        part = tensor.select_rows(rows)
+        make_grid = _lattice_grid(part.lattice, rate)
+        result = coordinate_descent(weight[rows], part.codes.float(), curvature.select_rows(rows), make_grid, sweeps)
+        return dataclasses.replace(result, codes=result.codes.int())
+
+    result = DescentResult.concatenate([descend(rows) for rows in row_chunks(weight)])
+    return LatticeTensor(result.codes, tensor.lattice), result
 
 
 def regret_by_row(
     weight: Float[Tensor, "out in"], tensor: LatticeTensor, curvature: Curvature, rate: RateTerm | None = None
 ) -> Float[Tensor, " out"]:
-    """What the weights of every row would still gain, in nats per token, each changing its code alone, all added up.
+    """Compute the regret of each row: the sum of what its weights would gain, in nats per token.
 
-    Codes that pay for their length try 0, and from the one of least damage as far as a shorter code could pay.
+    The gain of a weight is that of its best code while all others stay.  With a rate term, the codes that are tried are
+    0 and all codes around the one of least damage, as far away as a shorter code could still pay for the damage.
     """
 
     def regret(rows: slice) -> Float[Tensor, " some"]:
-        own, curved = tensor.select_rows(rows), curvature.select_rows(rows)
-        error = weight[rows] - own.dequantize()
-        stiffness, slope = curved.diagonal(), torch.zeros_like(error)
-        if curved.inputs is not None:
-            slope += curved.rows[:, None] * (error @ curved.inputs)
-        if curved.lookups is not None:
-            slope += curved.lookups * error
-        grid = _lattice_grid(own.lattice, rate)(torch.arange(weight.shape[1]), error)
+        part, part_curvature = tensor.select_rows(rows), curvature.select_rows(rows)
+        error = weight[rows] - part.dequantize()
+        stiffness, slope = part_curvature.diagonal(), torch.zeros_like(error)
+        if part_curvature.inputs is not None:
+            slope += part_curvature.rows[:, None] * (error @ part_curvature.inputs)
+        if part_curvature.lookups is not None:
+            slope += part_curvature.lookups * error
+        grid = _lattice_grid(part.lattice, rate)(torch.arange(weight.shape[1]), error)
         slope, stiffness = slope * grid.step, stiffness * grid.step.square()
         nearest = (slope / stiffness.clamp(min=TINY)).round()
         gains = torch.zeros_like(slope)
@@ -88,35 +92,37 @@ def regret_by_row(
         def consider(move: Tensor) -> None:
             gain = move * (slope - stiffness * move / 2)
             if rate is not None:
-                gain += grid.length(own.codes) - grid.length(own.codes + move.int())
+                gain += grid.length_cost(part.codes) - grid.length_cost(part.codes + move.int())
             torch.maximum(gains, gain, out=gains)
 
         consider(nearest)
         if rate is not None:
-            for move in (-own.codes.float(), *(nearest + jump for jump in FAR)):
+            for move in (-part.codes.float(), *(nearest + jump for jump in FAR_JUMPS)):
                 consider(move)
-            shorter = grid.length((own.codes + nearest).int()) - rate.price * rate.tables.bits().min()
-            for far in range(max(FAR) + 1, int(own.codes.abs().max()) + 1):
-                rise = stiffness * (far * (far - 1) / 2)  # at least, from the code of least damage
-                if not ((rise > 0) & (rise < shorter)).any():
+            cheapest = rate.price * rate.tables.bits().min()
+            most_saved = grid.length_cost((part.codes + nearest).int()) - cheapest
+            for distance in range(max(FAR_JUMPS) + 1, int(part.codes.abs().max()) + 1):
+                least_damage = stiffness * (distance * (distance - 1) / 2)  # of this distance from the nearest code
+                if not ((least_damage > 0) & (least_damage < most_saved)).any():
                     break
-                consider(nearest - far)
-                consider(nearest + far)
+                consider(nearest - distance)
+                consider(nearest + distance)
         return gains.double().sum(1)
 
     return torch.cat([regret(rows) for rows in row_chunks(weight)])
 
 
 def _lattice_grid(lattice: Lattice, rate: RateTerm | None) -> GridFactory:
+    """Return the function that makes the grid of some columns of a lattice."""
     row_steps, column_steps = lattice.row_steps(), lattice.column_steps()
-    price = None if rate is None else torch.from_numpy(rate.tables.bits() * rate.price).float()
+    symbol_price = None if rate is None else torch.from_numpy(rate.tables.bits() * rate.price).float()
 
-    def grid_of(columns: Tensor, current: Tensor) -> Grid:
+    def make_grid(columns: Tensor, corrected: Tensor) -> Grid:
         step = torch.outer(row_steps, column_steps[columns])
-        if price is None:
+        if rate is None:
             return Grid(step)
         table, shift = table_and_shift(lattice.levels(columns))
-        sign = 0.0 if rate is None or not shift.any() else rate.price
-        return Grid(step, price=price, table=table, shift=shift, bit=sign)
+        sign_price = rate.price if shift.any() else 0.0
+        return Grid(step, symbol_price=symbol_price, table=table, shift=shift, sign_price=sign_price)
 
-    return grid_of
+    return make_grid

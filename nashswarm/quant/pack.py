@@ -1,8 +1,8 @@
-"""Codes ↔ bytes.  What is counted as the size of a matrix is the length of what ``pack`` returns.
+"""Storage of grouped codes without an entropy coder: codes ↔ bytes.
 
-Layout: a header of 16 bytes; run-length tags, two bytes a run; then, width by width, the fp16 scales, the b-bit zero
-points and the b-bit codes of the tiles of that width, in row-major order of the tiles.  Ragged row blocks are padded to
-16 rows, and the padding is counted.
+The size of a matrix is the length of what ``pack`` returns.  Layout: a header of 16 bytes; the widths of the tiles as
+run-length tags, two bytes each; then, for each width, the fp16 scales, the b-bit zero points and the b-bit codes of its
+tiles, in row-major order of the tiles.  A last row block of fewer than 16 rows is padded with zeros, which count.
 """
 
 import struct
@@ -18,11 +18,11 @@ HEADER = struct.Struct("<BBHIII")  # version, symmetric, group size, rows, colum
 VERSION = 1
 RUN_BYTES = 2
 LONGEST_RUN = 1 << 13  # a tag holds the width in 3 bits and the length of its run in 13
-AT_ONCE = 1 << 22  # codes taken apart into bits at a time
+CHUNK_CODES = 1 << 22  # codes split into bits at a time: bounds the memory of temporaries
 
 
 def run_lengths(values: Integer[np.ndarray, " n"]) -> tuple[Integer[np.ndarray, " runs"], Integer[np.ndarray, " runs"]]:
-    """(value, length) of every run of equal values.
+    """Return the value and the length of each run of equal values.
 
     >>> [part.tolist() for part in run_lengths(np.array([3, 3, 2, 2, 2]))]
     [[3, 2], [2, 3]]
@@ -32,40 +32,40 @@ def run_lengths(values: Integer[np.ndarray, " n"]) -> tuple[Integer[np.ndarray, 
 
 
 def tag_runs(bits: Integer[np.ndarray, " tiles"]) -> UInt16[np.ndarray, " runs"]:
-    """Run-length tags of the widths ``bits``."""
+    """Return the run-length tags of tile widths.  Runs longer than 8192 tiles take several tags."""
     widths, lengths = run_lengths(bits.astype(np.int64))
-    pieces = -(-lengths // LONGEST_RUN)
-    kinds = np.repeat(np.searchsorted(WIDTHS, widths), pieces)
+    tags = -(-lengths // LONGEST_RUN)
+    kinds = np.repeat(np.searchsorted(WIDTHS, widths), tags)
     sizes = np.full(len(kinds), LONGEST_RUN)
-    sizes[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * LONGEST_RUN
+    sizes[np.cumsum(tags) - 1] = lengths - (tags - 1) * LONGEST_RUN
     return (kinds | (sizes - 1) << 3).astype(np.uint16)
 
 
-def widths_of(tags: UInt16[np.ndarray, " runs"]) -> UInt8[np.ndarray, " tiles"]:
-    """The widths that ``tag_runs`` coded.
+def expand_tags(tags: UInt16[np.ndarray, " runs"]) -> UInt8[np.ndarray, " tiles"]:
+    """Return the tile widths that run-length tags stand for.
 
-    >>> widths_of(tag_runs(np.array([2, 2, 8]))).tolist()
+    >>> expand_tags(tag_runs(np.array([2, 2, 8]))).tolist()
     [2, 2, 8]
     """
     return np.repeat(np.array(WIDTHS, np.uint8)[tags & 7], (tags >> 3).astype(np.int64) + 1)
 
 
 def packed_bytes(bits: Integer[np.ndarray, " tiles"], scheme: Scheme) -> int:
-    """The length of ``pack``'s answer for a matrix whose tiles have the widths ``bits``."""
+    """Return the number of bytes that ``pack`` needs for a matrix whose tiles have the widths ``bits``."""
     widths, counts = np.unique(bits, return_counts=True)
-    tiles = sum(int(count) * scheme.tile_bytes(int(width)) for width, count in zip(widths, counts, strict=True))
-    return HEADER.size + RUN_BYTES * len(tag_runs(bits)) + tiles
+    tile_bytes = sum(int(count) * scheme.tile_bytes(int(width)) for width, count in zip(widths, counts, strict=True))
+    return HEADER.size + RUN_BYTES * len(tag_runs(bits)) + tile_bytes
 
 
 def pack(tensor: QuantizedTensor) -> UInt8[np.ndarray, " bytes"]:
-    """The bytes of ``tensor``: header, tags, scales, zero points, codes."""
+    """Return the stored bytes of a tensor: header, tags, scales, zero points, codes."""
     rows, columns = tensor.codes.shape
     flat_bits = tensor.bits.flatten().numpy()
     tags = tag_runs(flat_bits)
     scheme = tensor.scheme
     parts = [HEADER.pack(VERSION, scheme.symmetric, scheme.group_size, rows, columns, len(tags)), tags.tobytes()]
     codes, scale, zero_point = (
-        tiles(part, tensor.bits.shape[1]) for part in (tensor.codes, tensor.scale, tensor.zero_point)
+        to_tiles(part, tensor.bits.shape[1]) for part in (tensor.codes, tensor.scale, tensor.zero_point)
     )
     for width in WIDTHS[1:]:
         chosen = flat_bits == width
@@ -80,9 +80,9 @@ def pack(tensor: QuantizedTensor) -> UInt8[np.ndarray, " bytes"]:
 
 
 def unpack(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
-    """The tensor that ``pack`` turned into these bytes.
+    """Read a tensor from the bytes of ``pack``.
 
-    Raises ValueError if they are of another version, cut short or too long.
+    Raises ValueError if they are of another version, damaged, cut short or too long.
     """
     content = packed.tobytes()
     if len(content) < HEADER.size:
@@ -107,7 +107,7 @@ def unpack(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
     tags = np.frombuffer(take(RUN_BYTES * runs), np.uint16)
     if unknown := set((tags & 7).tolist()) - set(range(len(WIDTHS))):
         raise ValueError(f"a packed {rows}x{columns} matrix has tags of an unknown kind: {unknown}")
-    flat_bits = widths_of(tags)
+    flat_bits = expand_tags(tags)
     shape = (row_blocks(rows), columns // group_size)
     if len(flat_bits) != shape[0] * shape[1]:
         raise ValueError(
@@ -137,31 +137,36 @@ def unpack(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
         raise ValueError(f"a packed {rows}x{columns} matrix has {len(content) - position} bytes too many")
     bits = torch.from_numpy(flat_bits.reshape(shape))
     return QuantizedTensor(
-        matrix(codes, shape, rows), matrix(scale, shape, rows), matrix(zero_point, shape, rows), bits, scheme
+        from_tiles(codes, shape, rows),
+        from_tiles(scale, shape, rows),
+        from_tiles(zero_point, shape, rows),
+        bits,
+        scheme,
     )
 
 
 def pack_bits(codes: UInt8[np.ndarray, "..."], bits: int) -> bytes:
-    """The low ``bits`` bits of each code, densely, least significant first.
+    """Return the low ``bits`` bits of each code as bytes, without gaps, least significant bit first.
 
     >>> pack_bits(np.array([1, 2, 3, 0], np.uint8), 2)
     b'9'
     """
     flat = codes.reshape(-1, 1)
     planes = (
-        flat[start : start + AT_ONCE] >> np.arange(bits, dtype=np.uint8) & 1 for start in range(0, len(flat), AT_ONCE)
+        flat[start : start + CHUNK_CODES] >> np.arange(bits, dtype=np.uint8) & 1
+        for start in range(0, len(flat), CHUNK_CODES)
     )
     return b"".join(np.packbits(plane, bitorder="little").tobytes() for plane in planes)
 
 
 def unpack_bits(packed: bytes, bits: int) -> UInt8[np.ndarray, " codes"]:
-    """The codes that ``pack_bits`` packed; their number must fill whole bytes."""
+    """Return the codes of ``pack_bits``.  They must fill whole bytes."""
     planes = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").reshape(-1, bits)
     return (planes << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
 
 
-def tiles(part: Tensor, groups: int) -> np.ndarray:
-    """(out, …) → (tiles, 16, values per row of a tile), the last row block padded with zeros."""
+def to_tiles(part: Tensor, groups: int) -> np.ndarray:
+    """Reshape (out, …) to (tiles, 16, values per row of a tile), padding the last row block with zeros."""
     padded = torch.nn.functional.pad(part, (0, 0, 0, -len(part) % TILE_ROWS)).numpy()
     return (
         padded.reshape(-1, TILE_ROWS, groups, padded.shape[1] // groups)
@@ -170,7 +175,10 @@ def tiles(part: Tensor, groups: int) -> np.ndarray:
     )
 
 
-def matrix(tiles: np.ndarray, shape: tuple[int, int], rows: int) -> Tensor:
-    """(tiles, 16, values per row of a tile) → (out, …), without the padding; ``shape`` counts row blocks and groups."""
+def from_tiles(tiles: np.ndarray, shape: tuple[int, int], rows: int) -> Tensor:
+    """Reshape (tiles, 16, values per row of a tile) to (out, …) without the padding.
+
+    ``shape`` is the number of row blocks and of groups.
+    """
     blocks = tiles.reshape(*shape, TILE_ROWS, -1).transpose(0, 2, 1, 3)
     return torch.from_numpy(blocks.reshape(shape[0] * TILE_ROWS, -1)[:rows].copy())

@@ -166,7 +166,7 @@ def test_length_pulls_codes_to_zero(drawn: dict[str, Callable[..., Any]]) -> Non
     tensor = drawn["lattice"](weight)
     tables = fit_tables(count_symbols([tensor]))
     latent = TrainableCodes(tensor, weight, torch.device("cpu"), True, tables)
-    assert float(latent.bits(latent.start).sum()) == pytest.approx(
+    assert float(latent.code_bits(latent.stored_codes).sum()) == pytest.approx(
         float(distillation.coded_bits(tensor, tables).sum()), rel=1e-5
     )
     latent.backpropagate(torch.zeros(32, 64), 1.0)
