@@ -1,7 +1,8 @@
-"""The flock: every block minds its k nearest blocks in feature space.
+"""The flock: a graph that couples each block to its k nearest blocks in feature space.
 
-Starlings track six or seven topological neighbours, whatever the distance (Ballerini et al., PNAS 2008), hence k = 7.
-The coupling ``J_ij = exp(−d_ij² / median²)`` is symmetrised, otherwise no potential exists.
+Starlings track six or seven neighbours, whatever their distance (Ballerini et al., PNAS 2008); hence k = 7 by default.
+The weight of an edge is ``J_ij = exp(−d_ij² / median²)``, with the median over all edges.  J is made symmetric, because
+otherwise the game has no potential.
 """
 
 from typing import Literal, get_args
@@ -15,7 +16,7 @@ Graph = Literal["features", "shuffled", "random", "index"]
 
 
 def standardise(features: Float[np.ndarray, "blocks features"]) -> Float[np.ndarray, "blocks features"]:
-    """Every feature with mean 0 and variance 1; constant features become 0."""
+    """Scale each feature to mean 0 and variance 1.  Constant features become 0."""
     spread = features.std(0)
     return (features - features.mean(0)) / np.where(spread > 0, spread, 1)
 
@@ -26,10 +27,11 @@ def flock(
     graph: Graph,
     rng: np.random.Generator,
 ) -> sparse.csr_array:
-    """The symmetric coupling J between blocks, its weights between 0 and 1, its diagonal empty.
+    """Build the symmetric coupling J of the blocks, with weights between 0 and 1 and an empty diagonal.
 
-    ``graph``: ``features``, the flock itself, or one of its controls: ``shuffled`` (the same graph with the blocks
-    renamed at random), ``random`` (each block draws its neighbours) and ``index`` (the blocks stored next to it).
+    ``graph`` is ``features`` (the flock) or one of its controls: ``shuffled`` permutes the blocks of that graph at
+    random, ``random`` draws the neighbours of each block, and ``index`` takes the blocks that are stored next to it.
+    Raises ValueError for any other graph.
     """
     if graph not in get_args(Graph):
         raise ValueError(f"unknown swarm.graph {graph!r}: choose one of {', '.join(get_args(Graph))}")
@@ -40,28 +42,31 @@ def flock(
     rows = np.repeat(np.arange(blocks), neighbours)
     if graph in ("features", "shuffled"):
         points = standardise(features)
-        distances, near = NearestNeighbors(n_neighbors=neighbours).fit(points).kneighbors()
+        distances, nearest = NearestNeighbors(n_neighbors=neighbours).fit(points).kneighbors()
         typical = np.median(distances)
         weights = np.exp(-((distances / typical) ** 2)) if typical > 0 else np.ones_like(distances)
-        columns, values = near.ravel(), weights.ravel()
+        columns, values = nearest.ravel(), weights.ravel()
     elif graph == "random":
         columns, values = (rows + rng.integers(1, blocks, len(rows))) % blocks, np.ones(len(rows))
     else:
         steps = np.array([(step // 2 + 1) * (-1) ** step for step in range(neighbours)])
         columns, values = (rows + np.tile(steps, blocks)) % blocks, np.ones(len(rows))
     directed = sparse.csr_array((np.maximum(values, 1e-6), (rows, columns)), shape=(blocks, blocks))
-    directed.data = np.minimum(directed.data, 1.0)  # a neighbour drawn twice is one neighbour
+    directed.data = np.minimum(directed.data, 1.0)  # a neighbour that was drawn twice counts once
     symmetric = directed.maximum(directed.T).tocsr()
     if graph == "shuffled":
-        names = rng.permutation(blocks)
-        symmetric = symmetric[names][:, names]
+        order = rng.permutation(blocks)
+        symmetric = symmetric[order][:, order]
     return symmetric
 
 
 def shrink(
     log_sensitivity: Float[np.ndarray, " blocks"], coupling: sparse.csr_array, strength: float
 ) -> Float[np.ndarray, " blocks"]:
-    """Each block's log sensitivity moved by ``strength`` (0 to 1) toward the mean of its flock."""
+    """Move the log sensitivity of each block toward the weighted mean of its neighbours, by ``strength`` (0 to 1).
+
+    A block without neighbours keeps its sensitivity.
+    """
     mass = coupling.sum(1)
     mean = (coupling @ log_sensitivity) / np.where(mass > 0, mass, 1)
     return np.where(mass > 0, (1 - strength) * log_sensitivity + strength * mean, log_sensitivity)

@@ -1,8 +1,9 @@
 """What equilibria are compared with: bounds, exact optima and the price of anarchy.
 
-The separable problem is a multiple-choice knapsack (Kellerer, Pferschy & Pisinger 2004, chapter 11): minimise
-``Σ_i damage[i, a_i]`` (nats per token) subject to ``Σ_i cost[i, a_i] ≤ budget`` (whole bytes).  A profile holds one
-action per player.  A budget below the cheapest profile raises ValueError everywhere.
+Without couplings, choosing widths under a budget is a multiple-choice knapsack problem (Kellerer, Pferschy & Pisinger
+2004, chapter 11): minimise ``Σ_i damage[i, a_i]`` (nats per token) subject to ``Σ_i cost[i, a_i] ≤ budget`` (bytes,
+integers).  A profile is one action for each player.  All functions raise ValueError if the budget is below the cost of
+the cheapest profile.
 """
 
 import dataclasses
@@ -20,18 +21,18 @@ Cost = Int[np.ndarray, "players actions"]
 Profile = Int[np.ndarray, " players"]
 Seeds = Sequence[np.random.Generator]
 
-MOST_CELLS = 1 << 29  # of a table of the dynamic programme, one byte each
-MOST_PROFILES = 1 << 20  # enumerated within a second or two
-LARGEST = 1e4  # coefficient of an integer programme: HiGHS stops 1e-6 away, whatever the unit
-ROUNDING = 1e-9  # share of a damage that sums may be wrong by
+MOST_CELLS = 1 << 29  # in the table of the dynamic programme, one byte each
+MOST_PROFILES = 1 << 20  # that are enumerated, within a second or two
+LARGEST_COEFFICIENT = 1e4  # of an integer programme: HiGHS has an absolute tolerance of 1e-6
+ROUNDING = 1e-9  # relative error that sums may have
 
 
 @dataclasses.dataclass(frozen=True)
 class Hull:
-    """The lower convex hull of every player's damages over its bytes.
+    """The lower convex hull of each player's damage as a function of its bytes.
 
-    ``corners``: actions from the cheapest to the least damage, the last one repeated.  ``prices``: nats per byte that
-    the step to the next corner saves, descending; 0 where no step is left.
+    ``corners`` are the actions on the hull, from the fewest bytes to the least damage; the last one is repeated.
+    ``prices`` are the nats per byte that each step to the next corner saves, descending; 0 after the last corner.
     """
 
     corners: Int[np.ndarray, "players actions"]
@@ -40,28 +41,32 @@ class Hull:
 
 @dataclasses.dataclass(frozen=True)
 class Anarchy:
-    """Where best replies from random starts ended, and the least potential known, in the unit of the game's costs."""
+    """Equilibria from random starts, and the least potential known, in the unit of the costs of the game."""
 
     equilibria: tuple[Equilibrium, ...]
     least: float
 
     @property
     def potentials(self) -> Float[np.ndarray, " starts"]:
-        return np.array([found.potentials[-1] for found in self.equilibria])
+        """Potential of each equilibrium."""
+        return np.array([equilibrium.potentials[-1] for equilibrium in self.equilibria])
 
     @property
     def price(self) -> float:
-        """The worst potential of an equilibrium in units of the least one; raises ValueError if that is not above 0."""
+        """Ratio of the largest potential of an equilibrium to the least potential.
+
+        Raises ValueError if the least potential is 0 or below.
+        """
         return _ratio(float(self.potentials.max()), self.least)
 
 
 def total(values: Float[np.ndarray, "players actions"] | Cost, profile: Profile) -> float:
-    """What ``profile`` adds up to: nats per token or bytes."""
+    """Add up the values of the actions of a profile (nats per token, or bytes)."""
     return float(values[np.arange(len(profile)), profile].sum())
 
 
 def convex_hull(damage: Damage, cost: Cost) -> Hull:
-    """All hulls at once, by steps of the steepest descent."""
+    """Compute the hulls of all players at once, following the steepest descent from corner to corner."""
     players, actions = damage.shape
     rows = np.arange(players)
     here = _cheapest(damage, cost)
@@ -79,11 +84,11 @@ def convex_hull(damage: Damage, cost: Cost) -> Hull:
 
 
 def dual_bound(damage: Damage, cost: Cost, budget: int) -> tuple[float, float]:
-    """The Lagrangian dual ``max_λ Σ_i min_a (damage + λ cost) − λ budget`` (Everett 1963) and the price λ that attains
-    it, in nats per token and nats per byte.
+    """Compute a lower bound on the damage within the budget (nats per token), and its price λ (nats per byte).
 
-    No profile within the budget has less damage.  The maximum is at a slope of a hull: the one of the first step that
-    is no longer affordable when steps are taken from the steepest on (Sinha & Zoltners 1979).
+    The bound is the Lagrangian dual ``max_λ Σ_i min_a (damage + λ cost) − λ budget`` (Everett 1963).  The maximum is at
+    a slope of a hull: take the steps of all hulls in descending order of their slope; λ is the slope of the first step
+    that the budget does not cover (Sinha & Zoltners 1979).
     """
     hull = convex_hull(damage, cost)
     along = np.take_along_axis(cost, hull.corners, 1)
@@ -96,7 +101,7 @@ def dual_bound(damage: Damage, cost: Cost, budget: int) -> tuple[float, float]:
 
 
 def greedy(damage: Damage, cost: Cost, budget: int) -> Profile:
-    """From the cheapest profile, the affordable upgrade of the largest gain per byte, until none is left (Fox 1966)."""
+    """Start at the cheapest profile and take affordable upgrades in order of their gain per byte (Fox 1966)."""
     profile = _cheapest(damage, cost)
     room = _room(cost[np.arange(len(profile)), profile], budget)
 
@@ -122,34 +127,34 @@ def greedy(damage: Damage, cost: Cost, budget: int) -> Profile:
 
 
 def dynamic_programme(damage: Damage, cost: Cost, budget: int) -> Profile:
-    """A profile of the least damage within the budget, exact to the rounding of sums.
+    """Find a profile of the least damage within the budget, exact up to the rounding of sums.
 
-    Actions that the dual rules out are left out first (see ``candidates``).  Raises ValueError if the table of the
-    others, players × bytes in units of their greatest common divisor, would be too large.
+    Actions that the dual bound rules out are dropped first (see ``candidates``).  Raises ValueError if the table of the
+    remaining players and budgets, in units of the greatest common divisor of the costs, would be too large.
     """
-    kept = candidates(damage, cost, budget)
-    least = np.where(kept, cost, np.iinfo(np.int64).max).min(1)
-    extra = np.where(kept, cost - least[:, None], 0)
+    possible = candidates(damage, cost, budget)
+    least = np.where(possible, cost, np.iinfo(np.int64).max).min(1)
+    extra = np.where(possible, cost - least[:, None], 0)
     unit = max(int(np.gcd.reduce(extra, axis=None)), 1)
     steps = extra // unit
     states = min(_room(least, budget) // unit, int(steps.max(1).sum())) + 1
-    free = np.flatnonzero(kept.sum(1) > 1)
+    free = np.flatnonzero(possible.sum(1) > 1)
     if len(free) * states > MOST_CELLS:
         raise ValueError(
             f"a dynamic programme of {len(free)} players over {states} sizes needs {len(free) * states} cells, "
             f"more than {MOST_CELLS}: compare with the dual bound or on fewer players"
         )
-    lowest = np.zeros(states)  # damage of the players so far that use at most so many units
+    lowest = np.zeros(states)  # damage of the players so far, for each number of units that they may use
     choices = np.zeros((len(free), states), np.uint8)
     for choice, player in zip(choices, free.tolist(), strict=True):
         before, lowest = lowest, np.full(states, np.inf)
-        for action in np.flatnonzero(kept[player]).tolist():
+        for action in np.flatnonzero(possible[player]).tolist():
             step = int(steps[player, action])
             reached = before[: max(states - step, 0)] + damage[player, action]
             better = reached < lowest[step:]
             np.copyto(lowest[step:], reached, where=better)
             choice[step:][better] = action
-    profile = kept.argmax(1)
+    profile = possible.argmax(1)
     state = states - 1
     for choice, player in zip(choices[::-1], free[::-1].tolist(), strict=True):
         profile[player] = choice[state]
@@ -158,10 +163,11 @@ def dynamic_programme(damage: Damage, cost: Cost, budget: int) -> Profile:
 
 
 def candidates(damage: Damage, cost: Cost, budget: int) -> Bool[np.ndarray, "players actions"]:
-    """Which actions an optimum may hold (Dyer, Kayal & Walker 1984).
+    """Return a mask of the actions that an optimal profile may contain (Dyer, Kayal & Walker 1984).
 
-    A profile with action a of player i is worse than the dual bound by at least the reduced cost of a, what it costs
-    at the dual's price beyond the player's best; none that exceeds the gap of the greedy profile is optimal.
+    The reduced cost of an action is what it costs at the price of the dual beyond the player's best action.  A profile
+    with that action exceeds the dual bound by at least its reduced cost.  Actions whose reduced cost exceeds the gap
+    between the greedy profile and the dual bound are therefore not optimal.
     """
     bound, price = dual_bound(damage, cost, budget)
     known = total(damage, greedy(damage, cost, budget))
@@ -171,16 +177,16 @@ def candidates(damage: Damage, cost: Cost, budget: int) -> Bool[np.ndarray, "pla
 
 
 def integer_programme(damage: Damage, cost: Cost, budget: int, gap: float = 0.0) -> Profile:
-    """A profile within ``gap`` (a share) of the least damage, by SciPy's HiGHS; ``gap`` 0 asks for the least, up to
-    the solver's tolerances (1e-10 of the largest difference of damages).
+    """Find a profile whose damage is within ``gap`` (relative) of the least one, by SciPy's HiGHS solver.
 
-    Raises RuntimeError where the solver gives up.
+    ``gap=0`` asks for the least damage, up to the tolerance of the solver (1e-10 of the largest difference of damages).
+    Raises RuntimeError if the solver gives up.
     """
     players, actions = damage.shape
     _room(cost.min(1), budget)
     above = damage - damage.min(1, keepdims=True)
-    found = optimize.milp(
-        above.ravel() * (LARGEST / (above.max() or 1.0)),
+    solution = optimize.milp(
+        above.ravel() * (LARGEST_COEFFICIENT / (above.max() or 1.0)),
         constraints=[
             optimize.LinearConstraint(sparse.kron(sparse.eye_array(players), np.ones((1, actions))), 1, 1),
             optimize.LinearConstraint(sparse.csr_array(cost.reshape(1, -1).astype(float)), -np.inf, budget),
@@ -189,23 +195,26 @@ def integer_programme(damage: Damage, cost: Cost, budget: int, gap: float = 0.0)
         bounds=optimize.Bounds(0, 1),
         options={"mip_rel_gap": gap},
     )
-    if found.x is None:
-        raise RuntimeError(f"the integer programme has no answer: {found.message}")
-    profile: Profile = found.x.reshape(players, actions).argmax(1)
+    if solution.x is None:
+        raise RuntimeError(f"the integer programme has no solution: {solution.message}")
+    profile: Profile = solution.x.reshape(players, actions).argmax(1)
     if total(cost, profile) > budget:
         raise RuntimeError(f"the integer programme spends {total(cost, profile):.0f} bytes of {budget}")
     return profile
 
 
 def least_potential(game: Game) -> float:
-    """The least Φ over all profiles, by enumeration.  Raises ValueError if there are too many."""
+    """Compute the least potential Φ by enumerating all profiles.
+
+    Raises ValueError if there are too many.
+    """
     return float(_all_potentials(game).min())
 
 
 def exact_price_of_anarchy(game: Game) -> float:
-    """The worst pure equilibrium's Φ in units of the least Φ, by enumeration of all profiles.
+    """Compute the ratio of the largest Φ of a pure equilibrium to the least Φ, by enumerating all profiles.
 
-    In a potential game an equilibrium is a profile whose Φ nobody lowers alone.  Raises ValueError if there are too
+    In a potential game, a profile is an equilibrium if no player can lower Φ alone.  Raises ValueError if there are too
     many profiles, or if the least Φ is 0 or below.
     """
     players, actions = game.own_cost.shape
@@ -224,10 +233,10 @@ def price_of_anarchy(
     rng: np.random.Generator,
     track: Callable[[Seeds, str], Iterable[np.random.Generator]] = lambda seeds, description: seeds,
 ) -> Anarchy:
-    """The worst equilibrium against the least potential (Koutsoupias & Papadimitriou 1999), over random starts.
+    """Estimate the price of anarchy (Koutsoupias & Papadimitriou 1999) from equilibria of random starts.
 
-    The least potential is exact where all profiles can be enumerated, otherwise the least that was found.  Either way
-    the price is a lower estimate: a worse equilibrium may exist.
+    The least potential is exact if all profiles can be enumerated; otherwise it is the least of the equilibria.  The
+    price is a lower estimate either way, because a worse equilibrium may exist.
     """
     players, actions = game.own_cost.shape
     classes = independent_classes(game.couplings, players)
@@ -235,22 +244,25 @@ def price_of_anarchy(
         best_response(game, seed.integers(actions, size=(players,)), classes)
         for seed in track(rng.spawn(starts), "equilibria from random starts")
     )
-    least = min(found.potentials[-1] for found in equilibria)
+    least = min(equilibrium.potentials[-1] for equilibrium in equilibria)
     if actions**players <= MOST_PROFILES:
         least = min(least, least_potential(game))
     return Anarchy(equilibria, least)
 
 
 def _all_potentials(game: Game) -> Float[np.ndarray, " profiles"]:
-    """Φ of every profile; the first player's action changes fastest.  Raises ValueError if there are too many."""
+    """Compute Φ of all profiles, the first player's action changing fastest.
+
+    Raises ValueError if there are too many.
+    """
     players, actions = game.own_cost.shape
     if (count := actions**players) > MOST_PROFILES:
         raise ValueError(f"{actions} actions of {players} players make {count} profiles, more than {MOST_PROFILES}")
     numbers = np.arange(count)
     chosen = [numbers // actions**player % actions for player in range(players)]
     potentials = np.zeros(count)
-    for own, taken in zip(game.own_cost, chosen, strict=True):
-        potentials += own[taken]
+    for own_cost, action in zip(game.own_cost, chosen, strict=True):
+        potentials += own_cost[action]
     for part in game.couplings:
         pairs = sparse.triu(part.weights).tocoo()
         for one, other, weight in zip(pairs.row.tolist(), pairs.col.tolist(), pairs.data.tolist(), strict=True):
@@ -265,12 +277,12 @@ def _ratio(worst: float, least: float) -> float:
 
 
 def _cheapest(damage: Damage, cost: Cost) -> Profile:
-    """Everybody at its fewest bytes, at the least damage among equals."""
+    """Return the profile of the fewest bytes, and of the least damage among equals."""
     return np.where(cost == cost.min(1, keepdims=True), damage, np.inf).argmin(1)
 
 
 def _room(cheapest: Int[np.ndarray, " players"], budget: int) -> int:
-    """The bytes that the cheapest profile leaves of the budget."""
+    """Return the bytes of the budget that the cheapest profile leaves."""
     room = budget - int(cheapest.sum())
     if room < 0:
         raise ValueError(f"a budget of {budget} bytes is below the cheapest profile, {int(cheapest.sum())} bytes")

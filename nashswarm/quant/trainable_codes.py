@@ -2,10 +2,10 @@
 
 A weight is ``(round(u) − z) · step · exp(s)``.  The latent code u is a real number, and its gradient is taken as if it
 were not rounded (Bengio, Léonard & Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013).
-The gradient of s, the logarithm of a factor of the step, is exact (Esser et al., "Learned Step Size Quantization", 2020).
-A lattice has one s; other matrices have one for each group.  Everything else about the grid is fixed: row and column
-scales of a lattice, zero points and widths of groups.  Where codes are entropy-coded, their length has a gradient too:
-it is interpolated linearly between integers.
+The gradient of s, the logarithm of a factor of the step, is exact (Esser et al., "Learned Step Size Quantization",
+2020).  A lattice has one s; other matrices have one for each group.  Everything else about the grid is fixed: row and
+column scales of a lattice, zero points and widths of groups.  Where codes are entropy-coded, their length has a
+gradient too: it is interpolated linearly between integers.
 """
 
 import dataclasses
