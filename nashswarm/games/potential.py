@@ -2,9 +2,9 @@
 
 Let b be a profile, one action for each player.  Player i pays a cost of its own, c_i, and a cost of disagreeing with
 its neighbours: ``u_i(b) = c_i(b_i) + Σ_j J_ij φ(b_i, b_j)``.  If J and φ are symmetric, a move of one player changes
-the potential ``Φ(b) = Σ_i c_i(b_i) + Σ_{i<j} J_ij φ(b_i, b_j)`` by exactly the change of its own cost.  This is an exact
-potential game (Monderer & Shapley 1996): strictly improving moves end at a pure Nash equilibrium after finitely many
-steps.
+the potential ``Φ(b) = Σ_i c_i(b_i) + Σ_{i<j} J_ij φ(b_i, b_j)`` by exactly the change of its own cost.  This is an
+exact potential game (Monderer & Shapley 1996): strictly improving moves end at a pure Nash equilibrium after finitely
+many steps.
 """
 
 import dataclasses
