@@ -13,11 +13,13 @@ from torch import Tensor
 from nashswarm.data import corpus, stdlib_docs
 from nashswarm.models import sources
 from nashswarm.moe import load
-from nashswarm.moe.router import LossFree, NashSwarmRouter, Router, TopK
+from nashswarm.moe.router.loss_free import LossFree
+from nashswarm.moe.router.nash_swarm import NashSwarmRouter
+from nashswarm.moe.router.top_k import TopK
 
 EXPERTS, TOP_K = 16, 2
 LENGTH, BATCH = 128, 8  # tokens of a window, windows
-ROUTERS = {
+ROUTERS: dict[str, TopK | LossFree | NashSwarmRouter] = {
     "top-k": TopK(),
     "loss-free bias": LossFree(rate=0.01),
     "nash swarm": NashSwarmRouter(),
@@ -42,7 +44,7 @@ def main() -> None:
 
     for name, settings in ROUTERS.items():
         torch.manual_seed(0)  # the same centroids for all
-        router = Router(settings, unseen.shape[1], EXPERTS, TOP_K).train()
+        router = settings.build(unseen.shape[1], EXPERTS, TOP_K).train()
         with torch.no_grad():
             for batch in batches:
                 router.settle(router(batch))

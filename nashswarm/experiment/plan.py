@@ -28,7 +28,7 @@ from nashswarm.methods.peers import peer
 from nashswarm.methods.prototype import AsPublished
 from nashswarm.models import sources
 from nashswarm.moe.model import MoeSource
-from nashswarm.moe.router import Settings
+from nashswarm.moe.router.router import RouterSettings
 from nashswarm.moe.training import Training
 from nashswarm.packed import model_folder
 from nashswarm.records.record import fingerprint
@@ -84,7 +84,7 @@ class MoePlan(NamedTuple):
     """The same of a mixture of experts that is to be trained."""
 
     source: MoeSource
-    router: Settings
+    router: RouterSettings
     dataset: corpus.Dataset
     measure: MoeMeasure
     device: str
@@ -98,7 +98,7 @@ def plan(config: DictConfig) -> Plan:
     device, dtype = choose_device(config)
     source, method, dataset, measure = (build(config[group]) for group in GROUPS)
     for group, value in (("model", source), ("method", method), ("measure", measure)):
-        if isinstance(value, MoeSource | Settings | MoeMeasure):
+        if isinstance(value, MoeSource | RouterSettings | MoeMeasure):
             raise ValueError(f"this {group} is for mixtures of experts that are to be trained: add task=train_moe")
     finetune = choose_task(config, method)
     if isinstance(dataset, glue.Glue) and not isinstance(measure, Official | Size):
@@ -119,7 +119,7 @@ def plan_moe(config: DictConfig) -> MoePlan:
     source, router, dataset, measure = (build(config[group]) for group in GROUPS)
     wanted: dict[str, tuple[Any, Any]] = {
         "model": (source, MoeSource),
-        "method": (router, Settings),
+        "method": (router, RouterSettings),
         "measure": (measure, MoeMeasure),
     }
     examples = {"model": "moe_small", "method": "moe_nash_swarm", "measure": "routed"}

@@ -24,7 +24,8 @@ from nashswarm.models import evaluation
 from nashswarm.moe import load, store
 from nashswarm.moe.loss import implied_prices
 from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
-from nashswarm.moe.router import NashSwarmRouter, Router, Routing, regrets
+from nashswarm.moe.router.nash_swarm import CongestionRouter, NashSwarmRouter
+from nashswarm.moe.routing import Routing, regrets
 from nashswarm.moe.training import Trained
 from nashswarm.progress import Track
 
@@ -100,8 +101,7 @@ class Routed:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "experts.safetensors"
             store.save(model, path)
-            residency = getattr(model.config.settings(), "residency", 0)
-            suffixes = ("", "_without") if residency else ("",)
+            suffixes = ("", "_without") if any(router.residency for router in model.routers()) else ("",)
             models = {suffix: self._from_store(model, path, bool(suffix)) for suffix in suffixes}
             nll = {suffix: [] for suffix in suffixes}  # type: dict[str, list[float]]
             spent = dict.fromkeys(suffixes, 0.0)
@@ -132,7 +132,7 @@ class Routed:
         own = MoeForCausalLM(model.config).train(False).to(model.device)
         own.load_state_dict(model.state_dict())
         for router in own.routers() if without else ():
-            router.settings = dataclasses.replace(router.settings, residency=0.0)
+            router.residency = 0.0
         pools = sum(part.nbytes for name, part in own.named_parameters() if ".experts." in name)
         held = store.ExpertStore(path, int(self.resident * pools), model.device)
         store.serve(own, held)
@@ -279,8 +279,8 @@ class RoutingTime:
         for count in subject.track(list(self.experts), "timing"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                exact = Router(NashSwarmRouter(), width, count, k)
-                leaders = Router(NashSwarmRouter(prices="sign", search="leaders"), width, count, k)
+                exact = NashSwarmRouter().build(width, count, k)
+                leaders = NashSwarmRouter(prices="sign", search="leaders").build(width, count, k)
             exact.price.normal_(generator=generator)
             exact, leaders = exact.to(device), leaders.to(device)
             versions: dict[str, Callable[[], Any]] = {
@@ -306,7 +306,8 @@ class RoutingTime:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             small = source.build(NashSwarmRouter(), 8, 0).config
-            mixture, dense = Mixture(small, NashSwarmRouter()).eval(), FeedForward(small).eval()
+            router = NashSwarmRouter().build(small.hidden_size, count, small.num_experts_per_tok)
+            mixture, dense = Mixture(small, router).eval(), FeedForward(small).eval()
         found = {}
         mixture, dense = mixture.to(x.device), dense.to(x.device)
         for batch in (1, len(x)):
@@ -317,7 +318,7 @@ class RoutingTime:
         return found
 
 
-def shares(router: Router, x: Float[Tensor, "tokens width"], repeats: int) -> dict[str, float]:
+def shares(router: CongestionRouter, x: Float[Tensor, "tokens width"], repeats: int) -> dict[str, float]:
     """The shares of the time of the flock's routing that its components take, each run by itself."""
     logits = router.affinities(x)
     parts: Mapping[str, Callable[[], Any]] = {
@@ -336,9 +337,9 @@ def plain_top_k(
     return experts, gates / gates.sum(1, keepdim=True)
 
 
-def first_version(x: Float[Tensor, "tokens width"], router: Router) -> tuple[Tensor, Tensor]:
+def first_version(x: Float[Tensor, "tokens width"], router: CongestionRouter) -> tuple[Tensor, Tensor]:
     """The same routing, one token and one expert at a time: what the first version was, and what tests compare with."""
-    k, flock = router.k, router.settings.flock or len(router.weight)
+    k, flock = router.k, router.flock
     prices, entry = router.price.tolist(), router.entry.tolist()
     chosen, gates = [], []
     for token in x:

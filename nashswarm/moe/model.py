@@ -1,7 +1,6 @@
-"""A language model in the manner of GPT-2 whose feed-forward layers are mixtures of experts.
+"""A language model like GPT-2 whose feed-forward layers are mixtures of experts.
 
-It is a model of transformers: ``AutoModelForCausalLM``, ``save_pretrained`` and ``from_pretrained`` know it once this
-module is imported.
+Importing this module registers it with transformers, so that ``AutoModelForCausalLM`` opens saved models.
 """
 
 import dataclasses
@@ -18,18 +17,17 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nashswarm.models.experts import Experts
-from nashswarm.moe.loss import LossWeights
-from nashswarm.moe.router import Dense, ExpertChoice, LossFree, NashSwarmRouter, Router, Routing, Settings, TopK
-
-ROUTERS: Mapping[str, Any] = {kind.__name__: kind for kind in (Dense, TopK, LossFree, ExpertChoice, NashSwarmRouter)}
+from nashswarm.moe.router import kinds
+from nashswarm.moe.router.router import Router, RouterSettings
+from nashswarm.moe.routing import Routing
 
 
 @dataclasses.dataclass(frozen=True)
 class MoeSource:
-    """A mixture of experts that is to be trained: its shape.
+    """The shape of a mixture of experts that is to be trained.
 
-    ``width``: of the residual stream; ``expert_width``: hidden units of one expert; ``experts`` and ``top_k``: in each
-    layer, and how many of them a token uses; ``context``: tokens that it reads at most.
+    ``width``: of the residual stream.  ``expert_width``: hidden units of one expert.  ``experts``: per layer.
+    ``top_k``: experts that a token uses.  ``context``: the longest window, in tokens.
     """
 
     width: int = 128
@@ -51,23 +49,23 @@ class MoeSource:
 
     @property
     def label(self) -> str:
+        """Return the name of the shape in records."""
         return f"moe_{self.experts}x{self.expert_width}_top{self.top_k}"
 
-    def build(self, router: Settings, vocabulary: int, end_token: int) -> "MoeForCausalLM":
-        """The model with fresh weights, drawn from torch's random numbers."""
-        described = {"kind": type(router).__name__, **dataclasses.asdict(router)}
+    def build(self, router: RouterSettings, vocabulary: int, end_token: int) -> "MoeForCausalLM":
+        """Return a model with fresh weights, drawn from torch's random numbers."""
         return MoeForCausalLM(
             MoeConfig(
                 vocab_size=vocabulary, hidden_size=self.width, num_hidden_layers=self.layers,
                 num_attention_heads=self.heads, num_experts=self.experts, num_experts_per_tok=self.top_k,
-                moe_intermediate_size=self.expert_width, max_position_embeddings=self.context, router=described,
-                bos_token_id=end_token, eos_token_id=end_token,
+                moe_intermediate_size=self.expert_width, max_position_embeddings=self.context,
+                router=kinds.describe(router), bos_token_id=end_token, eos_token_id=end_token,
             )
         )  # fmt: skip
 
 
 class MoeConfig(transformers.PretrainedConfig):
-    """The shape of the model; ``router``: the kind of its router and the settings of it."""
+    """The configuration of the model as transformers saves it; ``router``: as ``kinds.describe`` describes it."""
 
     model_type = "nashswarm_moe"
 
@@ -92,25 +90,21 @@ class MoeConfig(transformers.PretrainedConfig):
         others.setdefault("tie_word_embeddings", True)
         super().__init__(**others)
 
-    def settings(self) -> Settings:
-        """The router's settings.  Raises ValueError for a kind that is not known."""
-        fields = dict(self.router)
-        kind = fields.pop("kind")
-        if kind not in ROUTERS:
-            raise ValueError(f"unknown router {kind!r} in config.json: choose {', '.join(ROUTERS)}")
-        if isinstance(fields.get("loss"), Mapping):
-            fields["loss"] = LossWeights(**fields["loss"])
-        return ROUTERS[kind](**fields)
+    def settings(self) -> RouterSettings:
+        """Return the settings of the router.  Raises ValueError if its kind is unknown."""
+        return kinds.from_description(self.router)
 
 
 @dataclasses.dataclass
 class MoeOutput(CausalLMOutputWithPast):
-    """What the model says, and of each layer that routes how it did."""
+    """Logits, loss and cache as in transformers, and the routing of every layer that routes."""
 
     routings: tuple[Routing, ...] | None = None
 
 
 class Attention(nn.Module):
+    """Causal self-attention of one layer."""
+
     def __init__(self, config: MoeConfig, layer: int) -> None:
         super().__init__()
         self.heads, self.layer = config.num_attention_heads, layer
@@ -124,21 +118,21 @@ class Attention(nn.Module):
         if past is not None:
             key, value = past.update(key, value, self.layer)
         if query.shape[2] == key.shape[2]:
-            found = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        else:  # query i stands at the end of what is cached, plus i
+            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:  # query i reads the cache and the tokens up to itself
             seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=x.device)
             seen = seen.tril(key.shape[2] - query.shape[2])
-            found = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
-        out: Tensor = self.out(found.transpose(1, 2).flatten(2))
+            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
 
 
 class Mixture(nn.Module):
-    """A router and its experts."""
+    """The feed-forward layer of a mixture of experts: a router and its experts."""
 
-    def __init__(self, config: MoeConfig, settings: Settings) -> None:
+    def __init__(self, config: MoeConfig, router: Router) -> None:
         super().__init__()
-        self.router = Router(settings, config.hidden_size, config.num_experts, config.num_experts_per_tok)
+        self.router = router
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
 
     def forward(self, x: Float[Tensor, "batch length width"]) -> tuple[Tensor, Routing | None]:
@@ -147,13 +141,13 @@ class Mixture(nn.Module):
         if routing.tokens is None:
             out = self.experts(flat, routing.experts, routing.gates)
         else:
-            made = self.experts(flat[routing.tokens], routing.experts, routing.gates)
-            out = torch.zeros_like(flat).index_add(0, routing.tokens, made)
+            assigned = self.experts(flat[routing.tokens], routing.experts, routing.gates)
+            out = torch.zeros_like(flat).index_add(0, routing.tokens, assigned)
         return out.view_as(x), routing
 
 
 class FeedForward(nn.Module):
-    """The dense network of equal active size."""
+    """A dense feed-forward layer as wide as the experts that a token would use."""
 
     def __init__(self, config: MoeConfig) -> None:
         super().__init__()
@@ -165,12 +159,20 @@ class FeedForward(nn.Module):
         return self.down(Experts.act_fn(self.up(x))), None
 
 
+def feed_forward(config: MoeConfig, settings: RouterSettings) -> Mixture | FeedForward:
+    """Return the feed-forward layer with fresh weights: a mixture, or dense where the settings build no router."""
+    router = settings.build(config.hidden_size, config.num_experts, config.num_experts_per_tok)
+    return FeedForward(config) if router is None else Mixture(config, router)
+
+
 class Block(nn.Module):
-    def __init__(self, config: MoeConfig, layer: int, settings: Settings) -> None:
+    """A layer of the transformer: attention, then a feed-forward layer."""
+
+    def __init__(self, config: MoeConfig, layer: int, settings: RouterSettings) -> None:
         super().__init__()
         self.norm_attention, self.norm_mixture = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
         self.attention = Attention(config, layer)
-        self.mixture = FeedForward(config) if isinstance(settings, Dense) else Mixture(config, settings)
+        self.mixture = feed_forward(config, settings)
 
     def forward(self, x: Tensor, past: Cache | None) -> tuple[Tensor, Routing | None]:
         x = x + self.attention(self.norm_attention(x), past)
@@ -198,7 +200,7 @@ class MoeForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: Any) -> None:
-        """Normal with the deviation of GPT-2, divided by √(2 · layers) where a product joins the residual stream."""
+        """Draw weights as GPT-2 does: deviation 0.02, divided by √(2 · layers) where a product joins the residuals."""
         shrunk = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
@@ -208,13 +210,7 @@ class MoeForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, Router):
-            nn.init.normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.price)
-            nn.init.zeros_(module.entry)
-            nn.init.zeros_(module.centre)
-            nn.init.zeros_(module.settled)
-            nn.init.constant_(module.resident, False)
-            nn.init.constant_(module.last_use, -1)
+            module.reset()
         elif isinstance(module, Experts):
             nn.init.normal_(module.up_proj, std=0.02)
             nn.init.normal_(module.down_proj, std=shrunk)
@@ -245,7 +241,10 @@ class MoeForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
         attention_mask: Tensor | None = None,
         **others: Any,
     ) -> MoeOutput:
-        """Raises ValueError for padded texts: padding would take part in attention and in routing."""
+        """Return logits, the loss in nats per token if ``labels`` are given, and the routings of all layers.
+
+        Raises ValueError for padded texts: padding would take part in attention and in routing.
+        """
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("this model reads no padding: give it texts of one length, or one at a time")
         if use_cache and past_key_values is None:
@@ -265,21 +264,22 @@ class MoeForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
         return MoeOutput(loss=loss, logits=logits, past_key_values=past_key_values, routings=tuple(routings))
 
     def settle(self, routings: Sequence[Routing], step: float | None = None) -> None:
-        """Move the prices of all layers after a batch of training."""
-        for block, routing in zip(self.blocks, routings, strict=bool(routings)):
-            block.mixture.router.settle(routing, step)  # type: ignore[operator,union-attr]
+        """Move the prices of all layers after a batch of training; ``step``: as in ``Router.settle``."""
+        for router, routing in zip(self.routers(), routings, strict=True):
+            router.settle(routing, step)
 
     def follow(self, routings: Sequence[Routing]) -> None:
-        """Move the prices of all layers after a batch that was read."""
+        """Move the prices of all layers after a batch that was evaluated."""
         for router, routing in zip(self.routers(), routings, strict=True):
             router.follow(routing)
 
     def routers(self) -> list[Router]:
+        """Return the routers in the order of the layers; a dense model has none."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token meets."""
+        """Return the number of parameters that take part in one token."""
         total = sum(parameter.numel() for parameter in self.parameters())
         unused = 1 - self.config.num_experts_per_tok / self.config.num_experts
         pools = [part for module in self.modules() if isinstance(module, Experts) for part in module.parameters()]

@@ -20,7 +20,8 @@ from nashswarm.data import corpus
 from nashswarm.models import sources
 from nashswarm.moe import loss
 from nashswarm.moe.model import MoeConfig, MoeForCausalLM, MoeSource
-from nashswarm.moe.router import Settings
+from nashswarm.moe.router import kinds
+from nashswarm.moe.router.router import RouterSettings
 from nashswarm.progress import Track
 from nashswarm.records.files import claim, write_folder, write_whole
 from nashswarm.records.record import fingerprint
@@ -72,7 +73,7 @@ class Trained:
 
 def trained(
     source: MoeSource,
-    router: Settings,
+    router: RouterSettings,
     settings: Training,
     text: str,
     length: int | None,
@@ -87,7 +88,7 @@ def trained(
     ``length``: tokens of a window, by default all that the model reads.  ``code``: a digest of the program, for another
     one would train another model.  Raises ValueError for a text that is too short or a loss that is not finite.
     """
-    described = {"kind": type(router).__name__, **dataclasses.asdict(router)}
+    described = kinds.describe(router)
     made_of = {
         "model": dataclasses.asdict(source),
         "router": described,
@@ -203,7 +204,7 @@ def train(
             log.info("step %d of %d: training NLL %.3f", step + 1, settings.steps, series["train_nll"][-1])
         stop(step + 1)
     model.train(False)
-    if any(hasattr(router.settings, "price_rate") or hasattr(router.settings, "rate") for router in model.routers()):
+    if any(router.settles for router in model.routers()):
         for number in track(range(settings.price_steps), "settling prices"):
             with torch.no_grad():
                 model.settle(model(input_ids=windows[order[number % len(order)]]).routings or (), 1 / (number + 1))

@@ -9,9 +9,10 @@ import torch
 from nashswarm.measures import moe
 from nashswarm.measures.moe import WARM_UP, MoeSubject, QuickValidation, Routed, RoutingTime, timed
 from nashswarm.models import experts as moe_experts
-from nashswarm.moe import router, store
+from nashswarm.moe import store
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
-from nashswarm.moe.router import NashSwarmRouter
+from nashswarm.moe.router import nash_swarm
+from nashswarm.moe.router.nash_swarm import NashSwarmRouter
 from nashswarm.moe.training import Trained
 from nashswarm.progress import no_track
 
@@ -49,7 +50,7 @@ def test_routing_is_timed_where_the_model_is(model: MoeForCausalLM, monkeypatch:
         seen.append(device)
         return [1.0] * len(contestants)
 
-    for module in (moe_experts, router):  # torch's knows no float32 without values
+    for module in (moe_experts, nash_swarm):  # torch's knows no float32 without values
         monkeypatch.setattr(module, "grouped", lambda x, weights, ends: x @ weights[0])
     monkeypatch.setattr(moe, "timed", once)
     monkeypatch.setattr(moe, "first_version", lambda x, router: x @ router.weight.T)

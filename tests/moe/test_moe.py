@@ -25,17 +25,14 @@ from nashswarm.measures.moe import first_version, one_by_one
 from nashswarm.models.experts import Experts, SplitExperts, unfuse
 from nashswarm.moe import load, loss, store
 from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
-from nashswarm.moe.router import (
-    Dense,
-    ExpertChoice,
-    LossFree,
-    NashSwarmRouter,
-    Router,
-    Routing,
-    TopK,
-    equilibrium,
-    regrets,
-)
+from nashswarm.moe.router.dense import Dense
+from nashswarm.moe.router.equilibrium import equilibrium
+from nashswarm.moe.router.expert_choice import ExpertChoice
+from nashswarm.moe.router.loss_free import LossFree
+from nashswarm.moe.router.nash_swarm import NashSwarmRouter
+from nashswarm.moe.router.router import Router
+from nashswarm.moe.router.top_k import TopK
+from nashswarm.moe.routing import Routing, regrets
 from nashswarm.runtime.machine import Machine
 
 WIDTH, EXPERTS, K, VOCABULARY = 64, 8, 2, 96
@@ -48,7 +45,7 @@ NAMES = ["dense", "top_k", "loss_free", "nash_swarm", "flock_of_3", "leaders", "
 def router_of(kind: Any, experts: int = EXPERTS, k: int = K, seed: int = 0) -> Router:
     """A router with prices, so that they matter."""
     torch.manual_seed(seed)
-    found = Router(kind, WIDTH, experts, k)
+    found: Router = kind.build(WIDTH, experts, k)
     found.price.normal_(std=0.3)
     found.entry.normal_(std=0.3)
     found.centre.normal_(std=0.1)
@@ -90,7 +87,7 @@ def by_hand(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
 @pytest.mark.parametrize("kind", [kind for kind in ROUTERS if kind != Dense()], ids=NAMES[1:])
 def test_a_layer_is_the_gated_sum_of_what_single_experts_make(kind: Any, x: Tensor) -> None:
     config = MoeSource(width=WIDTH, layers=1, experts=EXPERTS, expert_width=32).build(kind, VOCABULARY, 0).config
-    layer = Mixture(config, kind)
+    layer = Mixture(config, kind.build(WIDTH, EXPERTS, K))
     layer.router.load_state_dict(router_of(kind).state_dict())
     out, routing = layer(x[None])
     assert torch.allclose(out[0], by_hand(x, routing, layer.experts), atol=1e-5)
@@ -292,7 +289,7 @@ def test_renaming_experts_changes_nothing(kind: Any, tokens: Tensor) -> None:
 @pytest.mark.parametrize("kind", CAUSAL[1:], ids=NAMES[1:6])
 def test_equal_experts_make_a_dense_layer(kind: Any, x: Tensor) -> None:
     config = MoeSource(width=WIDTH, layers=1, experts=EXPERTS, expert_width=32).build(kind, VOCABULARY, 0).config
-    layer = Mixture(config, kind)
+    layer = Mixture(config, kind.build(WIDTH, EXPERTS, K))
     with torch.no_grad():
         for part in layer.experts.parameters():
             part.copy_(part[:1].expand_as(part))
@@ -447,7 +444,7 @@ def test_a_served_model_says_the_same_and_residency_brings_hits(stored: Any, tok
     for residency in (0.0, 5.0):
         own = copy.deepcopy(model)
         for router in own.routers():
-            router.settings = NashSwarmRouter(residency=residency)
+            router.residency = residency
         held = store.ExpertStore(path, 8 * 32768)
         store.serve(own, held)
         nlls.append([nll for window in tokens[:2] for nll in one_by_one(own, window, 40)])
@@ -505,10 +502,12 @@ def test_the_dense_model_is_of_equal_active_size() -> None:
 COMPILED = """
 import torch
 from nashswarm.moe.model import Mixture, MoeSource
-from nashswarm.moe.router import LossFree, NashSwarmRouter, TopK
+from nashswarm.moe.router.loss_free import LossFree
+from nashswarm.moe.router.nash_swarm import NashSwarmRouter
+from nashswarm.moe.router.top_k import TopK
 
 for kind in (TopK(), LossFree(), NashSwarmRouter(), NashSwarmRouter(prices="sign", search="leaders", flock=4)):
-    layer = Mixture(MoeSource(width=64, layers=1, expert_width=64).build(kind, 64, 0).config, kind)
+    layer = Mixture(MoeSource(width=64, layers=1, expert_width=64).build(kind, 64, 0).config, kind.build(64, 8, 2))
     torch.compiler.reset()  # every kind counts as one more version of the same code
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for x in (torch.randn(1, 48, 64), torch.randn(1, 1, 64)):
@@ -574,7 +573,7 @@ def test_experts_that_cannot_be_taken_apart_are_named() -> None:
         (lambda: NashSwarmRouter(search="leaders"), "method.search=leaders needs"),
         (lambda: NashSwarmRouter(resident=0), "method.resident=0"),
         (lambda: TopK(capacity=0), "method.capacity=0 must be positive"),
-        (lambda: Router(NashSwarmRouter(flock=1), 4, 4, 2), "method.flock=1 is smaller than model.top_k=2"),
+        (lambda: NashSwarmRouter(flock=1).build(4, 4, 2), "method.flock=1 is smaller than model.top_k=2"),
         (lambda: MoeSource(experts=2, top_k=3), "model.top_k=3 is not between 1 and model.experts=2"),
         (lambda: MoeSource(width=10, heads=4), "model.width=10 a multiple of model.heads=4"),
     ],

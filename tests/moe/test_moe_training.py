@@ -19,7 +19,10 @@ from nashswarm.experiment.plan import plan
 from nashswarm.experiment.run import Outcome, reopen, run
 from nashswarm.moe import loss, training
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
-from nashswarm.moe.router import ExpertChoice, LossFree, NashSwarmRouter, TopK
+from nashswarm.moe.router.expert_choice import ExpertChoice
+from nashswarm.moe.router.loss_free import LossFree
+from nashswarm.moe.router.nash_swarm import NashSwarmRouter
+from nashswarm.moe.router.top_k import TopK
 from nashswarm.moe.training import Training, batches, train
 from nashswarm.packed import model_folder
 from nashswarm.progress import no_track

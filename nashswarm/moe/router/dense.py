@@ -1,0 +1,17 @@
+"""No router: the dense model that mixtures of experts are compared with."""
+
+import dataclasses
+from typing import ClassVar
+
+from nashswarm.moe.loss import LossWeights
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """No routing: every layer has one feed-forward network as wide as the k experts that a token would use."""
+
+    looks_ahead: ClassVar[bool] = False
+    loss: LossWeights = dataclasses.field(default_factory=LossWeights)
+
+    def build(self, width: int, experts: int, k: int) -> None:
+        """Return None: the layer is dense."""

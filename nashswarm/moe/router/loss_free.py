@@ -1,0 +1,61 @@
+"""Balancing without a loss (Wang et al. 2024): a bias per expert follows its load."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from nashswarm.moe.loss import LossWeights
+from nashswarm.moe.router.router import Router, check_capacity
+from nashswarm.moe.routing import Routing
+
+
+@dataclasses.dataclass(frozen=True)
+class LossFree:
+    """A token uses the k experts of the largest sigmoid affinity minus price.
+
+    After each batch a price rises by ``rate`` if its expert's load was above the mean, and falls by ``rate`` if it was
+    below (Wang et al. 2024, eq. 3; the price is the negative of their bias).  ``capacity``: as in ``TopK``.
+    """
+
+    looks_ahead: ClassVar[bool] = False
+    rate: float = 0.001
+    capacity: float | None = None
+    loss: LossWeights = dataclasses.field(default_factory=LossWeights)
+
+    def __post_init__(self) -> None:
+        check_capacity(self.capacity)
+
+    def build(self, width: int, experts: int, k: int) -> "LossFreeRouter":
+        return LossFreeRouter(self, width, experts, k)
+
+
+class LossFreeRouter(Router):
+    """Routes by sigmoid affinities minus prices; gates are the affinities, rescaled to sum to one."""
+
+    settles = True
+    follows = True
+
+    def __init__(self, settings: LossFree, width: int, experts: int, k: int) -> None:
+        super().__init__(width, experts, k, settings.capacity)
+        self.settings = settings
+
+    def forward(self, x: Float[Tensor, "tokens width"]) -> Routing:
+        logits = functional.linear(x, self.weight)
+        scores = logits.sigmoid()
+        experts = (scores - self.price).topk(self.k).indices
+        chosen = scores.gather(1, experts)
+        return self.dispatch(experts, chosen / chosen.sum(1, keepdim=True), logits, x)
+
+    @torch.no_grad()
+    def settle(self, routing: Routing, step: float | None = None) -> None:
+        loads = routing.loads()
+        self.price += self.settings.rate * (loads - loads.mean()).sign()
+        super().settle(routing, step)
+
+    @torch.no_grad()
+    def follow(self, routing: Routing) -> None:
+        self.settle(routing)
