@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,15 +14,16 @@ from torch import Tensor
 
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import CalibrationSession
-from nashswarm.data import corpus, stdlib_docs
+from nashswarm.data import corpus, hub, stdlib_docs
 from nashswarm.methods.fixed_width import FixedWidth
 from nashswarm.methods.gptq import Gptq
-from nashswarm.methods.method import Method
+from nashswarm.methods.method import Compressed, Method
 from nashswarm.methods.nash_swarm.solver import NashSwarm
 from nashswarm.methods.uniform import Uniform
 from nashswarm.models import matrices, sources
 from nashswarm.models.experts import unfuse
 from nashswarm.packed import checkpoint, file_format
+from nashswarm.packed.sizes import sizes_of
 
 METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}
 LONGEST_WINDOW = 512  # tokens; longer ones cost memory and teach little more
@@ -57,13 +59,14 @@ def compress(
     exclude: Sequence[str] = (),
     seed: int = 0,
 ) -> tuple[Any, Report]:
-    """A copy of ``model`` that computes on packed weights, and what it cost; the model itself stays as it is.  On a CPU
-    the copy computes in float32, elsewhere as the model does.
+    """Return a compressed copy of ``model`` that computes on packed weights, and a report of it.
+
+    The model itself stays as it is.  On a CPU the copy computes in float32, elsewhere in the model's dtype.
 
     ``tokenizer``: by default the one that the model came with.  ``method``: ``nash_swarm``, ``fixed_width``, ``gptq``,
-    ``uniform``, or any method's value, which then brings its own ``bits``.  ``calibration``: text, or token windows; by
-    default the embedded English text.  ``bits``: stored bits per parameter of the whole model (of ``gptq`` and
-    ``uniform`` the nominal width).  ``exclude``: names or patterns of matrices to leave at 16 bits.
+    ``uniform``, or an instance of any method, which then has its own ``bits``.  ``calibration``: text, or token
+    windows; by default the embedded English text.  ``bits``: stored bits per parameter of the whole model (for ``gptq``
+    and ``uniform`` the nominal width).  ``exclude``: names or patterns of matrices to leave at 16 bits.
 
     Raises ValueError in one sentence for anything that does not fit together.
     """
@@ -78,27 +81,43 @@ def compress(
     drawn = corpus.draw(windows, None, None, rng)
     full = copy.deepcopy(model).float().eval()
     unfuse(full)
-    session = CalibrationSession(
-        full, matrices.find_layers(full, exclude), *drawn, int(rng.integers(2**31)), Cache(None, {})
-    )
+    layers = matrices.find_layers(full, exclude)
+    session = CalibrationSession(full, layers, *drawn, int(rng.integers(2**31)), Cache(None, {}))
     result = chosen.compress(session.context(), rng)
-    compressed = session.candidate_model if model.device.type == "cpu" else session.candidate_model.to(model.dtype)
-    others = matrices.uncompressed_tensors(compressed, session.layers)
-    files = file_format.checkpoint_files(compressed, result.packed, others, result.float_bits)
-    size = sum(map(len, files.values()))
-    checkpoint.adopt(compressed, session.layers, result.packed, result.float_bits)
-    layer_bytes = sum(len(packed) for packed in result.packed.values())
-    report = Report(
-        bytes_file=size,
-        compression=1 - size / (4 * session.parameters),
-        bits_per_weight=8 * layer_bytes / sum(layer.parameters for layer in session.layers),
-        bits_per_weight_model=8 * size / session.parameters,
+    compressed = session.candidate_model
+    if model.device.type != "cpu":
+        compressed.to(model.dtype)
+    _, sizes = store(session, result)
+    checkpoint.adopt(compressed, layers, result.packed, result.float_bits)
+    return compressed, Report(
+        bytes_file=int(sizes["bytes_file"]),
+        compression=sizes["compression"],
+        bits_per_weight=sizes["bits_per_weight"],
+        bits_per_weight_model=sizes["bits_per_weight_model"],
         regret_max=result.metrics.get("regret_max"),
         allocation=result.allocation,
         metrics=dict(result.metrics),
         seconds=time.monotonic() - started,
     )
-    return compressed, report
+
+
+def store(session: CalibrationSession, result: Compressed) -> tuple[dict[str, bytes], dict[str, float]]:
+    """Put a result on the session's candidate model: the files of its checkpoint, and their sizes.
+
+    Every road that compresses a model in memory ends here: ``compress``, the command line and the experiments.
+    Everything but the compressed matrices is rounded as it is stored.
+    """
+    model = session.candidate_model
+    others = matrices.uncompressed_tensors(model, session.layers)
+    matrices.set_weights(model, result.weights)
+    matrices.round_to_stored(others, result.float_bits)
+    files = file_format.checkpoint_files(model, result.packed, others, result.float_bits)
+    return files, sizes_of(
+        file_bytes=sum(len(content) for content in files.values()),
+        packed_bytes=sum(len(packed) for packed in result.packed.values()),
+        packed_weights=sum(layer.parameters for layer in session.layers),
+        parameters=session.parameters,
+    )
 
 
 def method_of(method: str | Method, bits: float) -> Method:
@@ -111,6 +130,22 @@ def method_of(method: str | Method, bits: float) -> Method:
     if whole and not float(bits).is_integer():
         raise ValueError(f"bits={bits}: {method} gives every weight the same whole number of bits")
     return METHODS[method](bits=int(bits) if whole else bits)
+
+
+def window_length(path: str) -> int | None:
+    """Return the tokens of a calibration window for the model at ``path``: its maximum, ``LONGEST_WINDOW`` at most.
+
+    None if its config cannot be read; whoever loads the model then says why.
+    """
+    if not pathlib.Path(path).is_dir():
+        if not sources.may_be_on_hub(path):
+            return None
+        hub.use_cache_if_unreachable()
+    try:
+        longest = sources.longest_text(transformers.AutoConfig.from_pretrained(path))
+    except (OSError, ValueError):
+        return None
+    return min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
 
 
 def _windows(model: Any, tokenizer: Any, calibration: str | Tensor | None) -> Integer[Tensor, "windows length"]:

@@ -2,47 +2,45 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 
 from nashswarm import __version__, api, inference
-from nashswarm.data import corpus, hub
-from nashswarm.experiment import plan, run
+from nashswarm.data import corpus
+from nashswarm.experiment import plan, run, streaming
 from nashswarm.experiment.certify import LIMIT, certify
 from nashswarm.kernels import ACTIVATIONS
-from nashswarm.measures import size
 from nashswarm.measures.contestants import CONTESTANTS
-from nashswarm.methods.streaming import compress, forecast, shards
+from nashswarm.measures.size import Size
+from nashswarm.methods.streaming.compress import ByLayer
 from nashswarm.models import shapes, sources
 from nashswarm.packed import model_folder
-from nashswarm.progress import show_progress
+from nashswarm.records.record import Record
 from nashswarm.runtime import export
 
 CACHE = pathlib.Path("~/.cache/nashswarm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand: its exit status, 2 for a mistake that one sentence names."""
-    given = _parser().parse_args(arguments)
+    """Run one subcommand and return its exit status: 2 for a mistake, which one sentence on stderr names."""
+    parsed = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        return int(given.run(given))
+        return int(parsed.run(parsed))
     except (ValueError, OSError) as error:
-        print(f"nashswarm {given.command}: {error}", file=sys.stderr)
+        print(f"nashswarm {parsed.command}: {error}", file=sys.stderr)
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; every subcommand names the function that runs it."""
     parser = argparse.ArgumentParser(
         "nashswarm",
         description="Compress language models, and work with compressed ones.",
@@ -54,32 +52,32 @@ def _parser() -> argparse.ArgumentParser:
     def command(
         name: str, run: Callable[[argparse.Namespace], int], does: str, description: str, epilog: str | None = None
     ) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=does, description=description, epilog=epilog)
-        made.set_defaults(run=run)
-        return made
+        subparser = commands.add_parser(name, help=does, description=description, epilog=epilog)
+        subparser.set_defaults(run=run)
+        return subparser
 
-    made = command(
+    into = command(
         "compress",
         _compress,
         "compress a model into a folder that transformers loads",
         "Compress MODEL, a folder in Hugging Face layout or a name on the hub, into FOLDER: packed "
         "weights, tokenizer, model card, and what certifies it. Prints one JSON object.",
     )
-    made.add_argument("model", metavar="MODEL", help="folder or hub name; 'default' is the one that comes along")
-    made.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="new or empty")
-    made.add_argument("--bits", type=float, default=3.0, help="stored bits per parameter, everything counted (3.0)")
-    made.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
-    made.add_argument("--calibration", type=pathlib.Path, metavar="TEXT", help="a text file; default: embedded prose")
-    made.add_argument(
+    into.add_argument("model", metavar="MODEL", help="folder or hub name; 'default' is the one that comes along")
+    into.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="new or empty")
+    into.add_argument("--bits", type=float, default=3.0, help="stored bits per parameter, everything counted (3.0)")
+    into.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
+    into.add_argument("--calibration", type=pathlib.Path, metavar="TEXT", help="a text file; default: embedded prose")
+    into.add_argument(
         "--windows", type=int, help="of calibration text (48 if it has them, by layer 4); a third more is held out"
     )
-    made.add_argument(
+    into.add_argument(
         "--length", type=int, help="tokens in a window; default: the model's maximum, 512 at most (by layer 2048)"
     )
-    made.add_argument("--exclude", nargs="+", default=(), metavar="PATTERN", help="matrices to leave at 16 bits")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"of statistics and games ({CACHE})")
-    large = made.add_argument_group("models larger than memory")
+    into.add_argument("--exclude", nargs="+", default=(), metavar="PATTERN", help="matrices to leave at 16 bits")
+    into.add_argument("--seed", type=int, default=0)
+    into.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"of statistics and games ({CACHE})")
+    large = into.add_argument_group("models larger than memory")
     large.add_argument(
         "--by-layer", action="store_true", help="a LLaMA in a folder, one decoder block in memory; "
         "--bits is the width of a weight; the same command goes on where a killed run stopped"
@@ -209,8 +207,8 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 
 def _megabytes(text: str) -> float:
     with contextlib.suppress(ValueError):
-        if 0 < (found := float(text)) < math.inf:
-            return found
+        if 0 < (megabytes := float(text)) < math.inf:
+            return megabytes
     raise argparse.ArgumentTypeError(f"{text!r} is no number of megabytes above 0")
 
 
@@ -227,118 +225,73 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", metavar="PATH", help="its calibration text, if it no longer lies where it lay")
 
 
-def _compress(given: argparse.Namespace) -> int:
-    if given.plan:
-        return _plan(given)
-    if given.out is None:
+def _compress(arguments: argparse.Namespace) -> int:
+    if arguments.plan:
+        settings = _by_layer(arguments)
+        return _print(streaming.forecast_by_layer(arguments.model, settings, arguments.windows, arguments.length))
+    if arguments.out is None:
         raise ValueError("say with --out where the compressed model is to go")
-    if given.by_layer:
-        return _compress_by_layer(given)
-    if given.head_bits is not None or given.sweeps:
+    if arguments.by_layer:
+        settings = _by_layer(arguments)
+        model, out, windows = pathlib.Path(arguments.model), arguments.out, arguments.windows
+        text = _text(arguments)
+        metrics = streaming.compress_by_layer(model, out, text, settings, windows, arguments.length, arguments.seed)
+        return _print({"folder": str(out)} | metrics)
+    if arguments.head_bits is not None or arguments.sweeps:
         raise ValueError("--head-bits and --sweeps go with --by-layer")
-    folder = pathlib.Path(given.model)
-    path = None if given.model == "default" else str(folder.resolve()) if folder.is_dir() else given.model
-    source = sources.ModelSource(path, exclude=list(given.exclude))
-    given.method = given.method or "nash_swarm"
-    held_out = None if given.windows is None else max(-(-given.windows // 3), 1)
-    length = _window_length(path or str(sources.EMBEDDED)) if given.length is None else given.length
-    windows = {"calibration_windows": given.windows, "holdout_windows": held_out, "sequence_length": length}
-    dataset = _text(given, windows)
-    method = api.method_of(given.method, given.bits)
-    cache = given.cache.expanduser().resolve()
+    folder = pathlib.Path(arguments.model)
+    path = None if arguments.model == "default" else str(folder.resolve()) if folder.is_dir() else arguments.model
+    source = sources.ModelSource(path, exclude=list(arguments.exclude))
+    method = arguments.method or "nash_swarm"
+    held_out = None if arguments.windows is None else max(-(-arguments.windows // 3), 1)
+    length = api.window_length(path or str(sources.EMBEDDED)) if arguments.length is None else arguments.length
+    dataset = _text(arguments, calibration_windows=arguments.windows, holdout_windows=held_out, sequence_length=length)
+    cache = arguments.cache.expanduser().resolve()
     config = plan.config_of(
-        source, method, dataset, size.Size(), seed=given.seed, save=str(given.out), cache=str(cache),
-        records=str(cache / "records"),
+        source, api.method_of(method, arguments.bits), dataset, Size(), seed=arguments.seed, save=str(arguments.out),
+        cache=str(cache), records=str(cache / "records"),
     )  # fmt: skip
-    labels = {"model": source.label, "method": given.method, "dataset": dataset.label, "measure": "size"}
-    return _show(run.run(config, labels).record, given.out)
+    labels = {"model": source.label, "method": method, "dataset": dataset.label, "measure": "size"}
+    return _print_record(run.run(config, labels).record, arguments.out)
 
 
-def _window_length(path: str) -> int | None:
-    """Tokens in a window for the model at ``path``, or None if it cannot be read, which its loading then says."""
-    if not pathlib.Path(path).is_dir():
-        if not sources.may_be_on_hub(path):
-            return None
-        hub.use_cache_if_unreachable()
-    try:
-        longest = sources.longest_text(transformers.AutoConfig.from_pretrained(path))
-    except (OSError, ValueError):
-        return None
-    return min(longest or api.LONGEST_WINDOW, api.LONGEST_WINDOW)
-
-
-def _text(given: argparse.Namespace, windows: dict[str, Any]) -> corpus.StdlibDocs | corpus.HubText:
-    """What --calibration names."""
-    if given.calibration is None:
+def _text(arguments: argparse.Namespace, **windows: Any) -> corpus.StdlibDocs | corpus.HubText:
+    """Return the text that --calibration names."""
+    if arguments.calibration is None:
         return corpus.StdlibDocs(**windows)
-    if not given.calibration.is_file():
-        raise ValueError(f"--calibration {given.calibration} is not a file; give a text file")
-    return corpus.HubText(str(given.calibration.resolve()), **windows)
+    if not arguments.calibration.is_file():
+        raise ValueError(f"--calibration {arguments.calibration} is not a file; give a text file")
+    return corpus.HubText(str(arguments.calibration.resolve()), **windows)
 
 
-def _compress_by_layer(given: argparse.Namespace) -> int:
-    settings = _by_layer(given)
-    source = shards.open_source(pathlib.Path(given.model))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
-    length = sources.LoadedModel(source.model, tokenizer).window_length(given.length)
-    pool = corpus.windows(_text(given, {}).text("calibration"), tokenizer, length, "calibration")
-    windows = corpus.draw(pool, given.windows, 1, np.random.default_rng(given.seed))[0]
-    try:
-        found = compress.compress(source, tokenizer, windows, given.out, settings, show_progress)
-    except (MemoryError, RuntimeError) as error:  # torch's for want of memory
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
-            raise
-        raise ValueError(
-            "the memory is too small for a block and its statistics; --plan tells what it takes, and what is finished "
-            "is kept for the same command elsewhere"
-        ) from error
-    print(json.dumps({"folder": str(given.out)} | found, indent=1))
-    return 0
-
-
-def _plan(given: argparse.Namespace) -> int:
-    settings = _by_layer(given)
-    if (pathlib.Path(given.model) / sources.CONFIG).is_file():
-        config = transformers.AutoConfig.from_pretrained(given.model)
-    elif given.model in shapes.LARGE:
-        config = transformers.AutoConfig.for_model(**shapes.LARGE[given.model])
-    else:
-        raise ValueError(f"{given.model} holds no {sources.CONFIG}, and no shape is known by that name")
-    model = shards.skeleton(config)
-    length = sources.LoadedModel(model, None).window_length(given.length)
-    rates = forecast.rates(settings)
-    found = forecast.forecast(model, settings, given.windows, length, rates)
-    shown = {"model": given.model, "windows": [given.windows, length], "threads": torch.get_num_threads()}
-    print(json.dumps(shown | dataclasses.asdict(found) | {"rates": dataclasses.asdict(rates)}, indent=1))
-    return 0
-
-
-def _by_layer(given: argparse.Namespace) -> compress.ByLayer:
-    if given.method not in (None, "gptq") or given.exclude:
+def _by_layer(arguments: argparse.Namespace) -> ByLayer:
+    if arguments.method not in (None, "gptq") or arguments.exclude:
         raise ValueError("--by-layer knows neither --exclude nor another --method than gptq")
-    given.windows = 4 if given.windows is None else given.windows
-    if given.windows < 1 or given.bits != int(given.bits):
+    arguments.windows = 4 if arguments.windows is None else arguments.windows
+    if arguments.windows < 1 or arguments.bits != int(arguments.bits):
         raise ValueError("--windows must be at least 1, and --bits by layer the whole number of bits of a weight")
-    return compress.ByLayer(int(given.bits), given.head_bits, sweeps=given.sweeps)
+    return ByLayer(int(arguments.bits), arguments.head_bits, sweeps=arguments.sweeps)
 
 
-def _rebudget(given: argparse.Namespace) -> int:
-    about = model_folder.read(given.folder).about
-    config = plan.config_again(
-        about, {"model": given.model, "dataset": given.dataset}, bits=given.bits, save=str(given.out), rerun=False
-    )
-    return _show(run.run(config, about["record"]["labels"]).record, given.out)
+def _rebudget(arguments: argparse.Namespace) -> int:
+    about = model_folder.read(arguments.folder).about
+    paths = {"model": arguments.model, "dataset": arguments.dataset}
+    config = plan.config_again(about, paths, bits=arguments.bits, save=str(arguments.out), rerun=False)
+    return _print_record(run.run(config, about["record"]["labels"]).record, arguments.out)
 
 
-def _show(found: Any, folder: pathlib.Path) -> int:
-    names = ("bytes_file", "compression", "bits_per_weight_model", "bits_per_weight", "bytes_resident", "regret_max")
-    shown = {name: found.metrics[name] for name in names if name in found.metrics}
-    seconds = round(found.metrics["quantize_seconds"], 1)
-    print(json.dumps({"folder": str(folder)} | shown | {"seconds": seconds}, indent=1))
+def _certify(arguments: argparse.Namespace) -> int:
+    certificate = certify(arguments.folder, arguments.model, arguments.dataset)
+    _print(certificate)
+    return 0 if certificate["agrees"] is not False and certificate["equilibrium"] else 1
+
+
+def _print(content: Mapping[str, Any]) -> int:
+    print(json.dumps(content, indent=1))
     return 0
 
 
-def _certify(given: argparse.Namespace) -> int:
-    found = certify(given.folder, given.model, given.dataset)
-    print(json.dumps(found, indent=1))
-    return 0 if found["agrees"] is not False and found["equilibrium"] else 1
+def _print_record(record: Record, folder: pathlib.Path) -> int:
+    names = ("bytes_file", "compression", "bits_per_weight_model", "bits_per_weight", "bytes_resident", "regret_max")
+    metrics = {name: record.metrics[name] for name in names if name in record.metrics}
+    return _print({"folder": str(folder)} | metrics | {"seconds": round(record.metrics["quantize_seconds"], 1)})

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 import nashswarm
-from nashswarm.cli import _window_length, main
+from nashswarm.api import window_length
+from nashswarm.cli import main
 from nashswarm.data import stdlib_docs
 from nashswarm.experiment.plan import config_again
 from nashswarm.models.matrices import find_layers
@@ -171,14 +172,14 @@ def test_a_model_that_reads_far_is_compressed_with_no_option_but_its_name(
     model_folder: pathlib.Path, command: Command, tmp_path: pathlib.Path
 ) -> None:
     """The embedded text has fewer windows of its length than the default model is calibrated with."""
-    assert _window_length(str(model_folder)) == 64
-    assert _window_length(str(tmp_path)) is None is _window_length("/nowhere/model")
+    assert window_length(str(model_folder)) == 64
+    assert window_length(str(tmp_path)) is None is window_length("/nowhere/model")
     long = tmp_path / "long"
     config = transformers.AutoConfig.from_pretrained(model_folder)
     config.n_positions = 2048
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(long)
     transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(long)
-    assert _window_length(str(long)) == 512
+    assert window_length(str(long)) == 512
     status, printed, _ = command("compress", long, "--out", tmp_path / "out", "--cache", tmp_path, "--method", "gptq")
     assert status == 0 and json.loads(printed)["compression"] > 0.5
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from experiments.config import compose
+from nashswarm.experiment.compression import LoadedRun, load
 from nashswarm.experiment.plan import plan
-from nashswarm.experiment.run import Job
 from nashswarm.layers import curvature
 from nashswarm.progress import show_progress
 from nashswarm.quant.coordinate_descent import quantize_layer
@@ -49,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
 
 
-def job_of(overrides: Sequence[str]) -> Job:
+def job_of(overrides: Sequence[str]) -> LoadedRun:
     """A run under way, its model loaded and its windows drawn."""
     config = compose("wandb=disabled", *overrides)
-    return Job(config, *plan(config))
+    return load(config, plan(config))
 
 
-def ratios(job: Job, widths: Sequence[int]) -> list[dict[str, Any]]:
+def ratios(job: LoadedRun, widths: Sequence[int]) -> list[dict[str, Any]]:
     """Mean relative errors over the layers that multiply, of GPTQ and of the equilibrium, for every width."""
     moments = job.session.moments()
     layers = [layer for layer in job.session.layers if not any(moments[module].lookup for module in layer.modules)]

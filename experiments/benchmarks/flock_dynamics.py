@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from sklearn.manifold import TSNE
 
 from experiments.config import compose
+from nashswarm.experiment.compression import load
 from nashswarm.experiment.plan import plan
-from nashswarm.experiment.run import Job
 from nashswarm.games import flock
 from nashswarm.games.potential import best_response, independent_classes
 from nashswarm.methods.nash_swarm.quantizer import Played, Stance, by_block
@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = compose("method=nash_swarm", f"method.swarm.align=[{options.align}]", "wandb=disabled")
     planned = plan(config)
-    job = Job(config, *planned)
+    job = load(config, planned)
     assert isinstance(planned.method, NashSwarm)
     content = danced(_Table(planned.method, job.session.context(), job.rng), options.align)
     content["provenance"] = provenance(started)

@@ -20,8 +20,8 @@ from rich.console import Console
 from scipy import sparse
 
 from experiments.config import compose
+from nashswarm.experiment.compression import load
 from nashswarm.experiment.plan import plan
-from nashswarm.experiment.run import Job
 from nashswarm.games import flock as swarm
 from nashswarm.games import optima
 from nashswarm.games.potential import Coupling, Game, best_response, shadow_price
@@ -117,7 +117,7 @@ def synthetic(players: int, rng: np.random.Generator) -> Blocks:
 def real_blocks(seed: int) -> tuple[Blocks, int]:
     """The players of the default model, surveyed as its method surveys them, and the byte budget of its layers."""
     config = compose("method=fixed_width", f"seed={seed}", "wandb=disabled", "device=cpu")
-    context = Job(config, *plan(config)).session.context()
+    context = load(config, plan(config)).session.context()
     blocks = block_damages(context, context.moments(), PLAYED_WIDTHS, Scheme(search=True), code_game=True)
     return blocks, int(BITS * context.parameters / 8) - context.fixed_bytes
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from nashswarm.experiment import run
+from nashswarm.experiment import compression
 from nashswarm.layers import Layer, Moments
 from nashswarm.packed import file_format, model_folder
 from nashswarm.quant.entropy import CodeTables
@@ -108,12 +108,12 @@ def certify(folder: pathlib.Path, model: str | None = None, dataset: str | None 
     """
     started = time.monotonic()
     kept = model_folder.read(folder)
-    job = run.reopen(kept.about, {"model": model, "dataset": dataset})
-    layers = job.session.layers
+    loaded = compression.reopen(kept.about, {"model": model, "dataset": dataset})
+    layers = loaded.session.layers
     decoded = decode(kept.tensors, layers)
     rules = kept.about["config"]["method"]
     metrics = kept.about["record"]["metrics"]
-    moments = job.session.moments()
+    moments = loaded.session.moments()
     bowls = {layer.name: bowl(layer, moments, rules) for layer in layers}
     steps, bits, price = None, None, 0.0
     if kept.game:

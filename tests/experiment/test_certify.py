@@ -25,7 +25,9 @@ from nashswarm.experiment.certify import (
     gain_of_codes,
     replies,
 )
-from nashswarm.experiment.run import Outcome, reopen, run
+from nashswarm.experiment.compression import load, quantize, reopen
+from nashswarm.experiment.plan import config_again, plan
+from nashswarm.experiment.run import Outcome, run
 from nashswarm.methods.nash_swarm import solver
 from nashswarm.packed.model_folder import read
 from nashswarm.quant.entropy import CodeTables, decode_lattice, encode_lattice
@@ -254,9 +256,11 @@ def test_the_full_model_and_its_text_may_have_moved(
 
 def test_what_is_decoded_are_the_weights_that_were_measured(played: pathlib.Path) -> None:
     kept = read(played)
-    job = reopen(kept.about, {})
-    result, *_ = job.execute()
-    for name, tensor in decode(kept.tensors, job.session.layers).items():
+    config = config_again(kept.about, {})
+    planned = plan(config)
+    loaded = load(config, planned)
+    result, _ = quantize(loaded, planned.method)
+    for name, tensor in decode(kept.tensors, loaded.session.layers).items():
         assert torch.equal(tensor.dequantize(), result.weights[name])
 
 

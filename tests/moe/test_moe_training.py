@@ -15,8 +15,9 @@ import torch
 from experiments.config import compose
 from nashswarm import api
 from nashswarm.data.corpus import HubText, sha256
+from nashswarm.experiment.compression import reopen
 from nashswarm.experiment.plan import plan
-from nashswarm.experiment.run import Outcome, reopen, run
+from nashswarm.experiment.run import Outcome, run
 from nashswarm.moe import loss, training
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
 from nashswarm.moe.router.expert_choice import ExpertChoice

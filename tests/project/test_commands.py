@@ -87,7 +87,7 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_nashswarm(words: list[str]) -> None:
-    known = cli._parser()
+    known = cli.build_parser()
     if len(words) == 1 or words[1:] == ["--by-layer"]:  # what the prose calls it
         words = [words[0], "--help"]
     if words[-1] == "--help":

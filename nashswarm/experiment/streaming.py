@@ -1,0 +1,63 @@
+"""Compress a folder that is larger than memory, or tell beforehand what that takes: the option ``--by-layer``."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from nashswarm.data import corpus
+from nashswarm.methods.streaming import compress, forecast, shards
+from nashswarm.models import shapes, sources
+from nashswarm.progress import show_progress
+
+
+def compress_by_layer(
+    model: pathlib.Path,
+    out: pathlib.Path,
+    text: corpus.StdlibDocs | corpus.HubText,
+    settings: compress.ByLayer,
+    windows: int,
+    length: int | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Compress the folder ``model`` into ``out``, one decoder block in memory: its metrics.
+
+    Calibrates on so many ``windows`` of ``text``, of ``length`` tokens each (None: the model's maximum).
+    Raises ValueError for settings that do not fit the model, and where the memory is too small for one block.
+    """
+    source = shards.open_source(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    window_length = sources.LoadedModel(source.model, tokenizer).window_length(length)
+    pool = corpus.windows(text.text("calibration"), tokenizer, window_length, "calibration")
+    drawn, _ = corpus.draw(pool, windows, 1, np.random.default_rng(seed))
+    try:
+        return compress.compress(source, tokenizer, drawn, out, settings, show_progress)
+    except (MemoryError, RuntimeError) as error:  # torch raises the latter for want of memory
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            "the memory is too small for a block and its statistics; --plan tells what it takes, and what is finished "
+            "is kept for the same command elsewhere"
+        ) from error
+
+
+def forecast_by_layer(model: str, settings: compress.ByLayer, windows: int, length: int | None) -> dict[str, Any]:
+    """Forecast bytes, seconds and memory of ``compress_by_layer``.
+
+    ``model``: a folder with a config, or a name of ``shapes.LARGE``.  Raises ValueError for anything else.
+    """
+    if (pathlib.Path(model) / sources.CONFIG).is_file():
+        config = transformers.AutoConfig.from_pretrained(model)
+    elif model in shapes.LARGE:
+        config = transformers.AutoConfig.for_model(**shapes.LARGE[model])
+    else:
+        raise ValueError(f"{model} holds no {sources.CONFIG}, and no shape is known by that name")
+    skeleton = shards.skeleton(config)
+    window_length = sources.LoadedModel(skeleton, None).window_length(length)
+    rates = forecast.rates(settings)
+    expected = forecast.forecast(skeleton, settings, windows, window_length, rates)
+    asked = {"model": model, "windows": [windows, window_length], "threads": torch.get_num_threads()}
+    return asked | dataclasses.asdict(expected) | {"rates": dataclasses.asdict(rates)}
