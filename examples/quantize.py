@@ -19,9 +19,10 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED)
     full = transformers.AutoModelForCausalLM.from_pretrained(sources.EMBEDDED).float().eval()
     calibration, test = (
-        corpus.windows(stdlib_docs.text(part), tokenizer, LENGTH, part)[:WINDOWS] for part in ("calibration", "test")
+        corpus.cut_windows(stdlib_docs.text(part), tokenizer, LENGTH, part)[:WINDOWS]
+        for part in ("calibration", "test")
     )
-    reference = evaluation.reference(full, test, 8)
+    reference = evaluation.compute_reference(full, test, 8)
     for method in ("gptq", "nash_swarm"):
         small, report = nashswarm.compress(full, tokenizer, method, calibration, bits=3)
         found = evaluation.summarise(evaluation.evaluate(small, test, 8, reference))

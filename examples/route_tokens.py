@@ -37,7 +37,7 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED)
     model = transformers.AutoModelForCausalLM.from_pretrained(sources.EMBEDDED).float().eval()
     calibration, test = (
-        corpus.windows(stdlib_docs.text(part), tokenizer, LENGTH, part) for part in ("calibration", "test")
+        corpus.cut_windows(stdlib_docs.text(part), tokenizer, LENGTH, part) for part in ("calibration", "test")
     )
     batches = [states(model, batch) for batch in calibration[: 20 * BATCH].split(BATCH)]
     unseen = states(model, test[: 8 * BATCH])

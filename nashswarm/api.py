@@ -78,7 +78,7 @@ def compress(
         raise ValueError("the model is quantized already; call model.dequantize() first or start from the full model")
     windows = _windows(model, tokenizer, calibration).to(model.device)
     rng = np.random.default_rng(seed)
-    drawn = corpus.draw(windows, None, None, rng)
+    drawn = corpus.draw_windows(windows, None, None, rng)
     full = copy.deepcopy(model).float().eval()
     unfuse(full)
     layers = matrices.find_layers(full, exclude)
@@ -142,7 +142,7 @@ def window_length(path: str) -> int | None:
             return None
         hub.use_cache_if_unreachable()
     try:
-        longest = sources.longest_text(transformers.AutoConfig.from_pretrained(path))
+        longest = sources.max_tokens(transformers.AutoConfig.from_pretrained(path))
     except (OSError, ValueError):
         return None
     return min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
@@ -162,7 +162,7 @@ def _windows(model: Any, tokenizer: Any, calibration: str | Tensor | None) -> In
     longest = sources.LoadedModel(model, tokenizer).window_length(None)
     length = min(longest, LONGEST_WINDOW)
     text = stdlib_docs.text("calibration") if calibration is None else calibration
-    return corpus.windows(text, tokenizer, length, "calibration")
+    return corpus.cut_windows(text, tokenizer, length, "calibration")
 
 
 def _check(windows: Tensor, model: Any) -> None:

@@ -76,11 +76,11 @@ def bench(given: argparse.Namespace) -> int:
     full.dequantize()
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
     length = sources.LoadedModel(full, tokenizer).window_length(None)
-    windows = corpus.windows(corpus.StdlibDocs().text("test"), tokenizer, length, "test")
+    windows = corpus.cut_windows(corpus.StdlibDocs().text("test"), tokenizer, length, "test")
     measure = Speed(given.prompt_tokens, given.context_tokens, given.new_tokens, given.repeats, given.against)
 
     def reference(batch_size: int) -> evaluation.Reference:
-        return evaluation.reference(full, windows[: measure.quality_windows], batch_size)
+        return evaluation.compute_reference(full, windows[: measure.quality_windows], batch_size)
 
     subject = EvaluationTarget(full, full, lambda: packed, windows, reference, show_progress)
     found, _ = measure.measure(subject)
@@ -229,7 +229,7 @@ def export(given: argparse.Namespace) -> int:
     exporter.check(model, given.to, given.out, given.activations)
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder)
     length = exporter.PROMPT + exporter.DECODED
-    tokens = corpus.windows(corpus.StdlibDocs().text("test"), tokenizer, length, "test")[:1]
+    tokens = corpus.cut_windows(corpus.StdlibDocs().text("test"), tokenizer, length, "test")[:1]
     found = exporter.export(model, given.to, given.out, tokens, given.activations, given.dtype)
     print(json.dumps({"file": str(given.out), "to": given.to} | found, indent=1))
     return 0

@@ -21,7 +21,7 @@ import pandas as pd
 
 from nashswarm.measures.prototype import UNTRAINED
 from nashswarm.methods.nash_swarm.solver import NashSwarm
-from nashswarm.models.shapes import SHAPES, Sizes, class_entropy, sizes
+from nashswarm.models.shapes import SHAPES, ParameterCounts, class_entropy, count_from_config
 from nashswarm.quant.prototype import CLASS_BITS
 from nashswarm.records import files, record, statistics
 from nashswarm.records.record import Record
@@ -84,7 +84,7 @@ class Evidence:
 
     published: Mapping[Place, Record]
     honest: Mapping[Place, Rows]
-    sizes: Mapping[str, Sizes]
+    sizes: Mapping[str, ParameterCounts]
     mixtures: Mapping[str, Sequence[Record]] = dataclasses.field(default_factory=dict)
     peers: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
     misses: Sequence[Mapping[str, Any]] = ()  # rows of experiments/benchmarks/misses.py
@@ -142,7 +142,7 @@ def gather(folder: pathlib.Path, misses: pathlib.Path = MISSES) -> Evidence:
     if len(peers):
         peers = peers[peers["method"].str.startswith("peer_") & peers["kl_ratio"].notna()]
     counted = json.loads(misses.read_text())["rows"] if misses.exists() else ()
-    exact = {name: sizes(config) for name, config in SHAPES.items()}
+    exact = {name: count_from_config(config) for name, config in SHAPES.items()}
     return Evidence(published, honest, exact, mixtures, peers, counted, grown, removals(folder))
 
 
@@ -206,7 +206,7 @@ def elsewhere(runs: Mapping[Place, Any]) -> bool:
     return not any(model in FAMILY for model, _ in runs)
 
 
-def family(evidence: Evidence, write: Callable[[Sizes], str]) -> str:
+def family(evidence: Evidence, write: Callable[[ParameterCounts], str]) -> str:
     """What is to be said of GPT-2 in its four sizes."""
     return " / ".join(write(evidence.sizes[name]) for name in FAMILY)
 
@@ -561,7 +561,7 @@ def helps(evidence: Evidence) -> Row:
     )
 
 
-def size_rows(found: Mapping[str, Sizes]) -> list[tuple[str, ...]]:
+def size_rows(found: Mapping[str, ParameterCounts]) -> list[tuple[str, ...]]:
     """The published scheme and the budget of ``nash_swarm`` at every shape."""
     bits = NashSwarm().bits
     count = typeset.fixed(0)
@@ -573,7 +573,7 @@ def size_rows(found: Mapping[str, Sizes]) -> list[tuple[str, ...]]:
             percent(own.share),
             percent(own.compression_counted),
             *(percent(own.compression(class_bits)) for class_bits in (0, class_entropy(), CLASS_BITS)),
-            megabytes(own.bytes_published(CLASS_BITS)),
+            megabytes(own.bytes_prototype(CLASS_BITS)),
             megabytes(own.bytes_at(bits)),
             percent(1 - own.bytes_at(bits) / own.bytes_full),
         )

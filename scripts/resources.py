@@ -125,7 +125,7 @@ def shape_rows() -> list[tuple[str, ...]]:
 
 
 def shape_row(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    sizes = shapes.sizes(config)
+    sizes = shapes.count_from_config(config)
     by_layer: tuple[str, ...] = (typeset.MISSING,) * 2
     if config["model_type"] == "llama":
         model = shards.skeleton(transformers.AutoConfig.for_model(**config))

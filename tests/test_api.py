@@ -62,7 +62,9 @@ def packed_modules(model: Any) -> dict[str, Any]:
 
 
 def kl(full: Any, model: Any, windows: Tensor) -> float:
-    return evaluation.summarise(evaluation.evaluate(model, windows, 4, evaluation.reference(full, windows, 4)))["kl"]
+    return evaluation.summarise(evaluation.evaluate(model, windows, 4, evaluation.compute_reference(full, windows, 4)))[
+        "kl"
+    ]
 
 
 def test_what_five_lines_make_is_loaded_again(played: Any, tmp_path: pathlib.Path) -> None:

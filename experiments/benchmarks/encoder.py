@@ -140,13 +140,15 @@ class Trial:
         self.layers = matrices.find_layers(self.full, UNTOUCHED)
         self.weights = sum(layer.parameters for layer in self.layers)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        pool, test = (corpus.windows(texts[purpose], tokenizer, LENGTH, purpose) for purpose in ("calibration", "test"))
+        pool, test = (
+            corpus.cut_windows(texts[purpose], tokenizer, LENGTH, purpose) for purpose in ("calibration", "test")
+        )
         rng = np.random.default_rng(seed)
-        self.calibration, self.holdout = corpus.draw(pool, windows, -(-windows // 2), rng)
+        self.calibration, self.holdout = corpus.draw_windows(pool, windows, -(-windows // 2), rng)
         self.test = test[:: max(1, len(test) // test_windows)][:test_windows]
         self.remembered: dict[str, dict[str, Tensor]] = {}
         self.identity = {
-            "encoder": sources.content_of(sources.ModelSource(path=str(folder))),
+            "encoder": sources.content_digest(sources.ModelSource(path=str(folder))),
             "layers": len(self.layers),
             "weights": self.weights,
             "length": LENGTH,

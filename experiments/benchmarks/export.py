@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     loaded = sources.load(sources.RandomModel(), "cpu", torch.float32)
     full = loaded.model
-    tokens = corpus.windows(corpus.StdlibDocs().text("test"), loaded.tokenizer, PROMPT, "test")[:1]
+    tokens = corpus.cut_windows(corpus.StdlibDocs().text("test"), loaded.tokenizer, PROMPT, "test")[:1]
     own = {widths: packed(full, drawn) for widths, drawn in WIDTHS.items()}
     contestants: dict[tuple[str, str, str], Any] = {("32", FLOATS, ""): full}
     contestants |= {(widths, PACKED, "float32"): model for widths, model in own.items()}

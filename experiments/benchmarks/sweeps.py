@@ -92,8 +92,8 @@ def run_by_hand(times: int) -> None:
         started = time.perf_counter()
         loaded = sources.load(sources.ModelSource(), "cpu", torch.float32)
         length = loaded.window_length(None)
-        windows = corpus.windows(corpus.StdlibDocs().text("test"), loaded.tokenizer, length, "test")[:2]
-        evaluation.evaluate(loaded.model, windows, 8, evaluation.reference(loaded.model, windows, 8))
+        windows = corpus.cut_windows(corpus.StdlibDocs().text("test"), loaded.tokenizer, length, "test")[:2]
+        evaluation.evaluate(loaded.model, windows, 8, evaluation.compute_reference(loaded.model, windows, 8))
         print(time.perf_counter() - started)
 
 

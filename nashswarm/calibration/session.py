@@ -101,7 +101,7 @@ class CalibrationSession:
         matrices.set_weights(self.candidate_model, weights)
         positions = 0
         for window in self.calibration:
-            tokens = evaluation.unpadded(self.full, window)
+            tokens = evaluation.without_padding(self.full, window)
             self.candidate_model(input_ids=tokens[None])
             positions += len(tokens)
         matrices.set_weights(
@@ -118,7 +118,7 @@ class CalibrationSession:
 
     @functools.cached_property
     def reference(self) -> evaluation.Reference:
-        return evaluation.reference(self.full, self.holdout, self.batch)
+        return evaluation.compute_reference(self.full, self.holdout, self.batch)
 
     @functools.cached_property
     def embeddings(self) -> Float[Tensor, "holdout width"]:
@@ -128,7 +128,9 @@ class CalibrationSession:
     @functools.cached_property
     def mean_length(self) -> int:
         """Tokens of a held-out window, its padding aside."""
-        return max(sum(len(evaluation.unpadded(self.full, window)) for window in self.holdout) // len(self.holdout), 1)
+        return max(
+            sum(len(evaluation.without_padding(self.full, window)) for window in self.holdout) // len(self.holdout), 1
+        )
 
     @property
     def batch(self) -> int:
@@ -153,7 +155,7 @@ class CalibrationSession:
         run = functools.partial(
             evaluation.evaluate if self.causal else evaluation.embed_all, self.candidate_model, windows, self.batch
         )
-        truth = self.reference.spoken_out(len(windows)) if self.causal else self.embeddings[: len(windows)]
+        truth = self.reference.with_cached_logits(len(windows)) if self.causal else self.embeddings[: len(windows)]
         return _Probe(windows, truth, PrefixReplay(self.candidate_model, run))
 
     def moved(self, weights: Mapping[str, Tensor], windows: Integer[Tensor, "some length"], truth: Truth) -> float:
@@ -162,7 +164,9 @@ class CalibrationSession:
         if isinstance(truth, evaluation.Reference):
             found = evaluation.summarise(evaluation.evaluate(self.candidate_model, windows, self.batch, truth))["kl"]
         else:
-            found = evaluation.distance(truth, evaluation.embed_all(self.candidate_model, windows, self.batch))
+            found = evaluation.embedding_distance(
+                truth, evaluation.embed_all(self.candidate_model, windows, self.batch)
+            )
         matrices.set_weights(
             self.candidate_model, {layer.name: layer.weight for layer in self.layers if layer.name in weights}
         )

@@ -1,4 +1,7 @@
-"""Text: the embedded one, sets of the Hugging Face hub, any local folder or file; and the windows cut from it."""
+"""Read text, from the embedded corpus, the Hugging Face hub, a local folder or a file, and cut it into windows.
+
+A window is a row of consecutive tokens that a model reads at once.
+"""
 
 import dataclasses
 import hashlib
@@ -15,15 +18,18 @@ from torch.nn import functional
 from nashswarm.data import hub, stdlib_docs
 
 Purpose = Literal["train", "calibration", "test"]
-WINDOWS = 64  # of calibration text, held-out ones among them, where nobody says how many
-TRAIN_SPLIT = "train"  # what task=train_moe learns from
-FILE_CALIBRATION_SHARE = 0.2  # of a single text file: its beginning calibrates, the rest tests
+CALIBRATION_WINDOWS = 64  # the most to draw by default, held-out ones included
+TRAIN_SPLIT = "train"  # of task=train_moe
+FILE_CALIBRATION_SHARE = 0.2  # the beginning of a single text file calibrates, the rest tests
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What the runner asks of a dataset; ``None`` of test windows means all there are, of the
-    others as many as ``draw`` takes."""
+    """A source of text with the numbers of windows to take from it.
+
+    ``test_windows``: None means all.  ``calibration_windows`` and ``holdout_windows``: None means as many as
+    ``draw_windows`` takes by default.  ``sequence_length``: tokens of a window, None means the model's maximum.
+    """
 
     calibration_windows: int | None
     holdout_windows: int | None
@@ -38,7 +44,7 @@ class Dataset(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StdlibDocs:
-    """The prose that ships with CPython: nothing to download."""
+    """The prose in CPython's own source files: nothing has to be downloaded."""
 
     calibration_windows: int | None = 48
     holdout_windows: int | None = 16
@@ -55,11 +61,11 @@ class StdlibDocs:
 
 @dataclasses.dataclass(frozen=True)
 class HubText:
-    """A set of the Hugging Face hub, a local folder that stands in for it, or a local text file.
+    """A dataset on the Hugging Face hub, a local folder with the same splits, or a local text file.
 
-    ``name``: the configuration on the hub (a local folder has none).  ``columns``: joined by a space within a row.
-    ``separator``: put between rows, which end as on the hub (in a newline unless empty), as in the GPTQ protocol; None
-    gives the lines back as the file has them.
+    ``name``: the configuration on the hub; a local folder has none.  ``columns``: joined by a space within a row.
+    ``separator``: put between rows, each of which ends in a newline unless it is empty, as in the GPTQ protocol; None
+    joins the lines as the file has them.
     """
 
     path: str
@@ -78,7 +84,7 @@ class HubText:
         return pathlib.Path(self.path).name if self.name is None else self.name
 
     def text(self, purpose: Purpose) -> str:
-        """The text of the split that serves ``purpose``.
+        """Read the text of the split for ``purpose``.
 
         Raises ValueError in one sentence for a missing path, split or column and for a hub out of reach.
         """
@@ -86,16 +92,16 @@ class HubText:
         local = pathlib.Path(self.path)
         if local.is_file():
             return _part_of_file(local, purpose)
-        rows = [" ".join(row) for row in rows_of(self.path, self.name, split, self.columns, self.columns)]
+        rows = [" ".join(row) for row in read_rows(self.path, self.name, split, self.columns, self.columns)]
         if self.separator is None:
             return "\n".join(row.removesuffix("\n") for row in rows)
         return self.separator.join(row if not row or row.endswith("\n") else row + "\n" for row in rows)
 
 
-def rows_of(
+def read_rows(
     path: str, name: str | None, split: str, columns: Sequence[str], texts: Sequence[str]
 ) -> list[tuple[Any, ...]]:
-    """The ``columns`` of every row of a split, of a set on the hub or of a local folder; those in ``texts`` are text.
+    """Read ``columns`` of every row of a split, from the hub or a local folder; the columns in ``texts`` must be text.
 
     Raises ValueError in one sentence for a missing path, split or column and for a hub out of reach.
     """
@@ -110,10 +116,10 @@ def rows_of(
     try:
         splits = datasets.load_dataset(path, None if local else name)
     except Exception as error:  # the hub client's errors share no base class
-        where = "the folder" if local else "the Hugging Face hub (no network, or no such name)"
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        place = "the folder" if local else "the Hugging Face hub (no network, or no such name)"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"the dataset {path} cannot be read from {where}; point dataset.path at a local folder: {first}"
+            f"the dataset {path} cannot be read from {place}; point dataset.path at a local folder: {reason}"
         ) from error
     if split not in splits:
         raise ValueError(
@@ -144,61 +150,66 @@ def _part_of_file(path: pathlib.Path, purpose: Purpose) -> str:
 
 
 def sha256(text: str) -> str:
-    """The hexadecimal sha256 of a text."""
+    """Return the sha256 of a text in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def windows(text: str, tokenizer: Any, length: int, what: str) -> Int[Tensor, "windows length"]:
-    """``text``, tokenized once, as consecutive windows of ``length`` tokens; the tail is dropped.  Where a tokenizer
-    puts sentences between two special tokens, so is every window.
+def cut_windows(text: str, tokenizer: Any, length: int, purpose: str) -> Int[Tensor, "windows length"]:
+    """Tokenize ``text`` once and cut it into consecutive windows of ``length`` tokens; an incomplete tail is dropped.
 
-    Raises ValueError if not even one window comes out; ``what`` says in the message which text it was.
+    If the tokenizer puts a sentence between two special tokens, each window starts and ends with them.  Raises
+    ValueError if the text is too short for one window; ``purpose`` names the text in the message.
     """
-    ends = [getattr(tokenizer, name, None) for name in ("cls_token_id", "sep_token_id")]
-    between = None not in ends
-    options = {"add_special_tokens": False} if between else {}
+    special = [getattr(tokenizer, name, None) for name in ("cls_token_id", "sep_token_id")]
+    enclosed = None not in special
+    options = {"add_special_tokens": False} if enclosed else {}
     tokens = torch.tensor(tokenizer(text, verbose=False, **options)["input_ids"], dtype=torch.long)
-    own = length - 2 if between else length
-    if len(tokens) < own:
+    inner = length - 2 if enclosed else length
+    if len(tokens) < inner:
         raise ValueError(
-            f"the {what} text has {len(tokens)} tokens, too short for one window of {length}; "
+            f"the {purpose} text has {len(tokens)} tokens, too short for one window of {length}; "
             "give more text or a smaller dataset.sequence_length"
         )
-    found = tokens[: len(tokens) // own * own].view(-1, own)
-    if not between:
-        return found
-    return functional.pad(functional.pad(found, (1, 0), value=ends[0]), (0, 1), value=ends[1])
+    windows = tokens[: len(tokens) // inner * inner].view(-1, inner)
+    if not enclosed:
+        return windows
+    return functional.pad(functional.pad(windows, (1, 0), value=special[0]), (0, 1), value=special[1])
 
 
-def first(pool: Int[Tensor, "windows length"], asked: int | None, what: str) -> Int[Tensor, "asked length"]:
-    """The first windows of the text that judges, or without a wish all of them.
+def first_windows(
+    windows: Int[Tensor, "windows length"], count: int | None, purpose: str
+) -> Int[Tensor, "count length"]:
+    """Return the first ``count`` windows, or all of them for None.
 
-    Raises ValueError if there are not as many; ``what`` says in the message which text it was.
+    Raises ValueError if there are fewer; ``purpose`` names the text in the message.
     """
-    if asked is not None and asked < 1:
-        raise ValueError(f"dataset.test_windows={asked} must be at least 1, or null for all there are")
-    if asked is not None and len(pool) < asked:
-        raise ValueError(f"the {what} text has {len(pool)} windows, fewer than dataset.test_windows={asked}")
-    return pool[:asked]
+    if count is not None and count < 1:
+        raise ValueError(f"dataset.test_windows={count} must be at least 1, or null for all there are")
+    if count is not None and len(windows) < count:
+        raise ValueError(f"the {purpose} text has {len(windows)} windows, fewer than dataset.test_windows={count}")
+    return windows[:count]
 
 
-def draw(
-    pool: Int[Tensor, "windows length"], calibration: int | None, holdout: int | None, rng: np.random.Generator
+def draw_windows(
+    windows: Int[Tensor, "windows length"], calibration: int | None, holdout: int | None, rng: np.random.Generator
 ) -> tuple[Int[Tensor, "calibration length"], Int[Tensor, "holdout length"]]:
-    """Two disjoint random sets of windows; without a wish all there are, ``WINDOWS`` at most, a quarter of them held
-    out.  Raises ValueError if there are not enough."""
-    most = min(len(pool), WINDOWS)
+    """Draw two disjoint random sets of windows: one to calibrate on and one to hold out.
+
+    By default (None) all windows are drawn, ``CALIBRATION_WINDOWS`` at most, and a quarter of them is held out.  Raises
+    ValueError if there are not enough.
+    """
+    most = min(len(windows), CALIBRATION_WINDOWS)
     if None in (calibration, holdout) and most < 2:
-        raise ValueError(f"the calibration text fills only {most} window of {pool.shape[1]} tokens: give more text")
+        raise ValueError(f"the calibration text fills only {most} window of {windows.shape[1]} tokens: give more text")
     holdout = max(most // 4, 1) if holdout is None else holdout
     calibration = most - holdout if calibration is None else calibration
     if calibration < 1 or holdout < 1:
         raise ValueError("dataset.calibration_windows and dataset.holdout_windows must be at least 1")
-    if len(pool) < calibration + holdout:
+    if len(windows) < calibration + holdout:
         raise ValueError(
-            f"the calibration text has {len(pool)} windows, fewer than the {calibration} + {holdout} asked for; lower "
-            "dataset.calibration_windows, dataset.holdout_windows or dataset.sequence_length, or leave the first two "
-            "null for as many as there are (of the command nashswarm: --windows, --length)"
+            f"the calibration text has {len(windows)} windows, fewer than the {calibration} + {holdout} asked for; "
+            "lower dataset.calibration_windows, dataset.holdout_windows or dataset.sequence_length, or leave the first "
+            "two null for as many as there are (of the command nashswarm: --windows, --length)"
         )
-    order = torch.from_numpy(rng.permutation(len(pool)))
-    return pool[order[:calibration]], pool[order[calibration : calibration + holdout]]
+    order = torch.from_numpy(rng.permutation(len(windows)))
+    return windows[order[:calibration]], windows[order[calibration : calibration + holdout]]

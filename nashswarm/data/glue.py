@@ -1,4 +1,4 @@
-"""The tasks of GLUE as text: examples, their labels, and the windows that models read (Wang et al. 2019, Table 1)."""
+"""Read the tasks of GLUE: examples, labels, and the windows of tokens that models read (Wang et al. 2019, Table 1)."""
 
 import dataclasses
 import json
@@ -21,8 +21,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """``columns``: the sentence, or the pair of them.  ``metrics``: the official ones.  ``classes``: 1 where labels are
-    numbers to be predicted."""
+    """A task of GLUE.
+
+    ``columns``: the sentence or the pair of sentences of an example.  ``metrics``: the official ones.  ``classes``: 1
+    for a regression task.
+    """
 
     columns: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
@@ -44,7 +47,7 @@ TASKS: Mapping[str, Task] = {
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """The labels of a task's test examples, and the ``metrics`` that judge predictions by them."""
+    """The labels of a task's test examples, and the ``metrics`` to score predictions with."""
 
     labels: Labels
     metrics: tuple[str, ...]
@@ -52,10 +55,10 @@ class Truth:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a model is fine-tuned: AdamW, a linear warm-up over a twentieth of the steps and a linear decay.
+    """Settings of fine-tuning: AdamW, a linear warm-up over a twentieth of the steps, then a linear decay.
 
-    ``examples``: so many of the training split, drawn by ``seed``; None: all of it.  ``precision``: of the products,
-    ``bfloat16`` or ``float32``; weights and their updates are float32.
+    ``examples``: how many to draw from the training split with ``seed``; None takes all.  ``precision``: of matrix
+    products; weights and their updates are float32.
     """
 
     epochs: float = 3.0
@@ -79,8 +82,11 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Glue:
-    """A task of GLUE, from the hub or a local folder of its splits: training sentences fine-tune and calibrate, those
-    of ``test_split`` test.  ``sequence_length``: tokens of a window, longer examples are cut."""
+    """A task of GLUE from the hub or from a local folder with its splits.
+
+    The training split fine-tunes and calibrates, ``test_split`` tests.  ``sequence_length``: tokens of a window; longer
+    examples are cut.
+    """
 
     path: str = HUB
     task: str = "sst2"
@@ -97,7 +103,7 @@ class Glue:
 
     @property
     def label(self) -> str:
-        """Its name; of an MRPC that a local folder holds it says that nobody knows whose draw of the corpus it is."""
+        """Return the name of the task.  For MRPC from a local folder it warns that the split may not be GLUE's own."""
         return f"{self.task} (not GLUE's own draw)" if self.task == "mrpc" and self.local else self.task
 
     @property
@@ -105,31 +111,35 @@ class Glue:
         return pathlib.Path(self.path).is_dir()
 
     def text(self, purpose: corpus.Purpose) -> str:
-        """One line of JSON per example: its sentences, then its label."""
+        """Read the examples as lines of JSON: the sentences of an example, then its label."""
         columns = TASKS[self.task].columns
         split = "train" if purpose == "calibration" else self.test_split
-        rows = corpus.rows_of(self.path, self.task, split, (*columns, "label"), columns)
+        rows = corpus.read_rows(self.path, self.task, split, (*columns, "label"), columns)
         if not rows or any(label < 0 for *_, label in rows):
             raise ValueError(f"the split {split!r} of {self.path} has no labels; set dataset.test_split to another one")
         return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
 
     def truth(self, text: str) -> Truth:
-        """What is right of the examples that are tested."""
-        return Truth(labels(text)[: self.test_windows], TASKS[self.task].metrics)
+        """Return the labels of the test examples and the metrics to score with."""
+        return Truth(read_labels(text)[: self.test_windows], TASKS[self.task].metrics)
 
 
-def windows(text: str, tokenizer: Any, length: int, what: str) -> Int[Tensor, "examples length"]:
-    """Every example of ``text`` as a window of ``length`` tokens: cut, or padded at its end."""
+def example_windows(text: str, tokenizer: Any, length: int, purpose: str) -> Int[Tensor, "examples length"]:
+    """Turn every example of ``text`` into a window of ``length`` tokens, cut or padded at its end.
+
+    ``purpose`` names the text in the log.
+    """
     columns = [list(column) for column in zip(*(json.loads(line)[:-1] for line in text.split("\n")), strict=True)]
     if tokenizer.sep_token is None:
         columns = [["\n".join(row) for row in zip(*columns, strict=True)]]
     options = {"padding": "max_length", "truncation": True, "max_length": length, "padding_side": "right"}
-    found = tokenizer(*columns, return_tensors="pt", verbose=False, **options)["input_ids"]
-    real = (found != tokenizer.pad_token_id).sum(1)
-    log.debug("%d %s examples of %.1f tokens, %d cut", len(found), what, real.float().mean(), (real == length).sum())
-    return found
+    windows = tokenizer(*columns, return_tensors="pt", verbose=False, **options)["input_ids"]
+    lengths = (windows != tokenizer.pad_token_id).sum(1)
+    mean, full = lengths.float().mean(), (lengths == length).sum()
+    log.debug("%d %s examples of %.1f tokens, %d cut", len(windows), purpose, mean, full)
+    return windows
 
 
-def labels(text: str) -> Labels:
-    """The label of every example."""
+def read_labels(text: str) -> Labels:
+    """Return the label of every example."""
     return np.array([json.loads(line)[-1] for line in text.split("\n")], float)

@@ -1,6 +1,6 @@
-"""The Hugging Face hub, or doing without it.
+"""Check whether the Hugging Face hub can be reached.
 
-Without a network the hub's clients retry for up to a minute; asked once, they answer from their cache or fail at once.
+Without a network the hub's clients retry for up to a minute.  In offline mode they read their cache or fail at once.
 """
 
 import functools
@@ -12,19 +12,19 @@ import datasets
 import huggingface_hub.constants
 
 log = logging.getLogger(__name__)
-PATIENCE = 5.0  # seconds
+TIMEOUT = 5.0  # seconds
 
 
 @functools.cache
 def use_cache_if_unreachable() -> None:
-    """Ask the hub for a sign of life, once per process; without one its clients look into their cache only."""
+    """Send one request to the hub, once per process; if it fails, switch the hub's clients to offline mode."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=PATIENCE).close()
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT).close()
     except urllib.error.HTTPError:
-        return  # it answers, whatever it says
+        return  # an error status is an answer, too
     except OSError as error:
-        log.info("the Hugging Face hub is out of reach (%s): its local cache has to do", error)
+        log.info("the Hugging Face hub is out of reach (%s): only its local cache is used", error)
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True

@@ -62,7 +62,7 @@ class LoadedRun:
         full = self.session.full
 
         def compute() -> dict[str, Tensor]:
-            return {"states": evaluation.reference(full, self.test, batch_size, show_progress).states.cpu()}
+            return {"states": evaluation.compute_reference(full, self.test, batch_size, show_progress).states.cpu()}
 
         states = self.cache("baseline", {"batch_size": batch_size}, compute)["states"].to(self.test.device)
         return evaluation.Reference(states, full.get_output_embeddings())
@@ -75,9 +75,9 @@ def load(config: DictConfig, planned: Plan) -> LoadedRun:
     """
     source, dataset, texts = planned.source, planned.dataset, planned.texts
     rng = np.random.default_rng(config.seed)
-    cut, truth = corpus.windows, None
+    cut, truth = corpus.cut_windows, None
     if isinstance(dataset, glue.Glue):
-        cut, truth = glue.windows, dataset.truth(texts["test"])
+        cut, truth = glue.example_windows, dataset.truth(texts["test"])
         loaded = classifier.fine_tuned(
             dataset, source, texts["calibration"], planned.device, planned.dtype, pathlib.Path(config.cache)
         )
@@ -88,9 +88,9 @@ def load(config: DictConfig, planned: Plan) -> LoadedRun:
     pool, test = (
         cut(texts[purpose], loaded.tokenizer, length, purpose).to(planned.device) for purpose in ("calibration", "test")
     )
-    test = corpus.first(test, dataset.test_windows, "test")
+    test = corpus.first_windows(test, dataset.test_windows, "test")
     check(planned.measure, test)
-    calibration, holdout = corpus.draw(pool, dataset.calibration_windows, dataset.holdout_windows, rng)
+    calibration, holdout = corpus.draw_windows(pool, dataset.calibration_windows, dataset.holdout_windows, rng)
     label_seed = int(rng.integers(2**31))
     key = {name: planned.identity[name] for name in ("model", "dataset", "dtype", "device", "threads")}
     key |= {"length": length, "torch": torch.__version__, "code": code_digest()}

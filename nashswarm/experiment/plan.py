@@ -248,7 +248,7 @@ def identify(
     return {
         "task": config.task,
         **settings,
-        "model": model | {"content": source.label if isinstance(source, MoeSource) else sources.content_of(source)},
+        "model": model | {"content": source.label if isinstance(source, MoeSource) else sources.content_digest(source)},
         "method": groups["method"],
         "dataset": dataset | {f"{purpose}_sha256": corpus.sha256(text) for purpose, text in texts.items()},
         "measure": _by_content(groups["measure"]),

@@ -150,7 +150,7 @@ def _train_moe(config: DictConfig, planned: MoePlan) -> RunResult:
     """Train a mixture of experts, or find it in the cache, and measure it."""
     source, texts, length = planned.source, planned.texts, planned.dataset.sequence_length
     judged = training.windows(source, texts["calibration"], length, "validation")
-    judged = corpus.first(judged, planned.dataset.test_windows, "validation")
+    judged = corpus.first_windows(judged, planned.dataset.test_windows, "validation")
     moe.check(planned.measure, judged)
     trained = training.trained(
         source, planned.router, planned.training, texts["train"], length, int(config.seed), planned.device,

@@ -31,8 +31,8 @@ def compress_by_layer(
     source = shards.open_source(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     window_length = sources.LoadedModel(source.model, tokenizer).window_length(length)
-    pool = corpus.windows(text.text("calibration"), tokenizer, window_length, "calibration")
-    drawn, _ = corpus.draw(pool, windows, 1, np.random.default_rng(seed))
+    pool = corpus.cut_windows(text.text("calibration"), tokenizer, window_length, "calibration")
+    drawn, _ = corpus.draw_windows(pool, windows, 1, np.random.default_rng(seed))
     try:
         return compress.compress(source, tokenizer, drawn, out, settings, show_progress)
     except (MemoryError, RuntimeError) as error:  # torch raises the latter for want of memory

@@ -39,7 +39,7 @@ class Bleu:
         windows, length = subject.windows[: self.windows], self.prompt_tokens + self.new_tokens
         prompts, rest = windows[:, : self.prompt_tokens], windows[:, self.prompt_tokens : length]
         own, full = (
-            evaluation.continuations(model, prompts, self.new_tokens, BATCH, subject.track)
+            evaluation.continue_greedily(model, prompts, self.new_tokens, BATCH, subject.track)
             for model in (subject.packed() if self.packed else subject.compressed, subject.full)
         )
         texts = [subject.tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (own, full, rest)]

@@ -30,7 +30,7 @@ class Layers:
     def measure(self, subject: EvaluationTarget) -> MeasureResult:
         self.check(subject.windows)
         windows = subject.windows[: self.windows]
-        full = evaluation.reference(subject.full, windows, BATCH)
+        full = evaluation.compute_reference(subject.full, windows, BATCH)
         together = evaluation.evaluate(subject.compressed, windows, BATCH, full)
         trial = copy.deepcopy(subject.full)
         series: dict[str, list[float]] = {f"layer_{name}": [] for name in ("kl", "kl_low", "kl_high", "nll_delta")}

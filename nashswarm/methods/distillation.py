@@ -139,7 +139,7 @@ class _Training:
         ]
         self.limit = int((1 + TOLERANCE) * _size(result.packed))
         self.teacher: Any = (
-            evaluation.reference(session.full, windows, session.batch)
+            evaluation.compute_reference(session.full, windows, session.batch)
             if session.causal
             else evaluation.embed_all(session.full, windows, session.batch)
         )
@@ -196,7 +196,7 @@ class _Training:
         loss = self.loss(batch)
         loss.backward()
         for name, latent in self.latents.items():
-            latent.backpropagate(matrices.gradient(self.candidate_model, name), price)
+            latent.backpropagate(matrices.weight_gradient(self.candidate_model, name), price)
         return loss.item()
 
     def loss(self, batch: Int[Tensor, " batch"]) -> Float[Tensor, ""]:

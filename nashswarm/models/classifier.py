@@ -1,4 +1,4 @@
-"""Classifiers fine-tuned once, by transformers' Trainer, and kept under everything that made them."""
+"""Fine-tune classifiers with transformers' Trainer, and cache them under a fingerprint of everything they depend on."""
 
 import dataclasses
 import json
@@ -11,12 +11,12 @@ import torch
 import transformers
 
 from nashswarm.data import corpus
-from nashswarm.data.glue import TASKS, Glue, labels, windows
+from nashswarm.data.glue import TASKS, Glue, example_windows, read_labels
 from nashswarm.models import sources
 from nashswarm.records.files import claim, write_folder
 from nashswarm.records.record import fingerprint
 
-SAVED_EVERY = 100  # steps of training, from where it goes on if it is interrupted
+SAVE_STEPS = 100  # steps between checkpoints, from which interrupted training continues
 CHECKPOINTS = "checkpoints"
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 def fine_tuned(
     dataset: Glue, source: sources.Source, text: str, device: str, dtype: torch.dtype, cache: pathlib.Path
 ) -> sources.LoadedModel:
-    """The model of ``source``, fine-tuned on the training examples in ``text``: read from ``cache``, or made and put
-    there.  Training that was interrupted goes on.
+    """Load the model of ``source`` fine-tuned on the training examples in ``text``, or fine-tune it first.
 
-    Raises ValueError for what cannot be loaded.
+    The folder ``cache`` holds one model per combination of weights, text, settings and versions.  Interrupted training
+    continues at its last checkpoint.  Raises ValueError for a model that cannot be loaded.
     """
-    made_of = {
-        "model": sources.content_of(source),
+    identity = {
+        "model": sources.content_digest(source),
         "task": dataset.task,
         "training_sha256": corpus.sha256(text),
         "training": dataclasses.asdict(dataset.training),
@@ -41,31 +41,34 @@ def fine_tuned(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    folder = cache / f"{dataset.task}-{fingerprint(made_of)}"
+    folder = cache / f"{dataset.task}-{fingerprint(identity)}"
     classes = TASKS[dataset.task].classes
-    with claim(folder):  # workers of one sweep want the same model
+    with claim(folder):  # workers of one sweep need the same model
         if not folder.is_dir():
             loaded = sources.load(source, device, dtype, classes)
-            _train(loaded, dataset, text, folder.with_name(f"{folder.name}-{CHECKPOINTS}"), device)
+            checkpoints = folder.with_name(f"{folder.name}-{CHECKPOINTS}")
+            _train(loaded, dataset, text, checkpoints, device)
 
             def fill(partial: pathlib.Path) -> None:
                 loaded.model.save_pretrained(partial)
                 loaded.tokenizer.save_pretrained(partial)
 
-            write_folder(folder, {"training.json": (json.dumps(made_of, indent=1) + "\n").encode()}, fill)
-            shutil.rmtree(folder.with_name(f"{folder.name}-{CHECKPOINTS}"), ignore_errors=True)
+            write_folder(folder, {"training.json": (json.dumps(identity, indent=1) + "\n").encode()}, fill)
+            shutil.rmtree(checkpoints, ignore_errors=True)
     return sources.load(sources.ModelSource(str(folder)), device, dtype, classes)
 
 
 def _train(loaded: sources.LoadedModel, dataset: Glue, text: str, checkpoints: pathlib.Path, device: str) -> None:
-    """Fine-tune in place; batches hold examples of like length, so that little of them is padding."""
+    """Fine-tune in place.  Batches hold examples of similar length, which keeps padding short."""
     settings = dataset.training
     length = loaded.window_length(dataset.sequence_length)
-    tokens, targets = windows(text, loaded.tokenizer, length, "training"), labels(text)
+    tokens, labels = example_windows(text, loaded.tokenizer, length, "training"), read_labels(text)
     order = np.random.default_rng(settings.seed).permutation(len(tokens))[: settings.examples]
     pad = loaded.tokenizer.pad_token_id
-    kind = float if TASKS[dataset.task].classes == 1 else int
-    examples = [{"input_ids": tokens[one][tokens[one] != pad].tolist(), "label": kind(targets[one])} for one in order]
+    label_type = float if TASKS[dataset.task].classes == 1 else int
+    examples = [
+        {"input_ids": tokens[row][tokens[row] != pad].tolist(), "label": label_type(labels[row])} for row in order
+    ]
     steps = int(-(-len(examples) // settings.batch_size) * settings.epochs)
     log.info("fine-tuning on %d examples of %s, %d steps", len(examples), dataset.task, steps)
     arguments = transformers.TrainingArguments(
@@ -80,9 +83,9 @@ def _train(loaded: sources.LoadedModel, dataset: Glue, text: str, checkpoints: p
         bf16=settings.precision == "bfloat16",
         optim="adamw_torch_fused",
         use_cpu=device == "cpu",
-        save_steps=SAVED_EVERY,
+        save_steps=SAVE_STEPS,
         save_total_limit=1,
-        logging_steps=SAVED_EVERY,
+        logging_steps=SAVE_STEPS,
         report_to="none",
         disable_tqdm=True,
     )

@@ -1,7 +1,8 @@
-"""How well a model predicts text, and how far it moved from the full model.
+"""Measure how well a model predicts text, and how far a compressed model moved from the full one.
 
-Protocol: consecutive windows that do not overlap, each predicting all its tokens but the first; ``nll`` in nats per
-token, perplexity = exp(nll); ``kl`` = mean KL(full ‖ compressed) in nats per token.
+Protocol: text is cut into consecutive windows that do not overlap; in each window the model predicts all tokens but the
+first.  ``nll`` is the mean negative log-likelihood in nats per token, perplexity is exp(nll).  ``kl`` is the mean
+KL(full ‖ compressed) in nats per token.
 """
 
 import dataclasses
@@ -16,40 +17,43 @@ from torch.nn import functional
 
 from nashswarm.progress import Track, no_track
 
-LOGITS_AT_ONCE = 1 << 23  # compared together: those of a long window and a large vocabulary are as large as a model
+LOGITS_AT_ONCE = 1 << 23  # compared in one step: with a large vocabulary, those of a window are as large as a model
 
 PerWindow = dict[str, list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What the full model says about some windows: the states that its head reads, from which its logits follow.
-    ``spoken``: those of the first windows, where they are kept."""
+    """The full model's predictions for some windows, kept as the inputs of its output head.
+
+    The logits are computed from ``states`` by ``head`` when they are needed: they are many times larger.
+    ``cached_logits``: those of the first windows, or None.
+    """
 
     states: Float[Tensor, "windows length width"]
     head: nn.Module
-    spoken: Float[Tensor, "some length vocabulary"] | None = None
+    cached_logits: Float[Tensor, "cached length vocabulary"] | None = None
 
     def logits(self, window: int, positions: slice) -> Float[Tensor, "positions vocabulary"]:
-        """The full model's logits at some positions of one window."""
-        if self.spoken is not None and window < len(self.spoken):
-            return self.spoken[window, positions]
+        """Return the full model's logits at some positions of one window."""
+        if self.cached_logits is not None and window < len(self.cached_logits):
+            return self.cached_logits[window, positions]
         logits: Tensor = self.head(self.states[window, positions])
         return logits
 
-    def spoken_out(self, windows: int) -> "Reference":
-        """With the logits of the first windows kept, for those who ask again and again."""
+    def with_cached_logits(self, windows: int) -> "Reference":
+        """Return a copy that keeps the logits of the first windows, for callers that compare with them repeatedly."""
         with torch.no_grad():
-            return dataclasses.replace(self, spoken=self.head(self.states[:windows]))
+            return dataclasses.replace(self, cached_logits=self.head(self.states[:windows]))
 
 
 @torch.no_grad()
-def reference(
+def compute_reference(
     model: Any, windows: Int[Tensor, "windows length"], batch_size: int, track: Track = no_track
 ) -> Reference:
-    """Run the full model once over ``windows``.
+    """Run the full model once over ``windows`` and keep what its predictions follow from.
 
-    Raises ValueError if the model's logits are not what its output embeddings make of their input.
+    Raises ValueError if the model's logits are not the output of its head, so that they cannot be computed again.
     """
     head = model.get_output_embeddings()
     states: list[Tensor] = []
@@ -72,23 +76,26 @@ def evaluate(
     full: Reference | None = None,
     track: Track = no_track,
 ) -> PerWindow:
-    """Per window: ``nll`` and ``tokens``; against ``full`` also ``nll_full``, ``kl`` and ``top1_agreement``."""
-    found: PerWindow = {"nll": [], "tokens": []}
+    """Compute ``nll`` and ``tokens`` of each window; with ``full`` also ``nll_full``, ``kl`` and ``top1_agreement``.
+
+    Values are means over the predicted tokens of the window.
+    """
+    values: PerWindow = {"nll": [], "tokens": []}
     if full is not None:
-        found |= {"nll_full": [], "kl": [], "top1_agreement": []}
-    last = windows.shape[1] - 1
+        values |= {"nll_full": [], "kl": [], "top1_agreement": []}
+    predicted = windows.shape[1] - 1
     for number, batch in enumerate(track(windows.split(batch_size), "evaluating")):
         for offset, (window, logits) in enumerate(zip(batch, model(input_ids=batch).logits, strict=True)):
             size = max(LOGITS_AT_ONCE // logits.shape[1], 1)
             parts = []
-            for start in range(0, last, size):
-                positions = slice(start, min(start + size, last))
-                truth = None if full is None else full.logits(number * batch_size + offset, positions)
-                parts.append(_by_position(logits[positions], window[1:][positions], truth))
-            found["tokens"].append(last)
+            for start in range(0, predicted, size):
+                positions = slice(start, min(start + size, predicted))
+                full_logits = None if full is None else full.logits(number * batch_size + offset, positions)
+                parts.append(_by_position(logits[positions], window[1:][positions], full_logits))
+            values["tokens"].append(predicted)
             for name in parts[0]:
-                found[name].append(torch.cat([part[name] for part in parts]).mean().item())
-    return found
+                values[name].append(torch.cat([part[name] for part in parts]).mean().item())
+    return values
 
 
 def _by_position(
@@ -96,35 +103,35 @@ def _by_position(
     targets: Int[Tensor, " positions"],
     full: Float[Tensor, "positions vocabulary"] | None,
 ) -> dict[str, Float[Tensor, " positions"]]:
-    """What ``evaluate`` finds at each position."""
+    """Compute the metrics of ``evaluate`` at each position."""
     log_p = logits.float().log_softmax(-1)
-    found = {"nll": -log_p.gather(1, targets[:, None])}
+    metrics = {"nll": -log_p.gather(1, targets[:, None])}
     if full is not None:
         log_full = full.float().log_softmax(-1)
-        found["nll_full"] = -log_full.gather(1, targets[:, None])
-        found["kl"] = functional.kl_div(log_p, log_full, reduction="none", log_target=True).sum(-1)
-        found["top1_agreement"] = log_p.argmax(-1) == log_full.argmax(-1)
-    return {name: values.flatten().cpu().double() for name, values in found.items()}
+        metrics["nll_full"] = -log_full.gather(1, targets[:, None])
+        metrics["kl"] = functional.kl_div(log_p, log_full, reduction="none", log_target=True).sum(-1)
+        metrics["top1_agreement"] = log_p.argmax(-1) == log_full.argmax(-1)
+    return {name: values.flatten().cpu().double() for name, values in metrics.items()}
 
 
 @torch.no_grad()
-def continuations(
+def continue_greedily(
     model: Any, prompts: Int[Tensor, "windows length"], new_tokens: int, batch_size: int, track: Track = no_track
 ) -> Int[Tensor, "windows new_tokens"]:
-    """What a model writes after each prompt, always its most likely token."""
-    found = []
+    """Generate ``new_tokens`` tokens after each prompt, always the most likely one."""
+    batches = []
     for tokens in track(prompts.split(batch_size), "continuing"):
-        past, written = None, []
+        cache, generated = None, []
         for _ in range(new_tokens):
-            answer = model(input_ids=tokens, past_key_values=past, use_cache=True)
-            tokens, past = answer.logits[:, -1:].argmax(-1), answer.past_key_values
-            written.append(tokens)
-        found.append(torch.cat(written, 1))
-    return torch.cat(found)
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            tokens, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            generated.append(tokens)
+        batches.append(torch.cat(generated, 1))
+    return torch.cat(batches)
 
 
-def unpadded(model: Any, window: Int[Tensor, " length"]) -> Int[Tensor, " tokens"]:
-    """A window without its padding; of a model that predicts tokens, the window as it is."""
+def without_padding(model: Any, window: Int[Tensor, " length"]) -> Int[Tensor, " tokens"]:
+    """Remove the padding of a window; windows of a model that predicts tokens have none and are returned unchanged."""
     pad = getattr(model.config, "pad_token_id", None)
     if pad is None or model.get_output_embeddings() is not None:
         return window
@@ -132,7 +139,7 @@ def unpadded(model: Any, window: Int[Tensor, " length"]) -> Int[Tensor, " tokens
 
 
 def classify(model: Any, windows: Int[Tensor, "windows length"]) -> Any:
-    """What a model makes of windows whose padding it does not see."""
+    """Return the output of a model for padded windows, with padding hidden by the attention mask."""
     pad = getattr(model.config, "pad_token_id", None)
     if pad is None or not (padding := windows == pad).any():
         return model(input_ids=windows)
@@ -141,39 +148,43 @@ def classify(model: Any, windows: Int[Tensor, "windows length"]) -> Any:
 
 
 def embed(model: Any, windows: Int[Tensor, "windows length"]) -> Float[Tensor, "windows width"]:
-    """The answer of a model without a vocabulary as a vector of unit length: the roots of a classifier's probabilities,
-    or the mean over positions of an encoder's last states; of a model that answers with one number, that number."""
-    answer = classify(model, windows)
-    if "logits" in answer:
-        logits: Tensor = answer.logits.float()
+    """Return the output of a model without a vocabulary as one vector per window.
+
+    A classifier gives the square roots of its probabilities, an encoder the normalized mean of its last hidden states:
+    both have unit length.  A regression model gives its number.
+    """
+    output = classify(model, windows)
+    if "logits" in output:
+        logits: Tensor = output.logits.float()
         return logits if logits.shape[1] == 1 else logits.softmax(-1).sqrt()
-    return functional.normalize(answer.last_hidden_state.float().mean(1), dim=1)
+    return functional.normalize(output.last_hidden_state.float().mean(1), dim=1)
 
 
 @torch.no_grad()
 def embed_all(model: Any, windows: Int[Tensor, "windows length"], batch_size: int) -> Float[Tensor, "windows width"]:
-    """What a model without a vocabulary makes of the windows."""
+    """Compute ``embed`` of all windows, batch by batch."""
     return torch.cat([embed(model, batch) for batch in windows.split(batch_size)])
 
 
-def distance(full: Float[Tensor, "windows width"], own: Float[Tensor, "windows width"]) -> float:
-    """Mean 1 − cosine of what two models without a vocabulary make of windows; of numbers, half the squared
-    difference."""
-    return float((full - own).double().square().sum()) / 2 / len(full)
+def embedding_distance(full: Float[Tensor, "windows width"], compressed: Float[Tensor, "windows width"]) -> float:
+    """Return the mean of 1 − cosine between the embeddings of two models; of numbers, half the squared difference."""
+    return float((full - compressed).double().square().sum()) / 2 / len(full)
 
 
 def projection(model: Any, window: Int[Tensor, " length"], generator: torch.Generator) -> Float[Tensor, ""]:
-    """√T · v·z with v ~ N(0, I) and z the ``embed`` of the window's T tokens: since 1 − cosine = ½ E[(v·Δz)²], its
-    gradients give a damage per position that is the 1 − cosine of the window; of windows of several lengths, their mean
-    by length."""
-    tokens = unpadded(model, window)
+    """Return √T · v·z with v ~ N(0, I) and z the ``embed`` of the window's T tokens.
+
+    Since 1 − cosine = ½ E[(v·Δz)²], the gradients of this number give a damage per position that adds up to the
+    1 − cosine of the window.  For windows of several lengths that is the mean weighted by length.
+    """
+    tokens = without_padding(model, window)
     embedding = embed(model, tokens.unsqueeze(0))[0]
     direction = torch.randn(len(embedding), generator=generator).to(embedding)
     return math.sqrt(len(tokens)) * (direction @ embedding)
 
 
 def token_mean(values: Sequence[float], tokens: Sequence[float]) -> float:
-    """The mean over tokens of per-window means.
+    """Return the mean over all tokens, from the means of windows.
 
     >>> token_mean([1.0, 4.0], [2, 1])
     2.0
@@ -182,7 +193,7 @@ def token_mean(values: Sequence[float], tokens: Sequence[float]) -> float:
 
 
 def summarise(windows: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Metrics of the record from per-window values: means over tokens, and ``nll_delta`` against the full model."""
+    """Compute the metrics of a record: means over tokens, and ``nll_delta`` = nll − nll_full."""
     tokens = windows["tokens"]
     names = [name for name in ("nll", "kl", "top1_agreement") if name in windows]
     means = {name: token_mean(windows[name], tokens) for name in names} | {"tokens": sum(tokens)}

@@ -1,4 +1,4 @@
-"""The weight matrices of a model: find them, put others in their place, and list what is stored beside them."""
+"""Find the weight matrices of a model, replace them, and list the tensors that are stored beside them."""
 
 import fnmatch
 import re
@@ -16,7 +16,7 @@ MATRICES = (nn.Linear, Conv1D, nn.Embedding)
 
 
 def find_layers(model: Any, exclude: Sequence[str] = ()) -> tuple[Layer, ...]:
-    """Every Linear, Conv1D and Embedding matrix, a tied one once, in the order of the model.
+    """Find every Linear, Conv1D and Embedding matrix, in the order of the model; tied matrices are listed once.
 
     Raises ValueError for a pattern of ``exclude`` that matches nothing and for a model without matrices.
     """
@@ -26,14 +26,14 @@ def find_layers(model: Any, exclude: Sequence[str] = ()) -> tuple[Layer, ...]:
             sharing.setdefault(module.weight.data_ptr(), []).append(name)
     if unmatched := [p for p in exclude if not any(fnmatch.fnmatch(n, p) for names in sharing.values() for n in names)]:
         raise ValueError(f"model.exclude names no matrix of this model: {', '.join(unmatched)}")
-    kept = [names for names in sharing.values() if not any(fnmatch.fnmatch(n, p) for n in names for p in exclude)]
-    if not kept:
+    included = [names for names in sharing.values() if not any(fnmatch.fnmatch(n, p) for n in names for p in exclude)]
+    if not included:
         raise ValueError("nothing to compress: the model has no Linear, Conv1D or Embedding matrix left")
-    indices = [int(found) for names in kept for found in re.findall(r"\.(\d+)\.", names[0])[:1]]
+    indices = [int(number) for names in included for number in re.findall(r"\.(\d+)\.", names[0])[:1]]
     deepest = max(indices, default=0) + 1
     head = model.get_output_embeddings()
     layers = []
-    for names in kept:
+    for names in included:
         modules = [model.get_submodule(name) for name in names]
         number = re.search(r"\.(\d+)\.", names[0])
         if number:
@@ -54,34 +54,37 @@ def find_layers(model: Any, exclude: Sequence[str] = ()) -> tuple[Layer, ...]:
 
 
 def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights (layer → (out, in)) into the model, in place."""
+    """Copy weights into the model in place: the name of a layer → its matrix (out, in)."""
     with torch.no_grad():
         for name, weight in weights.items():
             _matrix(model.get_submodule(name)).copy_(weight)
 
 
-def gradient(model: nn.Module, name: str) -> Tensor:
-    """The gradient in the weight of a layer, as (out, in); zeros if the loss does not depend on it."""
+def weight_gradient(model: nn.Module, name: str) -> Tensor:
+    """Return the gradient of a layer's weight as (out, in); zeros if the loss does not depend on it."""
     module = model.get_submodule(name)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    found = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    return found.T if isinstance(module, Conv1D) else found
+    gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    return gradient.T if isinstance(module, Conv1D) else gradient
 
 
 def uncompressed_tensors(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """Everything a checkpoint stores beside the layers: norms, biases, excluded matrices, persistent buffers."""
-    taken = {_matrix(model.get_submodule(layer.name)).data_ptr() for layer in layers}
+    """Return every other tensor of a checkpoint: norms, biases, excluded matrices, buffers; shared ones once."""
+    listed = {_matrix(model.get_submodule(layer.name)).data_ptr() for layer in layers}
     others: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in taken:
-            taken.add(tensor.data_ptr())
+        if tensor.data_ptr() not in listed:
+            listed.add(tensor.data_ptr())
             others[name] = tensor
     return others
 
 
 def round_to_stored(others: Mapping[str, Tensor], float_bits: int) -> None:
-    """Give the tensors beside the layers the precision they are stored in, in place."""
+    """Round the tensors beside the layers in place to the precision that they are stored in.
+
+    Raises ValueError for numbers that 16-bit floats cannot hold.
+    """
     if float_bits == 16:
         for name, tensor in others.items():
             if tensor.is_floating_point():
@@ -92,14 +95,14 @@ def round_to_stored(others: Mapping[str, Tensor], float_bits: int) -> None:
 
 
 def _kind(module: nn.Module) -> str:
-    """The class of a module of which matrices are taken, whatever is derived from it."""
+    """Return the name of the base class of a module with a matrix: Linear, Conv1D or Embedding."""
     if isinstance(module, nn.Embedding | ExpertLinear):
         return "Embedding" if isinstance(module, nn.Embedding) else "Linear"
     return type(module).__name__
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """The weight of a module as (out, in)."""
+    """Return the weight of a module as (out, in)."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(module, Conv1D) else weight

@@ -1,8 +1,8 @@
-"""Sizes of well-known models from their shapes alone: built without memory, so that 175B parameters take seconds.
+"""Count the parameters and bytes of well-known models from their shapes alone.
 
-What the scheme of the earlier prototype (``quant.published``) stores of them is counted to the byte: only ``nn.Linear``
-is quantized, everything else stays at 32 bits.  In GPT-2 the blocks are ``Conv1D``, so that the tied head is all there
-is to quantize.
+Models are built on the meta device, without memory, so that 175B parameters take seconds.  The bytes that the earlier
+prototype's scheme (``quant.prototype``) stores are counted exactly: it quantizes ``nn.Linear`` alone, everything else
+stays at 32 bits.  The blocks of GPT-2 consist of ``Conv1D``, so that scheme quantizes only its tied head.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def _llama(width: int, hidden: int, layers: int, heads: int, **others: Any) -> M
     return {"model_type": "llama", "num_attention_heads": heads, **sizes, **others}
 
 
-SHAPES: Mapping[str, Mapping[str, Any]] = {  # as in the config.json of their checkpoints; the names are those of conf/
+SHAPES: Mapping[str, Mapping[str, Any]] = {  # as in the config.json of their checkpoints; names as in conf/model/
     "gpt2": _gpt2(768, 12, 12),
     "gpt2_medium": _gpt2(1024, 24, 16),
     "gpt2_large": _gpt2(1280, 36, 20),
@@ -54,70 +54,69 @@ LARGE: Mapping[str, Mapping[str, Any]] = {  # the last has the width and the dep
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Parameters of a model, tied ones once, and the numbers of weights of its ``nn.Linear`` matrices."""
+class ParameterCounts:
+    """The number of parameters of a model, tied ones once, and the number of weights of each ``nn.Linear``."""
 
     parameters: int
     linear: tuple[int, ...]
 
     @property
     def bytes_full(self) -> int:
-        """Of all parameters as 32-bit floats."""
+        """Return the bytes of all parameters as 32-bit floats."""
         return FLOAT_BYTES * self.parameters
 
     @property
     def share(self) -> float:
-        """The share of parameters that the published scheme touches."""
+        """Return the share of parameters that the prototype's scheme quantizes."""
         return sum(self.linear) / self.parameters
 
     @property
     def code_bytes(self) -> int:
-        """Of the codes that the published scheme stores: all that its authors counted."""
+        """Return the bytes of the codes in the prototype's scheme: all that its authors counted."""
         return sum(sum(map(_whole_bytes, _class_counts(count), CLASS_WIDTHS)) for count in self.linear)
 
     @property
     def uniform_bytes(self) -> int:
-        """Of the same matrices at 4 bits: what the published comparison counted for the uniform scheme."""
+        """Return the bytes of the same matrices at 4 bits: what the prototype's comparison counted for uniform."""
         return sum(_whole_bytes(count, 4) for count in self.linear)
 
     @property
     def compression_counted(self) -> float:
-        """What the published protocol calls compression: codes against the floats that they replace."""
+        """Return the compression by the prototype's protocol: 1 − codes / floats that they replace."""
         return 1 - self.code_bytes / (FLOAT_BYTES * sum(self.linear))
 
-    def bytes_published(self, class_bits: float) -> float:
-        """Of the whole model under the published scheme, ``class_bits`` for the class of each quantized weight."""
-        kept = FLOAT_BYTES * (self.parameters - sum(self.linear))
+    def bytes_prototype(self, class_bits: float) -> float:
+        """Return the bytes of the whole model in the prototype's scheme, with ``class_bits`` bits for each class."""
+        floats = FLOAT_BYTES * (self.parameters - sum(self.linear))
         headers = (len(KIND) + 8 + 8 * len(CLASS_WIDTHS)) * len(self.linear)
         if class_bits == CLASS_BITS:
-            return kept + headers + self.code_bytes + sum(_whole_bytes(count, CLASS_BITS) for count in self.linear)
-        return kept + headers + self.code_bytes + class_bits * sum(self.linear) / 8
+            return floats + headers + self.code_bytes + sum(_whole_bytes(count, CLASS_BITS) for count in self.linear)
+        return floats + headers + self.code_bytes + class_bits * sum(self.linear) / 8
 
     def compression(self, class_bits: float) -> float:
-        """What the published scheme saves of the whole model."""
-        return 1 - self.bytes_published(class_bits) / self.bytes_full
+        """Return the share of the whole model's bytes that the prototype's scheme saves."""
+        return 1 - self.bytes_prototype(class_bits) / self.bytes_full
 
     def bytes_at(self, bits: float) -> float:
-        """Of the whole model at ``bits`` stored bits per parameter, everything counted: a method's budget."""
+        """Return the bytes of the whole model at ``bits`` stored bits per parameter: the budget of a method."""
         return bits * self.parameters / 8
 
 
-def sizes(config: Mapping[str, Any]) -> Sizes:
-    """The sizes of a causal language model, from its config."""
-    described = transformers.AutoConfig.for_model(**config)
+def count_from_config(config: Mapping[str, Any]) -> ParameterCounts:
+    """Count the parameters of a causal language model from its config."""
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(described)
-    return sizes_of(model)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+    return count_parameters(model)
 
 
-def sizes_of(model: nn.Module) -> Sizes:
-    """The sizes of a model that is there, or is on the meta device."""
+def count_parameters(model: nn.Module) -> ParameterCounts:
+    """Count the parameters of a model, which may be on the meta device."""
     linear = {id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)}
-    return Sizes(sum(parameter.numel() for parameter in model.parameters()), tuple(linear.values()))
+    return ParameterCounts(sum(parameter.numel() for parameter in model.parameters()), tuple(linear.values()))
 
 
 def class_entropy() -> float:
-    """Bits that the class of a weight costs at least: the entropy of one, two and seven tenths.
+    """Return the entropy in bits of the class of a weight: classes hold one, two and seven tenths of the weights.
 
     >>> round(class_entropy(), 3)
     1.157
@@ -127,7 +126,7 @@ def class_entropy() -> float:
 
 
 def _class_counts(count: int) -> tuple[int, int, int]:
-    """How many of ``count`` different magnitudes reach the 0.9 quantile, the 0.7 quantile, and neither.
+    """Count how many of ``count`` different magnitudes reach the 0.9 quantile, only the 0.7 quantile, and neither.
 
     >>> _class_counts(30)
     (3, 6, 21)

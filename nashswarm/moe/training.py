@@ -160,7 +160,7 @@ def windows(source: MoeSource, text: str, length: int | None, what: str) -> Int[
     wanted = source.context if length is None else length
     if not 2 <= wanted <= source.context:
         raise ValueError(f"dataset.sequence_length={wanted} is not between 2 and model.context={source.context}")
-    return corpus.windows(text, transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED), wanted, what)
+    return corpus.cut_windows(text, transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED), wanted, what)
 
 
 def train(

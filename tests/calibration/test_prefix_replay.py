@@ -26,11 +26,13 @@ def test_probes_find_what_whole_passes_find(kind: str, random_model: Callable[[s
         matrices.set_weights(other, weights)
         if session.causal:
             whole = evaluation.evaluate(
-                other, windows, session.batch, evaluation.reference(model, windows, session.batch)
+                other, windows, session.batch, evaluation.compute_reference(model, windows, session.batch)
             )
             slow = evaluation.summarise(whole)["kl"]
         else:
-            slow = evaluation.distance(*(evaluation.embed_all(each, windows, session.batch) for each in (model, other)))
+            slow = evaluation.embedding_distance(
+                *(evaluation.embed_all(each, windows, session.batch) for each in (model, other))
+            )
         assert session.heldout_kl(weights, windows.numel()) == slow == session.heldout_kl(weights, None)
         assert slow > 0 or "pooler" in layer.name
 

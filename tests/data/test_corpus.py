@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nashswarm.data import corpus
-from nashswarm.data.corpus import Dataset, HubText, StdlibDocs, draw, first, sha256, windows
+from nashswarm.data.corpus import Dataset, HubText, StdlibDocs, cut_windows, draw_windows, first_windows, sha256
 
 
 def write(folder: pathlib.Path, **splits: str) -> str:
@@ -65,7 +65,7 @@ def test_the_separator_joins_rows_as_the_hub_has_them(tmp_path: pathlib.Path) ->
 
 def test_a_hub_row_that_ends_in_a_newline_gets_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["", " = Title = \n", "text \n", ""]
-    monkeypatch.setattr(corpus, "rows_of", lambda *_: [(row,) for row in rows])
+    monkeypatch.setattr(corpus, "read_rows", lambda *_: [(row,) for row in rows])
     assert HubText("owner/name", separator="\n\n").text("test") == "\n\n".join(rows)
     assert HubText("owner/name").text("test") == "\n = Title = \ntext \n"
 
@@ -141,47 +141,49 @@ def test_windows_follow_one_another_and_the_tail_is_dropped(
 ) -> None:
     text = text_file.read_text()
     tokens = tokenizer(text)["input_ids"]
-    cut = windows(text, tokenizer, length, "test")
+    cut = cut_windows(text, tokenizer, length, "test")
     assert cut.shape == (len(tokens) // length, length)
     assert cut.flatten().tolist() == tokens[: len(tokens) // length * length]
     exact = tokenizer.decode(tokens[: 2 * length])
-    assert len(windows(exact, tokenizer, len(tokenizer(exact)["input_ids"]), "test")) == 1
+    assert len(cut_windows(exact, tokenizer, len(tokenizer(exact)["input_ids"]), "test")) == 1
 
 
 @pytest.mark.parametrize("text", ["", "the a one"])
 def test_a_text_too_short_is_refused(tokenizer: Any, text: str) -> None:
     count = len(tokenizer(text)["input_ids"])
     with pytest.raises(ValueError, match=f"the calibration text has {count} tokens, too short for one window of 64"):
-        windows(text, tokenizer, 64, "calibration")
+        cut_windows(text, tokenizer, 64, "calibration")
 
 
 def test_the_first_windows_judge_and_there_must_be_as_many() -> None:
     pool = torch.arange(12).view(4, 3)
-    assert torch.equal(first(pool, 2, "test"), pool[:2]) and torch.equal(first(pool, None, "test"), pool)
+    assert torch.equal(first_windows(pool, 2, "test"), pool[:2]) and torch.equal(
+        first_windows(pool, None, "test"), pool
+    )
     with pytest.raises(ValueError, match=r"the test text has 4 windows, fewer than dataset\.test_windows=5"):
-        first(pool, 5, "test")
+        first_windows(pool, 5, "test")
     for asked in (0, -1):
         with pytest.raises(ValueError, match=f"dataset.test_windows={asked} must be at least 1"):
-            first(pool, asked, "test")
+            first_windows(pool, asked, "test")
 
 
 def test_drawn_windows_are_disjoint_and_follow_the_seed() -> None:
     pool = torch.arange(20 * 4).view(20, 4)
-    calibration, holdout = draw(pool, 12, 8, np.random.default_rng(0))
+    calibration, holdout = draw_windows(pool, 12, 8, np.random.default_rng(0))
     assert calibration.shape == (12, 4) and holdout.shape == (8, 4)
     assert sorted(torch.cat([calibration, holdout])[:, 0].tolist()) == list(range(0, 80, 4))
-    again = draw(pool, 12, 8, np.random.default_rng(0))
+    again = draw_windows(pool, 12, 8, np.random.default_rng(0))
     assert torch.equal(calibration, again[0]) and torch.equal(holdout, again[1])
-    assert not torch.equal(calibration, draw(pool, 12, 8, np.random.default_rng(1))[0])
+    assert not torch.equal(calibration, draw_windows(pool, 12, 8, np.random.default_rng(1))[0])
 
 
 def test_too_few_windows_are_refused() -> None:
     pool, rng = torch.zeros(5, 4, dtype=torch.long), np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"has 5 windows, fewer than the 4 \+ 2 asked for"):
-        draw(pool, 4, 2, rng)
+        draw_windows(pool, 4, 2, rng)
     for calibration, holdout in ((0, 1), (1, 0), (-1, 1)):
         with pytest.raises(ValueError, match="must be at least 1"):
-            draw(pool, calibration, holdout, rng)
+            draw_windows(pool, calibration, holdout, rng)
 
 
 @pytest.mark.parametrize(
@@ -199,14 +201,14 @@ def test_without_a_wish_a_quarter_of_the_windows_is_held_out(
     there: int, asked: tuple[int | None, int | None], drawn: tuple[int, int]
 ) -> None:
     pool = torch.arange(there * 4).view(there, 4)
-    found = draw(pool, *asked, np.random.default_rng(0))
+    found = draw_windows(pool, *asked, np.random.default_rng(0))
     assert tuple(map(len, found)) == drawn
     assert len(set(torch.cat(found)[:, 0].tolist())) == sum(drawn)
 
 
 def test_one_window_cannot_calibrate_and_judge() -> None:
     with pytest.raises(ValueError, match="fills only 1 window of 4 tokens: give more text"):
-        draw(torch.zeros(1, 4, dtype=torch.long), None, None, np.random.default_rng(0))
+        draw_windows(torch.zeros(1, 4, dtype=torch.long), None, None, np.random.default_rng(0))
 
 
 def test_windows_stand_between_special_tokens_where_sentences_do(
@@ -219,7 +221,7 @@ def test_windows_stand_between_special_tokens_where_sentences_do(
     assert first != last
     text = text_file.read_text()
     tokens = tokenizer(text)["input_ids"]
-    cut = windows(text, between, 32, "test")
+    cut = cut_windows(text, between, 32, "test")
     assert cut.shape == (len(tokens) // 30, 32) and cut.dtype == torch.long
     assert set(cut[:, 0].tolist()) == {first} and set(cut[:, -1].tolist()) == {last}
     assert cut[:, 1:-1].flatten().tolist() == tokens[: len(tokens) // 30 * 30]

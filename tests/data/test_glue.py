@@ -17,7 +17,7 @@ from experiments.config import compose
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import CalibrationSession
 from nashswarm.data.corpus import Dataset
-from nashswarm.data.glue import TASKS, Glue, Training, labels, windows
+from nashswarm.data.glue import TASKS, Glue, Training, example_windows, read_labels
 from nashswarm.experiment.run import run
 from nashswarm.measures import glue
 from nashswarm.measures.glue import METRICS, interval, predictions
@@ -125,12 +125,12 @@ def test_an_example_is_a_window(tokenizer: Any, folder: Callable[[str], pathlib.
     assert isinstance(dataset, Dataset)
     text = dataset.text("test")
     tokenizer.pad_token = tokenizer.eos_token
-    found = windows(text, tokenizer, LENGTH, "test")
-    assert found.shape == (30, LENGTH) and labels(text).tolist() == [0.0, 1.0] * 15
+    found = example_windows(text, tokenizer, LENGTH, "test")
+    assert found.shape == (30, LENGTH) and read_labels(text).tolist() == [0.0, 1.0] * 15
     first = tokenizer(json.loads(text.split("\n")[0])[0])["input_ids"]
     assert found[0].tolist() == first + [tokenizer.pad_token_id] * (LENGTH - len(first))
-    assert windows(text, tokenizer, 4, "test").shape == (30, 4)
-    pair = windows(json.dumps(["a flock", "the price", 1]), tokenizer, LENGTH, "test")
+    assert example_windows(text, tokenizer, 4, "test").shape == (30, 4)
+    pair = example_windows(json.dumps(["a flock", "the price", 1]), tokenizer, LENGTH, "test")
     assert tokenizer.decode(pair[0], skip_special_tokens=True) == "a flock\nthe price"
 
 
@@ -156,11 +156,11 @@ def test_a_model_is_fine_tuned_once(
     given = dataset, ModelSource(encoder), dataset.text("calibration"), "cpu", torch.float32, tmp_path
     first = fine_tuned(*given)
     test = dataset.text("test")
-    tokens = windows(test, first.tokenizer, LENGTH, "test")
+    tokens = example_windows(test, first.tokenizer, LENGTH, "test")
     answers = glue.scores(first.model, tokens, 8, no_track)
-    assert METRICS["accuracy"](labels(test), predictions(answers)) == 1.0
+    assert METRICS["accuracy"](read_labels(test), predictions(answers)) == 1.0
     assert [path.name for path in tmp_path.iterdir()] == [next(tmp_path.glob("sst2-*")).name]
-    monkeypatch.setattr(glue, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(classifiers, "_train", lambda *_: pytest.fail("trained again"))
     assert np.array_equal(glue.scores(fine_tuned(*given).model, tokens, 8, no_track), answers)
 
 
@@ -172,7 +172,7 @@ def test_training_goes_on_where_it_stopped(
             raise KeyboardInterrupt
 
     dataset = Glue(str(folder("sst2")), sequence_length=LENGTH, training=Training(epochs=1, batch_size=8))
-    monkeypatch.setattr(glue, "SAVED_EVERY", 5)
+    monkeypatch.setattr(classifiers, "SAVE_STEPS", 5)
     whole, broken = (
         (dataset, ModelSource(encoder), dataset.text("calibration"), "cpu", torch.float32, tmp_path / name)
         for name in ("whole", "broken")
@@ -268,7 +268,7 @@ def test_a_whole_run(
     again = predictions(
         glue.scores(
             saved,
-            windows(text, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"), LENGTH, "test"),
+            example_windows(text, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"), LENGTH, "test"),
             8,
             no_track,
         )
@@ -299,7 +299,7 @@ def test_a_probe_counts_tokens_and_not_their_padding(classifier: Any, padded: Te
     layer = session.layers[-1]
     moved = {layer.name: 1.5 * layer.weight}
     assert session.mean_length == (12 + 5 + 9) // 3
-    first = evaluation.distance(
+    first = evaluation.embedding_distance(
         *(evaluation.embed_all(model, padded[:1], 1) for model in (classifier, _with(classifier, moved)))
     )
     assert session.heldout_kl(moved, 8) == pytest.approx(first, rel=1e-4)

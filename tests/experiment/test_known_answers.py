@@ -77,7 +77,7 @@ def test_the_recipes_do_what_they_say(random_model: Callable[[str], Any]) -> Non
     """On a model of random weights, so that they are run everywhere: feedback brings the logits nearer."""
     windows = torch.randint(512, (12, 64), generator=torch.Generator().manual_seed(0))
     full = random_model("opt")
-    reference = evaluation.reference(full, windows[8:], 4)
+    reference = evaluation.compute_reference(full, windows[8:], 4)
     nearest, fed_back = random_model("opt"), random_model("opt")
     round_to_nearest(nearest)
     gptq(fed_back, windows[:8])
@@ -104,7 +104,7 @@ def fetch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Loade
             text = instantiate(config.dataset, _convert_="object")
             loaded = sources.load(source, "cpu", torch.float32)
             parts = [
-                corpus.windows(text.text(purpose), loaded.tokenizer, length, purpose)
+                corpus.cut_windows(text.text(purpose), loaded.tokenizer, length, purpose)
                 for purpose in ("test", "calibration")
             ]
         except ValueError as error:

@@ -111,7 +111,7 @@ def test_it_is_a_measure_and_reports_both_protocols(
     tiny: Any, tokenizer: Any, text: str, token_windows: Tensor
 ) -> None:
     assert isinstance(SMALL, Measure)
-    reference = evaluation.reference(tiny, token_windows, 8)
+    reference = evaluation.compute_reference(tiny, token_windows, 8)
     subject = EvaluationTarget(
         tiny, None, lambda: None, token_windows, lambda size: reference, no_track, tokenizer=tokenizer, text=text
     )

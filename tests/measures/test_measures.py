@@ -48,7 +48,7 @@ def subject(tiny: Any, packed_model: Any, token_windows: Tensor, tokenizer: Any)
     """The tiny model, its packed copy, that copy's weights as floats, and damages as if they were predicted."""
     own, floats = copy.deepcopy(packed_model), copy.deepcopy(packed_model)
     floats.dequantize()
-    reference = functools.partial(evaluation.reference, tiny, token_windows)
+    reference = functools.partial(evaluation.compute_reference, tiny, token_windows)
     layers, weights = find_layers(tiny), {layer.name: layer.weight for layer in find_layers(floats)}
     damage = {layer.name: float(number % 3) for number, layer in enumerate(layers)}
     return EvaluationTarget(
@@ -218,7 +218,7 @@ def test_several_measures_are_taken_one_after_the_other(subject: EvaluationTarge
 def test_each_layer_is_measured_alone(subject: EvaluationTarget, tiny: Any) -> None:
     """By hand: a fresh copy of the full model per matrix, one window at a time."""
     found, series = Layers(windows=3).measure(subject)
-    windows, full = subject.windows[:3], evaluation.reference(tiny, subject.windows[:3], 1)
+    windows, full = subject.windows[:3], evaluation.compute_reference(tiny, subject.windows[:3], 1)
     floats = dict(subject.compressed.named_parameters())
     for place, layer in enumerate(subject.layers):
         alone = copy.deepcopy(tiny)
@@ -267,7 +267,7 @@ def test_more_windows_than_there_are_are_refused(subject: EvaluationTarget, meas
 
 
 def test_continuations_are_those_of_generate(tiny: Any, token_windows: Tensor) -> None:
-    found = evaluation.continuations(tiny, token_windows[:, :8], 6, batch_size=2)
+    found = evaluation.continue_greedily(tiny, token_windows[:, :8], 6, batch_size=2)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(found, tiny.generate(token_windows[:, :8], **options)[:, 8:])
 
@@ -279,7 +279,7 @@ def test_bleu_is_sacrebleus(subject: EvaluationTarget) -> None:
     assert set(found) == {f"{name}{end}" for name in (*names, "bleu_text_delta") for end in ("", "_low", "_high")}
     assert set(series) == set(names) and all(len(series[name]) == 5 for name in names)
     prompts = subject.windows[:, :8]
-    own, full = (evaluation.continuations(model, prompts, 16, 5) for model in (subject.packed(), subject.full))
+    own, full = (evaluation.continue_greedily(model, prompts, 16, 5) for model in (subject.packed(), subject.full))
     texts = [
         subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for tokens in (own, full, subject.windows[:, 8:])

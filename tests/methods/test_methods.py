@@ -55,7 +55,7 @@ def oracle_of(model: Any, windows: Tensor) -> CalibrationContext:
     """What the runner would tell a method about ``model``; nothing is kept on disk."""
     layers = matrices.find_layers(model)
     compressed = copy.deepcopy(model)
-    full = evaluation.reference(model, windows, 8)
+    full = evaluation.compute_reference(model, windows, 8)
     known: dict[str, Any] = {}
 
     def moments() -> Any:

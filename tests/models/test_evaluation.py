@@ -39,28 +39,28 @@ def test_nll_is_the_loss_of_the_library(tiny: Any, token_windows: Tensor) -> Non
 def test_uniform_logits_have_the_vocabulary_as_perplexity(model: Any, token_windows: Tensor) -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    found = evaluation.evaluate(model, token_windows, 8, evaluation.reference(model, token_windows, 8))
+    found = evaluation.evaluate(model, token_windows, 8, evaluation.compute_reference(model, token_windows, 8))
     assert math.exp(evaluation.summarise(found)["nll"]) == pytest.approx(512)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
 def test_the_batch_size_changes_nothing(tiny: Any, moved: Any, token_windows: Tensor, batch_size: int) -> None:
-    expected = evaluation.evaluate(moved, token_windows, 2, evaluation.reference(tiny, token_windows, 2))
-    full = evaluation.reference(tiny, token_windows, batch_size)
+    expected = evaluation.evaluate(moved, token_windows, 2, evaluation.compute_reference(tiny, token_windows, 2))
+    full = evaluation.compute_reference(tiny, token_windows, batch_size)
     found = evaluation.evaluate(moved, token_windows, batch_size, full)
     for name in expected:
         assert found[name] == pytest.approx(expected[name], abs=1e-6), name
 
 
 def test_a_model_agrees_with_itself(tiny: Any, token_windows: Tensor) -> None:
-    found = evaluation.evaluate(tiny, token_windows, 2, evaluation.reference(tiny, token_windows, 2))
+    found = evaluation.evaluate(tiny, token_windows, 2, evaluation.compute_reference(tiny, token_windows, 2))
     assert found["kl"] == pytest.approx([0] * 5, abs=1e-9) and found["top1_agreement"] == [1] * 5
     assert found["nll_full"] == pytest.approx(found["nll"], abs=1e-6)
     assert evaluation.summarise(found)["nll_delta"] == pytest.approx(0, abs=1e-6)
 
 
 def test_divergence_and_agreement_by_the_formula(tiny: Any, moved: Any, token_windows: Tensor) -> None:
-    found = evaluation.evaluate(moved, token_windows, 2, evaluation.reference(tiny, token_windows, 2))
+    found = evaluation.evaluate(moved, token_windows, 2, evaluation.compute_reference(tiny, token_windows, 2))
     for number, window in enumerate(token_windows):
         with torch.no_grad():
             p, q = (np.exp(model(input_ids=window[None]).logits[0, :-1].double().numpy()) for model in (tiny, moved))
@@ -73,7 +73,7 @@ def test_divergence_and_agreement_by_the_formula(tiny: Any, moved: Any, token_wi
 
 
 def test_reference_states_give_the_logits(tiny: Any, token_windows: Tensor) -> None:
-    full = evaluation.reference(tiny, token_windows, 2)
+    full = evaluation.compute_reference(tiny, token_windows, 2)
     with torch.no_grad():
         for number, window in enumerate(token_windows):
             torch.testing.assert_close(full.logits(number, slice(None)), tiny(input_ids=window[None]).logits[0])
@@ -96,7 +96,7 @@ class Scaled(nn.Module):
 
 def test_a_model_whose_logits_are_not_its_heads_is_refused(token_windows: Tensor) -> None:
     with pytest.raises(ValueError, match="not its head's output: KL cannot be measured"):
-        evaluation.reference(Scaled(), token_windows, 2)
+        evaluation.compute_reference(Scaled(), token_windows, 2)
 
 
 def test_windows_of_unequal_length_are_weighed_by_their_tokens() -> None:
@@ -111,6 +111,6 @@ def test_progress_is_reported_batch_by_batch(tiny: Any, token_windows: Tensor) -
         steps.append((description, len(items)))
         return items
 
-    full = evaluation.reference(tiny, token_windows, 2, track)
+    full = evaluation.compute_reference(tiny, token_windows, 2, track)
     evaluation.evaluate(tiny, token_windows, 2, full, track)
     assert steps == [("full model", 3), ("evaluating", 3)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nashswarm.models.matrices import find_layers, round_to_stored, set_weights, uncompressed_tensors
-from nashswarm.models.sources import LoadedModel, ModelSource, content_of, load
+from nashswarm.models.sources import LoadedModel, ModelSource, content_digest, load
 
 KINDS = ("gpt2", "opt", "llama", "gpt_neox")
 
@@ -156,13 +156,13 @@ def test_the_embedded_model_needs_no_path() -> None:
 def test_content_names_the_files_not_the_folder(model_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copytree(model_folder, tmp_path / "elsewhere")
     same, source = ModelSource(str(tmp_path / "elsewhere")), ModelSource(str(model_folder))
-    assert content_of(same) == content_of(source)
+    assert content_digest(same) == content_digest(source)
     with (tmp_path / "elsewhere" / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
-    assert content_of(same) != content_of(source)
-    assert content_of(ModelSource("owner/name", "v1")) == "owner/name@v1"
-    assert content_of(ModelSource("owner/name")) == "owner/name@main"
+    assert content_digest(same) != content_digest(source)
+    assert content_digest(ModelSource("owner/name", "v1")) == "owner/name@v1"
+    assert content_digest(ModelSource("owner/name")) == "owner/name@main"
 
 
 def broken(model_folder: pathlib.Path, folder: pathlib.Path, how: str) -> pathlib.Path:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nashswarm.models.shapes import SHAPES, Sizes, class_entropy, sizes, sizes_of
+from nashswarm.models.shapes import SHAPES, ParameterCounts, class_entropy, count_from_config, count_parameters
 from nashswarm.quant.prototype import CLASS_BITS, quantize_by_magnitude
 
 PARAMETERS = {
@@ -28,30 +28,30 @@ PARAMETERS = {
 def test_parameters_are_the_known_ones(name: str) -> None:
     if name == "gpt3_175b":  # 96 blocks of 12 d² + 13 d, vocabulary, 2048 positions, last norm
         d = 12288
-        assert sizes(SHAPES[name]).parameters == 96 * (12 * d * d + 13 * d) + (50257 + 2048) * d + 2 * d
+        assert count_from_config(SHAPES[name]).parameters == 96 * (12 * d * d + 13 * d) + (50257 + 2048) * d + 2 * d
     else:
-        assert sizes(SHAPES[name]).parameters == PARAMETERS[name]
+        assert count_from_config(SHAPES[name]).parameters == PARAMETERS[name]
 
 
 def test_nothing_of_a_model_is_allocated() -> None:
     with torch.device("meta"):
-        assert sizes_of(nn.Linear(10**6, 10**6)).linear == (10**12,)
+        assert count_parameters(nn.Linear(10**6, 10**6)).linear == (10**12,)
 
 
 def test_in_gpt2_the_tied_head_is_all_there_is_to_quantize(random_model: Any) -> None:
-    assert sizes(SHAPES["gpt2"]).linear == (50257 * 768,)
-    assert sizes_of(random_model("gpt2")).linear == (512 * 64,)
-    assert len(sizes_of(random_model("llama")).linear) == 2 * 7 + 1
+    assert count_from_config(SHAPES["gpt2"]).linear == (50257 * 768,)
+    assert count_parameters(random_model("gpt2")).linear == (512 * 64,)
+    assert len(count_parameters(random_model("llama")).linear) == 2 * 7 + 1
 
 
 def test_a_small_model_by_hand() -> None:
     """A linear layer of 5 × 6 weights beside 4 other floats: 3, 6 and 21 codes of 8, 4 and 2 bits."""
-    found = Sizes(34, (30,))
+    found = ParameterCounts(34, (30,))
     assert (found.bytes_full, found.code_bytes, found.uniform_bytes) == (136, 3 + 3 + 6, 15)
     assert found.compression_counted == 1 - 12 / 120
-    assert found.bytes_published(CLASS_BITS) == 4 * 4 + 4 + 8 + 24 + 8 + 12
-    assert found.bytes_published(0) == 4 * 4 + 36 + 12
-    assert found.bytes_published(class_entropy()) == pytest.approx(4 * 4 + 36 + 12 + 30 * class_entropy() / 8)
+    assert found.bytes_prototype(CLASS_BITS) == 4 * 4 + 4 + 8 + 24 + 8 + 12
+    assert found.bytes_prototype(0) == 4 * 4 + 36 + 12
+    assert found.bytes_prototype(class_entropy()) == pytest.approx(4 * 4 + 36 + 12 + 30 * class_entropy() / 8)
     assert found.compression(0) == 1 - 64 / 136
     assert found.bytes_at(4) == 17
     assert found.share == 30 / 34
@@ -60,6 +60,6 @@ def test_a_small_model_by_hand() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (16, 64), (101, 13), (64, 256)])
 def test_what_is_counted_is_what_is_written(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert len(quantize_by_magnitude(weight, (0.9, 0.7)).pack()) == Sizes(
+    assert len(quantize_by_magnitude(weight, (0.9, 0.7)).pack()) == ParameterCounts(
         weight.numel(), (weight.numel(),)
-    ).bytes_published(CLASS_BITS)
+    ).bytes_prototype(CLASS_BITS)

@@ -76,7 +76,7 @@ def test_an_added_measure(execute: Callable[..., Record], tiny: Any, token_windo
     undecided = copy.deepcopy(tiny)
     with torch.no_grad():
         undecided.lm_head.weight.zero_()  # every token is as probable as any other
-    reference = functools.partial(evaluation.reference, tiny, token_windows)
+    reference = functools.partial(evaluation.compute_reference, tiny, token_windows)
     found, series = Confidence(batch_size=2).measure(
         EvaluationTarget(tiny, undecided, lambda: undecided, token_windows, reference, no_track)
     )

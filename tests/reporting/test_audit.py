@@ -7,7 +7,7 @@ import re
 import pandas as pd
 import pytest
 
-from nashswarm.models.shapes import Sizes
+from nashswarm.models.shapes import ParameterCounts
 from nashswarm.records import record
 from scripts import audit
 
@@ -55,7 +55,7 @@ def test_a_verdict_on_a_model_of_the_claim_is_not_one_from_elsewhere(evidence: a
 
 def test_verdicts_on_size_follow_the_sizes(evidence: audit.Evidence) -> None:
     """A model that is one linear layer saves as much at every size; without classes it would be what was published."""
-    linear = {name: Sizes(10**9, (10**9,)) for name in evidence.sizes}
+    linear = {name: ParameterCounts(10**9, (10**9,)) for name in evidence.sizes}
     found = verdicts(dataclasses.replace(evidence, sizes=linear))
     assert (found["C1"], found["C10"]) == (audit.FAILS, audit.HOLDS)
     assert linear["gpt2"].compression(0) == pytest.approx(0.90625)

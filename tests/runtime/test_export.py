@@ -279,7 +279,7 @@ def test_the_default_model_in_standard_nodes(tmp_path: pathlib.Path, runtime: An
     loaded = load(ModelSource(), "cpu", torch.float32)
     small, _ = nashswarm.compress(loaded.model, tokenizer=loaded.tokenizer, bits=3.0)
     text = corpus.StdlibDocs().text("test")
-    tokens = corpus.windows(text, loaded.tokenizer, export.PROMPT + export.DECODED, "test")[:1]
+    tokens = corpus.cut_windows(text, loaded.tokenizer, export.PROMPT + export.DECODED, "test")[:1]
     out = tmp_path / "model.onnx"
     found = export.export(small, "onnx-qdq", out, tokens, "float32")
     assert found["parity"] < 1e-4 and found["matrices_int4"] + found["matrices_int8"] == 18
