@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = torch.export.load(path).module() if target == "torch-export" else export.onnx_run(path)
             contestants[case] = Exported(run, export.empty_cache(full))
         named = {" | ".join(case): model for case, model in contestants.items()}
-        times = timing.interleaved(named, tokens, CONTEXT, NEW_TOKENS, options.rounds, lambda name: None, show_progress)
+        times = timing.decoding(named, tokens, CONTEXT, NEW_TOKENS, options.rounds, lambda name: None, show_progress)
     first = next(iter(times.values()))
     rows = []
     for case, each in zip(contestants, times.values(), strict=True):

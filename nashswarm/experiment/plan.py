@@ -19,7 +19,7 @@ from nashswarm.data import corpus, glue
 from nashswarm.errors import Unsupported
 from nashswarm.experiment.identity import to_importable, to_recorded
 from nashswarm.measures.measure import Measure
-from nashswarm.measures.moe import MoeMeasure, QuickValidation
+from nashswarm.measures.moe.target import MoeMeasure
 from nashswarm.measures.quality import Official
 from nashswarm.measures.size import Size
 from nashswarm.methods import distillation
@@ -128,8 +128,6 @@ def plan_moe(config: DictConfig) -> MoePlan:
             raise ValueError(f"task=train_moe cannot use this {group}: choose for example {group}={examples[group]}")
     if isinstance(dataset, glue.Glue):
         raise ValueError(f"{dataset.task} is a task, not a text: choose for example dataset=wikitext2")
-    if isinstance(measure, QuickValidation) and measure.length > source.context:
-        raise ValueError(f"measure.length={measure.length} exceeds model.context={source.context}")
     if config.dtype != "float32":
         raise ValueError(f"task=train_moe trains in float32; leave dtype={config.dtype} out")
     training = build(config.train_moe)

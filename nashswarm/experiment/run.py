@@ -21,7 +21,8 @@ from nashswarm.data import corpus, glue
 from nashswarm.experiment import compression
 from nashswarm.experiment.identity import to_recorded
 from nashswarm.experiment.plan import MoePlan, Plan, plan, plan_moe
-from nashswarm.measures import measure, moe
+from nashswarm.measures import measure
+from nashswarm.measures.moe.target import CALIBRATION_WINDOWS, MoeTarget
 from nashswarm.memory import peak_bytes, reset_peak
 from nashswarm.methods.peers import peer
 from nashswarm.moe import training
@@ -151,15 +152,15 @@ def _train_moe(config: DictConfig, planned: MoePlan) -> RunResult:
     source, texts, length = planned.source, planned.texts, planned.dataset.sequence_length
     judged = training.windows(source, texts["calibration"], length, "validation")
     judged = corpus.first_windows(judged, planned.dataset.test_windows, "validation")
-    moe.check(planned.measure, judged)
+    planned.measure.check(judged, source.context)
     trained = training.trained(
         source, planned.router, planned.training, texts["train"], length, int(config.seed), planned.device,
         pathlib.Path(config.cache), show_progress, code_digest(),
     )  # fmt: skip
-    count = moe.CALIBRATION
+    count = CALIBRATION_WINDOWS
     taught = training.windows(source, texts["train"][: count * judged.shape[1] * 32], length, "training")[:count]
     judged, taught = judged.to(planned.device), taught.to(planned.device)
-    metrics, series = planned.measure.measure(moe.MoeSubject(trained, judged, taught, show_progress))
+    metrics, series = planned.measure.measure(MoeTarget(trained, judged, taught, show_progress))
     save = functools.partial(_save_trained, trained)
     origin = {"parameters": sum(part.numel() for part in trained.model.parameters()), "trained_by": trained.code}
     return RunResult(metrics, dict(trained.series) | series, [], "", origin, save)

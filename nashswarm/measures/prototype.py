@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from nashswarm.games.potential import Game, best_response
 from nashswarm.measures.measure import BATCH, EvaluationTarget, MeasureResult
+from nashswarm.measures.timing import seconds
 from nashswarm.models import evaluation
 from nashswarm.quant.prototype import QUANTILES, quantize_by_magnitude
 from nashswarm.records.statistics import interval
@@ -88,12 +88,11 @@ class Published:
     def routing(self, states: Float[Tensor, "rows width"]) -> dict[str, float]:
         """Microseconds per token of the prototype's router and of plain top-k, two experts each, rows as tokens."""
         centroids, tokens = states[: self.experts], states[self.experts : self.experts + self.routed_tokens]
-        timed = {"loops": route_by_loops, "top_k": route}
-        micro = {
-            name: 1e3 * min(_timed(functools.partial(router, tokens, centroids), self.samples))
-            for name, router in timed.items()
+        best = {
+            name: min(seconds(functools.partial(router, tokens, centroids)) for _ in range(self.samples))
+            for name, router in (("loops", route_by_loops), ("top_k", route))
         }
-        return {f"router_microseconds_{name}": spent / len(tokens) for name, spent in micro.items()}
+        return {f"router_microseconds_{name}": 1e6 * spent / len(tokens) for name, spent in best.items()}
 
 
 def adaptive(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -165,7 +164,7 @@ def latencies(model: Any, ids: Int[Tensor, "1 tokens"], samples: int) -> list[fl
     """Milliseconds of single forward passes, one model after the other, and without waiting for the device to finish;
     32-bit kernels whatever the model is said to be."""
     ids = ids.to(next(model.parameters()).device)
-    return _timed(lambda: model(input_ids=ids), samples)
+    return [1e3 * seconds(lambda: model(input_ids=ids)) for _ in range(samples)]
 
 
 @torch.no_grad()
@@ -253,13 +252,3 @@ def width_costs(weight: Float[Tensor, "rows width"]) -> Float[np.ndarray, "rows 
     found = errors.double().numpy()
     price = float(np.median((found[:, 1] - found[:, 2]) / (WIDTHS[2] - WIDTHS[1])))
     return found + price * np.array(WIDTHS)
-
-
-def _timed(call: Callable[[], Any], samples: int) -> list[float]:
-    """Milliseconds of every call."""
-    found = []
-    for _ in range(samples):
-        started = time.perf_counter()
-        call()
-        found.append(1e3 * (time.perf_counter() - started))
-    return found

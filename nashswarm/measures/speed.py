@@ -68,7 +68,7 @@ class Speed:
         def prepare(name: str) -> None:
             set_activations(packed, "float32" if name == "float32" else "int8")
 
-        times = timing.interleaved(models, tokens, context, self.new_tokens, self.repeats, prepare, subject.track)
+        times = timing.decoding(models, tokens, context, self.new_tokens, self.repeats, prepare, subject.track)
         found: dict[str, float] = {}
         for name, own in times.items():
             suffix = f"_{name}" if name else ""

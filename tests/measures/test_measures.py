@@ -199,7 +199,7 @@ def test_decoding_is_greedy_and_counts_the_tokens(subject: EvaluationTarget, mon
     forward = subject.compressed.forward
     monkeypatch.setattr(subject.compressed, "forward", lambda **kw: (read.append(kw["input_ids"]), forward(**kw))[1])
     prompt = subject.windows[:1, :8]
-    prefill, decode = timing.generated(subject.compressed, prompt, 5)
+    prefill, decode = timing.generation(subject.compressed, prompt, 5)
     assert prefill > 0 and decode > 0
     tokens = prompt
     with torch.no_grad():

@@ -1,13 +1,18 @@
 """What is measured of a mixture of experts: on the device of the model, until that is done, and by sizes that are."""
 
+import functools
 import pathlib
 from typing import Any
 
 import pytest
 import torch
 
-from nashswarm.measures import moe
-from nashswarm.measures.moe import WARM_UP, MoeSubject, QuickValidation, Routed, RoutingTime, timed
+from nashswarm.measures.moe import routing_time
+from nashswarm.measures.moe.quick_validation import QuickValidation
+from nashswarm.measures.moe.routed import Routed
+from nashswarm.measures.moe.routing_time import RoutingTime
+from nashswarm.measures.moe.target import MoeTarget
+from nashswarm.measures.timing import WARM_UP, medians
 from nashswarm.models import experts as moe_experts
 from nashswarm.moe import store
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
@@ -26,9 +31,9 @@ def model() -> MoeForCausalLM:
     return MoeSource(width=32, layers=1, expert_width=32, context=16).build(NashSwarmRouter(), 64, 0).eval()
 
 
-def subject_of(model: MoeForCausalLM) -> MoeSubject:
+def subject_of(model: MoeForCausalLM) -> MoeTarget:
     windows = torch.zeros(4, 16, dtype=torch.int64, device=model.device)
-    return MoeSubject(Trained(model, None, {}, ""), windows, windows, no_track)
+    return MoeTarget(Trained(model, None, {}, ""), windows, windows, no_track)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -36,7 +41,8 @@ def test_what_is_timed_is_waited_for(device: str, monkeypatch: pytest.MonkeyPatc
     """Nothing given to an accelerator earlier counts, and all of its own work does."""
     happened: list[str] = []
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda where: happened.append(f"waited for {where}"))
-    timed([lambda: happened.append("one"), lambda: happened.append("other")], 2, torch.device(device))
+    contestants = {name: functools.partial(happened.append, name) for name in ("one", "other")}
+    medians(contestants, 2, torch.device(device))
     around = [] if device == "cpu" else [f"waited for {device}"]
     assert happened == [*around, "one", *around, *around, "other", *around] * (2 + WARM_UP)
 
@@ -44,16 +50,16 @@ def test_what_is_timed_is_waited_for(device: str, monkeypatch: pytest.MonkeyPatc
 def test_routing_is_timed_where_the_model_is(model: MoeForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.device] = []
 
-    def once(contestants: Any, repeats: int, device: torch.device) -> list[float]:
-        for contestant in contestants:
+    def once(contestants: Any, repeats: int, device: torch.device) -> dict[str, float]:
+        for contestant in contestants.values():
             contestant()
         seen.append(device)
-        return [1.0] * len(contestants)
+        return dict.fromkeys(contestants, 1.0)
 
     for module in (moe_experts, nash_swarm):  # torch's knows no float32 without values
         monkeypatch.setattr(module, "grouped", lambda x, weights, ends: x @ weights[0])
-    monkeypatch.setattr(moe, "timed", once)
-    monkeypatch.setattr(moe, "first_version", lambda x, router: x @ router.weight.T)
+    monkeypatch.setattr(routing_time, "medians", once)
+    monkeypatch.setattr(routing_time, "first_version", lambda x, router: x @ router.weight.T)
     found, _ = RoutingTime(tokens=8, experts=[8]).measure(subject_of(model.to(META)))
     assert found["route_plain_8"] == 1e6 / 8 and set(seen) == {META}
 

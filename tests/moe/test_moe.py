@@ -21,7 +21,8 @@ from torch.nn import functional
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 import nashswarm
-from nashswarm.measures.moe import first_version, one_by_one
+from nashswarm.measures.moe.routed import one_by_one
+from nashswarm.measures.moe.routing_time import first_version
 from nashswarm.models.experts import Experts, SplitExperts, unfuse
 from nashswarm.moe import load, loss, store
 from nashswarm.moe.model import FeedForward, Mixture, MoeForCausalLM, MoeSource
