@@ -1,4 +1,4 @@
-"""Weight matrices of a model, calibration statistics of their modules, and the curvature of the loss in them."""
+"""Weight matrices of a model, the calibration statistics of their modules, and the curvature of the loss."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from nashswarm.quant.curvature import Curvature
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Second moments of one module's inputs and of the gradients of its outputs.
+    """Second moments of the inputs of one module, and of the gradients of its outputs.
 
-    ``inputs``: E[x xᵀ], shape (in, in), of a module that multiplies; the share of positions that look up each row,
-    shape (rows,), of an embedding.  ``outputs``: f = E[g²], shape (out,), in (nats per unit of output)².  ``coupled``
-    and ``coupled_inputs``: the same two with the positions of a window taken together (of the head and of embeddings:
-    themselves).
+    ``inputs`` is E[x xᵀ], of shape (in, in), for a module that multiplies, and the share of positions that look up each
+    row, of shape (rows,), for an embedding.  ``outputs`` is f = E[g²], of shape (out,), in (nats per unit of output)².
+    ``coupled`` and ``coupled_inputs`` replace f and E[x xᵀ] by values that account for gradients at different positions
+    of a window not being independent (see ``calibration.moments``); the output head and embeddings repeat the former.
     """
 
     inputs: Float[Tensor, "..."]
@@ -27,16 +27,17 @@ class Moments:
 
     @property
     def lookup(self) -> bool:
+        """Whether the module is an embedding."""
         return self.inputs.ndim == 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One weight matrix, whoever uses it.
+    """One weight matrix of a model.
 
-    ``weight``: float32, shape (out, in), also where the model stores it transposed.  ``modules``: the modules that
-    share it, ``kinds`` their classes (Linear, Conv1D, Embedding).  ``role``: the last part of its name.  ``depth``: 0
-    (input) to 1 (output).
+    ``weight`` is float32 of shape (out, in), also if the model stores it transposed.  ``modules`` are the names of the
+    modules that share it, and ``kinds`` their classes (Linear, Conv1D, Embedding).  ``role`` is the last part of its
+    name.  ``depth`` runs from 0 at the input of the model to 1 at the output.
     """
 
     name: str
@@ -48,17 +49,18 @@ class Layer:
 
     @property
     def parameters(self) -> int:
+        """Number of weights."""
         return self.weight.numel()
 
 
 def curvature(layer: Layer, moments: Mapping[str, Moments]) -> Curvature:
-    """Second derivatives of the loss in the layer's weights, summed over the modules that share it."""
+    """Return the second derivatives of the loss in the weights of a layer, summed over the modules that share it.
+
+    ``moments`` are by module name.  Raises ValueError if two modules multiply by the same matrix.
+    """
     products = [moments[module] for module in layer.modules if not moments[module].lookup]
-    lookups = [
-        torch.outer(found.inputs, found.outputs)
-        for found in (moments[module] for module in layer.modules)
-        if found.lookup
-    ]
+    embeddings = [moments[module] for module in layer.modules if moments[module].lookup]
+    lookups = [torch.outer(part.inputs, part.outputs) for part in embeddings]
     if len(products) > 1:
         raise ValueError(
             f"{' and '.join(layer.modules)} share a matrix and both multiply: leave it out by model.exclude"

@@ -1,4 +1,4 @@
-"""The memory of this process: what it holds, its high-water mark, and giving back what is no longer used."""
+"""Memory of this process: its size, its peak, pinned pages, and returning freed memory to the system."""
 
 import contextlib
 import ctypes
@@ -10,7 +10,7 @@ import sys
 
 
 def reset_peak() -> bool:
-    """Start a new high-water mark of this process's resident set: whether the kernel allows it."""
+    """Reset the peak of the resident set, and return whether the kernel allows it."""
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         return True
@@ -18,7 +18,7 @@ def reset_peak() -> bool:
 
 
 def peak_bytes() -> int:
-    """The high-water mark of the resident set, in bytes."""
+    """Return the peak of the resident set, in bytes."""
     with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
@@ -27,15 +27,18 @@ def peak_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """The resident set at this moment, in bytes; its high-water mark where the system does not tell."""
+    """Return the current resident set, in bytes, or its peak on systems that report only that."""
     with contextlib.suppress(OSError):
         return resource.getpagesize() * int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return peak_bytes()
 
 
 def usage_by_kind() -> dict[str, int]:
-    """Bytes of this process in memory now: its ``own``, those of ``mapped`` files (programs, checkpoints), which the
-    system may drop and read again, and how many of all are ``pinned``.  Empty where the system does not tell."""
+    """Return the bytes of this process in memory by kind, or nothing on systems that do not report them.
+
+    ``own`` is anonymous memory.  ``mapped`` is memory of files (programs, checkpoints), which the system may drop and
+    read again.  ``pinned`` is the part of both that must stay in memory.
+    """
     names = {"RssAnon": "own", "RssFile": "mapped", "VmLck": "pinned"}
     with contextlib.suppress(OSError):
         lines = (line.split(":") for line in pathlib.Path("/proc/self/status").read_text().splitlines())
@@ -44,7 +47,10 @@ def usage_by_kind() -> dict[str, int]:
 
 
 def pin(address: int, size: int) -> None:
-    """Keep these bytes in memory (mlock).  Raises OSError where the system does not let this process."""
+    """Keep ``size`` bytes from ``address`` on in memory (mlock).
+
+    Raises OSError if the system does not allow it.
+    """
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "mlock"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -53,10 +59,9 @@ def pin(address: int, size: int) -> None:
 
 
 def trim_heap() -> None:
-    """Return freed memory to the system, where the C library can (glibc).
+    """Return freed memory of the heap to the system, if the C library can (glibc).
 
-    It keeps what is freed for the next request of that size, and between tensors that stay, pieces of many sizes add up
-    to a second model.
+    glibc keeps freed memory for later requests.  With tensors of many sizes this adds up to the size of a second model.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Progress of long work."""
+"""Iteration with or without a progress bar."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
+Track = Callable[[Sequence[Any], str], Iterable[Any]]  # (items, description) → the items
 
 
 def no_track(items: Sequence[Any], description: str) -> Iterable[Any]:
-    """Iterate without showing progress."""
+    """Iterate over ``items`` without showing progress."""
     return items
 
 
 def show_progress(items: Sequence[Any], description: str) -> Iterable[Any]:
-    """Iterate behind a progress bar with an estimate, on a terminal."""
+    """Iterate over ``items`` with a progress bar and an estimate of the time left; show nothing outside a terminal."""
     console = Console(stderr=True)
     return track(items, description, console=console, transient=True, disable=not console.is_terminal)

@@ -26,7 +26,7 @@ from torch import Tensor
 from nashswarm import kernels
 from nashswarm.kernels import native
 from nashswarm.kernels import tiles as layout
-from nashswarm.kernels.__main__ import example, interleaved, raw
+from nashswarm.kernels.__main__ import example, fastest_call, interleaved
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
 from nashswarm.records.statistics import median_interval
@@ -69,7 +69,7 @@ def measured(shape: tuple[int, int], batch: int, rounds: int) -> list[dict[str, 
         kind = "lattice" if lattice else f"groups of {GROUP_SIZE}"
         name = f"{'+'.join(map(str, bits))} bits, {kind}, {activations}"
         exact[name] = exact[f"{name}, operator"] = x.double() @ layout.dequantize(tiles).double().T
-        calls[name] = functools.partial(raw(), x, tiles, activations, None)
+        calls[name] = functools.partial(fastest_call(), x, tiles, activations, None)
         if bits == (3,):
             calls[f"{name}, operator"] = functools.partial(kernels.matmul, x, tiles, activations)
     for width, (level, activations) in itertools.product((2, 4, 8), ((4, "int8"), (1, "float32"))):
@@ -97,7 +97,9 @@ def several_widths(shape: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
     for lattice, activations in itertools.product((False, True), kernels.ACTIVATIONS):
         widths = [*((bits,) for bits in MIXED), MIXED]
         tiles = [example(*shape, bits, GROUP_SIZE, lattice) for bits in widths]
-        *alone, several = interleaved([functools.partial(raw(), x, each, activations, None) for each in tiles], rounds)
+        *alone, several = interleaved(
+            [functools.partial(fastest_call(), x, each, activations, None) for each in tiles], rounds
+        )
         of_one = [statistics.mean(each) for each in zip(*alone, strict=True)]
         ratios = sorted(one / other for one, other in zip(several, of_one, strict=True))
         low, high = median_interval(ratios)

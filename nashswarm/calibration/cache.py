@@ -1,4 +1,4 @@
-"""Tensors on disk, kept under the fingerprint of all that produced them."""
+"""A cache of tensors on disk, keyed by the fingerprint of what produced them."""
 
 import contextlib
 import errno
@@ -18,38 +18,42 @@ log = logging.getLogger(__name__)
 
 
 class Cache:
-    """Tensors kept on disk under the fingerprint of what produced them; without a folder nothing is kept.  Of all
-    workers on a folder one computes and the others wait for it; a computation may ask for other tensors, not for its
-    own.  ``hits``: the kinds that were found."""
+    """A cache of tensors, as one safetensors file for each kind and key.
+
+    If several processes ask for the same tensors, one computes them and the others wait.  A computation may ask the
+    cache for other tensors, but not for its own.  Without a ``folder`` nothing is stored.  ``hits`` lists the kinds
+    that were read from disk.
+    """
 
     def __init__(self, folder: pathlib.Path | None, key: Mapping[str, Any], hits: list[str] | None = None) -> None:
         self.folder, self.key = folder, dict(key)
         self.hits: list[str] = [] if hits is None else hits
 
     def with_key(self, key: Mapping[str, Any]) -> "Cache":
-        """The same cache for what depends on ``key`` as well."""
+        """Return this cache for tensors that depend on ``key`` as well."""
         return Cache(self.folder, self.key | dict(key), self.hits)
 
     def __call__(
         self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
+        """Return the tensors of ``kind`` and ``key``, read from disk or computed by ``compute``."""
         if self.folder is None:
             return compute()
         path = self.folder / f"{kind}-{record.fingerprint(self.key | dict(key))}.safetensors"
         with contextlib.suppress(FileNotFoundError, safetensors.SafetensorError):
-            return self._kept(kind, path)
+            return self._read(kind, path)
         with files.claim(path):
             try:
-                return self._kept(kind, path)  # another worker has made it meanwhile
+                return self._read(kind, path)  # another process may have written it meanwhile
             except FileNotFoundError:
                 pass
             except safetensors.SafetensorError as error:
-                log.warning("%s is damaged (%s) and is made anew", path, error)
+                log.warning("%s is damaged (%s) and is computed again", path, error)
             tensors = compute()
             files.write_by(path, functools.partial(_save, tensors))
         return tensors
 
-    def _kept(self, kind: str, path: pathlib.Path) -> dict[str, Tensor]:
+    def _read(self, kind: str, path: pathlib.Path) -> dict[str, Tensor]:
         tensors = safetensors.torch.load_file(path)
         self.hits.append(kind)
         return tensors
@@ -58,5 +62,5 @@ class Cache:
 def _save(tensors: Mapping[str, Tensor], path: pathlib.Path) -> None:
     try:
         safetensors.torch.save_file({name: part.contiguous() for name, part in tensors.items()}, path)
-    except safetensors.SafetensorError as error:  # how safetensors reports a full disk
+    except safetensors.SafetensorError as error:  # safetensors reports a full disk this way
         raise OSError(errno.EIO, str(error)) from error

@@ -1,4 +1,4 @@
-"""What a method may know of a model, and what it gives back: all that the two sides have in common."""
+"""The interface between compression methods and the model: what a method may know, and nothing else."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +13,18 @@ from nashswarm.progress import Track, no_track
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationContext:
-    """All that a method may know.
+    """All that a compression method may know of a model.
 
-    ``fixed_bytes``: stored bytes outside the layers (norms, biases, headers, config).  ``parameters``: of the whole
-    model. ``moments``: calibration statistics by module, computed or read when asked for.  ``heldout_kl``: KL in
-    nats per token of the model with these layer weights (the others at full precision), on so many tokens of held-out
-    calibration text (None: all of it).  ``cached``: tensors by kind and key, read from an earlier run or computed.
-    ``track``: iterate with progress shown.  ``inputs_after``: E[x xᵀ] of these modules, by name, once the model has
-    these layer weights.  ``calibration``: the model itself and its calibration windows, for a library that calibrates
-    by its own means.
+    - ``layers``: the weight matrices to compress.
+    - ``fixed_bytes``: stored bytes outside of the layers (norms, biases, headers, config).
+    - ``parameters``: number of parameters of the whole model.
+    - ``moments()`` returns the calibration statistics by module name, computed on first use or read from the cache.
+    - ``heldout_kl(weights, tokens)`` returns the KL divergence, in nats per token, of the model with these layer
+      weights (all others in full precision), on that many tokens of held-out calibration text (None: all of it).
+    - ``cached(kind, key, compute)`` returns tensors, read from an earlier run or computed.
+    - ``track(items, description)`` iterates over items and shows progress.
+    - ``inputs_after(weights, names)`` returns E[x xᵀ] of these modules in the model with these layer weights.
+    - ``calibration``: the model and its calibration windows, for libraries that calibrate by their own means.
     """
 
     layers: tuple[Layer, ...]

@@ -1,20 +1,20 @@
-"""What calibration text says about every weight matrix, in one forward and one backward pass per window.
+"""Second moments of every weight matrix, from one forward and one backward pass per window of calibration text.
 
-For a matrix that multiplies: ``H = E[x xᵀ]`` of its inputs and ``f = E[g²]`` of its outputs, g being the gradient, at
-each position, of the window's summed NLL.  For a matrix that is looked up: how often each row is, and f of its outputs.
-Together they give the second-order damage of an error E, in nats per token (Hassibi & Stork 1993; K-FAC with a diagonal
-output factor, Kim et al. 2025):  ``D(E) = ½ Σ_o f_o · e_oᵀ H e_o``.
+Let x be the input of a matrix at a position, and g the gradient of the window's summed negative log-likelihood (NLL) in
+its output there.  A matrix that multiplies has ``H = E[x xᵀ]`` and ``f = E[g²]``; a matrix that is looked up has the
+frequency of each row in place of H.  They give the damage of an error E to second order, in nats per token (Hassibi &
+Stork 1993; K-FAC with a diagonal output factor, Kim et al. 2025):  ``D(E) = ½ Σ_o f_o · e_oᵀ H e_o``.
 
-An error in a weight acts on all positions of a window at once, and where attention mixes them their gradients do not
-add up independently.  ``coupled`` is f with that taken in: ``E[‖G_o‖²] / (T · tr H)`` with G_o the gradient of the
-window's summed NLL with respect to row o of the weight; the two agree when positions are independent.  The same
-taken the other way, ``E[GᵀG]`` with the trace of H, is ``coupled_inputs``: which inputs meet large gradients.
+An error in a weight acts on all positions of a window at once.  Attention mixes positions, so their gradients are not
+independent.  ``coupled`` is an f that accounts for this: ``E[‖G_o‖²] / (T · tr H)``, with G_o the gradient of the NLL
+of a window of T tokens in row o of the weight.  It equals f if positions are independent.  ``coupled_inputs`` does the
+same for H: ``E[GᵀG]``, scaled to the trace of H.
 
-An expert of a mixture sees only the tokens that were sent to it, and an error in it costs nothing elsewhere: its inputs
-count by its traffic, the share of positions that it saw.
+An expert of a mixture sees only the tokens routed to it, and an error in it costs nothing elsewhere.  Its H is
+therefore multiplied by its traffic, the share of positions that it saw.
 
-A model that is judged by something else brings its own scalar score of a window.  Wherever the expectation of the
-squared change of the score is twice the damage that is meant, D is that damage per position.
+A model that is not judged by the NLL brings its own score, a scalar function of a window.  D is then the damage per
+position, provided that the expected squared change of the score is twice the damage.
 """
 
 import contextlib
@@ -33,12 +33,11 @@ from nashswarm.progress import Track, no_track
 
 Labels = Literal["model", "text"]
 Score = Callable[[Any, Tensor, torch.Generator], Tensor]
-DRAWN_AT_ONCE = 128  # positions
+SAMPLED_AT_ONCE = 128  # positions
 
 
-class _Sums:
-    """Running sums of one module on the CPU, fed by hooks: matrices in float32, as each window's part of them, vectors
-    in float64."""
+class _MomentSums:
+    """Running sums of one module, updated by hooks, on the CPU: matrices in float32, vectors in float64."""
 
     def __init__(self, module: nn.Module, head: bool) -> None:
         self.module, self.head = module, head
@@ -48,38 +47,41 @@ class _Sums:
         self.rows: Tensor | None = None
         self.columns: Tensor | None = None
 
-    def see(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook: add the inputs, and wait for the gradient of the output."""
+    def add_inputs(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook: add the inputs, and register a hook on the gradient of the output."""
         outputs = output.shape[-1]
         inputs = None
         if isinstance(module, nn.Embedding):
             output = output.detach().requires_grad_()
             rows, positions = module.num_embeddings, output.numel() // outputs
             if type(module).forward is nn.Embedding.forward:
-                seen = torch.bincount(arguments[0].flatten().cpu(), minlength=rows).double()
-            else:  # a position table that works out its own indices: all rows alike
-                seen = torch.full((rows,), positions / rows, dtype=torch.float64)
+                window_inputs = torch.bincount(arguments[0].flatten().cpu(), minlength=rows).double()
+            else:  # a position table that computes its own indices: count all rows alike
+                window_inputs = torch.full((rows,), positions / rows, dtype=torch.float64)
         else:
             inputs = arguments[0].detach().float().flatten(0, -2)
             positions = len(inputs)
-            seen = (inputs.T @ inputs).cpu()
+            window_inputs = (inputs.T @ inputs).cpu()
         self.positions += positions
-        self.inputs = _added(self.inputs, seen)
-        output.register_hook(functools.partial(self.see_gradient, inputs))
+        self.inputs = _add(self.inputs, window_inputs)
+        output.register_hook(functools.partial(self.add_gradient, inputs))
         return output
 
-    def see_gradient(self, inputs: Tensor | None, gradient: Tensor) -> None:
-        """Backward hook: add the squared gradients of the outputs, and those of the weight's rows."""
+    def add_gradient(self, inputs: Tensor | None, gradient: Tensor) -> None:
+        """Backward hook: add the squared gradients of the outputs, and of the rows and columns of the weight."""
         gradients = gradient.detach().float().flatten(0, -2)
-        self.outputs = _added(self.outputs, gradients.square().sum(0).cpu().double())
+        self.outputs = _add(self.outputs, gradients.square().sum(0).cpu().double())
         if inputs is not None and not self.head:
-            of_weight = gradients.T @ inputs
-            self.rows = _added(self.rows, of_weight.square().sum(1).cpu().double())
-            self.columns = _added(self.columns, (of_weight.T @ of_weight).cpu())
+            weight_gradient = gradients.T @ inputs
+            self.rows = _add(self.rows, weight_gradient.square().sum(1).cpu().double())
+            self.columns = _add(self.columns, (weight_gradient.T @ weight_gradient).cpu())
 
     def moments(self) -> Moments:
-        """The means.  Add-one smoothing of an embedding's counts, and of the head's gradients, keeps tokens that
-        calibration never saw from costing nothing."""
+        """Return the means over positions.
+
+        The counts of an embedding and the squared gradients of the output head get add-one smoothing: otherwise errors
+        in tokens that calibration text does not contain would cost nothing.
+        """
         assert self.inputs is not None and self.outputs is not None
         inputs, outputs = self.inputs.div_(self.positions), self.outputs / self.positions
         if self.inputs.ndim == 1:
@@ -91,40 +93,41 @@ class _Sums:
         if self.rows is None or self.columns is None:
             return Moments(inputs, outputs.float(), outputs.float(), inputs.clone())
         gradient = float(self.columns.diagonal().double().sum())
-        if not trace or not gradient:  # nothing comes in, or nothing that goes out matters
+        if not trace or not gradient:  # no inputs, or no gradients
             return Moments(inputs, outputs.float(), torch.zeros_like(outputs).float(), inputs.clone())
         coupled = self.rows / (self.positions * trace)
         return Moments(inputs, outputs.float(), coupled.float(), self.columns.mul_(trace / gradient))
 
 
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    """``total`` with ``part`` added in place: a second copy of all sums would not fit."""
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    """Add ``part`` to ``total`` in place, because a second copy of all sums may not fit into memory."""
     return part if total is None else total.add_(part)
 
 
 @contextlib.contextmanager
-def _watched(model: Any, names: Sequence[str]) -> Iterator[dict[str, _Sums]]:
+def _moment_hooks(model: Any, names: Sequence[str]) -> Iterator[dict[str, _MomentSums]]:
+    """Collect the sums of these modules during the context, with the gradients of all parameters switched off."""
     head = model.get_output_embeddings()
     modules = {name: model.get_submodule(name) for name in names}
-    sums = {name: _Sums(module, module is head) for name, module in modules.items()}
-    wanted_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sums = {name: _MomentSums(module, module is head) for name, module in modules.items()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())]
-    handles += [watch.module.register_forward_hook(watch.see) for watch in sums.values()]
-    for parameter in wanted_gradient:
+    handles += [part.module.register_forward_hook(part.add_inputs) for part in sums.values()]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield sums
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in wanted_gradient:
+        for parameter in trainable:
             parameter.requires_grad_()
 
 
 def summed_nll(
     model: Any, window: Integer[Tensor, " length"], generator: torch.Generator, labels: Labels = "model"
 ) -> Float[Tensor, ""]:
-    """The summed NLL of a window's next tokens, in nats: of tokens drawn from the model or of the text's own."""
+    """Compute the summed NLL of a window in nats, with labels sampled from the model or taken from the text."""
     logits = model(input_ids=window.unsqueeze(0)).logits[0, :-1]
     targets = sample_tokens(logits.detach(), generator).to(logits.device) if labels == "model" else window[1:]
     return functional.cross_entropy(logits.float(), targets, reduction="sum")
@@ -133,14 +136,17 @@ def summed_nll(
 def sample_tokens(
     logits: Float[Tensor, "positions vocabulary"], generator: torch.Generator
 ) -> Integer[Tensor, " positions"]:
-    """A token of every position, on the CPU: where a number drawn from 0 to 1 falls in the cumulative distribution.
-    (``torch.multinomial`` draws a number for every token of the vocabulary.)"""
-    heights = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
-    found = [
-        torch.searchsorted(part.cpu().double().softmax(-1).cumsum_(-1), height, right=True)
-        for part, height in zip(logits.split(DRAWN_AT_ONCE), heights.split(DRAWN_AT_ONCE), strict=True)
+    """Sample one token for each position, on the CPU.
+
+    A uniform number is looked up in the cumulative distribution.  (``torch.multinomial`` would draw a number for every
+    token of the vocabulary.)
+    """
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+    tokens = [
+        torch.searchsorted(part.cpu().double().softmax(-1).cumsum_(-1), numbers, right=True)
+        for part, numbers in zip(logits.split(SAMPLED_AT_ONCE), uniform.split(SAMPLED_AT_ONCE), strict=True)
     ]
-    return torch.cat(found)[:, 0].clamp(max=logits.shape[1] - 1)  # the sum may fall short of 1 by rounding
+    return torch.cat(tokens)[:, 0].clamp(max=logits.shape[1] - 1)  # rounding may leave the last sum below 1
 
 
 def calibrate(
@@ -152,48 +158,48 @@ def calibrate(
     track: Track = no_track,
     score: Score | None = None,
 ) -> dict[str, Moments]:
-    """Moments of every module in ``names``, averaged over all positions of ``windows``.
+    """Compute the moments of the modules in ``names``, averaged over all positions of ``windows``.
 
-    ``labels``: the next tokens that the NLL is taken of are drawn from the model (``"model"``, the true Fisher) or are
-    those of the text (``"text"``, the empirical one).  ``score``: a scalar of model, window and generator, random or
-    not, whose gradient takes the place of the NLL's.  Raises ValueError for a module that the model never uses.
+    ``labels`` are sampled from the model (``"model"``, for the true Fisher information) or taken from the text
+    (``"text"``, for the empirical one).  ``score``, a function of model, window and generator, replaces the NLL as the
+    scalar whose gradient is taken.  Raises ValueError for a module that the model never uses.
     """
     score = score or functools.partial(summed_nll, labels=labels)
     model.eval()
-    with _watched(model, names) as sums:
+    with _moment_hooks(model, names) as sums:
         for window in track(list(windows), "calibrating"):
             score(model, window, generator).backward()
-    found = {name: watch.moments() for name, watch in sums.items() if watch.positions and watch.outputs is not None}
-    traffic = {name: sums[name].positions / windows.numel() for name in found if _routed(sums[name].module)}
-    for name, watch in sums.items():
-        if _routed(watch.module) and name not in found:
-            found[name] = _of_siblings(name, found, windows.numel())
-    found |= {name: _seen_by(found[name], share) for name, share in traffic.items()}
-    if unused := [name for name in names if name not in found]:
+    moments = {name: part.moments() for name, part in sums.items() if part.positions and part.outputs is not None}
+    traffic = {name: sums[name].positions / windows.numel() for name in moments if _routed(sums[name].module)}
+    for name, part in sums.items():
+        if _routed(part.module) and name not in moments:
+            moments[name] = _mean_of_siblings(name, moments, windows.numel())
+    moments |= {name: _scale_inputs(moments[name], share) for name, share in traffic.items()}
+    if unused := [name for name in names if name not in moments]:
         raise ValueError(f"the model never uses {', '.join(unused)}: leave them out by model.exclude, or exclude=")
-    return found
+    return moments
 
 
 def _routed(module: nn.Module) -> bool:
-    """Whether it is a matrix of one expert."""
+    """Return whether the module is a matrix of one expert."""
     return getattr(module, "routed", False)
 
 
-def _seen_by(moments: Moments, share: float) -> Moments:
-    """Moments over all positions of which a module saw this share."""
+def _scale_inputs(moments: Moments, share: float) -> Moments:
+    """Return the mean over all positions, given the mean over the ``share`` of them that the module saw."""
     return dataclasses.replace(moments, inputs=share * moments.inputs, coupled_inputs=share * moments.coupled_inputs)
 
 
-def _of_siblings(name: str, found: dict[str, Moments], positions: int) -> Moments:
-    """Of an expert that no token was sent to: the mean of its layer's other experts, seen at one position, so that it
-    costs little and not nothing."""
+def _mean_of_siblings(name: str, moments: dict[str, Moments], positions: int) -> Moments:
+    """Return moments for an expert that no token was routed to: the mean of the other experts of its layer.
+
+    They count as seen at one position, so that errors in the expert cost little but not nothing.
+    """
     stem, _, role = name.rpartition(".")
     layer = stem.rpartition(".")[0]
-    others = [
-        moments for other, moments in found.items() if other.startswith(f"{layer}.") and other.endswith(f".{role}")
-    ]
+    others = [part for other, part in moments.items() if other.startswith(f"{layer}.") and other.endswith(f".{role}")]
     if not others:
         raise ValueError(f"no expert of {layer} was ever used: give more calibration text")
-    parts = (field.name for field in dataclasses.fields(Moments))
-    mean = Moments(*(torch.stack([getattr(one, part) for one in others]).mean(0) for part in parts))
-    return _seen_by(mean, 1 / positions)
+    fields = (field.name for field in dataclasses.fields(Moments))
+    mean = Moments(*(torch.stack([getattr(other, field) for other in others]).mean(0) for field in fields))
+    return _scale_inputs(mean, 1 / positions)

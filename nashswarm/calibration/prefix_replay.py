@@ -1,4 +1,4 @@
-"""Forward passes of a model of which some late block changed: the blocks before it answer as they did before."""
+"""Forward passes that skip the blocks before the first changed one, by replaying their recorded outputs."""
 
 import contextlib
 import copy
@@ -11,17 +11,18 @@ from torch import nn
 
 
 class PrefixReplay:
-    """The answers of a model's blocks, the parts of its lists of modules, on some text.
+    """Recorded outputs of the blocks of a model on some text.
 
-    ``run``: all forward passes over that text, done without gradients.  A block that answers more or less than once a
-    pass, as where layers share it, is never replayed, nor are those after it.
+    Blocks are the members of the model's outermost lists of modules.  ``run`` performs all forward passes over the
+    text; it is called once, without gradients, to record the outputs.  A block that is not called exactly once in each
+    pass, for example because layers share it, is never replayed, and neither are the blocks after it.
     """
 
     def __init__(self, model: Any, run: Callable[[], object]) -> None:
         self.model = model
         self.passes = 0
-        self.answers: dict[nn.Module, list[Any]] = {}
-        hooks = [block.register_forward_hook(self._see) for stack in _stacks(model) for block in stack]
+        self.outputs: dict[nn.Module, list[Any]] = {}
+        hooks = [block.register_forward_hook(self._record) for stack in _stacks(model) for block in stack]
         hooks.append(model.register_forward_hook(self._count))
         try:
             with torch.no_grad():
@@ -30,38 +31,41 @@ class PrefixReplay:
             for hook in hooks:
                 hook.remove()
 
-    def _see(self, block: nn.Module, arguments: tuple[Any, ...], answer: Any) -> None:
-        self.answers.setdefault(block, []).append(answer)
+    def _record(self, block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        self.outputs.setdefault(block, []).append(output)
 
     def _count(self, *call: Any) -> None:
         self.passes += 1
 
     @contextlib.contextmanager
     def skip_prefix(self, names: Iterable[str]) -> Iterator[None]:
-        """Within it, the same passes over the same text compute nothing before the first block that holds one of the
-        modules ``names``; where one of them lies in no block, or they lie in several lists, everything."""
-        skipped = self._before(list(names))
+        """Skip the blocks before the first one that contains one of the modules ``names``, during the context.
+
+        The passes within must be those of ``run``, over the same text.  Nothing is skipped if a module is in no block,
+        or if the modules are in several lists.
+        """
+        skipped = self._blocks_before(list(names))
         for block in skipped:
-            block.forward = functools.partial(_next, iter(self.answers[block]))
+            block.forward = functools.partial(_next_output, iter(self.outputs[block]))
         try:
             yield
         finally:
             for block in skipped:
                 del block.forward
 
-    def _before(self, names: list[str]) -> list[nn.Module]:
-        places = [_place(self.model, name) for name in names]
-        found: list[nn.Module] = []
+    def _blocks_before(self, names: list[str]) -> list[nn.Module]:
+        places = [_block_of(self.model, name) for name in names]
+        blocks: list[nn.Module] = []
         if len({stack for stack, _ in places}) == 1 and (stack := places[0][0]) is not None:
             for block in list(stack)[: min(number for _, number in places)]:
-                if len(self.answers.get(block, [])) != self.passes:
+                if len(self.outputs.get(block, [])) != self.passes:
                     break
-                found.append(block)
-        return found
+                blocks.append(block)
+        return blocks
 
 
 def _stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
-    """Its outermost lists of modules."""
+    """Iterate over the outermost lists of modules."""
     for module in model.children():
         if isinstance(module, nn.ModuleList):
             yield module
@@ -69,8 +73,8 @@ def _stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
             yield from _stacks(module)
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.ModuleList | None, int]:
-    """The outermost list that a module lies in, and where; or no list."""
+def _block_of(model: nn.Module, name: str) -> tuple[nn.ModuleList | None, int]:
+    """Return the outermost list of modules that contains a module, and its index there; (None, 0) if there is none."""
     module = model
     for part in name.split("."):
         if isinstance(module, nn.ModuleList):
@@ -79,6 +83,6 @@ def _place(model: nn.Module, name: str) -> tuple[nn.ModuleList | None, int]:
     return None, 0
 
 
-def _next(answers: Iterator[Any], *arguments: Any, **options: Any) -> Any:
-    """The next of the remembered answers, as a copy: who gets it may change it."""
-    return copy.deepcopy(next(answers))
+def _next_output(outputs: Iterator[Any], *arguments: Any, **options: Any) -> Any:
+    """Return the next recorded output, as a copy because the caller may modify it."""
+    return copy.deepcopy(next(outputs))

@@ -1,10 +1,9 @@
-"""What is known of a model that is to be compressed: calibration statistics, and how far weights move it on held-out
-text.  An ``CalibrationContext`` answers from it, and methods see nothing else."""
+"""A model with its calibration text: statistics of its layers, and the effect of candidate weights on held-out text."""
 
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,15 @@ from nashswarm.models import evaluation, matrices
 from nashswarm.packed import file_format
 from nashswarm.progress import Track, show_progress
 
-HELDOUT_LOGITS = 1 << 26  # in a batch of held-out windows: what their divergence may take in memory
-Compute = Callable[[], dict[str, Tensor]]
-Truth = evaluation.Reference | Float[Tensor, "some width"]  # what a full model says about text
+HELDOUT_LOGITS = 1 << 26  # logits in a batch of held-out windows, which bounds the memory of the divergence
+ReferenceOutputs = evaluation.Reference | Float[Tensor, "some width"]  # of the full-precision model on some text
 
 
 class CalibrationSession:
-    """A model, its layers, and the windows that calibrate it and those held out; ``seed`` is that of labels drawn from
-    the model."""
+    """A model, its layers, its calibration windows and its held-out windows.
+
+    Methods see a session only through its ``context()``.  ``seed`` is that of the labels sampled from the model.
+    """
 
     def __init__(
         self,
@@ -43,24 +43,26 @@ class CalibrationSession:
     ) -> None:
         self.full, self.layers, self.calibration, self.holdout = model, layers, calibration, holdout
         self.seed, self.cache, self.track = seed, cache, track
-        self.probes: dict[int, _Probe] = {}
+        self.subsets: dict[int, _HeldoutSubset] = {}
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
 
     @functools.cached_property
     def candidate_model(self) -> Any:
-        """A copy of the model to try weights on, made when first asked for: calibration needs the room."""
+        """A copy of the model for trying weights.  It is made on first use, because calibration needs the memory."""
         return copy.deepcopy(self.full)
 
     def context(self) -> CalibrationContext:
-        """All that the method may know."""
+        """Return what a compression method may know of the model."""
         others = matrices.uncompressed_tensors(self.full, self.layers)
-        likely = {layer.name: np.zeros(layer.parameters // 3, np.uint8) for layer in self.layers}
-        likely[file_format.TABLES] = np.zeros(1000, np.uint8)
-        fixed = sum(len(content) for content in file_format.checkpoint_files(self.full, likely, others, 16).values())
-        fixed -= sum(len(content) for content in likely.values())
+        placeholders = {layer.name: np.zeros(layer.parameters // 3, np.uint8) for layer in self.layers}
+        placeholders[file_format.TABLES] = np.zeros(1000, np.uint8)
+        fixed = sum(
+            len(content) for content in file_format.checkpoint_files(self.full, placeholders, others, 16).values()
+        )
+        fixed -= sum(len(content) for content in placeholders.values())
         return CalibrationContext(
             layers=self.layers,
-            fixed_bytes=fixed + 3 * len(self.layers),  # of the header: longer numbers, if layers take more
+            fixed_bytes=fixed + 3 * len(self.layers),  # the header grows by some digits if layers are larger
             parameters=self.parameters,
             moments=self.moments,
             heldout_kl=self.heldout_kl,
@@ -71,31 +73,34 @@ class CalibrationSession:
         )
 
     def moments(self) -> dict[str, Moments]:
-        """Calibration statistics of every module of the layers."""
+        """Return the calibration statistics of all modules of the layers, computed or read from the cache."""
         names = [module for layer in self.layers for module in layer.modules]
-        parts = [field.name for field in dataclasses.fields(Moments)]
+        fields = [field.name for field in dataclasses.fields(Moments)]
         score = summed_nll if self.causal else evaluation.projection
 
         def compute() -> dict[str, Tensor]:
             generator = torch.Generator().manual_seed(self.seed)
-            found = calibrate(self.full, names, self.calibration, generator, track=self.track, score=score)
+            moments = calibrate(self.full, names, self.calibration, generator, track=self.track, score=score)
             trim_heap()
-            return {f"{name}/{part}": getattr(moments, part) for name, moments in found.items() for part in parts}
+            return {f"{name}/{field}": getattr(part, field) for name, part in moments.items() for field in fields}
 
         tensors = self.cache("moments", {}, compute)
-        return {name: Moments(*(tensors[f"{name}/{part}"] for part in parts)) for name in names}
+        return {name: Moments(*(tensors[f"{name}/{field}"] for field in fields)) for name in names}
 
     @torch.no_grad()
     def inputs_after(self, weights: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """E[x xᵀ] of these modules over the calibration windows, with these layer weights and the others in full."""
+        """Compute E[x xᵀ] of modules over the calibration windows, in the model with these layer weights.
+
+        All other layers are in full precision.
+        """
         sums: dict[str, Tensor] = {}
 
-        def see(name: str, module: Any, arguments: tuple[Any, ...]) -> None:
+        def add_inputs(name: str, module: Any, arguments: tuple[Any, ...]) -> None:
             x = arguments[0].detach().float().flatten(0, -2)
             sums[name] = sums.get(name, 0) + (x.T @ x).double().cpu()
 
         hooks = [
-            self.candidate_model.get_submodule(name).register_forward_pre_hook(functools.partial(see, name))
+            self.candidate_model.get_submodule(name).register_forward_pre_hook(functools.partial(add_inputs, name))
             for name in names
         ]
         matrices.set_weights(self.candidate_model, weights)
@@ -113,71 +118,77 @@ class CalibrationSession:
 
     @property
     def causal(self) -> bool:
-        """Whether it predicts tokens, so that the divergence of its predictions can be measured."""
+        """Whether the model predicts tokens, so that the divergence of its predictions can be measured."""
         return self.full.get_output_embeddings() is not None
 
     @functools.cached_property
     def reference(self) -> evaluation.Reference:
+        """Predictions of the full-precision model on the held-out windows."""
         return evaluation.compute_reference(self.full, self.holdout, self.batch)
 
     @functools.cached_property
     def embeddings(self) -> Float[Tensor, "holdout width"]:
-        """What a full model without a vocabulary makes of the held-out windows."""
+        """Embeddings of the held-out windows by a full-precision model without an output vocabulary."""
         return evaluation.embed_all(self.full, self.holdout, self.batch)
 
     @functools.cached_property
     def mean_length(self) -> int:
-        """Tokens of a held-out window, its padding aside."""
+        """Mean number of tokens in a held-out window, without padding."""
         return max(
             sum(len(evaluation.without_padding(self.full, window)) for window in self.holdout) // len(self.holdout), 1
         )
 
     @property
     def batch(self) -> int:
-        """Windows in a batch of held-out text: 8, or fewer of a long window and a large vocabulary."""
+        """Number of held-out windows in a batch: 8, or fewer if windows are long and the vocabulary is large."""
         rows = len(self.full.get_output_embeddings().weight) if self.causal else 1
         return min(max(HELDOUT_LOGITS // (rows * self.holdout.shape[1]), 1), 8)
 
     def heldout_kl(self, weights: Mapping[str, Tensor], tokens: int | None) -> float:
-        """KL in nats per token on held-out calibration text of the model with these layer weights; of a model without
-        a vocabulary 1 − cosine of its answers."""
-        if tokens is None:
-            self.probes.clear()  # they hold all that a full model says about their text
-            return self.moved(weights, self.holdout, self.reference if self.causal else self.embeddings)
-        if tokens not in self.probes:
-            self.probes[tokens] = self.probe(self.holdout[: -(-tokens // self.mean_length)])
-        probe = self.probes[tokens]
-        with probe.replay.skip_prefix(weights):
-            return self.moved(weights, probe.windows, probe.truth)
+        """Compute how far these layer weights move the model on held-out calibration text.
 
-    def probe(self, windows: Integer[Tensor, "some length"]) -> "_Probe":
-        """What one layer after the other is tried on."""
+        The result is a KL divergence in nats per token, or 1 − cosine similarity of the embeddings for a model without
+        an output vocabulary.  ``tokens`` is the size of the text, and None stands for all of it.
+        """
+        if tokens is None:
+            self.subsets.clear()  # frees the recorded outputs
+            return self.divergence(weights, self.holdout, self.reference if self.causal else self.embeddings)
+        if tokens not in self.subsets:
+            self.subsets[tokens] = self._subset(self.holdout[: -(-tokens // self.mean_length)])
+        subset = self.subsets[tokens]
+        with subset.replay.skip_prefix(weights):
+            return self.divergence(weights, subset.windows, subset.reference)
+
+    def _subset(self, windows: Integer[Tensor, "some length"]) -> "_HeldoutSubset":
         run = functools.partial(
             evaluation.evaluate if self.causal else evaluation.embed_all, self.candidate_model, windows, self.batch
         )
-        truth = self.reference.with_cached_logits(len(windows)) if self.causal else self.embeddings[: len(windows)]
-        return _Probe(windows, truth, PrefixReplay(self.candidate_model, run))
+        reference = self.reference.with_cached_logits(len(windows)) if self.causal else self.embeddings[: len(windows)]
+        return _HeldoutSubset(windows, reference, PrefixReplay(self.candidate_model, run))
 
-    def moved(self, weights: Mapping[str, Tensor], windows: Integer[Tensor, "some length"], truth: Truth) -> float:
-        """How far the model's answers are from the ``truth`` with these layer weights."""
+    def divergence(
+        self, weights: Mapping[str, Tensor], windows: Integer[Tensor, "some length"], reference: ReferenceOutputs
+    ) -> float:
+        """Compute the divergence of the model with these layer weights from its ``reference`` outputs."""
         matrices.set_weights(self.candidate_model, weights)
-        if isinstance(truth, evaluation.Reference):
-            found = evaluation.summarise(evaluation.evaluate(self.candidate_model, windows, self.batch, truth))["kl"]
+        if isinstance(reference, evaluation.Reference):
+            result = evaluation.evaluate(self.candidate_model, windows, self.batch, reference)
+            divergence = evaluation.summarise(result)["kl"]
         else:
-            found = evaluation.embedding_distance(
-                truth, evaluation.embed_all(self.candidate_model, windows, self.batch)
+            divergence = evaluation.embedding_distance(
+                reference, evaluation.embed_all(self.candidate_model, windows, self.batch)
             )
         matrices.set_weights(
             self.candidate_model, {layer.name: layer.weight for layer in self.layers if layer.name in weights}
         )
         trim_heap()
-        return found
+        return divergence
 
 
 @dataclasses.dataclass(frozen=True)
-class _Probe:
-    """Some held-out windows, what the full model says about them, and the answers of its blocks."""
+class _HeldoutSubset:
+    """Some held-out windows, the outputs of the full-precision model on them, and those of its blocks."""
 
     windows: Integer[Tensor, "some length"]
-    truth: Truth
+    reference: ReferenceOutputs
     replay: PrefixReplay

@@ -1,9 +1,12 @@
-"""Products with packed matrices, and what tokens choose: one signature, the fastest path that the machine has.
+"""Products with packed matrices, and routing of tokens to experts, on the fastest path that the machine has.
 
-``matmul``, ``rows_of``, ``route`` and ``group`` are operators of torch (``nashswarm::matmul``, …), which
-``torch.compile`` and ``torch.export`` take as they are; gradients reach x through products, scores through gates.
-``direct`` is the same product without the dispatcher, for calls of microseconds.  On the CPU the C++ library computes
-(``native``), products on CUDA Triton; without either the torch reference does.
+``matmul``, ``rows_of``, ``route`` and ``group`` are torch operators (``nashswarm::matmul``, …), so that
+``torch.compile`` and ``torch.export`` accept them.  Gradients flow from products to x, and from gates to scores.
+``direct`` is the same product without torch's dispatcher, for calls that take microseconds.
+
+``tiles`` defines the layout of a packed matrix.  ``native`` calls the C++ library (``csrc``), which computes on the
+CPU; ``triton_kernels`` computes products on CUDA; ``reference`` computes everything in torch where neither is there,
+and is what they are tested against.  ``python -m nashswarm.kernels`` measures the speed of one product.
 """
 
 import dataclasses
@@ -35,18 +38,22 @@ def matmul(
     activations: str = "int8",
     bias: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "*batch rows"]:
-    """x Wᵀ + bias in the dtype of x; ``activations``: int8 rounds x to 8 bits group by group, float32 does not.
+    """Compute x Wᵀ + bias in the dtype of x.
 
-    The operator where something follows what is computed, and ``direct`` where nothing does.
+    ``activations="int8"`` rounds x to 8 bits, group by group; ``"float32"`` does not.  Raises ValueError if x does not
+    fit the matrix or is on another device.
     """
-    if _followed(x, *(() if bias is None else (bias,))):
+    if _needs_dispatch(x, *(() if bias is None else (bias,))):
         return cast(Tensor, torch.ops.nashswarm.matmul(x, bias, activations, *operator_arguments(tiles)))
     return direct(x, tiles, activations, bias)
 
 
 def rows_of(tiles: Tiles, ids: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape columns"]:
-    """The rows of the dequantized matrix that ``ids`` name, in float32."""
-    if _followed(ids):
+    """Return the rows ``ids`` of the dequantized matrix, in float32.
+
+    Raises IndexError for a row that does not exist.
+    """
+    if _needs_dispatch(ids):
         return cast(Tensor, torch.ops.nashswarm.rows(ids, *operator_arguments(tiles)))
     return _rows(ids, tiles)
 
@@ -59,14 +66,15 @@ def route(
     flock: int,
     k: int,
 ) -> tuple[Integer[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
-    """The k experts of largest score − cost among the ``flock`` of largest score − entry, largest first, and their
-    gates: softmaxes of score − price over the k, or of a single one its share of all.
+    """Choose k experts for each token; return their numbers and their gates.
 
-    Raises ValueError unless 1 ≤ k ≤ flock ≤ experts.
+    The ``flock`` experts of the largest score − entry are candidates.  The k of them with the largest score − cost are
+    chosen, in descending order.  Their gates are the softmax of score − price over the chosen experts, or over all
+    experts if k is 1.  Raises ValueError unless 1 ≤ k ≤ flock ≤ experts.
     """
     if not 1 <= k <= flock <= scores.shape[1]:
         raise ValueError(f"k={k} of a flock of {flock} out of {scores.shape[1]}: none may exceed the next")
-    if _followed(scores):
+    if _needs_dispatch(scores):
         return cast(tuple[Tensor, Tensor], torch.ops.nashswarm.route(scores, entry, cost, price, flock, k))
     return _route(scores, entry, cost, price, flock, k)
 
@@ -74,9 +82,12 @@ def route(
 def group(
     numbers: Integer[Tensor, " count"], size: int
 ) -> tuple[Integer[Tensor, " count"], Integer[Tensor, " count"], Integer[Tensor, " size"]]:
-    """The order that sorts numbers below ``size``, equal ones as they stood; the place of each in it; and where those
-    of each number end (int32)."""
-    if _followed(numbers):
+    """Sort assignments by their number below ``size``, for example the expert that each goes to.
+
+    Returns the indices that sort them (stably), the place of each in the sorted order, and where the run of each number
+    ends in it (int32).  Raises ValueError for a number that is not below ``size``.
+    """
+    if _needs_dispatch(numbers):
         return cast(tuple[Tensor, Tensor, Tensor], torch.ops.nashswarm.group(numbers, size))
     return _group(numbers, size)
 
@@ -87,41 +98,41 @@ def direct(
     activations: str = "int8",
     bias: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "*batch rows"]:
-    """``matmul`` as a bare call: without gradients, unseen by compilers."""
+    """Compute ``matmul`` without torch's dispatcher: no gradients, and invisible to compilers."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"unknown activations {activations!r}: choose {' or '.join(ACTIVATIONS)}")
     if x.size(-1) != tiles.columns:
         raise ValueError(f"x has {x.size(-1)} columns and the packed matrix {tiles.columns}: give x as many")
     if x.device != tiles.payload.device:
         raise ValueError(f"x is on {x.device} and the packed matrix on {tiles.payload.device}: move one to the other")
-    single = x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+    floats = x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
     offset = bias if bias is None else bias.float().contiguous()
     if x.is_cpu and native.path() != native.SLOW:
-        answer = native.matmul(single, tiles, activations, offset)
-        return answer if x.dtype is torch.float32 else answer.to(x.dtype)
-    flat = single.view(-1, tiles.columns)
+        product = native.matmul(floats, tiles, activations, offset)
+        return product if x.dtype is torch.float32 else product.to(x.dtype)
+    flat = floats.view(-1, tiles.columns)
     if x.is_cuda and TRITON:
         from nashswarm.kernels import triton_kernels
 
-        answer = triton_kernels.matmul(flat, tiles)
+        product = triton_kernels.matmul(flat, tiles)
     else:
-        answer = reference.matmul(flat, tiles, activations)
+        product = reference.matmul(flat, tiles, activations)
     if offset is not None:
-        answer += offset
-    return answer.view(*x.shape[:-1], tiles.rows).to(x.dtype)
+        product += offset
+    return product.view(*x.shape[:-1], tiles.rows).to(x.dtype)
 
 
 def native_floats(*parts: Tensor) -> bool:
-    """Whether the C++ library may compute with these floats by their addresses."""
+    """Return whether the C++ library can compute with these tensors: plain float32 on the CPU, without gradients."""
     return (
-        not _followed(*parts)
+        not _needs_dispatch(*parts)
         and all(part.is_cpu and part.dtype is torch.float32 for part in parts)
         and native.path() != native.SLOW
     )
 
 
-def _followed(*parts: Tensor) -> bool:
-    """Whether autograd, a compiler or a transform of functions has to see what is done with these."""
+def _needs_dispatch(*parts: Tensor) -> bool:
+    """Return whether autograd, a compiler or a function transform has to see the operation."""
     return (
         torch.compiler.is_compiling()
         or any(type(part) not in (Tensor, torch.nn.Parameter) for part in parts)
@@ -132,12 +143,12 @@ def _followed(*parts: Tensor) -> bool:
 
 
 def operator_arguments(tiles: Tiles) -> tuple[Any, ...]:
-    """The tiles as arguments of the operators."""
+    """Return the tiles as arguments of the torch operators."""
     return *(getattr(tiles, name) for name in PARTS), tiles.order, tiles.rows, tiles.columns, tiles.group_size
 
 
 def _tiles(*arguments: Any) -> Tiles:
-    """The tiles that ``flat`` took apart; their order is not made anew."""
+    """Return the tiles of ``operator_arguments``, without computing their order again."""
     *parts, order, rows, columns, group_size = arguments
     tiles = object.__new__(Tiles)
     sizes = {"rows": rows, "columns": columns, "group_size": group_size, "_order": order}
@@ -200,26 +211,26 @@ def _fake_route(
     return scores.new_empty(len(scores), k, dtype=torch.int64), scores.new_empty(len(scores), k, dtype=kind)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, _, _, *flat = inputs
     ctx.save_for_backward(*flat[:-3])
     ctx.sizes = flat[-3:]
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x: gradient · W; of the bias: the sum; the weight is fixed."""
+    """Return the gradients of x (gradient · W) and of the bias (the sum); the weight has none."""
     x = bias = None
     if ctx.needs_input_grad[0]:
         rows = ctx.sizes[0]
-        every = torch.arange(rows, device=gradient.device)
-        weight = torch.ops.nashswarm.rows(every, *ctx.saved_tensors, *ctx.sizes)
+        all_rows = torch.arange(rows, device=gradient.device)
+        weight = torch.ops.nashswarm.rows(all_rows, *ctx.saved_tensors, *ctx.sizes)
         x = gradient @ weight.to(gradient.dtype)
     if ctx.needs_input_grad[1]:
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
     return x, bias, None, *(None for _ in (*ctx.saved_tensors, *ctx.sizes))
 
 
-def _keep_gates(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_gate_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     scores, _, _, price, _, k = inputs
     ctx.shape = scores.shape
     ctx.save_for_backward(scores - price if k == 1 else scores.new_empty(0), *output)
@@ -227,17 +238,17 @@ def _keep_gates(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _gate_gradients(ctx: Any, _: Tensor | None, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Of the scores: those of a softmax, over the chosen or, where one was chosen, over all."""
-    paid, chosen, gates = ctx.saved_tensors
-    none = torch.zeros(ctx.shape, dtype=gates.dtype, device=gates.device)
-    shares = none.scatter(1, chosen, gates) if chosen.shape[1] > 1 else paid.softmax(1)
-    weighed = gates * gradient
-    return none.scatter(1, chosen, weighed) - weighed.sum(1, keepdim=True) * shares, None, None, None, None, None
+    """Return the gradient of the scores: that of a softmax over the chosen experts, or over all experts if k is 1."""
+    logits, chosen, gates = ctx.saved_tensors
+    zeros = torch.zeros(ctx.shape, dtype=gates.dtype, device=gates.device)
+    shares = zeros.scatter(1, chosen, gates) if chosen.shape[1] > 1 else logits.softmax(1)
+    weighted = gates * gradient
+    return zeros.scatter(1, chosen, weighted) - weighted.sum(1, keepdim=True) * shares, None, None, None, None, None
 
 
 torch.library.register_fake("nashswarm::matmul")(_fake_matmul)
 torch.library.register_fake("nashswarm::rows")(_fake_rows)
 torch.library.register_fake("nashswarm::group")(_fake_group)
 torch.library.register_fake("nashswarm::route")(_fake_route)
-torch.library.register_autograd("nashswarm::matmul", _gradients, setup_context=_keep)
-torch.library.register_autograd("nashswarm::route", _gate_gradients, setup_context=_keep_gates)
+torch.library.register_autograd("nashswarm::matmul", _gradients, setup_context=_save_for_gradients)
+torch.library.register_autograd("nashswarm::route", _gate_gradients, setup_context=_save_for_gate_gradients)

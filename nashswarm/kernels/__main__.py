@@ -1,11 +1,11 @@
-"""How fast one packed matrix is, as a line of JSON:
+"""Measure the speed of a product with a packed matrix, and print it as a line of JSON:
 
     python -m nashswarm.kernels --shape 3072x768 --bits 3 --group-size 64 --batch 1 --threads 1 --activations int8
 
-``microseconds``: the raw call of the library; ``microseconds_op``: ``kernels.matmul``, what modules call;
-``microseconds_fp32``: torch's product with floats; all medians of rounds in which they take turns, weights in cache.
-``ratio`` and ``ratio_op``: the median over rounds of the last over the first, with a 95 % interval, and over the
-second.  ``relative_error``: against float64 products of the same weights.
+``microseconds`` is the raw call of the library, ``microseconds_op`` is ``kernels.matmul`` (what modules call), and
+``microseconds_fp32`` is torch's product with floats.  All are medians over rounds in which the three take turns, with
+the weights in the CPU cache.  ``ratio`` is the median over rounds of the third to the first, with a 95 % interval;
+``ratio_op`` is that of the third to the second.  ``relative_error`` compares with float64 products of the same weights.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from nashswarm.records.statistics import median_interval
 
 MIXED = (2, 3, 4)
 ROUNDS = 61
-SECONDS = 2e-3  # of one product in a round
+SECONDS = 2e-3  # that each call is repeated for in a round
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point."""
+    """Parse ``arguments`` (default: the command line), measure, and print the line."""
     parser = argparse.ArgumentParser(prog="python -m nashswarm.kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--shape", type=_shape, default=(3072, 768), metavar="OUTxIN")
     parser.add_argument("--bits", type=_widths, default=(3,), metavar="BITS", help="a width, several, or: mixed")
@@ -45,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     rows, columns = options.shape
     tiles = example(rows, columns, options.bits, options.group_size, options.lattice)
-    print(json.dumps(measured(tiles, options.batch, options.activations, options.rounds)))
+    print(json.dumps(measure(tiles, options.batch, options.activations, options.rounds)))
 
 
 def example(rows: int, columns: int, bits: Sequence[int], group_size: int, lattice: bool, seed: int = 0) -> Tiles:
-    """A matrix of bell-shaped codes; every tile has one of these widths, drawn alone."""
+    """Make a matrix of normally distributed codes, with the width of each tile drawn at random from ``bits``."""
     generator = torch.Generator().manual_seed(seed)
     shape = (-(-rows // layout.TILE_ROWS), -(-columns // group_size))
     widths = torch.tensor(bits)[torch.randint(len(bits), shape, generator=generator)].to(torch.uint8)
@@ -66,43 +66,43 @@ def example(rows: int, columns: int, bits: Sequence[int], group_size: int, latti
     return Tiles(rows, columns, group_size, payload, widths, scale, zero_point.to(torch.uint8), across, down, *escapes)
 
 
-def measured(tiles: Tiles, batch: int, activations: str, rounds: int) -> dict[str, str | float]:
-    """What the line says."""
+def measure(tiles: Tiles, batch: int, activations: str, rounds: int) -> dict[str, str | float]:
+    """Measure products of ``batch`` random rows with the matrix; return the fields of the line."""
     x = torch.randn(batch, tiles.columns, generator=torch.Generator().manual_seed(1))
     weight = layout.dequantize(tiles)
     exact = x.double() @ weight.double().T
-    found = kernels.direct(x, tiles, activations).double()
-    ours, operator, plain = interleaved(
+    product = kernels.direct(x, tiles, activations).double()
+    raw, operator, plain = interleaved(
         [
-            lambda: raw()(x, tiles, activations, None),
+            lambda: fastest_call()(x, tiles, activations, None),
             lambda: kernels.matmul(x, tiles, activations),
             lambda: torch.nn.functional.linear(x, weight),
         ],
         rounds,
     )
-    ratios = [second / first for first, second in zip(ours, plain, strict=True)]
+    ratios = [second / first for first, second in zip(raw, plain, strict=True)]
     low, high = median_interval(ratios)
     return {
         "path": native.path(),
-        "microseconds": round(1e6 * statistics.median(ours), 2),
+        "microseconds": round(1e6 * statistics.median(raw), 2),
         "microseconds_op": round(1e6 * statistics.median(operator), 2),
         "microseconds_fp32": round(1e6 * statistics.median(plain), 2),
         "ratio": round(statistics.median(ratios), 3),
         "ratio_low": round(low, 3),
         "ratio_high": round(high, 3),
         "ratio_op": round(statistics.median(b / a for a, b in zip(operator, plain, strict=True)), 3),
-        "relative_error": float(f"{float((found - exact).norm() / exact.norm()):.3g}"),
+        "relative_error": float(f"{float((product - exact).norm() / exact.norm()):.3g}"),
         "bits_per_weight": round(8 * tiles.nbytes / tiles.rows / tiles.columns, 3),
     }
 
 
-def raw() -> Callable[..., Tensor]:
-    """The call with the least around it."""
+def fastest_call() -> Callable[..., Tensor]:
+    """Return the function that computes a product with the least overhead."""
     return kernels.direct if native.path() == native.SLOW else native.matmul
 
 
 def interleaved(calls: Sequence[Callable[[], Tensor]], rounds: int) -> list[list[float]]:
-    """Seconds of every call in every round; in a round each has its turn, for as long as the others."""
+    """Return the seconds of each call in each round.  In a round the calls take turns, for equal times."""
     with torch.inference_mode():
         counts = []
         for call in calls:
@@ -110,17 +110,17 @@ def interleaved(calls: Sequence[Callable[[], Tensor]], rounds: int) -> list[list
             counts.append(max(1, round(SECONDS / seconds)))
         times: list[list[float]] = [[] for _ in calls]
         for _ in range(rounds):
-            for call, count, found in zip(calls, counts, times, strict=True):
-                _seconds(call, 3)  # its weights into the cache
-                found.append(_seconds(call, count))
+            for call, count, seconds_by_round in zip(calls, counts, times, strict=True):
+                _seconds(call, 3)  # loads the weights into the CPU cache
+                seconds_by_round.append(_seconds(call, count))
     return times
 
 
 def _seconds(call: Callable[[], Tensor], count: int) -> float:
-    began = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(count):
         call()
-    return (time.perf_counter() - began) / count
+    return (time.perf_counter() - started) / count
 
 
 def _shape(text: str) -> tuple[int, int]:

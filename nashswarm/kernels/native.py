@@ -1,6 +1,7 @@
-"""The C++ library: where it is, which instruction set it takes, and calls with raw pointers.
+"""The C++ library: loading it, choosing an instruction set, and calling it with the addresses of tensors.
 
-``NASHSWARM_KERNEL`` = avx512, avx2, portable or torch forces a path; otherwise the first of these that there is.
+The environment variable ``NASHSWARM_KERNEL`` (avx512, avx2, portable or torch) forces a path.  By default it is the
+first of these that the machine supports.
 """
 
 import ctypes
@@ -19,16 +20,16 @@ from nashswarm.kernels.tiles import Tiles
 
 LIBRARY = pathlib.Path(__file__).parent / "nashswarm_kernels.so"
 VARIABLE = "NASHSWARM_KERNEL"
-PATHS = {"avx512": 2, "avx2": 1, "portable": 0}  # best first; the number is the library's
+PATHS = {"avx512": 2, "avx2": 1, "portable": 0}  # fastest first, with their numbers in the library
 SLOW = "torch"
-INTERFACE = 5  # of csrc/library.cpp: that of the functions and of Matrix
-DIGITS = {"int8": 1, "float32": 3}  # signed bytes that stand for an activation
+INTERFACE = 5  # version of the functions and of Matrix, as in csrc/library.cpp
+DIGITS = {"int8": 1, "float32": 3}  # number of signed bytes that represent an activation
 
 log = logging.getLogger(__name__)
 
 
 class Matrix(ctypes.Structure):
-    """``struct Matrix`` of csrc/matrix.h; addresses are plain numbers."""
+    """``struct Matrix`` of csrc/matrix.h, with addresses as integers."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "columns", "group_size")),
@@ -44,41 +45,44 @@ class Matrix(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """Load the library, or return the reason why it cannot be loaded."""
     if not LIBRARY.exists():
         return "the C++ library was not built: install nashswarm again where CMake finds a C++ compiler"
     try:
-        found = ctypes.CDLL(str(LIBRARY))
+        loaded = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return str(error)
-    if found.nashswarm_interface() != INTERFACE:
-        return "the C++ library was built of other sources: install nashswarm again"
-    found.nashswarm_matmul.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.c_int] * 3]
-    found.nashswarm_rows.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
-    found.nashswarm_rows.restype = ctypes.c_int64
-    found.nashswarm_route.argtypes = [
+    if loaded.nashswarm_interface() != INTERFACE:
+        return "the C++ library was built from other sources: install nashswarm again"
+    loaded.nashswarm_matmul.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.c_int] * 3]
+    loaded.nashswarm_rows.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
+    loaded.nashswarm_rows.restype = ctypes.c_int64
+    loaded.nashswarm_route.argtypes = [
         *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 2, ctypes.c_int,
     ]  # fmt: skip
-    found.nashswarm_sums.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int]
-    found.nashswarm_sums.restype = None
-    found.nashswarm_experts.argtypes = [*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 2]
-    found.nashswarm_experts.restype = ctypes.c_int64
-    found.nashswarm_group.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3]
-    found.nashswarm_group.restype = ctypes.c_int64
-    return found
+    loaded.nashswarm_sums.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int]
+    loaded.nashswarm_sums.restype = None
+    loaded.nashswarm_experts.argtypes = [*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 2]
+    loaded.nashswarm_experts.restype = ctypes.c_int64
+    loaded.nashswarm_group.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3]
+    loaded.nashswarm_group.restype = ctypes.c_int64
+    return loaded
 
 
 def available() -> list[str]:
-    """The paths that this machine can take, the fastest first."""
-    found = library()
-    if isinstance(found, str):
+    """Return the paths that this machine supports, fastest first."""
+    loaded = library()
+    if isinstance(loaded, str):
         return [SLOW]
-    return [*(name for name, number in PATHS.items() if found.nashswarm_supports(number)), SLOW]
+    return [*(name for name, number in PATHS.items() if loaded.nashswarm_supports(number)), SLOW]
 
 
 @functools.cache
 def path() -> str:
-    """The path taken; the log says once which."""
+    """Return the path that is used, and log it once.
+
+    Raises ValueError if ``NASHSWARM_KERNEL`` names an unknown path, or one that the machine does not support.
+    """
     paths = available()
     chosen = os.environ.get(VARIABLE) or paths[0]
     if chosen not in (*PATHS, SLOW):
@@ -90,20 +94,23 @@ def path() -> str:
 
 
 def describe_path(chosen: str) -> str:
-    """What the log says."""
+    """Return the log message for a path; for torch it says why the library is not used."""
     if chosen != SLOW:
         return f"packed weights are multiplied by the C++ library, path {chosen}"
-    found = library()
-    why = found if isinstance(found, str) else f"{VARIABLE}={SLOW}"
-    return f"packed weights are multiplied by torch, which is slow: {why}"
+    loaded = library()
+    reason = loaded if isinstance(loaded, str) else f"{VARIABLE}={SLOW}"
+    return f"packed weights are multiplied by torch, which is slow: {reason}"
 
 
 def matrix_of(tiles: Tiles) -> Matrix:
-    """What the library reads; made once, kept with the order of the tiles, and made again where tensors were moved."""
-    found = tiles.order.__dict__.get("matrix")
-    if found is None or found.payload != tiles.payload.data_ptr():
-        found = tiles.order.__dict__["matrix"] = _matrix(tiles)
-    return cast(Matrix, found)
+    """Return the struct that the library reads.
+
+    It is made once and stored with the order of the tiles, and made again if the payload has another address.
+    """
+    matrix = tiles.order.__dict__.get("matrix")
+    if matrix is None or matrix.payload != tiles.payload.data_ptr():
+        matrix = tiles.order.__dict__["matrix"] = _matrix(tiles)
+    return cast(Matrix, matrix)
 
 
 def _matrix(tiles: Tiles) -> Matrix:
@@ -112,24 +119,27 @@ def _matrix(tiles: Tiles) -> Matrix:
     parts = [part.contiguous() for part in (tiles.payload, tiles.scale.half(), tiles.zero_point, *floats, *escapes)]
     starts = 4 * (len(layout.WIDTHS) - 1) * -(-len(tiles.widths) // layout.SPAN) + 4
     addresses = [part.data_ptr() if part.numel() else 0 for part in (*parts, tiles.order)]
-    found = Matrix(tiles.rows, tiles.columns, tiles.group_size, *addresses, tiles.order.data_ptr() + starts)
-    found.kept = parts  # alive as long as their addresses are
-    found.address, found.multiply = ctypes.addressof(found), _library().nashswarm_matmul
-    return found
+    matrix = Matrix(tiles.rows, tiles.columns, tiles.group_size, *addresses, tiles.order.data_ptr() + starts)
+    matrix.parts = parts  # keeps the tensors alive as long as their addresses are in use
+    matrix.address, matrix.multiply = ctypes.addressof(matrix), _library().nashswarm_matmul
+    return matrix
 
 
 def matmul(
     x: Float32[Tensor, "*batch columns"], tiles: Tiles, activations: str, bias: Float32[Tensor, " rows"] | None
 ) -> Float32[Tensor, "*batch rows"]:
-    """x Wᵀ + bias, of contiguous tensors on the CPU."""
+    """Compute x Wᵀ + bias for contiguous tensors on the CPU.
+
+    Raises MemoryError if there is no memory for the rounded activations.
+    """
     matrix = matrix_of(tiles)
     batch = x.numel() // matrix.columns
-    answer = torch.empty(batch, matrix.rows) if x.dim() == 2 else torch.empty(*x.shape[:-1], matrix.rows)
+    product = torch.empty(batch, matrix.rows) if x.dim() == 2 else torch.empty(*x.shape[:-1], matrix.rows)
     failed = matrix.multiply(
         matrix.address,
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        answer.data_ptr(),
+        product.data_ptr(),
         batch,
         DIGITS[activations],
         torch.get_num_threads(),
@@ -137,17 +147,20 @@ def matmul(
     )
     if failed:
         raise MemoryError(f"no memory is left to round activations of shape {tuple(x.shape)}: take fewer at once")
-    return answer
+    return product
 
 
 def rows_of(tiles: Tiles, ids: Int64[Tensor, "*shape"]) -> Float32[Tensor, "*shape columns"]:
-    """The rows of the dequantized matrix that ``ids`` name, of a contiguous tensor on the CPU."""
+    """Return the rows ``ids`` of the dequantized matrix, for contiguous ``ids`` on the CPU.
+
+    Raises IndexError for a row that does not exist.
+    """
     matrix = matrix_of(tiles)
-    found = torch.empty(*ids.shape, tiles.columns)
-    wrong = _library().nashswarm_rows(matrix.address, ids.data_ptr(), found.data_ptr(), ids.numel())
-    if wrong >= 0:
-        raise layout.missing_row(tiles, int(ids.flatten()[wrong]))
-    return found
+    rows = torch.empty(*ids.shape, tiles.columns)
+    invalid = _library().nashswarm_rows(matrix.address, ids.data_ptr(), rows.data_ptr(), ids.numel())
+    if invalid >= 0:
+        raise layout.missing_row(tiles, int(ids.flatten()[invalid]))
+    return rows
 
 
 def route(
@@ -158,7 +171,10 @@ def route(
     flock: int,
     k: int,
 ) -> tuple[Int64[Tensor, "rows k"], Float32[Tensor, "rows k"]]:
-    """``kernels.route`` of contiguous tensors on the CPU; of equal experts the earlier is the better."""
+    """Compute ``kernels.route`` for contiguous tensors on the CPU.  Ties go to the expert of the lower number.
+
+    Raises MemoryError if there is no memory for the candidates.
+    """
     rows, size = scores.shape
     chosen, gates = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k)
     failed = _library().nashswarm_route(
@@ -175,14 +191,14 @@ def sums(
     places: Int64[Tensor, " assignments"],
     gates: Float32[Tensor, "tokens k"],
 ) -> Float32[Tensor, "tokens width"]:
-    """The gated sums of each token's k rows, which stand at ``places``; of contiguous tensors on the CPU."""
+    """Sum the k rows of each token, found at ``places``, weighted by their gates, for contiguous tensors on the CPU."""
     (tokens, k), width = gates.shape, rows.shape[1]
-    found = torch.empty(tokens, width)
+    output = torch.empty(tokens, width)
     _library().nashswarm_sums(
-        rows.data_ptr(), places.data_ptr(), gates.data_ptr(), tokens, k, width, found.data_ptr(),
+        rows.data_ptr(), places.data_ptr(), gates.data_ptr(), tokens, k, width, output.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    return found
+    return output
 
 
 def experts(
@@ -192,31 +208,35 @@ def experts(
     chosen: Int64[Tensor, "tokens k"],
     gates: Float32[Tensor, "tokens k"],
 ) -> Float32[Tensor, "tokens width"]:
-    """The gated sums of what each token's k experts make of it, one after the other; contiguous tensors on the CPU."""
+    """Sum the outputs of the k experts of each token, weighted by their gates, for contiguous tensors on the CPU.
+
+    An expert is ``down · gelu(up · x)``.  Experts are computed one after another, which is fastest for few tokens.
+    Raises ValueError for an expert that does not exist.
+    """
     (count, hidden, width), (tokens, k) = up.shape, chosen.shape
-    found, inner = torch.empty(tokens, width), torch.empty(hidden)
-    wrong = _library().nashswarm_experts(
+    output, inner = torch.empty(tokens, width), torch.empty(hidden)
+    invalid = _library().nashswarm_experts(
         x.data_ptr(), up.data_ptr(), down.data_ptr(), chosen.data_ptr(), gates.data_ptr(), tokens, k, count, width,
-        hidden, inner.data_ptr(), found.data_ptr(),
+        hidden, inner.data_ptr(), output.data_ptr(),
     )  # fmt: skip
-    if wrong >= 0:
-        raise _no_expert(int(chosen.flatten()[wrong]), count)
-    return found
+    if invalid >= 0:
+        raise _missing_expert(int(chosen.flatten()[invalid]), count)
+    return output
 
 
 def group(numbers: Int64[Tensor, " count"], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``kernels.group`` of a contiguous tensor on the CPU."""
+    """Compute ``kernels.group`` for a contiguous tensor on the CPU."""
     order, places = torch.empty_like(numbers), torch.empty_like(numbers)
     ends = torch.empty(size, dtype=torch.int32)
-    wrong = _library().nashswarm_group(
+    invalid = _library().nashswarm_group(
         numbers.data_ptr(), len(numbers), size, order.data_ptr(), places.data_ptr(), ends.data_ptr()
     )
-    if wrong >= 0:
-        raise _no_expert(int(numbers[wrong]), size)
+    if invalid >= 0:
+        raise _missing_expert(int(numbers[invalid]), size)
     return order, places, ends
 
 
-def _no_expert(number: int, count: int) -> ValueError:
+def _missing_expert(number: int, count: int) -> ValueError:
     return ValueError(f"there is no expert {number}: they are numbered from 0 to {count - 1}")
 
 

@@ -1,14 +1,16 @@
-"""A matrix as kernels read it: tiles of 16 rows × ``group_size`` columns, each at the width of its codes.
+"""The memory layout of a packed matrix: tiles of 16 rows × ``group_size`` columns, each with a bit width of its own.
 
-The weight at (o, j), in row o mod 16 of its tile, is
+The weight in row o and column j is
 
     row_scale[o] · column_scale[j] · scale · (code − zero_point)
 
-with one ``scale`` and ``zero_point`` for every row of a tile, or, where they are absent (codes of a lattice), 1 and the
-middle of the width's range; there, codes beyond that range are escapes, added by their place.
+Each row of a tile has a ``scale`` and a ``zero_point``.  If they are absent, as for codes of a lattice, the scale is 1
+and the zero point is the middle of the range of the width.  Codes of a lattice that do not fit the range are escapes,
+stored with their position, and added to the code.
 
-A row of a tile is one 32-bit lane of a 512-bit register.  A register holds, lane by lane, four consecutive inputs, one
-in each byte of the lane; a chunk is 32 inputs, eight such positions, and takes ``width`` registers of 64 bytes:
+Codes are arranged for 512-bit registers, with one 32-bit lane for each of the 16 rows of a tile.  The four bytes of a
+lane hold four consecutive inputs, which make a position.  A chunk is eight positions, 32 inputs, and takes ``width``
+registers of 64 bytes:
 
     2 bits: positions 4k … 4k+3 at bits 0, 2, 4, 6 of register k
     3 bits: positions 2k, 2k+1 at bits 0, 3 of register k; of position 6 the low two bits are the spare ones of
@@ -16,7 +18,7 @@ in each byte of the lane; a chunk is 32 inputs, eight such positions, and takes 
     4 bits: positions 2k, 2k+1 at bits 0, 4 of register k
     8 bits: position k is register k
 
-So one AND isolates a field, and a multiply-add of unsigned bytes by signed ones takes all four inputs at once.
+A single AND isolates the codes of a position, and one multiply-add of unsigned by signed bytes takes all four inputs.
 """
 
 import dataclasses
@@ -28,11 +30,11 @@ from torch import Tensor
 
 TILE_ROWS = 16
 CHUNK = 32  # inputs
-POSITIONS = 8  # of four inputs each, in a chunk
+POSITIONS = 8  # in a chunk, of four inputs each
 REGISTER = 64  # bytes
-SPAN = 8  # row blocks whose tiles are taken together
+SPAN = 8  # row blocks whose tiles are processed together
 WIDTHS = (0, 2, 3, 4, 8)
-# width → (position, register, bit of the register's bytes, lowest bit of the code, how many bits)
+# width → (position, register, first bit in each byte of the register, first bit of the code, number of bits)
 FIELDS = {
     2: [(p, p // 4, p % 4 * 2, 0, 2) for p in range(8)],
     3: [(p, p // 2, p % 2 * 3, 0, 3) for p in range(6)]
@@ -46,10 +48,11 @@ FIELDS = {
 class Tiles:
     """A packed matrix of ``rows`` × ``columns``.
 
-    ``payload``: the codes, row block by row block, tile by tile.  ``widths``: bits of every tile; a tile of width 0 is
-    zeros, whatever its scale.  ``scale`` and ``zero_point``: of every row of every tile, or empty.  ``row_scale`` and
-    ``column_scale``: or empty, for ones.  ``escape_starts``: where the escapes of every row block begin, and the end of
-    the last; ``escape_places``: 16 · column + row in the block; ``escape_codes``: what is added to the scaled code.
+    ``payload`` holds the codes, row block by row block and tile by tile.  ``widths`` are the bits of the tiles; a tile
+    of width 0 is zero, whatever its scale.  ``scale`` and ``zero_point`` belong to the rows of the tiles, and may be
+    empty.  ``row_scale`` and ``column_scale`` are empty if they are all 1.  The escapes of row block b are those from
+    ``escape_starts[b]`` to ``escape_starts[b + 1]``: ``escape_places`` are their positions, 16 · column + row in the
+    block, and ``escape_codes`` are added to the scaled codes.
     """
 
     rows: int
@@ -67,29 +70,30 @@ class Tiles:
 
     @property
     def nbytes(self) -> int:
-        """What it takes in memory, the order of its tiles included."""
+        """Bytes in memory, including the order of the tiles."""
         parts = (getattr(self, field.name) for field in dataclasses.fields(self))
         return sum(part.nbytes for part in (*parts, self.order) if isinstance(part, Tensor))
 
     def __post_init__(self) -> None:
-        with torch.inference_mode(False):  # the first call may be in that mode, a later one train what stands on top
+        with torch.inference_mode(False):  # tiles made in inference mode may be used in training
             object.__setattr__(self, "_order", order(self.widths, self.group_size))
 
     @property
     def order(self) -> Int32[Tensor, " words"]:
-        """In which order kernels take the tiles."""
+        """The order in which kernels process the tiles (see ``order``)."""
         return cast(Tensor, self.__dict__["_order"])
 
     def __reduce__(self) -> tuple[type["Tiles"], tuple[object, ...]]:
-        """A copy is made of the fields alone: what was derived from them is derived again."""
+        """Pickle and copy only the fields; the order and the addresses are derived again."""
         return Tiles, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
 def order(widths: UInt8[Tensor, "row_blocks groups"], group_size: int) -> Int32[Tensor, " words"]:
-    """In which order kernels take tiles: span by span, in a span width by width, so that no branch is guessed.
+    """Compute the order in which kernels process tiles: span by span, and by width within a span.
 
-    First where the tiles of every span and width begin, and the end of the last; then, of every tile, its place in the
-    payload in units of 64 bytes, and SPAN · group + row block in the span; those of width 0 stand after the end.
+    Kernels then branch on the width once for each span and width, not for each tile.  The first words are the starts of
+    the tiles of each span and width, and the end of the last.  Two words follow for each tile: its place in the
+    payload in units of 64 bytes, and SPAN · group + row block in the span.  Tiles of width 0 come after the end.
     """
     row_blocks, groups = widths.shape
     flat = widths.flatten().long()
@@ -104,7 +108,7 @@ def order(widths: UInt8[Tensor, "row_blocks groups"], group_size: int) -> Int32[
 
 
 def pack(codes: UInt8[Tensor, "tiles 16 inputs"], widths: UInt8[Tensor, " tiles"]) -> UInt8[Tensor, " bytes"]:
-    """The payload of tiles whose codes are all below 2 to the power of their width."""
+    """Pack tiles of codes into a payload.  Codes must be below 2 to the power of the width of their tile."""
     group_size = codes.shape[2]
     starts = payload_starts(widths, group_size)
     payload = torch.zeros(int(starts[-1]), dtype=torch.uint8)
@@ -112,7 +116,7 @@ def pack(codes: UInt8[Tensor, "tiles 16 inputs"], widths: UInt8[Tensor, " tiles"
         chosen = torch.nonzero(widths == width).flatten()
         if not len(chosen):
             continue
-        # (tiles, chunks, positions, registers' bytes: lane · 4 + input)
+        # (tiles, chunks, positions, bytes of a register: lane · 4 + input)
         lanes = codes[chosen].view(-1, TILE_ROWS, group_size // CHUNK, POSITIONS, 4).permute(0, 2, 3, 1, 4)
         lanes = lanes.reshape(len(chosen), -1, POSITIONS, 64)
         registers = torch.zeros(*lanes.shape[:2], width, 64, dtype=torch.uint8)
@@ -126,7 +130,7 @@ def pack(codes: UInt8[Tensor, "tiles 16 inputs"], widths: UInt8[Tensor, " tiles"
 def unpack(
     payload: UInt8[Tensor, " bytes"], widths: UInt8[Tensor, " tiles"], group_size: int
 ) -> UInt8[Tensor, "tiles 16 inputs"]:
-    """The codes that ``pack`` packed; zeros where the width is 0."""
+    """Return the codes of a payload of ``pack``, zeros for tiles of width 0."""
     starts = payload_starts(widths, group_size)
     codes = torch.zeros(len(widths), TILE_ROWS, group_size, dtype=torch.uint8, device=payload.device)
     for width, fields in FIELDS.items():
@@ -145,13 +149,13 @@ def unpack(
 
 
 def payload_starts(widths: UInt8[Tensor, "*shape"], group_size: int) -> Int[Tensor, " tiles_and_one"]:
-    """Where every tile begins in the payload, in bytes, and where the last one ends."""
+    """Return the byte at which each tile begins in the payload, and the end of the last one."""
     sizes = widths.flatten().long() * (TILE_ROWS * group_size // 8)
     return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
 
 
 def to_tiles(matrix: Integer[Tensor, "rows columns"], group_size: int) -> Integer[Tensor, "tiles 16 inputs"]:
-    """A matrix cut into tiles, padded with zeros to whole ones."""
+    """Split a matrix into tiles, padding it with zeros to whole tiles."""
     rows, columns = matrix.shape
     padded = torch.nn.functional.pad(matrix, (0, -columns % group_size, 0, -rows % TILE_ROWS))
     blocks = padded.view(-1, TILE_ROWS, padded.shape[1] // group_size, group_size).transpose(1, 2)
@@ -159,7 +163,7 @@ def to_tiles(matrix: Integer[Tensor, "rows columns"], group_size: int) -> Intege
 
 
 def dequantize(tiles: Tiles) -> Float[Tensor, "rows columns"]:
-    """The float32 matrix that the codes stand for."""
+    """Return the float32 matrix that the tiles stand for."""
     matrix = grid_values(tiles)
     rows, columns = escape_positions(tiles)
     matrix.index_put_((rows, columns), tiles.escape_codes.float(), accumulate=True)
@@ -171,7 +175,7 @@ def dequantize(tiles: Tiles) -> Float[Tensor, "rows columns"]:
 
 
 def grid_values(tiles: Tiles) -> Float[Tensor, "rows columns"]:
-    """scale · (code − zero_point), before escapes and the scales of rows and columns."""
+    """Return scale · (code − zero_point), without escapes, row scales and column scales."""
     widths = tiles.widths.flatten()
     values = unpack(tiles.payload, widths, tiles.group_size).float()
     if tiles.scale.numel():
@@ -186,7 +190,7 @@ def grid_values(tiles: Tiles) -> Float[Tensor, "rows columns"]:
 
 
 def select_row_blocks(tiles: Tiles, blocks: Int[Tensor, " blocks"]) -> Tiles:
-    """The matrix of these row blocks, one after the other; the last is padded to a whole one."""
+    """Return the matrix of some row blocks, in the given order, padded to whole blocks."""
     groups = tiles.widths.shape[1]
     payload = tiles.payload[_ranges(payload_starts(tiles.widths, tiles.group_size)[::groups], blocks)]
     starts = tiles.escape_starts.long()
@@ -211,19 +215,19 @@ def select_row_blocks(tiles: Tiles, blocks: Int[Tensor, " blocks"]) -> Tiles:
 
 
 def _ranges(starts: Int[Tensor, " parts_and_one"], chosen: Int[Tensor, " chosen"]) -> Int[Tensor, " places"]:
-    """The places of the chosen parts, one after the other."""
+    """Return the indices of the elements of the chosen parts, one part after another."""
     counts = starts.diff()[chosen]
     shifts = starts[chosen] - counts.cumsum(0) + counts
     return torch.arange(int(counts.sum()), device=starts.device) + shifts.repeat_interleave(counts)
 
 
 def missing_row(tiles: Tiles, row: int) -> IndexError:
-    """What to raise where a row is asked for that there is not."""
+    """Return the error to raise for a row that does not exist."""
     return IndexError(f"row {row} is asked for: the packed matrix has rows 0 … {tiles.rows - 1}")
 
 
 def escape_positions(tiles: Tiles) -> tuple[Int[Tensor, " escapes"], Int[Tensor, " escapes"]]:
-    """The row and the column of every escape."""
+    """Return the row and the column of each escape."""
     counts = tiles.escape_starts.diff().long()
     blocks = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     places = tiles.escape_places.long()

@@ -1,4 +1,7 @@
-"""Products with packed matrices on CUDA, activations in float32: a row block times some rows of x is one program."""
+"""Products with packed matrices on CUDA, with float32 activations.
+
+A program computes the product of one row block of the matrix with some rows of x.
+"""
 
 import triton
 import triton.language as tl
@@ -9,7 +12,7 @@ from nashswarm.kernels import reference
 from nashswarm.kernels import tiles as layout
 from nashswarm.kernels.tiles import Tiles
 
-BATCH = 16  # rows of x in one program: the least that a matrix unit takes
+BATCH = 16  # rows of x in one program: the fewest that tensor cores take
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -26,7 +29,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         width = tl.load(widths + tile).to(tl.int32)
         if width > 0:
             fields = 8 // width
-            split = (width == 3) & (position >= 6)  # the code: two bits here, the highest in the third register
+            split = (width == 3) & (position >= 6)  # the highest bit of the code is in the third register
             register = tl.where(width == 3, tl.where(split, position - 6, position // 2), position // fields)
             bit = tl.where(width == 3, tl.where(split, 6, position % 2 * 3), position % fields * width)
             mask = tl.where(split, 3, (1 << width) - 1)
@@ -50,17 +53,17 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 
 def matmul(x: Float32[Tensor, "batch columns"], tiles: Tiles) -> Float32[Tensor, "batch rows"]:
-    """x Wᵀ."""
+    """Compute x Wᵀ."""
     if tiles.column_scale.numel():
         x = x * tiles.column_scale.float()
     row_blocks, groups = tiles.widths.shape
-    answer = x.new_empty(len(x), layout.TILE_ROWS * row_blocks)
+    product = x.new_empty(len(x), layout.TILE_ROWS * row_blocks)
     cached = tiles.order.__dict__
     if "places" not in cached:
         cached["places"] = layout.payload_starts(tiles.widths, tiles.group_size)
     _multiply[row_blocks, triton.cdiv(len(x), BATCH)](
-        x, tiles.payload, cached["places"], tiles.widths, tiles.scale, tiles.zero_point, answer,
+        x, tiles.payload, cached["places"], tiles.widths, tiles.scale, tiles.zero_point, product,
         len(x), tiles.columns, row_blocks, groups,
         GROUP_SIZE=tiles.group_size, SCALED=tiles.scale.numel() > 0, BATCH=BATCH,
     )  # fmt: skip
-    return reference.apply_row_terms(answer[:, : tiles.rows].contiguous(), x, tiles)
+    return reference.apply_row_terms(product[:, : tiles.rows].contiguous(), x, tiles)

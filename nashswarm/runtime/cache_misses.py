@@ -157,7 +157,7 @@ def tell(path: pathlib.Path, matrices: Sequence[Tiles], activations: str | None)
                 read = native.matrix_of(tiles)
                 order = place(tiles.order)
                 assert order is not None
-                places = [*map(place, read.kept), order, order + read.tiles - read.starts]
+                places = [*map(place, read.parts), order, order + read.tiles - read.starts]
             one = {"shape": [tiles.rows, tiles.columns], "group_size": tiles.group_size, "places": places}
             told["matrices"].append(one | {"x": place(torch.randn(tiles.columns, generator=generator))})
     path.write_text(json.dumps(told))

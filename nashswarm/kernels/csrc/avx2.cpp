@@ -1,4 +1,5 @@
-// AVX2: eight rows at a time; products of bytes are summed in int16 over a chunk, which holds codes of up to 4 bits.
+// AVX2: eight rows at a time.  Products of bytes are summed in int16 over a chunk, which is wide enough for 4-bit codes;
+// 8-bit codes are split into two halves.
 #include <immintrin.h>
 
 #include "multiply.h"
@@ -8,11 +9,11 @@ namespace {
 
 struct Avx2 {
     static constexpr int LANES = 8;
-    static constexpr bool IN_PLACE = false;  // a pair of products of whole bytes would saturate
+    static constexpr bool IN_PLACE = false;  // the sum of two products of whole bytes would saturate
     using Codes = __m256i;
     using Sum = __m256i;
     using Value = __m256;
-    // Eight positions of two products of at most 15 · 128: 30720, below 2^15.
+    // A chunk adds eight positions of two products, each at most 15 · 128: 30720, which is below 2^15.
     struct Nibbles { __m256i low = _mm256_setzero_si256(); };
     struct Bytes { __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256(); };
     template <int WIDTH>
@@ -21,7 +22,7 @@ struct Avx2 {
     static Codes load(const uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)); }
     template <int BITS>
     static Codes mask(Codes codes) { return _mm256_and_si256(codes, _mm256_set1_epi8(char(BITS))); }
-    template <int BY>  // bits of the neighbour come in from above: to be masked
+    template <int BY>  // shifts in bits of the neighbouring byte: mask them
     static Codes shift(Codes codes) { return BY ? _mm256_srli_epi16(codes, BY) : codes; }
     template <int BY, int BIT>  // the two highest bits of `low`, shifted, and one bit of `high`
     static Codes join(Codes low, Codes high) {

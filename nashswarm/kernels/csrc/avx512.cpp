@@ -1,4 +1,4 @@
-// AVX-512 with VNNI and GFNI: a register is sixteen rows of four inputs, multiplied and summed by one instruction.
+// AVX-512 with VNNI and GFNI: a register holds four inputs of sixteen rows; one instruction multiplies and sums them.
 #include <immintrin.h>
 
 #include "multiply.h"
@@ -8,7 +8,7 @@ namespace {
 
 struct Avx512 {
     static constexpr int LANES = 16;
-    static constexpr bool IN_PLACE = true;  // products go straight to int32: no place overflows
+    static constexpr bool IN_PLACE = true;  // products are summed in int32, so codes need not be shifted down first
     using Codes = __m512i;
     using Sum = __m512i;
     using Value = __m512;
@@ -17,16 +17,16 @@ struct Avx512 {
 
     static Codes load(const uint8_t* bytes) {
         Codes codes = _mm512_loadu_si512(bytes);
-        __asm__("" : "+v"(codes));  // in a register: loaded once, not by every AND, for loads are what limits
+        __asm__("" : "+v"(codes));  // loads once, instead of in every AND: loads are the bottleneck
         return codes;
     }
     template <int BITS>
     static Codes mask(Codes codes) { return _mm512_and_si512(codes, _mm512_set1_epi8(char(BITS))); }
-    template <int BY>  // bits of the neighbour come in from above: to be masked
+    template <int BY>  // shifts in bits of the neighbouring byte: mask them
     static Codes shift(Codes codes) { return BY ? _mm512_srli_epi16(codes, BY) : codes; }
     template <int BY, int BIT>  // the two highest bits of `low`, shifted, and one bit of `high`
     static Codes join(Codes low, Codes high) {
-        // Byte 7 − i of the matrix names the bits that bit i is the sum of.
+        // Byte 7 − i of the matrix selects the bits whose sum (XOR) is bit i.
         constexpr int64_t MATRIX = 0x80ll << 8 * BY | 0x40ll << 8 * (BY + 1);
         const Codes shifted = _mm512_gf2p8affine_epi64_epi8(low, _mm512_set1_epi64(MATRIX), 0);
         return _mm512_ternarylogic_epi32(shifted, high, _mm512_set1_epi8(char(BIT)), 0xf8);  // a | (b & c)
@@ -36,7 +36,7 @@ struct Avx512 {
     template <int WIDTH>
     static Partial<WIDTH> begin(Sum sum) { return sum; }
     static Sum multiply(Sum sum, Codes codes, const int8_t* digits) {
-        // Written out: compilers broadcast into a register first.
+        // Written in assembly, because compilers would broadcast into a register first.
         const auto& four = *reinterpret_cast<const char(*)[4]>(digits);
         __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(four));
         return sum;

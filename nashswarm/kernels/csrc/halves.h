@@ -1,4 +1,4 @@
-// Half-precision floats without the instructions for them.
+// Conversion of half-precision floats without hardware support.
 #pragma once
 
 #include <cstdint>

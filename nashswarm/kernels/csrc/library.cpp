@@ -1,4 +1,4 @@
-// What Python calls: which instruction sets there are, products, single rows, and the routing of tokens.
+// The functions that Python calls: supported instruction sets, products, single rows, and routing of tokens.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +10,7 @@ using namespace nashswarm;
 
 namespace {
 
-constexpr int64_t ENOUGH = 1 << 20;  // weights times rows of x, for a thread to be worth waking
+constexpr int64_t ENOUGH = 1 << 20;  // weights times rows of x that justify one more thread
 constexpr int64_t ENOUGH_SCORES = 1 << 16;
 
 Multiply* const PATHS[] = {
@@ -23,7 +23,7 @@ Multiply* const PATHS[] = {
 
 int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// scale · (code − zero point) of one row of a tile, input by input.
+// Writes scale · (code − zero point) for the inputs of one row of a tile.
 void write_row(const uint8_t* payload, int width, int row, float scale, float zero_point, float* out,
                int64_t size) {
     for (int64_t input = 0; input < size; ++input) {
@@ -40,7 +40,7 @@ void write_row(const uint8_t* payload, int width, int row, float scale, float ze
     }
 }
 
-// The places of the `count` largest of value(0) … value(size − 1), largest first, of equal ones the earlier.
+// Finds the places of the `count` largest of value(0) … value(size − 1), in descending order; ties go to the earlier.
 template <class Value>
 void largest(Value value, int64_t size, int64_t count, float* best, int64_t* places) {
     for (int64_t place = 0; place < size; ++place) {
@@ -56,7 +56,7 @@ void largest(Value value, int64_t size, int64_t count, float* best, int64_t* pla
     }
 }
 
-constexpr int64_t LANES = 16;  // sums side by side, as many as a register may hold
+constexpr int64_t LANES = 16;  // partial sums side by side, to fill a register
 
 inline float product(const float* a, const float* b, int64_t size) {
     float lanes[LANES] = {}, sum = 0;
@@ -68,14 +68,14 @@ inline float product(const float* a, const float* b, int64_t size) {
     return sum;
 }
 
-// x (1 + tanh u) / 2, its tangent as exponentials.
+// x (1 + tanh u) / 2, with tanh written as an exponential.
 inline float gelu(float x) { return x / (1 + std::exp(-1.5957691216f * (x + 0.044715f * x * x * x))); }
 
 }  // namespace
 
 #define EXPORTED __attribute__((visibility("default")))
 #if defined(__x86_64__) && defined(__GLIBC__)
-#define WIDENED __attribute__((target_clones("avx512f", "avx2", "default")))  // the same sums in fewer instructions
+#define WIDENED __attribute__((target_clones("avx512f", "avx2", "default")))  // the same sums in wider registers
 #else
 #define WIDENED
 #endif
@@ -84,7 +84,7 @@ extern "C" {
 
 EXPORTED int nashswarm_interface() { return 5; }
 
-// Whether this processor can take a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI and GFNI.
+// Returns whether this processor supports a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI and GFNI.
 EXPORTED int nashswarm_supports(int path) {
     if (path == 0) return 1;
 #if defined(__x86_64__)
@@ -99,7 +99,7 @@ EXPORTED int nashswarm_supports(int path) {
     return 0;
 }
 
-// y = x Wᵀ + bias; 1 where memory runs out.
+// Computes y = x Wᵀ + bias.  Returns 1 if there is no memory, else 0.
 EXPORTED int nashswarm_matmul(const Matrix* matrix, const float* x, const float* bias, float* y, int64_t batch, int count,
                               int threads, int path) {
     const int64_t groups = matrix->groups();
@@ -116,7 +116,7 @@ EXPORTED int nashswarm_matmul(const Matrix* matrix, const float* x, const float*
     return 0;
 }
 
-// The rows of the dequantized matrix that ids name: -1, or the place of an id that names none.
+// Writes the rows `ids` of the dequantized matrix.  Returns the place of the first id that does not exist, or -1.
 EXPORTED int64_t nashswarm_rows(const Matrix* matrix, const int64_t* ids, float* out, int64_t count) {
     constexpr int WIDTHS[] = {2, 3, 4, 8};
     const int64_t groups = matrix->groups();
@@ -149,8 +149,8 @@ EXPORTED int64_t nashswarm_rows(const Matrix* matrix, const int64_t* ids, float*
     return -1;
 }
 
-// Of each row the k places of largest score − cost among the `flock` of largest score − entry, and their softmax of
-// score − price, of a single one its share of all places; 1 where memory runs out.
+// For each row, chooses the k places of the largest score − cost among the `flock` of the largest score − entry.  The gates
+// are the softmax of score − price over them, or over all places if k is 1.  Returns 1 if there is no memory, else 0.
 EXPORTED int nashswarm_route(const float* scores, const float* entry, const float* cost, const float* price, int64_t rows,
                              int64_t size, int64_t flock, int64_t k, int64_t* chosen, float* gates, int threads) {
     const int64_t work = rows * size / ENOUGH_SCORES;
@@ -188,7 +188,7 @@ EXPORTED int nashswarm_route(const float* scores, const float* entry, const floa
     return 0;
 }
 
-// Of each token the sum of the rows that stand at its k places, times their gates.
+// For each token, sums the rows at its k places, multiplied by their gates.
 EXPORTED void nashswarm_sums(const float* rows, const int64_t* places, const float* gates, int64_t tokens, int64_t k,
                              int64_t width, float* sums, int threads) {
     const int64_t work = tokens * k * width / ENOUGH_SCORES;
@@ -204,8 +204,8 @@ EXPORTED void nashswarm_sums(const float* rows, const int64_t* places, const flo
     }
 }
 
-// Of each token the gated sum of down · gelu(up · x) over its k experts, one after the other: for few tokens.  -1, or the
-// place of an expert that there is not.
+// For each token, sums down · gelu(up · x) over its k experts, multiplied by their gates.  Experts are computed one after
+// another, which is fastest for few tokens.  Returns the place of the first expert that does not exist, or -1.
 EXPORTED WIDENED int64_t nashswarm_experts(const float* x, const float* up, const float* down, const int64_t* experts,
                                    const float* gates, int64_t tokens, int64_t k, int64_t count, int64_t width,
                                    int64_t hidden, float* inner, float* sums) {
@@ -223,8 +223,8 @@ EXPORTED WIDENED int64_t nashswarm_experts(const float* x, const float* up, cons
     return -1;
 }
 
-// The order that sorts `count` numbers below `size`, equal ones as they stood, the place of each in it, and where those
-// of each number end: -1, or the place of one that is not below.
+// Sorts `count` numbers below `size` (stably): writes the order, the place of each number in it, and where the run of each
+// number ends.  Returns the place of the first number that is not below `size`, or -1.
 EXPORTED int64_t nashswarm_group(const int64_t* numbers, int64_t count, int64_t size, int64_t* order, int64_t* places,
                                  int32_t* ends) {
     std::memset(ends, 0, size * sizeof(int32_t));

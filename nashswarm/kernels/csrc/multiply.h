@@ -1,11 +1,11 @@
-// y = x Wᵀ for packed W: the one algorithm, to be included once for every instruction set.
+// y = x Wᵀ for packed W: the algorithm, included once for each instruction set.
 //
-// A row of x becomes integers group by group: one signed byte each, or three, which hold as much as a float does.  All
-// products and sums inside a group are then exact in int32, so that neither the batch nor the number of threads changes
-// a bit of y; only the sum over groups rounds.
+// A row of x is converted to integers, group by group: to one signed byte each, or to three, which are as precise as a
+// float.  All products and sums within a group are then exact in int32, and only the sum over groups rounds.  The result
+// therefore does not depend on the batch or on the number of threads.
 //
-// An instruction set `Set` gives LANES rows at a time:  Codes (four unsigned bytes a lane), Partial (products of up to
-// one chunk), Sum (int32), Value (float), and what is done with them.
+// An instruction set `Set` processes LANES rows at a time.  It defines the types Codes (four unsigned bytes in each lane),
+// Partial (sums of products over up to one chunk), Sum (int32) and Value (float), and the operations on them.
 #pragma once
 
 #include <cmath>
@@ -19,14 +19,14 @@
 namespace nashswarm {
 namespace {
 
-constexpr float LEAST = 1e-30f;  // of the largest activation of a group: keeps its inverse finite
+constexpr float LEAST = 1e-30f;  // lower bound for the largest activation of a group: keeps its inverse finite
 
-// Where the code of a position stands in the bytes that `raw` gives.
+// The first bit of the code of a position within its bytes.
 constexpr int bit_of(int width, int position) {
     return width != 3 ? position % (8 / width) * width : position < 6 ? position % 2 * 3 : position - 2;
 }
 
-// The codes of a position, one a byte: at bit_of where IN_PLACE, else shifted down.
+// The codes of a position, one per byte: left at bit_of if IN_PLACE, else shifted down.
 template <class Set, int WIDTH, bool IN_PLACE, int POSITION>
 ALWAYS_INLINE typename Set::Codes codes_of(const typename Set::Codes (&registers)[WIDTH]) {
     constexpr int BIT = bit_of(WIDTH, POSITION), MASK = (1 << WIDTH) - 1;
@@ -43,8 +43,8 @@ ALWAYS_INLINE typename Set::Codes codes_of(const typename Set::Codes (&registers
     }
 }
 
-// Which accumulator takes the products of a position: one for every place in a byte, and four at least, so that a sum
-// need not wait for the one before.
+// The accumulator for the products of a position: one for each place in a byte, and at least four, so that consecutive
+// sums do not depend on each other.
 constexpr int place_of(int width, int position) {
     return width != 3 ? position % 4 : position < 6 ? position % 2 : position - 4;
 }
@@ -60,7 +60,7 @@ ALWAYS_INLINE void multiply_positions(const typename Set::Codes (&registers)[WID
      ...);
 }
 
-// The sum over the places of a byte, each shifted down to the lowest.
+// The sum over the places of a byte, each shifted down to the lowest one.
 template <class Set, int WIDTH>
 ALWAYS_INLINE typename Set::Sum whole(const typename Set::Sum (&sums)[1]) {
     return sums[0];
@@ -77,10 +77,10 @@ ALWAYS_INLINE typename Set::Sum whole(const typename Set::Sum (&sums)[4]) {
     return Set::add(sums[0], Set::template down<BITS[1]>(middle));
 }
 
-// What COLUMNS rows of x are multiplied with, and as what.
+// The operands of one pass over the tiles of a span, with COLUMNS rows of x.
 struct Pass {
     const uint8_t* payload;
-    const uint16_t* scale;  // of the span, or null
+    const uint16_t* scale;  // scales of the span, or null
     const uint8_t* zero_point;
     const int8_t* digits;
     const float* steps;
@@ -88,10 +88,10 @@ struct Pass {
     int64_t groups, group_size;
 };
 
-// Adds the products of LANES rows of a tile with COLUMNS rows of x to `totals`, which hold SPAN · 16 floats each.
+// Adds the products of LANES rows of a tile with COLUMNS rows of x to `totals`, which has SPAN · 16 floats for each.
 //
-// PLACES = 4: codes stay where they stand in their bytes, for a shift less, and every place has its own accumulator,
-// shifted once at the end; PLACES = 1: they are shifted down.  GROUP: the group size, or 0 for any.
+// With PLACES = 4, codes stay at their place within the byte, which saves a shift, and each place has an accumulator that
+// is shifted once at the end.  With PLACES = 1, codes are shifted down.  GROUP is the group size, or 0 for any.
 template <class Set, int WIDTH, int COLUMNS, int COUNT, int GROUP>
 ALWAYS_INLINE void multiply_lanes(const Pass& pass, const Tile& tile, int lane, float* totals) {
     constexpr int FACTORS = COLUMNS * COUNT, PLACES = Set::IN_PLACE && COLUMNS == 1 ? 4 : 1;
@@ -126,7 +126,7 @@ ALWAYS_INLINE void multiply_lanes(const Pass& pass, const Tile& tile, int lane, 
         auto total = Set::all(0.0f);
         for (int digit = COUNT - 1; digit >= 0; --digit) {
             const int factor = column * COUNT + digit;
-            // Exact: both terms are whole numbers below 2^24 for groups of up to 512 inputs.
+            // Exact: both terms are integers below 2^24 for groups of up to 512 inputs.
             const auto part = Set::minus_product(Set::to_float(whole<Set, WIDTH>(sums[factor])), zero_point,
                                                  pass.sums[group * FACTORS + factor]);
             total = digit == COUNT - 1 ? part : Set::plus_product(part, total, 256.0f);
@@ -152,7 +152,7 @@ void multiply_tiles(const Pass& pass, const Tile* tile, const Tile* end, float* 
     else multiply_group_size<Set, WIDTH, COLUMNS, COUNT, 0>(pass, tile, end, totals);
 }
 
-// The rows of a span times COLUMNS rows of x, from the first on.
+// Multiplies the rows of a span with COLUMNS rows of x, starting at `first`.
 template <class Set, int COLUMNS, int COUNT>
 void multiply_span(const Product& job, int64_t first, int64_t span) {
     const Matrix& matrix = job.matrix;
@@ -194,13 +194,13 @@ void multiply_span(const Product& job, int64_t first, int64_t span) {
     }
 }
 
-// How many rows of x are taken in one pass, of those that are left.
+// The number of rows of x in the next pass, given how many are left.
 template <int COUNT>
 int64_t columns_of_pass(int64_t left) {
     return left >= 8 && COUNT == 1 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
-// Some inputs of one row of x, scaled; zeros after the last.
+// Reads a chunk of one row of x, multiplied by the column scales; zeros after the last column.
 ALWAYS_INLINE void read_chunk(const Product& job, int64_t row, int64_t begin, float (&values)[CHUNK]) {
     const Matrix& matrix = job.matrix;
     const float* x = job.x + row * matrix.columns + begin;
@@ -214,10 +214,10 @@ ALWAYS_INLINE void read_chunk(const Product& job, int64_t row, int64_t begin, fl
     }
 }
 
-// Step, digits and sums of the digits of one row of x, which is one of `columns` that a pass takes.
+// Writes step, digits and sums of digits of one row of x; `columns` rows of x share its pass.
 template <int COUNT>
 void write_digits(const Product& job, int64_t first, int64_t columns, int64_t column) {
-    // Every digit stays within -128 … 127, also where the largest is rounded up by an eighth of a millionth.
+    // Every digit stays within -128 … 127, even if rounding enlarges the largest activation by an eighth of a millionth.
     constexpr float LEVELS = COUNT == 1 ? 127 : 127 * (1 + 256 + 65536) - 8;
     const Matrix& matrix = job.matrix;
     const int64_t groups = matrix.groups(), row = first + column;
@@ -225,7 +225,7 @@ void write_digits(const Product& job, int64_t first, int64_t columns, int64_t co
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t begin = group * matrix.group_size, end = begin + matrix.group_size;
         float values[CHUNK];
-        int32_t patterns[CHUNK] = {};  // of positive floats: ordered as the floats are, nan above all
+        int32_t patterns[CHUNK] = {};  // bit patterns of magnitudes: ordered like the floats, with nan above all
         for (int64_t at = begin; at < end; at += CHUNK) {
             read_chunk(job, row, at, values);
             int32_t bits[CHUNK];

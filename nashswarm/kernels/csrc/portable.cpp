@@ -1,4 +1,4 @@
-// Any processor: arrays that the compiler makes vectors of.
+// Any processor: loops over arrays that the compiler vectorizes.
 #include "halves.h"
 #include "multiply.h"
 
