@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -54,16 +54,29 @@ METHODS = {
 }
 
 
+SMALL_GAME = ["method.offsets=[-1,0,1]", "method.sweeps=5"]
+
+
+def runner(small_run: list[str], folder: pathlib.Path) -> Callable[..., Outcome]:
+    """Run in this process with further overrides; records and cache under ``folder``."""
+
+    def execute(*overrides: str) -> Outcome:
+        config = compose(*small_run, f"records={folder}/records", f"cache={folder}/cache", *overrides)
+        return run(config, LABELS)
+
+    return execute
+
+
 @pytest.fixture
 def execute(small_run: list[str], tmp_path: pathlib.Path) -> Callable[..., Outcome]:
     """Run in this process with further overrides; records and cache under ``tmp_path``."""
+    return runner(small_run, tmp_path)
 
-    def started(*more: str) -> Outcome:
-        folders = [f"records={tmp_path}/records", f"cache={tmp_path}/cache"]
-        config = compose(*small_run, *folders, *more)
-        return run(config, LABELS)
 
-    return started
+@pytest.fixture(scope="module")
+def uniform4_outcome(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A run of uniform4, finished once; not to be changed."""
+    return runner(small_run, tmp_path_factory.mktemp("uniform4"))("method=uniform4")
 
 
 def lasting(metrics: dict[str, float]) -> dict[str, float]:
@@ -76,7 +89,7 @@ def records_in(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_leaves_a_record_with_everything_it_promises(
+def test_run_every_method_leaves_a_record_with_all_its_metrics(
     method: str, execute: Callable[..., Outcome], tmp_path: pathlib.Path, tiny: Any
 ) -> None:
     extra = ["method.bits=4.5"] if method == "no_nash" else []
@@ -110,7 +123,7 @@ def test_a_run_leaves_a_record_with_everything_it_promises(
         assert len(found.series["moves"]) == found.metrics["sweeps"]
 
 
-def test_every_layer_alone_lands_in_the_record(execute: Callable[..., Outcome]) -> None:
+def test_run_measure_layers_records_every_layer_alone(execute: Callable[..., Outcome]) -> None:
     found = execute("method=gptq", "measure=layers", "measure.windows=2").record
     assert {"damage_pearson", "damage_spearman", "layer_kl_sum", "kl_together"} <= set(found.metrics)
     assert len(found.series["layer_kl"]) == len(found.series["layer_nll_delta"]) == len(found.layers)
@@ -118,14 +131,14 @@ def test_every_layer_alone_lands_in_the_record(execute: Callable[..., Outcome]) 
     assert found.metrics["damage_pearson"] == pytest.approx(np.corrcoef(predicted, found.series["layer_kl"])[0, 1])
 
 
-def test_what_it_writes_lands_in_the_record(execute: Callable[..., Outcome]) -> None:
+def test_run_measure_bleu_records_what_it_writes(execute: Callable[..., Outcome]) -> None:
     pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
     lengths = ["measure.prompt_tokens=8", "measure.new_tokens=16", "measure.windows=3"]
     found = execute("method=uniform4", "measure=bleu", *lengths).record
     assert 0 <= found.metrics["bleu_text"] <= 100 and len(found.series["bleu"]) == 3
 
 
-def test_a_measure_without_its_package_is_refused_before_any_work(
+def test_run_measure_without_its_package_is_refused_before_any_work(
     execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(package: str) -> str:
@@ -137,7 +150,7 @@ def test_a_measure_without_its_package_is_refused_before_any_work(
         execute("measure=bleu")
 
 
-def test_a_folder_counts_by_its_files(tmp_path: pathlib.Path) -> None:
+def test_identity_folder_counts_by_its_files(tmp_path: pathlib.Path) -> None:
     def told(folder: pathlib.Path) -> Any:
         return _by_content({"measures": [{"folder": str(folder), "limit": 3}, {"folder": None}]})
 
@@ -150,14 +163,14 @@ def test_a_folder_counts_by_its_files(tmp_path: pathlib.Path) -> None:
         told(tmp_path / "absent")
 
 
-def test_the_baseline_at_32_bits_changes_nothing(execute: Callable[..., Outcome]) -> None:
+def test_run_baseline_at_32_bits_changes_nothing(execute: Callable[..., Outcome]) -> None:
     found = execute("method=baseline", "method.bits=32").record
     assert found.metrics["nll_delta"] == pytest.approx(0, abs=1e-9) and found.metrics["top1_agreement"] == 1
     assert found.metrics["kl"] == pytest.approx(0, abs=1e-9)
     assert found.series["nll"] == pytest.approx(found.series["nll_full"], abs=1e-9)
 
 
-def test_nll_is_that_of_the_test_text(
+def test_run_nll_is_that_of_the_test_text(
     execute: Callable[..., Outcome], tiny: Any, tokenizer: Any, text_file: pathlib.Path
 ) -> None:
     """From the file to the number by hand: the last four fifths of the text, the library's own loss."""
@@ -169,13 +182,47 @@ def test_nll_is_that_of_the_test_text(
     assert execute("method=baseline", "method.bits=32").record.series["nll"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_second_run_is_skipped_and_a_rerun_gives_the_same_bits(execute: Callable[..., Outcome]) -> None:
-    first = execute("method=nash_swarm")
-    written = first.path.stat().st_mtime_ns
-    second = execute("method=nash_swarm")
-    assert second.status == "skipped" and second.record == first.record
-    assert first.path.stat().st_mtime_ns == written
-    again = execute("method=nash_swarm", "rerun=true")
+class Repeated(NamedTuple):
+    """One small game of nash_swarm: run, asked for again, run again with its cache, without it, and with a damaged one.
+
+    ``written``: when the record was written (ns), before and after it was asked for again.  ``cache_before``,
+    ``cache_after``: the files of the cache around the run without it.
+    """
+
+    first: Outcome
+    second: Outcome
+    written: tuple[int, int]
+    cached: Outcome
+    uncached: Outcome
+    cache_before: list[pathlib.Path]
+    cache_after: list[pathlib.Path]
+    damaged: Outcome
+
+
+@pytest.fixture(scope="module")
+def repeated(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Repeated:
+    folder = tmp_path_factory.mktemp("repeated")
+    execute = runner([*small_run, "method=nash_swarm", *SMALL_GAME], folder)
+    first = execute()
+    before = first.path.stat().st_mtime_ns
+    second = execute()
+    written = before, first.path.stat().st_mtime_ns
+    cached = execute("rerun=true")
+    cache_before = sorted((folder / "cache").iterdir())
+    uncached = execute("method.cache=false")
+    cache_after = sorted((folder / "cache").iterdir())
+    for path in cache_after:
+        path.write_bytes(path.read_bytes()[:-20])
+    return Repeated(first, second, written, cached, uncached, cache_before, cache_after, execute("rerun=true"))
+
+
+def test_run_second_time_is_skipped(repeated: Repeated) -> None:
+    assert repeated.second.status == "skipped" and repeated.second.record == repeated.first.record
+    assert repeated.written[0] == repeated.written[1]
+
+
+def test_run_rerun_gives_the_same_bits_from_the_cache(repeated: Repeated) -> None:
+    first, again = repeated.first, repeated.cached
     assert again.status == "finished" and again.path == first.path
     assert "moments" not in first.record.provenance["cache_hits"]
     assert {"moments", "game", "baseline"} <= set(again.record.provenance["cache_hits"])
@@ -184,31 +231,26 @@ def test_a_second_run_is_skipped_and_a_rerun_gives_the_same_bits(execute: Callab
     assert lasting(again.record.metrics) == lasting(first.record.metrics)
 
 
-def test_what_other_code_cached_is_not_read(execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    execute("method=gptq")
-    assert "moments" in execute("method=gptq", "rerun=true").record.provenance["cache_hits"]
-    monkeypatch.setattr("nashswarm.experiment.run.code_digest", lambda: "another version")
-    assert execute("method=gptq", "rerun=true").record.provenance["cache_hits"] == []
-
-
-def test_the_cache_moves_no_number(execute: Callable[..., Outcome], tmp_path: pathlib.Path) -> None:
-    cached = [execute("method=no_swarm", "rerun=true").record for _ in range(2)][-1]
-    files = sorted((tmp_path / "cache").iterdir())
-    uncached = execute("method=no_swarm", "method.cache=false").record
-    assert uncached.provenance["cache_hits"] == [] and sorted((tmp_path / "cache").iterdir()) == files
+def test_run_without_cache_gives_the_same_numbers_and_leaves_the_cache_alone(repeated: Repeated) -> None:
+    cached, uncached = repeated.cached.record, repeated.uncached.record
+    assert uncached.provenance["cache_hits"] == [] and repeated.cache_after == repeated.cache_before
     assert lasting(uncached.metrics) == lasting(cached.metrics) and uncached.series == cached.series
     assert uncached.allocation == cached.allocation and uncached.fingerprint != cached.fingerprint
 
 
-def test_a_damaged_cache_is_made_anew(execute: Callable[..., Outcome], tmp_path: pathlib.Path) -> None:
-    first = execute("method=no_swarm")
-    for path in (tmp_path / "cache").iterdir():
-        path.write_bytes(path.read_bytes()[:-20])
-    again = execute("method=no_swarm", "rerun=true")
-    assert again.record.provenance["cache_hits"] == [] and again.record.series == first.record.series
+def test_run_damaged_cache_is_made_anew(repeated: Repeated) -> None:
+    again = repeated.damaged.record
+    assert again.provenance["cache_hits"] == [] and again.series == repeated.first.record.series
 
 
-def test_the_regret_of_the_record_by_enumeration(
+def test_run_cache_of_other_code_is_not_read(execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    execute("method=gptq")
+    assert "moments" in execute("method=gptq", "rerun=true").record.provenance["cache_hits"]
+    monkeypatch.setattr("nashswarm.experiment.compression.code_digest", lambda: "another version")
+    assert execute("method=gptq", "rerun=true").record.provenance["cache_hits"] == []
+
+
+def test_run_recorded_regret_equals_enumeration(
     execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every player, every action, cost by cost, at the profile that the record's allocation spells out."""
@@ -251,14 +293,16 @@ def test_the_regret_of_the_record_by_enumeration(
     "change",
     ["seed=1", "method.group_size=32", "dataset.test_windows=5", "dataset.holdout_windows=2", "measure=size"],
 )
-def test_what_moves_a_number_has_a_record_of_its_own(change: str, execute: Callable[..., Outcome]) -> None:
-    first, second = execute("method=uniform4", "measure=quality"), execute("method=uniform4", change)
-    assert second.status == "finished" and first.path != second.path
+def test_run_change_that_moves_a_number_has_its_own_record(
+    change: str, uniform4_outcome: Outcome, execute: Callable[..., Outcome]
+) -> None:
+    second = execute("method=uniform4", change)
+    assert second.status == "finished" and uniform4_outcome.path.name != second.path.name
     if change == "measure=size":
         assert not set(second.record.metrics) & QUALITY and set(second.record.metrics) >= SIZE
 
 
-def test_where_things_lie_moves_no_number(
+def test_run_moved_model_and_text_are_skipped(
     execute: Callable[..., Outcome], tmp_path: pathlib.Path, text_file: pathlib.Path, model_folder: pathlib.Path
 ) -> None:
     first = execute("method=uniform4")
@@ -270,24 +314,24 @@ def test_where_things_lie_moves_no_number(
     assert execute("method=uniform4", f"dataset.path={tmp_path}/moved.txt").status == "finished"
 
 
-def test_the_other_measures_are_recorded(execute: Callable[..., Outcome]) -> None:
+def test_run_measure_speed_is_recorded(execute: Callable[..., Outcome]) -> None:
     speed = execute("method=uniform4", "measure=speed", "measure.new_tokens=4", "measure.repeats=3").record
     names = {"decode_ms", "decode_ms_full", "decode_ratio", "prefill_ratio", "bytes_resident", "kl_int8", "kl_float32"}
     assert names <= set(speed.metrics)
 
 
-def test_load_is_recorded(execute: Callable[..., Outcome]) -> None:
+def test_run_measure_load_is_recorded(execute: Callable[..., Outcome]) -> None:
     pytest.importorskip("fastapi", reason="not installed")
     load = ["measure=load", "measure.requests=4", "measure.prompt_tokens=8", "measure.new_tokens=4"]
     found = execute("method=uniform4", *load).record.metrics
     assert {"latency_p99_ms", "latency_p99_ms_full", "tokens_per_second", "error_rate"} <= set(found)
 
 
-def test_excluded_matrices_stay_at_16_bits(execute: Callable[..., Outcome]) -> None:
+def test_run_excluded_matrices_stay_at_16_bits(uniform4_outcome: Outcome, execute: Callable[..., Outcome]) -> None:
     found = execute("method=uniform4", "model.exclude=['*.mlp.*']").record
     assert not any(".mlp." in row["name"] for row in found.layers)
-    assert found.metrics["bytes_file"] > execute("method=uniform4").record.metrics["bytes_file"]
-    without = execute("method=nash_swarm", "method.bits=6", "model.exclude=[lm_head,'*wpe']").record
+    assert found.metrics["bytes_file"] > uniform4_outcome.record.metrics["bytes_file"]
+    without = execute("method=nash_swarm", *SMALL_GAME, "method.bits=6", "model.exclude=[lm_head,'*wpe']").record
     assert not any(row["name"].endswith(("wte", "wpe")) for row in without.layers)
 
 
@@ -354,7 +398,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_mistake_is_answered_in_one_sentence(
+def test_command_mistake_is_answered_in_one_sentence(
     wrong: str, command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path
 ) -> None:
     code, printed = command(*wrong.split())
@@ -366,7 +410,7 @@ def test_a_mistake_is_answered_in_one_sentence(
     assert records_in(tmp_path) == []
 
 
-def test_a_text_too_short_for_one_window_is_refused(
+def test_run_text_too_short_for_one_window_is_refused(
     command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path
 ) -> None:
     (tmp_path / "short.txt").write_text("Not enough.")
@@ -375,14 +419,14 @@ def test_a_text_too_short_for_one_window_is_refused(
     assert records_in(tmp_path) == []
 
 
-def test_a_window_longer_than_the_models_context_is_refused(
+def test_run_window_longer_than_the_context_is_refused(
     command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path
 ) -> None:
     code, printed = command("dataset.sequence_length=65", "dataset.calibration_windows=2", "dataset.test_windows=2")
     assert code == 1 and "sequence_length" in printed and "64" in printed and "Traceback" not in printed
 
 
-def test_a_full_disk_leaves_no_record(
+def test_run_full_disk_leaves_no_record(
     command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full_disk(descriptor: int) -> None:
@@ -413,19 +457,19 @@ def start(folder: pathlib.Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_sweep_from_the_command_line(
+def test_sweep_from_the_command_line_is_mirrored_and_then_skipped(
     small_run: list[str], tmp_path: pathlib.Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     """It is mirrored to an offline folder of W&B; typed again, nothing is left to do."""
-    methods = "method=baseline,uniform4,nash_swarm"
+    methods = "method=baseline,uniform4,no_bit_game"
     process = start(tmp_path, *small_run, "wandb=offline", methods)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "Traceback" not in printed, printed
     table = printed[printed.index("3 jobs: 3 finished, 0 skipped, 0 failed") :]
-    assert all(method in table for method in ("baseline", "uniform4", "nash_swarm"))
+    assert all(method in table for method in ("baseline", "uniform4", "no_bit_game"))
     assert len(list(tmp_path.rglob("offline-run-*/*.wandb"))) == 3
     labels = [record.read(path).labels for path in records_in(tmp_path)]
-    assert sorted(label["method"] for label in labels) == ["baseline", "nash_swarm", "uniform4"]
+    assert sorted(label["method"] for label in labels) == ["baseline", "no_bit_game", "uniform4"]
     assert {(label["model"], label["dataset"]) for label in labels} == {("tiny", "story.txt[calibration_windows=6]")}
     before = {path: path.stat().st_mtime_ns for path in records_in(tmp_path)}
     code, printed = command("-m", methods)
@@ -433,7 +477,7 @@ def test_a_sweep_from_the_command_line(
     assert {path: path.stat().st_mtime_ns for path in records_in(tmp_path)} == before
 
 
-def test_a_viewer_that_is_absent_is_told_before_any_work(
+def test_viewer_absent_is_refused_before_any_work(
     command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = importlib.util.find_spec
@@ -445,7 +489,7 @@ def test_a_viewer_that_is_absent_is_told_before_any_work(
     assert records_in(tmp_path) == []
 
 
-def test_a_mirror_that_fails_costs_no_run_and_can_be_made_later(
+def test_mirror_failure_costs_no_run_and_can_be_made_later(
     command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: Any) -> None:
@@ -479,7 +523,7 @@ def test_a_mirror_that_fails_costs_no_run_and_can_be_made_later(
         (".", "give --wandb offline, --wandb online or --viewer trackio"),
     ],
 )
-def test_what_cannot_be_mirrored_is_told_in_one_sentence(
+def test_mirror_mistake_is_answered_in_one_sentence(
     words: str, said: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -493,7 +537,7 @@ def test_what_cannot_be_mirrored_is_told_in_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_feeds_the_viewer_once_and_the_hub_is_not_asked(
+def test_viewer_is_fed_once_and_opens_no_connection(
     command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "viewed"))
@@ -521,7 +565,7 @@ def test_a_run_feeds_the_viewer_once_and_the_hub_is_not_asked(
     assert (tmp_path / "viewed/nashswarm.db").exists()
 
 
-def test_a_sweep_outlives_jobs_that_fail(small_run: list[str], tmp_path: pathlib.Path) -> None:
+def test_sweep_outlives_failing_jobs(small_run: list[str], tmp_path: pathlib.Path) -> None:
     """Choices misspelt inside a method; not in this process, where the type checker of the tests would answer first."""
     misspelt = ["method.swarm.graph=features,featurs", "method.bit_game=equilibrium,equilibrum"]
     process = start(
@@ -540,7 +584,7 @@ def test_a_sweep_outlives_jobs_that_fail(small_run: list[str], tmp_path: pathlib
     assert [("Traceback" in logs[job]) for job in "0123"] == [False, True, True, True]
 
 
-def test_a_peer_that_is_not_installed_is_a_line_and_no_failure(
+def test_sweep_missing_peer_is_left_out_and_no_failure(
     small_run: list[str],
     tmp_path: pathlib.Path,
     command: Callable[..., tuple[int, str]],
@@ -556,7 +600,8 @@ def test_a_peer_that_is_not_installed_is_a_line_and_no_failure(
     assert len(records_in(tmp_path)) == 1
 
 
-def test_a_killed_sweep_leaves_whole_records_and_goes_on(
+@pytest.mark.slow
+def test_sweep_killed_leaves_whole_records_and_goes_on(
     small_run: list[str], tmp_path: pathlib.Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     sweep = ["method=uniform2,uniform3,uniform4", "seed=0,1"]
@@ -595,20 +640,21 @@ def promised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, record.Recor
     return records
 
 
-def test_the_default_model_has_something_to_lose(promised: dict[str, record.Record]) -> None:
-    """Far better than word frequencies, and visibly hurt by two bits."""
+def test_default_model_card_is_far_better_than_word_frequencies() -> None:
     card = json.loads((ROOT / "nashswarm/models/default_model/training.json").read_text())
     assert 4 * card["test_perplexity"] <= card["unigram_perplexity"]
     assert 3e6 <= card["parameters"] <= 5e6
     last = [point["train_nll"] for point in card["curve"][-4:]]
     assert max(last) - min(last) < 0.1
+
+
+@pytest.mark.slow
+def test_default_model_at_two_bits_is_visibly_hurt(promised: dict[str, record.Record]) -> None:
     assert np.exp(promised["uniform2"].metrics["nll_delta"]) > 1.3
 
 
 @pytest.mark.slow
-def test_a_size_of_the_family_is_trained_and_composed_by_name(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_family_size_is_trained_and_composed_by_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_default_model.main(["--size", "xs", "--steps", "2", "--out", str(tmp_path / "default_xs")])
     card = json.loads((tmp_path / "default_xs" / "training.json").read_text())
     train_default_model.main(["--size", "xs", "--steps", "5", "--keep", "--out", str(tmp_path / "default_xs")])
@@ -621,7 +667,8 @@ def test_a_size_of_the_family_is_trained_and_composed_by_name(
     assert found.labels["model"] == "default_xs" and found.metrics["nll"] > 5
 
 
-def test_the_game_beats_the_next_larger_uniform_width(promised: dict[str, record.Record]) -> None:
+@pytest.mark.slow
+def test_nash_swarm_beats_the_next_larger_uniform_width(promised: dict[str, record.Record]) -> None:
     game, uniform = promised["nash_swarm"].metrics, promised["uniform3"].metrics
     assert game["bits_per_weight_model"] <= 3.0 < uniform["bits_per_weight_model"]
     assert game["bits_per_weight_model"] > 3.0 * 0.999
