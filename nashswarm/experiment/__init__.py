@@ -1,1 +1,7 @@
-"""One run, from its config to its record."""
+"""One run, from its config to its record.
+
+``run`` executes a run and writes its record; start there.  ``plan`` turns a config into checked values, ``compression``
+holds the stages of a compression run, ``identity`` the names that records keep when code moves.  ``certify`` computes a
+saved model's certificate again, by the sums of ``enumeration``.  ``streaming`` is the road for folders larger than
+memory.  Only this package knows Hydra.
+"""

@@ -1,6 +1,6 @@
-"""What a config stands for: the choices of its groups, and their identity, everything that can move a number.
+"""Turn a config into a plan: the values of its groups, and its identity, everything that can move a number.
 
-All that a user can have got wrong is told here, in one sentence, before anything slow.
+Every mistake that a user can make in a config is refused here, in one sentence, before anything slow.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ TEXT_KEYS = ("calibration_sha256", "test_sha256")
 
 @dataclasses.dataclass
 class Root:
-    """The types of the root config; the groups are typed by the dataclasses that they name."""
+    """Types and defaults of the root config; each group is typed by the dataclass that its ``_target_`` names."""
 
     task: str = "compress"
     finetune: Any = None
@@ -67,7 +67,10 @@ ConfigStore.instance().store(name="root", node=Root)
 
 
 class Plan(NamedTuple):
-    """What a config stands for, before anything slow; ``identity``: everything that can move a number."""
+    """A run that compresses a model, checked but not started.
+
+    ``texts``: purpose (``calibration``, ``test``) -> text.  ``identity``: everything that can move a number.
+    """
 
     source: sources.Source
     method: Method
@@ -81,7 +84,7 @@ class Plan(NamedTuple):
 
 
 class MoePlan(NamedTuple):
-    """The same of a mixture of experts that is to be trained."""
+    """A run that trains a mixture of experts, checked but not started; fields as in ``Plan``."""
 
     source: MoeSource
     router: RouterSettings
@@ -94,7 +97,10 @@ class MoePlan(NamedTuple):
 
 
 def plan(config: DictConfig) -> Plan:
-    """Raises ValueError or OSError in one sentence for anything the user can mend."""
+    """Build and check the values of a config that compresses a model.
+
+    Raises ValueError or OSError in one sentence for anything the user can mend.
+    """
     device, dtype = choose_device(config)
     source, method, dataset, measure = (build(config[group]) for group in GROUPS)
     for group, value in (("model", source), ("method", method), ("measure", measure)):
@@ -114,7 +120,10 @@ def plan(config: DictConfig) -> Plan:
 
 
 def plan_moe(config: DictConfig) -> MoePlan:
-    """Raises ValueError or OSError in one sentence for anything the user can mend."""
+    """Build and check the values of a config that trains a mixture of experts.
+
+    Raises ValueError or OSError in one sentence for anything the user can mend.
+    """
     device, _ = choose_device(config)
     source, router, dataset, measure = (build(config[group]) for group in GROUPS)
     wanted: dict[str, tuple[Any, Any]] = {
@@ -136,11 +145,14 @@ def plan_moe(config: DictConfig) -> MoePlan:
 
 
 def config_again(about: Mapping[str, Any], paths: Mapping[str, str | None], **changed: Any) -> DictConfig:
-    """The config that left a saved model; ``changed``: keys of its root, and ``bits`` of its method.
+    """Return the config that made a saved model, from the ``about`` of its folder.
 
-    Raises ValueError if the model or the text is no longer the one that it was, or the method has no size to choose.
+    ``paths``: group (``model``, ``dataset``) -> where it lies today, or None if it was not moved.  ``changed``: keys of
+    the root config that shall differ, and ``bits`` of the method.
+
+    Raises ValueError if the model or the text is not the same as then, or if the method has no ``bits``.
     """
-    config, was = OmegaConf.create(to_importable(about["config"])), about["record"]["config"]
+    config, recorded = OmegaConf.create(to_importable(about["config"])), about["record"]["config"]
     if config.get("task") == "train_moe":
         raise ValueError("the saved model was trained, not compressed: compress it first, for example by model=local")
     for group, path in paths.items():
@@ -155,10 +167,10 @@ def config_again(about: Mapping[str, Any], paths: Mapping[str, str | None], **ch
         config.method.bits = int(bits) if float(bits).is_integer() else bits
     config.update(changed)
     identity = plan(config).identity
-    hub_name = "@" in was["model"]["content"]  # a folder that stands in for it has a content of its own
+    hub_name = "@" in recorded["model"]["content"]  # a folder that stands in for it has a content of its own
     for group, differs in {
-        "model": not hub_name and identity["model"]["content"] != was["model"]["content"],
-        "dataset": any(identity["dataset"][key] != was["dataset"][key] for key in TEXT_KEYS),
+        "model": not hub_name and identity["model"]["content"] != recorded["model"]["content"],
+        "dataset": any(identity["dataset"][key] != recorded["dataset"][key] for key in TEXT_KEYS),
     }.items():
         if differs:
             raise ValueError(f"the {group} is not the one of the saved run; name the right one by --{group}")
@@ -166,14 +178,14 @@ def config_again(about: Mapping[str, Any], paths: Mapping[str, str | None], **ch
 
 
 def config_of(source: sources.Source, method: Method, dataset: Any, measure: Measure, **root: Any) -> DictConfig:
-    """The config of a run that was not composed by Hydra; ``root``: what differs from the defaults of its root."""
+    """Return the config of a run that Hydra did not compose; ``root``: keys that differ from the root's defaults."""
     groups = {"model": source, "method": method, "dataset": dataset, "measure": measure}
     plain = dataclasses.asdict(Root()) | {"wandb": "disabled"} | root
     return OmegaConf.create(plain | {name: _described(value) for name, value in groups.items()})
 
 
 def _described(value: Any) -> Any:
-    """A value as a config that builds it."""
+    """Return a value as a config that builds it."""
     if dataclasses.is_dataclass(value):
         kind = type(value)
         fields = {field.name: _described(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -182,8 +194,10 @@ def _described(value: Any) -> Any:
 
 
 def choose_task(config: DictConfig, method: Method) -> distillation.Recovery | None:
-    """How the compressed model is to be fine-tuned, if it is.  Raises ValueError for an unknown task, Unsupported for a
-    method whose format cannot be trained."""
+    """Return how the compressed model is fine-tuned, or None if it is not.
+
+    Raises ValueError for an unknown task, Unsupported for a method whose format cannot be trained.
+    """
     settings = config.get("finetune")
     if config.task not in TASKS or (settings is not None) != (config.task == "finetune"):
         raise ValueError(f"task={config.task} is not a choice of the group task: {', '.join(TASKS)}")
@@ -194,13 +208,13 @@ def choose_task(config: DictConfig, method: Method) -> distillation.Recovery | N
         raise Unsupported(f"task=finetune cannot train what {whose} packs; use task=compress")
     if config.dtype != "float32":
         raise ValueError(f"task=finetune trains in float32; leave dtype={config.dtype} out")
-    found = build(settings)
-    assert isinstance(found, distillation.Recovery)
-    return found
+    recovery = build(settings)
+    assert isinstance(recovery, distillation.Recovery)
+    return recovery
 
 
 def refuse_training_text(source: sources.Source, text: str) -> None:
-    """Raises ValueError if the model was trained on the text that is to test it, as where both are one file."""
+    """Raise ValueError if the model was trained on the text that is to test it, as where both are one file."""
     path = getattr(source, "path", None)
     if path is not None and model_folder.training_text(pathlib.Path(path)) == corpus.sha256(text):
         raise ValueError(
@@ -210,20 +224,24 @@ def refuse_training_text(source: sources.Source, text: str) -> None:
 
 
 def choose_device(config: DictConfig) -> tuple[str, torch.dtype]:
-    """The device and dtype to compute in.  Raises ValueError for an unknown or absent one."""
+    """Return the device and dtype to compute in.  Raises ValueError for an unknown one and for an absent device."""
     if config.device not in DEVICES:
         raise ValueError(f"unknown device={config.device}: choose one of {', '.join(DEVICES)}")
     if config.dtype not in DTYPES:
         raise ValueError(f"unknown dtype={config.dtype}: choose one of {', '.join(DTYPES)}")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    device = next(name for name in ("cuda", "mps", "cpu") if there[name]) if config.device == "auto" else config.device
-    if not there[device]:
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    best = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    device = best if config.device == "auto" else config.device
+    if not available[device]:
         raise ValueError(f"device={device} is not available on this machine; use device=cpu or device=auto")
     return device, DTYPES[config.dtype]
 
 
 def build(config: DictConfig) -> Any:
-    """The value that a config group names.  Raises the ValueError of its own checks, not Hydra's wrapping of it."""
+    """Build the value that a config group names.
+
+    Raises the ValueError of the value's own checks, without Hydra's wrapping.
+    """
     try:
         return hydra.utils.instantiate(config, _convert_="object")
     except hydra.errors.InstantiationException as error:
@@ -233,7 +251,7 @@ def build(config: DictConfig) -> Any:
 def identify(
     config: DictConfig, device: str, source: sources.Source | MoeSource, texts: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything that can move a number; paths count by their content."""
+    """Return everything that can move a number; paths count by their content."""
     groups: dict[str, Any] = {name: to_recorded(OmegaConf.to_container(config[name], resolve=True)) for name in GROUPS}
     dataset = {key: value for key, value in groups["dataset"].items() if key not in ("path", "name")}
     model = {key: value for key, value in groups["model"].items() if key not in ("path", "revision")}
@@ -249,7 +267,7 @@ def identify(
         "model": model | {"content": source.label if isinstance(source, MoeSource) else sources.content_digest(source)},
         "method": groups["method"],
         "dataset": dataset | {f"{purpose}_sha256": corpus.sha256(text) for purpose, text in texts.items()},
-        "measure": _by_content(groups["measure"]),
+        "measure": by_content(groups["measure"]),
         "seed": config.seed,
         "device": device,
         "dtype": config.dtype,
@@ -257,19 +275,22 @@ def identify(
     }
 
 
-def _by_content(group: Any) -> Any:
-    """A config group, each ``folder`` that it names told by its files.  Raises ValueError for a folder without any."""
+def by_content(group: Any) -> Any:
+    """Return a config group in which every ``folder`` is replaced by a digest of its files.
+
+    Raises ValueError for a folder without files.
+    """
     if isinstance(group, list):
-        return [_by_content(part) for part in group]
+        return [by_content(part) for part in group]
     if not isinstance(group, dict):
         return group
-    found = {key: _by_content(value) for key, value in group.items()}
-    if found.get("folder") is not None:
-        folder = pathlib.Path(found["folder"])
+    content = {key: by_content(value) for key, value in group.items()}
+    if content.get("folder") is not None:
+        folder = pathlib.Path(content["folder"])
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         if not files:
             raise ValueError(f"the folder {folder} holds no file; set measure.folder to one with task files")
-        found["folder"] = fingerprint(
+        content["folder"] = fingerprint(
             {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
         )
-    return found
+    return content

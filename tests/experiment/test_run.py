@@ -25,7 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from experiments import mirror
 from experiments.config import compose
-from nashswarm.experiment.plan import _by_content
+from nashswarm.experiment.plan import by_content
 from nashswarm.experiment.run import Outcome, run
 from nashswarm.methods.bit_allocation.game import Solution
 from nashswarm.methods.peers import peer
@@ -152,7 +152,7 @@ def test_run_measure_without_its_package_is_refused_before_any_work(
 
 def test_identity_folder_counts_by_its_files(tmp_path: pathlib.Path) -> None:
     def told(folder: pathlib.Path) -> Any:
-        return _by_content({"measures": [{"folder": str(folder), "limit": 3}, {"folder": None}]})
+        return by_content({"measures": [{"folder": str(folder), "limit": 3}, {"folder": None}]})
 
     for name, content in (("one", "a"), ("same", "a"), ("other", "b")):
         (tmp_path / name).mkdir()
