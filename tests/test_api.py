@@ -67,7 +67,7 @@ def kl(full: Any, model: Any, windows: Tensor) -> float:
     ]
 
 
-def test_what_five_lines_make_is_loaded_again(played: Any, tmp_path: pathlib.Path) -> None:
+def test_compress_saved_model_loads_with_equal_logits(played: Any, tmp_path: pathlib.Path) -> None:
     model, report = played
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -76,7 +76,7 @@ def test_what_five_lines_make_is_loaded_again(played: Any, tmp_path: pathlib.Pat
     assert report.bits_per_weight_model <= 3.5 and report.compression > 0.85
 
 
-def test_the_report_is_that_of_the_files(played: Any, tiny: Any, tmp_path: pathlib.Path) -> None:
+def test_report_equals_the_saved_files(played: Any, tiny: Any, tmp_path: pathlib.Path) -> None:
     """Byte by byte weights and config; what save_pretrained adds is how to generate, which the full model has too."""
     model, report = played
     model.save_pretrained(tmp_path)
@@ -97,7 +97,7 @@ def test_the_report_is_that_of_the_files(played: Any, tiny: Any, tmp_path: pathl
         report.bytes_file = 1
 
 
-def test_the_model_is_left_as_it_was(model: Any, windows: Tensor) -> None:
+def test_compress_leaves_the_model_unchanged(model: Any, windows: Tensor) -> None:
     model.train()
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     found, _ = compress(model, calibration=windows, **QUICK)
@@ -109,7 +109,7 @@ def test_the_model_is_left_as_it_was(model: Any, windows: Tensor) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method(method: str, tiny: Any, windows: Tensor, played: Any) -> None:
+def test_compress_every_method_reports_its_size(method: str, tiny: Any, windows: Tensor, played: Any) -> None:
     model, report = played if method == "nash_swarm" else compress(tiny, method=method, calibration=windows[:5], bits=4)
     names = set(packed_modules(model))
     assert names == {name for name, one in tiny.named_modules() if hasattr(one, "weight") and one.weight.ndim == 2}
@@ -118,13 +118,15 @@ def test_every_method(method: str, tiny: Any, windows: Tensor, played: Any) -> N
     assert (report.regret_max is None) == (method == "gptq")
 
 
-def test_a_methods_value_brings_its_own_bits(tiny: Any, windows: Tensor) -> None:
+def test_compress_method_instance_brings_its_own_bits(tiny: Any, windows: Tensor) -> None:
     own = FixedWidth(bits=4.0, group_size=32, code_game=False, swarm=None)
     _, report = compress(tiny, method=own, calibration=windows, bits=2.0)
     assert 3.8 < report.bits_per_weight_model <= 4
 
 
-def test_formats_without_kernels_are_as_large_as_they_say(tiny: Any, windows: Tensor, tmp_path: pathlib.Path) -> None:
+def test_compress_format_without_kernels_has_the_reported_size(
+    tiny: Any, windows: Tensor, tmp_path: pathlib.Path
+) -> None:
     """16-bit floats: nothing is packed, and nothing is hidden."""
     model, report = compress(tiny, method=Uniform(16), calibration=windows)
     assert not packed_modules(model)
@@ -134,7 +136,7 @@ def test_formats_without_kernels_are_as_large_as_they_say(tiny: Any, windows: Te
     assert kl(tiny, model, windows[:4]) < 1e-5
 
 
-def test_the_embedded_text_another_text_and_its_windows(tiny: Any, tokenizer: Any, short_text: str) -> None:
+def test_compress_calibration_text_equals_its_windows(tiny: Any, tokenizer: Any, short_text: str) -> None:
     """By default the text that comes along, in windows of the model's length, by the tokenizer that the model had."""
     tokens = torch.tensor(tokenizer(short_text)["input_ids"])
     cut = tokens[: len(tokens) // 64 * 64].view(-1, 64)
@@ -147,7 +149,7 @@ def test_the_embedded_text_another_text_and_its_windows(tiny: Any, tokenizer: An
     assert torch.equal(answer(by_hand, cut[:2]), answer(by_text[0], cut[:2]))
 
 
-def test_a_seed_is_a_seed(tiny: Any, windows: Tensor, tmp_path: pathlib.Path) -> None:
+def test_compress_same_seed_gives_the_same_bytes(tiny: Any, windows: Tensor, tmp_path: pathlib.Path) -> None:
     for name, seed in (("first", 0), ("second", 0), ("third", 1)):
         compress(tiny, calibration=windows, method="gptq", bits=3, seed=seed)[0].save_pretrained(tmp_path / name)
     first, second, third = (
@@ -156,7 +158,7 @@ def test_a_seed_is_a_seed(tiny: Any, windows: Tensor, tmp_path: pathlib.Path) ->
     assert first == second != third
 
 
-def test_excluded_matrices_stay_at_16_bits(tiny: Any, windows: Tensor, tmp_path: pathlib.Path) -> None:
+def test_compress_excluded_matrices_stay_at_16_bits(tiny: Any, windows: Tensor, tmp_path: pathlib.Path) -> None:
     model, report = compress(tiny, calibration=windows, exclude=["lm_head", "*.1.mlp.*"], **QUICK)
     names = packed_modules(model)
     assert "lm_head" not in names and "transformer.wte" not in names and "transformer.h.0.mlp.c_fc" in names
@@ -170,7 +172,7 @@ def test_excluded_matrices_stay_at_16_bits(tiny: Any, windows: Tensor, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "opt", "gpt_neox"])
-def test_other_architectures(
+def test_compress_other_architectures_reload_equal(
     kind: str, random_model: Callable[[str], Any], token_windows: Tensor, tmp_path: pathlib.Path
 ) -> None:
     full = random_model(kind)
@@ -187,7 +189,7 @@ def test_other_architectures(
 @pytest.mark.parametrize(
     ("kind", "method"), [("bert", "gptq"), ("bert_encoder", "nash_swarm"), ("bert_classifier", "gptq")]
 )
-def test_models_that_do_not_predict_the_next_token(
+def test_compress_encoders_and_classifiers_reload_equal(
     kind: str, method: str, random_model: Callable[[str], Any], token_windows: Tensor, tmp_path: pathlib.Path
 ) -> None:
     """The game needs a divergence: of predictions where there is a vocabulary, of directions where there is none."""
@@ -208,7 +210,7 @@ def test_models_that_do_not_predict_the_next_token(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_model_in_half_precision(dtype: torch.dtype, tiny: Any, windows: Tensor) -> None:
+def test_compress_half_precision_model_reloads_equal(dtype: torch.dtype, tiny: Any, windows: Tensor) -> None:
     """It stays as it is; on a CPU its copy computes in float32."""
     half = copy.deepcopy(tiny).to(dtype)
     model, report = compress(half, calibration=windows, **QUICK)
@@ -220,7 +222,7 @@ def test_a_model_in_half_precision(dtype: torch.dtype, tiny: Any, windows: Tenso
     assert report.compression > 0.8
 
 
-def test_compressing_twice_is_refused_and_dequantize_helps(played: Any, windows: Tensor) -> None:
+def test_compress_quantized_model_is_refused_until_dequantized(played: Any, windows: Tensor) -> None:
     model = copy.deepcopy(played[0])
     with pytest.raises(ValueError, match=r"the model is quantized already; call model\.dequantize\(\) first"):
         compress(model, calibration=windows)
@@ -253,13 +255,15 @@ def test_compressing_twice_is_refused_and_dequantize_helps(played: Any, windows:
         ),
     ],
 )
-def test_a_mistake_is_answered_in_one_sentence(options: dict[str, Any], said: str, tiny: Any, windows: Tensor) -> None:
+def test_compress_mistake_is_answered_in_one_sentence(
+    options: dict[str, Any], said: str, tiny: Any, windows: Tensor
+) -> None:
     with pytest.raises(ValueError, match=said) as caught:
         UNTYPED(tiny, **({"calibration": windows} | options))
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_model_is_refused(tiny: Any, windows: Tensor) -> None:
+def test_compress_object_that_is_no_model_is_refused(tiny: Any, windows: Tensor) -> None:
     with pytest.raises(ValueError, match="nashswarm compresses models of transformers, not a Linear"):
         UNTYPED(torch.nn.Linear(4, 4), calibration=windows)
     with pytest.raises(ValueError, match="calibration must be text or token windows, not a list"):
@@ -270,6 +274,6 @@ def test_what_is_no_model_is_refused(tiny: Any, windows: Tensor) -> None:
         compress(nameless)
 
 
-def test_the_reports_numbers_are_plain(played: Any) -> None:
+def test_report_numbers_are_plain(played: Any) -> None:
     assert json.loads(json.dumps(dataclasses.asdict(played[1])))["bytes_file"] == played[1].bytes_file
     assert isinstance(played[0], transformers.GPT2LMHeadModel)

@@ -64,7 +64,7 @@ def made(
     return folder, json.loads(printed[-1])
 
 
-def test_compress(made: Any, tiny: Any) -> None:
+def test_compress_writes_a_folder_that_transformers_loads(made: Any, tiny: Any) -> None:
     folder, printed = made
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert set(printed) == SIZES | {"folder", "regret_max", "seconds"} and printed["folder"] == str(folder)
@@ -80,7 +80,7 @@ def test_compress(made: Any, tiny: Any) -> None:
     assert f"{printed['bytes_file']:,}" in card and "import nashswarm" in card and "base_model" not in card
 
 
-def test_inspect(made: Any, command: Command) -> None:
+def test_inspect_lists_every_matrix_and_its_bytes(made: Any, command: Command) -> None:
     folder, printed = made
     status, table, _ = command("inspect", folder)
     assert status == 0
@@ -97,7 +97,7 @@ def test_inspect(made: Any, command: Command) -> None:
     assert f"{printed['bytes_resident']:,} bytes in memory" in table
 
 
-def test_inspect_an_encoder(
+def test_inspect_encoder_saved_by_the_api_is_listed(
     random_model: Callable[[str], Any], token_windows: torch.Tensor, command: Command, tmp_path: pathlib.Path
 ) -> None:
     """Whatever the Python API has saved, also without the files of a run."""
@@ -108,7 +108,9 @@ def test_inspect_an_encoder(
     assert status == 0 and "embeddings.word_embeddings" in table and "groups of 64, coded" in table
 
 
-def test_bench(made: Any, text_file: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_prints_ratios_with_intervals(
+    made: Any, text_file: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads, text = torch.get_num_threads(), text_file.read_text()
     monkeypatch.setattr(stdlib_docs, "text", lambda purpose: text)  # the embedded one takes seconds to read
     words = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 2, "--threads", 1, "--against", "bfloat16")
@@ -123,7 +125,7 @@ def test_bench(made: Any, text_file: pathlib.Path, command: Command, monkeypatch
     assert abs(found["kl_float32"]) < 1e-6 < found["kl_int8"]  # against its own weights
 
 
-def test_rebudget_remembers_and_certify_agrees(made: Any, command: Command, tmp_path: pathlib.Path) -> None:
+def test_rebudget_uses_the_cache_and_certify_agrees(made: Any, command: Command, tmp_path: pathlib.Path) -> None:
     status, printed, _ = command("rebudget", made[0], "--bits", 4.5, "--out", tmp_path / "larger")
     found = json.loads(printed)
     assert status == 0 and 4.4 < found["bits_per_weight_model"] <= 4.5 and set(found) == set(made[1])
@@ -135,7 +137,7 @@ def test_rebudget_remembers_and_certify_agrees(made: Any, command: Command, tmp_
     assert json.loads(printed)["recorded_regret_max"] == found["regret_max"]
 
 
-def test_rebudget_keeps_to_whole_bits_where_there_are_only_those(
+def test_rebudget_whole_bits_method_refuses_fractions(
     model_folder: pathlib.Path, options: list[str], command: Command, tmp_path: pathlib.Path
 ) -> None:
     words = (model_folder, "--out", tmp_path / "gptq", "--method", "gptq", "--bits", 3, *options)
@@ -147,19 +149,19 @@ def test_rebudget_keeps_to_whole_bits_where_there_are_only_those(
     assert not (tmp_path / "between").exists()
 
 
-def test_a_budget_without_end_is_refused(made: Any, command: Command, tmp_path: pathlib.Path) -> None:
+def test_rebudget_infinite_bits_are_refused(made: Any, command: Command, tmp_path: pathlib.Path) -> None:
     status, printed, logged = command("rebudget", made[0], "--bits", "inf", "--out", tmp_path / "endless")
     assert status == 2 and not printed and "method.bits=inf must be a positive number" in logged
 
 
-def test_a_budget_given_as_a_whole_number_can_become_a_fraction(made: Any) -> None:
+def test_rebudget_whole_budget_may_become_a_fraction(made: Any) -> None:
     about = json.loads((made[0] / "nashswarm.json").read_text())
     about["config"]["method"]["bits"] = 3
     config = config_again(about, {}, bits=2.5, save="elsewhere")
     assert config.method.bits == 2.5 and config.save == "elsewhere"
 
 
-def test_compressing_again_into_the_same_folder_is_nothing(
+def test_compress_same_folder_again_does_nothing(
     made: Any, model_folder: pathlib.Path, options: list[str], command: Command
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in made[0].iterdir()}
@@ -168,7 +170,7 @@ def test_compressing_again_into_the_same_folder_is_nothing(
     assert {path: path.stat().st_mtime_ns for path in made[0].iterdir()} == before
 
 
-def test_a_model_that_reads_far_is_compressed_with_no_option_but_its_name(
+def test_compress_long_context_model_needs_no_option(
     model_folder: pathlib.Path, command: Command, tmp_path: pathlib.Path
 ) -> None:
     """The embedded text has fewer windows of its length than the default model is calibrated with."""
@@ -201,7 +203,7 @@ def test_a_model_that_reads_far_is_compressed_with_no_option_but_its_name(
         (["rebudget", "MODEL", "--bits", "3"], "holds no compressed model"),
     ],
 )
-def test_a_mistake_is_answered_in_one_sentence(
+def test_command_mistake_is_answered_in_one_sentence(
     words: list[str],
     said: str,
     model_folder: pathlib.Path,
@@ -217,7 +219,7 @@ def test_a_mistake_is_answered_in_one_sentence(
     assert "Traceback" not in logged and not list(tmp_path.iterdir())
 
 
-def test_bench_is_for_models_that_write(
+def test_bench_encoder_is_refused(
     random_model: Callable[[str], Any], packed: Callable[..., Any], command: Command, tmp_path: pathlib.Path
 ) -> None:
     model = random_model("bert_encoder")
@@ -228,7 +230,7 @@ def test_bench_is_for_models_that_write(
 
 
 @pytest.mark.parametrize("name", ["inspect", "bench", "certify"])
-def test_a_folder_without_a_compressed_model_is_refused(
+def test_command_folder_without_compressed_model_is_refused(
     name: str, model_folder: pathlib.Path, command: Command, tmp_path: pathlib.Path
 ) -> None:
     for folder, said in ((tmp_path, "holds no"), (model_folder, "is not compressed|holds no compressed model")):
@@ -237,7 +239,7 @@ def test_a_folder_without_a_compressed_model_is_refused(
         assert re.search(said, logged)
 
 
-def test_a_damaged_folder_is_refused(made: Any, command: Command, tmp_path: pathlib.Path) -> None:
+def test_command_damaged_folder_is_refused(made: Any, command: Command, tmp_path: pathlib.Path) -> None:
     folder = pathlib.Path(shutil.copytree(made[0], tmp_path / "model"))
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -249,7 +251,7 @@ def test_a_damaged_folder_is_refused(made: Any, command: Command, tmp_path: path
     assert not (tmp_path / "other").exists()
 
 
-def test_a_full_disk_leaves_nothing(
+def test_compress_full_disk_leaves_nothing(
     model_folder: pathlib.Path, options: list[str], command: Command, tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -263,7 +265,7 @@ def test_a_full_disk_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_holds_something_is_refused(
+def test_compress_folder_not_empty_is_refused(
     model_folder: pathlib.Path, options: list[str], command: Command, tmp_path: pathlib.Path
 ) -> None:
     (tmp_path / "precious").touch()
@@ -273,7 +275,7 @@ def test_a_folder_that_holds_something_is_refused(
 
 
 @pytest.mark.parametrize("name", ["compress", "rebudget", "inspect", "bench", "certify"])
-def test_every_command_says_how_it_is_used(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_every_command_names_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
     assert "FOLDER" in capsys.readouterr().out
@@ -281,7 +283,7 @@ def test_every_command_says_how_it_is_used(name: str, capsys: pytest.CaptureFixt
         main([name])
 
 
-def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"nashswarm {nashswarm.__version__}\n"

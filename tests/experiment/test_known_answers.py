@@ -73,7 +73,7 @@ def gptq(model: Any, windows: Tensor) -> None:
         )
 
 
-def test_the_recipes_do_what_they_say(random_model: Callable[[str], Any]) -> None:
+def test_recipes_quantize_what_their_authors_do(random_model: Callable[[str], Any]) -> None:
     """On a model of random weights, so that they are run everywhere: feedback brings the logits nearer."""
     windows = torch.randint(512, (12, 64), generator=torch.Generator().manual_seed(0))
     full = random_model("opt")
@@ -121,14 +121,16 @@ def fetch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Loade
     ("name", "length", "published", "within"),
     [("gpt2", 1024, 29.9, 0.1), ("gpt2_large", 1024, 19.44, 0.05), ("opt_125m", 2048, 27.65, 0.05)],
 )
-def test_full_precision(fetch: Callable[..., Any], name: str, length: int, published: float, within: float) -> None:
+def test_full_precision_perplexity_is_the_published_one(
+    fetch: Callable[..., Any], name: str, length: int, published: float, within: float
+) -> None:
     """The usual numbers of windows that do not overlap (GPTQ, table 3, for OPT; transformers' page on perplexity)."""
     loaded, test, _ = fetch(name, length)
     assert perplexity(loaded.model, test) == pytest.approx(published, abs=within)
 
 
 @pytest.mark.slow
-def test_opt_rounded_to_nearest(fetch: Callable[..., Any]) -> None:
+def test_opt_rounded_to_nearest_perplexity_is_the_published_one(fetch: Callable[..., Any]) -> None:
     """37.28 (GPTQ, Frantar et al. 2023, table 3); our scales are 16-bit floats, theirs were not."""
     loaded, test, _ = fetch("opt_125m", 2048)
     round_to_nearest(loaded.model)
@@ -136,7 +138,7 @@ def test_opt_rounded_to_nearest(fetch: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
-def test_opt_by_gptq(fetch: Callable[..., Any]) -> None:
+def test_opt_by_gptq_perplexity_is_the_published_one(fetch: Callable[..., Any]) -> None:
     """31.1 (the same table), calibrated there on C4 and block after block, here on WikiText-2 and all at once."""
     loaded, test, calibration = fetch("opt_125m", 2048)
     gptq(loaded.model, calibration)

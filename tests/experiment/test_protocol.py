@@ -22,14 +22,14 @@ def text(text_file: Any) -> str:
     return text_file.read_text()
 
 
-def test_an_untrained_model_already_has_the_published_loss() -> None:
+def test_untrained_model_has_the_published_loss() -> None:
     """Equal logits for every token: ln V, however the model is called; fresh weights add a little luck."""
     losses = [prototype.untrained_loss(seed, 8, 16) for seed in range(3)]
     assert losses == pytest.approx([math.log(1000)] * 3, abs=0.15)
     assert max(losses) != min(losses)
 
 
-def test_padding_is_scored(model: Any, tokenizer: Any) -> None:
+def test_padded_loss_scores_the_padding(model: Any, tokenizer: Any) -> None:
     """A model that says nothing but the end token has a low loss wherever there is little text."""
     ids, mask = padded("one player .\n\n" * 6, tokenizer, 6, 48, 1)[0]
     assert (ids[mask == 0] == tokenizer.eos_token_id).all() and mask.float().mean() < 0.3
@@ -42,7 +42,7 @@ def test_padding_is_scored(model: Any, tokenizer: Any) -> None:
     assert by_hand.mean().item() < 0.7 * math.log(512) < by_hand[mask[:, 1:] == 1].mean().item()
 
 
-def test_paragraphs_are_the_first_ones_that_are_not_empty(tokenizer: Any) -> None:
+def test_padded_takes_the_first_paragraphs_that_are_not_empty(tokenizer: Any) -> None:
     sets = padded("one\n \n\ntwo old\n\nplayer", tokenizer, 1, 4, 3)
     assert [int(mask.sum()) for _, mask in sets] == [
         len(tokenizer(part)["input_ids"]) for part in ("one\n ", "two old", "player")
@@ -51,7 +51,7 @@ def test_paragraphs_are_the_first_ones_that_are_not_empty(tokenizer: Any) -> Non
         padded("one\n\ntwo\n\nthree", tokenizer, 2, 4, 2)
 
 
-def test_only_linear_layers_are_quantized_and_stay_floats(model: Any, random_model: Any) -> None:
+def test_quantized_rounds_linear_layers_alone_and_keeps_floats(model: Any, random_model: Any) -> None:
     changed = quantized(model, prototype.one_grid)
     differing = {name for name, own in model.state_dict().items() if not torch.equal(own, changed.state_dict()[name])}
     assert differing == {"lm_head.weight", "transformer.wte.weight"}  # tied; the Conv1D blocks are as they were
@@ -62,7 +62,7 @@ def test_only_linear_layers_are_quantized_and_stay_floats(model: Any, random_mod
 
 
 @pytest.mark.parametrize("bits", prototype.WIDTHS)
-def test_rows_on_their_grids(bits: int) -> None:
+def test_round_to_grid_rows_lie_on_their_grids(bits: int) -> None:
     rows = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     rounded = prototype.round_to_grid(rows, bits)
     low, high = rows.min(1, keepdim=True).values, rows.max(1, keepdim=True).values
@@ -72,7 +72,7 @@ def test_rows_on_their_grids(bits: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -1e6])
-def test_random_replies_converge_in_66_iterations_whatever_the_payoffs(scale: float) -> None:
+def test_random_replies_any_payoffs_converge_in_66_iterations(scale: float) -> None:
     payoffs = scale * np.arange(400.0).reshape(100, 4)
     profile, iterations = random_replies(payoffs, np.random.default_rng(3))
     assert iterations == 66
@@ -80,14 +80,14 @@ def test_random_replies_converge_in_66_iterations_whatever_the_payoffs(scale: fl
     assert len(set(profile.tolist())) == 4  # the same action is best for everybody, and they disagree
 
 
-def test_where_random_replies_end_most_players_regret_it(tiny: Any) -> None:
+def test_random_replies_end_where_most_players_regret(tiny: Any) -> None:
     found = prototype.replies(tiny.lm_head.weight.detach())
     assert 0.1 < found["best_reply_share"] < 0.45
     assert found["reply_regret"] > 0.5
     assert found["solved_regret"] == 0 and found["solved_sweeps"] == 1
 
 
-def test_the_game_of_widths_by_hand() -> None:
+def test_width_costs_equal_those_by_hand() -> None:
     """An error and a price for every bit: the price is the same for all, and leaves the choice open."""
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
     costs = prototype.width_costs(weight)
@@ -101,15 +101,13 @@ def test_the_game_of_widths_by_hand() -> None:
     assert len(set(costs.argmin(1).tolist())) > 1
 
 
-def test_both_routers_agree() -> None:
+def test_route_loop_and_vectorised_agree() -> None:
     generator = torch.Generator().manual_seed(2)
     tokens, centroids = torch.randn(30, 16, generator=generator), torch.randn(5, 16, generator=generator)
     assert torch.equal(prototype.route(tokens, centroids), prototype.route_by_loops(tokens, centroids))
 
 
-def test_it_is_a_measure_and_reports_both_protocols(
-    tiny: Any, tokenizer: Any, text: str, token_windows: Tensor
-) -> None:
+def test_published_measure_reports_both_protocols(tiny: Any, tokenizer: Any, text: str, token_windows: Tensor) -> None:
     assert isinstance(SMALL, Measure)
     reference = evaluation.compute_reference(tiny, token_windows, 8)
     subject = EvaluationTarget(
