@@ -1,20 +1,25 @@
-"""Errors that callers tell apart: each message is one sentence with its remedy."""
+"""Errors that callers tell apart.  Each message is one sentence that names the offending setting and the remedy."""
 
 import importlib.metadata
 from collections.abc import Sequence
 
 
 class Unsupported(ValueError):
-    """A method that has nothing to offer here: not at these bits, or not without a package that is absent.  In a sweep
-    it is left out, which is no failure."""
+    """A combination of settings that a method does not offer, such as a number of bits or an absent package.
+
+    A sweep leaves such a job out and does not count it as failed.
+    """
 
 
 class MissingPackage(Unsupported):
-    """An optional package is absent."""
+    """An optional package that is not installed."""
 
 
 def require(setting: str, packages: Sequence[str], extra: str = "peers") -> None:
-    """Raises MissingPackage, which names the packages that ``setting`` needs and that are absent."""
+    """Check that all ``packages`` are installed.
+
+    Raises MissingPackage, whose message names ``setting``, the absent packages and the ``extra`` that installs them.
+    """
     missing = []
     for package in packages:
         try:

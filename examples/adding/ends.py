@@ -38,7 +38,7 @@ class Ends:
         return Compressed(
             packed={name: encode_groups(tensor) for name, tensor in tensors.items()},
             weights={name: tensor.dequantize() for name, tensor in tensors.items()},
-            allocation=blocks.text(bits),
+            allocation=blocks.describe_widths(bits),
             code_bits=sum(widths[layer.name] * layer.parameters for layer in context.layers),
         )
 

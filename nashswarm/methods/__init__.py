@@ -1,1 +1,7 @@
-"""TODO-PACKAGE methods."""
+"""Compression methods: each maps what it may know of a model to packed bytes and the weights that they decode to.
+
+``method`` defines the protocol ``Method`` and its result.  ``uniform`` (rounding to nearest), ``gptq``, ``prototype``
+(the quantizer of the earlier prototype) and ``fixed_width`` (bit allocation among tiles) hold one method each;
+``nash_swarm``, ``peers`` and ``streaming`` are packages; ``bit_allocation`` holds the bit game and its baselines;
+``swarm`` the settings of the flock; ``distillation`` fine-tunes what a method has compressed.
+"""

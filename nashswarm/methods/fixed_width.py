@@ -1,32 +1,26 @@
-"""Tiles of fixed widths that compete for bits."""
+"""Bit allocation among tiles of fixed widths, by the bit game or by one of its baselines."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Int
 
 from nashswarm.calibration.context import CalibrationContext
-from nashswarm.games import flock
-from nashswarm.methods.bit_allocation.baselines import dual_ascent, equal_loss, evolve
 from nashswarm.methods.bit_allocation.blocks import PLAYED_WIDTHS, check_divisible, grid_shape, quantize_layers
-from nashswarm.methods.bit_allocation.damages import block_damages, report_regret
-from nashswarm.methods.bit_allocation.game import by_lot, by_quantiles, solve
+from nashswarm.methods.bit_allocation.damages import block_damages
+from nashswarm.methods.bit_allocation.rules import RULES, AllocationProblem
 from nashswarm.methods.method import Compressed, store_groups
 from nashswarm.methods.swarm import Flock
 from nashswarm.quant.grid import GRID_WIDTHS, WIDTHS, QuantizedTensor, Scheme
 from nashswarm.quant.pack import packed_bytes
 from nashswarm.quant.prototype import QUANTILES
 
-BitGame = Literal["equilibrium", "quantiles", "lot", "equal_loss", "dual_ascent", "evolution"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The byte budget of a model with a share ``pruned`` of its blocks removed and the rest at ``bits``."""
+    """The bytes of a model with a share ``pruned`` of its blocks removed and the rest at ``bits`` per weight."""
 
     bits: int
     pruned: float
@@ -41,21 +35,22 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class FixedWidth:
-    """Tiles compete for widths under one price per byte until nobody gains by changing alone; each minds its flock.
+    """Tiles that compete for widths under one price per byte until none gains by changing alone.
 
-    ``bits``: stored bits per parameter of the whole model, everything counted.  ``bit_game``: ``equilibrium``, or what
-    the ablations put in its place: ``quantiles`` of importance or ``lot``, bits handed out at random; or the idea of
-    another: ``equal_loss`` (BAQ), ``dual_ascent`` (Radio), ``evolution`` (EvoPress).  ``code_game``: each block replies
-    with the codes of least damage; otherwise one min-max rounding.  ``split``: a preset's budget instead of ``bits``,
-    with at least its share of pruned blocks.  ``coded``: entropy-code the tiles of the budget, so that the file takes
-    less.  ``generations`` and ``offspring``: of the evolution.  ``cache``: reuse statistics and baselines of earlier
-    runs.
+    ``bits``: stored bits per parameter of the whole model, everything counted.  ``bit_widths``: widths that a tile can
+    take.  ``bit_game``: the allocation rule: ``equilibrium``; or a baseline without a game, ``quantiles`` of importance
+    or ``lot`` (at random); or a published rule, ``equal_loss`` (BAQ), ``dual_ascent`` (Radio) or ``evolution``
+    (EvoPress).  ``code_game``: codes by error feedback, which lowers the damage; otherwise min-max rounding.
+    ``split``: the bytes of a preset instead of ``bits``, with at least its share of pruned blocks.  ``coded``:
+    entropy-code the tiles of the budget, so that the file takes less.  ``generations`` and ``offspring``: of the
+    evolution.  ``cache``: reuse statistics and baselines of earlier runs.  ``swarm``: the flock whose neighbours each
+    block minds; None without.
     """
 
     bits: float | None = 3.0
     bit_widths: Sequence[int] = PLAYED_WIDTHS
     group_size: int = 64
-    bit_game: BitGame = "equilibrium"
+    bit_game: str = "equilibrium"
     quantiles: Sequence[float] = QUANTILES
     code_game: bool = True
     coded: bool = False
@@ -70,8 +65,8 @@ class FixedWidth:
             raise ValueError("give either method.bits or method.split: one of them must be null")
         if self.bits is not None and not math.isfinite(self.bits):
             raise ValueError(f"method.bits={self.bits} must be a finite number")
-        if self.bit_game not in get_args(BitGame):
-            raise ValueError(f"unknown method.bit_game {self.bit_game!r}: choose {', '.join(get_args(BitGame))}")
+        if self.bit_game not in RULES:
+            raise ValueError(f"unknown method.bit_game {self.bit_game!r}: choose {', '.join(RULES)}")
         if self.generations < 0 or self.offspring < 1:
             raise ValueError("method.generations must not be negative, and method.offspring at least 1")
         if self.swarm is not None and self.swarm.local_reply is not None:
@@ -84,85 +79,59 @@ class FixedWidth:
             known = ", ".join(map(str, WIDTHS))
             raise ValueError(f"method.bit_widths {list(self.bit_widths)} must be ascending widths among {known}")
         if self.coded and max(self.bit_widths) > max(GRID_WIDTHS):
-            raise ValueError(f"method.coded is for codes; method.bit_widths {list(self.bit_widths)} stores floats")
+            raise ValueError(
+                f"method.coded compresses codes and method.bit_widths {list(self.bit_widths)} stores floats; "
+                "set it to false"
+            )
 
     def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
+        """Measure what each width costs each block, allocate the budget by ``bit_game``, and quantize.
+
+        Raises ValueError if ``group_size`` does not divide the columns of a layer, or if the smallest widths exceed the
+        budget.
+        """
         scheme = Scheme(self.group_size, search=self.code_game)
         check_divisible(context.layers, self.group_size)
         budget = self._budget(context, scheme)
         moments = context.moments()
         blocks = block_damages(context, moments, self.bit_widths, scheme, self.code_game)
-        weighed = moments if self.code_game else None
 
-        def tensors_at(profile: Int[np.ndarray, " blocks"]) -> dict[str, QuantizedTensor]:
-            return quantize_layers(context.layers, blocks.bits(profile), scheme, weighed)
+        def quantize_at(profile: Int[np.ndarray, " blocks"]) -> dict[str, QuantizedTensor]:
+            return quantize_layers(context.layers, blocks.bits(profile), scheme, moments if self.code_game else None)
 
-        def measure(profile: Int[np.ndarray, " blocks"]) -> float:
-            found = tensors_at(profile)
-            return context.heldout_kl({name: tensor.dequantize() for name, tensor in found.items()}, None)
+        def heldout_kl(profile: Int[np.ndarray, " blocks"]) -> float:
+            return context.heldout_kl(
+                {name: tensor.dequantize() for name, tensor in quantize_at(profile).items()}, None
+            )
 
-        if self.bit_game != "equilibrium":
-            passes = 0
-            if self.bit_game == "quantiles":
-                profile = by_quantiles(blocks, budget, self.quantiles)
-            elif self.bit_game == "equal_loss":
-                profile = equal_loss(blocks, budget)
-            elif self.bit_game == "dual_ascent":
-                profile = dual_ascent(blocks, budget)
-            elif self.bit_game == "evolution":
-                profile = evolve(blocks, budget, measure, rng, self.generations, self.offspring)
-                passes = self.offspring * (self.generations + 1)
-            else:
-                profile = by_lot(blocks, budget, rng)
-            damage, metrics = report_regret(blocks, profile)
-            metrics["heldout_passes"] = passes
-            return store_groups(blocks.bits(profile), tensors_at(profile), damage, metrics, coded=self.coded)
-
-        pruned = self.split.pruned if self.split else 0.0
-        alone = solve(blocks, budget, pruned)
-        best, choice, passes = alone, (0.0, 0.0), 0
-        if self.swarm is not None:
-            coupling = flock.flock(blocks.features, self.swarm.neighbours, self.swarm.graph, rng)
-            candidates = list(itertools.product(self.swarm.align, self.swarm.shrink))
-            solved = {
-                pair: alone if pair == (0.0, 0.0) else solve(blocks, budget, pruned, coupling, *pair)
-                for pair in candidates
-            }
-            if len(candidates) > 1:
-                passes = len(candidates)
-                scores = {
-                    pair: measure(solution.profile)
-                    for pair, solution in context.track(list(solved.items()), "choosing the flock")
-                }
-                choice = min(scores, key=lambda pair: scores[pair])
-            else:
-                choice = candidates[0]
-            best = solved[choice]
-        metrics, series = best.report(blocks)
-        metrics |= {
-            "flock_moves": int((best.profile != alone.profile).sum()),
-            "flock_align": choice[0],
-            "flock_shrink": choice[1],
-            "heldout_passes": passes,
-        }
-        damage = blocks.damage_by_layer(best.profile)
+        problem = AllocationProblem(
+            blocks, budget, heldout_kl,
+            pruned=self.split.pruned if self.split else 0.0, swarm=self.swarm, quantiles=self.quantiles,
+            generations=self.generations, offspring=self.offspring, track=context.track,
+        )  # fmt: skip
+        result = RULES[self.bit_game](problem, rng)
         return store_groups(
-            blocks.bits(best.profile), tensors_at(best.profile), damage, metrics, series, coded=self.coded
+            blocks.bits(result.profile),
+            quantize_at(result.profile),
+            blocks.damage_by_layer(result.profile),
+            result.metrics,
+            result.series,
+            coded=self.coded,
         )
 
     def _budget(self, context: CalibrationContext, scheme: Scheme) -> int:
-        """Bytes that the packed layers may take.  Raises ValueError if not even the smallest widths fit."""
+        """Return the bytes that the packed layers may take.  Raises ValueError if not even the smallest widths fit."""
 
-        def bytes_at(bits: int) -> int:
+        def layer_bytes(bits: int) -> int:
             shapes = [grid_shape(layer, scheme) for layer in context.layers]
             return sum(packed_bytes(np.full(rows * columns, bits), scheme) for rows, columns in shapes)
 
         if self.split is not None:
-            share = 1 - self.split.pruned
-            return int(share * bytes_at(self.split.bits) + self.split.pruned * bytes_at(0))
+            unpruned = 1 - self.split.pruned
+            return int(unpruned * layer_bytes(self.split.bits) + self.split.pruned * layer_bytes(0))
         assert self.bits is not None
         budget = int(self.bits * context.parameters / 8) - context.fixed_bytes
-        smallest = bytes_at(self.bit_widths[0])
+        smallest = layer_bytes(self.bit_widths[0])
         if budget < smallest:
             least = 8 * (smallest + context.fixed_bytes) / context.parameters
             raise ValueError(

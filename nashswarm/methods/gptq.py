@@ -17,11 +17,12 @@ from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme
 
 @dataclasses.dataclass(frozen=True)
 class Gptq:
-    """``bits`` everywhere with error feedback, one scale a group (Frantar et al. 2023), the best range of every group.
+    """``bits`` for every weight by error feedback, with the range of least error for every group.
 
-    ``act_order``: columns of large inputs first, on grids fixed beforehand.  ``sweeps``: best replies after the pass, 0
-    for GPTQ itself.  ``coded``: entropy-coded storage.  ``sequential``: layers see what the compressed ones before them
-    give out, depth by depth, as GPTQ's authors have it.
+    ``group_size``: columns that share a scale.  ``damping``: share of the mean diagonal of H added to it.
+    ``act_order``: columns of large inputs first, on grids fixed beforehand.  ``sweeps``: sweeps of coordinate descent
+    after the pass, 0 for GPTQ itself.  ``coded``: entropy-coded storage.  ``sequential``: calibrate each layer on the
+    outputs of the compressed layers before it, depth by depth, as GPTQ's authors do.
     """
 
     bits: int = 3
@@ -41,6 +42,11 @@ class Gptq:
             )
 
     def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
+        """Quantize the layers in the order of their depth.
+
+        Raises ValueError if ``group_size`` does not divide the columns of a layer, or if ``sequential`` is set and the
+        context has no model to run.
+        """
         scheme = Scheme(self.group_size, search=True)
         check_divisible(context.layers, self.group_size)
         moments = dict(context.moments())
@@ -50,26 +56,28 @@ class Gptq:
         for layer in context.track(sorted(context.layers, key=lambda layer: layer.depth), "replying"):
             if self.sequential and layer.depth > depth:
                 depth = layer.depth
-                moments |= _after(
-                    tensors, [other for other in context.layers if other.depth == depth], moments, context
-                )
-            curved = curvature(layer, moments)
-            found = quantize_layer(layer.weight, self.bits, scheme, curved, self.sweeps, self.damping, self.act_order)
-            tensors[layer.name], bits[layer.name] = found, found.bits.numpy()
-            damage[layer.name] = float(curved.damage_by_row(layer.weight - found.dequantize()).double().sum())
+                same_depth = [other for other in context.layers if other.depth == depth]
+                moments |= _moments_after(tensors, same_depth, moments, context)
+            layer_curvature = curvature(layer, moments)
+            tensor = quantize_layer(
+                layer.weight, self.bits, scheme, layer_curvature, self.sweeps, self.damping, self.act_order
+            )
+            tensors[layer.name], bits[layer.name] = tensor, tensor.bits.numpy()
+            error = layer.weight - tensor.dequantize()
+            damage[layer.name] = float(layer_curvature.damage_by_row(error).double().sum())
         in_order = {layer.name: tensors[layer.name] for layer in context.layers}
         return store_groups(bits, in_order, damage, coded=self.coded)
 
 
-def _after(
+def _moments_after(
     tensors: Mapping[str, QuantizedTensor],
     layers: Sequence[Layer],
     moments: Mapping[str, Moments],
     context: CalibrationContext,
 ) -> dict[str, Moments]:
-    """The moments of ``layers`` with the inputs that they meet behind compressed ones."""
+    """Return the moments of ``layers`` with the inputs that reach them through the compressed ``tensors``."""
     if context.inputs_after is None:
-        raise ValueError("method.sequential needs a model to run, which this oracle has not; set it to false")
+        raise ValueError("method.sequential needs a model to run, which this context does not have; set it to false")
     names = [name for layer in layers for name in layer.modules if not moments[name].lookup]
-    seen = context.inputs_after({name: tensor.dequantize() for name, tensor in tensors.items()}, names)
-    return {name: dataclasses.replace(moments[name], inputs=inputs) for name, inputs in seen.items()}
+    inputs_by_module = context.inputs_after({name: tensor.dequantize() for name, tensor in tensors.items()}, names)
+    return {name: dataclasses.replace(moments[name], inputs=inputs) for name, inputs in inputs_by_module.items()}

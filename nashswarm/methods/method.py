@@ -1,4 +1,4 @@
-"""What every compression method does and gives back."""
+"""The interface of compression methods: the protocol, its result, and the result in packed tiles or groups."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from nashswarm.calibration.context import CalibrationContext
-from nashswarm.methods.bit_allocation.blocks import Bits, text
+from nashswarm.methods.bit_allocation.blocks import Bits, describe_widths
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor
 from nashswarm.quant.pack import pack
@@ -16,12 +16,14 @@ from nashswarm.quant.pack import pack
 
 @dataclasses.dataclass(frozen=True)
 class Compressed:
-    """The packed bytes of every layer, the weights they decode to, and what the method reports.
+    """A compressed model: the packed bytes of every layer, the weights they decode to, and what the method reports.
 
-    ``float_bits``: the width of everything outside the layers.  ``code_bits``: the payload of the codes alone, in
-    bits.  ``game``: what the players brought to the game, by which its certificate can be computed again; a saved model
-    keeps it in a file beside, for no decoder needs it and it counts as no part of the model's size.  ``foreign``: the
-    library whose packed form it is, if not ours.
+    ``packed`` and ``weights``: by layer name, in the order of the context's layers.  ``allocation``: text, one line per
+    layer.  ``code_bits``: bits of the codes alone, without scales and headers.  ``damage``: predicted damage by layer,
+    in nats per token.  ``metrics`` and ``series``: recorded with the result.  ``float_bits``: width of everything
+    outside the layers.  ``game``: inputs of the game from which its certificate can be computed again; a saved model
+    keeps them in a separate file, which no decoder needs and which does not count toward the model's size.
+    ``foreign``: the library whose packed form this is, None for the formats of nashswarm.
     """
 
     packed: Mapping[str, Any]
@@ -38,9 +40,13 @@ class Compressed:
 
 @runtime_checkable
 class Method(Protocol):
-    """What the runner asks of a method."""
+    """A compression method.  Its settings are the fields of a dataclass, which refuses values that it cannot use."""
 
-    def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed: ...
+    def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
+        """Compress all layers of ``context``.
+
+        All random numbers come from ``rng``, so that the same seed gives the same bytes.
+        """
 
 
 def store_groups(
@@ -52,13 +58,16 @@ def store_groups(
     float_bits: int = 16,
     coded: bool = False,
 ) -> Compressed:
-    """The stored form of every layer: its tiles at their widths, or entropy-coded."""
+    """Return ``tensors`` in packed form: tiles at their widths, or entropy-coded groups if ``coded``.
+
+    ``bits``: width of every tile by layer, for the allocation.  The sum of ``damage`` is added to the metrics.
+    """
     if damage is not None:
         metrics = dict(metrics or {}) | {"damage": sum(damage.values())}
     return Compressed(
         packed={name: encode_groups(tensor) if coded else pack(tensor) for name, tensor in tensors.items()},
         weights={name: tensor.dequantize() for name, tensor in tensors.items()},
-        allocation=text(bits),
+        allocation=describe_widths(bits),
         code_bits=sum(
             int((tensor.bits.double() * TILE_ROWS * tensor.scheme.group_size).sum()) for tensor in tensors.values()
         ),

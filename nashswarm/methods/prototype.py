@@ -1,4 +1,4 @@
-"""The earlier prototype's quantizer, as it was published."""
+"""The quantizer of the earlier prototype, as it was published."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,12 +9,16 @@ from nashswarm.calibration.context import CalibrationContext
 from nashswarm.methods.bit_allocation.blocks import grid_shape, quantize_layers
 from nashswarm.methods.method import Compressed, store_groups
 from nashswarm.quant.grid import Scheme
-from nashswarm.quant.prototype import QUANTILES, quantize_by_magnitude
+from nashswarm.quant.prototype import CLASS_WIDTHS, QUANTILES, quantize_by_magnitude
 
 
 @dataclasses.dataclass(frozen=True)
 class AsPublished:
-    """The earlier prototype's quantizer: ``nn.Linear`` alone, three classes of weights by magnitude, true bytes."""
+    """The prototype's quantizer: it compresses only ``nn.Linear``, in three classes of weights by magnitude.
+
+    ``quantiles``: of the magnitudes, descending; they separate the classes of 8, 4 and 2 bits.  All bytes that decoding
+    needs are counted, also those that the prototype did not count.
+    """
 
     quantiles: Sequence[float] = QUANTILES
 
@@ -25,21 +29,22 @@ class AsPublished:
             )
 
     def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
+        """Quantize the Linear layers; all others become 16-bit floats."""
         scheme = Scheme(group_size=1)
-        untouched = [layer for layer in context.layers if "Linear" not in layer.kinds]
-        bits = {layer.name: np.full(grid_shape(layer, scheme), 16, np.uint8) for layer in untouched}
-        kept = store_groups(bits, quantize_layers(untouched, bits, scheme))
+        others = [layer for layer in context.layers if "Linear" not in layer.kinds]
+        bits = {layer.name: np.full(grid_shape(layer, scheme), 16, np.uint8) for layer in others}
+        floats = store_groups(bits, quantize_layers(others, bits, scheme))
         classed = {
             layer.name: quantize_by_magnitude(layer.weight, self.quantiles)
             for layer in context.layers
             if "Linear" in layer.kinds
         }
-        widths = np.array((8, 4, 2))
+        widths = np.array(CLASS_WIDTHS)
         return Compressed(
-            packed=dict(kept.packed) | {name: tensor.pack() for name, tensor in classed.items()},
-            weights=dict(kept.weights) | {name: tensor.dequantize() for name, tensor in classed.items()},
+            packed=dict(floats.packed) | {name: tensor.pack() for name, tensor in classed.items()},
+            weights=dict(floats.weights) | {name: tensor.dequantize() for name, tensor in classed.items()},
             allocation="".join(
                 f"{layer.name} {'mixed' if layer.name in classed else 16}\n" for layer in context.layers
             ),
-            code_bits=kept.code_bits + sum(int(widths[tensor.classes].sum()) for tensor in classed.values()),
+            code_bits=floats.code_bits + sum(int(widths[tensor.classes].sum()) for tensor in classed.values()),
         )

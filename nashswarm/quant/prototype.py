@@ -1,7 +1,8 @@
 """The quantizer of the earlier prototype, as published: every weight of a tensor falls into one of three classes.
 
-The largest 10 % of the magnitudes get 8 bits, the next 20 % get 4, the rest 2; each class has one min-max grid per
-tensor. Here the class of every weight is stored as well (2 bits), without which nothing could be decoded.
+The largest 10 % of the magnitudes get 8 bits, the next 20 % get 4, the rest 2.  Each class has one min-max grid per
+tensor.  Unlike the prototype, the format here also stores the class of every weight (2 bits), because nothing can be
+decoded without it.
 """
 
 import dataclasses
@@ -14,27 +15,27 @@ from torch import Tensor
 
 from nashswarm.quant.pack import pack_bits, unpack_bits
 
-KIND = b"NSp1"  # how the packed bytes begin
+KIND = b"NSp1"  # first bytes of the format
 CLASS_BITS = 2
 CLASS_WIDTHS = (8, 4, 2)
-QUANTILES = (0.9, 0.7)  # of the magnitudes, where the classes part
+QUANTILES = (0.9, 0.7)  # of the magnitudes, between the classes
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassedTensor:
-    """A matrix whose weights each belong to a class; ``grids`` holds minimum and step of every class, as float32."""
+    """A matrix in which every weight belongs to a class.  ``grids``: minimum and step of each class, as float32."""
 
     classes: UInt8[np.ndarray, "out in"]
     codes: UInt8[np.ndarray, "out in"]
     grids: Float[np.ndarray, "classes 2"]
 
     def dequantize(self) -> Float[Tensor, "out in"]:
-        """The float32 matrix that the codes stand for."""
+        """Return the float32 matrix that the codes stand for."""
         grids = self.grids[self.classes]
         return torch.from_numpy(grids[..., 0] + self.codes.astype(np.float32) * grids[..., 1])
 
     def pack(self) -> UInt8[np.ndarray, " bytes"]:
-        """Shape, grids, class of every weight, codes class by class."""
+        """Return the stored bytes: shape, grids, class of every weight, then the codes class by class."""
         rows_columns = np.array(self.codes.shape, np.uint32)
         parts = [KIND, rows_columns.tobytes(), self.grids.tobytes(), pack_bits(self.classes.ravel(), CLASS_BITS)]
         parts += [pack_bits(self.codes[self.classes == rank], width) for rank, width in enumerate(CLASS_WIDTHS)]
@@ -42,7 +43,7 @@ class ClassedTensor:
 
     @staticmethod
     def unpack(packed: UInt8[np.ndarray, " bytes"]) -> "ClassedTensor":
-        """What ``pack`` was given.  Raises ValueError if the bytes are cut short."""
+        """Return the tensor in bytes that ``pack`` wrote.  Raises ValueError if they are cut short."""
         content, position = packed.tobytes(), len(KIND)
 
         def take(size: int) -> bytes:
@@ -53,8 +54,7 @@ class ClassedTensor:
             return content[position - size : position]
 
         def integers(count: int, bits: int) -> UInt8[np.ndarray, " count"]:
-            whole = -(-count * bits // 8)
-            return unpack_bits(take(whole), bits)[:count]
+            return unpack_bits(take(-(-count * bits // 8)), bits)[:count]
 
         rows, columns = np.frombuffer(take(8), np.uint32).astype(int).tolist()
         grids = np.frombuffer(take(8 * len(CLASS_WIDTHS)), np.float32).reshape(-1, 2)
@@ -66,7 +66,10 @@ class ClassedTensor:
 
 
 def quantize_by_magnitude(weight: Float[Tensor, "out in"], quantiles: Sequence[float]) -> ClassedTensor:
-    """Classes by the quantiles of magnitudes (descending, as 0.9 and 0.7), then min-max rounding inside each class."""
+    """Assign classes by ``quantiles`` of the magnitudes, then round each class on its min-max grid.
+
+    ``quantiles``: descending, such as 0.9 and 0.7.
+    """
     values = weight.numpy()
     thresholds = np.quantile(np.abs(values), quantiles)
     classes = (np.abs(values)[..., None] < thresholds).sum(-1, dtype=np.uint8)
