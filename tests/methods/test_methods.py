@@ -14,7 +14,7 @@ from torch import Tensor
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.calibration.moments import calibrate
 from nashswarm.layers import curvature
-from nashswarm.methods.bit_allocation.damages import key
+from nashswarm.methods.bit_allocation.damages import cache_key
 from nashswarm.methods.fixed_width import FixedWidth, Split
 from nashswarm.methods.gptq import Gptq
 from nashswarm.methods.method import Compressed, Method
@@ -298,7 +298,7 @@ def test_nobody_gains_by_changing_alone(context: CalibrationContext, results: Ca
     price, scheme, widths = result.metrics["price"], Scheme(64, search=True), (0, 2, 3, 4, 8)
     listed = []
     for width in widths:
-        damages = context.cached("damage", key(width, scheme, True), never)
+        damages = context.cached("damage", cache_key(width, scheme, True), never)
         listed.append(np.concatenate([damages[layer.name].numpy() for layer in context.layers]))
     damage = np.stack(listed, 1)
     start, worst = 0, 0.0
