@@ -17,8 +17,8 @@ class Confidence:
 
     batch_size: int = 8
 
-    def measure(self, subject: EvaluationTarget) -> MeasureResult:
-        own, full = (self.by_window(model, subject) for model in (subject.compressed, subject.full))
+    def measure(self, target: EvaluationTarget) -> MeasureResult:
+        own, full = (self.by_window(model, target) for model in (target.compressed, target.full))
         deltas = np.subtract(own, full).tolist()
         low, high = statistics.interval(deltas)
         found = {
@@ -31,9 +31,9 @@ class Confidence:
         return found, {"confidence": own, "confidence_full": full}
 
     @torch.no_grad()
-    def by_window(self, model: Any, subject: EvaluationTarget) -> list[float]:
+    def by_window(self, model: Any, target: EvaluationTarget) -> list[float]:
         found: list[float] = []
-        for batch in subject.track(subject.windows.split(self.batch_size), "confidence"):
+        for batch in target.track(target.windows.split(self.batch_size), "confidence"):
             chances = model(input_ids=batch).logits.float().softmax(-1)
             found += chances.amax(-1).double().mean(1).tolist()
         return found

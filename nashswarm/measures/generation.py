@@ -1,4 +1,4 @@
-"""Quality of generated text and accuracy on tasks of other evaluators."""
+"""Quality of generated text, and accuracy on tasks of the lm-evaluation-harness."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from nashswarm.records import statistics
 class Bleu:
     """BLEU (sacrebleu, 0 to 100) of greedy continuations of the first test ``windows``, with intervals over windows.
 
-    ``bleu``: the compressed model's against the full model's.  ``bleu_text``: against the true text, and
-    ``bleu_text_full``: the full model's against it; ``bleu_text_delta``: their paired difference.  Series: the same of
-    each window alone.  ``packed``: the model runs on its packed weights; false: on the floats that they stand for.
+    ``bleu``: of the compressed model's text against the full model's.  ``bleu_text``, ``bleu_text_full``: of each
+    model's text against the true text.  ``bleu_text_delta``: their paired difference.  Series: the first three for each
+    window alone.  ``packed``: whether the model runs on its packed weights, or on the floats that they decode to.
     """
 
     NEEDS: ClassVar = ("sacrebleu",)
@@ -30,30 +30,33 @@ class Bleu:
     packed: bool = True
 
     def check(self, windows: Int[Tensor, "windows length"]) -> None:
-        """Raises ValueError if the windows are too few or too short."""
+        """Check the windows.  Raises ValueError if they are too few or too short."""
         check_number(self.windows, windows)
         check_length(self.prompt_tokens + self.new_tokens, windows)
 
-    def measure(self, subject: EvaluationTarget) -> MeasureResult:
-        self.check(subject.windows)
-        windows, length = subject.windows[: self.windows], self.prompt_tokens + self.new_tokens
-        prompts, rest = windows[:, : self.prompt_tokens], windows[:, self.prompt_tokens : length]
-        own, full = (
-            evaluation.continue_greedily(model, prompts, self.new_tokens, BATCH, subject.track)
-            for model in (subject.packed() if self.packed else subject.compressed, subject.full)
+    def measure(self, target: EvaluationTarget) -> MeasureResult:
+        self.check(target.windows)
+        windows, length = target.windows[: self.windows], self.prompt_tokens + self.new_tokens
+        prompts, truth = windows[:, : self.prompt_tokens], windows[:, self.prompt_tokens : length]
+        compressed, full = (
+            evaluation.continue_greedily(model, prompts, self.new_tokens, BATCH, target.track)
+            for model in (target.packed() if self.packed else target.compressed, target.full)
         )
-        texts = [subject.tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (own, full, rest)]
-        return harness.bleu_compared(*texts)
+        texts = [
+            target.tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (compressed, full, truth)
+        ]
+        return harness.compare_bleu(*texts)
 
 
 @dataclasses.dataclass(frozen=True)
 class LmEval:
-    """Accuracy on tasks of the lm-evaluation-harness, of the compressed model and of the full one.
+    """Accuracy on ``tasks`` of the lm-evaluation-harness.
 
-    ``accuracy_<task>`` with its ``_stderr``, the same with ``_full``, and ``_delta``, compressed minus full, with its
-    paired interval over examples; series: right or wrong, example by example.  ``folder``: task files (YAML) of one's
-    own instead of the harness's, whose examples come from the hub.  ``limit``: so many examples of each; null: all.
-    The weights are the floats that the packed ones stand for: the harness takes no other module than torch's own.
+    ``accuracy_<task>`` and its ``_stderr`` are those of the compressed model, with ``_full`` of the full one, and
+    ``_delta`` is compressed minus full, with a paired interval over examples.  Series: 1 for a right answer and 0 for a
+    wrong one, by example.  ``folder``: task files (YAML) to use in place of the harness's own, whose examples come from
+    the hub.  ``limit``: examples per task; None: all.  The compressed model runs on decompressed weights, as the
+    harness accepts no modules but torch's own.
     """
 
     NEEDS: ClassVar = ("lm-eval",)
@@ -61,22 +64,22 @@ class LmEval:
     folder: str | None = None
     limit: int | None = None
 
-    def measure(self, subject: EvaluationTarget) -> MeasureResult:
-        models = {"": subject.compressed, "_full": subject.full}
-        metric: dict[str, float] = {}
+    def measure(self, target: EvaluationTarget) -> MeasureResult:
+        models = {"": target.compressed, "_full": target.full}
+        metrics: dict[str, float] = {}
         series: dict[str, list[float]] = {}
         for suffix, model in models.items():
-            found = harness.harness(model, subject.tokenizer, self.tasks, self.folder, self.limit, BATCH)
+            report = harness.run_harness(model, target.tokenizer, self.tasks, self.folder, self.limit, BATCH)
             for task in self.tasks:
                 name = f"accuracy_{task}{suffix}"
-                metric[name], metric[f"{name}_stderr"] = (
-                    float(found["results"][task][key]) for key in ("acc,none", "acc_stderr,none")
+                metrics[name], metrics[f"{name}_stderr"] = (
+                    float(report["results"][task][key]) for key in ("acc,none", "acc_stderr,none")
                 )
-                answered = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
-                series[name] = [float(sample["acc"]) for sample in answered]
+                answers = sorted(report["samples"][task], key=lambda sample: sample["doc_id"])
+                series[name] = [float(sample["acc"]) for sample in answers]
         for task in self.tasks:
-            own, full = (np.array(series[f"accuracy_{task}{suffix}"]) for suffix in models)
+            compressed, full = (np.array(series[f"accuracy_{task}{suffix}"]) for suffix in models)
             name = f"accuracy_{task}_delta"
-            metric[name] = float((own - full).mean())
-            metric[f"{name}_low"], metric[f"{name}_high"] = statistics.interval((own - full).tolist())
-        return metric, series
+            metrics[name] = float((compressed - full).mean())
+            metrics[f"{name}_low"], metrics[f"{name}_high"] = statistics.interval((compressed - full).tolist())
+        return metrics, series

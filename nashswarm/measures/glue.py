@@ -1,4 +1,4 @@
-"""The official metric of every task of GLUE (Wang et al. 2019, Table 1)."""
+"""The official metrics of the tasks of GLUE (Wang et al. 2019, Table 1)."""
 
 import functools
 import warnings
@@ -16,7 +16,7 @@ from torch import Tensor
 from nashswarm.data.glue import Labels, Truth
 from nashswarm.models import evaluation
 from nashswarm.progress import Track
-from nashswarm.records import statistics as compare
+from nashswarm.records import statistics
 from nashswarm.records.statistics import RESAMPLES
 
 Scores = Float[np.ndarray, "examples classes"]
@@ -31,38 +31,42 @@ METRICS: Mapping[str, Callable[[Labels, Labels], float]] = {  # of labels and pr
 
 @torch.no_grad()
 def scores(model: Any, windows: Int[Tensor, "examples length"], batch_size: int, track: Track) -> Scores:
-    """The logits of every example."""
+    """Return the logits of every example."""
     batches = track(windows.split(batch_size), "judging")
     return torch.cat([evaluation.classify(model, batch).logits for batch in batches]).double().cpu().numpy()
 
 
 def predictions(scores: Scores) -> Labels:
-    """The likeliest class of every example, or the number that the model answers with."""
+    """Return the most probable class of every example, or the predicted number of a regression task."""
     return scores[:, 0] if scores.shape[1] == 1 else scores.argmax(1).astype(float)
 
 
 def interval(
     statistic: Callable[[Int[np.ndarray, " drawn"]], float], examples: int, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % bootstrap interval (percentiles, for a resample may have no such metric) of what ``statistic`` makes of the
-    numbers of some examples."""
+    """Return the 95 % bootstrap interval of a statistic of the numbers of some examples.
+
+    It is made of percentiles, as a resample that holds one class alone may have no such metric.
+    """
     rng = np.random.default_rng(seed)
-    found = []
-    with warnings.catch_warnings(action="ignore"):  # a resample may hold one class alone
+    values = []
+    with warnings.catch_warnings(action="ignore"):  # of resamples that hold one class alone
         for _ in range(RESAMPLES):
-            found.append(statistic(rng.integers(examples, size=examples)))
-    low, high = np.nanquantile(found, (0.025, 0.975))
+            values.append(statistic(rng.integers(examples, size=examples)))
+    low, high = np.nanquantile(values, (0.025, 0.975))
     return float(low), float(high)
 
 
-def compared(truth: Truth, own: Scores, full: Scores) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """The official metrics of a model's answers, of the full model's with ``_full``, and with ``_delta`` their paired
-    difference, all with bootstrap intervals over ``examples``; of a classifier also ``kl``, in nats per example, and
-    ``top1_agreement``.  Series: labels and predictions, and ``kl``, by example."""
-    found: dict[str, float] = {"examples": len(own)}
-    predicted = {"": predictions(own), "_full": predictions(full)}
+def compare(truth: Truth, compressed: Scores, full: Scores) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Return the metrics of the measure ``Official`` from the logits of both models.
+
+    Series: labels and predictions, and ``kl`` of a classifier, by example.
+    """
+    examples = len(compressed)
+    metrics: dict[str, float] = {"examples": examples}
+    predicted = {"": predictions(compressed), "_full": predictions(full)}
     series = {"label": truth.labels.tolist()}
-    series |= {f"prediction{suffix}": answers.tolist() for suffix, answers in predicted.items()}
+    series |= {f"prediction{suffix}": labels.tolist() for suffix, labels in predicted.items()}
     for name in truth.metrics:
 
         def score(suffix: str, drawn: Int[np.ndarray, " drawn"], name: str = name) -> float:
@@ -71,13 +75,13 @@ def compared(truth: Truth, own: Scores, full: Scores) -> tuple[dict[str, float],
         def delta(drawn: Int[np.ndarray, " drawn"], score: Callable[..., float] = score) -> float:
             return score("", drawn) - score("_full", drawn)
 
-        statistics = {suffix: functools.partial(score, suffix) for suffix in predicted} | {"_delta": delta}
-        for suffix, statistic in statistics.items():
-            found[f"{name}{suffix}"] = statistic(np.arange(len(own)))
-            found[f"{name}{suffix}_low"], found[f"{name}{suffix}_high"] = interval(statistic, len(own))
-    if own.shape[1] > 1:
-        series["kl"] = rel_entr(softmax(full, 1), softmax(own, 1)).sum(1).tolist()
-        found["kl"] = float(np.mean(series["kl"]))
-        found["kl_low"], found["kl_high"] = compare.interval(series["kl"])
-        found["top1_agreement"] = float((full.argmax(1) == own.argmax(1)).mean())
-    return found, series
+        by_suffix = {suffix: functools.partial(score, suffix) for suffix in predicted} | {"_delta": delta}
+        for suffix, statistic in by_suffix.items():
+            metrics[f"{name}{suffix}"] = statistic(np.arange(examples))
+            metrics[f"{name}{suffix}_low"], metrics[f"{name}{suffix}_high"] = interval(statistic, examples)
+    if compressed.shape[1] > 1:
+        series["kl"] = rel_entr(softmax(full, 1), softmax(compressed, 1)).sum(1).tolist()
+        metrics["kl"] = float(np.mean(series["kl"]))
+        metrics["kl_low"], metrics["kl_high"] = statistics.interval(series["kl"])
+        metrics["top1_agreement"] = float((full.argmax(1) == compressed.argmax(1)).mean())
+    return metrics, series

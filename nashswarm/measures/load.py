@@ -12,13 +12,14 @@ from nashswarm.measures.measure import EvaluationTarget, MeasureResult, check_le
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What clients of the packed model's server on this machine see, and with ``_full`` those of the full model's: the
-    percentiles of latency in milliseconds, tokens per second, shares of requests shed and failed.  ``resident_mb``:
-    what the process, which holds both models, holds at every answer.
+    """What clients see of the packed model's server on this machine and, with ``_full``, of the full model's server.
 
-    ``concurrency``: clients.  ``rate``: requests per second in open loop; None: closed loop, a client asks as soon as
-    it is answered.  ``queue``: requests that may wait before the server sheds.  ``rounds``: in which the two models
-    take turns, so that both meet the machine as it is.
+    Percentiles of latency in milliseconds, tokens per second, and the shares of requests that were shed or failed.
+    Series: ``latency_ms`` and ``resident_mb`` at every answer; one process holds both models.
+
+    ``concurrency``: clients.  ``rate``: requests per second in open loop; None: closed loop, where a client asks again
+    as soon as it is answered.  ``queue``: requests that may wait before the server sheds.  ``rounds``: how often the
+    two models take turns, so that both meet the machine as it is.
     """
 
     NEEDS: ClassVar = ("fastapi", "httpx", "uvicorn")
@@ -32,7 +33,7 @@ class Load:
     new_tokens: int = 16
 
     def check(self, windows: Int[Tensor, "windows length"]) -> None:
-        """Raises ValueError if the windows are too short, or numbers no numbers of requests."""
+        """Check windows and settings.  Raises ValueError for short windows and for numbers below 1."""
         check_length(self.prompt_tokens + self.new_tokens, windows)
         numbers = (self.requests, self.concurrency, self.rounds, self.new_tokens, self.prompt_tokens)
         if min(numbers) < 1 or self.queue < 0:
@@ -42,33 +43,34 @@ class Load:
         if self.rate is not None and self.rate <= 0:
             raise ValueError(f"measure.rate={self.rate} must be above 0, or null for a closed loop")
 
-    def measure(self, subject: EvaluationTarget) -> MeasureResult:
-        self.check(subject.windows)
+    def measure(self, target: EvaluationTarget) -> MeasureResult:
+        self.check(target.windows)
         from nashswarm.runtime import load, server
 
-        prompts = subject.windows[:, : self.prompt_tokens].tolist()
-        got: dict[str, list[load.Answer]] = {"_full": [], "": []}
-        spent = dict.fromkeys(got, 0.0)
+        prompts = target.windows[:, : self.prompt_tokens].tolist()
+        answers: dict[str, list[load.Answer]] = {"_full": [], "": []}
+        spent = dict.fromkeys(answers, 0.0)  # seconds
         rounds = min(self.rounds, self.requests)
         with contextlib.ExitStack() as stack:
             urls = {}
-            for suffix, model in (("_full", subject.full), ("", subject.packed())):
-                app = server.application(model, subject.tokenizer, "model", server.Limits(self.queue))
+            for suffix, model in (("_full", target.full), ("", target.packed())):
+                app = server.application(model, target.tokenizer, "model", server.Limits(self.queue))
                 urls[suffix] = stack.enter_context(server.running(app))
                 load.answers(urls[suffix], prompts, self.new_tokens, 1, 1)  # warms up
             turns = [(number, suffix) for number in range(rounds) for suffix in urls]
-            for number, suffix in subject.track(turns, "load"):
-                part = self.requests * (number + 1) // rounds - self.requests * number // rounds
-                answers, seconds = load.answers(
-                    urls[suffix], prompts, self.new_tokens, part, self.concurrency, self.rate, number
+            for number, suffix in target.track(turns, "load"):
+                requests = self.requests * (number + 1) // rounds - self.requests * number // rounds
+                turn_answers, seconds = load.answers(
+                    urls[suffix], prompts, self.new_tokens, requests, self.concurrency, self.rate, number
                 )
-                got[suffix] += answers
+                answers[suffix] += turn_answers
                 spent[suffix] += seconds
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         series: dict[str, list[float]] = {}
-        for suffix, every in got.items():
-            found |= {f"{name}{suffix}": value for name, value in load.summary(every, spent[suffix]).items()}
-            series[f"latency_ms{suffix}"] = [1000 * answer.seconds for answer in every]
-            series[f"resident_mb{suffix}"] = [1e-6 * answer.resident for answer in every]
-        found["latency_p95_ratio"] = found["latency_p95_ms_full"] / found["latency_p95_ms"]
-        return found, series
+        for suffix, received in answers.items():
+            summary = load.summary(received, spent[suffix])
+            metrics |= {f"{name}{suffix}": value for name, value in summary.items()}
+            series[f"latency_ms{suffix}"] = [1000 * answer.seconds for answer in received]
+            series[f"resident_mb{suffix}"] = [1e-6 * answer.resident for answer in received]
+        metrics["latency_p95_ratio"] = metrics["latency_p95_ms_full"] / metrics["latency_p95_ms"]
+        return metrics, series

@@ -14,16 +14,19 @@ from nashswarm.models import evaluation
 from nashswarm.progress import Track
 
 BATCH = 8  # windows
-MeasureResult = tuple[dict[str, float], dict[str, list[float]]]
+MeasureResult = tuple[dict[str, float], dict[str, list[float]]]  # metrics and series of the record
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationTarget:
-    """A full model, its compressed copy as floats, and the test windows.  ``packed``: the compressed model as it is
-    loaded, computing on packed weights.  ``reference``: the full model's answers to the windows, given a batch size.
-    ``layers``: the full model's matrices, ``weights``: the compressed ones by the layers' names, ``damage``: what the
-    method predicts of each, in nats per token, if it predicts any.  ``text``, ``tokenizer``: what the windows were cut
-    from, and by what.  ``truth``: what is right of them, where each is an example of a task."""
+    """A full model, its compressed copy and the test windows.
+
+    ``compressed``: with the decompressed weights as floats.  ``packed``: loads the compressed model so that it computes
+    on packed weights.  ``reference``: the full model's predictions for the windows, given a batch size.  ``layers``:
+    the full model's matrices.  ``weights``: the decompressed matrices by layer name.  ``damage``: nats per token that
+    the method predicted for each layer, if it predicts any.  ``text``, ``tokenizer``: what the windows were cut from.
+    ``truth``: labels, where each window is an example of a task.
+    """
 
     full: Any
     compressed: Any
@@ -41,9 +44,15 @@ class EvaluationTarget:
 
 @runtime_checkable
 class Measure(Protocol):
-    """What the runner asks of a measure: metrics and series of the record."""
+    """A measure of a compressed model.
 
-    def measure(self, subject: EvaluationTarget) -> MeasureResult: ...
+    Optional attributes: ``NEEDS``, the packages that it imports, with ``EXTRA``, the extra that installs them; and
+    ``check(windows)``, which raises ValueError if the measure does not fit these test windows.
+    """
+
+    def measure(self, target: EvaluationTarget) -> MeasureResult:
+        """Return metrics and series of the record."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +61,18 @@ class Several:
 
     measures: Sequence[Measure]
 
-    def measure(self, subject: EvaluationTarget) -> MeasureResult:
-        parts = [part.measure(subject) for part in self.measures]
-        found = {name: value for own, _ in parts for name, value in own.items()}
-        return found, {name: values for _, own in parts for name, values in own.items()}
+    def measure(self, target: EvaluationTarget) -> MeasureResult:
+        metrics: dict[str, float] = {}
+        series: dict[str, list[float]] = {}
+        for part in self.measures:
+            part_metrics, part_series = part.measure(target)
+            metrics |= part_metrics
+            series |= part_series
+        return metrics, series
 
 
 def require(measure: Measure) -> None:
-    """Raises ValueError if a package that a measure needs is not installed: without it nothing can be measured."""
+    """Check that the packages that a measure needs are installed.  Raises ValueError, which names the missing ones."""
     for part in parts_of(measure):
         try:
             errors.require(f"measure={type(part).__name__}", getattr(part, "NEEDS", ()), getattr(part, "EXTRA", "eval"))
@@ -68,20 +81,23 @@ def require(measure: Measure) -> None:
 
 
 def check(measure: Measure, windows: Int[Tensor, "windows length"]) -> None:
-    """Raises ValueError if a measure asks for more than these test windows are."""
+    """Check that a measure fits these test windows.  Raises ValueError if it needs more or longer ones."""
     for part in parts_of(measure):
         getattr(part, "check", lambda _: None)(windows)
 
 
-def check_number(asked: int, windows: Int[Tensor, "windows length"]) -> None:
-    if not 1 <= asked <= len(windows):
-        raise ValueError(f"measure.windows={asked} must be between 1 and the {len(windows)} test windows")
+def check_number(number: int, windows: Int[Tensor, "windows length"]) -> None:
+    """Check that there are ``number`` windows.  Raises ValueError if not."""
+    if not 1 <= number <= len(windows):
+        raise ValueError(f"measure.windows={number} must be between 1 and the {len(windows)} test windows")
 
 
 def check_length(tokens: int, windows: Int[Tensor, "windows length"]) -> None:
+    """Check that a prompt and its continuation of ``tokens`` in all fit a window.  Raises ValueError if not."""
     if tokens > windows.shape[1]:
         raise ValueError(f"measure.prompt_tokens + measure.new_tokens exceed the window of {windows.shape[1]}")
 
 
 def parts_of(measure: Measure) -> Sequence[Measure]:
+    """Return the measures that ``Several`` takes, or the measure itself."""
     return measure.measures if isinstance(measure, Several) else [measure]

@@ -1,7 +1,7 @@
-"""The protocol of the earlier prototype, flaws included, so that what it published can be measured again.
+"""The measuring protocol of the earlier prototype, flaws included, so that what it published can be measured again.
 
-Its code is not kept; this is what it did, rebuilt from its description.  Nothing here is how anything should be
-measured: every function says what is wrong with it, and the audit (``scripts/audit.py``) puts an honest measure beside.
+The prototype's code is not kept; this module rebuilds it from its description.  Nothing should be measured like this:
+every docstring names the flaw, and the audit (``scripts/audit.py``) sets an honest measure against each number.
 """
 
 import copy
@@ -25,19 +25,22 @@ from nashswarm.models import evaluation
 from nashswarm.quant.prototype import QUANTILES, quantize_by_magnitude
 from nashswarm.records.statistics import interval
 
-WIDTHS = (2, 3, 4, 8)  # the actions of the game that random numbers are said to solve
-UNTRAINED = 1000  # tokens in the vocabulary of the small transformer
-RUNS = ("full", "adaptive", "uniform4", "full_again")  # timed one after the other, never in turn
-STEP, TOLERANCE = 0.9, 1e-3  # of the random replies; together they make the published 66 iterations
+WIDTHS = (2, 3, 4, 8)  # bits; the actions of the game that random numbers were said to solve
+UNTRAINED = 1000  # tokens in the vocabulary of the transformer that was never trained
+RUNS = ("full", "adaptive", "uniform4", "full_again")  # timed one after the other, not interleaved
+STEP, TOLERANCE = 0.9, 1e-3  # of the random replies; they alone give the published 66 iterations
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """The published protocol on the full model: losses, latencies, memory, routing and replies as they were measured;
-    and of the same two quantizers the honest NLL and KL on the test windows.
+    """The published protocol on the full model, and honest NLL and KL of the same two quantizers on the test windows.
 
-    ``paragraphs`` of ``tokens`` tokens are scored, padding among them; ``draws``: how many disjoint sets of them.
-    ``samples``: of each latency.  ``experts``, ``routed_tokens``: of the router.
+    ``loss_…``, ``latency_ms_…``, ``process_growth_…``, ``router_microseconds_…`` and the replies are measured as
+    published; ``nll_…`` and ``kl_…`` (nats per token) are not.  Suffixes: ``adaptive`` and ``uniform4``, the two
+    quantizers.
+
+    ``draws`` disjoint sets of ``paragraphs`` are scored, each padded to ``tokens``.  ``samples``: of each latency.
+    ``experts``, ``routed_tokens``: sizes of the router.
     """
 
     paragraphs: int = 50
@@ -47,46 +50,51 @@ class Published:
     experts: int = 8
     routed_tokens: int = 512
 
-    def measure(self, subject: EvaluationTarget) -> MeasureResult:
-        full = subject.full
-        batches = padded(subject.text, subject.tokenizer, self.paragraphs, self.tokens, self.draws)
+    def measure(self, target: EvaluationTarget) -> MeasureResult:
+        full = target.full
+        batches = padded(target.text, target.tokenizer, self.paragraphs, self.tokens, self.draws)
         schemes = {"adaptive": quantized(full, adaptive), "uniform4": quantized(full, one_grid)}
         models = {"full": full, **schemes}
 
         first = batches[0][0]
         growth = {f"process_growth_{name}": process_growth(models[name.split("_")[0]], first) for name in RUNS}
         losses = {name: [padded_loss(model, *batch) for batch in batches] for name, model in models.items()}
-        found = {f"loss_{name}": own[0] for name, own in losses.items()} | growth
-        found["padding_share"] = 1 - float(batches[0][1].float().mean())
+        metrics = {f"loss_{name}": draws[0] for name, draws in losses.items()} | growth
+        metrics["padding_share"] = 1 - float(batches[0][1].float().mean())
         series = {
-            f"loss_change_{name}": [mine / whole - 1 for mine, whole in zip(losses[name], losses["full"], strict=True)]
+            f"loss_change_{name}": [
+                loss / loss_full - 1 for loss, loss_full in zip(losses[name], losses["full"], strict=True)
+            ]
             for name in schemes
         }
 
         for name in RUNS:
             series[f"latency_ms_{name}"] = latencies(models[name.split("_")[0]], first[:1], self.samples)
-            found[f"latency_ms_{name}"] = float(np.mean(series[f"latency_ms_{name}"]))
+            metrics[f"latency_ms_{name}"] = float(np.mean(series[f"latency_ms_{name}"]))
 
         for name, model in schemes.items():
-            windows = evaluation.evaluate(model, subject.windows, BATCH, subject.reference(BATCH), subject.track)
+            windows = evaluation.evaluate(model, target.windows, BATCH, target.reference(BATCH), target.track)
             summary = evaluation.summarise(windows)
-            deltas = [mine - whole for mine, whole in zip(windows["nll"], windows["nll_full"], strict=True)]
+            deltas = [nll - nll_full for nll, nll_full in zip(windows["nll"], windows["nll_full"], strict=True)]
             for metric, values in (("kl", windows["kl"]), ("nll_delta", deltas)):
                 low, high = interval(values)
-                found |= {
+                metrics |= {
                     f"{metric}_{name}": summary[metric],
                     f"{metric}_{name}_low": low,
                     f"{metric}_{name}_high": high,
                 }
-        found |= {"nll_full": summary["nll"] - summary["nll_delta"], "tokens": summary["tokens"]}
+        metrics |= {"nll_full": summary["nll"] - summary["nll_delta"], "tokens": summary["tokens"]}
 
         series["loss_untrained"] = [untrained_loss(seed, self.paragraphs, self.tokens) for seed in range(self.draws)]
-        found |= self.routing(full.get_input_embeddings().weight.detach().cpu().float())
-        found |= replies(full.get_output_embeddings().weight.detach().cpu().float())
-        return found, series
+        metrics |= self.routing(full.get_input_embeddings().weight.detach().cpu().float())
+        metrics |= replies(full.get_output_embeddings().weight.detach().cpu().float())
+        return metrics, series
 
     def routing(self, states: Float[Tensor, "rows width"]) -> dict[str, float]:
-        """Microseconds per token of the prototype's router and of plain top-k, two experts each, rows as tokens."""
+        """Return microseconds per token of the prototype's router and of plain top-k, two experts each.
+
+        The rows of a matrix stand for centroids and tokens.  Flaw: the best of all samples is reported.
+        """
         centroids, tokens = states[: self.experts], states[self.experts : self.experts + self.routed_tokens]
         best = {
             name: min(seconds(functools.partial(router, tokens, centroids)) for _ in range(self.samples))
@@ -96,26 +104,34 @@ class Published:
 
 
 def adaptive(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """The published scheme: the largest tenth at 8 bits, two tenths at 4, the rest at 2.  The split is a constant, so
-    that the bits counted are the same for every model: 3 of 32."""
+    """Quantize by the published scheme: the largest tenth of the weights at 8 bits, two tenths at 4, the rest at 2.
+
+    Flaw: the shares are constants, so the scheme adapts to nothing and counts 3 bits of 32 for every model.
+    """
     return quantize_by_magnitude(weight, QUANTILES).dequantize()
 
 
 def one_grid(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """The published opponent: 4 bits on one min-max grid for the whole matrix, as nobody quantizes."""
+    """Quantize by the published baseline: 4 bits on one min-max grid for the whole matrix.
+
+    Flaw: uniform quantization in use has one grid per group of weights.
+    """
     return round_to_grid(weight.reshape(1, -1), 4).reshape(weight.shape)
 
 
 def round_to_grid(rows: Float[Tensor, "rows size"], bits: int) -> Float[Tensor, "rows size"]:
-    """Every row rounded to its own grid of 2**bits values between its minimum and its maximum."""
+    """Round every row to its own grid of 2**bits values between its minimum and its maximum."""
     low, high = rows.aminmax(dim=1, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(rows.dtype).tiny)
     return low + step * ((rows - low) / step).round()
 
 
 def quantized(model: Any, scheme: Callable[[Tensor], Tensor]) -> Any:
-    """A copy whose ``nn.Linear`` weights went through ``scheme`` and are floats again: nothing is smaller or faster.
-    Every other matrix, ``Conv1D`` among them, is passed over in silence."""
+    """Return a copy of the model whose ``nn.Linear`` weights went through ``scheme``.
+
+    Flaws: weights are floats again, so nothing is smaller or faster; all other matrices, ``Conv1D`` among them, are
+    skipped in silence.
+    """
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for module in changed.modules():
@@ -128,7 +144,7 @@ Padded = tuple[Int[Tensor, "paragraphs tokens"], Int[Tensor, "paragraphs tokens"
 
 
 def padded(text: str, tokenizer: Any, paragraphs: int, tokens: int, draws: int) -> list[Padded]:
-    """Consecutive sets of paragraphs, cut or padded to ``tokens``, each with its mask (1: text).
+    """Return ``draws`` consecutive sets of paragraphs, cut or padded to ``tokens``, each with its mask (1: text).
 
     Raises ValueError if the text has too few paragraphs or the tokenizer nothing to pad with.
     """
@@ -141,52 +157,62 @@ def padded(text: str, tokenizer: Any, paragraphs: int, tokens: int, draws: int) 
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if padding is None:
         raise ValueError("the published protocol pads, and this tokenizer has neither a padding nor an end token")
-    kept = [tokenizer(piece, verbose=False)["input_ids"][:tokens] for piece in pieces]
-    ids = torch.tensor([own + [padding] * (tokens - len(own)) for own in kept])
-    mask = torch.tensor([[1] * len(own) + [0] * (tokens - len(own)) for own in kept])
+    encoded = [tokenizer(piece, verbose=False)["input_ids"][:tokens] for piece in pieces]
+    ids = torch.tensor([piece + [padding] * (tokens - len(piece)) for piece in encoded])
+    mask = torch.tensor([[1] * len(piece) + [0] * (tokens - len(piece)) for piece in encoded])
     return list(zip(ids.split(paragraphs), mask.split(paragraphs), strict=True))
 
 
 @torch.no_grad()
 def padded_loss(model: Any, ids: Int[Tensor, "paragraphs tokens"], mask: Int[Tensor, "paragraphs tokens"]) -> float:
-    """The loss as published, in nats: labels are the ids themselves, so that guessing padding after padding counts as
-    much as guessing a word."""
+    """Return the loss as published, in nats per token.
+
+    Flaw: labels are the ids themselves, so predicting padding after padding counts as much as predicting a word.
+    """
     device = next(model.parameters()).device
     losses = [
-        len(part) * model(input_ids=part, attention_mask=seen, labels=part).loss.item()
-        for part, seen in zip(ids.to(device).split(BATCH), mask.to(device).split(BATCH), strict=True)
+        len(part) * model(input_ids=part, attention_mask=part_mask, labels=part).loss.item()
+        for part, part_mask in zip(ids.to(device).split(BATCH), mask.to(device).split(BATCH), strict=True)
     ]
     return sum(losses) / len(ids)
 
 
 @torch.no_grad()
 def latencies(model: Any, ids: Int[Tensor, "1 tokens"], samples: int) -> list[float]:
-    """Milliseconds of single forward passes, one model after the other, and without waiting for the device to finish;
-    32-bit kernels whatever the model is said to be."""
+    """Return the milliseconds of single forward passes.
+
+    Flaws: models are timed one after the other, not interleaved; the clock does not wait for an accelerator; kernels
+    are those of 32-bit floats whatever the model is said to be.
+    """
     ids = ids.to(next(model.parameters()).device)
     return [1e3 * seconds(lambda: model(input_ids=ids)) for _ in range(samples)]
 
 
 @torch.no_grad()
 def process_growth(model: Any, ids: Int[Tensor, "paragraphs tokens"]) -> float:
-    """By how many bytes the process grew while the model ran: what the allocator happened to do, published as memory
-    of the model and, under another name, as cache misses."""
+    """Return by how many bytes the process grew while the model ran.
+
+    Flaw: this is what the allocator happened to do; it was published as memory of the model and, under another name, as
+    cache misses.
+    """
     before = process_bytes()
-    answer = model(input_ids=ids.to(next(model.parameters()).device)[:BATCH])
+    output = model(input_ids=ids.to(next(model.parameters()).device)[:BATCH])
     grown = process_bytes() - before
-    del answer
+    del output
     return float(grown)
 
 
 def process_bytes() -> int:
-    """The resident set of this process; 0 where the system does not tell."""
+    """Return the resident set of this process in bytes; 0 where the system does not tell."""
     statistics = pathlib.Path("/proc/self/statm")
     return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statistics.exists() else 0
 
 
 def untrained_loss(seed: int, paragraphs: int, tokens: int) -> float:
-    """The loss in nats of a small transformer that was never trained, on random tokens: ln 1000 and the luck of its
-    first weights, published as the loss of a compressed model."""
+    """Return the loss in nats of a small transformer that was never trained, on random tokens.
+
+    Flaw: it is ln 1000 plus the luck of the first weights, and was published as the loss of a compressed model.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(UNTRAINED, (paragraphs, tokens), generator=generator)
     with torch.random.fork_rng(devices=[]):
@@ -199,7 +225,10 @@ def untrained_loss(seed: int, paragraphs: int, tokens: int) -> float:
 def route_by_loops(
     tokens: Float[Tensor, "tokens width"], centroids: Float[Tensor, "experts width"]
 ) -> Int[Tensor, "tokens 2"]:
-    """The two experts of every token, one token and one expert at a time, through NumPy and back."""
+    """Return the two experts of every token.
+
+    Flaw: it loops over tokens and experts, through NumPy and back.
+    """
     chosen = []
     for token in tokens:
         scores = [float(np.dot(token.numpy(), centroid.numpy())) for centroid in centroids]
@@ -208,15 +237,18 @@ def route_by_loops(
 
 
 def route(tokens: Float[Tensor, "tokens width"], centroids: Float[Tensor, "experts width"]) -> Int[Tensor, "tokens 2"]:
-    """The same by one product and top-k."""
+    """Return the two experts of every token, by one product and top-k."""
     return (tokens @ centroids.T).topk(2).indices
 
 
 def random_replies(
     costs: Float[np.ndarray, "players actions"], rng: np.random.Generator
 ) -> tuple[Int[np.ndarray, " players"], int]:
-    """Where the prototype's "best replies" end, and after how many iterations: replies are random numbers, ``costs`` is
-    never read, and the step shrinks until it counts as convergence, after 66 iterations whatever the game."""
+    """Return the profile in which the prototype's "best replies" end, and the number of iterations.
+
+    Flaw: replies are random numbers and ``costs`` is never read; the step shrinks until it counts as convergence, after
+    66 iterations whatever the game.
+    """
     strategies = np.full(costs.shape, 1 / costs.shape[1])
     step, iterations = 1.0, 0
     while step >= TOLERANCE:
@@ -226,10 +258,12 @@ def random_replies(
 
 
 def replies(weight: Float[Tensor, "rows width"], players: int = 1000) -> dict[str, float]:
-    """Random replies judged as a profile of a real game: rows choose widths, at a price where the choice is open.
+    """Return how good random replies are in a real game, where rows choose widths at a price that leaves the choice
+    open.
 
-    ``best_reply_share``: of players that have nothing to gain; a blind choice among four has a quarter.  ``regret`` in
-    shares of the mean stake; the ``solved`` ones are those of best replies from the same profile.
+    ``best_reply_share``: share of players that have nothing to gain; a blind choice among four gives a quarter.
+    ``reply_regret``: largest regret, in units of the mean stake.  ``solved_…``: the same for true best replies from the
+    same profile.
     """
     costs = width_costs(weight[:players])
     game = Game(costs)
@@ -247,8 +281,8 @@ def replies(weight: Float[Tensor, "rows width"], players: int = 1000) -> dict[st
 
 
 def width_costs(weight: Float[Tensor, "rows width"]) -> Float[np.ndarray, "rows widths"]:
-    """What every width costs every row: its squared error, and its bits at the price of the mean error saved."""
+    """Return the cost of every width for every row: its squared error plus its bits at the median price of a bit."""
     errors = torch.stack([(weight - round_to_grid(weight, bits)).square().sum(1) for bits in WIDTHS], 1)
-    found = errors.double().numpy()
-    price = float(np.median((found[:, 1] - found[:, 2]) / (WIDTHS[2] - WIDTHS[1])))
-    return found + price * np.array(WIDTHS)
+    damages = errors.double().numpy()
+    price = float(np.median((damages[:, 1] - damages[:, 2]) / (WIDTHS[2] - WIDTHS[1])))
+    return damages + price * np.array(WIDTHS)

@@ -1,4 +1,4 @@
-"""Bytes in the file and in memory."""
+"""Bytes that loaded models hold in memory."""
 
 import dataclasses
 from typing import Any
@@ -9,15 +9,20 @@ from nashswarm.runtime import memory_limit
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Bytes alone: of the file, and of all that the loaded models hold in memory.  Nothing is run."""
+    """Bytes in memory of the packed model, ``bytes_resident``, and of the full one, ``bytes_resident_full``.
 
-    def measure(self, subject: EvaluationTarget) -> MeasureResult:
-        full, own = (resident_bytes(model) for model in (subject.full, subject.packed()))
-        return {"bytes_resident": own, "bytes_resident_full": full}, {}
+    The models are loaded but not run; every record has the bytes of the file anyway.
+    """
+
+    def measure(self, target: EvaluationTarget) -> MeasureResult:
+        full, packed = (resident_bytes(model) for model in (target.full, target.packed()))
+        return {"bytes_resident": packed, "bytes_resident_full": full}, {}
 
 
 def resident_bytes(model: Any) -> int:
-    """Bytes of all parameters and buffers of a loaded model, shared ones once; a contestant that keeps its weights out
-    of torch's sight says how many they are as ``weight_bytes``."""
-    held = sum(part.nbytes for part in memory_limit.tensors(model))
-    return held + sum(getattr(module, "weight_bytes", 0) for module in model.modules())
+    """Return the bytes of all parameters and buffers of a loaded model, shared ones once.
+
+    A module that holds weights outside torch says how many bytes they are in an attribute ``weight_bytes``.
+    """
+    torch_bytes = sum(part.nbytes for part in memory_limit.tensors(model))
+    return torch_bytes + sum(getattr(module, "weight_bytes", 0) for module in model.modules())

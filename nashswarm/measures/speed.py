@@ -1,4 +1,4 @@
-"""Time of decoding and prefill against the full model and other runtimes."""
+"""Time of decoding and prefill, against the full model and other runtimes."""
 
 import dataclasses
 import logging
@@ -21,15 +21,16 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Milliseconds per new token (batch 1, KV cache), prefill tokens per second and bytes in memory of the packed
-    model, of the full one and of others, interleaved in one process; and what rounded activations cost in KL.
+    """Times of the packed model, the full one and other runtimes, interleaved in one process, and their memory.
 
-    ``prompt_tokens`` are read at once (prefill; None: 512 or half the window, whichever is less), and ``new_tokens``
-    decoded after them (``decode_long``: at every step transformers copies the whole cache, in all models alike) and
-    after ``context_tokens`` alone (``decode``).  The packed model runs twice, with int8 activations (no suffix) and
-    with float32 ones.  ``against``: further contestants, ``bfloat16``, ``compile``, ``onnxruntime`` (4 bits),
-    ``bitsandbytes`` (NF4), where they are installed.  Ratios are those of the full model's time to the contestant's,
-    above 1 where it is faster.  ``quality_windows``: the test windows that KL is measured on.
+    ``decode_ms``, ``decode_long_ms``: milliseconds per new token (batch 1, KV cache) for ``new_tokens`` decoded after
+    ``context_tokens``, and after ``prompt_tokens`` (None: 512 or half the window, whichever is less); at every step
+    transformers copies the whole cache, in all models alike.  ``prefill_tokens_per_second``: the prompt read at once.
+    ``…_ratio``: the full model's time over the contestant's, above 1 where the contestant is faster.
+
+    The packed model runs twice: with int8 activations (no suffix) and with float32 ones; ``kl_int8``, ``kl_float32``
+    are its KL on ``quality_windows`` test windows.  ``against``: further contestants, each timed if it is installed:
+    ``bfloat16``, ``compile``, ``onnxruntime`` (4 bits), ``bitsandbytes`` (NF4).
     """
 
     prompt_tokens: int | None = None
@@ -44,7 +45,7 @@ class Speed:
             raise ValueError(f"unknown measure.against {unknown[0]!r}: choose among {', '.join(CONTESTANTS)}")
 
     def check(self, windows: Int[Tensor, "windows length"]) -> int:
-        """The tokens of the prompt.  Raises ValueError if the windows are too short."""
+        """Return the length of the prompt in tokens.  Raises ValueError if the windows are too short."""
         length = windows.shape[1]
         prompt = min(512, length // 2) if self.prompt_tokens is None else self.prompt_tokens
         if prompt + self.new_tokens > length:
@@ -53,35 +54,35 @@ class Speed:
             )
         return prompt
 
-    def measure(self, subject: EvaluationTarget) -> MeasureResult:
-        prompt = self.check(subject.windows)
+    def measure(self, target: EvaluationTarget) -> MeasureResult:
+        prompt = self.check(target.windows)
         context = min(self.context_tokens, prompt)
-        packed = subject.packed()
-        models = {"full": subject.full, "": packed, "float32": packed}
+        packed = target.packed()
+        models = {"full": target.full, "": packed, "float32": packed}
         for name in self.against:
             try:
-                models[name] = CONTESTANTS[name](subject.full)
+                models[name] = CONTESTANTS[name](target.full)
             except errors.MissingPackage as missing:
                 log.warning("not timed: %s", missing)
-        tokens = subject.windows[:1, :prompt]
+        tokens = target.windows[:1, :prompt]
 
         def prepare(name: str) -> None:
             set_activations(packed, "float32" if name == "float32" else "int8")
 
-        times = timing.decoding(models, tokens, context, self.new_tokens, self.repeats, prepare, subject.track)
-        found: dict[str, float] = {}
-        for name, own in times.items():
+        times = timing.decoding(models, tokens, context, self.new_tokens, self.repeats, prepare, target.track)
+        metrics: dict[str, float] = {}
+        for name, phases in times.items():
             suffix = f"_{name}" if name else ""
-            found[f"decode_ms{suffix}"] = float(np.median(own["decode"]))
-            found[f"decode_long_ms{suffix}"] = float(np.median(own["decode_long"]))
-            found[f"prefill_tokens_per_second{suffix}"] = prompt / float(np.median(own["prefill"]))
-            found[f"bytes_resident{suffix}"] = resident_bytes(models[name])
+            metrics[f"decode_ms{suffix}"] = float(np.median(phases["decode"]))
+            metrics[f"decode_long_ms{suffix}"] = float(np.median(phases["decode_long"]))
+            metrics[f"prefill_tokens_per_second{suffix}"] = prompt / float(np.median(phases["prefill"]))
+            metrics[f"bytes_resident{suffix}"] = resident_bytes(models[name])
             if name != "full":
-                found |= timing.ratios(times["full"], own, suffix)
+                metrics |= timing.ratios(times["full"], phases, suffix)
         kinds: tuple[Activations, ...] = ("float32", "int8")
         for activations in kinds:
             set_activations(packed, activations)
-            windows = subject.windows[: self.quality_windows]
-            seen = evaluation.evaluate(packed, windows, BATCH, subject.reference(BATCH), subject.track)
-            found[f"kl_{activations}"] = evaluation.summarise(seen)["kl"]
-        return found, {f"decode_ms_{name or 'int8'}": own["decode"] for name, own in times.items()}
+            windows = target.windows[: self.quality_windows]
+            by_window = evaluation.evaluate(packed, windows, BATCH, target.reference(BATCH), target.track)
+            metrics[f"kl_{activations}"] = evaluation.summarise(by_window)["kl"]
+        return metrics, {f"decode_ms_{name or 'int8'}": phases["decode"] for name, phases in times.items()}
