@@ -1,9 +1,10 @@
 """What the documentation names exists, and what it quotes is what the code says."""
 
 import functools
-import importlib
+import importlib.util
 import pathlib
 import re
+import tomllib
 from typing import Any
 
 import pytest
@@ -13,26 +14,26 @@ from nashswarm.reporting import typeset
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
-PAGES["README.tr.md"] = (ROOT / "README.tr.md").read_text()
+PAGES |= {name: (ROOT / name).read_text() for name in ("README.md", "README.tr.md")}
 GROUPS = ("model", "dataset", "method", "measure", "experiment")
 LEFT = ("results/quickstart", "results/cache", "results/records/single")  # by runs, not committed
 CONFS = (ROOT / "conf", ROOT / "examples/adding/conf")
 
 
 def resolve(name: str) -> Any:
-    """What a dotted name stands for.  Raises AttributeError or ModuleNotFoundError if nothing does."""
+    """Import what a dotted name stands for.  Raises AttributeError or ModuleNotFoundError if nothing does."""
     module, *rest = name.split(".")
-    found = importlib.import_module(module)
+    thing: Any = importlib.import_module(module)
     for depth, part in enumerate(rest, 2):
         try:
-            found = getattr(found, part)
+            thing = getattr(thing, part)
         except AttributeError:
-            found = importlib.import_module(".".join(name.split(".")[:depth]))
-    return found
+            thing = importlib.import_module(".".join(name.split(".")[:depth]))
+    return thing
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_names_exists(page: str) -> None:
+def test_names_of_a_page_exist(page: str) -> None:
     text = PAGES[page]
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:`|^)make ([\w-]+)", text, re.M):
@@ -53,7 +54,7 @@ def test_what_a_page_names_exists(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_where_an_include_begins_and_ends_is_in_the_file(page: str) -> None:
+def test_marks_of_an_include_are_in_its_file(page: str) -> None:
     for path, options in re.findall(r"```\{(?:literal)?include\} (\S+)\n((?::.*\n)*)", PAGES[page]):
         text = ((ROOT / page).parent / path).read_text()
         for place in re.findall(r":(?:start-after|end-before): \"(.*)\"", options):
@@ -62,8 +63,13 @@ def test_where_an_include_begins_and_ends_is_in_the_file(page: str) -> None:
             assert f"def {name}(" in text, f"{path}: {name}"
 
 
-def test_every_column_of_the_tables_is_explained() -> None:
-    explained = set(re.findall(r"^\| ([^|]+) \|", PAGES["docs/results.md"], re.M))
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_is_cut_out_of_another_by_marks(page: str) -> None:
+    assert not re.search(r":(?:start-after|end-before|start-at|end-at):", PAGES[page])
+
+
+def test_columns_of_the_tables_are_explained() -> None:
+    explained = set(re.findall(r"^\| ([^|]+) \|", PAGES["docs/reading.md"], re.M))
     official = {heading for name in typeset.OFFICIAL.values() for heading in (f"{name} %", f"Δ{name} (points)")}
     assert {column.heading for column in typeset.COLUMNS} - official <= explained | {"examples"}
 
@@ -75,74 +81,128 @@ def source() -> str:
     return re.sub(r'"\s*\n\s*f?"', "", code)
 
 
-def test_messages_that_the_answers_quote_are_those_of_the_code() -> None:
+def test_messages_of_the_faq_are_those_of_the_code() -> None:
     quoted = re.findall(r"```text\n(.*?)\n```", PAGES["docs/faq.md"], re.S)
     assert len(quoted) >= 4
     for message in quoted:
         assert message in source(), message
 
 
-def english() -> str:
-    """What README.tr.md translates: README.md, a link for each table, and the quick start after the introduction."""
-    readme = (ROOT / "README.md").read_text().replace("(README.tr.md)", "(README.md)")
-    readme = re.sub(r"<!-- (results/\S+) -->\n.*?<!-- end -->", r"[\1](\1)", readme, flags=re.S)
-    start = re.sub(r"```\{include\}.*?```", "", PAGES["docs/quickstart.md"], flags=re.S)
-    start = re.sub(r"^#", "##", start, flags=re.M).replace("](", "](docs/")
-    introduction, heading, rest = readme.partition("## Compress your own model")
-    return introduction + start + heading + rest
+def names(text: str) -> set[str]:
+    """The code in the prose of a page."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    return {" ".join(name.split()) for name in re.findall(r"`([^`]+)`", prose)}
 
 
-def sections(text: str) -> list[tuple[str, str]]:
-    """The level of every heading and what stands below it."""
-    _, *parts = re.split(r"^(#+) .*\n", text, flags=re.M)
-    return list(zip(parts[::2], parts[1::2], strict=True))
+def blocks(text: str) -> list[str]:
+    """The code blocks of a page, comments aside."""
+    return [re.sub(r"\s+#.*", "", block) for block in re.findall(r"```.*?```", text, re.S)]
 
 
-def kept(section: str) -> dict[str, list[str]]:
-    """What a translation keeps: commands, comments aside, names in the prose, where links lead, items and questions."""
-    prose = re.sub(r"```.*?```", "", section, flags=re.S)
-    return {
-        "blocks": [re.sub(r"\s+#.*", "", block) for block in re.findall(r"```.*?```", section, re.S)],
-        "names": sorted({" ".join(name.split()) for name in re.findall(r"`([^`]+)`", prose)}),
-        "links": sorted(re.findall(r"\]\(([^)]+)\)", prose)),
-        "marks": re.findall(r"^- |(?<=\n\n)\*\*", prose, re.M),
-    }
+def numbers(text: str) -> set[str]:
+    """The numbers in the prose of a page."""
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.S)
+    return {number.replace(",", ".") for number in re.findall(r"\d+(?:[.,]\d+)?", prose)}
 
 
-def test_the_turkish_readme_is_the_english_one_section_by_section() -> None:
-    """The glossary at its end is its own."""
-    translated, glossary = PAGES["README.tr.md"].split("## Terimler")
-    assert not sections(glossary)
-    ours, theirs = sections(translated), sections(english())
-    assert [level for level, _ in ours] == [level for level, _ in theirs]
-    assert kept(translated.partition("# ")[0]) == kept(english().partition("# ")[0])
-    for (_, turkish), (_, told) in zip(ours, theirs, strict=True):
-        assert kept(turkish) == kept(told)
+def test_turkish_readme_is_a_short_form_of_the_english_one() -> None:
+    """It says less: its commands, names, links and numbers are all in the English one, which it links to."""
+    english, turkish = (ROOT / "README.md").read_text(), PAGES["README.tr.md"]
+    assert len(turkish.splitlines()) <= 60
+    assert "](README.md)" in turkish and "](README.tr.md)" in english
+    assert set(blocks(turkish)) <= set(blocks(english)) and len(blocks(turkish)) >= 3
+    assert names(turkish) <= names(english)
+    links = set(re.findall(r"\]\(([^)]+)\)", turkish)) - {"README.md"}
+    assert links <= set(re.findall(r"\]\(([^)]+)\)", english))
+    assert numbers(turkish) <= numbers(english)
 
 
-def test_the_turkish_readme_tells_no_number_that_the_english_one_does_not() -> None:
-    def numbers(section: str) -> set[str]:
-        prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", section, flags=re.S)
-        return {found.replace(",", ".") for found in re.findall(r"\d+(?:[.,]\d+)?", prose)}
+# the tree of docs/architecture.md
 
-    translated = PAGES["README.tr.md"].split("## Terimler")[0]
-    for (_, turkish), (_, told) in zip(sections(translated), sections(english()), strict=True):
-        assert numbers(turkish) <= numbers(told)
+
+def tree() -> dict[str, str]:
+    """Every path of the tree in docs/architecture.md, below the repository, with its comment."""
+    (drawn,) = re.findall(r"```text\n(nashswarm/\n.*?)```", PAGES["docs/architecture.md"], re.S)
+    paths: dict[str, str] = {}
+    parents: list[str] = []
+    for line in drawn.splitlines():
+        marks, name, comment = re.fullmatch(r"([│├└─ ]*)(\S+)\s*(.*)", line).groups()  # type: ignore[union-attr]
+        parents = [*parents[: len(marks) // 4], name.rstrip("/")]
+        paths["/".join(parents)] = comment
+    return paths
+
+
+def test_tree_of_the_architecture_names_what_exists_with_a_comment() -> None:
+    for path, comment in tree().items():
+        assert (ROOT / path).exists(), path
+        assert comment, f"{path} has no comment"
+
+
+def test_tree_of_the_architecture_has_every_package_and_top_level_file() -> None:
+    package = ROOT / "nashswarm"
+    folders = {path.parent for path in package.rglob("__init__.py")}
+    files = set(package.glob("*.py"))
+    assert {path.relative_to(ROOT).as_posix() for path in folders | files} <= set(tree())
+
+
+def test_picture_of_the_layers_is_the_import_contract() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    (drawn,) = re.findall(r"```text\n(cli\b.*?)```", PAGES["docs/architecture.md"], re.S)
+    shown = [re.split(r"\s{2,}", line)[0] for line in drawn.splitlines()]
+    assert shown == layers
+
+
+def test_files_to_read_first_are_six_that_exist() -> None:
+    (listed,) = re.findall(r"## Six files to read first\n(.*?)(?=\n## |\Z)", PAGES["docs/architecture.md"], re.S)
+    files = re.findall(r"^\d\. `([^`]+)`", listed, re.M)
+    assert len(files) == 6
+    for file in files:
+        assert (ROOT / file).is_file(), file
+
+
+# the reference
+
+
+def test_reference_has_every_public_module_once() -> None:
+    """Pages of packages are filled from the tree by docs/conf.py, so a new module needs no line of its own."""
+    conf = importlib.util.spec_from_file_location("docs_conf", DOCS / "conf.py")
+    assert conf is not None and conf.loader is not None
+    module = importlib.util.module_from_spec(conf)
+    conf.loader.exec_module(module)
+    documented = re.findall(r"automodule:: (\S+)", PAGES["docs/api/top_level.md"])
+    for page in DOCS.glob("api/*.md"):
+        source = [page.read_text()]
+        module.add_modules(None, f"api/{page.stem}", source)
+        if page.stem != "top_level":
+            documented += re.findall(r"automodule:: (\S+)", source[0])
+    public = {name for name in module.modules(ROOT / "nashswarm") if name != "nashswarm"}
+    assert sorted(documented) == sorted(public)
+    linked = re.findall(r"^\w+$", PAGES["docs/api/index.md"].split("```{toctree}")[1], re.M)
+    assert sorted(linked) == sorted(page.stem for page in DOCS.glob("api/*.md") if page.stem != "index")
+
+
+# numbers
+
+
+SETTINGS = {"2.5", "3.0", "4.3", "7.0", "95 %", "3.11", "3.12"}  # budgets, sizes of models, the level, versions
+SETTINGS |= {"2,5", "3,0", "4,3", "7,0", "%95"}  # in Turkish
+BY_HAND = {"README.md": {"0.41", "0.88"}, "README.tr.md": {"0,41", "0,88"}}  # the pages say that they are not on record
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_no_result_is_typed(page: str) -> None:
     """Tables are included, figures are drawn from records; what is left are settings, versions and the level."""
-    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", PAGES[page], flags=re.S)
-    told = {"2.5", "95 %", "3.11", "3.12"} | {"2,5", "%95", "3,0", "4,3", "7,0"}  # the latter in Turkish, with sizes
-    assert set(re.findall(r"\d+[.,]\d+|(?<![-\d])\d+ ?%|%\d+|\d+×", prose)) <= told
+    prose = re.sub(r"<!-- rows of .*?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)", "", PAGES[page], flags=re.S)
+    typed = set(re.findall(r"\d+[.,]\d+|(?<![-\d])\d+ ?%|%\d+|\d+×", prose))
+    assert typed <= SETTINGS | BY_HAND.get(page, set())
 
 
 @pytest.mark.parametrize("name", ["quantize_nash_swarm_adaptive", "NashSuruMoE", "DinamikKuantizasyon", "CPUOptimizer"])
-def test_a_name_of_the_prototype_leads_to_one_that_exists(name: str) -> None:
+def test_name_of_the_prototype_leads_to_one_that_exists(name: str) -> None:
     rows = [row.split(" | ") for row in PAGES["docs/prototype.md"].splitlines() if row.startswith("| ")]
     (ours,) = [cells[1] for cells in rows if f"`{name}`" in cells[0]]
-    found = re.findall(r"`(nashswarm\.[\w.]+)`", ours)
-    assert found
-    for one in found:
-        resolve(one)
+    successors = re.findall(r"`(nashswarm\.[\w.]+)`", ours)
+    assert successors
+    for successor in successors:
+        resolve(successor)
