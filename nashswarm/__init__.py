@@ -1,11 +1,11 @@
 """Compress language models by game theory and swarm behaviour.
 
-Weight blocks are players that compete for bits under one price per byte until nobody gains by changing alone; each
-minds about seven neighbours, as starlings do.  Start reading at ``bit_game`` (the game), ``methods`` (what is compared)
-and ``run`` (one run, from config to record).
+Blocks of weights are players that compete for bits at one price, until no block gains by changing its choice alone.
+Each block may take about seven similar blocks into account, as starlings do.
 
-``nashswarm.compress(model)`` compresses a model of transformers; once this package is imported, ``from_pretrained`` of
-transformers loads compressed ones.
+``nashswarm.compress(model)`` compresses a model of transformers.  Once this package is imported, ``from_pretrained`` of
+transformers loads compressed models.  ``docs/architecture.md`` has the tree of packages and six files to read first;
+``docs/method.md`` has a glossary of the game's words.
 """
 
 import os

@@ -122,7 +122,7 @@ def test_turkish_readme_is_a_short_form_of_the_english_one() -> None:
 
 def tree() -> dict[str, str]:
     """Every path of the tree in docs/architecture.md, below the repository, with its comment."""
-    (drawn,) = re.findall(r"```text\n(nashswarm/\n.*?)```", PAGES["docs/architecture.md"], re.S)
+    (drawn,) = re.findall(r"```text\n(nashswarm/\s.*?)```", PAGES["docs/architecture.md"], re.S)
     paths: dict[str, str] = {}
     parents: list[str] = []
     for line in drawn.splitlines():
