@@ -28,7 +28,9 @@ GUIDES |= {
     if path.startswith("notebooks/") and path.endswith(".ipynb")
 }
 OF_OTHERS = ("apt-get install ", "wandb sync ", "jupyter lab ", "grep -rl ", ".venv/bin/pre-commit install")
+SHELL = ("cp ", "sed -i ", "git add ", "pytest ")  # of the guide to a method: test_commands_run.py follows it
 PROGRAMS = ("python ", "make ", "pip ", "nashswarm ", "NASHSWARM_", "PIP_", *OF_OTHERS)
+ADDING = ("docs/adding/", "CONTRIBUTING.md")  # their commands use the choices that they have just written
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.S | re.M)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -40,8 +42,8 @@ def commands(text: str) -> Iterator[str]:
             for line in block.replace("\\\n", " ").splitlines():
                 if line := re.sub(r"\s+#.*", "", line).strip():
                     yield line
-    for found in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text)):
-        line = " ".join(found.split())
+    for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text)):
+        line = " ".join(code.split())
         if line.startswith(PROGRAMS) and not re.search(r"<\w+>|\|", line.replace("| xargs", "")) and " " in line:
             yield line
 
@@ -49,26 +51,31 @@ def commands(text: str) -> Iterator[str]:
 COMMANDS = sorted({(path, command) for path, text in GUIDES.items() for command in commands(text)})
 
 
-def test_commands_are_found() -> None:
-    found = {command.split()[0] for _, command in COMMANDS}
-    assert {"python", "make", "pip", "nashswarm"} <= found and len(COMMANDS) > 100
+@functools.cache
+def code() -> str:
+    """Everything that may name a variable of the environment."""
+    paths = [*ROOT.glob("conf/*/*.yaml"), *ROOT.glob("nashswarm/**/*.py"), ROOT / "Makefile"]
+    return "".join(path.read_text() for path in paths)
+
+
+def test_commands_of_all_programs_are_collected() -> None:
+    programs = {command.split()[0] for _, command in COMMANDS}
+    assert {"python", "make", "pip", "nashswarm"} <= programs and len(COMMANDS) > 100
 
 
 @pytest.mark.parametrize("page, command", COMMANDS, ids=lambda value: value.replace("/", "-")[:60])
-def test_a_command_is_one(page: str, command: str) -> None:
-    if command.startswith(OF_OTHERS):
+def test_command_names_what_exists(page: str, command: str) -> None:
+    if command.startswith((*OF_OTHERS, *SHELL)):
         return
     variables, words = [], shlex.split(command)
     while words and re.match(r"[A-Z_0-9]+=", words[0]):
         variables.append(words.pop(0).split("=")[0])
-    known = "".join(path.read_text() for path in [*ROOT.glob("conf/*/*.yaml"), *ROOT.glob("nashswarm/**/*.py")])
-    known += (ROOT / "Makefile").read_text()
     for name in variables:
-        assert name in known or name in ("PIP_EXTRA_INDEX_URL", "NASHSWARM_STORIES", "NASHSWARM_STORY_WRITER"), name
+        assert name in code() or name in ("PIP_EXTRA_INDEX_URL", "NASHSWARM_STORIES", "NASHSWARM_STORY_WRITER"), name
     if words:
         program = words.pop(0)
         assert program in CHECKS, f"{page}: {command}"
-        if page.startswith("docs/adding/") and "experiments.run" in words and "--config-dir" not in words:
+        if page.startswith(ADDING) and "experiments.run" in words and "--config-dir" not in words:
             words += ["--config-dir", "examples/adding/conf"]  # what the guide has just written
         CHECKS[program](words)
 
@@ -133,7 +140,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 
 
 @pytest.mark.parametrize("page", sorted({page for page, command in COMMANDS if "experiments.run" in command}))
-def test_a_page_whose_commands_fetch_something_says_so(page: str) -> None:
+def test_page_whose_commands_fetch_something_says_so(page: str) -> None:
     """A model or a text of the hub; a folder can stand in for it."""
     fetched = re.search(r"(?:model|dataset)=(?:gpt2|opt|llama|tinyllama|wikitext2|sst2|deepseek)", GUIDES[page])
     assert not fetched or re.search(r"\bhub\b|NASHSWARM_\w+=", GUIDES[page])
@@ -145,7 +152,7 @@ def slug(heading: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES | GUIDES)
-def test_no_link_inside_is_dead(page: str) -> None:
+def test_links_inside_lead_to_files_and_headings(page: str) -> None:
     text = FENCE.sub("", (PAGES | GUIDES)[page])
     for link in re.findall(r"\]\(((?!https?:|mailto:)[^)\s]+)\)", text):
         path, _, anchor = link.partition("#")
@@ -158,7 +165,7 @@ def test_no_link_inside_is_dead(page: str) -> None:
             assert anchor in map(slug, headings), f"{page}: {link}"
 
 
-def test_what_the_readme_imports_is_there() -> None:
+def test_names_in_the_readme_example_exist() -> None:
     """The block of Python is that of tests/test_api.py in other words: its names exist."""
     (block,) = [block for language, block in FENCE.findall(GUIDES["README.md"]) if language == "python"]
     import nashswarm

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from experiments.config import compose
 from nashswarm import cli
 from tests.conftest import sentences
-from tests.project.test_commands import COMMANDS, FENCE, GUIDES, ROOT, commands
+from tests.project.test_commands import ADDING, COMMANDS, FENCE, GUIDES, ROOT, TRACKED, commands
 
 RUN = "python -m experiments.run"
 SMALLER = {  # where the configuration has such a key and the command does not set it
@@ -69,6 +69,10 @@ NOT_HERE = {  # what a command begins with → why it is not run here
     "wandb sync ": "needs an account",
     "jupyter lab ": "opens a browser; tests/project/test_notebooks.py runs what is in them",
     "make ": "has a test below",
+    "cp ": "the walk of CONTRIBUTING.md has a test below",
+    "sed -i ": "the walk of CONTRIBUTING.md has a test below",
+    "pytest ": "the walk of CONTRIBUTING.md has a test below",
+    "git add ": "the walk of CONTRIBUTING.md has a test below",
     "grep -rl _owner_": "has a test below",
     "python scripts/": "runs on the committed records in tests/reporting/test_derive.py, on runs of its own below",
     "python -m experiments.mirror ": "runs in tests/experiment/test_run.py",
@@ -111,12 +115,12 @@ HERE = [command for command in TYPED if not command.startswith(tuple(NOT_HERE))]
 
 
 def benchmark(command: str) -> str | None:
-    found = re.match(r"python -m experiments\.benchmarks\.(\w+)", command)
-    return found and found.group(1)
+    match = re.match(r"python -m experiments\.benchmarks\.(\w+)", command)
+    return match and match.group(1)
 
 
 @pytest.mark.parametrize("command", HERE)
-def test_a_command_is_run_or_it_is_said_why_not(command: str) -> None:
+def test_command_is_run_or_names_why_not(command: str) -> None:
     name = benchmark(command)
     if name in BY_HAND:
         reports = [json.loads(path.read_text()) for path in (ROOT / "results/benchmarks").glob(f"{name}*.json")]
@@ -126,7 +130,7 @@ def test_a_command_is_run_or_it_is_said_why_not(command: str) -> None:
 
 
 @pytest.mark.parametrize("target", sorted({command.split()[1] for command in TYPED if command.startswith("make ")}))
-def test_a_target_of_make_is_run_by_something(target: str) -> None:
+def test_make_target_is_run_by_something(target: str) -> None:
     if target == "pages":
         return  # below
     path, text = TARGETS[target]
@@ -243,7 +247,7 @@ def made_small(words: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUNS, ids=lambda command: command.removeprefix(RUN).strip()[:70] or "alone")
-def test_a_run_ends_well(command: str, place: pathlib.Path, variables: dict[str, str]) -> None:
+def test_run_of_the_guides_ends_well(command: str, place: pathlib.Path, variables: dict[str, str]) -> None:
     pages = [page for page, other in COMMANDS if other == command]
     steps = [command]
     if "path=trained" in command:  # by what the page says just before
@@ -253,7 +257,7 @@ def test_a_run_ends_well(command: str, place: pathlib.Path, variables: dict[str,
         while re.match(r"[A-Z_0-9]+=", words[0]):  # the variables are set to stand-ins
             words.pop(0)
         words = words[3:]
-        if any(page.startswith("docs/adding/") for page in pages) and "--config-dir" not in words:
+        if any(page.startswith(ADDING) for page in pages) and "--config-dir" not in words:
             words = ["--config-dir", "examples/adding/conf", *words]
         words = [str(ROOT / word) if word == "examples/adding/conf" else word for word in words]
         typed(["-m", "experiments.run", *made_small(words)], place, variables, failing=bool(absent()))
@@ -276,7 +280,7 @@ def absent() -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(BENCHMARKS))
-def test_a_benchmark_runs_on_little(name: str, place: pathlib.Path, variables: dict[str, str]) -> None:
+def test_benchmark_on_small_inputs_writes_its_report(name: str, place: pathlib.Path, variables: dict[str, str]) -> None:
     out = ["--out", str(place / "report")]
     if name in ("equal_bytes", "flock"):
         out += ["--records", str(place / "records")]
@@ -290,14 +294,14 @@ def test_a_benchmark_runs_on_little(name: str, place: pathlib.Path, variables: d
 @pytest.mark.slow
 def test_make_pages_writes_a_page_for_each_experiment(place: pathlib.Path) -> None:
     dry = ["make", "--just-print", "--assume-old=.venv/installed", "pages"]
-    told = subprocess.check_output(dry, cwd=ROOT, text=True)
-    script = shlex.split(told.splitlines()[-1])[1:]
+    commands_of_make = subprocess.check_output(dry, cwd=ROOT, text=True)
+    script = shlex.split(commands_of_make.splitlines()[-1])[1:]
     typed([*script, "--out", str(place / "pages")], ROOT, dict(os.environ))
     experiments = {path.stem for path in (ROOT / "conf/experiment").glob("*.yaml")}
     assert experiments <= {path.stem for path in (place / "pages").glob("*.html")}
 
 
-def test_the_address_is_put_in_the_place_of_its_blank(tmp_path: pathlib.Path) -> None:
+def test_release_command_replaces_the_address(tmp_path: pathlib.Path) -> None:
     (command,) = [command for command in TYPED if command.startswith("grep -rl _owner_")]
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
@@ -314,7 +318,7 @@ OTHERS = [command for command in HERE if command.startswith("nashswarm ") and co
 
 
 @pytest.mark.slow
-def test_the_commands_of_nashswarm_run_one_after_the_other(
+def test_nashswarm_commands_run_one_after_the_other(
     place: pathlib.Path, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of the README's block as they follow each other, then those of the other pages on what these have made."""
@@ -340,8 +344,8 @@ def test_the_commands_of_nashswarm_run_one_after_the_other(
         assert cli.main(words) == (2 if lacking else 0), line
     for folder in ("your-model-3bit", "small", "smaller"):
         tokens = torch.tensor([[1, 2, 3]])
-        found = transformers.AutoModelForCausalLM.from_pretrained(place / folder)
-        assert found(input_ids=tokens).logits.isfinite().all(), folder
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(place / folder)
+        assert loaded(input_ids=tokens).logits.isfinite().all(), folder
 
 
 def answers(words: list[str]) -> None:
@@ -369,7 +373,7 @@ def answers(words: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_quick_start_leads_to_a_table(tmp_path: pathlib.Path) -> None:
+def test_quick_start_leads_to_a_table(tmp_path: pathlib.Path) -> None:
     (block,) = [block for language, block in FENCE.findall(GUIDES["docs/quickstart.md"]) if language == "sh"]
     first, second = (shlex.split(line)[1:] for line in block.splitlines())
     folders = [f"{name}={tmp_path}/{name}" for name in ("records", "cache")]
@@ -379,3 +383,29 @@ def test_the_quick_start_leads_to_a_table(tmp_path: pathlib.Path) -> None:
     for words in ([*first, *added], [*second, "--records", f"{tmp_path}/records", "--out", f"{tmp_path}/tables"]):
         subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
     assert re.search(r"^\| nash_swarm\[bits=2\.5\]‡? \|", (tmp_path / "tables/single.md").read_text(), re.M)
+
+
+@pytest.mark.slow
+def test_walk_of_contributing_leads_to_a_row_at_equal_bytes(
+    tmp_path: pathlib.Path, variables: dict[str, str], stand_ins: pathlib.Path
+) -> None:
+    """In a copy of the repository, with a small model and text in place of the embedded ones."""
+    for path in TRACKED:
+        if not path.startswith(("results/", "docs/", "paper/")) and (ROOT / path).exists():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, tmp_path / path)
+    block = next(block for _, block in FENCE.findall(GUIDES["CONTRIBUTING.md"]) if "nashswarm/methods/ends.py" in block)
+    small = ["model=local", f"model.path={stand_ins / 'your-model'}", "dataset=wikitext2", "wandb=disabled"]
+    small += [f"dataset.{name}" for name in ("calibration_windows=6", "holdout_windows=2", "test_windows=8")]
+    small += ["dataset.sequence_length=32"]
+    author = {f"GIT_{role}_{part}": "nobody" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
+    environment = variables | author | {"PYTHONPATH": str(tmp_path)}
+    environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    for line in block.splitlines():
+        more = " ".join(map(shlex.quote, small)) if RUN in line else ""
+        command = f"{re.sub(r' +#.*', '', line)} {more}"
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    table = (tmp_path / "build/tables/equal_bytes.md").read_text()
+    assert re.search(r"\| ends \|.*\| \d\.\d+ \[", table), table
