@@ -127,6 +127,9 @@ def check_run(words: tuple[str, ...]) -> None:
         swept = one.is_sweep_override()
         assert "-m" in flags or not swept, one.input_line
         values = list(one.sweep_string_iterator()) if swept else [one.get_value_element_as_str()]
+        if one.key_or_group == "seed":  # any number composes alike
+            assert all(map(str.isdecimal, values)), one.input_line
+            values = values[:1]
         axes.append([f"{one.key_or_group}={value}" for value in values])
     for job in itertools.product(*axes):
         config = compose(*job, return_hydra_config=True)
