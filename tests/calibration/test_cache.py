@@ -25,7 +25,7 @@ def ask(folder: pathlib.Path, ready: Any, told: Any) -> None:
     told.put((cache("moments", {}, compute)["x"].tolist(), cache.hits))
 
 
-def test_two_workers_compute_once(tmp_path: pathlib.Path) -> None:
+def test_cache_with_two_processes_computes_once(tmp_path: pathlib.Path) -> None:
     context = multiprocessing.get_context("fork")  # neither computes with torch's threads
     ready, told = context.Barrier(2), context.Queue()
     workers = [context.Process(target=ask, args=(tmp_path / "cache", ready, told)) for _ in range(2)]
@@ -39,7 +39,7 @@ def test_two_workers_compute_once(tmp_path: pathlib.Path) -> None:
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".safetensors"]
 
 
-def test_what_a_killed_worker_left_half_written_is_removed(tmp_path: pathlib.Path) -> None:
+def test_cache_removes_partial_file_of_killed_process(tmp_path: pathlib.Path) -> None:
     one, other = Cache(tmp_path, {"seed": 0}), Cache(tmp_path, {"seed": 1})
     one("moments", {}, lambda: {"x": torch.zeros(2)})
     [path] = tmp_path.iterdir()
@@ -51,14 +51,14 @@ def test_what_a_killed_worker_left_half_written_is_removed(tmp_path: pathlib.Pat
     assert len(list(tmp_path.iterdir())) == 2 and not list(tmp_path.glob(".*"))
 
 
-def test_a_computation_may_ask_for_other_tensors(tmp_path: pathlib.Path) -> None:
+def test_cache_computation_may_use_cache(tmp_path: pathlib.Path) -> None:
     cache = Cache(tmp_path, {})
     inner = cache.with_key({"part": 1})
     found = cache("outer", {}, lambda: {"x": 1 + inner("inner", {}, lambda: {"x": torch.ones(1)})["x"]})
     assert found["x"] == 2 and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_cache_that_cannot_be_claimed_says_so_before_any_work(tmp_path: pathlib.Path) -> None:
+def test_cache_that_cannot_be_claimed_raises_before_computing(tmp_path: pathlib.Path) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(OSError, match=r"cannot claim .*moments-\w+\.safetensors: "):
         Cache(tmp_path / "cache", {})("moments", {}, lambda: pytest.fail("it computed"))

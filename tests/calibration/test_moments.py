@@ -49,7 +49,7 @@ def seen(
     return kept["input"][0].detach(), kept["output"].grad[0].double()
 
 
-def test_inputs_and_gradients_of_every_matrix(model: Any, token_windows: Tensor) -> None:
+def test_calibrate_matches_autograd_by_position(model: Any, token_windows: Tensor) -> None:
     found = moments(model, token_windows)
     assert set(found) == set(module_names(model)) >= {"transformer.wte", "transformer.wpe", "lm_head"}
     positions = token_windows.numel()
@@ -69,7 +69,7 @@ def test_inputs_and_gradients_of_every_matrix(model: Any, token_windows: Tensor)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_coupled_is_the_squared_gradient_of_the_weight_rows(
+def test_coupled_equals_squared_gradients_of_weight_rows(
     kind: str, random_model: Callable[[str], Any], token_windows: Tensor
 ) -> None:
     model = random_model(kind)
@@ -93,7 +93,7 @@ def test_coupled_is_the_squared_gradient_of_the_weight_rows(
             torch.testing.assert_close(own.coupled.double(), expected, rtol=1e-3, atol=1e-12)
 
 
-def test_embeddings_count_their_rows_with_one_added_to_each(model: Any, token_windows: Tensor) -> None:
+def test_calibrate_smooths_counts_of_embeddings(model: Any, token_windows: Tensor) -> None:
     found = moments(model, token_windows)
     counts = [(token_windows == token).sum().item() + 1 for token in range(512)]
     torch.testing.assert_close(found["transformer.wte"].inputs, torch.tensor(counts) / (token_windows.numel() + 512))
@@ -103,7 +103,7 @@ def test_embeddings_count_their_rows_with_one_added_to_each(model: Any, token_wi
     assert torch.equal(found["transformer.wte"].coupled, found["transformer.wte"].outputs)
 
 
-def test_the_head_gets_add_one_smoothing(model: Any, token_windows: Tensor) -> None:
+def test_calibrate_smooths_gradients_of_head(model: Any, token_windows: Tensor) -> None:
     squared = torch.zeros(512, dtype=torch.float64)
     for window in token_windows:
         chances = model(input_ids=window[None]).logits[0, :-1].double().softmax(-1)
@@ -113,14 +113,14 @@ def test_the_head_gets_add_one_smoothing(model: Any, token_windows: Tensor) -> N
     torch.testing.assert_close(moments(model, token_windows)["lm_head"].outputs.double(), expected, rtol=1e-4, atol=0)
 
 
-def test_a_tied_head_and_its_embedding_both_get_moments(model: Any, token_windows: Tensor) -> None:
+def test_calibrate_tied_head_and_embedding_get_moments_each(model: Any, token_windows: Tensor) -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
     found = moments(model, token_windows)
     assert found["transformer.wte"].inputs.shape == (512,) and found["transformer.wte"].outputs.shape == (64,)
     assert found["lm_head"].inputs.shape == (64, 64) and found["lm_head"].outputs.shape == (512,)
 
 
-def test_labels_drawn_from_the_model_follow_the_generator(model: Any, token_windows: Tensor) -> None:
+def test_calibrate_with_sampled_labels_follows_generator(model: Any, token_windows: Tensor) -> None:
     def drawn(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return calibrate(model, ["transformer.wte", "lm_head"], token_windows, generator)["lm_head"].outputs
@@ -129,7 +129,7 @@ def test_labels_drawn_from_the_model_follow_the_generator(model: Any, token_wind
     assert not torch.equal(drawn(0), drawn(1))
 
 
-def test_tokens_are_drawn_where_a_uniform_number_falls() -> None:
+def test_sample_tokens_inverts_cumulative_distribution() -> None:
     logits = torch.randn(300, 7, generator=torch.Generator().manual_seed(0)) * 3
     found = sample_tokens(logits, torch.Generator().manual_seed(1))
     heights = torch.rand(300, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -137,14 +137,14 @@ def test_tokens_are_drawn_where_a_uniform_number_falls() -> None:
         assert row[:token].sum() <= height < row[: token + 1].sum()
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+def test_sample_tokens_matches_probabilities() -> None:
     logits = torch.tensor([0.1, 0.0, 0.6, 0.3]).log().expand(40_000, 4)
     counts = torch.bincount(sample_tokens(logits, torch.Generator().manual_seed(0)), minlength=4)
     torch.testing.assert_close(counts / 40_000, torch.tensor([0.1, 0.0, 0.6, 0.3]), atol=0.01, rtol=0)
     assert counts[1] == 0
 
 
-def test_labels_drawn_from_the_model_give_the_true_fisher_in_the_mean(model: Any) -> None:
+def test_calibrate_with_sampled_labels_estimates_true_fisher(model: Any) -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(3)  # far from uniform
     windows = torch.randint(512, (40, 48), generator=torch.Generator().manual_seed(2))
@@ -158,7 +158,7 @@ def test_labels_drawn_from_the_model_give_the_true_fisher_in_the_mean(model: Any
     torch.testing.assert_close(total[often].sum(), expected[often].sum(), rtol=0.15, atol=0)
 
 
-def test_longer_text_is_averaged_not_summed(model: Any, token_windows: Tensor) -> None:
+def test_calibrate_with_repeated_text_gives_same_moments(model: Any, token_windows: Tensor) -> None:
     once, twice = moments(model, token_windows), moments(model, token_windows.repeat(2, 1))
     for name in ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"):
         for part in ("inputs", "outputs", "coupled"):
@@ -166,7 +166,7 @@ def test_longer_text_is_averaged_not_summed(model: Any, token_windows: Tensor) -
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(model: Any, token_windows: Tensor, fails: bool) -> None:
+def test_calibrate_leaves_model_unchanged(model: Any, token_windows: Tensor, fails: bool) -> None:
     model.transformer.wpe.weight.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     if fails:
@@ -179,13 +179,13 @@ def test_the_model_is_left_as_it_was(model: Any, token_windows: Tensor, fails: b
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_module_that_is_never_used_is_refused_by_name(model: Any, token_windows: Tensor) -> None:
+def test_calibrate_with_unused_module_raises(model: Any, token_windows: Tensor) -> None:
     model.spare, model.spare_table = nn.Linear(4, 4), nn.Embedding(4, 4)
     with pytest.raises(ValueError, match=re.escape("never uses spare, spare_table")):
         moments(model, token_windows, [*module_names(model)])
 
 
-def test_a_position_table_that_computes_its_own_indices(
+def test_calibrate_position_table_with_own_indices_is_uniform(
     random_model: Callable[[str], Any], token_windows: Tensor
 ) -> None:
     model = random_model("opt")
@@ -198,7 +198,7 @@ def test_a_position_table_that_computes_its_own_indices(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_may_be_left_out(kind: str, random_model: Callable[[str], Any], token_windows: Tensor) -> None:
+def test_calibrate_without_embeddings_gives_same_moments(kind: str, random_model: Callable[[str], Any], token_windows: Tensor) -> None:
     """As with model.exclude: the other matrices get the moments that they had."""
     model = random_model(kind)
     full = moments(model, token_windows)
@@ -208,7 +208,7 @@ def test_embeddings_may_be_left_out(kind: str, random_model: Callable[[str], Any
         torch.testing.assert_close(part[name].outputs, full[name].outputs)
 
 
-def test_frozen_models_can_be_calibrated(model: Any, token_windows: Tensor) -> None:
+def test_calibrate_frozen_model_gives_same_moments(model: Any, token_windows: Tensor) -> None:
     expected = moments(model, token_windows)
     frozen = model.requires_grad_(False)
     found = moments(frozen, token_windows)
@@ -217,7 +217,7 @@ def test_frozen_models_can_be_calibrated(model: Any, token_windows: Tensor) -> N
 
 
 @pytest.mark.parametrize("labels", ["model", "text"])
-def test_the_nll_is_a_score_like_any_other(model: Any, token_windows: Tensor, labels: Any) -> None:
+def test_calibrate_with_nll_as_score_equals_labels(model: Any, token_windows: Tensor, labels: Any) -> None:
     names = module_names(model)
     by_labels = calibrate(model, names, token_windows, torch.Generator().manual_seed(4), labels)
     score = functools.partial(calibration.summed_nll, labels=labels)
@@ -232,7 +232,7 @@ def pooled(model: Any, window: Tensor) -> Tensor:
     return nn.functional.normalize(model(input_ids=window[None]).last_hidden_state[0].mean(0), dim=0)
 
 
-def test_an_encoder_by_a_projection_of_its_embedding(token_windows: Tensor) -> None:
+def test_calibrate_encoder_with_projection_score_matches_autograd(token_windows: Tensor) -> None:
     torch.manual_seed(0)
     shared = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
     config = transformers.BertConfig(num_hidden_layers=2, num_attention_heads=4, initializer_range=0.1, **shared)
@@ -280,7 +280,7 @@ class MeanOfProducts(nn.Module):
         return None
 
 
-def test_coupled_gives_the_damage_of_an_error_that_acts_on_all_positions_alike() -> None:
+def test_coupled_predicts_damage_of_error_at_all_positions() -> None:
     """½‖Δz‖² exactly: one token repeated in each window, signs v_o² = 1, and √T to turn positions into windows."""
     torch.manual_seed(0)
     encoder, length = MeanOfProducts(), 5

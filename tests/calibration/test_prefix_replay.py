@@ -15,7 +15,7 @@ from nashswarm.models import evaluation, matrices
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "bert", "bert_encoder", "neox"])
-def test_probes_find_what_whole_passes_find(kind: str, random_model: Callable[[str], Any]) -> None:
+def test_heldout_kl_of_subset_equals_full_passes(kind: str, random_model: Callable[[str], Any]) -> None:
     model = random_model(kind)
     layers = matrices.find_layers(model)
     windows = torch.randint(0, model.config.vocab_size, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -65,7 +65,7 @@ class Stack(nn.Module):
         (["blocks.3.0"], 2, 5),
     ],
 )
-def test_only_what_may_have_changed_is_computed(names: list[str], repeats: int, computed: int) -> None:
+def test_skip_prefix_computes_only_changed_blocks(names: list[str], repeats: int, computed: int) -> None:
     model, texts = Stack(repeats), [torch.ones(2, 4), torch.zeros(2, 4)]
     seen: list[nn.Module] = []
     for block in model.blocks:
@@ -82,7 +82,7 @@ def test_only_what_may_have_changed_is_computed(names: list[str], repeats: int, 
         assert torch.equal(answer, model(text))
 
 
-def test_who_changes_a_replayed_answer_changes_no_later_one() -> None:
+def test_skip_prefix_replays_copies() -> None:
     model, text = Stack(), torch.ones(2, 4)
     replay = PrefixReplay(model, lambda: model(text))
     for _ in range(2):

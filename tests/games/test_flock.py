@@ -37,7 +37,7 @@ def flock_by_hand(features: np.ndarray, neighbours: int) -> np.ndarray:
 
 @given(st.integers(8, 40), st.integers(1, 7), st.integers(0, 1000))
 @few
-def test_flock_is_the_k_nearest_by_brute_force(blocks: int, neighbours: int, seed: int) -> None:
+def test_flock_matches_brute_force_nearest_neighbours(blocks: int, neighbours: int, seed: int) -> None:
     features = points(blocks, seed=seed)
     found = flock(features, neighbours, "features", np.random.default_rng(0)).toarray()
     by_hand = flock_by_hand(features, neighbours)
@@ -47,7 +47,7 @@ def test_flock_is_the_k_nearest_by_brute_force(blocks: int, neighbours: int, see
 
 @given(graphs, st.integers(2, 30), st.integers(1, 40), st.integers(0, 1000))
 @few
-def test_coupling_is_symmetric_with_weights_up_to_one(graph: Graph, blocks: int, neighbours: int, seed: int) -> None:
+def test_flock_is_symmetric_with_weights_up_to_one(graph: Graph, blocks: int, neighbours: int, seed: int) -> None:
     found = flock(points(blocks, seed=seed), neighbours, graph, np.random.default_rng(seed))
     assert (found != found.T).nnz == 0
     assert not found.diagonal().any()
@@ -57,19 +57,19 @@ def test_coupling_is_symmetric_with_weights_up_to_one(graph: Graph, blocks: int,
 
 @given(st.sampled_from(["features", "shuffled", "index"]), st.integers(2, 9), st.integers(0, 5))
 @few
-def test_more_neighbours_than_blocks_is_everybody(graph: Graph, blocks: int, more: int) -> None:
+def test_flock_with_too_many_neighbours_couples_all_blocks(graph: Graph, blocks: int, more: int) -> None:
     found = coupling(graph, blocks, blocks - 1 + more)
     assert ((found > 0) == ~np.eye(blocks, dtype=bool)).all()
 
 
-def test_every_block_minds_at_least_k() -> None:
+def test_flock_gives_each_block_at_least_k_neighbours() -> None:
     assert ((coupling("features") > 0).sum(1) >= 7).all()
     assert ((coupling("index") > 0).sum(1) >= 7).all()
 
 
 @given(st.integers(0, 1000))
 @few
-def test_shuffled_is_the_same_graph_renamed(seed: int) -> None:
+def test_flock_shuffled_is_permuted_graph(seed: int) -> None:
     """The same multiset of every block's sorted weights, and the same eigenvalues, but another graph."""
     ours, shuffled = coupling("features", seed=seed), coupling("shuffled", seed=seed)
     assert sorted(map(tuple, np.sort(ours).tolist())) == sorted(map(tuple, np.sort(shuffled).tolist()))
@@ -77,14 +77,14 @@ def test_shuffled_is_the_same_graph_renamed(seed: int) -> None:
     assert (ours != shuffled).any()
 
 
-def test_index_neighbours_stand_side_by_side_on_a_ring() -> None:
+def test_flock_index_couples_adjacent_blocks() -> None:
     found = coupling("index", blocks=10, neighbours=4)
     for block in range(10):
         assert set(np.flatnonzero(found[block])) == {(block + step) % 10 for step in (-2, -1, 1, 2)}
     assert set(np.unique(found)) == {0.0, 1.0}
 
 
-def test_random_graph_does_not_look_at_features() -> None:
+def test_flock_random_ignores_features() -> None:
     one = flock(points(seed=1), 7, "random", np.random.default_rng(0))
     other = flock(points(seed=2), 7, "random", np.random.default_rng(0))
     assert (one != other).nnz == 0
@@ -94,29 +94,29 @@ def test_random_graph_does_not_look_at_features() -> None:
 
 @given(graphs, st.integers(0, 1000))
 @few
-def test_same_rng_same_flock(graph: Graph, seed: int) -> None:
+def test_flock_with_same_seed_is_equal(graph: Graph, seed: int) -> None:
     assert np.array_equal(coupling(graph, seed=seed), coupling(graph, seed=seed))
 
 
 @pytest.mark.parametrize("graph", get_args(Graph))
-def test_identical_blocks_are_full_neighbours(graph: Graph) -> None:
+def test_flock_of_identical_blocks_has_weights_of_one(graph: Graph) -> None:
     found = flock(np.ones((12, 2)), 3, graph, np.random.default_rng(0))
     assert not found.diagonal().any()
     assert set(found.data) == {1.0}
 
 
 @pytest.mark.parametrize("graph", get_args(Graph))
-def test_a_block_alone_has_no_flock(graph: Graph) -> None:
+def test_flock_of_one_block_is_empty(graph: Graph) -> None:
     assert flock(np.ones((1, 2)), 7, graph, np.random.default_rng(0)).nnz == 0
 
 
-def test_features_count_alike_whatever_their_units() -> None:
+def test_flock_is_independent_of_feature_units() -> None:
     features = points()
     found = flock(features * [1, 1e6, 1e-6], 7, "features", np.random.default_rng(0)).toarray()
     assert found == pytest.approx(coupling("features"))
 
 
-def test_standardise() -> None:
+def test_standardise_gives_zero_mean_and_unit_variance() -> None:
     found = standardise(np.column_stack([points(), np.full(40, 0.5)]))
     assert found.mean(0) == pytest.approx(0, abs=1e-12)
     assert found.std(0) == pytest.approx([1, 1, 1, 0], abs=1e-12)
@@ -124,14 +124,14 @@ def test_standardise() -> None:
 
 @given(st.integers(0, 1000), st.floats(0, 1))
 @few
-def test_shrink_moves_toward_the_weighted_mean_of_the_neighbours(seed: int, strength: float) -> None:
+def test_shrink_moves_toward_weighted_mean_of_neighbours(seed: int, strength: float) -> None:
     weights = coupling("features", seed=seed)
     values = np.random.default_rng(seed).normal(size=40)
     by_hand = [(1 - strength) * values[i] + strength * np.average(values, weights=weights[i]) for i in range(40)]
     assert shrink(values, sparse.csr_array(weights), strength) == pytest.approx(np.array(by_hand))
 
 
-def test_shrink_by_nothing_to_everything_and_of_a_constant() -> None:
+def test_shrink_with_extreme_strengths_and_constants() -> None:
     flock_ = sparse.csr_array(coupling("features"))
     values = np.random.default_rng(0).normal(size=40)
     assert np.array_equal(shrink(values, flock_, 0.0), values)
@@ -140,5 +140,5 @@ def test_shrink_by_nothing_to_everything_and_of_a_constant() -> None:
     assert shrink(np.full(40, -3.0), flock_, 0.6) == pytest.approx(-3.0)
 
 
-def test_a_block_without_a_flock_keeps_its_sensitivity() -> None:
+def test_shrink_without_neighbours_keeps_sensitivity() -> None:
     assert shrink(np.array([1.0, 2.0, 5.0]), sparse.csr_array((3, 3)), 1.0).tolist() == [1, 2, 5]

@@ -57,7 +57,7 @@ def small_game(players: int, seed: int) -> Game:
 
 @given(problems())
 @few
-def test_exact_solvers_find_the_enumerated_optimum(problem: Problem) -> None:
+def test_exact_solvers_match_enumeration(problem: Problem) -> None:
     least = enumerated(*problem)
     for solve in (optima.dynamic_programme, optima.integer_programme):
         assert optima.total(problem[0], solve(*problem)) == pytest.approx(least, abs=1e-7)
@@ -65,7 +65,7 @@ def test_exact_solvers_find_the_enumerated_optimum(problem: Problem) -> None:
 
 @given(problems())
 @few
-def test_bound_below_optimum_below_greedy_and_all_within_the_budget(problem: Problem) -> None:
+def test_dual_bound_optimum_and_greedy_are_ordered_within_budget(problem: Problem) -> None:
     damage, cost, budget = problem
     bound, price = optima.dual_bound(*problem)
     least = enumerated(*problem)
@@ -77,7 +77,7 @@ def test_bound_below_optimum_below_greedy_and_all_within_the_budget(problem: Pro
 
 @given(problems())
 @few
-def test_no_other_price_gives_a_larger_bound(problem: Problem) -> None:
+def test_dual_bound_is_maximum_over_prices(problem: Problem) -> None:
     """The dual is concave and piecewise linear: its maximum is at 0 or where two actions of a player cost the same."""
     damage, cost, budget = problem
     pairs = itertools.product(range(damage.shape[1]), repeat=2)
@@ -93,7 +93,7 @@ def test_no_other_price_gives_a_larger_bound(problem: Problem) -> None:
 
 @given(problems())
 @few
-def test_an_action_is_a_corner_only_where_no_chord_runs_below_it(problem: Problem) -> None:
+def test_convex_hull_has_no_chord_below_its_corners(problem: Problem) -> None:
     damage, cost, _ = problem
     corners = optima.convex_hull(damage, cost).corners
     for own, size, ours in zip(damage, cost, corners, strict=True):
@@ -107,7 +107,7 @@ def test_an_action_is_a_corner_only_where_no_chord_runs_below_it(problem: Proble
 
 @given(st.integers(1, 60), st.integers(0, 1000), st.floats(0, 1))
 @few
-def test_on_convex_curves_greedy_buys_what_everybody_wants_at_one_price(players: int, seed: int, share: float) -> None:
+def test_greedy_on_convex_curves_equals_choices_at_one_price(players: int, seed: int, share: float) -> None:
     damage, cost = smooth(players, seed)
     price = optima.dual_bound(damage, cost, int(share * 1072 * players))[1] * 1.0001
     wanted = (damage + price * cost).argmin(1)
@@ -118,7 +118,7 @@ def test_on_convex_curves_greedy_buys_what_everybody_wants_at_one_price(players:
 
 @given(st.integers(1, 60), st.integers(0, 1000), st.floats(0, 1))
 @few
-def test_without_couplings_the_equilibrium_at_the_duals_price_stands_on_the_hull(
+def test_equilibrium_without_couplings_is_on_hull(
     players: int, seed: int, share: float
 ) -> None:
     damage, cost = smooth(players, seed)
@@ -129,7 +129,7 @@ def test_without_couplings_the_equilibrium_at_the_duals_price_stands_on_the_hull
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_solvers_agree_on_a_hundred_players_and_greedy_ends_within_a_step_of_the_bound(seed: int) -> None:
+def test_solvers_agree_on_100_players_and_greedy_is_near_bound(seed: int) -> None:
     damage, cost = smooth(100, seed)
     bound, price = optima.dual_bound(damage, cost, 40_000)
     greedy, exact, other = (optima.total(damage, solve(damage, cost, 40_000)) for solve in SOLVERS)
@@ -138,12 +138,12 @@ def test_solvers_agree_on_a_hundred_players_and_greedy_ends_within_a_step_of_the
 
 
 @pytest.mark.parametrize("solve", [*SOLVERS, optima.dual_bound])
-def test_a_budget_below_the_cheapest_profile_is_refused(solve: Callable[..., object]) -> None:
+def test_solvers_with_impossible_budget_raise(solve: Callable[..., object]) -> None:
     with pytest.raises(ValueError, match="a budget of 5 bytes is below the cheapest profile, 6 bytes"):
         solve(np.ones((2, 2)), np.array([[3, 4], [3, 9]]), 5)
 
 
-def test_too_large_tables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_solvers_with_too_large_problem_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optima, "MOST_CELLS", 1)
     with pytest.raises(ValueError, match=r"needs \d+ cells, more than 1:"):
         optima.dynamic_programme(*smooth(20, 0), 20 * 400)
@@ -153,7 +153,7 @@ def test_too_large_tables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(st.integers(1, 5), st.integers(0, 1000))
 @few
-def test_price_of_anarchy_on_small_games(players: int, seed: int) -> None:
+def test_price_of_anarchy_matches_enumeration_of_small_games(players: int, seed: int) -> None:
     game = small_game(players, seed)
     profiles = [np.array(profile) for profile in itertools.product(range(3), repeat=players)]
     least = min(map(game.potential, profiles))
@@ -166,13 +166,13 @@ def test_price_of_anarchy_on_small_games(players: int, seed: int) -> None:
     assert all(game.regret(found.profile).max() <= 1e-12 for found in one.equilibria)
 
 
-def test_two_who_want_to_agree_pay_double_where_they_agree_on_the_worse() -> None:
+def test_price_of_anarchy_of_coordination_game_is_two() -> None:
     agree = Coupling(sparse.csr_array(np.array([[0.0, 1], [1, 0]])), 9 * (1 - np.eye(2)))
     game = Game(np.array([[1.0, 2], [1, 2]]), (agree,))
     assert optima.price_of_anarchy(game, 50, np.random.default_rng(0)).price == 2
     assert optima.exact_price_of_anarchy(game) == 2
 
 
-def test_a_potential_of_nothing_has_no_price_of_anarchy() -> None:
+def test_price_of_anarchy_with_zero_potential_raises() -> None:
     with pytest.raises(ValueError, match="the least potential is 0"):
         optima.exact_price_of_anarchy(Game(np.zeros((2, 2))))

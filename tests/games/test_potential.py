@@ -91,21 +91,21 @@ games = numbers_of_games().map(lambda numbers: functools.partial(built, numbers)
 Deal = Callable[[], Game]  # games are built outside the strategy: type checks draw from `random`
 
 
-def test_prisoners_cost_what_the_story_says() -> None:
+def test_prisoners_dilemma_has_textbook_costs() -> None:
     years = {
         profile: (cost(prisoners(), profile, 0), cost(prisoners(), profile, 1)) for profile in profiles(prisoners())
     }
     assert years == {(0, 0): (1, 1), (0, 1): (3, 0), (1, 0): (0, 3), (1, 1): (2, 2)}
 
 
-def test_prisoners_have_one_equilibrium_and_best_response_finds_it() -> None:
+def test_best_response_finds_equilibrium_of_prisoners_dilemma() -> None:
     game = prisoners()
     assert [profile for profile in profiles(game) if max(regrets(game, profile)) == 0] == [(1, 1)]
     for start in profiles(game):
         assert best_response(game, np.array(start)).profile.tolist() == [1, 1]
 
 
-def test_matching_pennies_has_no_pure_equilibrium_and_is_no_potential_game() -> None:
+def test_coupling_of_matching_pennies_raises() -> None:
     """One player wins when the pennies match, the other when they do not: whoever lost turns his penny over."""
     loss = {(a, b): (1 - (a == b), float(a == b)) for a in (0, 1) for b in (0, 1)}
     for a, b in loss:
@@ -114,12 +114,12 @@ def test_matching_pennies_has_no_pure_equilibrium_and_is_no_potential_game() -> 
         Coupling(sparse.csr_array(np.array([[0.0, 1], [-1, 0]])), 1 - np.eye(2))
 
 
-def test_coordination_has_both_agreements_as_equilibria() -> None:
+def test_coordination_game_has_two_equilibria() -> None:
     game = Game(np.zeros((2, 2)), (pair(1 - np.eye(2)),))
     assert [profile for profile in profiles(game) if max(regrets(game, profile)) == 0] == [(0, 0), (1, 1)]
 
 
-def test_what_has_no_potential_is_refused() -> None:
+def test_coupling_without_potential_raises() -> None:
     with pytest.raises(ValueError, match="disagreement"):
         pair(np.array([[0.0, 1], [2, 0]]))
     with pytest.raises(ValueError, match="its own neighbour"):
@@ -128,7 +128,7 @@ def test_what_has_no_potential_is_refused() -> None:
 
 @given(games, st.data())
 @few
-def test_a_move_changes_the_potential_by_the_movers_change_of_cost(deal: Deal, data: st.DataObject) -> None:
+def test_potential_changes_by_cost_change_of_mover(deal: Deal, data: st.DataObject) -> None:
     game = deal()
     profile = data.draw(st.sampled_from(profiles(game)))
     before = np.array(profile)
@@ -143,7 +143,7 @@ def test_a_move_changes_the_potential_by_the_movers_change_of_cost(deal: Deal, d
 
 @given(games, st.data())
 @few
-def test_regret_against_enumeration(deal: Deal, data: st.DataObject) -> None:
+def test_regret_matches_enumeration(deal: Deal, data: st.DataObject) -> None:
     game = deal()
     profile = data.draw(st.sampled_from(profiles(game)))
     assert game.regret(np.array(profile)).tolist() == regrets(game, profile)
@@ -151,7 +151,7 @@ def test_regret_against_enumeration(deal: Deal, data: st.DataObject) -> None:
 
 @given(games, st.data())
 @few
-def test_best_response_ends_where_nobody_gains(deal: Deal, data: st.DataObject) -> None:
+def test_best_response_ends_at_equilibrium(deal: Deal, data: st.DataObject) -> None:
     game = deal()
     start = data.draw(st.sampled_from(profiles(game)))
     before = np.array(start)
@@ -168,7 +168,7 @@ def test_best_response_ends_where_nobody_gains(deal: Deal, data: st.DataObject) 
 
 @given(games)
 @few
-def test_the_least_potential_is_an_equilibrium(deal: Deal) -> None:
+def test_profile_of_least_potential_is_equilibrium(deal: Deal) -> None:
     game = deal()
     least = min(profiles(game), key=lambda profile: potential(game, profile))
     assert best_response(game, np.array(least)).profile.tolist() == list(least)
@@ -185,7 +185,7 @@ def lattice(players: int, seed: int) -> Game:
 
 @given(st.integers(0, 1000))
 @few
-def test_classes_split_the_players_and_part_all_neighbours(seed: int) -> None:
+def test_independent_classes_partition_players_without_neighbours(seed: int) -> None:
     one, other = lattice(30, seed).couplings[0], lattice(30, seed + 1).couplings[0]
     classes = independent_classes([one, other], 30)
     assert sorted(np.concatenate(classes).tolist()) == list(range(30))
@@ -194,13 +194,13 @@ def test_classes_split_the_players_and_part_all_neighbours(seed: int) -> None:
             assert not part.weights.toarray()[np.ix_(members, members)].any()
 
 
-def test_players_without_couplings_all_move_at_once() -> None:
+def test_independent_classes_without_couplings_is_one_class() -> None:
     assert [members.tolist() for members in independent_classes([], 3)] == [[0, 1, 2]]
 
 
 @given(st.integers(0, 1000))
 @few
-def test_a_class_moving_together_is_its_members_moving_one_by_one(seed: int) -> None:
+def test_best_response_by_class_equals_one_by_one(seed: int) -> None:
     game = lattice(30, seed)
     start = np.random.default_rng(seed).integers(0, 4, 30)
     together = independent_classes(game.couplings, 30)
@@ -211,7 +211,7 @@ def test_a_class_moving_together_is_its_members_moving_one_by_one(seed: int) -> 
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_large_game_with_real_costs_ends_at_an_equilibrium(seed: int) -> None:
+def test_best_response_of_large_game_ends_at_equilibrium(seed: int) -> None:
     game = lattice(500, seed)
     found = best_response(game, np.zeros(500, int))
     assert found.regrets[-1] <= 1e-12
@@ -232,7 +232,7 @@ def chosen(damage: np.ndarray, size: np.ndarray, price: float) -> np.ndarray:
 
 @given(st.integers(1, 40), st.integers(0, 1000), st.floats(0, 1), st.sampled_from([1e-6, 1.0, 1e6]))
 @few
-def test_shadow_price_meets_a_separable_budget_within_one_step(
+def test_shadow_price_meets_separable_budget_within_one_step(
     players: int, seed: int, share: float, start: float
 ) -> None:
     damage, size = market(players, seed)
@@ -246,7 +246,7 @@ def test_shadow_price_meets_a_separable_budget_within_one_step(
 
 @given(st.integers(0, 1000))
 @few
-def test_shadow_price_never_overspends_on_a_staircase_that_is_not_monotone(seed: int) -> None:
+def test_shadow_price_with_nonmonotone_spending_keeps_budget(seed: int) -> None:
     noise = np.random.default_rng(seed).random(1000) * 30
 
     def spent(price: float) -> float:
@@ -257,12 +257,12 @@ def test_shadow_price_never_overspends_on_a_staircase_that_is_not_monotone(seed:
     assert spent(solution) <= 60
 
 
-def test_an_impossible_budget_is_refused() -> None:
+def test_shadow_price_with_impossible_budget_raises() -> None:
     with pytest.raises(ValueError, match=r"no price brings what is spent down to 5: .* it is 7"):
         shadow_price(lambda price: price, lambda price: 7 + 1 / (1 + price), 5.0, 1.0)
 
 
-def test_a_budget_for_everything_costs_next_to_nothing() -> None:
+def test_shadow_price_with_ample_budget_is_almost_zero() -> None:
     damage, size = market(10, 0)
     price, profile = shadow_price(
         lambda price: chosen(damage, size, price), lambda found: float(size[found].sum()), 300.0, 1.0

@@ -87,7 +87,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("width", layout.WIDTHS[1:])
-def test_the_bytes_are_those_of_a_slow_packer(width: int) -> None:
+def test_pack_matches_slow_packer(width: int) -> None:
     """Positions of 4 inputs: bit by bit where the layout says they stand."""
     codes = np.random.default_rng(width).integers(0, 2**width, (16, 64)).astype(np.uint8)
     payload = np.zeros(2 * width * 64, np.uint8)
@@ -109,7 +109,7 @@ def test_the_bytes_are_those_of_a_slow_packer(width: int) -> None:
     assert torch.equal(layout.unpack(packed, widths, 64)[0], torch.from_numpy(codes))
 
 
-def test_a_weight_by_hand() -> None:
+def test_dequantize_matches_weight_computed_by_hand() -> None:
     """row scale · column scale · (scale · (code − zero point) + escape)"""
     tiles = example(20, 40, 32, [4], lattice=False)
     places = torch.tensor([16 * 33 + 3], dtype=torch.int32)  # of row 19, column 33
@@ -138,7 +138,7 @@ shapes = some.fixed_dictionaries(
 @pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
 @given(shapes, some.integers(1, 70))
 @few
-def test_any_shape_is_the_references(path: str, activations: str, shape: dict[str, Any], batch: int) -> None:
+def test_matmul_matches_reference_for_any_shape(path: str, activations: str, shape: dict[str, Any], batch: int) -> None:
     tiles = example(**shape)
     x = torch.randn(batch, tiles.columns, generator=torch.Generator().manual_seed(shape["seed"]))
     found = kernels.matmul(x, tiles, activations)
@@ -150,7 +150,7 @@ def test_any_shape_is_the_references(path: str, activations: str, shape: dict[st
 
 @given(shapes)
 @few
-def test_rows_are_those_of_the_matrix(path: str, shape: dict[str, Any]) -> None:
+def test_rows_of_matches_dequantized_rows(path: str, shape: dict[str, Any]) -> None:
     tiles = example(**shape)
     ids = torch.randint(tiles.rows, (2, 7), generator=torch.Generator().manual_seed(shape["seed"]))
     torch.testing.assert_close(kernels.rows_of(tiles, ids), layout.dequantize(tiles)[ids], rtol=1e-6, atol=0)
@@ -158,7 +158,7 @@ def test_rows_are_those_of_the_matrix(path: str, shape: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("bits", [[2], [3], [4], [8], [0, 2, 3, 4, 8]])
 @pytest.mark.parametrize("lattice", [False, True])
-def test_errors_of_rounding(path: str, bits: list[int], lattice: bool) -> None:
+def test_matmul_error_is_that_of_rounding(path: str, bits: list[int], lattice: bool) -> None:
     tiles = command.example(512, 768, bits, 64, lattice)
     x = torch.randn(5, 768, generator=torch.Generator().manual_seed(0))
     exact = x.double() @ layout.dequantize(tiles).double().T
@@ -168,14 +168,14 @@ def test_errors_of_rounding(path: str, bits: list[int], lattice: bool) -> None:
 
 @pytest.mark.parametrize("path", PATHS[:-1], indirect=True)  # torch sums in an order of its own
 @pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
-def test_a_row_of_x_has_the_same_bits_in_every_batch(path: str, activations: str) -> None:
+def test_matmul_is_bit_identical_in_any_batch(path: str, activations: str) -> None:
     tiles = example(100, 200, 64, [2, 3, 4, 8], lattice=True, escapes=5)
     x = torch.randn(15, 200)
     together = kernels.matmul(x, tiles, activations)
     assert torch.equal(together, torch.cat([kernels.matmul(row[None], tiles, activations) for row in x]))
 
 
-def test_a_hundred_threads_at_once_have_the_same_bits(path: str) -> None:
+def test_matmul_from_many_threads_is_bit_identical(path: str) -> None:
     tiles, x = command.example(512, 768, [2, 3, 4], 64, False), torch.randn(9, 768)
     expected, found = kernels.matmul(x, copy.deepcopy(tiles)), [torch.empty(0)] * 100
     start = threading.Barrier(100)
@@ -193,7 +193,7 @@ def test_a_hundred_threads_at_once_have_the_same_bits(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
-def test_threads_of_torch_share_the_work_and_change_no_bit(path: str) -> None:
+def test_matmul_with_torch_threads_is_bit_identical(path: str) -> None:
     tiles, x = command.example(1040, 768, [3], 64, False), torch.randn(17, 768)
     alone = kernels.matmul(x, tiles)
     torch.set_num_threads(2)
@@ -206,7 +206,7 @@ def test_threads_of_torch_share_the_work_and_change_no_bit(path: str) -> None:
 
 @given(some.integers(0, 40), some.lists(some.integers(1, 70), min_size=3, max_size=3), some.integers(0, 2**16))
 @few
-def test_choices_are_those_of_sorting(path: str, rows: int, sizes: list[int], seed: int) -> None:
+def test_route_matches_sorting(path: str, rows: int, sizes: list[int], seed: int) -> None:
     k, flock, size = sorted(sizes)
     generator = torch.Generator().manual_seed(seed)
     shapes = (rows, size), (size,), (size,), (size,)
@@ -222,7 +222,7 @@ def test_choices_are_those_of_sorting(path: str, rows: int, sizes: list[int], se
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_reach_scores_through_gates(path: str, k: int, dtype: torch.dtype) -> None:
+def test_route_gradients_match_autograd(path: str, k: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(k)
     scores = torch.randn(6, 9, generator=generator).to(dtype).requires_grad_()
     entry, cost, price, pull = (torch.randn(size, generator=generator) for size in (9, 9, 9, (6, k)))
@@ -240,7 +240,7 @@ def test_gradients_reach_scores_through_gates(path: str, k: int, dtype: torch.dt
 @pytest.mark.parametrize("path", PATHS[:-1][:1], indirect=True)
 @given(some.lists(some.integers(1, 40), min_size=4, max_size=4), some.integers(0, 2**16))
 @few
-def test_few_tokens_and_gated_sums_are_those_of_loops(path: str, sizes: list[int], seed: int) -> None:
+def test_experts_and_sums_match_loops(path: str, sizes: list[int], seed: int) -> None:
     tokens, k, width, hidden = sizes[0] % 9 + 1, sizes[1] % 4 + 1, *sizes[2:]
     generator = torch.Generator().manual_seed(seed)
     x, gates, out, up, down = (
@@ -259,7 +259,7 @@ def test_few_tokens_and_gated_sums_are_those_of_loops(path: str, sizes: list[int
 
 
 @pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
-def test_an_expert_that_there_is_not_is_named(path: str) -> None:
+def test_experts_with_missing_expert_raises(path: str) -> None:
     x, up, down, gates = torch.zeros(1, 2), torch.zeros(3, 4, 2), torch.zeros(3, 2, 4), torch.ones(1, 2)
     with pytest.raises(ValueError, match="there is no expert 3: they are numbered from 0 to 2"):
         native.experts(x, up, down, torch.tensor([[0, 3]]), gates)
@@ -267,7 +267,7 @@ def test_an_expert_that_there_is_not_is_named(path: str) -> None:
 
 @given(some.lists(some.integers(0, 9), max_size=60), some.integers(10, 12))
 @few
-def test_groups_are_those_of_sorting(path: str, numbers: list[int], size: int) -> None:
+def test_group_matches_sorting(path: str, numbers: list[int], size: int) -> None:
     order, places, ends = (part.tolist() for part in kernels.group(torch.tensor(numbers, dtype=torch.int64), size))
     assert order == sorted(range(len(numbers)), key=lambda place: numbers[place])
     assert [order[place] for place in places] == list(range(len(numbers)))
@@ -275,12 +275,12 @@ def test_groups_are_those_of_sorting(path: str, numbers: list[int], size: int) -
 
 
 @pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
-def test_a_number_of_no_group_is_named(path: str) -> None:
+def test_group_with_too_large_number_raises(path: str) -> None:
     with pytest.raises(ValueError, match="there is no expert 5: they are numbered from 0 to 4"):
         kernels.group(torch.tensor([1, 5]), 5)
 
 
-def test_choices_of_equal_values_and_of_no_numbers(path: str) -> None:
+def test_route_with_ties_nan_and_other_dtypes(path: str) -> None:
     none = torch.zeros(5)
     equal = kernels.route(torch.zeros(2, 5), none, none, none, 5, 2)[0]
     assert all(len(set(row)) == 2 for row in equal.tolist())
@@ -296,7 +296,7 @@ def test_choices_of_equal_values_and_of_no_numbers(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
-def test_threads_share_the_choices(path: str) -> None:
+def test_route_with_torch_threads_is_bit_identical(path: str) -> None:
     scores, none = torch.randn(4096, 64), torch.zeros(64)
     alone = kernels.route(scores, none, none, none, 7, 2)
     torch.set_num_threads(2)
@@ -308,7 +308,7 @@ def test_threads_share_the_choices(path: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_comes_back_in_its_own_type(path: str, dtype: torch.dtype) -> None:
+def test_matmul_keeps_half_precision_dtype(path: str, dtype: torch.dtype) -> None:
     tiles, x = example(33, 70, 32, [3], lattice=False), torch.randn(2, 3, 70).to(dtype)
     bias = torch.randn(33).to(dtype)
     found = kernels.matmul(x, tiles, "float32", bias)
@@ -317,14 +317,14 @@ def test_half_precision_comes_back_in_its_own_type(path: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("shape", [(70,), (0, 70), (2, 0, 70)])
-def test_vectors_and_nothing(path: str, shape: tuple[int, ...]) -> None:
+def test_matmul_of_vectors_and_empty_batches_keeps_shape(path: str, shape: tuple[int, ...]) -> None:
     tiles = example(33, 70, 32, [3], lattice=False)
     assert kernels.matmul(torch.randn(shape), tiles).shape == (*shape[:-1], 33)
 
 
 @pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_is_not_hidden(path: str, activations: str, value: float) -> None:
+def test_matmul_with_nonfinite_row_is_nonfinite(path: str, activations: str, value: float) -> None:
     tiles, x = command.example(16, 128, [3], 64, False), torch.zeros(3, 128)
     x[1, 70] = value
     found = kernels.matmul(x, tiles, activations)
@@ -333,13 +333,13 @@ def test_what_is_not_finite_is_not_hidden(path: str, activations: str, value: fl
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-20, 1e20])
-def test_activations_of_any_size(path: str, size: float) -> None:
+def test_matmul_is_accurate_for_any_scale_of_activations(path: str, size: float) -> None:
     tiles, x = command.example(16, 128, [3], 64, False), torch.randn(3, 128) * size
     exact = x.double() @ layout.dequantize(tiles).double().T
     assert float((kernels.matmul(x, tiles, "float32") - exact).norm()) <= 1e-6 * float(exact.norm()) + 1e-35
 
 
-def test_the_order_of_tiles_by_hand() -> None:
+def test_order_matches_hand_computation() -> None:
     """Nine row blocks are two spans; widths in their order, then row blocks; what is empty comes last."""
     widths = torch.tensor([[4, 2]] + [[0, 0]] * 6 + [[2, 4]] + [[3, 0]], dtype=torch.uint8)
     starts, tiles = layout.order(widths, 32).split([2 * 4 + 1, 2 * 18])
@@ -350,7 +350,7 @@ def test_the_order_of_tiles_by_hand() -> None:
 
 
 @pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
-def test_the_operators_are_as_torch_wants_them(activations: str) -> None:
+def test_operators_pass_torch_opcheck(activations: str) -> None:
     tiles = example(33, 70, 32, [0, 2, 3, 4, 8], lattice=True, escapes=3)
     for x in (torch.randn(2, 70), torch.randn(2, 70, requires_grad=True)):
         bias = torch.randn(33, requires_grad=x.requires_grad)
@@ -360,7 +360,7 @@ def test_the_operators_are_as_torch_wants_them(activations: str) -> None:
     torch.library.opcheck(torch.ops.nashswarm.rows.default, (torch.tensor([3, 32]), *kernels.operator_arguments(tiles)))
 
 
-def test_gradients_reach_x_and_the_bias(path: str) -> None:
+def test_matmul_gradients_of_x_and_bias_match_float_product(path: str) -> None:
     tiles = example(33, 70, 32, [2, 3], lattice=False, escapes=3)
     x, bias = torch.randn(2, 3, 70, requires_grad=True), torch.randn(33, requires_grad=True)
     weight, seen = layout.dequantize(tiles), torch.randn(2, 3, 33)
@@ -369,7 +369,7 @@ def test_gradients_reach_x_and_the_bias(path: str) -> None:
     torch.testing.assert_close(bias.grad, seen.sum((0, 1)))
 
 
-def test_gradients_pass_tiles_that_were_made_in_inference_mode() -> None:
+def test_matmul_gradients_with_tiles_made_in_inference_mode() -> None:
     made = example(33, 70, 32, [2, 3], lattice=False)
     with torch.inference_mode():
         tiles = dataclasses.replace(made)
@@ -396,7 +396,7 @@ def no_shapes_checked() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_shapes_checked")
-def test_compiled_and_exported_modules_are_the_eager_one() -> None:
+def test_compiled_and_exported_modules_match_eager() -> None:
     layer, x = Layer(), torch.randn(4, 70)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     found, expected = compiled(x), layer(x)  # nothing was called before it is compiled
@@ -406,7 +406,7 @@ def test_compiled_and_exported_modules_are_the_eager_one() -> None:
     torch.testing.assert_close(exported.module()(x), expected)
 
 
-def test_a_copy_does_not_read_the_memory_of_its_original() -> None:
+def test_copied_tiles_do_not_share_memory() -> None:
     tiles, x = example(33, 70, 32, [2, 3], lattice=False), torch.randn(4, 70)
     expected = kernels.matmul(x, tiles)
     others = [copy.deepcopy(tiles), pickle.loads(pickle.dumps(tiles))]
@@ -414,7 +414,7 @@ def test_a_copy_does_not_read_the_memory_of_its_original() -> None:
     assert all(torch.equal(kernels.matmul(x, other), expected) for other in others)
 
 
-def test_tensors_that_moved_are_found_again(path: str) -> None:
+def test_matmul_after_tensors_moved_reads_new_addresses(path: str) -> None:
     tiles, x = example(33, 70, 32, [2, 3], lattice=False), torch.randn(4, 70)
     expected = kernels.matmul(x, tiles)
     for part in (tiles.payload, tiles.scale, tiles.zero_point, tiles.escape_starts):
@@ -430,31 +430,31 @@ def test_tensors_that_moved_are_found_again(path: str) -> None:
         (lambda tiles: kernels.matmul(torch.zeros(1, 70, device="meta"), tiles), "x is on meta and the packed matrix"),
     ],
 )
-def test_what_does_not_fit_is_refused(call: Any, said: str) -> None:
+def test_matmul_with_invalid_argument_raises(call: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         call(example(33, 70, 32, [3], lattice=False))
 
 
 @pytest.mark.parametrize("row", [-1, 33])
-def test_rows_that_there_are_not(path: str, row: int) -> None:
+def test_rows_of_with_missing_row_raises(path: str, row: int) -> None:
     with pytest.raises(IndexError, match=f"row {row} is asked for: the packed matrix has rows 0 … 32"):
         kernels.rows_of(example(33, 70, 32, [3], lattice=False), torch.tensor([5, row]))
 
 
-def test_an_unknown_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_with_unknown_name_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     force("sse9", monkeypatch)
     with pytest.raises(ValueError, match="NASHSWARM_KERNEL=sse9 is no path: choose avx512, avx2, portable, torch"):
         native.path()
 
 
-def test_a_path_that_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_unsupported_by_machine_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: ["portable", native.SLOW])
     force("avx512", monkeypatch)
     with pytest.raises(ValueError, match="NASHSWARM_KERNEL=avx512 cannot be taken here: choose portable, torch"):
         native.path()
 
 
-def test_the_log_says_once_which_path_is_taken(
+def test_path_is_logged_once(
     path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiles = example(33, 70, 32, [3], lattice=False)
@@ -464,7 +464,7 @@ def test_the_log_says_once_which_path_is_taken(
     assert [record.getMessage() for record in caplog.records] == [native.describe_path(path)]
 
 
-def test_without_a_library_torch_multiplies_and_says_why(
+def test_matmul_without_library_uses_torch_and_logs_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Any
 ) -> None:
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "none.so")
@@ -480,7 +480,7 @@ def test_without_a_library_torch_multiplies_and_says_why(
         native.library.cache_clear()
 
 
-def test_the_command_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["--shape", "96x128", "--bits", "mixed", "--lattice", "--batch", "2", "--rounds", "5"])
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
@@ -491,14 +491,14 @@ def test_the_command_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(("option", "said"), [("--bits=5", "widths are 0, 2, 3, 4, 8"), ("--group-size=48", "of 32")])
-def test_the_command_refuses(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_with_invalid_option_exits(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main([option])
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lattice", [False, True])
-def test_triton_in_its_interpreter(lattice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_matmul_in_interpreter_matches_float64(lattice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the module is imported
     monkeypatch.delitem(sys.modules, "nashswarm.kernels.triton_kernels", raising=False)

@@ -50,7 +50,7 @@ def gptq(weight: torch.Tensor, bits: int, h: torch.Tensor, diagonal: torch.Tenso
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_pass_is_gptq_wherever_it_wins(bits: int) -> None:
+def test_quantize_layer_matches_slow_gptq_or_plain_rounding(bits: int) -> None:
     weight, h = weights(24, 32, bits), correlated(32, bits)
     curved = Curvature(torch.ones(24), h, None)
     slow = gptq(weight, bits, h, curved.diagonal())
@@ -62,7 +62,7 @@ def test_the_pass_is_gptq_wherever_it_wins(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_no_row_is_worse_than_plain_rounding_and_the_layer_is_much_better(bits: int) -> None:
+def test_quantize_layer_never_exceeds_damage_of_plain_rounding(bits: int) -> None:
     weight, curved = weights(40, 32, 7), Curvature(torch.rand(40) + 0.1, correlated(32, 7), torch.rand(40, 32))
     plain = curved.damage_by_row(weight - quantize(weight, bits, SCHEME, curved.diagonal()).dequantize())
     answer = curved.damage_by_row(weight - quantize_layer(weight, bits, SCHEME, curved).dequantize())
@@ -70,7 +70,7 @@ def test_no_row_is_worse_than_plain_rounding_and_the_layer_is_much_better(bits: 
     assert answer.sum() < 0.8 * plain.sum()
 
 
-def test_damage_of_a_row_against_sums() -> None:
+def test_damage_by_row_equals_written_out_sums() -> None:
     error, h = weights(3, 8, 1), correlated(8, 1)
     curved = Curvature(torch.tensor([1.0, 2.0, 0.5]), h, torch.rand(3, 8))
     for row, found in enumerate(curved.damage_by_row(error).tolist()):
@@ -80,19 +80,19 @@ def test_damage_of_a_row_against_sums() -> None:
         assert found == pytest.approx(((products + lookups) / 2).item(), rel=1e-4)
 
 
-def test_without_correlation_there_is_nothing_to_compensate() -> None:
+def test_quantize_layer_with_diagonal_curvature_equals_plain_rounding() -> None:
     weight, curved = weights(16, 16, 3), Curvature(torch.ones(16), torch.diag(torch.rand(16) + 0.1), None)
     plain = quantize(weight, 3, SCHEME, curved.diagonal())
     assert torch.equal(quantize_layer(weight, 3, SCHEME, curved).dequantize(), plain.dequantize())
 
 
-def test_a_matrix_that_is_only_looked_up_is_rounded_plainly() -> None:
+def test_quantize_layer_of_lookups_equals_plain_rounding() -> None:
     weight, curved = weights(16, 16, 4), Curvature(torch.zeros(16), None, torch.rand(16, 16))
     plain = quantize(weight, 3, SCHEME, curved.lookups)
     assert torch.equal(quantize_layer(weight, 3, SCHEME, curved).codes, plain.codes)
 
 
-def test_pruned_tiles_stay_pruned_and_their_neighbours_make_up_for_them() -> None:
+def test_quantize_layer_with_pruned_tiles_compensates_in_other_tiles() -> None:
     weight, curved = weights(16, 16, 5), Curvature(torch.ones(16), correlated(16, 5), None)
     widths = torch.tensor([[0, 8]])
     answer = quantize_layer(weight, widths, SCHEME, curved).dequantize()
@@ -101,13 +101,13 @@ def test_pruned_tiles_stay_pruned_and_their_neighbours_make_up_for_them() -> Non
     assert curved.damage_by_row(weight - answer).sum() < curved.damage_by_row(weight - plain).sum()
 
 
-def test_it_is_deterministic() -> None:
+def test_quantize_layer_twice_gives_same_codes() -> None:
     weight, curved = weights(16, 16, 6), Curvature(torch.ones(16), correlated(16, 6), None)
     assert torch.equal(quantize_layer(weight, 2, SCHEME, curved).codes, quantize_layer(weight, 2, SCHEME, curved).codes)
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_sweeps_go_on_where_gptq_stops(bits: int) -> None:
+def test_quantize_layer_with_more_sweeps_lowers_damage_of_every_row(bits: int) -> None:
     """Each row pays less or the same after every further sweep, on the grids of the pass."""
     weight, curved = weights(40, 32, 8), Curvature(torch.rand(40) + 0.1, correlated(32, 8), torch.rand(40, 32))
     answers = [quantize_layer(weight, bits, SCHEME, curved, sweeps) for sweeps in (0, 1, 2, 50)]
@@ -119,7 +119,7 @@ def test_sweeps_go_on_where_gptq_stops(bits: int) -> None:
     assert all((answer.codes < 2**bits).all() for answer in answers)
 
 
-def test_columns_in_the_order_of_their_inputs_are_columns_in_order_where_the_diagonal_is_sorted() -> None:
+def test_act_order_with_sorted_diagonal_equals_stored_order() -> None:
     h = correlated(16, 9)
     order = h.diagonal().argsort(descending=True)
     weight, sorted_h = weights(24, 16, 9), h[order][:, order]
@@ -131,7 +131,7 @@ def test_columns_in_the_order_of_their_inputs_are_columns_in_order_where_the_dia
     assert torch.equal(answers[0].codes, answers[1].codes) and torch.equal(answers[0].scale, answers[1].scale)
 
 
-def test_act_order_is_the_pass_over_sorted_columns_put_back() -> None:
+def test_act_order_equals_pass_over_sorted_columns() -> None:
     weight, h, one_group = weights(24, 16, 10), correlated(16, 10), Scheme(16, search=True)
     order = h.diagonal().argsort(descending=True)
     found = quantize_layer(weight, 3, one_group, Curvature(torch.ones(24), h, None), act_order=True)
@@ -139,7 +139,7 @@ def test_act_order_is_the_pass_over_sorted_columns_put_back() -> None:
     assert (found.codes[:, order] == by_hand.codes).float().mean() > 0.99
 
 
-def test_more_damping_trusts_the_correlations_less() -> None:
+def test_quantize_layer_with_large_damping_approaches_plain_rounding() -> None:
     weight, curved = weights(16, 16, 11), Curvature(torch.ones(16), correlated(16, 11), None)
     plain = quantize(weight, 3, SCHEME, curved.diagonal())
     assert not torch.equal(quantize_layer(weight, 3, SCHEME, curved).codes, plain.codes)
@@ -240,7 +240,7 @@ def slow_pass(weight: torch.Tensor, h: torch.Tensor, steps: torch.Tensor) -> np.
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
-def test_the_pass_on_a_fine_lattice_is_gptq(block: int) -> None:
+def test_error_feedback_pass_on_fine_lattice_matches_slow_gptq(block: int) -> None:
     one = case(30, 40, 1, unit=0.05)
     inputs = one.curvature.inputs
     found = error_feedback_pass(one.weight, inverse_cholesky(inputs), one.grid_of, block)
@@ -251,7 +251,7 @@ def test_the_pass_on_a_fine_lattice_is_gptq(block: int) -> None:
     assert one.costs(found).sum() < 0.7 * one.costs((one.weight / one.steps).round()).sum()
 
 
-def test_the_pass_in_another_order_is_the_pass_over_permuted_columns() -> None:
+def test_error_feedback_pass_with_order_equals_pass_over_permuted_columns() -> None:
     one = case(30, 20, 2, unit=0.2)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     permuted = one.curvature.inputs[order][:, order]
@@ -260,7 +260,7 @@ def test_the_pass_in_another_order_is_the_pass_over_permuted_columns() -> None:
     assert (found[:, order].numpy() == slow).all(1).mean() >= 0.9
 
 
-def test_a_pivot_is_what_an_error_costs_once_later_columns_have_answered() -> None:
+def test_inverse_cholesky_diagonal_is_cost_after_compensation() -> None:
     h = correlated(12, 3) + 0.05 * torch.eye(12)
     found = 1 / inverse_cholesky(h).diagonal().square()
     for column in range(12):
@@ -271,7 +271,7 @@ def test_a_pivot_is_what_an_error_costs_once_later_columns_have_answered() -> No
 
 @given(cases)
 @some
-def test_where_replies_end_no_weight_gains_by_any_other_code(one: Case) -> None:
+def test_descent_result_leaves_no_weight_a_better_code(one: Case) -> None:
     start = (one.weight / one.steps).round()
     settled = one.settle(start)
     assert settled.moves[-1] == 0 and len(settled.moves) < 100
@@ -280,7 +280,7 @@ def test_where_replies_end_no_weight_gains_by_any_other_code(one: Case) -> None:
 
 @given(cases)
 @some
-def test_no_sweep_raises_the_cost_of_any_row(one: Case) -> None:
+def test_descent_sweep_never_raises_cost_of_a_row(one: Case) -> None:
     start = torch.zeros_like(one.weight)
     end = one.settle(start)
     costs = [one.costs(start)]
@@ -296,7 +296,7 @@ def test_no_sweep_raises_the_cost_of_any_row(one: Case) -> None:
 
 @given(cases)
 @some
-def test_settling_is_deterministic_and_ends_where_it_began_to_rest(one: Case) -> None:
+def test_descent_is_deterministic_and_idempotent(one: Case) -> None:
     start = (one.weight / one.steps).round()
     once, again = one.settle(start), one.settle(start)
     assert torch.equal(once.codes, again.codes) and once.moves == again.moves and once.gains == again.gains
@@ -304,7 +304,7 @@ def test_settling_is_deterministic_and_ends_where_it_began_to_rest(one: Case) ->
     assert torch.equal(rested.codes, once.codes) and not any(rested.moves)
 
 
-def test_no_sweeps_are_no_moves() -> None:
+def test_descent_with_zero_sweeps_returns_start() -> None:
     one = case(3, 4, 0)
     assert torch.equal(one.settle(torch.zeros(3, 4), 0).codes, torch.zeros(3, 4))
 
@@ -312,7 +312,7 @@ def test_no_sweeps_are_no_moves() -> None:
 @pytest.mark.parametrize("columns", [2, 3])
 @pytest.mark.parametrize("lookups", [False, True])
 @pytest.mark.parametrize("price", [0.0, 2.0])
-def test_the_end_is_one_of_the_equilibria_that_exhaustive_search_finds(
+def test_descent_result_is_equilibrium_of_exhaustive_search(
     columns: int, lookups: bool, price: float
 ) -> None:
     one = case(6, columns, 5, unit=1.5, lookups=lookups, price=price)
@@ -344,7 +344,7 @@ def test_the_end_is_one_of_the_equilibria_that_exhaustive_search_finds(
 
 @given(cases)
 @some
-def test_regret_of_the_codes_by_brute_force(one: Case) -> None:
+def test_regret_by_row_matches_brute_force(one: Case) -> None:
     """Before: what every weight would gain alone, added up.  After: nothing."""
     start = (one.weight / one.steps).round()
     rate = RateTerm(LAPLACE, one.price) if one.price else None
@@ -368,7 +368,7 @@ def test_regret_of_the_codes_by_brute_force(one: Case) -> None:
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 1.0, 4.0]), st.sampled_from([0.3, 1.0, 6.0]))
 @some
-def test_a_matrix_that_is_only_looked_up_takes_the_cheapest_codes(seed: int, price: float, unit: float) -> None:
+def test_lattice_descent_of_lookups_takes_cheapest_codes(seed: int, price: float, unit: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight, sensitivity = weights(5, 4, seed), torch.outer(*(torch.rand(5, generator=generator) + 0.2 for _ in "ab"))
     whitened = factor_curvature(Curvature(torch.zeros(5), None, sensitivity[:, :4]))
@@ -383,7 +383,7 @@ def test_a_matrix_that_is_only_looked_up_takes_the_cheapest_codes(seed: int, pri
         assert torch.equal(settled.codes, answer.codes)
 
 
-def test_a_price_makes_codes_shorter_and_damage_larger() -> None:
+def test_lattice_descent_with_higher_price_gives_shorter_codes_and_more_damage() -> None:
     one = case(20, 24, 7, unit=1.0)
     whitened, lengths, damages = factor_curvature(one.curvature), [], []
     for price in (0.0, 0.3, 1.0, 3.0):
@@ -399,7 +399,7 @@ def test_a_price_makes_codes_shorter_and_damage_larger() -> None:
     assert damages[0] == min(damages) and damages[-1] == max(damages)
 
 
-def test_sweeps_on_a_lattice_end_at_a_fraction_of_roundings_damage() -> None:
+def test_lattice_descent_ends_below_damage_of_pass_and_rounding() -> None:
     one = case(20, 24, 8, unit=1.0)
     whitened = factor_curvature(one.curvature)
     rounded = lattice_error_feedback(one.weight, factor_curvature(one.curvature, feedback=False), one.lattice)
@@ -418,7 +418,7 @@ def test_sweeps_on_a_lattice_end_at_a_fraction_of_roundings_damage() -> None:
 
 @given(st.integers(2, 24), st.integers(0, 24), st.integers(0, 10**6))
 @some
-def test_a_local_curvature_is_sparse_symmetric_and_no_less_than_the_whole(size: int, near: int, seed: int) -> None:
+def test_keep_top_correlations_is_sparse_symmetric_and_at_least_full_curvature(size: int, near: int, seed: int) -> None:
     curved = Curvature(torch.ones(3), correlated(size, seed), None)
     local, whole = curved.keep_top_correlations(near).inputs.double(), curved.inputs.double()
     torch.testing.assert_close(local, local.T, rtol=1e-5, atol=1e-5)
@@ -433,7 +433,7 @@ def test_a_local_curvature_is_sparse_symmetric_and_no_less_than_the_whole(size: 
         torch.testing.assert_close(local, torch.diag(whole.abs().sum(1)), rtol=1e-5, atol=0)
 
 
-def test_every_column_keeps_those_it_is_most_correlated_with() -> None:
+def test_keep_top_correlations_keeps_largest_correlations() -> None:
     h = correlated(12, 4)
     size = h.diagonal().sqrt()
     correlation = (h / torch.outer(size, size)).abs().fill_diagonal_(0)
@@ -444,7 +444,7 @@ def test_every_column_keeps_those_it_is_most_correlated_with() -> None:
 
 
 @pytest.mark.parametrize("near", [0, 2, 7])
-def test_local_replies_cannot_diverge(near: int) -> None:
+def test_descent_on_sparse_curvature_never_diverges(near: int) -> None:
     """Inputs almost all alike: masking H alone would make it indefinite."""
     shared = torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
     inputs = shared + 0.05 * torch.randn(64, 24, generator=torch.Generator().manual_seed(1))

@@ -82,7 +82,7 @@ def assert_same(found: LatticeTensor, tensor: LatticeTensor) -> None:
 
 @given(lattice_tensors(), st.booleans())
 @some
-def test_a_lattice_tensor_comes_back_bit_by_bit(tensor: LatticeTensor, fitted: bool) -> None:
+def test_decode_lattice_inverts_encode_lattice(tensor: LatticeTensor, fitted: bool) -> None:
     tables = fit_tables(count_symbols([tensor])) if fitted else LAPLACE
     assert_same(decode_lattice(encode_lattice(tensor, tables), tables), tensor)
 
@@ -90,14 +90,14 @@ def test_a_lattice_tensor_comes_back_bit_by_bit(tensor: LatticeTensor, fitted: b
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (17, 31)])
 @pytest.mark.parametrize("value", [0, 1, -1, ESCAPE - 1, -ESCAPE, 2**31 - 1, -(2**31 - 1)])
 @pytest.mark.parametrize("level", [-20, 0, HIGHEST, HIGHEST + 1, 13, 60])
-def test_a_constant_matrix_comes_back(shape: tuple[int, int], value: int, level: int) -> None:
+def test_decode_lattice_inverts_constant_matrix(shape: tuple[int, int], value: int, level: int) -> None:
     tensor = LatticeTensor(torch.full(shape, value, dtype=torch.int32), flat(*shape, level))
     assert_same(decode_lattice(encode_lattice(tensor, LAPLACE), LAPLACE), tensor)
 
 
 @given(grouped_tensors())
 @some
-def test_a_grouped_tensor_comes_back_bit_by_bit(tensor: QuantizedTensor) -> None:
+def test_decode_groups_inverts_encode_groups(tensor: QuantizedTensor) -> None:
     found = decode_groups(encode_groups(tensor))
     assert found.scheme == tensor.scheme
     for part in ("codes", "scale", "zero_point", "bits"):
@@ -113,13 +113,13 @@ def test_a_grouped_tensor_comes_back_bit_by_bit(tensor: QuantizedTensor) -> None
     )
 )
 @some
-def test_integers_come_back(values: list[int]) -> None:
+def test_decode_integers_inverts_encode_integers(values: list[int]) -> None:
     coded = encode_integers(np.array(values, np.int64))
     assert decode_integers(coded).tolist() == values
     assert (coded == b"") == (values == [])
 
 
-def test_integers_of_very_unequal_frequency_come_back() -> None:
+def test_encode_integers_with_rare_values_is_short_and_invertible() -> None:
     values = np.repeat([-100, 3, 4, 127], [1, 1_000_000, 1, 7])
     np.random.default_rng(0).shuffle(values)
     coded = encode_integers(values)
@@ -127,7 +127,7 @@ def test_integers_of_very_unequal_frequency_come_back() -> None:
     assert len(coded) < 400  # 9 in a million; 8192 would be room for one bit in sixteen
 
 
-def test_too_many_kinds_of_integers_are_refused() -> None:
+def test_encode_integers_with_too_wide_range_raises() -> None:
     assert decode_integers(encode_integers(np.array([0, 2**16 - 1]))).tolist() == [0, 2**16 - 1]
     with pytest.raises(ValueError, match="integers from 0 to 65536 are too many kinds"):
         encode_integers(np.array([0, 2**16]))
@@ -149,7 +149,7 @@ EXAMPLES: dict[str, tuple[Callable[[], np.ndarray], Callable[[np.ndarray], objec
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
-def test_every_flipped_bit_is_noticed(kind: str) -> None:
+def test_decode_with_flipped_bit_raises(kind: str) -> None:
     encode, decode = EXAMPLES[kind]
     packed = encode()
     for place in [*range(min(16, len(packed))), *range(16, len(packed), 7), len(packed) - 1]:
@@ -161,7 +161,7 @@ def test_every_flipped_bit_is_noticed(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
-def test_bytes_cut_short_or_too_many_are_refused(kind: str) -> None:
+def test_decode_with_wrong_length_raises(kind: str) -> None:
     encode, decode = EXAMPLES[kind]
     packed = encode()
     for length in [*range(16), *range(16, len(packed), 11), len(packed) - 1]:
@@ -172,7 +172,7 @@ def test_bytes_cut_short_or_too_many_are_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
-def test_bytes_of_another_kind_are_refused(kind: str) -> None:
+def test_decode_with_other_kind_raises(kind: str) -> None:
     for other, (encode, _) in EXAMPLES.items():
         if other != kind:
             with pytest.raises(ValueError, match=f"entropy-coded {kind} begin with"):
@@ -181,7 +181,7 @@ def test_bytes_of_another_kind_are_refused(kind: str) -> None:
 
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([1e-9, 1.0, 1e12]))
 @some
-def test_every_table_sums_to_its_total_and_leaves_no_symbol_out(seed: int, share: float, largest: float) -> None:
+def test_fit_tables_keeps_total_and_every_symbol(seed: int, share: float, largest: float) -> None:
     rng = np.random.default_rng(seed)
     counts = largest ** rng.random((TABLES, ESCAPE + 1)) * (rng.random((TABLES, ESCAPE + 1)) < share)
     tables = fit_tables(counts)
@@ -193,7 +193,7 @@ def test_every_table_sums_to_its_total_and_leaves_no_symbol_out(seed: int, share
     assert np.array_equal(CodeTables.unpack(tables.pack()).frequencies, tables.frequencies)
 
 
-def test_a_code_is_as_long_as_its_rarity_with_a_sign_and_the_escaped_magnitude() -> None:
+def test_table_bits_equal_rarity_plus_sign_and_escape() -> None:
     bits, table = LAPLACE.bits(), 4
     for magnitude in range(ESCAPE + 1):
         rarity = -math.log2(LAPLACE.frequencies[table, magnitude] / 2**14)
@@ -208,7 +208,7 @@ def slow_table_and_shift(level: int) -> tuple[int, int]:
     return max(level, LOWEST) - LOWEST, shift
 
 
-def test_a_level_above_the_last_table_halves_the_magnitudes_until_one_fits() -> None:
+def test_table_and_shift_matches_loop() -> None:
     levels = torch.arange(-40, 60)
     table, shift = entropy.table_and_shift(levels)
     assert list(zip(table.tolist(), shift.tolist(), strict=True)) == [
@@ -218,7 +218,7 @@ def test_a_level_above_the_last_table_halves_the_magnitudes_until_one_fits() -> 
 
 @given(lattice_tensors())
 @some
-def test_symbols_are_counted_and_measured_one_by_one(tensor: LatticeTensor) -> None:
+def test_count_symbols_and_coded_bits_match_loop(tensor: LatticeTensor) -> None:
     counts, bits, lengths = np.zeros((TABLES, ESCAPE + 1)), LAPLACE.bits(), []
     levels = tensor.lattice.levels().tolist()
     for row, codes in zip(levels, tensor.codes.tolist(), strict=True):
@@ -235,7 +235,7 @@ def test_symbols_are_counted_and_measured_one_by_one(tensor: LatticeTensor) -> N
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.3, 2.0, 100.0])
-def test_the_length_that_players_see_is_the_length_of_the_file(spread: float) -> None:
+def test_coded_bits_equal_length_of_file(spread: float) -> None:
     tensor = gaussian(300, 400, spread)
     tables = fit_tables(count_symbols([tensor]))
     sides = (getattr(tensor.lattice, name) for name in ("row_scale", "column_scale", "row_size", "column_size"))
@@ -245,7 +245,7 @@ def test_the_length_that_players_see_is_the_length_of_the_file(spread: float) ->
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.3, 0.7, 0.9])
-def test_geometric_codes_take_their_entropy(ratio: float) -> None:
+def test_encode_lattice_of_geometric_codes_reaches_entropy(ratio: float) -> None:
     """P(c) ∝ ratio^|c|: the sign is free for zero, and the tables are learned from the codes themselves."""
     chances = ratio ** np.abs(np.arange(-40, 41))
     chances /= chances.sum()
@@ -259,7 +259,7 @@ def test_geometric_codes_take_their_entropy(ratio: float) -> None:
     assert len(tables.pack()) < 1000
 
 
-def test_a_lattice_that_knows_the_sizes_codes_shorter_than_one_that_does_not() -> None:
+def test_encode_lattice_with_fitted_sizes_is_shorter() -> None:
     tensor = gaussian(200, 300, 2.0)
     blind = LatticeTensor(tensor.codes, flat(200, 300, level=3))
     long, short = (len(encode_lattice(one, fit_tables(count_symbols([one])))) for one in (blind, tensor))
@@ -267,7 +267,7 @@ def test_a_lattice_that_knows_the_sizes_codes_shorter_than_one_that_does_not() -
 
 
 @pytest.mark.parametrize("bits", GRID_WIDTHS)
-def test_grouped_codes_take_no_more_than_the_entropy_of_each_part(bits: int) -> None:
+def test_encode_groups_reaches_entropy_of_each_part(bits: int) -> None:
     tensor = quantize(torch.randn(160, 512, generator=torch.Generator().manual_seed(bits)), bits, Scheme(64))
     halves = tensor.scale.numpy().view(np.uint8).reshape(-1, 2)
     ideal = 0.0
@@ -278,7 +278,7 @@ def test_grouped_codes_take_no_more_than_the_entropy_of_each_part(bits: int) -> 
     assert len(encode_groups(tensor)) < 160 * 512 * (bits + 24 / 64) / 8
 
 
-def test_laplace_expects_the_mean_that_its_level_says() -> None:
+def test_laplace_tables_have_mean_of_their_level() -> None:
     for table in range(TABLES):
         mean = LAPLACE.probabilities(table) @ np.arange(ESCAPE + 1)
         wanted = 2.0 ** ((table + LOWEST) / 2)

@@ -53,7 +53,7 @@ def step_by_row(tensor: QuantizedTensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(16, torch.float16), (32, torch.float32), (32, torch.float16)])
-def test_full_precision_is_bit_identical(bits: int, dtype: torch.dtype) -> None:
+def test_quantize_at_float_width_is_bit_identical(bits: int, dtype: torch.dtype) -> None:
     weight = torch.randn(21, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight[0, :4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).smallest_normal / 2, torch.finfo(dtype).max])
     back = quantize(weight, bits, Scheme(8)).dequantize().to(dtype)
@@ -63,13 +63,13 @@ def test_full_precision_is_bit_identical(bits: int, dtype: torch.dtype) -> None:
 
 @given(matrices())
 @few
-def test_width_zero_is_zero(weight: Tensor) -> None:
+def test_quantize_at_width_zero_is_zero(weight: Tensor) -> None:
     assert not quantize(weight, 0, Scheme(8)).dequantize().any()
 
 
 @given(matrices(), grid_widths)
 @few
-def test_min_max_against_a_loop_over_groups(weight: Tensor, bits: int) -> None:
+def test_quantize_without_search_matches_loop_over_groups(weight: Tensor, bits: int) -> None:
     found = quantize(weight, bits, Scheme(8))
     codes, scale, zero_point = min_max_by_hand(weight, bits, 8)
     assert np.array_equal(found.codes.numpy(), codes)
@@ -79,7 +79,7 @@ def test_min_max_against_a_loop_over_groups(weight: Tensor, bits: int) -> None:
 
 @given(matrices(), grid_widths, st.booleans())
 @few
-def test_error_is_at_most_half_a_step_inside_the_range(weight: Tensor, bits: int, symmetric: bool) -> None:
+def test_quantize_error_within_range_is_at_most_half_a_step(weight: Tensor, bits: int, symmetric: bool) -> None:
     found = quantize(weight, bits, Scheme(8, symmetric=symmetric))
     step, zero = step_by_row(found), found.zero_point.float().repeat_interleave(8, 1)
     inside = (weight >= -zero * step) & (weight <= ((1 << bits) - 1 - zero) * step)
@@ -90,7 +90,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(weight: Tensor, bits: int
 
 @given(matrices(), grid_widths)
 @few
-def test_symmetric_grid_has_its_zero_in_the_middle(weight: Tensor, bits: int) -> None:
+def test_quantize_symmetric_has_zero_point_in_middle(weight: Tensor, bits: int) -> None:
     found = quantize(weight, bits, Scheme(8, symmetric=True))
     assert (found.zero_point == 1 << bits - 1).all()
     largest = weight.view(len(weight), -1, 8).abs().amax(-1)
@@ -100,7 +100,7 @@ def test_symmetric_grid_has_its_zero_in_the_middle(weight: Tensor, bits: int) ->
 
 @given(matrices(), grid_widths, st.booleans(), st.booleans())
 @few
-def test_range_search_is_never_worse_than_min_max(weight: Tensor, bits: int, symmetric: bool, weighted: bool) -> None:
+def test_quantize_with_search_is_never_worse_than_min_max(weight: Tensor, bits: int, symmetric: bool, weighted: bool) -> None:
     importance = weight.flip(0, 1).square() + 1e-3 if weighted else None
     searched = quantize(weight, bits, Scheme(8, search=True, symmetric=symmetric), importance)
     plain = quantize(weight, bits, Scheme(8, symmetric=symmetric))
@@ -129,7 +129,7 @@ def search_by_hand(group: np.ndarray, importance: np.ndarray, bits: int) -> floa
 
 
 @pytest.mark.parametrize("bits", GRID_WIDTHS)
-def test_weighted_search_against_brute_force(bits: int) -> None:
+def test_quantize_with_weighted_search_matches_brute_force(bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     weight = torch.randn(19, 32, generator=generator)
     importance = torch.rand(19, 32, generator=generator) ** 4
@@ -139,7 +139,7 @@ def test_weighted_search_against_brute_force(bits: int) -> None:
     assert found.ravel() == pytest.approx(np.array(by_hand), rel=1e-3)
 
 
-def test_weights_without_importance_do_not_move_the_range() -> None:
+def test_quantize_with_zero_importance_ignores_outliers() -> None:
     weight = torch.cat([torch.linspace(-1, 1, 14), torch.tensor([-2.0, 2.0])]).view(1, 16)
     importance = torch.ones(1, 16)
     importance[0, -2:] = 0
@@ -151,7 +151,7 @@ def test_weights_without_importance_do_not_move_the_range() -> None:
 @pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", GRID_WIDTHS)
-def test_constant_groups_survive(bits: int, symmetric: bool, search: bool) -> None:
+def test_quantize_constant_group_is_exact(bits: int, symmetric: bool, search: bool) -> None:
     weight = torch.tensor([0.7, -0.3, 0.0]).view(3, 1).expand(3, 8)
     back = quantize(weight, bits, Scheme(8, search, symmetric)).dequantize()
     assert torch.allclose(back, weight, rtol=1e-3, atol=0)
@@ -159,7 +159,7 @@ def test_constant_groups_survive(bits: int, symmetric: bool, search: bool) -> No
 
 
 @pytest.mark.parametrize("bits", GRID_WIDTHS)
-def test_one_sided_groups_use_the_whole_grid(bits: int) -> None:
+def test_quantize_one_sided_group_uses_whole_grid(bits: int) -> None:
     weight = torch.rand(4, 16, generator=torch.Generator().manual_seed(1)) + 0.5
     positive, negative = quantize(weight, bits, Scheme(16)), quantize(-weight, bits, Scheme(16))
     assert not positive.zero_point.any()
@@ -169,7 +169,7 @@ def test_one_sided_groups_use_the_whole_grid(bits: int) -> None:
 
 @given(st.data(), st.booleans(), st.booleans())
 @few
-def test_mixed_widths_are_the_uniform_results_tile_by_tile(data: st.DataObject, search: bool, symmetric: bool) -> None:
+def test_quantize_with_mixed_widths_equals_uniform_results_per_tile(data: st.DataObject, search: bool, symmetric: bool) -> None:
     weight = data.draw(matrices())
     shape = (math.ceil(len(weight) / TILE_ROWS), weight.shape[1] // 8)
     count = shape[0] * shape[1]
@@ -186,14 +186,14 @@ def test_mixed_widths_are_the_uniform_results_tile_by_tile(data: st.DataObject, 
 
 @given(matrices(), grid_widths)
 @few
-def test_a_row_does_not_mind_its_tile(weight: Tensor, bits: int) -> None:
+def test_quantize_row_is_independent_of_its_tile(weight: Tensor, bits: int) -> None:
     """Ragged or not: the last row alone gets the codes that it gets in company."""
     scheme = Scheme(8, search=True)
     assert torch.equal(quantize(weight[-1:], bits, scheme).codes, quantize(weight, bits, scheme).codes[-1:])
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_a_conv1d_and_the_transposed_linear_become_the_same_function(bits: int) -> None:
+def test_quantize_conv1d_equals_transposed_linear(bits: int) -> None:
     torch.manual_seed(0)
     convolution, linear, inputs = Conv1D(24, 16), torch.nn.Linear(16, 24), torch.randn(5, 16)
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_a_conv1d_and_the_transposed_linear_become_the_same_function(bits: int) 
 
 @given(matrices(), st.sampled_from([1, 2, 4, 8]))
 @few
-def test_tile_sums_against_slices(values: Tensor, group_size: int) -> None:
+def test_tile_sums_match_slices(values: Tensor, group_size: int) -> None:
     sums = tile_sums(values, group_size)
     for row in range(sums.shape[0]):
         for group in range(sums.shape[1]):
@@ -218,7 +218,7 @@ def test_tile_sums_against_slices(values: Tensor, group_size: int) -> None:
             assert sums[row, group].item() == pytest.approx(tile.double().sum().item(), rel=1e-9, abs=1e-9)
 
 
-def test_bits_per_weight_counted_by_hand() -> None:
+def test_bits_per_weight_matches_hand_count() -> None:
     assert Scheme(64).bits_per_weight(4) == 4 + (16 + 4) / 64
     assert Scheme(128, symmetric=True).bits_per_weight(2) == 2 + 16 / 128
     assert [Scheme(64).bits_per_weight(bits) for bits in (0, 16, 32)] == [0, 16, 32]
@@ -243,6 +243,6 @@ WEIGHT = torch.ones(20, 12)
         (WEIGHT * -1e9, 4, 4, "up to 1e[+]09 need a scale beyond fp16"),
     ],
 )
-def test_refused_with_the_offender_named(weight: Tensor, bits: int | Tensor, group_size: int, said: str) -> None:
+def test_quantize_with_invalid_argument_raises(weight: Tensor, bits: int | Tensor, group_size: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         quantize(weight, bits, Scheme(group_size))

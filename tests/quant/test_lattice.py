@@ -23,7 +23,7 @@ def random_lattice(rows: int, columns: int, seed: int = 0, base: float = 0.25) -
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
 @few
-def test_a_code_stands_for_itself_times_three_factors(rows: int, columns: int, seed: int) -> None:
+def test_dequantize_is_code_times_three_factors(rows: int, columns: int, seed: int) -> None:
     lattice = random_lattice(rows, columns, seed)
     codes = torch.randint(-50, 51, (rows, columns), generator=torch.Generator().manual_seed(seed))
     found = LatticeTensor(codes, lattice).dequantize()
@@ -41,7 +41,7 @@ def sensitivities(count: int, seed: int, spread: float) -> torch.Tensor:
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 999), st.floats(0, 3), st.floats(1e-5, 1e3))
 @few
-def test_an_error_of_one_step_costs_the_same_everywhere(
+def test_make_lattice_steps_equalize_cost_of_errors(
     rows: int, columns: int, seed: int, spread: float, unit: float
 ) -> None:
     """Step ∝ 1/√(a κ), to an eighth of an octave for the row and as much for the column."""
@@ -58,7 +58,7 @@ def test_an_error_of_one_step_costs_the_same_everywhere(
 
 @given(st.integers(0, 999), st.sampled_from(["rows", "columns"]))
 @few
-def test_one_side_alone_is_right_to_an_eighth_of_an_octave(seed: int, side: str) -> None:
+def test_make_lattice_with_one_varied_side_is_within_rounding(seed: int, side: str) -> None:
     varied, same = sensitivities(30, seed, 2.0), torch.ones(7)
     if side == "rows":
         steps = make_lattice(torch.randn(30, 7), 0.01, varied, same).row_steps()
@@ -68,7 +68,7 @@ def test_one_side_alone_is_right_to_an_eighth_of_an_octave(seed: int, side: str)
     assert (torch.log2(steps * varied.sqrt() / 0.01).abs() <= EIGHTH).all()
 
 
-def test_what_has_no_sensitivity_counts_as_the_least_sensitive_that_has_some() -> None:
+def test_make_lattice_with_zero_sensitivity_uses_least_positive() -> None:
     weight = torch.randn(4, 3)
     lattice = make_lattice(weight, 1.0, torch.tensor([4.0, 0.0, 1.0, 16.0]), torch.tensor([1.0, 0.0, 64.0]))
     steps = lattice.row_steps()[:, None] * lattice.column_steps()
@@ -76,7 +76,7 @@ def test_what_has_no_sensitivity_counts_as_the_least_sensitive_that_has_some() -
     assert make_lattice(weight, 1.0, torch.zeros(4), torch.zeros(3)).row_steps().tolist() == [1.0] * 4
 
 
-def test_sensitivities_of_any_size_fit_the_small_integers() -> None:
+def test_make_lattice_with_any_scale_fits_int8() -> None:
     """The middle is taken out, so only what differs by more than 2³² from it saturates."""
     for scale in (1e-25, 1e-10, 1.0, 1e10):
         lattice = make_lattice(torch.ones(3, 1), 1e-3, scale * torch.tensor([1e-3, 1.0, 1e3]), torch.ones(1))
@@ -86,7 +86,7 @@ def test_sensitivities_of_any_size_fit_the_small_integers() -> None:
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
 @few
-def test_levels_are_expected_magnitudes_in_half_octaves(rows: int, columns: int, seed: int) -> None:
+def test_levels_match_hand_computation(rows: int, columns: int, seed: int) -> None:
     """The size of row plus column, in half octaves, less the scale of the step."""
     lattice = random_lattice(rows, columns, seed)
     sides = [getattr(lattice, name).tolist() for name in ("row_scale", "column_scale", "row_size", "column_size")]
@@ -102,7 +102,7 @@ def test_levels_are_expected_magnitudes_in_half_octaves(rows: int, columns: int,
 
 @given(st.integers(0, 999), st.floats(0.1, 50))
 @few
-def test_levels_follow_the_codes_of_a_matrix_whose_sizes_factor(seed: int, typical: float) -> None:
+def test_fit_sizes_levels_match_factored_magnitudes(seed: int, typical: float) -> None:
     """Magnitudes of row times column, on steps of any size: the level is right to within a step or two of rounding."""
     generator = torch.Generator().manual_seed(seed)
     lattice = random_lattice(20, 30, seed)
@@ -117,7 +117,7 @@ def test_levels_follow_the_codes_of_a_matrix_whose_sizes_factor(seed: int, typic
         assert (levels - expected).mean().abs() < 0.6
 
 
-def test_a_lattice_knows_the_sizes_of_the_weights_it_was_made_for() -> None:
+def test_make_lattice_levels_match_mean_magnitudes_of_rows() -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(200, 300, generator=generator) * torch.randn(200, 1, generator=generator).exp()
     lattice = make_lattice(weight, 0.02, sensitivities(200, 1, 1.0), sensitivities(300, 2, 1.0))
@@ -127,7 +127,7 @@ def test_a_lattice_knows_the_sizes_of_the_weights_it_was_made_for() -> None:
     assert ((found.mean(1, keepdim=True) / means).log2().abs() < 1).all()
 
 
-def test_rows_and_columns_of_zeros_have_a_level_too() -> None:
+def test_make_lattice_with_zero_rows_has_low_finite_levels() -> None:
     weight = torch.randn(5, 6)
     weight[2], weight[:, 3] = 0, 0
     levels = make_lattice(weight, 1e-2, torch.ones(5), torch.ones(6)).levels()
@@ -136,7 +136,7 @@ def test_rows_and_columns_of_zeros_have_a_level_too() -> None:
     assert (make_lattice(torch.zeros(5, 6), 1.0, torch.ones(5), torch.ones(6)).levels() <= -13).all()
 
 
-def test_stacked_lattices_are_their_rows_above_one_another() -> None:
+def test_stack_rows_concatenates_rows() -> None:
     parts = [random_lattice(rows, 7, rows) for rows in (3, 1, 4)]
     parts = [Lattice(0.25, p.row_scale, parts[0].column_scale, p.row_size, parts[0].column_size) for p in parts]
     whole = stack_rows(parts)
@@ -147,14 +147,14 @@ def test_stacked_lattices_are_their_rows_above_one_another() -> None:
 
 
 @pytest.mark.parametrize("unit", [1e-4, 0.3, 7.0])
-def test_at_its_unit_the_next_bit_is_worth_the_price(unit: float) -> None:
+def test_bit_price_is_slope_of_damage(unit: float) -> None:
     """D(R) = unit² / 24 · 4^(-R): its slope at R = 0 is the price of a bit."""
     assert bit_price(unit) == pytest.approx((unit**2 / 24) * math.log(4))
     smaller = (unit**2 / 24) * 4.0**-1e-6
     assert bit_price(unit) == pytest.approx((unit**2 / 24 - smaller) / 1e-6, rel=1e-5)
 
 
-def test_uniform_quantizers_at_the_price_of_their_unit_pay_what_theory_says() -> None:
+def test_rounding_on_fine_lattice_has_damage_of_theory() -> None:
     """Fine steps: damage unit²/24 a weight, whatever its sensitivity, and −log2 of the step more bits."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(100, 400, generator=generator)

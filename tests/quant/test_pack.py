@@ -40,13 +40,13 @@ def assert_same(found: QuantizedTensor, tensor: QuantizedTensor) -> None:
 
 @given(tensors())
 @few
-def test_round_trip(tensor: QuantizedTensor) -> None:
+def test_unpack_inverts_pack(tensor: QuantizedTensor) -> None:
     assert_same(unpack(pack(tensor)), tensor)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_round_trip_of_every_width_alone(bits: int, symmetric: bool) -> None:
+def test_unpack_inverts_pack_for_each_width(bits: int, symmetric: bool) -> None:
     weight = torch.randn(37, 24, generator=torch.Generator().manual_seed(bits))
     tensor = quantize(weight, bits, Scheme(8, symmetric=symmetric))
     assert_same(unpack(pack(tensor)), tensor)
@@ -54,11 +54,11 @@ def test_round_trip_of_every_width_alone(bits: int, symmetric: bool) -> None:
 
 @given(tensors())
 @few
-def test_packed_bytes_is_the_length_of_the_file(tensor: QuantizedTensor) -> None:
+def test_packed_bytes_equals_length_of_pack(tensor: QuantizedTensor) -> None:
     assert packed_bytes(tensor.bits.flatten().numpy(), tensor.scheme) == len(pack(tensor))
 
 
-def test_size_counted_by_hand() -> None:
+def test_pack_size_matches_hand_count() -> None:
     """20×128 weights in four tiles of 2, 4, 0 and 3 bits; the lower two tiles are padded from 4 rows to 16."""
     tensor = quantize(torch.randn(20, 128), torch.tensor([[2, 4], [0, 3]]), Scheme(64))
     header, tags = 16, 4 * 2
@@ -70,7 +70,7 @@ def test_size_counted_by_hand() -> None:
 
 @given(st.lists(st.integers(0, 255), max_size=40), st.integers(1, 8))
 @few
-def test_pack_bits_is_one_big_integer(codes: list[int], bits: int) -> None:
+def test_pack_bits_equals_one_big_integer(codes: list[int], bits: int) -> None:
     low = [code % 2**bits for code in codes]
     number = sum(code << bits * place for place, code in enumerate(low))
     assert pack_bits(np.array(codes, np.uint8), bits) == number.to_bytes(math.ceil(len(codes) * bits / 8), "little")
@@ -78,7 +78,7 @@ def test_pack_bits_is_one_big_integer(codes: list[int], bits: int) -> None:
 
 @given(st.lists(st.integers(0, 7), min_size=8, max_size=8), st.integers(0, 5))
 @few
-def test_unpack_bits_undoes_pack_bits(codes: list[int], times: int) -> None:
+def test_unpack_bits_inverts_pack_bits(codes: list[int], times: int) -> None:
     stream = np.array(codes * times, np.uint8)
     assert np.array_equal(unpack_codes(pack_bits(stream, 3), 3), stream)
 
@@ -90,18 +90,18 @@ def expanded(tags: np.ndarray) -> list[int]:
 
 @given(st.lists(st.tuples(st.sampled_from(WIDTHS), st.sampled_from([1, 2, 3, 8191, 8192, 8193, 20000])), max_size=5))
 @few
-def test_tags_expand_to_the_widths(runs: list[tuple[int, int]]) -> None:
+def test_tag_runs_expand_to_widths(runs: list[tuple[int, int]]) -> None:
     widths = [width for width, length in runs for _ in range(length)]
     assert expanded(tag_runs(np.array(widths, np.int64))) == widths
 
 
-def test_a_run_of_8192_tiles_is_one_tag_and_one_more_tile_a_second() -> None:
+def test_tag_runs_splits_runs_above_8192_tiles() -> None:
     assert [len(tag_runs(np.full(tiles, 4))) for tiles in (1, 8192, 8193, 16384, 16385)] == [1, 1, 2, 2, 3]
 
 
 @given(st.lists(st.integers(-2, 2), max_size=20))
 @few
-def test_run_lengths_against_a_loop(values: list[int]) -> None:
+def test_run_lengths_match_loop(values: list[int]) -> None:
     runs: list[list[int]] = []
     for value in values:
         if runs and runs[-1][0] == value:
@@ -112,7 +112,7 @@ def test_run_lengths_against_a_loop(values: list[int]) -> None:
     assert [list(run) for run in zip(*(part.tolist() for part in found), strict=True)] == runs
 
 
-def test_round_trip_of_runs_longer_than_a_tag_holds() -> None:
+def test_unpack_inverts_pack_with_runs_of_several_tags() -> None:
     widths = torch.full((1, 20000), 3)
     widths[0, 17000:17010] = 2
     tensor = quantize(torch.randn(16, 20000), widths, Scheme(1))
@@ -128,14 +128,14 @@ def example() -> np.ndarray:
     return pack(quantize(torch.randn(17, 7, generator=torch.Generator().manual_seed(0)), widths, Scheme(1)))
 
 
-def test_every_file_cut_short_is_refused() -> None:
+def test_unpack_with_truncated_bytes_raises() -> None:
     packed = example()
     for length in range(len(packed)):
         with pytest.raises(ValueError, match=r"needs at least 16 bytes|cut short"):
             unpack(packed[:length])
 
 
-def test_a_file_too_long_is_refused() -> None:
+def test_unpack_with_trailing_bytes_raises() -> None:
     with pytest.raises(ValueError, match="17x7 matrix has 2 bytes too many"):
         unpack(np.append(example(), np.zeros(2, np.uint8)))
 
@@ -150,25 +150,25 @@ def test_a_file_too_long_is_refused() -> None:
         (2, 0, "group size"),
     ],
 )
-def test_a_damaged_header_is_refused(place: int, value: int, said: str) -> None:
+def test_unpack_with_damaged_header_raises(place: int, value: int, said: str) -> None:
     packed = example().copy()
     packed[place] = value
     with pytest.raises(ValueError, match=said):
         unpack(packed)
 
 
-def test_the_header_says_what_is_inside() -> None:
+def test_pack_header_describes_matrix() -> None:
     assert struct.unpack("<BBHIII", example()[:16].tobytes()) == (VERSION, 0, 1, 17, 7, 13)  # 32 meets 32 in the middle
 
 
 @pytest.mark.parametrize("bits", GRID_WIDTHS)
-def test_symmetric_files_are_smaller_by_their_zero_points(bits: int) -> None:
+def test_packed_bytes_of_symmetric_scheme_lack_zero_points(bits: int) -> None:
     widths = np.full(6, bits)
     saved = packed_bytes(widths, Scheme(8)) - packed_bytes(widths, Scheme(8, symmetric=True))
     assert saved == 6 * 16 * bits // 8
 
 
-def test_the_search_is_not_stored() -> None:
+def test_pack_does_not_store_search() -> None:
     """How a range was found is no part of the file."""
     tensor = quantize(torch.randn(16, 8), 4, Scheme(8, search=True))
     assert_same(unpack(pack(tensor)), dataclasses.replace(tensor, scheme=Scheme(8)))
