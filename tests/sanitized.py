@@ -1,12 +1,12 @@
-"""A plugin of pytest: the kernels of the library that the environment variable SANITIZED names."""
+"""A pytest plugin that tests the kernels of another library, named by the environment variable SANITIZED."""
 
 import os
 import pathlib
 
 
 def pytest_configure() -> None:
-    from nashswarm.kernels import native  # not before the plugin that checks shapes
+    from nashswarm.kernels import native  # after the plugin that checks shapes is loaded
 
     native.LIBRARY = pathlib.Path(os.environ["SANITIZED"])
-    found = native.library()
-    assert not isinstance(found, str), found
+    loaded = native.library()
+    assert not isinstance(loaded, str), loaded

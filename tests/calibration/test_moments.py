@@ -33,37 +33,37 @@ def summed_nll(model: Any, window: Tensor) -> Tensor:
     return -sum(log_p[position, window[position + 1]] for position in range(len(window) - 1))
 
 
-def seen(
+def inputs_and_gradients(
     model: Any, name: str, window: Tensor, score: Callable[[Any, Tensor], Tensor] = summed_nll
 ) -> tuple[Tensor, Tensor]:
-    """What one module reads and the gradient of its output, position by position."""
-    kept: dict[str, Tensor] = {}
+    """Inputs of one module and gradients of its output, by position."""
+    tensors: dict[str, Tensor] = {}
 
-    def keep(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+    def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         output.retain_grad()
-        kept.update(input=arguments[0], output=output)
+        tensors.update(input=arguments[0], output=output)
 
-    handle = model.get_submodule(name).register_forward_hook(keep)
+    handle = model.get_submodule(name).register_forward_hook(record)
     score(model, window).backward()
     handle.remove()
-    return kept["input"][0].detach(), kept["output"].grad[0].double()
+    return tensors["input"][0].detach(), tensors["output"].grad[0].double()
 
 
 def test_calibrate_matches_autograd_by_position(model: Any, token_windows: Tensor) -> None:
-    found = moments(model, token_windows)
-    assert set(found) == set(module_names(model)) >= {"transformer.wte", "transformer.wpe", "lm_head"}
+    by_module = moments(model, token_windows)
+    assert set(by_module) == set(module_names(model)) >= {"transformer.wte", "transformer.wpe", "lm_head"}
     positions = token_windows.numel()
-    for name in found:
-        second, squared = 0, torch.zeros(len(found[name].outputs), dtype=torch.float64)
+    for name in by_module:
+        products, squared = 0, torch.zeros(len(by_module[name].outputs), dtype=torch.float64)
         for window in token_windows:
-            inputs, gradients = seen(model, name, window)
-            for read, gradient in zip(inputs, gradients, strict=True):
-                second = second + (torch.outer(read, read).double() if read.ndim else 0)
+            inputs, gradients = inputs_and_gradients(model, name, window)
+            for x, gradient in zip(inputs, gradients, strict=True):
+                products = products + (torch.outer(x, x).double() if x.ndim else 0)
                 squared += gradient**2
         if name != "lm_head":
-            torch.testing.assert_close(found[name].outputs.double(), squared / positions, rtol=1e-4, atol=1e-12)
-        if not found[name].lookup:
-            torch.testing.assert_close(found[name].inputs.double(), second / positions, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(by_module[name].outputs.double(), squared / positions, rtol=1e-4, atol=1e-12)
+        if not by_module[name].lookup:
+            torch.testing.assert_close(by_module[name].inputs.double(), products / positions, rtol=1e-4, atol=1e-5)
         else:
             assert name in ("transformer.wte", "transformer.wpe")
 
@@ -73,7 +73,7 @@ def test_coupled_equals_squared_gradients_of_weight_rows(
     kind: str, random_model: Callable[[str], Any], token_windows: Tensor
 ) -> None:
     model = random_model(kind)
-    found = moments(model, token_windows)
+    by_module = moments(model, token_windows)
     head = model.get_output_embeddings()
     layers = [layer for layer in find_layers(model) if len(layer.modules) == 1 and "Embedding" not in layer.kinds]
     total = {layer.name: torch.zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
@@ -85,22 +85,24 @@ def test_coupled_equals_squared_gradients_of_weight_rows(
             total[layer.name] += (gradient.T if layer.kinds == ("Conv1D",) else gradient).square().sum(1)
     assert len(layers) >= 8
     for name, rows in total.items():
-        own = found[name]
+        part = by_module[name]
         if model.get_submodule(name) is head:
-            assert torch.equal(own.coupled, own.outputs)
+            assert torch.equal(part.coupled, part.outputs)
         else:
-            expected = rows / token_windows.numel() / own.inputs.double().trace()
-            torch.testing.assert_close(own.coupled.double(), expected, rtol=1e-3, atol=1e-12)
+            expected = rows / token_windows.numel() / part.inputs.double().trace()
+            torch.testing.assert_close(part.coupled.double(), expected, rtol=1e-3, atol=1e-12)
 
 
 def test_calibrate_smooths_counts_of_embeddings(model: Any, token_windows: Tensor) -> None:
-    found = moments(model, token_windows)
+    by_module = moments(model, token_windows)
     counts = [(token_windows == token).sum().item() + 1 for token in range(512)]
-    torch.testing.assert_close(found["transformer.wte"].inputs, torch.tensor(counts) / (token_windows.numel() + 512))
+    torch.testing.assert_close(
+        by_module["transformer.wte"].inputs, torch.tensor(counts) / (token_windows.numel() + 512)
+    )
     used = [len(token_windows) + 1 if position < token_windows.shape[1] else 1 for position in range(64)]
-    torch.testing.assert_close(found["transformer.wpe"].inputs, torch.tensor(used) / (token_windows.numel() + 64))
-    assert found["transformer.wte"].inputs.sum().item() == pytest.approx(1)
-    assert torch.equal(found["transformer.wte"].coupled, found["transformer.wte"].outputs)
+    torch.testing.assert_close(by_module["transformer.wpe"].inputs, torch.tensor(used) / (token_windows.numel() + 64))
+    assert by_module["transformer.wte"].inputs.sum().item() == pytest.approx(1)
+    assert torch.equal(by_module["transformer.wte"].coupled, by_module["transformer.wte"].outputs)
 
 
 def test_calibrate_smooths_gradients_of_head(model: Any, token_windows: Tensor) -> None:
@@ -115,26 +117,26 @@ def test_calibrate_smooths_gradients_of_head(model: Any, token_windows: Tensor) 
 
 def test_calibrate_tied_head_and_embedding_get_moments_each(model: Any, token_windows: Tensor) -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
-    found = moments(model, token_windows)
-    assert found["transformer.wte"].inputs.shape == (512,) and found["transformer.wte"].outputs.shape == (64,)
-    assert found["lm_head"].inputs.shape == (64, 64) and found["lm_head"].outputs.shape == (512,)
+    by_module = moments(model, token_windows)
+    assert by_module["transformer.wte"].inputs.shape == (512,) and by_module["transformer.wte"].outputs.shape == (64,)
+    assert by_module["lm_head"].inputs.shape == (64, 64) and by_module["lm_head"].outputs.shape == (512,)
 
 
 def test_calibrate_with_sampled_labels_follows_generator(model: Any, token_windows: Tensor) -> None:
-    def drawn(seed: int) -> Tensor:
+    def head_outputs(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return calibrate(model, ["transformer.wte", "lm_head"], token_windows, generator)["lm_head"].outputs
 
-    assert torch.equal(drawn(0), drawn(0))
-    assert not torch.equal(drawn(0), drawn(1))
+    assert torch.equal(head_outputs(0), head_outputs(0))
+    assert not torch.equal(head_outputs(0), head_outputs(1))
 
 
 def test_sample_tokens_inverts_cumulative_distribution() -> None:
     logits = torch.randn(300, 7, generator=torch.Generator().manual_seed(0)) * 3
-    found = sample_tokens(logits, torch.Generator().manual_seed(1))
-    heights = torch.rand(300, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for row, height, token in zip(logits.double().softmax(-1), heights, found, strict=True):
-        assert row[:token].sum() <= height < row[: token + 1].sum()
+    tokens = sample_tokens(logits, torch.Generator().manual_seed(1))
+    uniform = torch.rand(300, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for row, number, token in zip(logits.double().softmax(-1), uniform, tokens, strict=True):
+        assert row[:token].sum() <= number < row[: token + 1].sum()
 
 
 def test_sample_tokens_matches_probabilities() -> None:
@@ -148,8 +150,8 @@ def test_calibrate_with_sampled_labels_estimates_true_fisher(model: Any) -> None
     with torch.no_grad():
         model.lm_head.weight.mul_(3)  # far from uniform
     windows = torch.randint(512, (40, 48), generator=torch.Generator().manual_seed(2))
-    found = calibrate(model, ["transformer.wte", "lm_head"], windows, torch.Generator().manual_seed(3))
-    total = found["lm_head"].outputs.double() * (windows.numel() + 512) - 1  # without the smoothing
+    by_module = calibrate(model, ["transformer.wte", "lm_head"], windows, torch.Generator().manual_seed(3))
+    total = by_module["lm_head"].outputs.double() * (windows.numel() + 512) - 1  # without the smoothing
     with torch.no_grad():
         chances = model(input_ids=windows).logits[:, :-1].double().softmax(-1)
     expected = (chances * (1 - chances)).sum((0, 1))  # the variance of an indicator
@@ -190,29 +192,31 @@ def test_calibrate_position_table_with_own_indices_is_uniform(
 ) -> None:
     model = random_model("opt")
     name = "model.decoder.embed_positions"
-    found = moments(model, token_windows)[name]
+    table = moments(model, token_windows)[name]
     rows, positions = model.get_submodule(name).weight.shape[0], token_windows.numel()
-    torch.testing.assert_close(found.inputs, torch.full((rows,), 1 / rows))
-    squared = sum(seen(model, name, window)[1].square().sum(0) for window in token_windows)
-    torch.testing.assert_close(found.outputs.double(), squared / positions, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(table.inputs, torch.full((rows,), 1 / rows))
+    squared = sum(inputs_and_gradients(model, name, window)[1].square().sum(0) for window in token_windows)
+    torch.testing.assert_close(table.outputs.double(), squared / positions, rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_calibrate_without_embeddings_gives_same_moments(kind: str, random_model: Callable[[str], Any], token_windows: Tensor) -> None:
-    """As with model.exclude: the other matrices get the moments that they had."""
+def test_calibrate_without_embeddings_gives_same_moments(
+    kind: str, random_model: Callable[[str], Any], token_windows: Tensor
+) -> None:
+    """Leaving embeddings out, as ``model.exclude`` does, does not change the moments of the other matrices."""
     model = random_model(kind)
     full = moments(model, token_windows)
     names = [name for name in module_names(model) if not isinstance(model.get_submodule(name), nn.Embedding)]
-    part = moments(model, token_windows, names)
+    partial = moments(model, token_windows, names)
     for name in names:
-        torch.testing.assert_close(part[name].outputs, full[name].outputs)
+        torch.testing.assert_close(partial[name].outputs, full[name].outputs)
 
 
 def test_calibrate_frozen_model_gives_same_moments(model: Any, token_windows: Tensor) -> None:
     expected = moments(model, token_windows)
     frozen = model.requires_grad_(False)
-    found = moments(frozen, token_windows)
-    assert all(torch.equal(found[name].outputs, expected[name].outputs) for name in expected)
+    by_module = moments(frozen, token_windows)
+    assert all(torch.equal(by_module[name].outputs, expected[name].outputs) for name in expected)
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
@@ -240,7 +244,7 @@ def test_calibrate_encoder_with_projection_score_matches_autograd(token_windows:
     assert encoder.get_output_embeddings() is None
     layers = find_layers(encoder, ["embeddings.*", "pooler.*"])
     generator = torch.Generator().manual_seed(6)
-    found = calibrate(
+    by_module = calibrate(
         encoder,
         [layer.name for layer in layers],
         token_windows,
@@ -252,15 +256,15 @@ def test_calibrate_encoder_with_projection_score_matches_autograd(token_windows:
     for layer in layers:
         squared, by_row = torch.zeros(2, len(layer.weight), dtype=torch.float64)
         for window, direction in zip(token_windows, directions, strict=True):
-            inputs, gradients = seen(
+            inputs, gradients = inputs_and_gradients(
                 encoder, layer.name, window, lambda model, window, v=direction: v @ pooled(model, window)
             )
             squared += gradients.square().sum(0)
             by_row += (gradients.T @ inputs.double()).square().sum(1)
-        own = found[layer.name]
-        torch.testing.assert_close(own.outputs.double(), squared / token_windows.numel(), rtol=1e-3, atol=1e-9)
-        coupled = by_row / token_windows.numel() / own.inputs.double().trace()
-        torch.testing.assert_close(own.coupled.double(), coupled, rtol=1e-3, atol=1e-9)
+        part = by_module[layer.name]
+        torch.testing.assert_close(part.outputs.double(), squared / token_windows.numel(), rtol=1e-3, atol=1e-9)
+        coupled = by_row / token_windows.numel() / part.inputs.double().trace()
+        torch.testing.assert_close(part.coupled.double(), coupled, rtol=1e-3, atol=1e-9)
 
 
 class MeanOfProducts(nn.Module):
@@ -290,10 +294,10 @@ def test_coupled_predicts_damage_of_error_at_all_positions() -> None:
         signs = torch.randint(2, (4,), generator=generator) * 2.0 - 1
         return length**0.5 * signs @ model(window[None])[0]
 
-    found = calibrate(encoder, ["product"], windows, torch.Generator().manual_seed(0), score=project)["product"]
+    product = calibrate(encoder, ["product"], windows, torch.Generator().manual_seed(0), score=project)["product"]
     error = torch.randn(4, 6)
-    by_row = ((error @ found.inputs) * error).sum(1)
+    by_row = ((error @ product.inputs) * error).sum(1)
     with torch.no_grad():
         moved = encoder.table(windows).mean(1) @ error.T
-    torch.testing.assert_close(found.coupled @ by_row / 2, moved.square().sum(1).mean() / 2)
-    torch.testing.assert_close(found.outputs, found.coupled / length)  # as if positions could cancel
+    torch.testing.assert_close(product.coupled @ by_row / 2, moved.square().sum(1).mean() / 2)
+    torch.testing.assert_close(product.outputs, product.coupled / length)  # as if positions could cancel

@@ -1,4 +1,4 @@
-"""Replayed passes answer, bit for bit, what whole passes do, and compute no more than they must."""
+"""Replayed passes give the same bits as full passes, and compute only the blocks that may have changed."""
 
 import copy
 from collections.abc import Callable
@@ -22,23 +22,23 @@ def test_heldout_kl_of_subset_equals_full_passes(kind: str, random_model: Callab
     session = CalibrationSession(model, layers, windows, windows, 0, Cache(None, {}))
     for layer in layers:
         weights = {layer.name: layer.weight * 0.9}
-        other = copy.deepcopy(model)
-        matrices.set_weights(other, weights)
+        changed = copy.deepcopy(model)
+        matrices.set_weights(changed, weights)
         if session.causal:
-            whole = evaluation.evaluate(
-                other, windows, session.batch, evaluation.compute_reference(model, windows, session.batch)
+            metrics = evaluation.evaluate(
+                changed, windows, session.batch, evaluation.compute_reference(model, windows, session.batch)
             )
-            slow = evaluation.summarise(whole)["kl"]
+            by_hand = evaluation.summarise(metrics)["kl"]
         else:
-            slow = evaluation.embedding_distance(
-                *(evaluation.embed_all(each, windows, session.batch) for each in (model, other))
+            by_hand = evaluation.embedding_distance(
+                *(evaluation.embed_all(each, windows, session.batch) for each in (model, changed))
             )
-        assert session.heldout_kl(weights, windows.numel()) == slow == session.heldout_kl(weights, None)
-        assert slow > 0 or "pooler" in layer.name
+        assert session.heldout_kl(weights, windows.numel()) == by_hand == session.heldout_kl(weights, None)
+        assert by_hand > 0 or "pooler" in layer.name
 
 
 class Stack(nn.Module):
-    """Blocks in a row, the first so often a pass, with one matrix before them."""
+    """A model of four blocks, the first called ``repeats`` times in each pass, behind one matrix."""
 
     def __init__(self, repeats: int = 1) -> None:
         super().__init__()
@@ -67,19 +67,19 @@ class Stack(nn.Module):
 )
 def test_skip_prefix_computes_only_changed_blocks(names: list[str], repeats: int, computed: int) -> None:
     model, texts = Stack(repeats), [torch.ones(2, 4), torch.zeros(2, 4)]
-    seen: list[nn.Module] = []
+    computed_blocks: list[nn.Module] = []
     for block in model.blocks:
-        block[0].register_forward_hook(lambda module, *call: seen.append(module))
+        block[0].register_forward_hook(lambda module, *call: computed_blocks.append(module))
     replay = PrefixReplay(model, lambda: [model(text) for text in texts])
-    seen.clear()
+    computed_blocks.clear()
     with torch.no_grad():
         for name in names:
             model.get_submodule(name).weight.mul_(0.5)
     with replay.skip_prefix(names):
-        found = [model(text) for text in texts]
-    assert len(seen) == computed * len(texts)
-    for text, answer in zip(texts, found, strict=True):
-        assert torch.equal(answer, model(text))
+        outputs = [model(text) for text in texts]
+    assert len(computed_blocks) == computed * len(texts)
+    for text, output in zip(texts, outputs, strict=True):
+        assert torch.equal(output, model(text))
 
 
 def test_skip_prefix_replays_copies() -> None:
@@ -87,6 +87,6 @@ def test_skip_prefix_replays_copies() -> None:
     replay = PrefixReplay(model, lambda: model(text))
     for _ in range(2):
         with replay.skip_prefix(["blocks.1.0"]):
-            answer = model.blocks[0](text)
-        assert torch.equal(answer, model.blocks[0](model.start(text)))
-        answer.data.zero_()
+            output = model.blocks[0](text)
+        assert torch.equal(output, model.blocks[0](model.start(text)))
+        output.data.zero_()

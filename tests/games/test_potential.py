@@ -1,4 +1,4 @@
-"""Games that a reader knows, and random ones against enumeration of all their profiles."""
+"""Textbook games, and random games against enumeration of all their profiles."""
 
 import functools
 import itertools
@@ -12,12 +12,12 @@ from scipy import sparse
 
 from nashswarm.games.potential import Coupling, Game, best_response, independent_classes, shadow_price
 
-few = settings(max_examples=30, deadline=None)
+few_examples = settings(max_examples=30, deadline=None)
 Profile = tuple[int, ...]
 
 
 def prisoners() -> Game:
-    """Years in prison; action 0 is silence, 1 is betrayal.  Both silent 1, both betray 2, alone silent 3, traitor 0."""
+    """Years in prison for silence (action 0) and betrayal (1): 1 if both are silent, 2 if both betray, else 3 and 0."""
     return Game(np.array([[3.0, 0], [3, 0]]), (pair(np.array([[-2.0, 0], [0, 2]])),))
 
 
@@ -82,13 +82,13 @@ def numbers_of_games(draw: st.DrawFn) -> tuple[np.ndarray, list[tuple[np.ndarray
     return numbers(players, actions), couplings
 
 
-def built(numbers: tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]) -> Game:
+def build_game(numbers: tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]) -> Game:
     own_cost, couplings = numbers
     return Game(own_cost, tuple(Coupling(sparse.csr_array(weights), phi) for weights, phi in couplings))
 
 
-games = numbers_of_games().map(lambda numbers: functools.partial(built, numbers))
-Deal = Callable[[], Game]  # games are built outside the strategy: type checks draw from `random`
+games = numbers_of_games().map(lambda numbers: functools.partial(build_game, numbers))
+MakeGame = Callable[[], Game]  # built outside of the strategy, because shape checks draw from `random`
 
 
 def test_prisoners_dilemma_has_textbook_costs() -> None:
@@ -106,7 +106,7 @@ def test_best_response_finds_equilibrium_of_prisoners_dilemma() -> None:
 
 
 def test_coupling_of_matching_pennies_raises() -> None:
-    """One player wins when the pennies match, the other when they do not: whoever lost turns his penny over."""
+    """One player wins if the pennies match, the other if they differ, so the loser always gains by changing."""
     loss = {(a, b): (1 - (a == b), float(a == b)) for a in (0, 1) for b in (0, 1)}
     for a, b in loss:
         assert loss[a, b][0] > loss[1 - a, b][0] or loss[a, b][1] > loss[a, 1 - b][1]
@@ -127,9 +127,9 @@ def test_coupling_without_potential_raises() -> None:
 
 
 @given(games, st.data())
-@few
-def test_potential_changes_by_cost_change_of_mover(deal: Deal, data: st.DataObject) -> None:
-    game = deal()
+@few_examples
+def test_potential_changes_by_cost_change_of_mover(make_game: MakeGame, data: st.DataObject) -> None:
+    game = make_game()
     profile = data.draw(st.sampled_from(profiles(game)))
     before = np.array(profile)
     assert game.potential(before) == potential(game, profile)
@@ -142,40 +142,40 @@ def test_potential_changes_by_cost_change_of_mover(deal: Deal, data: st.DataObje
 
 
 @given(games, st.data())
-@few
-def test_regret_matches_enumeration(deal: Deal, data: st.DataObject) -> None:
-    game = deal()
+@few_examples
+def test_regret_matches_enumeration(make_game: MakeGame, data: st.DataObject) -> None:
+    game = make_game()
     profile = data.draw(st.sampled_from(profiles(game)))
     assert game.regret(np.array(profile)).tolist() == regrets(game, profile)
 
 
 @given(games, st.data())
-@few
-def test_best_response_ends_at_equilibrium(deal: Deal, data: st.DataObject) -> None:
-    game = deal()
+@few_examples
+def test_best_response_ends_at_equilibrium(make_game: MakeGame, data: st.DataObject) -> None:
+    game = make_game()
     start = data.draw(st.sampled_from(profiles(game)))
     before = np.array(start)
-    found = best_response(game, before)
-    end = tuple(found.profile.tolist())
+    equilibrium = best_response(game, before)
+    end = tuple(equilibrium.profile.tolist())
     assert max(regrets(game, end)) == 0
     assert before.tolist() == list(start)
-    assert all(later < earlier for earlier, later in itertools.pairwise(found.potentials))
-    assert len(found.potentials) == len(found.regrets) == found.sweeps + 1
-    assert (found.potentials[0], found.potentials[-1]) == (potential(game, start), potential(game, end))
-    assert (found.regrets[0], found.regrets[-1]) == (max(regrets(game, start)), 0)
+    assert all(later < earlier for earlier, later in itertools.pairwise(equilibrium.potentials))
+    assert len(equilibrium.potentials) == len(equilibrium.regrets) == equilibrium.sweeps + 1
+    assert (equilibrium.potentials[0], equilibrium.potentials[-1]) == (potential(game, start), potential(game, end))
+    assert (equilibrium.regrets[0], equilibrium.regrets[-1]) == (max(regrets(game, start)), 0)
     assert (end == start) == (max(regrets(game, start)) == 0)
 
 
 @given(games)
-@few
-def test_profile_of_least_potential_is_equilibrium(deal: Deal) -> None:
-    game = deal()
+@few_examples
+def test_profile_of_least_potential_is_equilibrium(make_game: MakeGame) -> None:
+    game = make_game()
     least = min(profiles(game), key=lambda profile: potential(game, profile))
     assert best_response(game, np.array(least)).profile.tolist() == list(least)
 
 
 def lattice(players: int, seed: int) -> Game:
-    """Many players, each minding about five others, with costs that are no whole numbers."""
+    """Many players with about five neighbours each and costs that are not integers."""
     rng = np.random.default_rng(seed)
     upper = sparse.triu(sparse.random_array((players, players), density=5 / players, rng=rng), 1)
     disagreement = rng.random((4, 4))
@@ -184,7 +184,7 @@ def lattice(players: int, seed: int) -> Game:
 
 
 @given(st.integers(0, 1000))
-@few
+@few_examples
 def test_independent_classes_partition_players_without_neighbours(seed: int) -> None:
     one, other = lattice(30, seed).couplings[0], lattice(30, seed + 1).couplings[0]
     classes = independent_classes([one, other], 30)
@@ -199,24 +199,24 @@ def test_independent_classes_without_couplings_is_one_class() -> None:
 
 
 @given(st.integers(0, 1000))
-@few
+@few_examples
 def test_best_response_by_class_equals_one_by_one(seed: int) -> None:
     game = lattice(30, seed)
     start = np.random.default_rng(seed).integers(0, 4, 30)
     together = independent_classes(game.couplings, 30)
     one_by_one = [np.array([player]) for members in together for player in members]
-    one, other = best_response(game, start, together), best_response(game, start, one_by_one)
-    assert np.array_equal(one.profile, other.profile)
-    assert one.potentials == other.potentials
+    by_class, by_player = best_response(game, start, together), best_response(game, start, one_by_one)
+    assert np.array_equal(by_class.profile, by_player.profile)
+    assert by_class.potentials == by_player.potentials
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_best_response_of_large_game_ends_at_equilibrium(seed: int) -> None:
     game = lattice(500, seed)
-    found = best_response(game, np.zeros(500, int))
-    assert found.regrets[-1] <= 1e-12
-    assert (np.diff(found.potentials) < 0).all()
-    assert np.array_equal(found.profile, best_response(game, np.zeros(500, int)).profile)
+    equilibrium = best_response(game, np.zeros(500, int))
+    assert equilibrium.regrets[-1] <= 1e-12
+    assert (np.diff(equilibrium.potentials) < 0).all()
+    assert np.array_equal(equilibrium.profile, best_response(game, np.zeros(500, int)).profile)
 
 
 def market(players: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -231,21 +231,21 @@ def chosen(damage: np.ndarray, size: np.ndarray, price: float) -> np.ndarray:
 
 
 @given(st.integers(1, 40), st.integers(0, 1000), st.floats(0, 1), st.sampled_from([1e-6, 1.0, 1e6]))
-@few
+@few_examples
 def test_shadow_price_meets_separable_budget_within_one_step(
     players: int, seed: int, share: float, start: float
 ) -> None:
     damage, size = market(players, seed)
     budget = share * 30 * players
     price, profile = shadow_price(
-        lambda price: chosen(damage, size, price), lambda found: float(size[found].sum()), budget, start
+        lambda price: chosen(damage, size, price), lambda profile: float(size[profile].sum()), budget, start
     )
     assert budget - 10 < size[profile].sum() <= budget
     assert np.array_equal(profile, chosen(damage, size, price))
 
 
 @given(st.integers(0, 1000))
-@few
+@few_examples
 def test_shadow_price_with_nonmonotone_spending_keeps_budget(seed: int) -> None:
     noise = np.random.default_rng(seed).random(1000) * 30
 
@@ -265,7 +265,7 @@ def test_shadow_price_with_impossible_budget_raises() -> None:
 def test_shadow_price_with_ample_budget_is_almost_zero() -> None:
     damage, size = market(10, 0)
     price, profile = shadow_price(
-        lambda price: chosen(damage, size, price), lambda found: float(size[found].sum()), 300.0, 1.0
+        lambda price: chosen(damage, size, price), lambda profile: float(size[profile].sum()), 300.0, 1.0
     )
     assert price < 1e-20
     assert (profile == 3).all()

@@ -1,4 +1,4 @@
-"""Products with packed matrices: every path against the torch reference, and the bytes against a slow packer."""
+"""Products with packed matrices: all paths against the torch reference, and the layout against a slow packer."""
 
 import copy
 import dataclasses
@@ -10,7 +10,7 @@ import math
 import pickle
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jaxtyping
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nashswarm import kernels
@@ -28,7 +28,7 @@ from nashswarm.kernels import tiles as layout
 from nashswarm.kernels.tiles import Tiles
 
 PATHS = native.available()
-few = settings(
+many_shapes = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
@@ -39,7 +39,7 @@ def force(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def forget_the_path() -> Iterator[None]:
+def reset_path() -> Iterator[None]:
     yield
     native.path.cache_clear()
 
@@ -50,11 +50,23 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+@pytest.fixture
+def each_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Iterator[str]]:
+    """A function that takes every path in turn, so that a random example is made once for all of them."""
+
+    def paths() -> Iterator[str]:
+        for name in PATHS:
+            force(name, monkeypatch)
+            yield name
+
+    return paths
+
+
 def example(
     rows: int, columns: int, group_size: int, bits: list[int], lattice: bool, escapes: int = 0, seed: int = 0
 ) -> Tiles:
-    """Any codes, zero points far from the middle too, escapes anywhere, so large that the codes which they add to do
-    not cancel them: in a file both go the same way."""
+    """Random codes, zero points and escapes.  Escapes are so large that codes do not cancel them, because in stored
+    tensors both have the same sign."""
     rng = np.random.default_rng(seed)
     blocks, groups = -(-rows // 16), -(-columns // group_size)
     widths = rng.choice(bits, (blocks, groups)).astype(np.uint8)
@@ -81,14 +93,14 @@ def example(
     )
 
 
-def relative(found: Tensor, exact: Tensor) -> float:
-    assert found.shape == exact.shape
-    return float((found.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30))
+def relative(product: Tensor, exact: Tensor) -> float:
+    assert product.shape == exact.shape
+    return float((product.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("width", layout.WIDTHS[1:])
 def test_pack_matches_slow_packer(width: int) -> None:
-    """Positions of 4 inputs: bit by bit where the layout says they stand."""
+    """The slow packer places each bit where the documentation of the layout says."""
     codes = np.random.default_rng(width).integers(0, 2**width, (16, 64)).astype(np.uint8)
     payload = np.zeros(2 * width * 64, np.uint8)
     for row in range(16):
@@ -122,38 +134,43 @@ def test_dequantize_matches_weight_computed_by_hand() -> None:
     assert float(layout.dequantize(tiles)[19, 33]) == pytest.approx(expected)
 
 
-shapes = some.fixed_dictionaries(
+shapes = st.fixed_dictionaries(
     {
-        "rows": some.integers(1, 150),
-        "columns": some.integers(1, 300),
-        "group_size": some.sampled_from([32, 64, 96, 128]),
-        "bits": some.lists(some.sampled_from(layout.WIDTHS), min_size=1, max_size=5, unique=True),
-        "lattice": some.booleans(),
-        "escapes": some.sampled_from([0, 1, 20]),
-        "seed": some.integers(0, 2**16),
+        "rows": st.integers(1, 150),
+        "columns": st.integers(1, 300),
+        "group_size": st.sampled_from([32, 64, 96, 128]),
+        "bits": st.lists(st.sampled_from(layout.WIDTHS), min_size=1, max_size=5, unique=True),
+        "lattice": st.booleans(),
+        "escapes": st.sampled_from([0, 1, 20]),
+        "seed": st.integers(0, 2**16),
     }
 )
 
 
-@pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
-@given(shapes, some.integers(1, 70))
-@few
-def test_matmul_matches_reference_for_any_shape(path: str, activations: str, shape: dict[str, Any], batch: int) -> None:
+@given(shapes, st.integers(1, 70))
+@many_shapes
+def test_matmul_matches_reference_for_any_shape(
+    each_path: Callable[[], Iterator[str]], shape: dict[str, Any], batch: int
+) -> None:
     tiles = example(**shape)
     x = torch.randn(batch, tiles.columns, generator=torch.Generator().manual_seed(shape["seed"]))
-    found = kernels.matmul(x, tiles, activations)
-    expected = reference.matmul(x, tiles, activations)
-    size = x.norm() * layout.dequantize(tiles).norm()  # products may cancel: their rounding does not
-    assert found.shape == expected.shape
-    assert float((found - expected).norm()) <= 1e-6 * float(size)
+    size = x.norm() * layout.dequantize(tiles).norm()  # the error is relative to the factors, since products may cancel
+    for activations in kernels.ACTIVATIONS:
+        expected = reference.matmul(x, tiles, activations)
+        for path in each_path():
+            product = kernels.matmul(x, tiles, activations)
+            assert product.shape == expected.shape
+            assert float((product - expected).norm()) <= 1e-6 * float(size), (path, activations)
 
 
 @given(shapes)
-@few
-def test_rows_of_matches_dequantized_rows(path: str, shape: dict[str, Any]) -> None:
+@many_shapes
+def test_rows_of_matches_dequantized_rows(each_path: Callable[[], Iterator[str]], shape: dict[str, Any]) -> None:
     tiles = example(**shape)
     ids = torch.randint(tiles.rows, (2, 7), generator=torch.Generator().manual_seed(shape["seed"]))
-    torch.testing.assert_close(kernels.rows_of(tiles, ids), layout.dequantize(tiles)[ids], rtol=1e-6, atol=0)
+    expected = layout.dequantize(tiles)[ids]
+    for _ in each_path():
+        torch.testing.assert_close(kernels.rows_of(tiles, ids), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bits", [[2], [3], [4], [8], [0, 2, 3, 4, 8]])
@@ -166,7 +183,7 @@ def test_matmul_error_is_that_of_rounding(path: str, bits: list[int], lattice: b
     assert relative(kernels.matmul(x, tiles, "int8"), exact) < 1e-2
 
 
-@pytest.mark.parametrize("path", PATHS[:-1], indirect=True)  # torch sums in an order of its own
+@pytest.mark.parametrize("path", PATHS[:-1], indirect=True)  # torch chooses its own order of summation
 @pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
 def test_matmul_is_bit_identical_in_any_batch(path: str, activations: str) -> None:
     tiles = example(100, 200, 64, [2, 3, 4, 8], lattice=True, escapes=5)
@@ -176,20 +193,20 @@ def test_matmul_is_bit_identical_in_any_batch(path: str, activations: str) -> No
 
 
 def test_matmul_from_many_threads_is_bit_identical(path: str) -> None:
-    tiles, x = command.example(512, 768, [2, 3, 4], 64, False), torch.randn(9, 768)
-    expected, found = kernels.matmul(x, copy.deepcopy(tiles)), [torch.empty(0)] * 100
+    tiles, x = command.example(272, 256, [2, 3, 4], 64, False), torch.randn(9, 256)
+    expected, products = kernels.matmul(x, copy.deepcopy(tiles)), [torch.empty(0)] * 100
     start = threading.Barrier(100)
 
     def call(number: int) -> None:
         start.wait()
-        found[number] = kernels.matmul(x, tiles)
+        products[number] = kernels.matmul(x, tiles)
 
     threads = [threading.Thread(target=call, args=(number,)) for number in range(100)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(each, expected) for each in found)
+    assert all(torch.equal(product, expected) for product in products)
 
 
 @pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
@@ -204,20 +221,26 @@ def test_matmul_with_torch_threads_is_bit_identical(path: str) -> None:
     assert torch.equal(together, alone)
 
 
-@given(some.integers(0, 40), some.lists(some.integers(1, 70), min_size=3, max_size=3), some.integers(0, 2**16))
-@few
-def test_route_matches_sorting(path: str, rows: int, sizes: list[int], seed: int) -> None:
+@given(st.integers(0, 40), st.lists(st.integers(1, 70), min_size=3, max_size=3), st.integers(0, 2**16))
+@many_shapes
+def test_route_matches_sorting(each_path: Callable[[], Iterator[str]], rows: int, sizes: list[int], seed: int) -> None:
     k, flock, size = sorted(sizes)
     generator = torch.Generator().manual_seed(seed)
     shapes = (rows, size), (size,), (size,), (size,)
     scores, entry, cost, price = (torch.randn(shape, generator=generator) for shape in shapes)
-    experts, gates = kernels.route(scores, entry, cost, price, flock, k)
-    for row, chosen, own in zip(scores.tolist(), experts.tolist(), gates.tolist(), strict=True):
-        near = sorted(range(size), key=lambda place: entry[place].item() - row[place])[:flock]
-        assert chosen == sorted(near, key=lambda place: cost[place].item() - row[place])[:k]
+    expected_experts, expected_gates = [], []
+    for row in scores.tolist():
+        candidates = sorted(range(size), key=lambda place: entry[place].item() - row[place])[:flock]
+        chosen = sorted(candidates, key=lambda place: cost[place].item() - row[place])[:k]
         weights = [math.exp(row[place] - price[place].item()) for place in range(size)]
         total = sum(weights[place] for place in (chosen if k > 1 else range(size)))
-        assert own == pytest.approx([weights[place] / total for place in chosen], rel=1e-5)
+        expected_experts.append(chosen)
+        expected_gates.append([weights[place] / total for place in chosen])
+    for path in each_path():
+        experts, gates = kernels.route(scores, entry, cost, price, flock, k)
+        assert experts.tolist() == expected_experts, path
+        for row_gates, expected in zip(gates.tolist(), expected_gates, strict=True):
+            assert row_gates == pytest.approx(expected, rel=1e-5), path
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -225,21 +248,21 @@ def test_route_matches_sorting(path: str, rows: int, sizes: list[int], seed: int
 def test_route_gradients_match_autograd(path: str, k: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(k)
     scores = torch.randn(6, 9, generator=generator).to(dtype).requires_grad_()
-    entry, cost, price, pull = (torch.randn(size, generator=generator) for size in (9, 9, 9, (6, k)))
+    entry, cost, price, gate_weights = (torch.randn(size, generator=generator) for size in (9, 9, 9, (6, k)))
     experts, gates = kernels.route(scores, entry, cost, price, 5, k)
-    (gates * pull).sum().backward()
-    own = scores.detach().requires_grad_()
-    paid = own - price
-    chosen = paid.gather(1, experts)
-    expected = chosen.softmax(1) if k > 1 else (chosen - paid.logsumexp(1, keepdim=True)).exp()
-    (expected * pull).sum().backward()
-    torch.testing.assert_close(scores.grad, own.grad)
+    (gates * gate_weights).sum().backward()
+    reference_scores = scores.detach().requires_grad_()
+    logits = reference_scores - price
+    chosen = logits.gather(1, experts)
+    expected = chosen.softmax(1) if k > 1 else (chosen - logits.logsumexp(1, keepdim=True)).exp()
+    (expected * gate_weights).sum().backward()
+    torch.testing.assert_close(scores.grad, reference_scores.grad)
     assert not experts.requires_grad
 
 
 @pytest.mark.parametrize("path", PATHS[:-1][:1], indirect=True)
-@given(some.lists(some.integers(1, 40), min_size=4, max_size=4), some.integers(0, 2**16))
-@few
+@given(st.lists(st.integers(1, 40), min_size=4, max_size=4), st.integers(0, 2**16))
+@many_shapes
 def test_experts_and_sums_match_loops(path: str, sizes: list[int], seed: int) -> None:
     tokens, k, width, hidden = sizes[0] % 9 + 1, sizes[1] % 4 + 1, *sizes[2:]
     generator = torch.Generator().manual_seed(seed)
@@ -249,13 +272,13 @@ def test_experts_and_sums_match_loops(path: str, sizes: list[int], seed: int) ->
     )
     experts = torch.randint(5, (tokens, k), generator=generator)
     places = torch.randperm(tokens * k, generator=generator)
-    made, summed = torch.zeros(tokens, width), torch.zeros(tokens, width)
+    by_hand, sums_by_hand = torch.zeros(tokens, width), torch.zeros(tokens, width)
     for token, rank in itertools.product(range(tokens), range(k)):
         inner = torch.nn.functional.gelu(up[experts[token, rank]] @ x[token], approximate="tanh")
-        made[token] += gates[token, rank] * (down[experts[token, rank]] @ inner)
-        summed[token] += gates[token, rank] * out[places[token * k + rank]]
-    torch.testing.assert_close(native.experts(x, up, down, experts, gates), made, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(native.sums(out, places, gates), summed)
+        by_hand[token] += gates[token, rank] * (down[experts[token, rank]] @ inner)
+        sums_by_hand[token] += gates[token, rank] * out[places[token * k + rank]]
+    torch.testing.assert_close(native.experts(x, up, down, experts, gates), by_hand, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(native.sums(out, places, gates), sums_by_hand)
 
 
 @pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
@@ -265,13 +288,14 @@ def test_experts_with_missing_expert_raises(path: str) -> None:
         native.experts(x, up, down, torch.tensor([[0, 3]]), gates)
 
 
-@given(some.lists(some.integers(0, 9), max_size=60), some.integers(10, 12))
-@few
-def test_group_matches_sorting(path: str, numbers: list[int], size: int) -> None:
-    order, places, ends = (part.tolist() for part in kernels.group(torch.tensor(numbers, dtype=torch.int64), size))
-    assert order == sorted(range(len(numbers)), key=lambda place: numbers[place])
-    assert [order[place] for place in places] == list(range(len(numbers)))
-    assert ends == [sum(number <= each for number in numbers) for each in range(size)]
+@given(st.lists(st.integers(0, 9), max_size=60), st.integers(10, 12))
+@many_shapes
+def test_group_matches_sorting(each_path: Callable[[], Iterator[str]], numbers: list[int], size: int) -> None:
+    for path in each_path():
+        order, places, ends = (part.tolist() for part in kernels.group(torch.tensor(numbers, dtype=torch.int64), size))
+        assert order == sorted(range(len(numbers)), key=lambda place: numbers[place]), path
+        assert [order[place] for place in places] == list(range(len(numbers))), path
+        assert ends == [sum(number <= each for number in numbers) for each in range(size)], path
 
 
 @pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
@@ -281,27 +305,27 @@ def test_group_with_too_large_number_raises(path: str) -> None:
 
 
 def test_route_with_ties_nan_and_other_dtypes(path: str) -> None:
-    none = torch.zeros(5)
-    equal = kernels.route(torch.zeros(2, 5), none, none, none, 5, 2)[0]
-    assert all(len(set(row)) == 2 for row in equal.tolist())
-    lost = kernels.route(torch.full((2, 5), torch.nan), none, none, none, 3, 2)[0]
-    assert lost.shape == (2, 2) and bool(((lost >= 0) & (lost < 5)).all())
+    zeros = torch.zeros(5)
+    ties = kernels.route(torch.zeros(2, 5), zeros, zeros, zeros, 5, 2)[0]
+    assert all(len(set(row)) == 2 for row in ties.tolist())
+    nan_choices = kernels.route(torch.full((2, 5), torch.nan), zeros, zeros, zeros, 3, 2)[0]
+    assert nan_choices.shape == (2, 2) and bool(((nan_choices >= 0) & (nan_choices < 5)).all())
     with pytest.raises(ValueError, match="k=3 of a flock of 2 out of 5: none may exceed the next"):
-        kernels.route(torch.zeros(2, 5), none, none, none, 2, 3)
-    scores, wide = (
+        kernels.route(torch.zeros(2, 5), zeros, zeros, zeros, 2, 3)
+    scores, doubles = (
         torch.arange(10.0).view(2, 5),
         torch.zeros(10, dtype=torch.float64)[::2],
-    )  # of no kind it was built for
-    assert kernels.route(scores, wide, wide, wide, 3, 2)[0].tolist() == [[4, 3], [4, 3]]
+    )  # a dtype and a stride that the library does not take
+    assert kernels.route(scores, doubles, doubles, doubles, 3, 2)[0].tolist() == [[4, 3], [4, 3]]
 
 
 @pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
 def test_route_with_torch_threads_is_bit_identical(path: str) -> None:
-    scores, none = torch.randn(4096, 64), torch.zeros(64)
-    alone = kernels.route(scores, none, none, none, 7, 2)
+    scores, zeros = torch.randn(4096, 64), torch.zeros(64)
+    alone = kernels.route(scores, zeros, zeros, zeros, 7, 2)
     torch.set_num_threads(2)
     try:
-        together = kernels.route(scores, none, none, none, 7, 2)
+        together = kernels.route(scores, zeros, zeros, zeros, 7, 2)
         assert all(map(torch.equal, together, alone))
     finally:
         torch.set_num_threads(1)
@@ -311,9 +335,9 @@ def test_route_with_torch_threads_is_bit_identical(path: str) -> None:
 def test_matmul_keeps_half_precision_dtype(path: str, dtype: torch.dtype) -> None:
     tiles, x = example(33, 70, 32, [3], lattice=False), torch.randn(2, 3, 70).to(dtype)
     bias = torch.randn(33).to(dtype)
-    found = kernels.matmul(x, tiles, "float32", bias)
-    assert (found.dtype, found.shape) == (dtype, (2, 3, 33))
-    assert relative(found, x.float() @ layout.dequantize(tiles).T + bias.float()) < 1e-2
+    product = kernels.matmul(x, tiles, "float32", bias)
+    assert (product.dtype, product.shape) == (dtype, (2, 3, 33))
+    assert relative(product, x.float() @ layout.dequantize(tiles).T + bias.float()) < 1e-2
 
 
 @pytest.mark.parametrize("shape", [(70,), (0, 70), (2, 0, 70)])
@@ -327,9 +351,9 @@ def test_matmul_of_vectors_and_empty_batches_keeps_shape(path: str, shape: tuple
 def test_matmul_with_nonfinite_row_is_nonfinite(path: str, activations: str, value: float) -> None:
     tiles, x = command.example(16, 128, [3], 64, False), torch.zeros(3, 128)
     x[1, 70] = value
-    found = kernels.matmul(x, tiles, activations)
-    assert not found[1].isfinite().any()
-    assert torch.equal(found[[0, 2]], torch.zeros(2, 16))
+    product = kernels.matmul(x, tiles, activations)
+    assert not product[1].isfinite().any()
+    assert torch.equal(product[[0, 2]], torch.zeros(2, 16))
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-20, 1e20])
@@ -340,39 +364,43 @@ def test_matmul_is_accurate_for_any_scale_of_activations(path: str, size: float)
 
 
 def test_order_matches_hand_computation() -> None:
-    """Nine row blocks are two spans; widths in their order, then row blocks; what is empty comes last."""
+    """Nine row blocks are two spans; a span is ordered by width, then by row block; tiles of width 0 come last."""
     widths = torch.tensor([[4, 2]] + [[0, 0]] * 6 + [[2, 4]] + [[3, 0]], dtype=torch.uint8)
     starts, tiles = layout.order(widths, 32).split([2 * 4 + 1, 2 * 18])
     assert starts.tolist() == [0, 2, 2, 4, 4, 4, 5, 5, 5]
     # in registers: 32 × 16 codes of 4, 2, 2, 4, 3 bits begin at 0, 4, 6, 8, 12
-    found = [(place, where // layout.SPAN, where % layout.SPAN) for place, where in tiles.view(-1, 2).tolist()[:5]]
-    assert found == [(4, 1, 0), (6, 0, 7), (0, 0, 0), (8, 1, 7), (12, 0, 0)]
+    order = [(place, where // layout.SPAN, where % layout.SPAN) for place, where in tiles.view(-1, 2).tolist()[:5]]
+    assert order == [(4, 1, 0), (6, 0, 7), (0, 0, 0), (8, 1, 7), (12, 0, 0)]
 
 
 @pytest.mark.parametrize("activations", kernels.ACTIVATIONS)
-def test_operators_pass_torch_opcheck(activations: str) -> None:
+def test_matmul_operator_passes_torch_opcheck(activations: str) -> None:
     tiles = example(33, 70, 32, [0, 2, 3, 4, 8], lattice=True, escapes=3)
     for x in (torch.randn(2, 70), torch.randn(2, 70, requires_grad=True)):
         bias = torch.randn(33, requires_grad=x.requires_grad)
         torch.library.opcheck(
             torch.ops.nashswarm.matmul.default, (x, bias, activations, *kernels.operator_arguments(tiles))
         )
+
+
+def test_rows_operator_passes_torch_opcheck() -> None:
+    tiles = example(33, 70, 32, [0, 2, 3, 4, 8], lattice=True, escapes=3)
     torch.library.opcheck(torch.ops.nashswarm.rows.default, (torch.tensor([3, 32]), *kernels.operator_arguments(tiles)))
 
 
 def test_matmul_gradients_of_x_and_bias_match_float_product(path: str) -> None:
     tiles = example(33, 70, 32, [2, 3], lattice=False, escapes=3)
     x, bias = torch.randn(2, 3, 70, requires_grad=True), torch.randn(33, requires_grad=True)
-    weight, seen = layout.dequantize(tiles), torch.randn(2, 3, 33)
-    (kernels.matmul(x, tiles, "int8", bias) * seen).sum().backward()
-    torch.testing.assert_close(x.grad, seen @ weight, rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(bias.grad, seen.sum((0, 1)))
+    weight, output_weights = layout.dequantize(tiles), torch.randn(2, 3, 33)
+    (kernels.matmul(x, tiles, "int8", bias) * output_weights).sum().backward()
+    torch.testing.assert_close(x.grad, output_weights @ weight, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(bias.grad, output_weights.sum((0, 1)))
 
 
 def test_matmul_gradients_with_tiles_made_in_inference_mode() -> None:
-    made = example(33, 70, 32, [2, 3], lattice=False)
+    original = example(33, 70, 32, [2, 3], lattice=False)
     with torch.inference_mode():
-        tiles = dataclasses.replace(made)
+        tiles = dataclasses.replace(original)
     x = torch.randn(2, 70, requires_grad=True)
     kernels.matmul(x, tiles).sum().backward()
     assert x.grad is not None
@@ -388,19 +416,19 @@ class Layer(torch.nn.Module):
 
 
 @pytest.fixture
-def no_shapes_checked() -> Iterator[None]:
-    """A compiler does not see through the checks of types, which are there in tests alone."""
+def without_shape_checks() -> Iterator[None]:
+    """Compilers cannot trace the checks of shapes, which exist in tests only."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.mark.usefixtures("no_shapes_checked")
+@pytest.mark.usefixtures("without_shape_checks")
 def test_compiled_and_exported_modules_match_eager() -> None:
     layer, x = Layer(), torch.randn(4, 70)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    found, expected = compiled(x), layer(x)  # nothing was called before it is compiled
-    torch.testing.assert_close(found, expected)
+    product, expected = compiled(x), layer(x)  # compiled before any eager call
+    torch.testing.assert_close(product, expected)
     exported = torch.export.export(layer, (x,))
     assert any("nashswarm.matmul" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x), expected)
@@ -423,15 +451,15 @@ def test_matmul_after_tensors_moved_reads_new_addresses(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda tiles: kernels.matmul(torch.zeros(1, 70), tiles, "int4"), "unknown activations 'int4': choose int8 or"),
         (lambda tiles: kernels.matmul(torch.zeros(1, 71), tiles), "x has 71 columns and the packed matrix 70"),
         (lambda tiles: kernels.matmul(torch.zeros(1, 70, device="meta"), tiles), "x is on meta and the packed matrix"),
     ],
 )
-def test_matmul_with_invalid_argument_raises(call: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_matmul_with_invalid_argument_raises(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         call(example(33, 70, 32, [3], lattice=False))
 
 
@@ -454,9 +482,7 @@ def test_path_unsupported_by_machine_raises(monkeypatch: pytest.MonkeyPatch) -> 
         native.path()
 
 
-def test_path_is_logged_once(
-    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_path_is_logged_once(path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     tiles = example(33, 70, 32, [3], lattice=False)
     with caplog.at_level(logging.INFO, native.__name__):
         for _ in range(3):
@@ -483,18 +509,20 @@ def test_matmul_without_library_uses_torch_and_logs_reason(
 def test_command_prints_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["--shape", "96x128", "--bits", "mixed", "--lattice", "--batch", "2", "--rounds", "5"])
     (line,) = capsys.readouterr().out.splitlines()
-    found = json.loads(line)
-    assert found["path"] in PATHS
-    assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
-    assert found["relative_error"] < 1e-2
-    assert found["microseconds"] > 0 < found["microseconds_fp32"]
+    fields = json.loads(line)
+    assert fields["path"] in PATHS
+    assert fields["ratio_low"] <= fields["ratio"] <= fields["ratio_high"]
+    assert fields["relative_error"] < 1e-2
+    assert fields["microseconds"] > 0 < fields["microseconds_fp32"]
 
 
-@pytest.mark.parametrize(("option", "said"), [("--bits=5", "widths are 0, 2, 3, 4, 8"), ("--group-size=48", "of 32")])
-def test_command_with_invalid_option_exits(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "message"), [("--bits=5", "widths are 0, 2, 3, 4, 8"), ("--group-size=48", "of 32")]
+)
+def test_command_with_invalid_option_exits(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main([option])
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lattice", [False, True])

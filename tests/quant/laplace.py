@@ -1,4 +1,4 @@
-"""Code tables that fit no model in particular: two-sided geometric magnitudes of every level's mean."""
+"""Generic code tables: geometrically distributed magnitudes, with the mean of each level."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Entropy-coded bytes: what goes in comes out, what is damaged is refused, and the length is what theory says."""
+"""Entropy coding: round trips, damaged bytes, and lengths against entropy."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize
 from nashswarm.quant.lattice import Lattice, LatticeTensor
 from tests.quant.laplace import LAPLACE
 
-some = settings(max_examples=40, deadline=None)
+few_examples = settings(max_examples=40, deadline=None)
 INT8 = st.integers(-128, 127)
 
 
@@ -44,7 +44,7 @@ def flat(rows: int, columns: int, level: int = 0) -> Lattice:
 
 @st.composite
 def lattice_tensors(draw: st.DrawFn) -> LatticeTensor:
-    """Any shape; codes small, of many sizes, huge or all zero; steps and expected sizes right, or whatever they are."""
+    """Any shape; codes small, of many sizes, huge or all zero; steps and sizes fitted to the codes, or random."""
     rows, columns = draw(st.integers(1, 35)), draw(st.integers(1, 35))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     largest = draw(st.sampled_from([0, 1, 60, 5000, 2**31 - 1]))
@@ -61,7 +61,7 @@ def lattice_tensors(draw: st.DrawFn) -> LatticeTensor:
 
 @st.composite
 def grouped_tensors(draw: st.DrawFn) -> QuantizedTensor:
-    """Matrices of odd shapes and group sizes, one width or a mixture, now and then with tiles pruned."""
+    """Matrices of odd shapes and group sizes, of one width or several, sometimes with pruned tiles."""
     rows, groups, group_size = draw(st.integers(1, 50)), draw(st.integers(1, 5)), draw(st.sampled_from([1, 3, 8, 64]))
     kinds = sorted(draw(st.sets(st.sampled_from([0, *GRID_WIDTHS]), min_size=1)))
     tiles = math.ceil(rows / 16) * groups
@@ -71,17 +71,17 @@ def grouped_tensors(draw: st.DrawFn) -> QuantizedTensor:
     return quantize(weight, torch.tensor(widths).view(-1, groups), Scheme(group_size, symmetric=draw(st.booleans())))
 
 
-def assert_same(found: LatticeTensor, tensor: LatticeTensor) -> None:
-    assert found.codes.dtype == torch.int32 and torch.equal(found.codes, tensor.codes.int())
-    assert found.lattice.base == tensor.lattice.base
+def assert_same(decoded: LatticeTensor, tensor: LatticeTensor) -> None:
+    assert decoded.codes.dtype == torch.int32 and torch.equal(decoded.codes, tensor.codes.int())
+    assert decoded.lattice.base == tensor.lattice.base
     for name in ("row_scale", "column_scale", "row_size", "column_size"):
-        mine, yours = getattr(found.lattice, name), getattr(tensor.lattice, name)
-        assert mine.dtype == yours.dtype == torch.int8 and torch.equal(mine, yours), name
-    assert torch.equal(found.dequantize(), tensor.dequantize())
+        decoded_part, part = getattr(decoded.lattice, name), getattr(tensor.lattice, name)
+        assert decoded_part.dtype == part.dtype == torch.int8 and torch.equal(decoded_part, part), name
+    assert torch.equal(decoded.dequantize(), tensor.dequantize())
 
 
 @given(lattice_tensors(), st.booleans())
-@some
+@few_examples
 def test_decode_lattice_inverts_encode_lattice(tensor: LatticeTensor, fitted: bool) -> None:
     tables = fit_tables(count_symbols([tensor])) if fitted else LAPLACE
     assert_same(decode_lattice(encode_lattice(tensor, tables), tables), tensor)
@@ -96,13 +96,13 @@ def test_decode_lattice_inverts_constant_matrix(shape: tuple[int, int], value: i
 
 
 @given(grouped_tensors())
-@some
+@few_examples
 def test_decode_groups_inverts_encode_groups(tensor: QuantizedTensor) -> None:
-    found = decode_groups(encode_groups(tensor))
-    assert found.scheme == tensor.scheme
-    for part in ("codes", "scale", "zero_point", "bits"):
-        mine, yours = getattr(found, part), getattr(tensor, part)
-        assert mine.dtype == yours.dtype and torch.equal(mine, yours), part
+    decoded = decode_groups(encode_groups(tensor))
+    assert decoded.scheme == tensor.scheme
+    for name in ("codes", "scale", "zero_point", "bits"):
+        decoded_part, original = getattr(decoded, name), getattr(tensor, name)
+        assert decoded_part.dtype == original.dtype and torch.equal(decoded_part, original), name
 
 
 @given(
@@ -112,7 +112,7 @@ def test_decode_groups_inverts_encode_groups(tensor: QuantizedTensor) -> None:
         st.lists(st.integers(0, 2**16 - 1), max_size=20),
     )
 )
-@some
+@few_examples
 def test_decode_integers_inverts_encode_integers(values: list[int]) -> None:
     coded = encode_integers(np.array(values, np.int64))
     assert decode_integers(coded).tolist() == values
@@ -124,7 +124,7 @@ def test_encode_integers_with_rare_values_is_short_and_invertible() -> None:
     np.random.default_rng(0).shuffle(values)
     coded = encode_integers(values)
     assert np.array_equal(decode_integers(coded), values)
-    assert len(coded) < 400  # 9 in a million; 8192 would be room for one bit in sixteen
+    assert len(coded) < 400  # 9 in a million are not the most frequent value
 
 
 def test_encode_integers_with_too_wide_range_raises() -> None:
@@ -134,7 +134,7 @@ def test_encode_integers_with_too_wide_range_raises() -> None:
 
 
 def gaussian(rows: int, columns: int, spread: float, seed: int = 0) -> LatticeTensor:
-    """Rounded normal codes whose rows and columns are of very different size, on a lattice that knows it."""
+    """Rounded normal codes with rows and columns of very different size, on a lattice with fitted sizes."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (torch.randn(rows, 1, generator=generator) + torch.randn(columns, generator=generator)).exp()
     codes = (spread * sizes * torch.randn(rows, columns, generator=generator)).round().int()
@@ -180,7 +180,7 @@ def test_decode_with_other_kind_raises(kind: str) -> None:
 
 
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([1e-9, 1.0, 1e12]))
-@some
+@few_examples
 def test_fit_tables_keeps_total_and_every_symbol(seed: int, share: float, largest: float) -> None:
     rng = np.random.default_rng(seed)
     counts = largest ** rng.random((TABLES, ESCAPE + 1)) * (rng.random((TABLES, ESCAPE + 1)) < share)
@@ -188,7 +188,7 @@ def test_fit_tables_keeps_total_and_every_symbol(seed: int, share: float, larges
     assert (tables.frequencies.sum(1) == TOTAL).all() and (tables.frequencies >= 1).all()
     ideal = (counts + 0.1) / (counts + 0.1).sum(1, keepdims=True)
     others = np.ones(counts.shape, bool)
-    others[np.arange(TABLES), ideal.argmax(1)] = False  # the commonest takes what rounding left
+    others[np.arange(TABLES), ideal.argmax(1)] = False  # the most frequent symbol gets what rounding leaves over
     assert (np.abs(tables.frequencies - ideal * TOTAL)[others] <= 1 + (ESCAPE + 1) * ideal[others]).all()
     assert np.array_equal(CodeTables.unpack(tables.pack()).frequencies, tables.frequencies)
 
@@ -217,7 +217,7 @@ def test_table_and_shift_matches_loop() -> None:
 
 
 @given(lattice_tensors())
-@some
+@few_examples
 def test_count_symbols_and_coded_bits_match_loop(tensor: LatticeTensor) -> None:
     counts, bits, lengths = np.zeros((TABLES, ESCAPE + 1)), LAPLACE.bits(), []
     levels = tensor.lattice.levels().tolist()
@@ -227,8 +227,8 @@ def test_count_symbols_and_coded_bits_match_loop(tensor: LatticeTensor) -> None:
             table, shift = slow_table_and_shift(level)
             symbol = min(abs(code) >> shift, ESCAPE)
             counts[table, symbol] += 1
-            own_sign = symbol == 0 and code != 0  # the table's length holds the sign of the other symbols
-            lengths[-1] += bits[table, symbol] + shift + own_sign
+            separate_sign = symbol == 0 and code != 0  # the lengths in the table include the sign of all other symbols
+            lengths[-1] += bits[table, symbol] + shift + separate_sign
     assert np.array_equal(count_symbols([tensor]), counts)
     assert np.array_equal(count_symbols([tensor, tensor]), 2 * counts)
     assert coded_bits(tensor, LAPLACE).tolist() == pytest.approx(lengths, rel=1e-5)
@@ -246,7 +246,7 @@ def test_coded_bits_equal_length_of_file(spread: float) -> None:
 
 @pytest.mark.parametrize("ratio", [0.05, 0.3, 0.7, 0.9])
 def test_encode_lattice_of_geometric_codes_reaches_entropy(ratio: float) -> None:
-    """P(c) ∝ ratio^|c|: the sign is free for zero, and the tables are learned from the codes themselves."""
+    """P(c) ∝ ratio^|c|: zero has no sign, and the tables are fitted to the codes themselves."""
     chances = ratio ** np.abs(np.arange(-40, 41))
     chances /= chances.sum()
     codes = np.random.default_rng(0).choice(np.arange(-40, 41), (400, 500), p=chances).astype(np.int32)
@@ -254,8 +254,8 @@ def test_encode_lattice_of_geometric_codes_reaches_entropy(ratio: float) -> None
     tensor = LatticeTensor(torch.from_numpy(codes), lattice)
     tables = fit_tables(count_symbols([tensor]))
     ideal = -(chances * np.log2(chances)).sum() * codes.size / 8
-    found = len(encode_lattice(tensor, tables))
-    assert 0.99 * ideal < found < 1.02 * ideal + 400
+    length = len(encode_lattice(tensor, tables))
+    assert 0.99 * ideal < length < 1.02 * ideal + 400
     assert len(tables.pack()) < 1000
 
 

@@ -1,4 +1,4 @@
-"""Round to nearest, the range search and full precision, against loops over groups."""
+"""Rounding to nearest, range search and full precision, against loops over groups."""
 
 import math
 
@@ -12,13 +12,13 @@ from transformers.pytorch_utils import Conv1D
 
 from nashswarm.quant.grid import GRID_WIDTHS, SHRINKS, TILE_ROWS, WIDTHS, QuantizedTensor, Scheme, quantize, tile_sums
 
-few = settings(max_examples=25, deadline=None)
+few_examples = settings(max_examples=25, deadline=None)
 grid_widths = st.sampled_from(GRID_WIDTHS)
 
 
 @st.composite
 def matrices(draw: st.DrawFn, group_size: int = 8) -> Tensor:
-    """Weights of any odd number of rows, of any usual scale, some groups shifted to one side."""
+    """Weights of any number of rows and any usual scale, sometimes shifted to one side of 0."""
     rows, groups = draw(st.integers(1, 40)), draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     weight = torch.randn(rows, groups * group_size, generator=generator) * draw(st.sampled_from([1e-2, 1.0, 300.0]))
@@ -26,7 +26,7 @@ def matrices(draw: st.DrawFn, group_size: int = 8) -> Tensor:
 
 
 def min_max_by_hand(weight: Tensor, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes, scales and zero points of round to nearest, group by group, in float32 as the package does."""
+    """Codes, scales and zero points of rounding to nearest, group by group, in float32 like ``quantize``."""
     levels, one = 2**bits - 1, np.float32(1)
     codes, scales, zeros = [], [], []
     for group in weight.numpy().reshape(-1, group_size):
@@ -62,45 +62,47 @@ def test_quantize_at_float_width_is_bit_identical(bits: int, dtype: torch.dtype)
 
 
 @given(matrices())
-@few
+@few_examples
 def test_quantize_at_width_zero_is_zero(weight: Tensor) -> None:
     assert not quantize(weight, 0, Scheme(8)).dequantize().any()
 
 
 @given(matrices(), grid_widths)
-@few
+@few_examples
 def test_quantize_without_search_matches_loop_over_groups(weight: Tensor, bits: int) -> None:
-    found = quantize(weight, bits, Scheme(8))
+    tensor = quantize(weight, bits, Scheme(8))
     codes, scale, zero_point = min_max_by_hand(weight, bits, 8)
-    assert np.array_equal(found.codes.numpy(), codes)
-    assert np.array_equal(found.scale.numpy(), scale)
-    assert np.array_equal(found.zero_point.numpy(), zero_point)
+    assert np.array_equal(tensor.codes.numpy(), codes)
+    assert np.array_equal(tensor.scale.numpy(), scale)
+    assert np.array_equal(tensor.zero_point.numpy(), zero_point)
 
 
 @given(matrices(), grid_widths, st.booleans())
-@few
+@few_examples
 def test_quantize_error_within_range_is_at_most_half_a_step(weight: Tensor, bits: int, symmetric: bool) -> None:
-    found = quantize(weight, bits, Scheme(8, symmetric=symmetric))
-    step, zero = step_by_row(found), found.zero_point.float().repeat_interleave(8, 1)
+    tensor = quantize(weight, bits, Scheme(8, symmetric=symmetric))
+    step, zero = step_by_row(tensor), tensor.zero_point.float().repeat_interleave(8, 1)
     inside = (weight >= -zero * step) & (weight <= ((1 << bits) - 1 - zero) * step)
-    error = (weight - found.dequantize()).abs()
+    error = (weight - tensor.dequantize()).abs()
     assert (error[inside] <= 0.5001 * step[inside]).all()
     assert (error <= 1.0001 * step).all()
 
 
 @given(matrices(), grid_widths)
-@few
+@few_examples
 def test_quantize_symmetric_has_zero_point_in_middle(weight: Tensor, bits: int) -> None:
-    found = quantize(weight, bits, Scheme(8, symmetric=True))
-    assert (found.zero_point == 1 << bits - 1).all()
+    tensor = quantize(weight, bits, Scheme(8, symmetric=True))
+    assert (tensor.zero_point == 1 << bits - 1).all()
     largest = weight.view(len(weight), -1, 8).abs().amax(-1)
     steps_on_a_side = (1 << bits - 1) - 1
-    assert torch.allclose(found.scale.float() * steps_on_a_side, largest, rtol=1e-3)
+    assert torch.allclose(tensor.scale.float() * steps_on_a_side, largest, rtol=1e-3)
 
 
 @given(matrices(), grid_widths, st.booleans(), st.booleans())
-@few
-def test_quantize_with_search_is_never_worse_than_min_max(weight: Tensor, bits: int, symmetric: bool, weighted: bool) -> None:
+@few_examples
+def test_quantize_with_search_is_never_worse_than_min_max(
+    weight: Tensor, bits: int, symmetric: bool, weighted: bool
+) -> None:
     importance = weight.flip(0, 1).square() + 1e-3 if weighted else None
     searched = quantize(weight, bits, Scheme(8, search=True, symmetric=symmetric), importance)
     plain = quantize(weight, bits, Scheme(8, symmetric=symmetric))
@@ -112,19 +114,19 @@ def search_by_hand(group: np.ndarray, importance: np.ndarray, bits: int) -> floa
     levels = 2**bits - 1
     low, high = min(group.min(), 0), max(group.max(), 0)
 
-    def tried(scale: float, zero: float) -> tuple[float, float, float, np.ndarray]:
+    def evaluate(scale: float, zero: float) -> tuple[float, float, float, np.ndarray]:
         steps = np.clip(np.round(group / scale) + zero, 0, levels) - zero
         return float((importance * (group - scale * steps) ** 2).sum()), scale, zero, steps
 
     candidates = []
     for shrink in SHRINKS:
         scale = float(np.float16((high - low) * shrink / levels))
-        candidates.append(tried(scale, np.clip(np.round(-low * shrink / scale), 0, levels)))
+        candidates.append(evaluate(scale, np.clip(np.round(-low * shrink / scale), 0, levels)))
     best = min(candidates, key=lambda candidate: candidate[0])
     for _ in range(2):
         _, _, zero, steps = best
         refitted = float(np.float16((importance * steps * group).sum() / (importance * steps**2).sum()))
-        best = min(best, tried(refitted, zero), key=lambda candidate: candidate[0])
+        best = min(best, evaluate(refitted, zero), key=lambda candidate: candidate[0])
     return best[0]
 
 
@@ -133,10 +135,10 @@ def test_quantize_with_weighted_search_matches_brute_force(bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     weight = torch.randn(19, 32, generator=generator)
     importance = torch.rand(19, 32, generator=generator) ** 4
-    found = group_errors(weight, quantize(weight, bits, Scheme(16, search=True), importance), importance)
+    errors = group_errors(weight, quantize(weight, bits, Scheme(16, search=True), importance), importance)
     groups, weights = weight.double().numpy().reshape(-1, 16), importance.double().numpy().reshape(-1, 16)
-    by_hand = [search_by_hand(group, own, bits) for group, own in zip(groups, weights, strict=True)]
-    assert found.ravel() == pytest.approx(np.array(by_hand), rel=1e-3)
+    by_hand = [search_by_hand(group, importances, bits) for group, importances in zip(groups, weights, strict=True)]
+    assert errors.ravel() == pytest.approx(np.array(by_hand), rel=1e-3)
 
 
 def test_quantize_with_zero_importance_ignores_outliers() -> None:
@@ -168,8 +170,10 @@ def test_quantize_one_sided_group_uses_whole_grid(bits: int) -> None:
 
 
 @given(st.data(), st.booleans(), st.booleans())
-@few
-def test_quantize_with_mixed_widths_equals_uniform_results_per_tile(data: st.DataObject, search: bool, symmetric: bool) -> None:
+@few_examples
+def test_quantize_with_mixed_widths_equals_uniform_results_per_tile(
+    data: st.DataObject, search: bool, symmetric: bool
+) -> None:
     weight = data.draw(matrices())
     shape = (math.ceil(len(weight) / TILE_ROWS), weight.shape[1] // 8)
     count = shape[0] * shape[1]
@@ -177,17 +181,17 @@ def test_quantize_with_mixed_widths_equals_uniform_results_per_tile(data: st.Dat
     tiles = torch.tensor(widths).view(shape)
     scheme, importance = Scheme(8, search, symmetric), weight.abs() + 0.1
     mixed = quantize(weight, tiles, scheme, importance).dequantize()
+    uniform = {width: quantize(weight, width, scheme, importance).dequantize() for width in set(widths)}
     for row in range(shape[0]):
         for group in range(shape[1]):
             here = slice(16 * row, 16 * row + 16), slice(8 * group, 8 * group + 8)
-            alone = quantize(weight, int(tiles[row, group]), scheme, importance).dequantize()
-            assert torch.equal(mixed[here], alone[here])
+            assert torch.equal(mixed[here], uniform[int(tiles[row, group])][here])
 
 
 @given(matrices(), grid_widths)
-@few
+@few_examples
 def test_quantize_row_is_independent_of_its_tile(weight: Tensor, bits: int) -> None:
-    """Ragged or not: the last row alone gets the codes that it gets in company."""
+    """The last row has the same codes alone as in its matrix, whether its row block is full or not."""
     scheme = Scheme(8, search=True)
     assert torch.equal(quantize(weight[-1:], bits, scheme).codes, quantize(weight, bits, scheme).codes[-1:])
 
@@ -209,7 +213,7 @@ def test_quantize_conv1d_equals_transposed_linear(bits: int) -> None:
 
 
 @given(matrices(), st.sampled_from([1, 2, 4, 8]))
-@few
+@few_examples
 def test_tile_sums_match_slices(values: Tensor, group_size: int) -> None:
     sums = tile_sums(values, group_size)
     for row in range(sums.shape[0]):
@@ -228,7 +232,7 @@ WEIGHT = torch.ones(20, 12)
 
 
 @pytest.mark.parametrize(
-    ("weight", "bits", "group_size", "said"),
+    ("weight", "bits", "group_size", "message"),
     [
         (WEIGHT, 4, 8, "12 columns is not divisible by group_size 8"),
         (WEIGHT, 5, 4, r"no tile format of \[5\] bits"),
@@ -243,6 +247,8 @@ WEIGHT = torch.ones(20, 12)
         (WEIGHT * -1e9, 4, 4, "up to 1e[+]09 need a scale beyond fp16"),
     ],
 )
-def test_quantize_with_invalid_argument_raises(weight: Tensor, bits: int | Tensor, group_size: int, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_quantize_with_invalid_argument_raises(
+    weight: Tensor, bits: int | Tensor, group_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
         quantize(weight, bits, Scheme(group_size))

@@ -1,4 +1,4 @@
-"""Lattices: what codes stand for, how steps follow sensitivities, and what the coder expects."""
+"""Lattices: dequantization, steps from sensitivities, and expected magnitudes."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nashswarm.quant.lattice import MIN_MAGNITUDE, Lattice, LatticeTensor, bit_price, make_lattice, stack_rows
 
-few = settings(max_examples=25, deadline=None)
+few_examples = settings(max_examples=25, deadline=None)
 EIGHTH = 1 / 8 + 1e-4  # of an octave: half a step of a scale, for rows and for columns
 
 
@@ -22,17 +22,17 @@ def random_lattice(rows: int, columns: int, seed: int = 0, base: float = 0.25) -
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
-@few
+@few_examples
 def test_dequantize_is_code_times_three_factors(rows: int, columns: int, seed: int) -> None:
     lattice = random_lattice(rows, columns, seed)
     codes = torch.randint(-50, 51, (rows, columns), generator=torch.Generator().manual_seed(seed))
-    found = LatticeTensor(codes, lattice).dequantize()
-    assert found.dtype == torch.float32
+    weight = LatticeTensor(codes, lattice).dequantize()
+    assert weight.dtype == torch.float32
     for row in range(rows):
         for column in range(columns):
             scale = lattice.row_scale[row].item() + lattice.column_scale[column].item()
             by_hand = codes[row, column].item() * 0.25 * 2.0 ** (scale / 4)
-            assert found[row, column].item() == pytest.approx(by_hand, rel=1e-6)
+            assert weight[row, column].item() == pytest.approx(by_hand, rel=1e-6)
 
 
 def sensitivities(count: int, seed: int, spread: float) -> torch.Tensor:
@@ -40,11 +40,11 @@ def sensitivities(count: int, seed: int, spread: float) -> torch.Tensor:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 999), st.floats(0, 3), st.floats(1e-5, 1e3))
-@few
+@few_examples
 def test_make_lattice_steps_equalize_cost_of_errors(
     rows: int, columns: int, seed: int, spread: float, unit: float
 ) -> None:
-    """Step ∝ 1/√(a κ), to an eighth of an octave for the row and as much for the column."""
+    """Steps are proportional to 1/√(a κ), within an eighth of an octave for the row and for the column."""
     a, kappa = sensitivities(rows, seed, spread), sensitivities(columns, seed + 1, spread)
     lattice = make_lattice(torch.randn(rows, columns), unit, a, kappa)
     for row, step in enumerate(lattice.row_steps().tolist()):
@@ -57,7 +57,7 @@ def test_make_lattice_steps_equalize_cost_of_errors(
 
 
 @given(st.integers(0, 999), st.sampled_from(["rows", "columns"]))
-@few
+@few_examples
 def test_make_lattice_with_one_varied_side_is_within_rounding(seed: int, side: str) -> None:
     varied, same = sensitivities(30, seed, 2.0), torch.ones(7)
     if side == "rows":
@@ -77,7 +77,7 @@ def test_make_lattice_with_zero_sensitivity_uses_least_positive() -> None:
 
 
 def test_make_lattice_with_any_scale_fits_int8() -> None:
-    """The middle is taken out, so only what differs by more than 2³² from it saturates."""
+    """Exponents are relative to the median, so only sensitivities that differ from it by more than 2³² saturate."""
     for scale in (1e-25, 1e-10, 1.0, 1e10):
         lattice = make_lattice(torch.ones(3, 1), 1e-3, scale * torch.tensor([1e-3, 1.0, 1e3]), torch.ones(1))
         ideal = 1e-3 / (scale * torch.tensor([1e-3, 1.0, 1e3])).sqrt()
@@ -85,9 +85,9 @@ def test_make_lattice_with_any_scale_fits_int8() -> None:
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
-@few
+@few_examples
 def test_levels_match_hand_computation(rows: int, columns: int, seed: int) -> None:
-    """The size of row plus column, in half octaves, less the scale of the step."""
+    """A level is the sum of the sizes, minus the exponent of the step, in half octaves."""
     lattice = random_lattice(rows, columns, seed)
     sides = [getattr(lattice, name).tolist() for name in ("row_scale", "column_scale", "row_size", "column_size")]
     levels = lattice.levels()
@@ -101,9 +101,9 @@ def test_levels_match_hand_computation(rows: int, columns: int, seed: int) -> No
 
 
 @given(st.integers(0, 999), st.floats(0.1, 50))
-@few
+@few_examples
 def test_fit_sizes_levels_match_factored_magnitudes(seed: int, typical: float) -> None:
-    """Magnitudes of row times column, on steps of any size: the level is right to within a step or two of rounding."""
+    """With magnitudes that factor into rows and columns, levels are right up to rounding, for steps of any size."""
     generator = torch.Generator().manual_seed(seed)
     lattice = random_lattice(20, 30, seed)
     by_row, by_column = (torch.randn(size, generator=generator).exp2() for size in (20, 30))
@@ -111,7 +111,7 @@ def test_fit_sizes_levels_match_factored_magnitudes(seed: int, typical: float) -
     levels = lattice.fit_sizes(magnitudes).levels()
     sides = [2 * (magnitudes.mean(axes, keepdim=True) + MIN_MAGNITUDE).log2() for axes in (1, 0, (0, 1))]
     assert ((levels - (sides[0] + sides[1] - sides[2])).abs() <= 2).all()  # three roundings by a half, a floor by one
-    if typical >= 1:  # below, the quietest size that is told apart is felt three times
+    if typical >= 1:  # below, the smallest magnitude affects all three means
         expected = 2 * (magnitudes + MIN_MAGNITUDE).log2()
         assert ((levels - expected).abs() <= 2.25).all()
         assert (levels - expected).mean().abs() < 0.6
@@ -123,8 +123,8 @@ def test_make_lattice_levels_match_mean_magnitudes_of_rows() -> None:
     lattice = make_lattice(weight, 0.02, sensitivities(200, 1, 1.0), sensitivities(300, 2, 1.0))
     steps = lattice.row_steps()[:, None] * lattice.column_steps()
     means = (weight / steps).abs().mean(1, keepdim=True)
-    found = 2.0 ** (lattice.levels() / 2)
-    assert ((found.mean(1, keepdim=True) / means).log2().abs() < 1).all()
+    expected = 2.0 ** (lattice.levels() / 2)
+    assert ((expected.mean(1, keepdim=True) / means).log2().abs() < 1).all()
 
 
 def test_make_lattice_with_zero_rows_has_low_finite_levels() -> None:
@@ -148,14 +148,14 @@ def test_stack_rows_concatenates_rows() -> None:
 
 @pytest.mark.parametrize("unit", [1e-4, 0.3, 7.0])
 def test_bit_price_is_slope_of_damage(unit: float) -> None:
-    """D(R) = unit² / 24 · 4^(-R): its slope at R = 0 is the price of a bit."""
+    """The price of a bit is the slope of D(R) = unit² / 24 · 4^(-R) at R = 0."""
     assert bit_price(unit) == pytest.approx((unit**2 / 24) * math.log(4))
     smaller = (unit**2 / 24) * 4.0**-1e-6
     assert bit_price(unit) == pytest.approx((unit**2 / 24 - smaller) / 1e-6, rel=1e-5)
 
 
 def test_rounding_on_fine_lattice_has_damage_of_theory() -> None:
-    """Fine steps: damage unit²/24 a weight, whatever its sensitivity, and −log2 of the step more bits."""
+    """With fine steps, the damage of a weight is unit² / 24, whatever its sensitivity."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(100, 400, generator=generator)
     a, kappa = sensitivities(100, 5, 1.0), sensitivities(400, 6, 1.0)

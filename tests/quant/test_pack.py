@@ -1,4 +1,4 @@
-"""Codes ↔ bytes: round trips, sizes counted by hand, and what is refused."""
+"""Packing: round trips, sizes counted by hand, and invalid bytes."""
 
 import dataclasses
 import math
@@ -11,15 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nashswarm.quant.grid import GRID_WIDTHS, WIDTHS, QuantizedTensor, Scheme, quantize
-from nashswarm.quant.pack import HEADER, VERSION, pack, pack_bits, packed_bytes, run_lengths, tag_runs, unpack
-from nashswarm.quant.pack import unpack_bits as unpack_codes
+from nashswarm.quant.pack import (
+    HEADER,
+    VERSION,
+    pack,
+    pack_bits,
+    packed_bytes,
+    run_lengths,
+    tag_runs,
+    unpack,
+    unpack_bits,
+)
 
-few = settings(max_examples=20, deadline=None)
+few_examples = settings(max_examples=20, deadline=None)
 
 
 @st.composite
 def tensors(draw: st.DrawFn) -> QuantizedTensor:
-    """Matrices of odd shapes and group sizes; one width, or a mixture."""
+    """Matrices of odd shapes and group sizes, of one width or several."""
     rows, groups, group_size = draw(st.integers(1, 50)), draw(st.integers(1, 5)), draw(st.sampled_from([1, 3, 8, 64]))
     count = math.ceil(rows / 16) * groups
     some = draw(st.sets(st.sampled_from(WIDTHS), min_size=1))
@@ -29,17 +38,17 @@ def tensors(draw: st.DrawFn) -> QuantizedTensor:
     return quantize(weight, torch.tensor(widths).view(-1, groups), Scheme(group_size, symmetric=draw(st.booleans())))
 
 
-def assert_same(found: QuantizedTensor, tensor: QuantizedTensor) -> None:
-    assert found.scheme == tensor.scheme
-    for part in ("codes", "scale", "zero_point", "bits"):
-        mine, yours = getattr(found, part), getattr(tensor, part)
-        assert mine.dtype == yours.dtype, part
-        assert torch.equal(mine, yours), part
-    assert torch.equal(found.dequantize(), tensor.dequantize())
+def assert_same(unpacked: QuantizedTensor, tensor: QuantizedTensor) -> None:
+    assert unpacked.scheme == tensor.scheme
+    for name in ("codes", "scale", "zero_point", "bits"):
+        unpacked_part, original = getattr(unpacked, name), getattr(tensor, name)
+        assert unpacked_part.dtype == original.dtype, name
+        assert torch.equal(unpacked_part, original), name
+    assert torch.equal(unpacked.dequantize(), tensor.dequantize())
 
 
 @given(tensors())
-@few
+@few_examples
 def test_unpack_inverts_pack(tensor: QuantizedTensor) -> None:
     assert_same(unpack(pack(tensor)), tensor)
 
@@ -53,7 +62,7 @@ def test_unpack_inverts_pack_for_each_width(bits: int, symmetric: bool) -> None:
 
 
 @given(tensors())
-@few
+@few_examples
 def test_packed_bytes_equals_length_of_pack(tensor: QuantizedTensor) -> None:
     assert packed_bytes(tensor.bits.flatten().numpy(), tensor.scheme) == len(pack(tensor))
 
@@ -69,7 +78,7 @@ def test_pack_size_matches_hand_count() -> None:
 
 
 @given(st.lists(st.integers(0, 255), max_size=40), st.integers(1, 8))
-@few
+@few_examples
 def test_pack_bits_equals_one_big_integer(codes: list[int], bits: int) -> None:
     low = [code % 2**bits for code in codes]
     number = sum(code << bits * place for place, code in enumerate(low))
@@ -77,10 +86,10 @@ def test_pack_bits_equals_one_big_integer(codes: list[int], bits: int) -> None:
 
 
 @given(st.lists(st.integers(0, 7), min_size=8, max_size=8), st.integers(0, 5))
-@few
+@few_examples
 def test_unpack_bits_inverts_pack_bits(codes: list[int], times: int) -> None:
     stream = np.array(codes * times, np.uint8)
-    assert np.array_equal(unpack_codes(pack_bits(stream, 3), 3), stream)
+    assert np.array_equal(unpack_bits(pack_bits(stream, 3), 3), stream)
 
 
 def expanded(tags: np.ndarray) -> list[int]:
@@ -89,7 +98,7 @@ def expanded(tags: np.ndarray) -> list[int]:
 
 
 @given(st.lists(st.tuples(st.sampled_from(WIDTHS), st.sampled_from([1, 2, 3, 8191, 8192, 8193, 20000])), max_size=5))
-@few
+@few_examples
 def test_tag_runs_expand_to_widths(runs: list[tuple[int, int]]) -> None:
     widths = [width for width, length in runs for _ in range(length)]
     assert expanded(tag_runs(np.array(widths, np.int64))) == widths
@@ -100,7 +109,7 @@ def test_tag_runs_splits_runs_above_8192_tiles() -> None:
 
 
 @given(st.lists(st.integers(-2, 2), max_size=20))
-@few
+@few_examples
 def test_run_lengths_match_loop(values: list[int]) -> None:
     runs: list[list[int]] = []
     for value in values:
@@ -108,8 +117,8 @@ def test_run_lengths_match_loop(values: list[int]) -> None:
             runs[-1][1] += 1
         else:
             runs.append([value, 1])
-    found = run_lengths(np.array(values, np.int64))
-    assert [list(run) for run in zip(*(part.tolist() for part in found), strict=True)] == runs
+    values_and_lengths = run_lengths(np.array(values, np.int64))
+    assert [list(run) for run in zip(*(part.tolist() for part in values_and_lengths), strict=True)] == runs
 
 
 def test_unpack_inverts_pack_with_runs_of_several_tags() -> None:
@@ -141,19 +150,19 @@ def test_unpack_with_trailing_bytes_raises() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "said"),
+    ("place", "value", "message"),
     [
         (0, VERSION + 1, f"version {VERSION + 1}; this program reads version {VERSION}"),
         (4, 33, "describe 14 tiles, not 21"),  # three row blocks instead of two
-        (12, 12, "describe 13 tiles, not 14"),  # a tag less
-        (HEADER.size, 7, "7"),  # the eighth tag stands for no width
+        (12, 12, "describe 13 tiles, not 14"),  # one tag fewer
+        (HEADER.size, 7, "7"),  # tag 7 is not a width
         (2, 0, "group size"),
     ],
 )
-def test_unpack_with_damaged_header_raises(place: int, value: int, said: str) -> None:
+def test_unpack_with_damaged_header_raises(place: int, value: int, message: str) -> None:
     packed = example().copy()
     packed[place] = value
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         unpack(packed)
 
 
@@ -169,6 +178,6 @@ def test_packed_bytes_of_symmetric_scheme_lack_zero_points(bits: int) -> None:
 
 
 def test_pack_does_not_store_search() -> None:
-    """How a range was found is no part of the file."""
+    """The file does not say how the ranges were chosen."""
     tensor = quantize(torch.randn(16, 8), 4, Scheme(8, search=True))
     assert_same(unpack(pack(tensor)), dataclasses.replace(tensor, scheme=Scheme(8)))
