@@ -1,8 +1,9 @@
-"""Experts: feed-forward networks of which each token uses k, executed in groups.
+"""Experts of a layer: feed-forward networks, of which each token uses k.
 
-Assignments are sorted by expert, and one grouped product per matrix serves them all.  Fused, the experts of a layer are
-two tensors of three dimensions, as in the models of transformers; ``unfuse`` gives every matrix a linear layer of its
-own instead, which is what is compressed, and does the same to Mixtral, DeepSeek and all that is built as they are.
+Assignments of tokens to experts are sorted by expert, and one grouped product per matrix computes all of them.  Fused
+experts hold their matrices in two tensors of three dimensions, as in the models of transformers.  ``unfuse`` gives
+every matrix a linear layer of its own, so that it can be compressed; it also works for Mixtral, DeepSeek and other
+models of transformers with the same layout.
 """
 
 import math
@@ -18,11 +19,11 @@ from transformers.integrations import moe as _registered  # noqa: F401  the grou
 from nashswarm import kernels
 from nashswarm.kernels import native
 
-FEW = 8  # assignments: so few are computed one by one, without sorting
+FEW = 8  # assignments that are computed one by one, without sorting
 
 
 class Experts(nn.Module):
-    """All experts of a layer: ``up_proj`` (experts, hidden, width), ``down_proj`` (experts, width, hidden)."""
+    """The fused experts of a layer: ``up_proj`` (experts, hidden, width) and ``down_proj`` (experts, width, hidden)."""
 
     has_gate, has_bias, is_transposed = False, False, False
 
@@ -38,7 +39,7 @@ class Experts(nn.Module):
     def forward(
         self, x: Float[Tensor, "tokens width"], experts: Int[Tensor, "tokens k"], gates: Float[Tensor, "tokens k"]
     ) -> Float[Tensor, "tokens width"]:
-        """Each token's gated sum of what its experts make of it."""
+        """Return the sum of each token's expert outputs, weighted by its gates."""
         k, flat = experts.shape[1], experts.flatten()
         if len(flat) <= FEW and kernels.native_floats(x, self.up_proj, self.down_proj, gates):
             parts = (part.contiguous() for part in (x, self.up_proj, self.down_proj, experts.long(), gates))
@@ -46,37 +47,40 @@ class Experts(nn.Module):
         order, places, ends = kernels.group(flat, len(self.up_proj))
         hidden = self.act_fn(grouped(x.index_select(0, order // k), self.up_proj.transpose(1, 2), ends))
         out = grouped(hidden, self.down_proj.transpose(1, 2), ends)
-        return gathered(out, places, gates)
+        return gather_gated(out, places, gates)
 
 
 def grouped(
     x: Float[Tensor, "assignments in"], weights: Float[Tensor, "experts in out"], ends: Int[Tensor, " experts"]
 ) -> Float[Tensor, "assignments out"]:
-    """Each row times the matrix of its expert, rows sorted by expert.  Compilers cannot trace torch's in float32."""
+    """Return each row times the matrix of its expert; rows are sorted by expert, ``ends`` are where experts end.
+
+    Under ``torch.compile`` it is the product of transformers, as torch's own cannot be traced in float32.
+    """
     if torch.compiler.is_compiling():
-        found: Tensor = torch.ops.transformers.grouped_mm_fallback(x, weights, ends)
-        return found
+        product: Tensor = torch.ops.transformers.grouped_mm_fallback(x, weights, ends)
+        return product
     return functional.grouped_mm(x, weights, offs=ends)
 
 
-def gathered(
+def gather_gated(
     out: Float[Tensor, "assignments width"], places: Int[Tensor, " assignments"], gates: Float[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens width"]:
-    """The gated sums of each token's k assignments, which stand at ``places``."""
+    """Return the gated sum of each token's k assignments, which are the rows ``places`` of ``out``."""
     if kernels.native_floats(out, gates):
         return native.sums(out.contiguous(), places, gates.contiguous())
     return functional.embedding_bag(places.view_as(gates), out, per_sample_weights=gates.to(out.dtype), mode="sum")
 
 
 class ExpertLinear(nn.Linear):
-    """A matrix of one expert; ``routed``: it sees only the tokens that were sent to it."""
+    """A matrix of one expert; ``routed`` marks that it sees only the tokens that are routed to it."""
 
     routed = True
 
 
 class Expert(nn.Module):
-    """The matrices of one expert, ``up`` (of gated ones gate above up) and ``down``, under names of their own, so that
-    transformers does not fuse them when it loads a checkpoint."""
+    """The matrices of one expert as linear layers ``expert_up`` (the gate stacked above, if it has one) and
+    ``expert_down``; transformers does not fuse modules of these names when it loads a checkpoint."""
 
     def __init__(self, up: Tensor, down: Tensor) -> None:
         super().__init__()
@@ -87,7 +91,7 @@ class Expert(nn.Module):
 
 
 class SplitExperts(nn.ModuleList):
-    """Experts whose matrices are modules, so that each can be compressed by itself and compute on packed weights."""
+    """The experts of a layer as modules, so that each matrix can be compressed and run on packed weights."""
 
     def __init__(self, fused: Any) -> None:
         up = fused.gate_up_proj if fused.has_gate else fused.up_proj
@@ -95,7 +99,7 @@ class SplitExperts(nn.ModuleList):
             Expert(*(part.T if fused.is_transposed else part for part in pair))
             for pair in zip(up, fused.down_proj, strict=True)
         )
-        self._activate: Callable[[Tensor], Tensor] = _activation(fused)
+        self._activate: Callable[[Tensor], Tensor] = _Activation(fused)
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Int[Tensor, "tokens k"], top_k_weights: Float[Tensor, "tokens k"]
@@ -108,11 +112,11 @@ class SplitExperts(nn.ModuleList):
         for expert, (start, end) in zip(self, zip([0, *ends[:-1]], ends, strict=True), strict=True):
             if start < end:
                 parts.append(expert.expert_down(self._activate(expert.expert_up(x[start:end]))))
-        return gathered(torch.cat(parts), places, top_k_weights).to(hidden_states.dtype).view_as(hidden_states)
+        return gather_gated(torch.cat(parts), places, top_k_weights).to(hidden_states.dtype).view_as(hidden_states)
 
 
-class _activation:  # a class, for lambdas cannot be copied or pickled
-    """Between the two matrices of an expert: as the fused module has it, without its tensors."""
+class _Activation:  # a class, as lambdas cannot be copied or pickled
+    """The activation between the two matrices of an expert, as the fused module computes it, without its tensors."""
 
     def __init__(self, fused: Any) -> None:
         self.act_fn, self.gate = fused.act_fn, type(fused)._apply_gate if fused.has_gate else None
@@ -125,22 +129,23 @@ class _activation:  # a class, for lambdas cannot be copied or pickled
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module holds the matrices of many experts in tensors of three dimensions."""
+    """Return whether a module holds the matrices of several experts in tensors of three dimensions."""
     parts = [getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj")]
     return parts[2] is not None and all(part is None or getattr(part, "ndim", 0) == 3 for part in parts)
 
 
 def unfuse(model: nn.Module) -> list[str]:
-    """Give every matrix of every fused expert a linear layer of its own, in place; the modules that were split.
+    """Give every matrix of all fused experts a linear layer of its own, in place, and return the names of the modules
+    that were split.
 
-    Raises ValueError for experts with biases, or of a layout that does not say how it is to be read.
+    Raises ValueError for experts with biases, and for a layout that the module does not describe.
     """
-    found = [name for name, module in model.named_modules() if is_fused(module)]
-    if unknown := [name for name in found if not _readable(model.get_submodule(name))]:
+    fused = [name for name, module in model.named_modules() if is_fused(module)]
+    if unknown := [name for name in fused if not _readable(model.get_submodule(name))]:
         raise ValueError(f"the experts of {', '.join(unknown)} are fused in a way that cannot be taken apart (biases?)")
-    for name in found:
+    for name in fused:
         model.set_submodule(name, SplitExperts(model.get_submodule(name)))
-    return found
+    return fused
 
 
 def _readable(module: Any) -> bool:

@@ -1,11 +1,11 @@
-"""How evenly experts are used, from how many assignments each got."""
+"""Metrics of how evenly experts are used, from the number of assignments of each."""
 
 import numpy as np
 from jaxtyping import Float
 
 
 def max_violation(loads: Float[np.ndarray, " experts"]) -> float:
-    """MaxVio of Wang et al. 2024, eq. 4: how far the largest load exceeds the mean.
+    """Return MaxVio (Wang et al. 2024, eq. 4): the relative excess of the largest load over the mean.
 
     >>> max_violation(np.array([1.0, 1.0, 4.0]))
     1.0
@@ -14,7 +14,9 @@ def max_violation(loads: Float[np.ndarray, " experts"]) -> float:
 
 
 def gini(loads: Float[np.ndarray, " experts"]) -> float:
-    """Half the mean absolute difference of two loads over their mean; 0 at even load, 1 − 1/N if one takes all.
+    """Return the Gini coefficient: 0 at even load, 1 − 1/N if one of N experts takes all.
+
+    It is half the mean absolute difference of two loads, divided by their mean.
 
     >>> gini(np.array([0.0, 0.0, 0.0, 8.0]))
     0.75
@@ -25,7 +27,7 @@ def gini(loads: Float[np.ndarray, " experts"]) -> float:
 
 
 def variation(loads: Float[np.ndarray, " experts"]) -> float:
-    """The standard deviation over the mean.
+    """Return the coefficient of variation: the standard deviation over the mean.
 
     >>> variation(np.array([1.0, 3.0]))
     0.5
@@ -34,7 +36,8 @@ def variation(loads: Float[np.ndarray, " experts"]) -> float:
 
 
 def summarise(layers: Float[np.ndarray, "layers experts"]) -> dict[str, float]:
-    """Metrics of the record: means over layers, ``max_violation`` also of the worst layer, and all dead experts."""
+    """Return the metrics of the record: means over layers, ``max_violation_worst`` of the worst layer, and
+    ``dead_experts``, the number of experts in all layers that no token used."""
     rows = list(layers)
     return {
         "max_violation": float(np.mean([max_violation(row) for row in rows])),

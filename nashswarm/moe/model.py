@@ -120,9 +120,9 @@ class Attention(nn.Module):
         if query.shape[2] == key.shape[2]:
             mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:  # query i reads the cache and the tokens up to itself
-            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=x.device)
-            seen = seen.tril(key.shape[2] - query.shape[2])
-            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=x.device)
+            mask = mask.tril(key.shape[2] - query.shape[2])
+            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
 

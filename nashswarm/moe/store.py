@@ -1,11 +1,10 @@
-"""Experts by their bytes: a memory-mapped file holds all of them, memory as many as a budget allows.
+"""Experts that are served from a file: memory holds as many as a byte budget allows.
 
-What was not used for longest goes first (LRU); every counter tells what really moved.
+The least recently used expert is evicted first (LRU); counters report hits, misses and bytes read.
 """
 
 import collections
 import pathlib
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -14,14 +13,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nashswarm.models.experts import Experts
+from nashswarm.moe.router.router import Router
 from nashswarm.runtime.machine import machine
 
 MATRICES = ("up_proj", "down_proj")
-Key = tuple[str, int]  # a layer and the number of its expert
+Key = tuple[str, int]  # layer and number of the expert
 
 
 def last_level_cache() -> int:
-    """Bytes of this machine's last cache before memory.  Raises ValueError where the system does not say."""
+    """Return the bytes of this machine's last-level cache.  Raises ValueError if the system does not report it."""
     here = machine()
     last = max(here.caches)
     if last in here.assumed:
@@ -30,7 +30,7 @@ def last_level_cache() -> int:
 
 
 def save(model: nn.Module, path: pathlib.Path) -> None:
-    """Write the matrices of all fused experts of ``model``, by the names of their layers."""
+    """Write the matrices of all fused experts of ``model`` to a safetensors file, by layer name."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     tensors = {
         f"{name}.{part}": getattr(module, part).detach().contiguous()
@@ -41,11 +41,11 @@ def save(model: nn.Module, path: pathlib.Path) -> None:
 
 
 class ExpertStore:
-    """The experts in a file of ``save``, ``budget_bytes`` of them in the memory of ``device`` at most (default: the
-    last-level cache).
+    """The experts in a file that ``save`` wrote, at most ``budget_bytes`` of them in the memory of ``device``.
 
-    ``hits``, ``misses``, ``evictions``: how often an expert was there, was read, went; ``bytes_read``: from the file.
-    Raises ValueError for a budget that holds no expert.
+    The budget is by default the size of the last-level cache.  ``hits``, ``misses``, ``evictions``: number of experts
+    that were in memory, were read from the file, and were dropped.  ``held_bytes``: in memory now.  ``bytes_read``:
+    from the file.  Raises ValueError for a budget that holds no expert.
     """
 
     def __init__(self, path: pathlib.Path, budget_bytes: int | None = None, device: torch.device | str = "cpu") -> None:
@@ -62,42 +62,44 @@ class ExpertStore:
             raise ValueError(f"a budget of {self.budget_bytes:,} bytes holds no expert of {largest:,} bytes")
 
     def fetch(self, layer: str, expert: int) -> tuple[Tensor, ...]:
-        """The matrices of an expert, from memory or else from the file, and then others may have to go."""
+        """Return the matrices of an expert from memory, or read them from the file and evict others if needed."""
         key = (layer, expert)
         if key in self._held:
             self.hits += 1
             self._held.move_to_end(key)
             return self._held[key]
-        found = self._read(key)
-        size = sum(part.nbytes for part in found)
+        matrices = self._read(key)
+        size = sum(part.nbytes for part in matrices)
         while self.held_bytes + size > self.budget_bytes:
-            _, gone = self._held.popitem(last=False)
-            self.held_bytes -= sum(part.nbytes for part in gone)
+            _, evicted = self._held.popitem(last=False)
+            self.held_bytes -= sum(part.nbytes for part in evicted)
             self.evictions += 1
-        self._held[key] = found
+        self._held[key] = matrices
         self.held_bytes += size
         self.misses += 1
         self.bytes_read += size
-        return found
+        return matrices
 
     def resident(self, layer: str) -> Bool[Tensor, " experts"]:
-        """Which experts of a layer are in memory."""
-        found = torch.zeros(self.experts[layer], dtype=torch.bool)
-        found[[expert for name, expert in self._held if name == layer]] = True
-        return found
+        """Return which experts of a layer are in memory."""
+        resident = torch.zeros(self.experts[layer], dtype=torch.bool)
+        resident[[expert for name, expert in self._held if name == layer]] = True
+        return resident
 
     def _read(self, key: Key) -> tuple[Tensor, ...]:
         return tuple(self._slices[f"{key[0]}.{part}"][key[1]].to(self.device, copy=True) for part in MATRICES)
 
 
 class StoredExperts(nn.Module):
-    """The experts of a layer that are fetched from a store as tokens ask for them; the router is told afterwards which
-    are in memory, before it sees the next tokens."""
+    """The experts of a layer, fetched from a store in the order in which tokens use them.
 
-    def __init__(self, store: ExpertStore, layer: str, router: Any) -> None:
+    After each batch the router learns which experts are in memory; the next batch may prefer them.
+    """
+
+    def __init__(self, store: ExpertStore, layer: str, router: Router) -> None:
         super().__init__()
         self.store, self.layer = store, layer
-        self._router = [router]  # no submodule: it stands beside
+        self._router = [router]  # in a list, so that it does not become a submodule
         router.resident.zero_()
         router.serving = True
 
@@ -106,17 +108,18 @@ class StoredExperts(nn.Module):
         self, x: Float[Tensor, "tokens width"], experts: Int[Tensor, "tokens k"], gates: Float[Tensor, "tokens k"]
     ) -> Float[Tensor, "tokens width"]:
         out = torch.zeros_like(x)
-        for expert in dict.fromkeys(experts.flatten().tolist()):  # in the order in which they are asked for
+        for expert in dict.fromkeys(experts.flatten().tolist()):  # in the order of use
             up, down = self.store.fetch(self.layer, expert)
             tokens, place = torch.where(experts == expert)
-            made = Experts.act_fn(x[tokens] @ up.T) @ down.T
-            out.index_add_(0, tokens, made * gates[tokens, place, None])
+            outputs = Experts.act_fn(x[tokens] @ up.T) @ down.T
+            out.index_add_(0, tokens, outputs * gates[tokens, place, None])
         self._router[0].resident.copy_(self.store.resident(self.layer))
         return out
 
 
 def serve(model: nn.Module, store: ExpertStore) -> None:
-    """Let every layer of ``model`` take its experts from ``store`` from now on; its own are let go."""
+    """Replace the experts of every layer of ``model`` by those of ``store``, in place."""
     for layer in store.layers:
-        parent = model.get_submodule(layer.rpartition(".")[0])
-        model.set_submodule(layer, StoredExperts(store, layer, parent.router))
+        router = model.get_submodule(f"{layer.rpartition('.')[0]}.router")
+        assert isinstance(router, Router)
+        model.set_submodule(layer, StoredExperts(store, layer, router))

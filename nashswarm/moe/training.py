@@ -1,5 +1,8 @@
-"""Training a mixture of experts on text, once: what is trained lies in the cache under everything that made it, goes on
-where it was interrupted, bit for bit, and serves every measure."""
+"""Train a mixture of experts on text, and cache it.
+
+The cache key is everything that the training depends on, so that all measures share one trained model.  An interrupted
+training continues from its last checkpoint to the same bits.
+"""
 
 import dataclasses
 import io
@@ -27,19 +30,19 @@ from nashswarm.records.files import claim, write_folder, write_whole
 from nashswarm.records.record import fingerprint
 
 HISTORY = "training.json"
-AFTERWARDS = ("follow", "residency")  # settings of a router that training does not see
+AFTERWARDS = ("follow", "residency")  # settings of a router that training does not use
 BETAS = (0.9, 0.95)
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """AdamW, the rate rising over ``warmup`` steps and falling along a cosine to a tenth of ``learning_rate``.
+    """AdamW with a linear warm-up over ``warmup`` steps and a cosine decay to a tenth of ``learning_rate``.
 
-    ``steps`` of ``batch_size`` windows each, drawn by lot, none twice before all were seen.  ``clip``: the largest norm
-    of a gradient.  ``price_steps``: batches after training that move prices and nothing else, their bids averaged.
-    ``save_every``: steps between two checkpoints.  ``any_version``: take a model of the same settings from the cache
-    although another version of this program has trained it; the record tells which.
+    ``steps``: of ``batch_size`` random windows each; no window comes twice before all have come once.  ``clip``:
+    largest norm of the gradient.  ``price_steps``: batches after training that move prices alone, towards the mean of
+    their bids.  ``save_every``: steps between two checkpoints.  ``any_version``: accept a cached model of the same
+    settings that another version of this program trained; the record says which.
     """
 
     steps: int = 500
@@ -62,8 +65,11 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained model, its tokenizer, by step what it was trained on, ``train_loss`` (L), ``train_nll`` and every term
-    of L, and the digest of the program that trained it."""
+    """A trained model with its tokenizer.
+
+    ``series``: by step, ``train_loss`` (L), ``train_nll`` (nats per token) and every other term of L.  ``code``: digest
+    of the program that trained it.
+    """
 
     model: MoeForCausalLM
     tokenizer: Any
@@ -83,15 +89,15 @@ def trained(
     track: Track,
     code: str,
 ) -> Trained:
-    """The model of ``source`` with ``router``, trained on ``text``: read from ``cache``, or made and put there.
+    """Return the model of ``source`` with ``router``, trained on ``text`` or taken from ``cache``.
 
-    ``length``: tokens of a window, by default all that the model reads.  ``code``: a digest of the program, for another
-    one would train another model.  Raises ValueError for a text that is too short or a loss that is not finite.
+    ``length``: tokens per window; None: the model's context.  ``code``: digest of the program, as another program may
+    train another model.  Raises ValueError for a text that is too short or a loss that is not finite.
     """
-    described = kinds.describe(router)
+    description = kinds.describe(router)
     made_of = {
         "model": dataclasses.asdict(source),
-        "router": described,
+        "router": description,
         "training": dataclasses.asdict(settings),
         "training_sha256": corpus.sha256(text),
         "sequence_length": length,
@@ -102,7 +108,7 @@ def trained(
         "transformers": transformers.__version__,
         "code": code,
     }
-    key = trained_by(made_of)
+    key = training_key(made_of)
     folder = cache / f"moe-{fingerprint(key)}"
     if settings.any_version and not folder.is_dir():
         folder = of_any_version(key, cache) or folder
@@ -110,57 +116,58 @@ def trained(
     checkpoint = folder.with_name(f"{folder.name}.checkpoint")
     with claim(folder):  # another measure of a sweep may ask for the same model
         if not folder.is_dir():
-            taught = windows(source, text, length, "training").to(device)
-            if len(taught) < settings.batch_size:
-                few = f"the training text has {len(taught)} windows"
+            training_windows = windows(source, text, length, "training").to(device)
+            if len(training_windows) < settings.batch_size:
+                few = f"the training text has {len(training_windows)} windows"
                 raise ValueError(f"{few}; lower train_moe.batch_size or give more")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = source.build(router, len(tokenizer), tokenizer.eos_token_id)
             model.to(torch.device(device))  # type: ignore[arg-type]
-            series = train(model, taught, settings, router.loss, seed, checkpoint, track)
+            series = train(model, training_windows, settings, router.loss, seed, checkpoint, track)
 
             def fill(partial: pathlib.Path) -> None:
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
 
-            told = json.dumps({"made_of": made_of, "series": series}, allow_nan=False) + "\n"
-            write_folder(folder, {HISTORY: told.encode()}, fill)
+            history = json.dumps({"made_of": made_of, "series": series}, allow_nan=False) + "\n"
+            write_folder(folder, {HISTORY: history.encode()}, fill)
             checkpoint.unlink(missing_ok=True)
-    history = json.loads((folder / HISTORY).read_text())
+    about = json.loads((folder / HISTORY).read_text())
     config = MoeConfig.from_pretrained(folder)
-    config.router = described  # as it is now: another ``follow`` is not another training
-    found: Any = MoeForCausalLM.from_pretrained(folder, config=config)
-    return Trained(found.eval().to(device), tokenizer, history["series"], history["made_of"]["code"])
+    config.router = description  # as it is now: settings that training does not use may differ
+    saved: Any = MoeForCausalLM.from_pretrained(folder, config=config)
+    return Trained(saved.eval().to(device), tokenizer, about["series"], about["made_of"]["code"])
 
 
-def trained_by(made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """Of all that a model was made of what its training saw."""
+def training_key(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of ``made_of`` that the training depends on, as plain JSON values."""
     router = {name: value for name, value in made_of["router"].items() if name not in AFTERWARDS}
     training = {name: value for name, value in made_of["training"].items() if name != "any_version"}
-    found: dict[str, Any] = json.loads(json.dumps({**made_of, "router": router, "training": training}))
-    return found
+    key: dict[str, Any] = json.loads(json.dumps({**made_of, "router": router, "training": training}))
+    return key
 
 
 def of_any_version(key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path | None:
-    """The folder of the model that was trained last with these settings, whatever the program."""
+    """Return the folder of the newest cached model with this key, whatever program trained it; None if there is
+    none."""
     for history in sorted(cache.glob(f"moe-*/{HISTORY}"), key=lambda path: path.stat().st_mtime, reverse=True):
-        theirs = trained_by(json.loads(history.read_text())["made_of"])
-        if {**theirs, "code": None} == {**key, "code": None}:
-            log.info("%s was trained by another version of the program, and is taken as it is", history.parent.name)
+        cached_key = training_key(json.loads(history.read_text())["made_of"])
+        if {**cached_key, "code": None} == {**key, "code": None}:
+            log.info("using %s, which another version of this program trained", history.parent.name)
             return history.parent
     return None
 
 
 def windows(source: MoeSource, text: str, length: int | None, what: str) -> Int[Tensor, "windows length"]:
-    """``text`` as windows of ``length`` tokens, by default all that the model reads.
+    """Cut ``text`` into windows of ``length`` tokens; None: the model's context.
 
-    Raises ValueError for a length that it does not read, or a text that fills no window; ``what`` names the text.
+    Raises ValueError for a length outside the context, or a text that fills no window; ``what`` names the text.
     """
-    wanted = source.context if length is None else length
-    if not 2 <= wanted <= source.context:
-        raise ValueError(f"dataset.sequence_length={wanted} is not between 2 and model.context={source.context}")
-    return corpus.cut_windows(text, transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED), wanted, what)
+    size = source.context if length is None else length
+    if not 2 <= size <= source.context:
+        raise ValueError(f"dataset.sequence_length={size} is not between 2 and model.context={source.context}")
+    return corpus.cut_windows(text, transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED), size, what)
 
 
 def train(
@@ -173,8 +180,11 @@ def train(
     track: Track,
     stop: Callable[[int], object] = lambda step: None,
 ) -> dict[str, list[float]]:
-    """Train in place; the series of ``Trained``.  What ``checkpoint`` holds is gone on from.  ``stop``: called after
-    every step, to end early by an exception."""
+    """Train the model in place and return the series of ``Trained``.
+
+    Training continues from ``checkpoint`` if the file exists.  ``stop``: called after every step; it may end training
+    by an exception.  Raises ValueError if the loss is not finite.
+    """
     decayed = [part for part in model.parameters() if part.ndim > 1]
     plain = [part for part in model.parameters() if part.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -186,7 +196,7 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done, series = state["step"], state["series"]
-        log.info("training goes on after step %d of %d", done, settings.steps)
+        log.info("training continues after step %d of %d", done, settings.steps)
     order = batches(len(windows), settings, seed)
     model.train()
     for step in track(range(done, settings.steps), "training"):
@@ -218,22 +228,22 @@ def one_step(
     clip: float,
     weights: loss.LossWeights,
 ) -> dict[str, float]:
-    """One step of training, prices moved after it; the loss and its parts."""
-    answer = model(input_ids=batch, labels=batch)
-    assert answer.loss is not None and answer.routings is not None
-    parts = loss.terms(answer.routings, batch.shape[1], weights.congestion)
-    found = loss.total(answer.loss, parts, weights)
+    """Take one step of training, move the prices, and return the loss and its parts by name, in nats per token."""
+    output = model(input_ids=batch, labels=batch)
+    assert output.loss is not None and output.routings is not None
+    parts = loss.terms(output.routings, batch.shape[1], weights.congestion)
+    total = loss.total(output.loss, parts, weights)
     optimizer.zero_grad(set_to_none=True)
-    found.backward()
+    total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    model.settle(answer.routings)
-    values: Mapping[str, Tensor] = {"train_loss": found, "train_nll": answer.loss, **parts}
+    model.settle(output.routings)
+    values: Mapping[str, Tensor] = {"train_loss": total, "train_nll": output.loss, **parts}
     return {name: value.item() for name, value in values.items()}
 
 
 def batches(windows: int, settings: Training, seed: int) -> list[Int[Tensor, " batch"]]:
-    """The windows of every step: one order by lot after the other."""
+    """Return the numbers of the windows of every step: random permutations of all windows, one after the other."""
     rng = np.random.default_rng((seed, 0))
     needed = settings.steps * settings.batch_size
     drawn: Sequence[Any] = [rng.permutation(windows) for _ in range(-(-needed // windows))]
@@ -242,12 +252,12 @@ def batches(windows: int, settings: Training, seed: int) -> list[Int[Tensor, " b
 
 
 def rate(step: int, settings: Training) -> float:
-    """The share of the learning rate at a step.
+    """Return the learning rate of a step as a fraction of the largest one.
 
     >>> [round(rate(step, Training(steps=100, warmup=10)), 3) for step in (0, 9, 10, 99)]
     [0.1, 1.0, 1.0, 0.1]
     """
     if step < settings.warmup:
         return (step + 1) / settings.warmup
-    gone = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
-    return 0.1 + 0.9 * (1 + math.cos(math.pi * gone)) / 2
+    progress = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
