@@ -150,15 +150,15 @@ def _compress(config: DictConfig, planned: Plan) -> RunResult:
 def _train_moe(config: DictConfig, planned: MoePlan) -> RunResult:
     """Train a mixture of experts, or find it in the cache, and measure it."""
     source, texts, length = planned.source, planned.texts, planned.dataset.sequence_length
-    judged = training.windows(source, texts["calibration"], length, "validation")
+    judged = training.cut_windows(source, texts["calibration"], length, "validation")
     judged = corpus.first_windows(judged, planned.dataset.test_windows, "validation")
     planned.measure.check(judged, source.context)
-    trained = training.trained(
+    trained = training.load_or_train(
         source, planned.router, planned.training, texts["train"], length, int(config.seed), planned.device,
         pathlib.Path(config.cache), show_progress, code_digest(),
     )  # fmt: skip
     count = CALIBRATION_WINDOWS
-    taught = training.windows(source, texts["train"][: count * judged.shape[1] * 32], length, "training")[:count]
+    taught = training.cut_windows(source, texts["train"][: count * judged.shape[1] * 32], length, "training")[:count]
     judged, taught = judged.to(planned.device), taught.to(planned.device)
     metrics, series = planned.measure.measure(MoeTarget(trained, judged, taught, show_progress))
     save = functools.partial(_save_trained, trained)

@@ -77,7 +77,7 @@ class Trained:
     code: str
 
 
-def trained(
+def load_or_train(
     source: MoeSource,
     router: RouterSettings,
     settings: Training,
@@ -116,7 +116,7 @@ def trained(
     checkpoint = folder.with_name(f"{folder.name}.checkpoint")
     with claim(folder):  # another measure of a sweep may ask for the same model
         if not folder.is_dir():
-            training_windows = windows(source, text, length, "training").to(device)
+            training_windows = cut_windows(source, text, length, "training").to(device)
             if len(training_windows) < settings.batch_size:
                 few = f"the training text has {len(training_windows)} windows"
                 raise ValueError(f"{few}; lower train_moe.batch_size or give more")
@@ -159,7 +159,7 @@ def of_any_version(key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path 
     return None
 
 
-def windows(source: MoeSource, text: str, length: int | None, what: str) -> Int[Tensor, "windows length"]:
+def cut_windows(source: MoeSource, text: str, length: int | None, what: str) -> Int[Tensor, "windows length"]:
     """Cut ``text`` into windows of ``length`` tokens; None: the model's context.
 
     Raises ValueError for a length outside the context, or a text that fills no window; ``what`` names the text.
@@ -197,11 +197,11 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         done, series = state["step"], state["series"]
         log.info("training continues after step %d of %d", done, settings.steps)
-    order = batches(len(windows), settings, seed)
+    order = draw_batches(len(windows), settings, seed)
     model.train()
     for step in track(range(done, settings.steps), "training"):
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate(step, settings)
+            group["lr"] = settings.learning_rate * schedule(step, settings)
         for name, value in one_step(model, windows[order[step]], optimizer, settings.clip, weights).items():
             series[name].append(value)
         if not math.isfinite(series["train_loss"][-1]):
@@ -242,7 +242,7 @@ def one_step(
     return {name: value.item() for name, value in values.items()}
 
 
-def batches(windows: int, settings: Training, seed: int) -> list[Int[Tensor, " batch"]]:
+def draw_batches(windows: int, settings: Training, seed: int) -> list[Int[Tensor, " batch"]]:
     """Return the numbers of the windows of every step: random permutations of all windows, one after the other."""
     rng = np.random.default_rng((seed, 0))
     needed = settings.steps * settings.batch_size
@@ -251,10 +251,10 @@ def batches(windows: int, settings: Training, seed: int) -> list[Int[Tensor, " b
     return list(order.split(settings.batch_size))
 
 
-def rate(step: int, settings: Training) -> float:
+def schedule(step: int, settings: Training) -> float:
     """Return the learning rate of a step as a fraction of the largest one.
 
-    >>> [round(rate(step, Training(steps=100, warmup=10)), 3) for step in (0, 9, 10, 99)]
+    >>> [round(schedule(step, Training(steps=100, warmup=10)), 3) for step in (0, 9, 10, 99)]
     [0.1, 1.0, 1.0, 0.1]
     """
     if step < settings.warmup:

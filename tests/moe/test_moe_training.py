@@ -24,7 +24,7 @@ from nashswarm.moe.router.expert_choice import ExpertChoice
 from nashswarm.moe.router.loss_free import LossFree
 from nashswarm.moe.router.nash_swarm import NashSwarmRouter
 from nashswarm.moe.router.top_k import TopK
-from nashswarm.moe.training import Training, batches, train
+from nashswarm.moe.training import Training, draw_batches, train
 from nashswarm.packed import model_folder
 from nashswarm.progress import no_track
 from nashswarm.records import record
@@ -78,9 +78,9 @@ def test_the_loss_falls_and_what_is_logged_adds_up(tmp_path: pathlib.Path) -> No
 
 
 def test_every_window_is_seen_before_one_is_seen_again() -> None:
-    order = torch.cat(batches(10, Training(steps=9, batch_size=4, warmup=1), 3)).tolist()
+    order = torch.cat(draw_batches(10, Training(steps=9, batch_size=4, warmup=1), 3)).tolist()
     assert len(order) == 36 and all(sorted(order[start : start + 10]) == list(range(10)) for start in (0, 10, 20))
-    assert order != torch.cat(batches(10, Training(steps=9, batch_size=4, warmup=1), 4)).tolist()
+    assert order != torch.cat(draw_batches(10, Training(steps=9, batch_size=4, warmup=1), 4)).tolist()
 
 
 def test_prices_even_the_load(windows: torch.Tensor, tmp_path: pathlib.Path) -> None:
