@@ -18,7 +18,7 @@ from nashswarm.data import corpus, hub, stdlib_docs
 from nashswarm.methods.fixed_width import FixedWidth
 from nashswarm.methods.gptq import Gptq
 from nashswarm.methods.method import Compressed, Method
-from nashswarm.methods.nash_swarm.solver import NashSwarm
+from nashswarm.methods.nash_swarm.settings import NashSwarm
 from nashswarm.methods.uniform import Uniform
 from nashswarm.models import matrices, sources
 from nashswarm.models.experts import unfuse

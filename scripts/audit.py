@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from nashswarm.measures.prototype import UNTRAINED
-from nashswarm.methods.nash_swarm.solver import NashSwarm
+from nashswarm.methods.nash_swarm.settings import NashSwarm
 from nashswarm.models.shapes import SHAPES, ParameterCounts, class_entropy, count_from_config
 from nashswarm.quant.prototype import CLASS_BITS
 from nashswarm.records import files, record, statistics

@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 
-from nashswarm.methods.nash_swarm.solver import NashSwarm
+from nashswarm.methods.nash_swarm.settings import NashSwarm
 from nashswarm.methods.streaming import forecast, shards
 from nashswarm.methods.streaming.compress import ByLayer
 from nashswarm.models import shapes, sources

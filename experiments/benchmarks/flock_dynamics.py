@@ -25,8 +25,11 @@ from nashswarm.experiment.compression import load
 from nashswarm.experiment.plan import plan
 from nashswarm.games import flock
 from nashswarm.games.potential import best_response, independent_classes
-from nashswarm.methods.nash_swarm.quantizer import Played, Stance, by_block
-from nashswarm.methods.nash_swarm.solver import REFERENCE, NashSwarm, _Table
+from nashswarm.methods.nash_swarm.quantizer import QuantizedModel, by_block
+from nashswarm.methods.nash_swarm.selection import HeldoutSelection
+from nashswarm.methods.nash_swarm.settings import NashSwarm
+from nashswarm.methods.nash_swarm.solver import RateGameSolver
+from nashswarm.methods.nash_swarm.step_choices import StepChoices
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
@@ -43,21 +46,24 @@ def main() -> None:
     planned = plan(config)
     job = load(config, planned)
     assert isinstance(planned.method, NashSwarm)
-    content = danced(_Table(planned.method, job.session.context(), job.rng), options.align)
+    context = job.session.context()
+    selection = planned.method.selection(planned.method.solver(context, job.rng), context)
+    content = dynamics(selection, options.align)
     content["provenance"] = provenance(started)
     files.write_whole(options.out, (json.dumps(content) + "\n").encode())
 
 
-def danced(table: _Table, align: float) -> dict[str, Any]:
-    """Places, links and frames of the game that ``table`` plays at its reference."""
-    unit = table.unit_of_rounding(int(max(REFERENCE * table.slope.at_high_rate, 2.0 * table.smallest_bytes())))
-    solved = table.solve(unit)
-    start = dataclasses.replace(solved, offsets=table.plain.offsets)
-    played = table.play(unit, start, 0)
-    costs = table.actions(played, start)
-    game, profile, least = table.game(costs, played, start, align)
-    alone = best_response(table.game(costs, played, start, 0.0)[0], profile).profile
-    frames = [frame(table, played, start, profile + least)]
+def dynamics(selection: HeldoutSelection, align: float) -> dict[str, Any]:
+    """Return places, links and frames of the game at the reference rate."""
+    solver, quantizer = selection.solver, selection.quantizer
+    base_step = selection.reference_step()
+    solved = selection.solve_at_reference(base_step)
+    start = dataclasses.replace(solved, offsets=quantizer.neutral.offsets)
+    model = quantizer.quantize_at(base_step, start, 0)
+    costs = solver.offset_costs(model, start)
+    game, profile, lowest = solver.offset_game(costs, base_step, start, align)
+    unaligned = best_response(solver.offset_game(costs, base_step, start, 0.0)[0], profile).profile
+    frames = [frame(solver, model, start, profile + lowest)]
     classes = independent_classes(game.couplings, len(profile))
     end = best_response(game, profile, classes).profile
     moved = True
@@ -69,34 +75,38 @@ def danced(table: _Table, align: float) -> dict[str, Any]:
             if len(movers):
                 moved = True
                 profile[movers] = game.costs(profile)[movers].argmin(1)
-                frames.append(frame(table, played, start, profile + least))
+                frames.append(frame(solver, model, start, profile + lowest))
     assert (profile == end).all(), "the blocks came to rest elsewhere than the solver says"
-    assert table.features is not None and table.rules.swarm is not None
-    points = flock.standardise(table.features)
-    persuaded = np.flatnonzero(alone != end)
-    watched = int(persuaded[0] if len(persuaded) else np.flatnonzero(end + least)[0])
+    assert solver.features is not None and solver.swarm is not None
+    points = flock.standardise(solver.features)
+    persuaded = np.flatnonzero(unaligned != end)
+    watched = int(persuaded[0] if len(persuaded) else np.flatnonzero(end + lowest)[0])
     near = np.linalg.norm(points - points[watched], axis=1).argsort(kind="stable")
     places = TSNE(init="pca", random_state=0).fit_transform(points)
-    links = table.flock.tocoo()
+    links = solver.coupling.tocoo()
     return {
         "align": align,
-        "names": [layer.name for layer in table.layers],
-        "blocks": table.counts,
+        "names": [layer.name for layer in quantizer.layers],
+        "blocks": quantizer.block_counts,
         "places": np.round(places, 2).tolist(),
         "links": [[int(one), int(other)] for one, other in zip(links.row, links.col, strict=True) if one < other],
         "watched": watched,
         "persuaded": len(persuaded),
-        "neighbours": [int(other) for other in near if other != watched][: table.rules.swarm.neighbours],
+        "neighbours": [int(other) for other in near if other != watched][: solver.swarm.neighbours],
         "frames": frames,
     }
 
 
-def frame(table: _Table, played: Played, start: Stance, offsets: Int[np.ndarray, " blocks"]) -> dict[str, Any]:
-    """The offsets of all blocks and the bits per weight of the codes that answer them."""
-    answered = table.play(played.unit, dataclasses.replace(start, offsets=table.by_layer(offsets)), 0)
+def frame(
+    solver: RateGameSolver, model: QuantizedModel, start: StepChoices, offsets: Int[np.ndarray, " blocks"]
+) -> dict[str, Any]:
+    """Return the offsets of all blocks and the bits per weight of the codes that answer them."""
+    quantizer = solver.quantizer
+    choices = dataclasses.replace(start, offsets=quantizer.split_by_layer(offsets))
+    answer = quantizer.quantize_at(model.base_step, choices, 0)
     bits: list[Float[np.ndarray, " blocks"]] = []
-    for layer in table.layers:
-        rows = coded_bits(answered.tensors[layer.name], answered.tables)
+    for layer in quantizer.layers:
+        rows = coded_bits(answer.tensors[layer.name], answer.tables)
         sizes = by_block(torch.full((len(layer.weight),), float(layer.weight.shape[1])))
         bits.append((by_block(rows) / sizes).numpy())
     return {"offsets": offsets.tolist(), "bits": np.round(np.concatenate(bits), 3).tolist()}

@@ -1,19 +1,26 @@
-"""Settings of the flock that informs a game."""
+"""Settings of the flock: which blocks are neighbours, and how neighbours inform a game."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import get_args
+
+import numpy as np
+from jaxtyping import Float
+from scipy import sparse
 
 from nashswarm.games import flock
 
 
 @dataclasses.dataclass(frozen=True)
 class Flock:
-    """The swarm's settings; where several values stand, held-out calibration text chooses.
+    """Settings of the swarm; among several values of ``align`` or ``shrink``, held-out calibration text selects.
 
-    ``align``: bytes a block pays for each neighbour (of weight 1) that has other bits.  ``shrink``: how far a block's
-    sensitivity moves toward its flock's mean, 0 to 1.  ``local_reply``: how many correlated columns a column minds when
-    it replies; None: all.  ``graph``: the flock or one of its controls.
+    ``neighbours``: of a block, the nearest by features.  ``align``: bytes that a block pays for each neighbour (of
+    weight 1) with other bits.  ``shrink``: how far a block's log sensitivity moves to its flock's mean, 0 to 1.
+    ``local_reply``: how many correlated columns the error feedback of a column takes into account; None: all.
+    ``graph``: the flock, or one of its controls (see ``games.flock``).
+
+    Raises ValueError for a setting without a meaning.
     """
 
     neighbours: int = 7
@@ -35,3 +42,7 @@ class Flock:
             raise ValueError(f"method.swarm.align {list(self.align)} must hold numbers of bytes, none negative")
         if not self.shrink or min(self.shrink) < 0 or max(self.shrink) > 1:
             raise ValueError(f"method.swarm.shrink {list(self.shrink)} must hold numbers between 0 and 1")
+
+    def coupling(self, features: Float[np.ndarray, "blocks features"], rng: np.random.Generator) -> sparse.csr_array:
+        """Return the symmetric weights between blocks, 0 to 1, by their ``features``; ``rng`` draws random graphs."""
+        return flock.flock(features, self.neighbours, self.graph, rng)

@@ -29,6 +29,7 @@ from nashswarm.experiment.compression import load, quantize, reopen
 from nashswarm.experiment.plan import config_again, plan
 from nashswarm.experiment.run import Outcome, run
 from nashswarm.methods.nash_swarm import solver
+from nashswarm.methods.nash_swarm.step_choices import StepChoices
 from nashswarm.packed.model_folder import read
 from nashswarm.quant.entropy import CodeTables, decode_lattice, encode_lattice
 from nashswarm.quant.lattice import LatticeTensor
@@ -96,8 +97,10 @@ def test_the_size_of_the_record_is_that_of_the_files(method: str, execute: Execu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "records"]
 
 
-def stay(table: Any, costs: np.ndarray, played: Any, stance: solver.Stance, align: float) -> solver.Stance:
-    return dataclasses.replace(stance, found=stance.found | {"flock_align": align})
+def stay(
+    self: solver.RateGameSolver, costs: np.ndarray, base_step: float, choices: StepChoices, align: float
+) -> StepChoices:
+    return choices.with_metrics(flock_align=align)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_the_certificate_agrees_with_the_record(
 ) -> None:
     """Where blocks stay although they gain by moving, so that something is left to regret."""
     monkeypatch.setattr(solver, "REGRET", np.inf)
-    monkeypatch.setattr(solver._Table, "replied", stay)
+    monkeypatch.setattr(solver.RateGameSolver, "best_response_offsets", stay)
     record = execute(tmp_path / "model", "method=nash_swarm", *rules).record
     found = certify(tmp_path / "model")
     assert found["agrees"] and found["recorded_regret_max"] == record.metrics["regret_max"]

@@ -22,7 +22,7 @@ from nashswarm.methods import distillation
 from nashswarm.methods.distillation import Recovery, recover
 from nashswarm.methods.gptq import Gptq
 from nashswarm.methods.method import Compressed
-from nashswarm.methods.nash_swarm.solver import NashSwarm
+from nashswarm.methods.nash_swarm.settings import NashSwarm
 from nashswarm.methods.uniform import Uniform
 from nashswarm.models import matrices
 from nashswarm.packed import file_format

@@ -15,12 +15,14 @@ from torch import Tensor
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods.method import Compressed, Method
-from nashswarm.methods.nash_swarm.quantizer import BUDGET_TOLERANCE, Slope, meet
-from nashswarm.methods.nash_swarm.solver import REGRET, NashSwarm, _Table
+from nashswarm.methods.nash_swarm.budget import BUDGET_TOLERANCE, ByteSlope, step_for_budget
+from nashswarm.methods.nash_swarm.selection import HeldoutSelection
+from nashswarm.methods.nash_swarm.settings import NashSwarm
+from nashswarm.methods.nash_swarm.solver import REGRET, RateGameSolver
 from nashswarm.methods.swarm import Flock
 from nashswarm.packed.file_format import TABLES
 from nashswarm.quant.curvature import Curvature
-from nashswarm.quant.entropy import ESCAPE, CodeTables, coded_bits, decode_lattice
+from nashswarm.quant.entropy import ESCAPE, CodeTables, coded_bits, decode_lattice, table_and_shift
 from nashswarm.quant.lattice import Lattice, LatticeTensor, bit_price
 
 FIXED_BYTES = 100
@@ -77,7 +79,7 @@ def moments_of(layers: tuple[Layer, ...], correlated: bool = True) -> dict[str, 
     return found
 
 
-def oracle_of(
+def context_of(
     layers: tuple[Layer, ...],
     moments: Mapping[str, Moments],
     truth: Callable[[Layer, Tensor], float] | None = None,
@@ -109,8 +111,16 @@ def example(correlated: bool = True) -> tuple[tuple[Layer, ...], dict[str, Momen
     return layers, moments_of(layers, correlated)
 
 
+def solver_of(method: NashSwarm, context: CalibrationContext | None = None) -> RateGameSolver:
+    return method.solver(context or context_of(*example()), np.random.default_rng(0))
+
+
+def selection_of(method: NashSwarm, context: CalibrationContext) -> HeldoutSelection:
+    return method.selection(solver_of(method, context), context)
+
+
 def compress(method: Method, context: CalibrationContext | None = None) -> Compressed:
-    return method.compress(context or oracle_of(*example()), np.random.default_rng(0))
+    return method.compress(context or context_of(*example()), np.random.default_rng(0))
 
 
 @functools.cache
@@ -125,11 +135,11 @@ def decoded(found: Compressed) -> dict[str, LatticeTensor]:
 
 
 def true_damage(found: Compressed) -> float:
-    return oracle_of(*example()).heldout_kl(found.weights, None)
+    return context_of(*example()).heldout_kl(found.weights, None)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_budget_is_met_and_never_exceeded(name: str) -> None:
+def test_compress_any_settings_meets_the_budget_from_below(name: str) -> None:
     parameters = sum(layer.parameters for layer in example()[0])
     budget = METHODS[name].bits * parameters / 8 - FIXED_BYTES
     size = sum(len(packed) for packed in result(name).packed.values())
@@ -138,7 +148,7 @@ def test_the_budget_is_met_and_never_exceeded(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_packed_bytes_hold_the_weights(name: str) -> None:
+def test_compress_any_settings_packs_the_weights_it_returns(name: str) -> None:
     found, tensors = result(name), decoded(result(name))
     layers = example()[0]
     assert list(found.weights) == list(tensors) == [layer.name for layer in layers]
@@ -153,13 +163,13 @@ def test_the_packed_bytes_hold_the_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["alone", "uniform", "aligned"])
-def test_it_is_deterministic(name: str) -> None:
+def test_compress_same_seed_gives_same_bytes_and_metrics(name: str) -> None:
     once, again = result(name), compress(METHODS[name])
     assert all(np.array_equal(once.packed[layer], again.packed[layer]) for layer in once.packed)
     assert once.metrics == again.metrics and once.series == again.series and once.allocation == again.allocation
 
 
-def test_damages_and_metrics_are_those_of_the_weights() -> None:
+def test_compress_damages_and_metrics_are_those_of_the_weights() -> None:
     layers, moments = example()
     found = result("no_swarm")
     for layer in layers:
@@ -172,7 +182,7 @@ def test_damages_and_metrics_are_those_of_the_weights() -> None:
     assert found.metrics["players"] == sum(-(-rows // 16) for rows, _ in SHAPES.values())
 
 
-def test_every_part_of_the_game_lowers_the_damage_at_equal_bytes() -> None:
+def test_compress_without_a_part_of_the_game_damages_more() -> None:
     damages = {name: true_damage(result(name)) for name in METHODS}
     assert damages["alone"] < 0.99 * damages["pass"] < 0.9 * damages["rounding"]
     assert damages["alone"] < 0.8 * damages["uniform"] and damages["uniform"] < damages["one_step"]
@@ -180,7 +190,7 @@ def test_every_part_of_the_game_lowers_the_damage_at_equal_bytes() -> None:
     assert damages["high"] < damages["alone"] < damages["low"]
 
 
-def test_without_a_price_steps_follow_the_weights_alone() -> None:
+def test_compress_uniform_steps_are_proportional_to_weights() -> None:
     ratios = []
     for layer in example()[0]:
         lattice = decoded(result("uniform"))[layer.name].lattice
@@ -191,7 +201,7 @@ def test_without_a_price_steps_follow_the_weights_alone() -> None:
     assert "regret_max" not in result("uniform").metrics
 
 
-def test_with_a_price_a_step_costs_the_same_everywhere() -> None:
+def test_compress_one_offset_steps_cost_the_same_everywhere() -> None:
     """½ a κ step² is the price of the unit, to a quarter of an octave and the offset of the block."""
     layers, moments = example()
     found = compress(dataclasses.replace(ALONE, offsets=(0,)))
@@ -206,40 +216,40 @@ def test_with_a_price_a_step_costs_the_same_everywhere() -> None:
         assert (steps / wanted).log2().abs().max() <= 0.26
 
 
-def test_a_second_game_is_remembered_and_moves_no_number() -> None:
+def test_compress_cached_game_moves_no_number() -> None:
     store: dict[str, Any] = {}
-    fresh = compress(METHODS["nash_swarm"], oracle_of(*example(), store=store))
+    fresh = compress(METHODS["nash_swarm"], context_of(*example(), store=store))
     games = list(store)
     assert sorted(key.split()[0] for key in games) == ["game", "probe"]
-    remembered = compress(METHODS["nash_swarm"], oracle_of(*example(), store=store))
+    remembered = compress(METHODS["nash_swarm"], context_of(*example(), store=store))
     assert list(store) == games
     assert all(np.array_equal(fresh.packed[layer], remembered.packed[layer]) for layer in fresh.packed)
     assert fresh.metrics == remembered.metrics and fresh.allocation == remembered.allocation
 
 
-def test_games_that_see_alike_probe_layers_once_and_move_no_number() -> None:
+def test_compress_games_of_same_curvature_share_one_probe() -> None:
     """Without moves or without a flock the same layers are compressed alone as with them; other sight is another
     probe."""
     store: dict[str, Any] = {}
     whole = METHODS["nash_swarm"]
     others = [dataclasses.replace(whole, offsets=(0,)), dataclasses.replace(whole, swarm=None)]
-    compress(whole, oracle_of(*example(), store=store))
+    compress(whole, context_of(*example(), store=store))
     for other in others:
-        found, alone = compress(other, oracle_of(*example(), store=store)), compress(other)
+        found, alone = compress(other, context_of(*example(), store=store)), compress(other)
         assert all(np.array_equal(found.packed[layer], alone.packed[layer]) for layer in alone.packed)
         assert found.metrics == alone.metrics and found.metrics["heldout_passes"] >= len(example()[0])
     assert len([key for key in store if key.startswith("probe")]) == 1
-    compress(dataclasses.replace(whole, code_game="rounding"), oracle_of(*example(), store=store))
-    compress(dataclasses.replace(whole, swarm=Flock(local_reply=2)), oracle_of(*example(), store=store))
+    compress(dataclasses.replace(whole, code_game="rounding"), context_of(*example(), store=store))
+    compress(dataclasses.replace(whole, swarm=Flock(local_reply=2)), context_of(*example(), store=store))
     assert len([key for key in store if key.startswith("probe")]) == 3
 
 
-def test_a_game_remembered_from_another_budget_moves_no_number() -> None:
+def test_compress_game_cached_at_another_budget_moves_no_number() -> None:
     store: dict[str, Any] = {}
     method = METHODS["nash_swarm"]
-    compress(dataclasses.replace(method, bits=5.0), oracle_of(*example(), store=store))
+    compress(dataclasses.replace(method, bits=5.0), context_of(*example(), store=store))
     games = len(store)
-    found = compress(method, oracle_of(*example(), store=store))
+    found = compress(method, context_of(*example(), store=store))
     assert len(store) == games, "what is chosen once was chosen again for another budget"
     assert all(np.array_equal(found.packed[layer], result("nash_swarm").packed[layer]) for layer in found.packed)
     assert found.metrics == result("nash_swarm").metrics
@@ -264,20 +274,20 @@ def test_a_game_remembered_from_another_budget_moves_no_number() -> None:
         {"rate_in_codes": 1.5},
     ],
 )
-def test_settings_without_a_meaning_are_refused(settings: dict[str, Any]) -> None:
+def test_settings_without_meaning_raise_naming_the_field(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"method\.{next(iter(settings))}") as caught:
         NashSwarm(**settings)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("bits", [0.05, 0.2])
-def test_a_budget_below_the_smallest_size_is_refused_in_one_sentence(bits: float) -> None:
+def test_compress_below_smallest_size_raises_one_sentence(bits: float) -> None:
     with pytest.raises(ValueError, match=r"below the smallest possible size of this model, [\d.]+ bits") as caught:
         compress(dataclasses.replace(ALONE, bits=bits))
     assert "\n" not in str(caught.value)
 
 
-def test_little_more_than_the_smallest_size_is_possible() -> None:
+def test_compress_little_above_smallest_size_fits() -> None:
     with pytest.raises(ValueError) as caught:
         compress(dataclasses.replace(ALONE, bits=0.05))
     least = float(str(caught.value).split("this model, ")[1].split(" bits")[0])
@@ -289,7 +299,7 @@ def test_little_more_than_the_smallest_size_is_possible() -> None:
 # What the flock and measured damages do.
 
 
-def test_measured_damages_correct_predicted_ones_where_those_are_wrong() -> None:
+def test_compress_wrong_predictions_are_corrected_by_measured_damages() -> None:
     """One matrix really costs 30 times what its moments say: held-out text finds out, and its steps shrink."""
     layers, moments = example()
 
@@ -297,21 +307,23 @@ def test_measured_damages_correct_predicted_ones_where_those_are_wrong() -> None
         factor = 30.0 if layer.name == "h.0.up" else 1.0
         return factor * float(curvature(layer, moments).damage_by_row(error).sum())
 
-    context = oracle_of(layers, moments, truth)
-    blind = compress(ALONE, context)
-    told = compress(dataclasses.replace(ALONE, strength=(0.0, 0.5, 1.0)), context)
-    assert told.metrics["strength"] == 1.0 and blind.metrics["strength"] == 0.0
-    assert told.metrics["heldout_passes"] == len(layers) + 3 and blind.metrics["heldout_passes"] == 0
-    assert context.heldout_kl(told.weights, None) < 0.8 * context.heldout_kl(blind.weights, None)
-    finer = [decoded(found)["h.0.up"].lattice.row_steps().mean() for found in (told, blind)]
-    assert finer[0] < 0.5 * finer[1]
-    assert -1 <= told.metrics["damage_correlation"] <= 1
-    table = _Table(ALONE, context, np.random.default_rng(0))
-    _, ratios, _ = table.probe(math.sqrt(12 * blind.metrics["price"] / 8 / math.log(2)))
+    context = context_of(layers, moments, truth)
+    uncorrected = compress(ALONE, context)
+    corrected = compress(dataclasses.replace(ALONE, strength=(0.0, 0.5, 1.0)), context)
+    assert corrected.metrics["strength"] == 1.0 and uncorrected.metrics["strength"] == 0.0
+    assert corrected.metrics["heldout_passes"] == len(layers) + 3 and uncorrected.metrics["heldout_passes"] == 0
+    assert context.heldout_kl(corrected.weights, None) < 0.8 * context.heldout_kl(uncorrected.weights, None)
+    finer, coarser = (
+        decoded(compressed)["h.0.up"].lattice.row_steps().mean() for compressed in (corrected, uncorrected)
+    )
+    assert finer < 0.5 * coarser
+    assert -1 <= corrected.metrics["damage_correlation"] <= 1
+    base_step = math.sqrt(12 * uncorrected.metrics["price"] / 8 / math.log(2))
+    _, ratios, _ = selection_of(ALONE, context).probe_layers(base_step)
     assert ratios["h.0.up"] / ratios["h.0.down"] == pytest.approx(30, rel=0.3)
 
 
-def test_shrinkage_helps_where_sensitivities_are_noise() -> None:
+def test_compress_noisy_sensitivities_shrinkage_helps() -> None:
     """All rows of a role cost the same in truth; the moments say otherwise."""
     layers, moments = example()
     flat = {
@@ -322,25 +334,26 @@ def test_shrinkage_helps_where_sensitivities_are_noise() -> None:
     def truth(layer: Layer, error: Tensor) -> float:
         return float(curvature(layer, flat).damage_by_row(error).sum())
 
-    context = oracle_of(layers, moments, truth)
+    context = context_of(layers, moments, truth)
     method = dataclasses.replace(ALONE, swarm=Flock(align=(0.0,), shrink=(0.0, 1.0)))
     shrunk, alone = compress(method, context), compress(ALONE, context)
     assert shrunk.metrics["flock_shrink"] == 1.0 and shrunk.metrics["heldout_passes"] == 2
     assert context.heldout_kl(shrunk.weights, None) < 0.9 * context.heldout_kl(alone.weights, None)
 
 
-def test_half_a_shrinkage_moves_every_row_half_way() -> None:
+def test_shrunk_half_strength_moves_every_row_half_way() -> None:
     layers, moments = example()
-    table = _Table(NashSwarm(), oracle_of(layers, moments), np.random.default_rng(0))
-    found = table.shrink(table.plain, table.flock, 0.5)
-    logs = [table.whitened[layer.name].rows.log() for layer in layers]
+    selection = selection_of(NashSwarm(), context_of(layers, moments))
+    solver, quantizer = selection.solver, selection.quantizer
+    weights = selection.shrunk(quantizer.neutral, 0.5).row_weights
+    logs = [quantizer.curvatures[layer.name].rows.log() for layer in layers]
     means = torch.stack([block.mean() for part in logs for block in part.split(16)]).double().numpy()
-    links, block = table.flock.toarray(), 0
+    links, block = solver.coupling.toarray(), 0
     for layer, part in zip(layers, logs, strict=True):
         for rows, start in zip(part.split(16), range(0, len(part), 16), strict=True):
-            toward = links[block] @ means / links[block].sum()
-            moved = rows + found[layer.name][start : start + 16].log()
-            assert moved.numpy() == pytest.approx(((rows + toward) / 2).numpy(), abs=1e-4)
+            target = links[block] @ means / links[block].sum()
+            moved = rows + weights[layer.name][start : start + 16].log()
+            assert moved.numpy() == pytest.approx(((rows + target) / 2).numpy(), abs=1e-4)
             block += 1
 
 
@@ -350,9 +363,8 @@ def offsets_of(found: Compressed) -> np.ndarray:
     return np.array([int(value) for value, length in runs for _ in range(int(length))])
 
 
-def test_neighbours_that_pay_for_their_distance_come_closer() -> None:
-    table = _Table(METHODS["aligned"], oracle_of(*example()), np.random.default_rng(0))
-    links = table.flock.tocoo()
+def test_compress_aligned_neighbours_come_closer() -> None:
+    links = solver_of(METHODS["aligned"]).coupling.tocoo()
 
     def apart(found: Compressed) -> float:
         offsets = offsets_of(found)
@@ -364,7 +376,7 @@ def test_neighbours_that_pay_for_their_distance_come_closer() -> None:
     assert alone.metrics["flock_moves"] == 0
 
 
-def test_a_flock_without_a_say_is_no_swarm() -> None:
+def test_compress_silent_flock_equals_no_swarm() -> None:
     silent = compress(dataclasses.replace(ALONE, swarm=SILENT))
     assert all(torch.equal(result("alone").weights[name], weight) for name, weight in silent.weights.items())
     assert silent.metrics == result("alone").metrics
@@ -422,35 +434,34 @@ def small() -> tuple[tuple[Layer, ...], dict[str, Moments]]:
     return layers, moments_of(layers)
 
 
-def test_where_nothing_is_coupled_blocks_choose_from_the_hull_of_rate_and_distortion() -> None:
+def test_best_response_uncoupled_blocks_choose_from_the_rate_distortion_hull() -> None:
     """A block's choice at the price λ lies on the lower convex hull of its points, touched by a line of slope −λ."""
     layers = matrices({"up": (40, 12), "down": (24, 16), "out": (33, 12)})
     moments = moments_of(layers, correlated=False)
-    table = _Table(
-        dataclasses.replace(ALONE, offsets=tuple(range(-4, 5))), oracle_of(layers, moments), np.random.default_rng(0)
-    )
-    for unit in (2.0**-8, 2.0**-5):
-        played = table.play(unit, table.plain, 0)
-        price, costs = bit_price(unit), table.actions(played, table.plain)
-        chosen = table.replied(costs, played, table.plain, 0.0).offsets
+    solver = solver_of(dataclasses.replace(ALONE, offsets=tuple(range(-4, 5))), context_of(layers, moments))
+    neutral = solver.quantizer.neutral
+    for base_step in (2.0**-8, 2.0**-5):
+        model = solver.quantizer.quantize_at(base_step, neutral, 0)
+        price, costs = bit_price(base_step), solver.offset_costs(model, neutral)
+        chosen = solver.best_response_offsets(costs, base_step, neutral, 0.0).offsets
         block = 0
         for layer in layers:
             curved = curvature(layer, moments).damped()
-            damage, bits = points(layer, played.tensors[layer.name], curved, played.tables, tuple(range(-4, 5)))
-            for own, d, r in zip(chosen[layer.name] + 4, damage, bits, strict=True):
+            damage, bits = points(layer, model.tensors[layer.name], curved, model.tables, tuple(range(-4, 5)))
+            for action, d, r in zip(chosen[layer.name] + 4, damage, bits, strict=True):
                 assert costs[block] == pytest.approx(d + price * r, rel=1e-3)
-                assert d[own] + price * r[own] <= (d + price * r).min() * (1 + 1e-3)
+                assert d[action] + price * r[action] <= (d + price * r).min() * (1 + 1e-3)
                 for a, b in itertools.permutations(range(len(d)), 2):
-                    if r[a] < r[own] < r[b]:
-                        line = d[a] + (d[b] - d[a]) * (r[own] - r[a]) / (r[b] - r[a])
-                        assert d[own] <= line + 1e-3 * d[own] + 1e-3 * price * r[own]
+                    if r[a] < r[action] < r[b]:
+                        line = d[a] + (d[b] - d[a]) * (r[action] - r[a]) / (r[b] - r[a])
+                        assert d[action] <= line + 1e-3 * d[action] + 1e-3 * price * r[action]
                 block += 1
 
 
-def test_the_certificate_by_a_second_computation_from_the_bytes(small: Any) -> None:
+def test_regret_metrics_equal_enumeration_from_the_bytes(small: Any) -> None:
     """Every offset of every block and every other code of every weight, in float64, from the decoded file."""
     layers, moments = small
-    context = dataclasses.replace(oracle_of(layers, moments), parameters=6 * sum(layer.parameters for layer in layers))
+    context = dataclasses.replace(context_of(layers, moments), parameters=6 * sum(layer.parameters for layer in layers))
     found = compress(ALONE, context)
     tables, price = CodeTables.unpack(found.packed[TABLES]), found.metrics["price"] / 8
     steps_regret, codes_regret = [], []
@@ -483,36 +494,39 @@ def test_the_certificate_by_a_second_computation_from_the_bytes(small: Any) -> N
 
 
 @pytest.mark.parametrize("name", ["nash_swarm", "no_swarm", "alone", "local", "aligned", "high", "low"])
-def test_nobody_gains_by_changing_alone(name: str) -> None:
+def test_compress_at_equilibrium_regret_vanishes(name: str) -> None:
     found = result(name).metrics
     assert 0 <= found["regret_mean"] <= found["regret_max"] <= 1e-6
     assert found["regret_max"] == max(found["regret_of_steps"], found["regret_of_codes"])
 
 
 @pytest.mark.parametrize("align", [0.0, 2.0])
-def test_blocks_move_at_fixed_tables_until_none_gains(align: float) -> None:
-    """Nobody else is touched, the costs that are handed back are those of the end, and nobody pays more than it moved
-    for."""
-    table = _Table(NashSwarm(), oracle_of(*example()), np.random.default_rng(0))
-    stance = dataclasses.replace(table.plain, found=table.plain.found | {"flock_align": align})
-    met = table.play(2.0**-6, stance, 20)
-    before = table.actions(met, stance)
-    calm, played, costs = table.calm(met, stance, before)
-    assert played.tables is met.tables and played.unit == met.unit
-    assert costs == pytest.approx(table.actions(played, calm), rel=1e-2)  # a float32 tie of a pass may fall either way
-    moved = np.concatenate([calm.offsets[name] != stance.offsets[name] for name in SHAPES])
-    assert moved.any() and not moved.all() and (before[~moved] == costs[~moved]).all()
-    for name, tensor in met.tensors.items():
-        still = torch.from_numpy(~table.by_layer(moved)[name]).repeat_interleave(16)[: len(tensor.codes)]
-        assert torch.equal(tensor.codes[still], played.tensors[name].codes[still])
-        assert torch.equal(tensor.lattice.column_size, played.tensors[name].lattice.column_size)
-    game, profile, _ = table.game(costs, played, calm, align)
+def test_equilibrate_offsets_moves_regretful_blocks_until_none_gains(align: float) -> None:
+    """Other blocks stay, the returned costs are those of the end, and no block pays more than it moved for."""
+    solver = solver_of(NashSwarm())
+    quantizer = solver.quantizer
+    start = quantizer.neutral.with_metrics(flock_align=align)
+    model = quantizer.quantize_at(2.0**-6, start, 20)
+    costs = solver.offset_costs(model, start)
+    end = solver.equilibrate_offsets(model, start, costs)
+    assert end.costs is not None
+    assert end.model.tables is model.tables and end.model.base_step == model.base_step
+    # A float32 tie of a pass may fall either way.
+    assert end.costs == pytest.approx(solver.offset_costs(end.model, end.choices), rel=1e-2)
+    moved = np.concatenate([end.choices.offsets[name] != start.offsets[name] for name in SHAPES])
+    assert moved.any() and not moved.all() and (costs[~moved] == end.costs[~moved]).all()
+    for name, tensor in model.tensors.items():
+        still = torch.from_numpy(~quantizer.split_by_layer(moved)[name]).repeat_interleave(16)[: len(tensor.codes)]
+        assert torch.equal(tensor.codes[still], end.model.tensors[name].codes[still])
+        assert torch.equal(tensor.lattice.column_size, end.model.tensors[name].lattice.column_size)
+    game, profile, _ = solver.offset_game(end.costs, model.base_step, end.choices, align)
     assert game.regret(profile).max() <= REGRET
     if not align:
-        assert (costs[moved, list(NashSwarm().offsets).index(0)] <= before[moved].min(1) * (1 + 1e-4)).all()
+        stay = list(NashSwarm().offsets).index(0)
+        assert (end.costs[moved, stay] <= costs[moved].min(1) * (1 + 1e-4)).all()
 
 
-def test_replies_of_the_codes_end_their_regret() -> None:
+def test_coordinate_descent_ends_the_regret_of_codes() -> None:
     regrets = {name: result(name).metrics["regret_of_codes"] for name in ("alone", "pass", "rounding")}
     assert regrets["alone"] < 0.05 * regrets["pass"] < regrets["rounding"]
     moves = result("alone").series["moves"]
@@ -524,19 +538,19 @@ def test_replies_of_the_codes_end_their_regret() -> None:
 
 @pytest.mark.parametrize("rate", [0.2, 1.0, 1.7])
 @pytest.mark.parametrize("start", [2.0**-14, 2.0**-6, 1.0, 64.0])
-def test_the_budget_is_found_from_anywhere(rate: float, start: float) -> None:
+def test_step_for_budget_any_start_meets_the_budget(rate: float, start: float) -> None:
     """Bytes that fall by ``rate`` times what is expected with every octave, in steps of four bytes, to a floor."""
 
     def trial(unit: float) -> int:
         return max(4 * round((60_000 - rate * 10_000 * np.log2(unit / 0.01)) / 4), 300)
 
-    assert 0.999 * 41_234 <= meet(trial, lambda size: size, 41_234, start, Slope(10_000.0)) <= 41_234
+    assert 0.999 * 41_234 <= step_for_budget(trial, lambda size: size, 41_234, start, ByteSlope(10_000.0)) <= 41_234
 
 
-def test_a_budget_that_no_unit_meets_is_refused() -> None:
+def test_step_for_budget_constant_size_raises() -> None:
     with pytest.raises(ValueError, match=r"no step was found at which the layers take 100 bytes; raise method\.bits"):
-        meet(lambda unit: 200, lambda size: size, 100, 1.0, Slope(1000.0))
+        step_for_budget(lambda unit: 200, lambda size: size, 100, 1.0, ByteSlope(1000.0))
 
 
-def test_what_stays_below_the_budget_is_taken_where_nothing_comes_closer() -> None:
-    assert meet(lambda unit: 50 if unit > 3 else 500, lambda size: size, 100, 1.0, Slope(100.0)) == 50
+def test_step_for_budget_jump_in_size_takes_the_largest_that_fits() -> None:
+    assert step_for_budget(lambda unit: 50 if unit > 3 else 500, lambda size: size, 100, 1.0, ByteSlope(100.0)) == 50
