@@ -25,7 +25,7 @@ from nashswarm.quant.curvature import Curvature, FactoredCurvature
 from nashswarm.quant.entropy import CodeTables, coded_bits, count_symbols, encode_integers, encode_lattice, fit_tables
 from nashswarm.quant.error_feedback import row_chunks
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
-from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, bit_price
+from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, bit_price, make_lattice
 from nashswarm.quant.lattice_codes import RateTerm, lattice_descent, lattice_error_feedback
 
 SWEEPS_BEFORE_TABLES = 3  # sweeps before the code tables are fitted again
@@ -168,10 +168,12 @@ class LatticeQuantizer:
         rate_term = self.rate_term(model)
         tensors = dict(model.tensors)
         for layer, rows in self.row_pieces(blocks):
-            weight, factored = layer.weight[rows], self.curvatures[layer.name].select_rows(rows)
+            weight = layer.weight[rows]
             lattice = self.lattice(layer, model.base_step, choices).select_rows(rows)
             lattice = dataclasses.replace(lattice, column_size=model.tensors[layer.name].lattice.column_size)
-            tensor = with_fitted_sizes(lattice_error_feedback(weight, factored, lattice), columns_too=False)
+            tensor = with_fitted_sizes(
+                lattice_error_feedback(weight, self.curvatures[layer.name], lattice), columns_too=False
+            )
             if sweeps:
                 tensor, _ = lattice_descent(weight, tensor, self.curvature(layer, choices, rows), rate_term, sweeps)
             tensors[layer.name] = tensors[layer.name].replace_rows(rows, tensor)

@@ -164,9 +164,8 @@ class RateGameSolver:
             cost_by_shift = {0: quantizer.cost_by_block(layer, current, model, choices, rows)}
             if shifts:
                 lattices = [layer_lattices[layer.name].select_rows(rows).shift_row_scales(shift) for shift in shifts]
-                factored = quantizer.curvatures[layer.name].select_rows(rows)
-                factored = dataclasses.replace(factored, rows=factored.rows.repeat(len(shifts)))
-                stacked = lattice_error_feedback(weight.repeat(len(shifts), 1), factored, stack_rows(lattices))
+                curvature, weights = quantizer.curvatures[layer.name], weight.repeat(len(shifts), 1)
+                stacked = lattice_error_feedback(weights, curvature, stack_rows(lattices))
                 for shift, codes, lattice in zip(shifts, stacked.codes.split(len(weight)), lattices, strict=True):
                     lattice = dataclasses.replace(lattice, column_size=current.lattice.column_size)
                     tensor = with_fitted_sizes(LatticeTensor(codes, lattice), columns_too=False)

@@ -1,4 +1,4 @@
-"""What the players of the rate game decide: how sensitive rows count_symbols, and how far blocks move from the price's step."""
+"""What the rate game decides: the weight of every row's sensitivity, and the offset of every block's step."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
