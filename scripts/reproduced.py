@@ -23,7 +23,7 @@ from nashswarm.records import files, record
 from nashswarm.records.provenance import provenance
 from nashswarm.records.record import Record
 from nashswarm.reporting import typeset
-from nashswarm.runtime.machine import machine
+from nashswarm.runtime.machine import read_machine
 
 log = logging.getLogger(__name__)
 TIMED = re.compile(r"seconds|_ms|per_second|_ratio|growth|resident|peak_bytes|latency|route_|share_")
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     text = markdown(found)
-    content = {"runs": [dataclasses.asdict(one) for one in found], "machine": str(machine()), "provenance": origin}
+    content = {"runs": [dataclasses.asdict(one) for one in found], "machine": str(read_machine()), "provenance": origin}
     files.write_report(options.out, content, text)
     typeset.console().print(text, markup=False, highlight=False)
     return int(any(one.failing for one in found))

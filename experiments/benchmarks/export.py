@@ -34,7 +34,7 @@ from nashswarm.quant.pack import pack
 from nashswarm.records.files import write_report
 from nashswarm.records.provenance import provenance, told
 from nashswarm.runtime import export
-from nashswarm.runtime.machine import machine
+from nashswarm.runtime.machine import read_machine
 
 GROUP_SIZE = 64
 WIDTHS = {"4": (4,), "2, 3, 4": (2, 3, 4)}
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             widths, target, dtype = case
             path = pathlib.Path(folder, f"{len(found)}{export.TARGETS[target]}")
             found[case] = export.export(own[widths], target, path, tokens, "float32", dtype)
-            run = torch.export.load(path).module() if target == "torch-export" else export.onnx_run(path)
+            run = torch.export.load(path).module() if target == "torch-export" else export.load_onnx(path)
             contestants[case] = Exported(run, export.empty_cache(full))
         named = {" | ".join(case): model for case, model in contestants.items()}
         times = timing.decoding(named, tokens, CONTEXT, NEW_TOKENS, options.rounds, lambda name: None, show_progress)
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case, each in zip(contestants, times.values(), strict=True):
         row: dict[str, Any] = dict(zip(("widths", "target", "dtype"), case, strict=True)) | found.get(case, {})
         rows.append(row | {"decode_ms": statistics.median(each["decode"])} | timing.ratios(first, each, ""))
-    content = {"rows": rows, "machine": str(machine()), "provenance": origin}
+    content = {"rows": rows, "machine": str(read_machine()), "provenance": origin}
     text = markdown(content)
     write_report(options.out, content, text)
     print(text)

@@ -20,7 +20,7 @@ from nashswarm.progress import show_progress
 from nashswarm.records.files import write_report
 from nashswarm.records.provenance import provenance, told
 from nashswarm.runtime import cache_misses
-from nashswarm.runtime.machine import machine
+from nashswarm.runtime.machine import read_machine
 
 SHAPES = ((3072, 768), (768, 3072))
 LAYERS = 12
@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     origin = provenance(datetime.datetime.now(datetime.UTC))
     try:
-        counter, why = cache_misses.tool()
+        counter, why = cache_misses.choose_counter()
         if not shutil.which("valgrind"):
             raise ValueError("a laptop's caches are simulated, and valgrind is not installed (apt install valgrind)")
-        caches = machine().caches
+        caches = read_machine().caches
         own = caches[1], caches[max(caches)]
         sets = [(f"{rows}x{columns}", [(rows, columns)], HERE, own, counter) for rows, columns in SHAPES]
         several = f"{LAYERS} of each in turn"
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    found = {"why": why, "rows": rows, "machine": str(machine()), "provenance": origin}
+    found = {"why": why, "rows": rows, "machine": str(read_machine()), "provenance": origin}
     text = markdown(found)
     write_report(options.out, found, text)
     print(text)
@@ -69,7 +69,7 @@ def measured(
 ) -> dict[str, Any]:
     """A row: misses of one product, the mean over the matrices.  ``bits``: None for floats."""
     matrices = [example(*shape, (bits or 4,), GROUP_SIZE, True, seed) for seed, shape in enumerate(shapes)]
-    counted = cache_misses.count(matrices, ACTIVATIONS if bits else None, *caches, counter)
+    counted = cache_misses.count_misses(matrices, ACTIVATIONS if bits else None, *caches, counter)
     size = sum(one.nbytes if bits else 4 * one.rows * one.columns for one in matrices)
     return {
         "matrices": name,

@@ -28,7 +28,7 @@ from nashswarm.models import evaluation, sources
 from nashswarm.progress import show_progress
 from nashswarm.records import files, record
 from nashswarm.records.provenance import provenance, told
-from nashswarm.runtime.machine import machine
+from nashswarm.runtime.machine import read_machine
 
 RUN = [sys.executable, "-m", "experiments.run", "-m"]
 NOTHING = [
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     found["idle"] = {name: [one[name] for one in nothing] for name in nothing[0]}
     found["seconds"] = {way: [one[way] for one in swept] for way in WAYS}
-    found |= {"machine": str(machine()), "provenance": origin}
+    found |= {"machine": str(read_machine()), "provenance": origin}
     text = markdown(found)
     files.write_report(options.out, found, text)
     print(text)

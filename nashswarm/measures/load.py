@@ -48,19 +48,19 @@ class Load:
         from nashswarm.runtime import load, server
 
         prompts = target.windows[:, : self.prompt_tokens].tolist()
-        answers: dict[str, list[load.Answer]] = {"_full": [], "": []}
+        answers: dict[str, list[load.Response]] = {"_full": [], "": []}
         spent = dict.fromkeys(answers, 0.0)  # seconds
         rounds = min(self.rounds, self.requests)
         with contextlib.ExitStack() as stack:
             urls = {}
             for suffix, model in (("_full", target.full), ("", target.packed())):
-                app = server.application(model, target.tokenizer, "model", server.Limits(self.queue))
-                urls[suffix] = stack.enter_context(server.running(app))
-                load.answers(urls[suffix], prompts, self.new_tokens, 1, 1)  # warms up
+                app = server.build_app(model, target.tokenizer, "model", server.Limits(self.queue))
+                urls[suffix] = stack.enter_context(server.serve_in_thread(app))
+                load.send_requests(urls[suffix], prompts, self.new_tokens, 1, 1)  # warms up
             turns = [(number, suffix) for number in range(rounds) for suffix in urls]
             for number, suffix in target.track(turns, "load"):
                 requests = self.requests * (number + 1) // rounds - self.requests * number // rounds
-                turn_answers, seconds = load.answers(
+                turn_answers, seconds = load.send_requests(
                     urls[suffix], prompts, self.new_tokens, requests, self.concurrency, self.rate, number
                 )
                 answers[suffix] += turn_answers
@@ -68,7 +68,7 @@ class Load:
         metrics: dict[str, float] = {}
         series: dict[str, list[float]] = {}
         for suffix, received in answers.items():
-            summary = load.summary(received, spent[suffix])
+            summary = load.summarise(received, spent[suffix])
             metrics |= {f"{name}{suffix}": value for name, value in summary.items()}
             series[f"latency_ms{suffix}"] = [1000 * answer.seconds for answer in received]
             series[f"resident_mb{suffix}"] = [1e-6 * answer.resident for answer in received]

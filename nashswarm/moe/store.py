@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nashswarm.models.experts import Experts
 from nashswarm.moe.router.router import Router
-from nashswarm.runtime.machine import machine
+from nashswarm.runtime.machine import read_machine
 
 MATRICES = ("up_proj", "down_proj")
 Key = tuple[str, int]  # layer and number of the expert
@@ -22,7 +22,7 @@ Key = tuple[str, int]  # layer and number of the expert
 
 def last_level_cache() -> int:
     """Return the bytes of this machine's last-level cache.  Raises ValueError if the system does not report it."""
-    here = machine()
+    here = read_machine()
     last = max(here.caches)
     if last in here.assumed:
         raise ValueError("this system does not tell the size of its caches: give budget_bytes")

@@ -1,1 +1,7 @@
-"""Running compressed models: in other runtimes, on this machine's caches, and for several users at a time."""
+"""Run compressed models: profile them, export them to other runtimes, and serve them.
+
+``machine`` reads cores, caches and instruction sets.  ``memory_limit`` measures the memory of generation and finds the
+longest text within a limit.  ``profile`` times matrices and batch sizes.  ``cache_misses`` counts cache misses of
+products, which ``products`` runs in a process without torch.  ``export`` writes a model for ONNX runtimes or
+torch.export, with the layouts of ``portable`` and ``qdq``.  ``server`` answers HTTP requests, ``load`` sends them.
+"""

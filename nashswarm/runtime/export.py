@@ -1,13 +1,13 @@
-"""A compressed model as one file for other runtimes: ONNX, or a program of torch.export.
+"""Export a compressed model as one file for other runtimes: ONNX, or a program of torch.export.
 
-Both take token ids and a cache, of any batch size and length, and give logits and the cache grown by those tokens; the
-rows of a batch are equally long.  Weights stay packed in the file (``portable``); what is not quantized is stored in 32
-or 16 bits and cast to float32 where it is used.  No file is left behind whose answers to real text differ from the
-model's own, or in 16 bits from those of the model rounded alike.
+The exported model takes token ids and a cache, of any batch size and length, and returns logits and the longer cache;
+all rows of a batch have the same length.  Weights stay packed in the file (``portable``).  Tensors that are not
+quantized are stored in 32 or 16 bits and cast to float32 where they are used.  An exported file is kept only if its
+logits on real text agree with the model's; with 16 bits they are compared with a model that is rounded in the same way.
 
-``onnx-qdq`` holds every matrix in standard operators alone, INT4 or INT8 and DequantizeLinear, for TensorRT and whoever
-else reads them.  Its weights take at least 4 bits, so the file may be larger than the packed checkpoint, and
-onnxruntime turns them into floats at every call.
+``onnx-qdq`` stores every matrix in standard operators alone, INT4 or INT8 with DequantizeLinear, for TensorRT and other
+runtimes that read them.  Its weights take at least 4 bits, so the file may be larger than the packed checkpoint, and
+onnxruntime dequantizes them at every call.
 """
 
 import copy
@@ -31,18 +31,18 @@ from nashswarm.runtime.qdq import OPSET, Digits
 TARGETS = {"onnx": ".onnx", "onnx-qdq": ".onnx", "torch-export": ".pt2"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ARCHITECTURES = ("gpt2", "llama")
-GROWING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the text
+GROWING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the length of the text
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 LARGEST = 2**31  # bytes of an ONNX file
-PARITY = 1e-4  # the largest difference of logits that is let pass, relative to the largest logit
-PROMPT, DECODED = 24, 8  # tokens of the text that parity is checked on
+PARITY = 1e-4  # tolerance: the largest difference of logits, relative to the largest logit
+PROMPT, DECODED = 24, 8  # tokens of the text on which logits are compared
 Run = Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
 
 
 class Step(nn.Module):
-    """Ids and a cache (keys and values of every layer, one after another) → logits and the longer cache.
+    """One step of a model as a function of tensors: ids and a cache → logits and the longer cache.
 
-    The parameters of the model, whatever they are stored in, are float32 where they are used.
+    The cache lists keys and values of every layer in turn.  Parameters are cast to float32 where they are used.
     """
 
     def __init__(self, model: Any) -> None:
@@ -55,7 +55,7 @@ class Step(nn.Module):
         hidden = torch.arange(seen + new) > places.unsqueeze(1)
         mask = hidden.float() * torch.finfo(torch.float32).min
         layers = [_layer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
-        given = {
+        inputs = {
             "input_ids": input_ids,
             "position_ids": places.unsqueeze(0),
             "attention_mask": mask[None, None],
@@ -63,13 +63,13 @@ class Step(nn.Module):
             "use_cache": True,
         }
         floats = {name: part.float() for name, part in self.model.named_parameters()}
-        answer = torch.func.functional_call(self.model, floats, kwargs=given)
-        grown = [part for layer in layers for part in (layer.keys, layer.values) if part is not None]
-        return answer.logits, grown
+        output = torch.func.functional_call(self.model, floats, kwargs=inputs)
+        longer = [part for layer in layers for part in (layer.keys, layer.values) if part is not None]
+        return output.logits, longer
 
 
-def check(model: Any, target: str, out: pathlib.Path, activations: str = "float32") -> None:
-    """Raises ValueError for what cannot be exported, or not there."""
+def check_exportable(model: Any, target: str, out: pathlib.Path, activations: str = "float32") -> None:
+    """Raise ValueError if the model cannot be exported to ``target``, or not to the path ``out``."""
     kind = model.config.model_type
     if kind not in ARCHITECTURES or not model.can_generate():
         raise ValueError(
@@ -96,41 +96,42 @@ def export(
     activations: str,
     dtype: str = "float32",
 ) -> dict[str, float]:
-    """Write the model to ``out``: bytes, how its matrices are stored, and ``parity``, the largest difference of logits
-    on ``tokens`` relative to the largest logit.
+    """Write the model to ``out``, and return its bytes, the number of matrices per layout, and its parity.
 
-    ``activations``: int8 or float32, as in products of the model itself; in ONNX, int8 is left to MatMulNBits, and the
-    model is compared with at float32.  ``dtype``: float32, float16 or bfloat16, what parts that are not quantized are
-    stored in; ``parity_rounded`` compares with the model whose parts are rounded alike.  Raises ValueError if the file
-    would answer differently.
+    ``parity`` is the largest difference of logits on ``tokens``, relative to the largest logit.  ``activations``: int8
+    or float32, as in products of the model itself; in ONNX, MatMulNBits alone rounds to int8, and the file is compared
+    with the model at float32.  ``dtype``: float32, float16 or bfloat16, for tensors that are not quantized;
+    ``parity_rounded`` compares with a model whose tensors are rounded in the same way.  Raises ValueError if the logits
+    of the file differ by more than the tolerance; then no file is written.
     """
-    check(model, target, out, activations)
+    check_exportable(model, target, out, activations)
     layouts: dict[str, Callable[[PackedMatrix, str], nn.Module]]
     layouts = {"onnx": for_onnx, "onnx-qdq": Digits, "torch-export": for_torch}
-    changed = _stored_as(portable(model, activations, layouts[target]), DTYPES[dtype]).eval()
-    changed.set_attn_implementation("eager")
-    found = _matrices(changed, target)
-    program = traced(changed)
+    exported = _cast_parameters(portable(model, activations, layouts[target]), DTYPES[dtype]).eval()
+    exported.set_attn_implementation("eager")
+    metrics = _count_layouts(exported, target)
+    program = trace(exported)
     native = target == "torch-export"
 
     def write(path: pathlib.Path) -> None:
         (_write_program if native else _write_onnx)(program, path, len(empty_cache(model)))
-        run = torch.export.load(io.BytesIO(path.read_bytes())).module() if native else onnx_run(path)
+        run = torch.export.load(io.BytesIO(path.read_bytes())).module() if native else load_onnx(path)
         set_activations(model, activations if native else "float32")  # type: ignore[arg-type]
-        apart = found["parity"] = parity(model, run, tokens)
+        difference = metrics["parity"] = compare_logits(model, run, tokens)
         if dtype != "float32":
-            rounded = _stored_as(copy.deepcopy(model), DTYPES[dtype])
-            apart = found["parity_rounded"] = parity(_stored_as(rounded, torch.float32), run, tokens)
-        if not apart <= PARITY and not (target == "onnx" and activations == "int8"):
-            raise ValueError(f"the exported model's logits differ by {apart:.1e} of the largest: not written")
+            rounded = _cast_parameters(copy.deepcopy(model), DTYPES[dtype])
+            rounded = _cast_parameters(rounded, torch.float32)
+            difference = metrics["parity_rounded"] = compare_logits(rounded, run, tokens)
+        if not difference <= PARITY and not (target == "onnx" and activations == "int8"):
+            raise ValueError(f"the exported model's logits differ by {difference:.1e} of the largest: not written")
 
     write_by(out, write)
-    return {"bytes_file": out.stat().st_size} | found
+    return {"bytes_file": out.stat().st_size} | metrics
 
 
 @torch.no_grad()
-def traced(model: Any) -> torch.export.ExportedProgram:
-    """One step of the model as a graph, for any batch, number of tokens and length of the cache."""
+def trace(model: Any) -> torch.export.ExportedProgram:
+    """Trace one step of the model to a graph, for any batch size, number of tokens and length of the cache."""
     batch, tokens, past = (torch.export.Dim(name) for name in ("batch", "tokens", "past"))
     cache = [part.new_zeros(2, part.shape[1], 5, part.shape[3]) for part in empty_cache(model)]
     ids = torch.zeros(2, 3, dtype=torch.long)
@@ -139,26 +140,29 @@ def traced(model: Any) -> torch.export.ExportedProgram:
 
 
 @torch.no_grad()
-def parity(model: Any, run: Run, tokens: Int[Tensor, "1 length"]) -> float:
-    """The largest difference of logits, relative to the largest one: a prompt at once, then token by token, each side
-    with its own cache.  Raises ValueError if the text is too short."""
+def compare_logits(model: Any, run: Run, tokens: Int[Tensor, "1 length"]) -> float:
+    """Return the largest difference between the logits of a model and of a run, relative to the largest logit.
+
+    Both process a prompt at once and then token by token, each with its own cache.  Raises ValueError if the text is
+    too short.
+    """
     if tokens.shape[1] < PROMPT + DECODED:
         raise ValueError(f"the text has {tokens.shape[1]} tokens, parity is checked on {PROMPT + DECODED}: give more")
-    own, cache, largest, difference = None, list(empty_cache(model)), 0.0, 0.0
+    model_cache, run_cache, largest, difference = None, list(empty_cache(model)), 0.0, 0.0
     for part in (tokens[:, :PROMPT], *tokens[:, PROMPT : PROMPT + DECODED].split(1, 1)):
-        answer = model(input_ids=part, past_key_values=own, use_cache=True)
-        own = answer.past_key_values
-        logits, found = run(part, cache)
-        cache = list(found)
-        largest = max(largest, float(answer.logits.abs().max()))
-        apart = (logits - answer.logits).abs().max()
-        difference = max(difference, float(apart) if apart.isfinite() else float("inf"))
+        output = model(input_ids=part, past_key_values=model_cache, use_cache=True)
+        model_cache = output.past_key_values
+        logits, longer = run(part, run_cache)
+        run_cache = list(longer)
+        largest = max(largest, float(output.logits.abs().max()))
+        step = (logits - output.logits).abs().max()
+        difference = max(difference, float(step) if step.isfinite() else float("inf"))
     return difference / largest
 
 
 @torch.no_grad()
-def _stored_as(model: Any, dtype: torch.dtype) -> Any:
-    """The model, its parameters in another type.  Raises ValueError if one is too large for it."""
+def _cast_parameters(model: Any, dtype: torch.dtype) -> Any:
+    """Cast the parameters of the model in place.  Raises ValueError if a number does not fit the type."""
     for name, part in model.named_parameters():
         part.data = part.data.to(dtype)
         if not part.isfinite().all():
@@ -168,8 +172,8 @@ def _stored_as(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _matrices(model: Any, target: str) -> dict[str, float]:
-    """How many are stored in which layout of the target."""
+def _count_layouts(model: Any, target: str) -> dict[str, float]:
+    """Count the matrices in each layout of the target."""
     modules = set(model.modules())
     if target == "onnx-qdq":
         widths = [module.bits for module in modules if isinstance(module, Digits)]
@@ -179,7 +183,7 @@ def _matrices(model: Any, target: str) -> dict[str, float]:
 
 
 def empty_cache(model: Any) -> list[Tensor]:
-    """The cache before the first token."""
+    """Return the cache before the first token."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -194,7 +198,7 @@ def _layer(key: Tensor, value: Tensor) -> DynamicLayer:
 
 
 def _names(parts: int) -> tuple[list[str], list[str]]:
-    """Of inputs and outputs, as in other exports of transformers' models."""
+    """Name inputs and outputs as other exports of transformers' models do."""
     sides = [f"{layer}.{side}" for layer in range(parts // 2) for side in ("key", "value")]
     inputs, outputs = ([f"{name}.{side}" for side in sides] for name in ("past_key_values", "present"))
     return ["input_ids", *inputs], ["logits", *outputs]
@@ -203,25 +207,26 @@ def _names(parts: int) -> tuple[list[str], list[str]]:
 def _write_onnx(program: torch.export.ExportedProgram, path: pathlib.Path, parts: int) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass
 
-    for name in ("onnx_ir", "torch.onnx"):  # they tell of every step
+    for name in ("onnx_ir", "torch.onnx"):  # they log every step
         logging.getLogger(name).setLevel(logging.ERROR)
 
     inputs, outputs = _names(parts)
-    found = torch.onnx.export(
+    onnx_program = torch.onnx.export(
         program, input_names=inputs, output_names=outputs, opset_version=OPSET, verbose=False, optimize=False
     )
-    assert found is not None
-    DeduplicateInitializersPass(size_limit=LARGEST)(found.model)  # a head that is tied to the embedding
-    ClearMetadataAndDocStringPass()(found.model)  # of every node, where in the sources it came from
-    _to_int4(found.model)
-    size = sum(tensor.const_value.nbytes for tensor in found.model.graph.initializers.values())
+    assert onnx_program is not None
+    model = onnx_program.model
+    DeduplicateInitializersPass(size_limit=LARGEST)(model)  # a head that is tied to the embedding
+    ClearMetadataAndDocStringPass()(model)  # the source location of every node
+    _to_int4(model)
+    size = sum(tensor.const_value.nbytes for tensor in model.graph.initializers.values())
     if size >= LARGEST:
         raise ValueError(f"{size:,} bytes of weights do not fit an ONNX file of 2 GiB: take --to torch-export")
-    found.save(path, external_data=False)
+    onnx_program.save(path, external_data=False)
 
 
 def _to_int4(model: Any) -> None:
-    """Codes of blocks, which torch knows no narrower type for."""
+    """Narrow the codes of blocks from int8 to INT4, a type that torch does not have."""
     import onnx_ir
 
     for node in model.graph:
@@ -236,8 +241,8 @@ def _write_program(program: torch.export.ExportedProgram, path: pathlib.Path, pa
         torch.export.save(program, file)
 
 
-def onnx_run(path: pathlib.Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Run:
-    """A model in onnxruntime, with the options that it has by itself."""
+def load_onnx(path: pathlib.Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Run:
+    """Load a model into onnxruntime with its default options."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -245,9 +250,9 @@ def onnx_run(path: pathlib.Path, providers: Sequence[str] = ("CPUExecutionProvid
     session = onnxruntime.InferenceSession(str(path), options, list(providers))
 
     def run(ids: Tensor, cache: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        inputs, _ = _names(len(cache))
-        given = dict(zip(inputs, (part.numpy() for part in (ids, *cache)), strict=True))
-        logits, *grown = (torch.from_numpy(part) for part in session.run(None, given))
-        return logits, grown
+        names, _ = _names(len(cache))
+        inputs = dict(zip(names, (part.numpy() for part in (ids, *cache)), strict=True))
+        logits, *longer = (torch.from_numpy(part) for part in session.run(None, inputs))
+        return logits, longer
 
     return run

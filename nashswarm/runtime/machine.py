@@ -1,4 +1,4 @@
-"""The machine that products run on: cores, caches and instruction sets, as Linux reports them."""
+"""Read what Linux reports about the machine: cores, caches and instruction sets."""
 
 import dataclasses
 import logging
@@ -7,9 +7,9 @@ import pathlib
 import platform
 
 CPUS, CPUINFO = pathlib.Path("/sys/devices/system/cpu"), pathlib.Path("/proc/cpuinfo")
-ASSUMED = {1: 32 << 10, 2: 1 << 20, 3: 8 << 20}  # bytes, where the system does not say
+ASSUMED = {1: 32 << 10, 2: 1 << 20, 3: 8 << 20}  # level → bytes, if the system does not report them
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-INSTRUCTIONS = (  # those that products with packed weights can use
+INSTRUCTIONS = (  # that products with packed weights can use
     *(
         "avx2",
         "fma",
@@ -30,8 +30,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """``cores``: that this process may use.  ``caches``: level → bytes of data of one cache; ``sharers``: level → how
-    many processors of the machine share it.  ``assumed``: the levels that the system said nothing of."""
+    """The processor of this machine.
+
+    ``cores``: how many this process may use.  ``caches``: level → bytes of one data cache.  ``sharers``: level → number
+    of processors that share it.  ``assumed``: levels whose size the system does not report.
+    """
 
     name: str
     cores: int
@@ -41,13 +44,13 @@ class Machine:
     assumed: tuple[int, ...] = ()
 
     def level(self, size: int) -> str:
-        """The nearest level that holds so many bytes.
+        """Return the nearest level of memory that holds ``size`` bytes.
 
-        >>> found = Machine("", 1, {1: 32768, 2: 1048576, 3: 33554432}, {1: 1, 2: 1, 3: 2}, ())
-        >>> found.level(20_000), found.level(2_000_000), found.level(10**9)
+        >>> machine = Machine("", 1, {1: 32768, 2: 1048576, 3: 33554432}, {1: 1, 2: 1, 3: 2}, ())
+        >>> machine.level(20_000), machine.level(2_000_000), machine.level(10**9)
         ('L1', 'L3', 'memory')
         """
-        return next((f"L{level}" for level, room in sorted(self.caches.items()) if size <= room), "memory")
+        return next((f"L{level}" for level, capacity in sorted(self.caches.items()) if size <= capacity), "memory")
 
     def __str__(self) -> str:
         caches = ", ".join(
@@ -59,8 +62,8 @@ class Machine:
         return f"{self.name}: {self.cores} cores, {caches}; {' '.join(self.instructions) or 'instruction sets unknown'}"
 
 
-def machine(cpus: pathlib.Path = CPUS, cpuinfo: pathlib.Path = CPUINFO) -> Machine:
-    """What this process runs on; the log names what had to be assumed."""
+def read_machine(cpus: pathlib.Path = CPUS, cpuinfo: pathlib.Path = CPUINFO) -> Machine:
+    """Read the properties of this machine; a warning names cache sizes that had to be assumed."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     caches: dict[int, int] = {}
     sharers: dict[int, int] = {}
@@ -69,19 +72,20 @@ def machine(cpus: pathlib.Path = CPUS, cpuinfo: pathlib.Path = CPUINFO) -> Machi
         if kind in ("Data", "Unified") and level.isdigit() and size[:-1].isdigit() and size[-1] in UNITS:
             caches[int(level)] = int(size[:-1]) * UNITS[size[-1]]
             sharers[int(level)] = _count(shared)
-    top = max(caches, default=0)  # a machine without a third level is one
+    top = max(caches, default=0)  # some machines have no third level
     assumed = tuple(level for level in ASSUMED if level not in caches and (level < top or top < 2))
     if assumed:
-        named = ", ".join(f"L{level} {_binary(ASSUMED[level])}" for level in assumed)
-        log.warning("the system does not say how large its caches are: assumed %s", named)
+        sizes = ", ".join(f"L{level} {_binary(ASSUMED[level])}" for level in assumed)
+        log.warning("the system does not say how large its caches are: assumed %s", sizes)
     caches |= {level: ASSUMED[level] for level in assumed}
     facts: dict[str, str] = {}
     for line in _text(cpuinfo).splitlines():
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())  # of the first processor
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
-    known = tuple(name for name in INSTRUCTIONS if name in flags)
-    return Machine(facts.get("model name") or platform.machine(), len(allowed), caches, sharers, known, assumed)
+    instructions = tuple(name for name in INSTRUCTIONS if name in flags)
+    name = facts.get("model name") or platform.machine()
+    return Machine(name, len(allowed), caches, sharers, instructions, assumed)
 
 
 def _text(path: pathlib.Path) -> str:
@@ -92,7 +96,7 @@ def _text(path: pathlib.Path) -> str:
 
 
 def _count(listed: str) -> int:
-    """How many processors a list like 0-3,8 names.
+    """Count the processors in a list like 0-3,8; an empty list means one.
 
     >>> _count("0-3,8"), _count("")
     (5, 1)
@@ -102,7 +106,8 @@ def _count(listed: str) -> int:
 
 
 def _binary(size: int) -> str:
-    """
+    """Write a number of bytes in binary units.
+
     >>> _binary(32768), _binary(1 << 20), _binary(100)
     ('32 KiB', '1 MiB', '100 B')
     """

@@ -1,4 +1,4 @@
-"""How much memory a model takes while it writes, how long a text fits within a limit, and weights that stay there."""
+"""Measure the memory of generation, find the longest text within a limit, and pin weights in memory."""
 
 from typing import Any
 
@@ -8,76 +8,80 @@ from torch import Tensor
 from nashswarm import memory
 from nashswarm.packed.modules import PackedMatrix
 
-TRIES = 4  # of lengths between one that fits and twice it
+TRIES = 4  # lengths to try between one that fits and one that does not
 
 
-def weights(model: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors of the packed matrices, and all others that the model holds; shared ones once."""
+def weight_tensors(model: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors of the packed matrices, and all others that the model holds; shared ones once."""
     matrices = [module for module in model.modules() if isinstance(module, PackedMatrix)]
     packed = [part for matrix in matrices for part in (*tensors(matrix), matrix.tiles.order)]
-    known = {part.data_ptr() for part in packed}
-    return packed, [part for part in tensors(model) if part.data_ptr() not in known]
+    pointers = {part.data_ptr() for part in packed}
+    return packed, [part for part in tensors(model) if part.data_ptr() not in pointers]
 
 
 def tensors(module: Any) -> list[Tensor]:
-    """All parameters and buffers, shared ones once."""
+    """Return all parameters and buffers, shared ones once."""
     return list({part.data_ptr(): part for part in (*module.parameters(), *module.buffers())}.values())
 
 
 @torch.no_grad()
 def token_bytes(model: Any) -> int | None:
-    """Of the cache, for each token of a text: keys and values of every layer; None for a model without such a cache."""
+    """Return the bytes of keys and values that the cache holds per token, or None for a model without such a cache."""
     cache = getattr(model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True), "past_key_values", None)
     parts = [getattr(layer, side, None) for layer in getattr(cache, "layers", ()) for side in ("keys", "values")]
-    held = [part.nbytes for part in parts if isinstance(part, Tensor)]
-    return sum(held) if parts and len(held) == len(parts) else None
+    sizes = [part.nbytes for part in parts if isinstance(part, Tensor)]
+    return sum(sizes) if parts and len(sizes) == len(parts) else None
 
 
-def peak(model: Any, tokens: int) -> int:
-    """The most bytes that this process held while the model read a text, of so many tokens with the one that it wrote
-    then.  Raises ValueError where the system does not tell."""
+def peak_bytes(model: Any, tokens: int) -> int:
+    """Measure the peak memory in bytes of this process while the model reads ``tokens`` − 1 tokens and generates one.
+
+    Raises ValueError if the system does not report the peak.
+    """
     ids = torch.zeros(1, tokens - 1, dtype=torch.long)
     memory.trim_heap()
     if not memory.reset_peak():
         raise ValueError("this system does not tell how much a process has held: leave out --memory-mb")
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
-    held = memory.peak_bytes()
+    peak = memory.peak_bytes()
     memory.trim_heap()
-    return held
+    return peak
 
 
-def longest(model: Any, limit: int, window: int) -> tuple[int, int]:
-    """The longest text, ``window`` tokens at most, with which this process holds no more than ``limit`` bytes, and what
-    it holds then; tried, not computed.
+def longest_text(model: Any, limit: int, window: int) -> tuple[int, int]:
+    """Find the longest text, ``window`` tokens at most, for which this process stays within ``limit`` bytes.
 
-    Raises ValueError if not even two tokens fit.
+    Returns the tokens and the peak in bytes.  Lengths are tried, because the peak cannot be computed.  Raises
+    ValueError if not even two tokens fit.
     """
-    least = peak(model, 2)
-    if least > limit:
+    smallest = peak_bytes(model, 2)
+    if smallest > limit:
         raise ValueError(
-            f"the process holds {1e-6 * least:.0f} MB with a text of two tokens, more than the limit of "
+            f"the process holds {1e-6 * smallest:.0f} MB with a text of two tokens, more than the limit of "
             f"{1e-6 * limit:.0f} MB: take a smaller model, or allow more"
         )
-    fits, over = (2, least), (2, least)
-    while over[1] <= limit and over[0] < window:  # from below: more than the limit may be more than there is
+    fits, over = (2, smallest), (2, smallest)
+    while over[1] <= limit and over[0] < window:  # from below: a longer text could exhaust the machine's memory
         fits, tokens = over, min(2 * over[0], window)
-        over = (tokens, peak(model, tokens))
+        over = (tokens, peak_bytes(model, tokens))
     if over[1] <= limit:
         return over
-    for number in range(TRIES):  # in proportion, then halfway: memory grows faster than texts do
-        part = 0.5 if number % 2 else (limit - fits[1]) / (over[1] - fits[1])
-        tokens = fits[0] + max(1, int(part * (over[0] - fits[0])))
+    for attempt in range(TRIES):  # by interpolation, then by bisection: memory grows faster than linearly
+        share = 0.5 if attempt % 2 else (limit - fits[1]) / (over[1] - fits[1])
+        tokens = fits[0] + max(1, int(share * (over[0] - fits[0])))
         if tokens >= over[0]:
             break
-        held = peak(model, tokens)
-        fits, over = ((tokens, held), over) if held <= limit else (fits, (tokens, held))
+        peak = peak_bytes(model, tokens)
+        fits, over = ((tokens, peak), over) if peak <= limit else (fits, (tokens, peak))
     return fits
 
 
 def pin(model: Any) -> int:
-    """Keep all weights in memory, whatever else the machine runs: their bytes.  Raises ValueError if the system does
-    not let this process."""
-    parts = [part for group in weights(model) for part in group if part.nbytes]
+    """Lock all weights in memory, so that they are never swapped out, and return their bytes.
+
+    Raises ValueError if the system does not allow it.
+    """
+    parts = [part for group in weight_tensors(model) for part in group if part.nbytes]
     try:
         for part in parts:
             memory.pin(part.data_ptr(), part.nbytes)

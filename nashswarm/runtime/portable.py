@@ -1,10 +1,10 @@
-"""Packed matrices as other runtimes compute with them: the same weights, laid out for their operators.
+"""Lay packed matrices out for the operators of other runtimes, without changing a weight.
 
-``Native`` keeps the tiles and calls our operators.  ``Grouped`` is the layout of onnxruntime's MatMulNBits: one width
-of 2, 4 or 8 bits and scales of groups.  ``Planes`` takes any widths: bit b of all codes of a width stands in one array
-of bytes, eight columns to a byte, and sums of masked bytes give the codes back.  ``qdq.Digits`` takes any widths too,
-in integers that standard operators read.  Each has ``product``, x Wᵀ, and ``rows``, the rows of the dequantized matrix
-that ids name.
+``Native`` keeps the tiles and calls nashswarm's own operators.  ``Grouped`` is the layout of onnxruntime's MatMulNBits:
+one width of 2, 4 or 8 bits, and scales of groups.  ``Planes`` takes any widths: bit b of all codes of one width is
+stored in one array of bytes, eight columns to a byte, and sums of masked bytes give the codes.  ``qdq.Digits`` takes
+any widths, too, as integers that standard operators read.  Each layout has ``product``, x Wᵀ, and ``rows``, the rows of
+the dequantized matrix with given ids.
 """
 
 import copy
@@ -29,7 +29,7 @@ ACCURACY = {"float32": 1, "int8": 4}  # onnxruntime's accuracy_level
 
 @runtime_checkable
 class Weight(Protocol):
-    """A packed matrix of one of the layouts."""
+    """The interface of all layouts of a packed matrix."""
 
     def product(self, x: Tensor) -> Tensor: ...
 
@@ -37,7 +37,7 @@ class Weight(Protocol):
 
 
 class Native(nn.Module):
-    """Tiles and our operators; whoever loads the program imports nashswarm first."""
+    """The tiles, for nashswarm's operators; a program that loads the export imports nashswarm first."""
 
     def __init__(self, matrix: PackedMatrix, activations: str) -> None:
         super().__init__()
@@ -47,17 +47,17 @@ class Native(nn.Module):
         self.sizes, self.activations = (*matrix.shape, matrix.group_size), activations
 
     def product(self, x: Tensor) -> Tensor:
-        return torch.ops.nashswarm.matmul(x, None, self.activations, *self._flat())
+        return torch.ops.nashswarm.matmul(x, None, self.activations, *self._arguments())
 
     def rows(self, ids: Tensor) -> Tensor:
-        return torch.ops.nashswarm.rows(ids, *self._flat())
+        return torch.ops.nashswarm.rows(ids, *self._arguments())
 
-    def _flat(self) -> tuple[Any, ...]:
+    def _arguments(self) -> tuple[Any, ...]:
         return *(getattr(self, name) for name in self.names), *self.sizes
 
 
 class Grouped(nn.Module):
-    """Codes of one width in groups, lowest first in every byte: MatMulNBits multiplies by them as they are."""
+    """Codes of one width in groups, the first one lowest in every byte, as MatMulNBits reads them."""
 
     codes: Tensor
     scale: Tensor
@@ -71,9 +71,9 @@ class Grouped(nn.Module):
         assert isinstance(tensor, QuantizedTensor)
         bits, size = int(tensor.bits.flatten()[0]), tensor.scheme.group_size
         rows, columns = matrix.shape
-        self.register_buffer("codes", _little(tensor.codes.view(rows, -1, size), bits))
+        self.register_buffer("codes", _pack_little_endian(tensor.codes.view(rows, -1, size), bits))
         self.register_buffer("scale", tensor.scale.half())
-        self.register_buffer("zero_point", _little(tensor.zero_point, bits))
+        self.register_buffer("zero_point", _pack_little_endian(tensor.zero_point, bits))
         shifts = torch.arange(0, 8, bits)
         self.register_buffer("masks", (((1 << bits) - 1) << shifts).to(torch.uint8))
         self.register_buffer("places", 1.0 / (1 << shifts))
@@ -96,12 +96,12 @@ class Grouped(nn.Module):
         return ((codes - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)
 
     def _fields(self, packed: Tensor) -> Tensor:
-        """Bytes → the codes in them, as floats."""
+        """Unpack bytes to the codes in them, as floats."""
         return ((packed.unsqueeze(-1) & self.masks).float() * self.places).flatten(-2)
 
 
 class Planes(nn.Module):
-    """Tiles of any widths, sorted by width: a plane of bytes for each bit of their codes, unpacked at every call."""
+    """Tiles of any widths, sorted by width: an array of bytes for each bit of their codes, unpacked at every call."""
 
     place: Tensor
     masks: Tensor
@@ -123,7 +123,7 @@ class Planes(nn.Module):
         self.empty = bool((widths == 0).any())
         packed = len(widths) - int((widths == 0).sum())
         place = torch.empty_like(order)
-        place[order] = torch.arange(len(order)).clamp(max=packed)  # the empty tiles are one and the same
+        place[order] = torch.arange(len(order)).clamp(max=packed)  # all empty tiles share one place
         self.register_buffer("place", place.int())
         self.register_buffer("masks", (1 << torch.arange(8)).to(torch.uint8))
         self.register_buffer("places", 1.0 / (1 << torch.arange(8)))
@@ -146,18 +146,18 @@ class Planes(nn.Module):
             self.register_buffer("escape_codes", tiles.escape_codes)
 
     def product(self, x: Tensor) -> Tensor:
-        answer = self._scaled("column_scale", x) @ self._values().T
-        return self._scaled("row_scale", answer)
+        y = self._scaled("column_scale", x) @ self._values().T
+        return self._scaled("row_scale", y)
 
     def rows(self, ids: Tensor) -> Tensor:
-        found = self._scaled("column_scale", self._values()[ids])
-        return found * self.row_scale[ids].unsqueeze(-1) if "row_scale" in self.sides else found
+        rows = self._scaled("column_scale", self._values()[ids])
+        return rows * self.row_scale[ids].unsqueeze(-1) if "row_scale" in self.sides else rows
 
     def _scaled(self, side: str, x: Tensor) -> Tensor:
         return x * getattr(self, side) if side in self.sides else x
 
     def _values(self) -> Tensor:
-        """The matrix before the scales of its rows and columns."""
+        """Return the matrix without the scales of its rows and columns."""
         parts = [self._codes(width) for width in self.widths]
         values = torch.cat(parts) if parts else torch.zeros(0, layout.TILE_ROWS, self.size)
         if self.grouped:
@@ -179,19 +179,19 @@ class Planes(nn.Module):
 
 
 class Product(nn.Module):
-    """y = x Wᵀ + b"""
+    """A linear layer y = x Wᵀ + b around one of the layouts."""
 
     def __init__(self, weight: Weight, bias: Tensor | None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        answer = self.weight.product(x)
-        return answer if self.bias is None else answer + self.bias
+        y = self.weight.product(x)
+        return y if self.bias is None else y + self.bias
 
 
 class Rows(nn.Module):
-    """The rows of W that ids name."""
+    """An embedding around one of the layouts: the rows of W with given ids."""
 
     def __init__(self, weight: Weight) -> None:
         super().__init__()
@@ -202,33 +202,34 @@ class Rows(nn.Module):
 
 
 def for_torch(matrix: PackedMatrix, activations: str) -> Native:
-    """As a program of torch.export holds it."""
+    """Lay a matrix out for a program of torch.export."""
     return Native(matrix, activations)
 
 
 def for_onnx(matrix: PackedMatrix, activations: str) -> Grouped | Planes:
-    """As an ONNX file holds it: MatMulNBits where that can read it."""
+    """Lay a matrix out for an ONNX file: for MatMulNBits if that operator can read it."""
     widths = set(matrix.tiles.widths.unique().tolist())
     fits = matrix.scheme is not None and len(widths) == 1 and widths <= set(NBITS_WIDTHS)
     return (Grouped if fits and matrix.group_size in NBITS_GROUPS else Planes)(matrix, activations)
 
 
 def portable(model: Any, activations: str, layout_of: Callable[[PackedMatrix, str], Any]) -> Any:
-    """A copy of a model with its packed modules in another layout; modules that share a matrix go on sharing it."""
-    found = copy.deepcopy(model)
+    """Copy a model and replace its packed modules by another layout; modules that share a matrix still share it."""
+    exported = copy.deepcopy(model)
     weights: dict[PackedMatrix, Any] = {}
-    for name, module in list(found.named_modules(remove_duplicate=False)):
+    for name, module in list(exported.named_modules(remove_duplicate=False)):
         if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
             if module.matrix not in weights:
                 weights[module.matrix] = layout_of(module.matrix, activations)
             weight = weights[module.matrix]
             bias = module.bias if isinstance(module, QuantizedLinear) else None
-            found.set_submodule(name, Product(weight, bias) if isinstance(module, QuantizedLinear) else Rows(weight))
-    return found
+            replacement = Product(weight, bias) if isinstance(module, QuantizedLinear) else Rows(weight)
+            exported.set_submodule(name, replacement)
+    return exported
 
 
-def _little(codes: Integer[Tensor, "*rows columns"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
-    """Codes, 8 / bits to a byte, the first one lowest; the last byte is filled with zeros."""
+def _pack_little_endian(codes: Integer[Tensor, "*rows columns"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
+    """Pack codes, 8 / bits to a byte, the first one lowest; the last byte is filled with zeros."""
     count = 8 // bits
     filled = nn.functional.pad(codes.int(), (0, -codes.shape[-1] % count))
     fields = filled.view(*codes.shape[:-1], math.ceil(codes.shape[-1] / count), count)

@@ -1,11 +1,10 @@
-"""Products with one column again and again, for a counter outside to count: without torch, whose import would be most
-of what is counted.
+"""Multiply matrices with a vector repeatedly, in a process whose cache misses are counted from outside.
 
     python products.py FILE.json ROUNDS
 
-The JSON, which ``misses`` writes, tells where matrices and inputs lie in FILE.bin; with ``library`` they are packed,
-without they are floats, which numpy's BLAS multiplies.  Prints the path that the library took and a sum of every
-answer.
+The JSON file, which ``cache_misses`` writes, tells where matrices and inputs lie in FILE.bin.  With a key ``library``
+the matrices are packed, without it they are floats, which numpy's BLAS multiplies.  The program prints the path of the
+library's kernels and the sum of every product.  It does not import torch, which would cause most of the misses.
 """
 
 import ctypes
@@ -20,48 +19,48 @@ from typing import Any
 def main(path: str, rounds: int) -> None:
     """Multiply with every matrix in turn, ``rounds`` times."""
     with open(path) as file:
-        told = json.load(file)
+        layout = json.load(file)
     with open(path.removesuffix("json") + "bin", "rb") as file:
-        held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    taken, calls, answers = packed(told, held) if "library" in told else floats(told, held)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    path_number, calls, products = packed(layout, data) if "library" in layout else floats(layout, data)
     for _ in range(rounds):
         for call in calls:
             call()
-    print(json.dumps({"path": taken, "sums": [float(sum(answer)) for answer in answers]}))
+    print(json.dumps({"path": path_number, "sums": [float(sum(product)) for product in products]}))
 
 
-def packed(told: Any, held: mmap.mmap) -> tuple[int | None, list[Callable[[], object]], list[Any]]:
-    """The path, a call for every matrix, and where their answers go."""
-    ctypes.CDLL(told["openmp"], mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(told["library"])
+def packed(layout: Any, data: mmap.mmap) -> tuple[int | None, list[Callable[[], object]], list[Any]]:
+    """Return the number of the kernels' path, a call for every matrix, and the buffers that the calls write to."""
+    ctypes.CDLL(layout["openmp"], mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(layout["library"])
     multiply = library.nashswarm_matmul
     multiply.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.c_int] * 3]
-    taken = next(number for number in told["paths"] if library.nashswarm_supports(number))
-    start = ctypes.addressof(ctypes.c_char.from_buffer(held))
+    path = next(number for number in layout["paths"] if library.nashswarm_supports(number))
+    start = ctypes.addressof(ctypes.c_char.from_buffer(data))
     calls: list[Callable[[], object]] = []
-    answers = []
-    for one in told["matrices"]:
-        addresses = [0 if place is None else start + place for place in one["places"]]
-        words = [*one["shape"], one["group_size"], *addresses]
-        matrix, y = (ctypes.c_uint64 * len(words))(*words), (ctypes.c_float * one["shape"][0])()
-        calls.append(functools.partial(multiply, matrix, start + one["x"], None, y, 1, told["digits"], 1, taken))
-        answers.append(y)
-    return taken, calls, answers
+    products = []
+    for entry in layout["matrices"]:
+        addresses = [0 if offset is None else start + offset for offset in entry["places"]]
+        words = [*entry["shape"], entry["group_size"], *addresses]
+        matrix, y = (ctypes.c_uint64 * len(words))(*words), (ctypes.c_float * entry["shape"][0])()
+        calls.append(functools.partial(multiply, matrix, start + entry["x"], None, y, 1, layout["digits"], 1, path))
+        products.append(y)
+    return path, calls, products
 
 
-def floats(told: Any, held: mmap.mmap) -> tuple[int | None, list[Callable[[], object]], list[Any]]:
-    """The same of floats; there is no path."""
-    import numpy as np  # as much again as all the rest, which packed products need not wait for
+def floats(layout: Any, data: mmap.mmap) -> tuple[int | None, list[Callable[[], object]], list[Any]]:
+    """Return the same for matrices of floats, which have no path."""
+    import numpy as np  # only here: its import costs as much as everything else in this program
 
     calls: list[Callable[[], object]] = []
-    answers = []
-    for one in told["matrices"]:
-        rows, columns = one["shape"]
-        weight = np.frombuffer(held, np.float32, rows * columns, one["places"][0]).reshape(rows, columns)
-        x, y = np.frombuffer(held, np.float32, columns, one["x"]), np.empty(rows, np.float32)
+    products = []
+    for entry in layout["matrices"]:
+        rows, columns = entry["shape"]
+        weight = np.frombuffer(data, np.float32, rows * columns, entry["places"][0]).reshape(rows, columns)
+        x, y = np.frombuffer(data, np.float32, columns, entry["x"]), np.empty(rows, np.float32)
         calls.append(functools.partial(np.dot, weight, x, out=y))
-        answers.append(y)
-    return None, calls, answers
+        products.append(y)
+    return None, calls, products
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A model behind HTTP, in the words of OpenAI's completions.
+"""Serve a model over HTTP with the interface of OpenAI's completions.
 
-One request is computed at a time, by transformers' ``generate``; the others wait in a queue of bounded length.  One
-that finds it full is told at once to come again (429), one that has waited too long is told so instead of being
-computed (503), and what is malformed or too long is refused (4xx) before it waits.
+One request is computed at a time, by transformers' ``generate``; the others wait in a queue of bounded length.  A
+request that finds the queue full is refused at once (429).  One that has waited too long is refused instead of being
+computed (503).  One that is malformed or too long is refused before it waits (4xx).
 """
 
 import asyncio
@@ -27,15 +27,18 @@ from uvicorn.supervisors import Multiprocess
 
 from nashswarm.models import sources
 
-PATIENCE = 0.01  # seconds between looks at whether the server has started
+POLL = 0.01  # seconds between checks whether the server has started
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """``queue``: requests that may wait, beside the one that is computed; ``patience``: seconds that one may wait;
-    ``body``: bytes of a request; ``tokens``: of a prompt and its answer, if fewer than the model reads."""
+    """Limits of a server.
+
+    ``queue``: requests that may wait, without the one being computed.  ``patience``: seconds that a request may wait.
+    ``body``: bytes of a request.  ``tokens``: of a prompt with its completion, if fewer than the model can read.
+    """
 
     queue: int = 16
     patience: float = 60.0
@@ -43,8 +46,8 @@ class Limits:
     tokens: int | None = None
 
 
-class Asked(pydantic.BaseModel):
-    """What ``/v1/completions`` takes; anything else in a request is refused, not ignored."""
+class CompletionRequest(pydantic.BaseModel):
+    """The body of a request to ``/v1/completions``; unknown fields are refused, not ignored."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -59,33 +62,33 @@ class Asked(pydantic.BaseModel):
     user: str | None = None
 
 
-class Refused(Exception):
-    """A request that is not answered: the status and one sentence."""
+class RefusedError(Exception):
+    """The refusal of a request, with its HTTP status and one sentence."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
 
 
-def application(model: Any, tokenizer: Any, name: str, limits: Limits = Limits()) -> fastapi.FastAPI:
-    """``POST /v1/completions``, ``GET /v1/models`` and ``GET /health``."""
+def build_app(model: Any, tokenizer: Any, name: str, limits: Limits = Limits()) -> fastapi.FastAPI:
+    """Build the application with ``POST /v1/completions``, ``GET /v1/models`` and ``GET /health``."""
     vocabulary, longest = model.config.vocab_size, sources.LoadedModel(model, tokenizer).window_length(None)
     longest = longest if limits.tokens is None else min(longest, limits.tokens)
     admitted = 0
     app = fastapi.FastAPI(title="nashswarm", openapi_url=None)
-    # not in the functions below: FastAPI remembers those as long as the process lives
+    # not as closures of the functions below: FastAPI keeps those as long as the process lives
     app.state.model, app.state.tokenizer = model, tokenizer
     app.state.worker = concurrent.futures.ThreadPoolExecutor(1, "generate")
     del model, tokenizer
 
     async def refuse(request: fastapi.Request, error: Exception) -> JSONResponse:
-        status = int(error.status if isinstance(error, Refused) else getattr(error, "status_code", 500))
+        status = int(error.status if isinstance(error, RefusedError) else getattr(error, "status_code", 500))
         kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
         reason = getattr(error, "detail", None) or str(error)
         body = {"error": {"message": reason, "type": kind, "param": None, "code": None}}
         return JSONResponse(body, status, {"Retry-After": "1"} if status in (429, 503) else None)
 
-    app.add_exception_handler(Refused, refuse)
+    app.add_exception_handler(RefusedError, refuse)
     app.add_exception_handler(HTTPException, refuse)
 
     @app.get("/health")
@@ -100,36 +103,38 @@ def application(model: Any, tokenizer: Any, name: str, limits: Limits = Limits()
     async def complete(request: fastapi.Request) -> dict[str, Any]:
         nonlocal admitted
         state = request.app.state
-        asked = _asked(await _body(request.stream(), limits.body))
-        if asked.model not in (None, name):
-            raise Refused(404, f"there is no model {asked.model!r} here, only {name!r}")
-        ids = _ids(asked.prompt, state.tokenizer, vocabulary)
-        if len(ids) + asked.max_tokens > longest:
-            whose = "" if limits.tokens is None else ", which is what fits into the memory that the server may take"
-            raise Refused(400, f"{len(ids)} tokens of prompt and max_tokens={asked.max_tokens} exceed {longest}{whose}")
+        body = _parse(await _read_body(request.stream(), limits.body))
+        if body.model not in (None, name):
+            raise RefusedError(404, f"there is no model {body.model!r} here, only {name!r}")
+        ids = _tokenize(body.prompt, state.tokenizer, vocabulary)
+        if len(ids) + body.max_tokens > longest:
+            source = "" if limits.tokens is None else ", which is what fits into the memory that the server may take"
+            raise RefusedError(
+                400, f"{len(ids)} tokens of prompt and max_tokens={body.max_tokens} exceed {longest}{source}"
+            )
         if admitted > limits.queue:
-            raise Refused(429, f"{limits.queue} requests are waiting already: try again")
-        latest = time.monotonic() + limits.patience
+            raise RefusedError(429, f"{limits.queue} requests are waiting already: try again")
+        deadline = time.monotonic() + limits.patience
 
         def compute() -> list[int]:
-            if time.monotonic() > latest:
-                raise Refused(503, f"the request has waited {limits.patience:g} seconds: try again")
-            return generated(state.model, ids, asked)
+            if time.monotonic() > deadline:
+                raise RefusedError(503, f"the request has waited {limits.patience:g} seconds: try again")
+            return generate(state.model, ids, body)
 
         admitted += 1
         try:
             new = await asyncio.get_running_loop().run_in_executor(state.worker, compute)
-        except Refused:
+        except RefusedError:
             raise
-        except Exception as error:  # whatever went wrong, the next request is served
+        except Exception as error:  # the next request is served after any failure
             log.exception("a request failed")
-            raise Refused(500, f"the request could not be computed: {type(error).__name__}") from error
+            raise RefusedError(500, f"the request could not be computed: {type(error).__name__}") from error
         finally:
             admitted -= 1
         choice = {
             "index": 0,
             "text": state.tokenizer.decode(new, skip_special_tokens=True),
-            "finish_reason": "stop" if new and new[-1] in _ends(state.model) else "length",
+            "finish_reason": "stop" if new and new[-1] in _end_tokens(state.model) else "length",
             "logprobs": None,
         }
         usage = {"prompt_tokens": len(ids), "completion_tokens": len(new), "total_tokens": len(ids) + len(new)}
@@ -146,27 +151,29 @@ def application(model: Any, tokenizer: Any, name: str, limits: Limits = Limits()
 
 
 @torch.no_grad()
-def generated(model: Any, ids: list[int], asked: Asked) -> list[int]:
-    """The tokens that follow."""
+def generate(model: Any, ids: list[int], request: CompletionRequest) -> list[int]:
+    """Generate the tokens that follow the prompt ``ids``."""
     tokens = torch.tensor([ids], device=model.device)
-    drawn = {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0} if asked.temperature else {}
-    ends = _ends(model)
+    sampling: dict[str, Any] = {}
+    if request.temperature:
+        sampling = {"temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
+    ends = _end_tokens(model)
     with torch.random.fork_rng():
-        torch.manual_seed(secrets.randbits(63) if asked.seed is None else asked.seed)
-        found = model.generate(
+        torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
+        sequences = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=asked.max_tokens,
-            do_sample=bool(drawn),
+            max_new_tokens=request.max_tokens,
+            do_sample=bool(sampling),
             pad_token_id=ends[0] if ends else 0,
-            **drawn,
+            **sampling,
         )
-    return [int(token) for token in found[0, len(ids) :]]
+    return [int(token) for token in sequences[0, len(ids) :]]
 
 
 @contextlib.contextmanager
-def running(app: fastapi.FastAPI) -> Iterator[str]:
-    """Serve on a free port of this machine alone, in a thread: the address."""
+def serve_in_thread(app: fastapi.FastAPI) -> Iterator[str]:
+    """Serve on a free local port in a thread, and yield the address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -175,7 +182,7 @@ def running(app: fastapi.FastAPI) -> Iterator[str]:
             while not server.started:
                 if not thread.is_alive():
                     raise RuntimeError("the server did not start; the log says why")
-                time.sleep(PATIENCE)
+                time.sleep(POLL)
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
@@ -184,53 +191,56 @@ def running(app: fastapi.FastAPI) -> Iterator[str]:
 
 
 class Supervisor(Multiprocess):
-    """Replaces the process that answers if it dies.  It keeps no copy of that one's end of the pipe between them: so
-    the wait for an answer ends with the process, and not after as long as loading may take."""
+    """A supervisor that replaces the serving process if it dies.
+
+    It closes its copy of the process's end of the pipe between them.  So a health check fails as soon as the process
+    dies, and does not wait as long as loading may take.
+    """
 
     def init_processes(self) -> None:
         super().init_processes()
-        self._let_go()
+        self._close_child_pipes()
 
     def keep_subprocess_alive(self) -> None:
         super().keep_subprocess_alive()
-        self._let_go()
+        self._close_child_pipes()
 
-    def _let_go(self) -> None:
+    def _close_child_pipes(self) -> None:
         for process in self.processes:
             process.child_conn.close()
 
 
-async def _body(parts: AsyncIterator[bytes], limit: int) -> bytes:
-    """Raises Refused as soon as there is too much of it."""
-    found = bytearray()
+async def _read_body(parts: AsyncIterator[bytes], limit: int) -> bytes:
+    """Read the body of a request.  Raises RefusedError as soon as it exceeds ``limit`` bytes."""
+    body = bytearray()
     async for part in parts:
-        found += part
-        if len(found) > limit:
-            raise Refused(413, f"the request is longer than {limit} bytes")
-    return bytes(found)
+        body += part
+        if len(body) > limit:
+            raise RefusedError(413, f"the request is longer than {limit} bytes")
+    return bytes(body)
 
 
-def _asked(body: bytes) -> Asked:
+def _parse(body: bytes) -> CompletionRequest:
     try:
-        return Asked.model_validate_json(body)
+        return CompletionRequest.model_validate_json(body)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the request"
-        raise Refused(400, f"{where}: {first['msg']}") from error
+        field = ".".join(str(part) for part in first["loc"]) or "the request"
+        raise RefusedError(400, f"{field}: {first['msg']}") from error
 
 
-def _ids(prompt: str | list[int], tokenizer: Any, vocabulary: int) -> list[int]:
+def _tokenize(prompt: str | list[int], tokenizer: Any, vocabulary: int) -> list[int]:
     if isinstance(prompt, list):
-        if wrong := [token for token in prompt if not 0 <= token < vocabulary]:
-            raise Refused(400, f"prompt holds the token {wrong[0]}, the model's vocabulary has {vocabulary}")
+        if unknown := [token for token in prompt if not 0 <= token < vocabulary]:
+            raise RefusedError(400, f"prompt holds the token {unknown[0]}, the model's vocabulary has {vocabulary}")
         return prompt
     ids = [int(token) for token in tokenizer(prompt, verbose=False)["input_ids"]]
     if not ids:
-        raise Refused(400, "the prompt has no tokens")
+        raise RefusedError(400, "the prompt has no tokens")
     return ids
 
 
-def _ends(model: Any) -> list[int]:
-    """The tokens that end a text."""
-    found = model.generation_config.eos_token_id
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+def _end_tokens(model: Any) -> list[int]:
+    """Return the tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

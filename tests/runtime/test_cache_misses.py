@@ -75,8 +75,8 @@ def programs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib
 
 
 def test_counts_are_read() -> None:
-    assert cache_misses.perf_counts(COUNTED) == Misses(300123, 4321, 17)
-    assert cache_misses.cachegrind_counts(SIMULATED) == Misses(310, 41, 6)
+    assert cache_misses.parse_perf(COUNTED) == Misses(300123, 4321, 17)
+    assert cache_misses.parse_cachegrind(SIMULATED) == Misses(310, 41, 6)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_counts_are_read() -> None:
 )
 def test_what_was_not_counted_is_named(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=f"^{why}$"):
-        cache_misses.perf_counts(text)
+        cache_misses.parse_perf(text)
 
 
 @pytest.mark.parametrize("text", ["", "events: Ir I1mr ILmr\nsummary: 1 2 3\n", "events: Ir Dr D1mr DLmr\n"])
 def test_a_simulation_without_a_summary_is_none(text: str) -> None:
     with pytest.raises(ValueError, match="cachegrind left no summary with Dr, D1mr, DLmr"):
-        cache_misses.cachegrind_counts(text)
+        cache_misses.parse_cachegrind(text)
 
 
 @pytest.mark.parametrize("size", [1 << 10, 32 << 10, 48 << 10, 8 << 20, 9 << 20, 30 << 20, 36608 << 10, 96 << 20])
@@ -107,15 +107,20 @@ def test_a_simulated_cache_has_a_power_of_two_of_sets(size: int) -> None:
 
 def test_the_counter_is_the_first_that_counts(programs: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"perf is not installed\), and valgrind is not installed \(apt install valg"):
-        cache_misses.tool()
+        cache_misses.choose_counter()
     program(programs, "valgrind", "")
-    assert cache_misses.tool()[0] == CACHEGRIND and "perf is not installed" in cache_misses.tool()[1]
+    assert (
+        cache_misses.choose_counter()[0] == CACHEGRIND and "perf is not installed" in cache_misses.choose_counter()[1]
+    )
     program(programs, "perf", "#!/bin/sh\necho 'Error:\nAccess is limited.\nAsk.' >&2\nexit 255\n")
-    assert cache_misses.tool()[1] == "perf stat cannot count here (Access is limited): cachegrind simulates the caches"
+    assert (
+        cache_misses.choose_counter()[1]
+        == "perf stat cannot count here (Access is limited): cachegrind simulates the caches"
+    )
     program(programs, "perf", f"#!/bin/sh\necho '{NO_COUNTERS}' >&2\n")
-    assert "L1-dcache-loads not supported" in cache_misses.tool()[1]
+    assert "L1-dcache-loads not supported" in cache_misses.choose_counter()[1]
     program(programs, "perf", FAKE)
-    assert cache_misses.tool()[0] == PERF
+    assert cache_misses.choose_counter()[0] == PERF
 
 
 @needs_library
@@ -129,7 +134,7 @@ def test_what_is_counted_is_the_product(lattice: bool, activations: str, tmp_pat
         None: [(layout.dequantize(one) @ x).sum() for x, one in zip(xs, matrices, strict=True)],
     }
     for form, expected in both.items():
-        cache_misses.tell(tmp_path / "told.json", matrices, form)
+        cache_misses.write_matrices(tmp_path / "told.json", matrices, form)
         command = [sys.executable, "-P", str(cache_misses.PRODUCTS), str(tmp_path / "told.json"), "2"]
         found = json.loads(subprocess.check_output(command))
         assert found["sums"] == pytest.approx([float(value) for value in expected], rel=1e-4, abs=1e-3)
@@ -140,14 +145,16 @@ def test_what_is_counted_is_the_product(lattice: bool, activations: str, tmp_pat
 def test_a_start_is_not_counted(programs: pathlib.Path) -> None:
     program(programs, "perf", FAKE)
     matrices = [example(64, 64, (3,), 64, True, seed) for seed in (0, 1)]
-    assert cache_misses.count(matrices, "int8", 1 << 15, 1 << 20, PERF) == Misses(5, 1, 0)  # two products a round
+    assert cache_misses.count_misses(matrices, "int8", 1 << 15, 1 << 20, PERF) == Misses(
+        5, 1, 0
+    )  # two products a round
 
 
 @needs_library
 def test_a_counter_that_fails_is_named(programs: pathlib.Path) -> None:
     program(programs, "valgrind", "#!/bin/sh\necho 'no such tool' >&2\nexit 1\n")
     with pytest.raises(ValueError, match=r"cannot be counted: cachegrind fails \(no such tool\)"):
-        cache_misses.count([example(64, 64, (3,), 64, True)], None, 1 << 15, 1 << 20, CACHEGRIND)
+        cache_misses.count_misses([example(64, 64, (3,), 64, True)], None, 1 << 15, 1 << 20, CACHEGRIND)
 
 
 @needs_library
@@ -174,8 +181,8 @@ def test_the_command(
 @pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind")
 def test_each_line_of_a_matrix_that_no_cache_holds_is_missed_once() -> None:
     matrix, lines = example(512, 512, (2,), 64, True), 512 * 512 * 4 / 64
-    plain = cache_misses.count([matrix], None, 32 << 10, 256 << 10, CACHEGRIND)
-    packed = cache_misses.count([matrix], "int8", 32 << 10, 256 << 10, CACHEGRIND)
+    plain = cache_misses.count_misses([matrix], None, 32 << 10, 256 << 10, CACHEGRIND)
+    packed = cache_misses.count_misses([matrix], "int8", 32 << 10, 256 << 10, CACHEGRIND)
     assert plain.last == pytest.approx(lines, rel=0.02) and lines <= 1.02 * plain.first <= 1.3 * lines
     assert packed.first == pytest.approx(lines / 16, rel=0.5) and packed.last < 0.01 * lines
 

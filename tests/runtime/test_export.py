@@ -297,8 +297,8 @@ def test_tensorrt_answers_alike(model: Any, tokens: Tensor, tmp_path: pathlib.Pa
         pytest.skip("this onnxruntime has no TensorRT")
     own, out = at(model, 4, 64), tmp_path / "model.onnx"
     export.export(own, "onnx-qdq", out, tokens, "float32")
-    run = export.onnx_run(out, ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"])
-    assert export.parity(own, run, tokens) < 1e-2  # products there may round to ten bits
+    run = export.load_onnx(out, ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert export.compare_logits(own, run, tokens) < 1e-2  # products there may round to ten bits
 
 
 @pytest.mark.slow
@@ -310,7 +310,7 @@ def test_onnx_of_any_widths_serves_batches(
     assert found["parity"] < 1e-4 and found["matrices_matmulnbits"] == 0 < found["matrices_unpacked_when_run"]
     read(out)
     ids, empty = tokens.view(3, -1), [part.expand(3, -1, -1, -1).contiguous() for part in export.empty_cache(own)]
-    logits, cache = export.onnx_run(out)(ids, empty)
+    logits, cache = export.load_onnx(out)(ids, empty)
     torch.testing.assert_close(logits, own(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
     assert {part.shape[2] for part in cache} == {ids.shape[1]}
 
@@ -348,20 +348,20 @@ def test_what_answers_differently_is_not_left_behind(
 
 def test_what_cannot_be_exported(random_model: Callable[[str], Any], model: Any, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="OPTForCausalLM cannot be exported: only language models of gpt2 and llama"):
-        export.check(random_model("opt"), "torch-export", tmp_path / "model.pt2")
+        export.check_exportable(random_model("opt"), "torch-export", tmp_path / "model.pt2")
     with pytest.raises(ValueError, match=r"name a file that ends in \.pt2"):
-        export.check(model, "torch-export", tmp_path / "model.onnx")
+        export.check_exportable(model, "torch-export", tmp_path / "model.onnx")
     (tmp_path / "model.pt2").touch()
     with pytest.raises(ValueError, match=r"model\.pt2 exists"):
-        export.check(model, "torch-export", tmp_path / "model.pt2")
+        export.check_exportable(model, "torch-export", tmp_path / "model.pt2")
     with pytest.raises(ValueError, match="onnx-qdq leaves inputs of products as they are: take --to onnx for int8"):
-        export.check(model, "onnx-qdq", tmp_path / "model.onnx", "int8")
+        export.check_exportable(model, "onnx-qdq", tmp_path / "model.onnx", "int8")
     model.transformer.ln_f.weight.data[3] = 1e6
     with pytest.raises(ValueError, match=r"ln_f\.weight holds numbers that float16 cannot: take another"):
         export.export(model, "torch-export", tmp_path / "other.pt2", torch.zeros(1, 40).long(), "float32", "float16")
     model.config.rope_parameters = {"rope_type": "dynamic"}
     with pytest.raises(ValueError, match="rope_type=dynamic"):
-        export.check(model, "torch-export", tmp_path / "other.pt2")
+        export.check_exportable(model, "torch-export", tmp_path / "other.pt2")
 
 
 def test_the_command(

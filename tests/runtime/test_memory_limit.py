@@ -37,14 +37,14 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         lengths.append(tokens)
         return BASE + TOKEN * tokens + tokens * tokens
 
-    monkeypatch.setattr(memory_limit, "peak", peak)
+    monkeypatch.setattr(memory_limit, "peak_bytes", peak)
     return lengths
 
 
 def test_every_weight_is_counted_once(small: Any, tiny: Any) -> None:
-    packed, others = (sum(part.nbytes for part in group) for group in memory_limit.weights(small))
+    packed, others = (sum(part.nbytes for part in group) for group in memory_limit.weight_tensors(small))
     assert packed + others == resident_bytes(small) and 0 < others < packed
-    none, every = (sum(part.nbytes for part in group) for group in memory_limit.weights(tiny))
+    none, every = (sum(part.nbytes for part in group) for group in memory_limit.weight_tensors(tiny))
     assert none == 0 and every == resident_bytes(tiny)
 
 
@@ -57,19 +57,19 @@ def test_a_token_takes_keys_and_values_of_every_layer(kind: str, random_model: C
 @pytest.mark.parametrize("fits", [1024, 1023, 700, 64, 3, 2])
 def test_the_text_that_is_found_fits_and_uses_the_room(fits: int, tried: list[int]) -> None:
     limit = BASE + TOKEN * fits + fits * fits
-    tokens, held = memory_limit.longest(None, limit, 1024)
+    tokens, held = memory_limit.longest_text(None, limit, 1024)
     assert held == BASE + TOKEN * tokens + tokens * tokens <= limit
     assert 0.7 * fits <= tokens <= fits and len(tried) <= memory_limit.TRIES + 11
 
 
 def test_a_limit_below_the_process_is_refused(tried: list[int]) -> None:
     with pytest.raises(ValueError, match="holds 1 MB with a text of two tokens, more than the limit of 0 MB"):
-        memory_limit.longest(None, BASE // 4, 1024)
+        memory_limit.longest_text(None, BASE // 4, 1024)
     assert tried == [2]
 
 
 def test_lengths_grow_until_one_does_not_fit(tried: list[int]) -> None:
-    memory_limit.longest(None, BASE + TOKEN * 100, 1024)
+    memory_limit.longest_text(None, BASE + TOKEN * 100, 1024)
     assert tried[:7] == [2, 4, 8, 16, 32, 64, 128] and max(tried) == 128
 
 
@@ -77,7 +77,7 @@ def test_a_longer_text_takes_more_memory() -> None:
     config = transformers.GPT2Config(vocab_size=64, n_positions=2048, n_embd=256, n_layer=2, n_head=4)
     wide = transformers.GPT2LMHeadModel(config).eval()
     try:
-        least, most = memory_limit.peak(wide, 2), memory_limit.peak(wide, 2048)
+        least, most = memory_limit.peak_bytes(wide, 2), memory_limit.peak_bytes(wide, 2048)
     except ValueError as refused:
         pytest.skip(str(refused))
     size = memory_limit.token_bytes(wide)
@@ -121,7 +121,7 @@ def test_the_profile_tells_where_bytes_are(
     words = ["profile", str(tmp_path), "--steps", "1", "--largest-batch", "1", "--threads", "1"]
     assert main([*words, "--memory-mb", "1.01"]) == 0
     shown = capsys.readouterr().out
-    packed, _ = (sum(part.nbytes for part in group) for group in memory_limit.weights(small))
+    packed, _ = (sum(part.nbytes for part in group) for group in memory_limit.weight_tensors(small))
     assert f"{packed:,} bytes of packed matrices" in shown and "bytes of cache for each token" in shown
     assert "within 1.01 MB: texts of 19 tokens, 1 MB at the peak" in shown
     assert main([*words, "--memory-mb", "0.5"]) == 2
@@ -145,10 +145,10 @@ def test_the_server_answers_what_fits(
     pinned: list[int] = []
     monkeypatch.setattr(memory, "pin", lambda address, size: pinned.append(size))
     limit = 1e-6 * (BASE + 12 * TOKEN + 200)  # between the needs of 12 and of 13
-    app = inference._application(folder, "small", 1, server.Limits(), limit, True)
+    app = inference._build_app(folder, "small", 1, server.Limits(), limit, True)
     told = capsys.readouterr().err
     assert f"{sum(pinned):,} bytes of weights are pinned" in told and "texts of up to 12 tokens are answered" in told
-    with server.running(app) as url:
+    with server.serve_in_thread(app) as url:
         for tokens, status in ((9, 200), (10, 400)):
             body = {"prompt": [1, 2, 3], "max_tokens": tokens}
             assert httpx.post(f"{url}/v1/completions", json=body).status_code == status
@@ -163,7 +163,7 @@ def test_a_server_without_room_does_not_start(
     from nashswarm.runtime import server
 
     with pytest.raises(SystemExit) as stopped:
-        inference._application(folder, "small", 1, server.Limits(), 0.5, False)
+        inference._build_app(folder, "small", 1, server.Limits(), 0.5, False)
     assert stopped.value.code == STARTUP_FAILURE and "more than the limit of 0 MB" in capsys.readouterr().err
 
 

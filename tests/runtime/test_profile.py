@@ -16,7 +16,7 @@ from nashswarm.progress import no_track
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 from nashswarm.runtime import profile
-from nashswarm.runtime.machine import ASSUMED, machine
+from nashswarm.runtime.machine import ASSUMED, read_machine
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def system(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_the_caches_are_those_that_the_system_names(system: pathlib.Path) -> None:
-    found = machine(system, system / "cpuinfo")
+    found = read_machine(system, system / "cpuinfo")
     assert found.caches == {1: 48 << 10, 2: 3 << 20, 3: 9 << 20} and found.sharers == {1: 1, 2: 2, 3: 5}
     assert found.instructions == ("avx2", "avx512_vnni") and found.assumed == ()
     assert found.cores == len(os.sched_getaffinity(0))
@@ -42,7 +42,7 @@ def test_the_caches_are_those_that_the_system_names(system: pathlib.Path) -> Non
 
 def test_a_silent_system_is_assumed_and_said_so(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        found = machine(tmp_path, tmp_path / "cpuinfo")
+        found = read_machine(tmp_path, tmp_path / "cpuinfo")
     assert found.caches == ASSUMED and found.assumed == (1, 2, 3) and found.instructions == ()
     assert "assumed L1 32 KiB, L2 1 MiB, L3 8 MiB" in caplog.text and "L2 1 MiB (assumed)" in str(found)
 
@@ -50,14 +50,14 @@ def test_a_silent_system_is_assumed_and_said_so(tmp_path: pathlib.Path, caplog: 
 def test_a_machine_without_a_third_level_is_believed(system: pathlib.Path) -> None:
     for entry in (next(system.glob("cpu*/cache")) / "index3").iterdir():
         entry.unlink()
-    found = machine(system, system / "cpuinfo")
+    found = read_machine(system, system / "cpuinfo")
     assert sorted(found.caches) == [1, 2] and found.assumed == () and found.level(4 << 20) == "memory"
 
 
 def test_every_product_of_a_step_is_timed(tiny: Any) -> None:
     tokens = torch.arange(8)[None]
     named = [name for name, module in tiny.named_modules() if isinstance(module, nn.Linear)]
-    found, whole = profile.layers(tiny, tokens, 4, no_track)
+    found, whole = profile.time_layers(tiny, tokens, 4, no_track)
     assert [layer.name for layer in found] == named == ["lm_head"]
     assert found[0].size == tiny.lm_head.weight.nbytes and found[0].kind == "float32"
     assert 0 < found[0].seconds < whole
@@ -66,12 +66,12 @@ def test_every_product_of_a_step_is_timed(tiny: Any) -> None:
 
 
 def test_the_curve_has_a_point_for_every_batch(tiny: Any) -> None:
-    found = profile.curve(tiny, torch.arange(8)[None], (1, 3), 2, no_track)
+    found = profile.time_batches(tiny, torch.arange(8)[None], (1, 3), 2, no_track)
     assert [point.batch for point in found] == [1, 3] and all(point.seconds > 0 for point in found)
 
 
-def points(*seconds: float) -> list[profile.Point]:
-    return [profile.Point(1 << number, value) for number, value in enumerate(seconds)]
+def points(*seconds: float) -> list[profile.BatchTime]:
+    return [profile.BatchTime(1 << number, value) for number, value in enumerate(seconds)]
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def points(*seconds: float) -> list[profile.Point]:
 def test_the_batch_size_and_its_reason(
     seconds: tuple[float, ...], longest: float | None, batch: int, reason: str
 ) -> None:
-    chosen, why = profile.best(points(*seconds), longest)
+    chosen, why = profile.choose_batch(points(*seconds), longest)
     assert chosen.batch == batch and why.startswith(f"batch {batch}: {reason}")
 
 
 def test_bandwidth_is_that_of_reading() -> None:
-    assert 1e8 < profile.bandwidth(1 << 22) < 1e13
+    assert 1e8 < profile.read_bandwidth(1 << 22) < 1e13
 
 
 def test_the_command(model: Any, tokenizer: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

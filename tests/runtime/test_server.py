@@ -36,7 +36,7 @@ def start(tiny: Any, tokenizer: Any) -> Iterator[Start]:
     open_ones: list[Any] = []
 
     def started(**limits: Any) -> Any:
-        serving = server.running(server.application(tiny, tokenizer, "tiny", server.Limits(**limits)))
+        serving = server.serve_in_thread(server.build_app(tiny, tokenizer, "tiny", server.Limits(**limits)))
         client = httpx.Client(base_url=serving.__enter__(), timeout=30, trust_env=False)
         open_ones.append((serving, client))
         return client
@@ -54,13 +54,13 @@ def ask(client: Any, **body: Any) -> Any:
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Nothing is computed before it is set."""
-    event, compute = threading.Event(), server.generated
+    event, compute = threading.Event(), server.generate
 
     def generated(*arguments: Any) -> list[int]:
         assert event.wait(20)
         return compute(*arguments)
 
-    monkeypatch.setattr(server, "generated", generated)
+    monkeypatch.setattr(server, "generate", generated)
     return event
 
 
@@ -178,14 +178,14 @@ def test_who_has_waited_too_long_is_told_so(start: Start, held: threading.Event)
 
 
 def test_a_request_that_fails_takes_no_other_with_it(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    client, compute = start(), server.generated
+    client, compute = start(), server.generate
 
     def broken(model: Any, ids: list[int], asked: Any) -> list[int]:
         if ids == [7]:
             raise RuntimeError("out of memory")
         return compute(model, ids, asked)
 
-    monkeypatch.setattr(server, "generated", broken)
+    monkeypatch.setattr(server, "generate", broken)
     failed = ask(client, prompt=[7])
     assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
     assert ask(client).status_code == 200
@@ -201,7 +201,7 @@ def test_a_text_that_memory_does_not_hold_is_refused(start: Start) -> None:
 def test_what_was_served_is_let_go(tiny: Any, tokenizer: Any) -> None:
     model = copy.deepcopy(tiny)
     alive = weakref.ref(model)
-    with server.running(server.application(model, tokenizer, "tiny")) as url:
+    with server.serve_in_thread(server.build_app(model, tokenizer, "tiny")) as url:
         assert httpx.post(f"{url}/v1/completions", json={"prompt": [1], "max_tokens": 1}).status_code == 200
     del model
     gc.collect()
@@ -211,9 +211,9 @@ def test_what_was_served_is_let_go(tiny: Any, tokenizer: Any) -> None:
 @pytest.mark.parametrize("rate", [None, 200.0])
 def test_load_of_a_server(start: Start, rate: float | None, token_windows: Tensor) -> None:
     url = str(start().base_url)
-    found, seconds = load.answers(url, token_windows[:, :8].tolist(), 3, 9, 3, rate)
+    found, seconds = load.send_requests(url, token_windows[:, :8].tolist(), 3, 9, 3, rate)
     assert len(found) == 9 and {answer.status for answer in found} == {200}
-    metrics = load.summary(found, seconds)
+    metrics = load.summarise(found, seconds)
     assert metrics["error_rate"] == metrics["shed_rate"] == 0 < metrics["tokens_per_second"]
     assert 0 < metrics["latency_p50_ms"] <= metrics["latency_p95_ms"] <= metrics["latency_p99_ms"] < 1000 * seconds
 
@@ -236,22 +236,29 @@ def test_in_open_loop_a_request_is_late_from_when_it_was_due(monkeypatch: pytest
             return httpx.Response(200, json={"usage": {"completion_tokens": 2}})
 
     monkeypatch.setattr(load.httpx, "Client", Slow)
-    found, _ = load.answers("http://nowhere", [[1]], 2, 10, 1, rate=1e6)
+    found, _ = load.send_requests("http://nowhere", [[1]], 2, 10, 1, rate=1e6)
     assert [answer.seconds >= 0.05 * (number + 1) - 1e-3 for number, answer in enumerate(found)] == [True] * 10
-    closed, _ = load.answers("http://nowhere", [[1]], 2, 3, 1)
+    closed, _ = load.send_requests("http://nowhere", [[1]], 2, 3, 1)
     assert all(0.05 <= answer.seconds < 0.15 for answer in closed)
 
 
 def test_what_was_shed_and_what_failed_are_counted_apart() -> None:
-    found = [load.Answer(0.1, 200, 4), load.Answer(0.01, 429, 0), load.Answer(0.01, 500, 0), load.Answer(9.0, 0, 0)]
-    metrics = load.summary(found, 2.0)
+    found = [
+        load.Response(0.1, 200, 4),
+        load.Response(0.01, 429, 0),
+        load.Response(0.01, 500, 0),
+        load.Response(9.0, 0, 0),
+    ]
+    metrics = load.summarise(found, 2.0)
     assert (metrics["shed_rate"], metrics["error_rate"], metrics["tokens_per_second"]) == (0.25, 0.5, 2.0)
     assert metrics["latency_p99_ms"] == pytest.approx(100)
 
 
 def test_nobody_at_the_address_is_a_failure() -> None:
-    found, seconds = load.answers("http://127.0.0.1:9", [[1]], 2, 2, 1)
-    assert {answer.status for answer in found} == {load.UNANSWERED} and load.summary(found, seconds)["error_rate"] == 1
+    found, seconds = load.send_requests("http://127.0.0.1:9", [[1]], 2, 2, 1)
+    assert {answer.status for answer in found} == {load.UNANSWERED} and load.summarise(found, seconds)[
+        "error_rate"
+    ] == 1
 
 
 def test_the_client_of_openai(start: Start) -> None:
