@@ -27,13 +27,13 @@ def refused(dataset: HubText, purpose: Any = "test") -> str:
     return str(caught.value)
 
 
-def test_a_dataset_is_one() -> None:
+def test_dataset_classes_satisfy_protocol() -> None:
     assert isinstance(StdlibDocs(), Dataset) and isinstance(HubText("x"), Dataset)
     assert HubText("folder/mine").label == "mine" and HubText("x", name="sst2").label == "sst2"
     assert StdlibDocs().label == "stdlib_docs"
 
 
-def test_a_folder_gives_its_files_as_they_are_without_the_last_newline(tmp_path: pathlib.Path) -> None:
+def test_text_of_folder_equals_files_without_last_newline(tmp_path: pathlib.Path) -> None:
     content = "= Title =\n\n  indented, trailing \n\n\nend"
     for ending in ("", "\n"):
         folder = tmp_path / f"ending{len(ending)}"
@@ -45,32 +45,32 @@ def test_a_folder_gives_its_files_as_they_are_without_the_last_newline(tmp_path:
     assert HubText(write(tmp_path / "more", test="a\n\n\n")).text("test") == "a\n\n"
 
 
-def test_characters_that_only_look_like_line_ends_stay(tmp_path: pathlib.Path) -> None:
+def test_text_with_unicode_line_separators_keeps_them(tmp_path: pathlib.Path) -> None:
     content = "page\x0cbreak, vertical\x0btab, next\x85line, separator\u2028and\u2029more, é, 漢字"
     assert HubText(write(tmp_path, test=content)).text("test") == content
 
 
-def test_windows_line_ends_become_newlines(tmp_path: pathlib.Path) -> None:
+def test_text_with_crlf_gets_newlines(tmp_path: pathlib.Path) -> None:
     assert HubText(write(tmp_path, test="one\r\ntwo\r\n")).text("test") == "one\ntwo"
     (tmp_path / "single.txt").write_bytes(b"0\r\n" * 10)
     assert "\r" not in HubText(str(tmp_path / "single.txt")).text("test")
 
 
-def test_the_separator_joins_rows_as_the_hub_has_them(tmp_path: pathlib.Path) -> None:
+def test_text_with_separator_joins_rows_as_on_hub(tmp_path: pathlib.Path) -> None:
     """On the hub a row of WikiText-2 is empty or ends in a newline; GPTQ joins them by two more."""
     hub_rows = ["", " = Title = \n", "", " First paragraph . \n", " Second . \n"]
     path = write(tmp_path, test="".join(row or "\n" for row in hub_rows))
     assert HubText(path, separator="\n\n").text("test") == "\n\n".join(hub_rows)
 
 
-def test_a_hub_row_that_ends_in_a_newline_gets_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_of_hub_row_with_newline_gets_no_second(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["", " = Title = \n", "text \n", ""]
     monkeypatch.setattr(corpus, "read_rows", lambda *_: [(row,) for row in rows])
     assert HubText("owner/name", separator="\n\n").text("test") == "\n\n".join(rows)
     assert HubText("owner/name").text("test") == "\n = Title = \ntext \n"
 
 
-def test_a_single_file_calibrates_by_its_beginning_and_tests_by_the_rest(tmp_path: pathlib.Path) -> None:
+def test_text_of_file_splits_beginning_and_rest(tmp_path: pathlib.Path) -> None:
     content = "".join(f"line {number}, é\n" for number in range(100))
     (tmp_path / "story.txt").write_text(content, encoding="utf-8")
     dataset = HubText(str(tmp_path / "story.txt"))
@@ -78,7 +78,7 @@ def test_a_single_file_calibrates_by_its_beginning_and_tests_by_the_rest(tmp_pat
     assert len(dataset.text("calibration")) == pytest.approx(0.2 * len(content), abs=1)
 
 
-def test_the_embedded_text() -> None:
+def test_stdlib_docs_text_serves_every_purpose() -> None:
     assert len(StdlibDocs().text("test")) > len(StdlibDocs().text("calibration")) > 10_000
 
 
@@ -92,7 +92,7 @@ def json_folder(folder: pathlib.Path) -> str:
     return str(folder)
 
 
-def test_columns_of_a_row_are_joined_by_a_space(tmp_path: pathlib.Path) -> None:
+def test_text_of_two_columns_joined_by_space(tmp_path: pathlib.Path) -> None:
     path = json_folder(tmp_path)
     both = HubText(path, columns=("question", "answer"), separator="\n", calibration_split="train")
     assert both.text("test") == "Who ? A starling .\n\nWhy ? \n"
@@ -100,7 +100,7 @@ def test_columns_of_a_row_are_joined_by_a_space(tmp_path: pathlib.Path) -> None:
     assert both.text("calibration") == both.text("test")
 
 
-def test_missing_splits_and_columns_are_named(tmp_path: pathlib.Path) -> None:
+def test_text_of_missing_split_or_column_refused(tmp_path: pathlib.Path) -> None:
     path = json_folder(tmp_path)
     message = refused(HubText(path, columns=("question",)), "calibration")
     assert path in message and "no split 'validation', only train, test; set dataset.calibration_split" in message
@@ -108,37 +108,35 @@ def test_missing_splits_and_columns_are_named(tmp_path: pathlib.Path) -> None:
     assert path in message and "no column text, body, only question, answer, label; set dataset.columns" in message
 
 
-def test_a_column_that_is_not_text_is_refused(tmp_path: pathlib.Path) -> None:
+def test_text_of_numeric_column_refused(tmp_path: pathlib.Path) -> None:
     assert "label" in refused(HubText(json_folder(tmp_path), columns=("label",)))
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "../nowhere.txt", "a/b/c"])
-def test_a_path_that_does_not_exist_is_refused(path: str) -> None:
+def test_text_of_missing_path_refused(path: str) -> None:
     assert f"the dataset {path} does not exist" in refused(HubText(path))
 
 
-def test_an_empty_folder_is_refused(tmp_path: pathlib.Path) -> None:
+def test_text_of_empty_folder_refused(tmp_path: pathlib.Path) -> None:
     assert str(tmp_path) in refused(HubText(str(tmp_path)))
 
 
-def test_a_name_out_of_reach_is_refused() -> None:
+def test_text_of_unreachable_hub_name_refused() -> None:
     message = refused(HubText("nobody/nothing"))
     assert message.startswith("the dataset nobody/nothing cannot be read from the Hugging Face hub")
 
 
-def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+def test_text_of_binary_file_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "picture.txt").write_bytes(bytes(range(256)) * 4)
     assert "picture.txt" in refused(HubText(str(tmp_path / "picture.txt")))
 
 
-def test_sha256() -> None:
+def test_sha256_of_text_is_hexadecimal() -> None:
     assert sha256("é") == hashlib.sha256(b"\xc3\xa9").hexdigest()
 
 
 @pytest.mark.parametrize("length", [7, 32])
-def test_windows_follow_one_another_and_the_tail_is_dropped(
-    tokenizer: Any, text_file: pathlib.Path, length: int
-) -> None:
+def test_cut_windows_are_consecutive_and_drop_tail(tokenizer: Any, text_file: pathlib.Path, length: int) -> None:
     text = text_file.read_text()
     tokens = tokenizer(text)["input_ids"]
     cut = cut_windows(text, tokenizer, length, "test")
@@ -149,13 +147,13 @@ def test_windows_follow_one_another_and_the_tail_is_dropped(
 
 
 @pytest.mark.parametrize("text", ["", "the a one"])
-def test_a_text_too_short_is_refused(tokenizer: Any, text: str) -> None:
+def test_cut_windows_of_short_text_refused(tokenizer: Any, text: str) -> None:
     count = len(tokenizer(text)["input_ids"])
     with pytest.raises(ValueError, match=f"the calibration text has {count} tokens, too short for one window of 64"):
         cut_windows(text, tokenizer, 64, "calibration")
 
 
-def test_the_first_windows_judge_and_there_must_be_as_many() -> None:
+def test_first_windows_too_few_refused() -> None:
     pool = torch.arange(12).view(4, 3)
     assert torch.equal(first_windows(pool, 2, "test"), pool[:2]) and torch.equal(
         first_windows(pool, None, "test"), pool
@@ -167,7 +165,7 @@ def test_the_first_windows_judge_and_there_must_be_as_many() -> None:
             first_windows(pool, asked, "test")
 
 
-def test_drawn_windows_are_disjoint_and_follow_the_seed() -> None:
+def test_draw_windows_disjoint_and_seeded() -> None:
     pool = torch.arange(20 * 4).view(20, 4)
     calibration, holdout = draw_windows(pool, 12, 8, np.random.default_rng(0))
     assert calibration.shape == (12, 4) and holdout.shape == (8, 4)
@@ -177,7 +175,7 @@ def test_drawn_windows_are_disjoint_and_follow_the_seed() -> None:
     assert not torch.equal(calibration, draw_windows(pool, 12, 8, np.random.default_rng(1))[0])
 
 
-def test_too_few_windows_are_refused() -> None:
+def test_draw_windows_too_few_refused() -> None:
     pool, rng = torch.zeros(5, 4, dtype=torch.long), np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"has 5 windows, fewer than the 4 \+ 2 asked for"):
         draw_windows(pool, 4, 2, rng)
@@ -197,7 +195,7 @@ def test_too_few_windows_are_refused() -> None:
         (31, (None, 3), (28, 3)),
     ],
 )
-def test_without_a_wish_a_quarter_of_the_windows_is_held_out(
+def test_draw_windows_by_default_holds_out_a_quarter(
     there: int, asked: tuple[int | None, int | None], drawn: tuple[int, int]
 ) -> None:
     pool = torch.arange(there * 4).view(there, 4)
@@ -206,12 +204,12 @@ def test_without_a_wish_a_quarter_of_the_windows_is_held_out(
     assert len(set(torch.cat(found)[:, 0].tolist())) == sum(drawn)
 
 
-def test_one_window_cannot_calibrate_and_judge() -> None:
+def test_draw_windows_of_one_window_refused() -> None:
     with pytest.raises(ValueError, match="fills only 1 window of 4 tokens: give more text"):
         draw_windows(torch.zeros(1, 4, dtype=torch.long), None, None, np.random.default_rng(0))
 
 
-def test_windows_stand_between_special_tokens_where_sentences_do(
+def test_cut_windows_with_special_tokens_encloses_each(
     tokenizer: Any, text_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """As an encoder's tokenizer puts them; its own template is left out, once for every window comes in its place."""

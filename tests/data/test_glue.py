@@ -86,7 +86,7 @@ def padded() -> Tensor:
     return drawn
 
 
-def test_official_metrics_by_hand() -> None:
+def test_metrics_match_hand_computation() -> None:
     truth, predicted = np.array([1.0, 1, 1, 0, 0, 0]), np.array([1.0, 1, 0, 1, 0, 0])
     assert METRICS["accuracy"](truth, predicted) == pytest.approx(4 / 6)
     assert METRICS["f1"](truth, predicted) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
@@ -96,7 +96,7 @@ def test_official_metrics_by_hand() -> None:
     assert {name for task in TASKS.values() for name in task.metrics} == set(METRICS)
 
 
-def test_the_interval_holds_the_metric_and_narrows_with_examples() -> None:
+def test_interval_contains_metric_and_narrows_with_examples() -> None:
     rng = np.random.default_rng(0)
     truth = rng.integers(2, size=400).astype(float)
     predicted = np.where(rng.random(400) < 0.8, truth, 1 - truth)
@@ -115,12 +115,12 @@ def test_the_interval_holds_the_metric_and_narrows_with_examples() -> None:
     assert high - low == pytest.approx(2 * 1.96 * (0.16 / 400) ** 0.5, rel=0.15)
 
 
-def test_predictions_are_the_likeliest_class_or_the_number() -> None:
+def test_predictions_are_likeliest_class_or_number() -> None:
     assert predictions(np.array([[0.1, 0.9], [2.0, 1.0]])).tolist() == [1.0, 0.0]
     assert predictions(np.array([[0.3], [4.5]])).tolist() == [0.3, 4.5]
 
 
-def test_an_example_is_a_window(tokenizer: Any, folder: Callable[[str], pathlib.Path]) -> None:
+def test_example_windows_pad_and_cut_examples(tokenizer: Any, folder: Callable[[str], pathlib.Path]) -> None:
     dataset = Glue(str(folder("sst2")))
     assert isinstance(dataset, Dataset)
     text = dataset.text("test")
@@ -134,7 +134,7 @@ def test_an_example_is_a_window(tokenizer: Any, folder: Callable[[str], pathlib.
     assert tokenizer.decode(pair[0], skip_special_tokens=True) == "a flock\nthe price"
 
 
-def test_padding_is_invisible(classifier: Any, padded: Tensor) -> None:
+def test_scores_ignore_padding(classifier: Any, padded: Tensor) -> None:
     together = glue.scores(classifier, padded, 2, no_track)
     for window, scores, length in zip(padded, together, (12, 5, 9), strict=True):
         with torch.no_grad():
@@ -147,7 +147,7 @@ def test_padding_is_invisible(classifier: Any, padded: Tensor) -> None:
         assert torch.equal(*seen)
 
 
-def test_a_model_is_fine_tuned_once(
+def test_fine_tuned_model_is_read_from_cache(
     encoder: str, folder: Callable[[str], pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = Glue(
@@ -164,7 +164,7 @@ def test_a_model_is_fine_tuned_once(
     assert np.array_equal(glue.scores(fine_tuned(*given).model, tokens, 8, no_track), answers)
 
 
-def test_training_goes_on_where_it_stopped(
+def test_fine_tuned_after_interruption_gives_same_weights(
     encoder: str, folder: Callable[[str], pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stop(transformers.TrainerCallback):
@@ -192,12 +192,12 @@ def test_training_goes_on_where_it_stopped(
     assert all(torch.equal(part, found[name]) for name, part in expected.items())
 
 
-def test_only_an_mrpc_of_a_folder_may_be_another_draw(folder: Callable[[str], pathlib.Path]) -> None:
+def test_label_of_local_mrpc_warns(folder: Callable[[str], pathlib.Path]) -> None:
     assert Glue(str(folder("mrpc")), "mrpc").label == "mrpc (not GLUE's own draw)"
     assert Glue(task="mrpc").label == "mrpc" and Glue(str(folder("cola")), "cola").label == "cola"
 
 
-def test_what_cannot_be_used_is_refused_in_a_sentence(tmp_path: pathlib.Path) -> None:
+def test_glue_with_invalid_settings_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"unknown dataset.task 'sst'"):
         Glue(task="sst")
     with pytest.raises(ValueError, match="positive epochs"):
@@ -240,9 +240,11 @@ LABELS = {"experiment": "glue", "model": "tiny", "method": "any", "dataset": "ta
         pytest.param("stsb", "nash_swarm4", marks=pytest.mark.slow),
     ],
 )
-def test_a_whole_run(
-    encoder: str, folder: Callable[[str], pathlib.Path], tmp_path: pathlib.Path, task: str, method: str
-) -> None:
+def test_run_on_task_records_metrics_and_saves_model(
+    encoder: str, folder: Callable[[str], pathlib.Path], tmp_path: pathlib.Path, task: str, method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(glue, "RESAMPLES", 100)  # each takes milliseconds, and there are six intervals
     config = composed(
         encoder,
         folder(task),
@@ -286,7 +288,7 @@ def test_a_whole_run(
         (["dataset=local_text", "measure=official"], "needs labels"),
     ],
 )
-def test_a_measure_that_does_not_belong_is_refused_before_any_work(
+def test_run_with_wrong_measure_refused(
     encoder: str, text_file: pathlib.Path, tmp_path: pathlib.Path, overrides: list[str], message: str
 ) -> None:
     config = compose("model=local", f"model.path={encoder}", f"dataset.path={text_file}", *overrides)
@@ -294,7 +296,7 @@ def test_a_measure_that_does_not_belong_is_refused_before_any_work(
         run(config, LABELS)
 
 
-def test_a_probe_counts_tokens_and_not_their_padding(classifier: Any, padded: Tensor) -> None:
+def test_heldout_kl_counts_tokens_without_padding(classifier: Any, padded: Tensor) -> None:
     session = CalibrationSession(classifier, find_layers(classifier), padded, padded, 0, Cache(None, {}))
     layer = session.layers[-1]
     moved = {layer.name: 1.5 * layer.weight}

@@ -86,7 +86,7 @@ def small_library(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> It
     yield uncached()
 
 
-def test_documents_are_read_once_and_in_order(small_library: dict[str, str]) -> None:
+def test_documents_are_cached_and_sorted(small_library: dict[str, str]) -> None:
     module = "\n\n".join(body for _, body in sorted(docstrings(TREE) + comment_blocks(SOURCE, TREE)))
     assert list(small_library.items()) == [
         ("module a.__init__", "A package."),
@@ -97,7 +97,7 @@ def test_documents_are_read_once_and_in_order(small_library: dict[str, str]) -> 
     assert "\n\n".join(small_library.values()) == "\n\n".join(stdlib_docs.documents().values())
 
 
-def test_every_paragraph_is_in_exactly_one_split() -> None:
+def test_paragraphs_are_in_exactly_one_split() -> None:
     """The first split, in the order train, calibration, test, that has a document with it."""
     home: dict[str, str] = {}
     for split in SPLITS:
@@ -115,7 +115,7 @@ def test_every_paragraph_is_in_exactly_one_split() -> None:
         assert text(split) == "\n\n".join(kept)
 
 
-def test_no_paragraph_of_test_or_calibration_occurs_in_train() -> None:
+def test_text_of_test_and_calibration_shares_no_paragraph_with_train() -> None:
     """Short ones ("Return the result.") are everybody's; the others would be known by heart."""
 
     def paragraphs(split: str) -> list[str]:
@@ -127,11 +127,11 @@ def test_no_paragraph_of_test_or_calibration_occurs_in_train() -> None:
         assert sum(map(len, shared)) <= 0.005 * len(text(split)), f"{len(shared)} paragraphs of {split}"
 
 
-def test_the_text_is_the_same_each_time(small_library: dict[str, str]) -> None:
+def test_text_is_deterministic(small_library: dict[str, str]) -> None:
     assert stdlib_docs.documents() == small_library
 
 
-def test_the_shares_of_the_splits() -> None:
+def test_split_of_gives_expected_shares() -> None:
     counts = collections.Counter(split_of(f"document {number}") for number in range(20_000))
     shares = {split: count / 20_000 for split, count in counts.items()}
     assert shares == pytest.approx({"train": 0.85, "calibration": 0.05, "test": 0.10}, abs=0.01)
@@ -142,12 +142,12 @@ def test_the_shares_of_the_splits() -> None:
     assert 0.01 < characters["calibration"] / total < 0.12 and 0.04 < characters["test"] / total < 0.2
 
 
-def test_an_unknown_split_is_refused() -> None:
+def test_text_of_unknown_split_refused() -> None:
     with pytest.raises(ValueError, match="unknown split 'validation' of the embedded text: choose one of train"):
         text("validation")
 
 
-def test_docstrings_and_comments_of_a_source() -> None:
+def test_docstrings_and_comment_blocks_found_with_lines() -> None:
     assert sorted(docstrings(TREE)) == [
         (1, "What the module says."),
         (12, "What the class says.\n\nMore of it."),
@@ -164,25 +164,25 @@ def by_tokenizer(source: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("source", [SOURCE, *STRINGS])
-def test_what_looks_like_a_comment_in_a_string_is_none(source: str) -> None:
+def test_comment_blocks_ignore_strings(source: str) -> None:
     assert full_line_comments(source, ast.parse(source)) == by_tokenizer(source)
 
 
-def test_comments_of_the_standard_library_are_what_the_tokenizer_says() -> None:
+def test_full_line_comments_of_stdlib_match_tokenizer() -> None:
     stdlib = pathlib.Path(sysconfig.get_path("stdlib"))
     for path in [*sorted(stdlib.glob("*.py"))[:40], *sorted(stdlib.glob("test/test_t*.py"))[:20]]:
         source = path.read_text(encoding="utf-8")
         assert full_line_comments(source, ast.parse(source)) == by_tokenizer(source), path
 
 
-def test_statements_are_all_of_them() -> None:
+def test_statements_match_ast_walk() -> None:
     for source in [SOURCE, *STRINGS, pathlib.Path(ast.__file__).read_text()]:
         tree = ast.parse(source)
         wanted = [node for node in ast.walk(tree) if isinstance(node, ast.stmt | ast.ExceptHandler)]
         assert sorted(map(id, statements(tree))) == sorted(map(id, wanted))
 
 
-def test_the_text_is_prose_of_the_standard_library() -> None:
+def test_text_is_prose_of_stdlib() -> None:
     names = set(documents())
     assert "module email.message" in names or "module email" in names
     assert any(name.startswith("topic ") for name in names)

@@ -28,7 +28,7 @@ def moved(model: Any) -> Any:
     return model
 
 
-def test_nll_is_the_loss_of_the_library(tiny: Any, token_windows: Tensor) -> None:
+def test_evaluate_nll_equals_transformers_loss(tiny: Any, token_windows: Tensor) -> None:
     found = evaluation.evaluate(tiny, token_windows, 2)
     assert set(found) == {"nll", "tokens"}
     assert found["nll"] == pytest.approx(slow(tiny, token_windows), abs=1e-6)
@@ -36,7 +36,7 @@ def test_nll_is_the_loss_of_the_library(tiny: Any, token_windows: Tensor) -> Non
     assert evaluation.summarise(found) == {"nll": pytest.approx(np.mean(slow(tiny, token_windows))), "tokens": 115}
 
 
-def test_uniform_logits_have_the_vocabulary_as_perplexity(model: Any, token_windows: Tensor) -> None:
+def test_evaluate_uniform_logits_perplexity_is_vocabulary(model: Any, token_windows: Tensor) -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()
     found = evaluation.evaluate(model, token_windows, 8, evaluation.compute_reference(model, token_windows, 8))
@@ -44,7 +44,7 @@ def test_uniform_logits_have_the_vocabulary_as_perplexity(model: Any, token_wind
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
-def test_the_batch_size_changes_nothing(tiny: Any, moved: Any, token_windows: Tensor, batch_size: int) -> None:
+def test_evaluate_any_batch_size_same_values(tiny: Any, moved: Any, token_windows: Tensor, batch_size: int) -> None:
     expected = evaluation.evaluate(moved, token_windows, 2, evaluation.compute_reference(tiny, token_windows, 2))
     full = evaluation.compute_reference(tiny, token_windows, batch_size)
     found = evaluation.evaluate(moved, token_windows, batch_size, full)
@@ -52,14 +52,14 @@ def test_the_batch_size_changes_nothing(tiny: Any, moved: Any, token_windows: Te
         assert found[name] == pytest.approx(expected[name], abs=1e-6), name
 
 
-def test_a_model_agrees_with_itself(tiny: Any, token_windows: Tensor) -> None:
+def test_evaluate_against_itself_kl_is_zero(tiny: Any, token_windows: Tensor) -> None:
     found = evaluation.evaluate(tiny, token_windows, 2, evaluation.compute_reference(tiny, token_windows, 2))
     assert found["kl"] == pytest.approx([0] * 5, abs=1e-9) and found["top1_agreement"] == [1] * 5
     assert found["nll_full"] == pytest.approx(found["nll"], abs=1e-6)
     assert evaluation.summarise(found)["nll_delta"] == pytest.approx(0, abs=1e-6)
 
 
-def test_divergence_and_agreement_by_the_formula(tiny: Any, moved: Any, token_windows: Tensor) -> None:
+def test_evaluate_kl_and_agreement_match_formula(tiny: Any, moved: Any, token_windows: Tensor) -> None:
     found = evaluation.evaluate(moved, token_windows, 2, evaluation.compute_reference(tiny, token_windows, 2))
     for number, window in enumerate(token_windows):
         with torch.no_grad():
@@ -72,7 +72,7 @@ def test_divergence_and_agreement_by_the_formula(tiny: Any, moved: Any, token_wi
     assert min(found["kl"]) > 1e-4
 
 
-def test_reference_states_give_the_logits(tiny: Any, token_windows: Tensor) -> None:
+def test_compute_reference_reproduces_logits(tiny: Any, token_windows: Tensor) -> None:
     full = evaluation.compute_reference(tiny, token_windows, 2)
     with torch.no_grad():
         for number, window in enumerate(token_windows):
@@ -94,17 +94,17 @@ class Scaled(nn.Module):
         return types.SimpleNamespace(logits=self.head(self.table(input_ids)) * 2)
 
 
-def test_a_model_whose_logits_are_not_its_heads_is_refused(token_windows: Tensor) -> None:
+def test_compute_reference_scaled_logits_refused(token_windows: Tensor) -> None:
     with pytest.raises(ValueError, match="not its head's output: KL cannot be measured"):
         evaluation.compute_reference(Scaled(), token_windows, 2)
 
 
-def test_windows_of_unequal_length_are_weighed_by_their_tokens() -> None:
+def test_summarise_weighs_windows_by_tokens() -> None:
     windows = {"nll": [2.0, 5.0], "nll_full": [1.0, 2.0], "kl": [0.0, 3.0], "tokens": [10, 20]}
     assert evaluation.summarise(windows) == pytest.approx({"nll": 4.0, "kl": 2.0, "nll_delta": 4 - 5 / 3, "tokens": 30})
 
 
-def test_progress_is_reported_batch_by_batch(tiny: Any, token_windows: Tensor) -> None:
+def test_evaluate_reports_progress_per_batch(tiny: Any, token_windows: Tensor) -> None:
     steps: list[tuple[str, int]] = []
 
     def track(items: Any, description: str) -> Any:

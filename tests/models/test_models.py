@@ -23,7 +23,7 @@ def logits(model: Any, windows: Tensor) -> Tensor:
         return model(input_ids=windows).logits
 
 
-def test_the_layers_of_gpt2(model: Any) -> None:
+def test_find_layers_of_gpt2_lists_every_matrix(model: Any) -> None:
     block = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     layers = find_layers(model)
     expected = [
@@ -39,7 +39,7 @@ def test_the_layers_of_gpt2(model: Any) -> None:
     assert depths == sorted(depths) and depths[0] == 0 and 0 < depths[2] < depths[-1] < 1
 
 
-def test_a_conv1d_is_read_as_the_matrix_that_multiplies(model: Any) -> None:
+def test_find_layers_conv1d_is_transposed(model: Any) -> None:
     layer = next(layer for layer in find_layers(model) if layer.role == "c_fc")
     module = model.get_submodule(layer.name)
     x = torch.randn(3, 64)
@@ -55,7 +55,7 @@ def test_a_conv1d_is_read_as_the_matrix_that_multiplies(model: Any) -> None:
         ("gpt_neox", 2 + 2 * 4, ("lm_head",)),
     ],
 )
-def test_the_layers_of_other_architectures(
+def test_find_layers_of_architecture_lists_every_matrix(
     kind: str, count: int, head: tuple[str, ...], random_model: Callable[[str], Any]
 ) -> None:
     model = random_model(kind)
@@ -71,7 +71,7 @@ def test_the_layers_of_other_architectures(
         assert shapes["q_proj"] == (64, 64) and shapes["k_proj"] == shapes["v_proj"] == (32, 64)
 
 
-def test_patterns_leave_matrices_out(model: Any) -> None:
+def test_find_layers_with_exclude_omits_matches(model: Any) -> None:
     everything = {layer.name for layer in find_layers(model)}
     left = {layer.name for layer in find_layers(model, ["lm_head", "*.mlp.*"])}
     assert everything - left == {name for name in everything if ".mlp." in name} | {"transformer.wte"}
@@ -82,7 +82,7 @@ def test_patterns_leave_matrices_out(model: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_putting_the_originals_back_restores_every_bit(
+def test_set_weights_of_originals_restores_every_bit(
     kind: str, random_model: Callable[[str], Any], token_windows: Tensor
 ) -> None:
     model = random_model(kind)
@@ -97,7 +97,7 @@ def test_putting_the_originals_back_restores_every_bit(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("exclude", [(), ("*.0.*",)])
-def test_layers_and_the_rest_are_every_parameter_once(
+def test_uncompressed_tensors_and_layers_cover_parameters_once(
     kind: str, exclude: tuple[str, ...], random_model: Callable[[str], Any]
 ) -> None:
     model = random_model(kind)
@@ -115,7 +115,7 @@ def test_layers_and_the_rest_are_every_parameter_once(
     assert counted == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_rest_is_rounded_to_what_is_stored(model: Any) -> None:
+def test_round_to_stored_rounds_or_refuses(model: Any) -> None:
     others = uncompressed_tensors(model, find_layers(model))
     before = {name: tensor.clone() for name, tensor in others.items()}
     round_to_stored(others, 32)
@@ -128,7 +128,7 @@ def test_the_rest_is_rounded_to_what_is_stored(model: Any) -> None:
         round_to_stored(others, 16)
 
 
-def test_a_folder_is_loaded(model_folder: pathlib.Path, tiny: Any, token_windows: Tensor) -> None:
+def test_load_folder_returns_model_and_tokenizer(model_folder: pathlib.Path, tiny: Any, token_windows: Tensor) -> None:
     source = ModelSource(str(model_folder))
     loaded = load(source, "cpu", torch.float32)
     assert torch.equal(logits(loaded.model, token_windows), logits(tiny, token_windows))
@@ -136,7 +136,7 @@ def test_a_folder_is_loaded(model_folder: pathlib.Path, tiny: Any, token_windows
     assert loaded.tokenizer.decode(loaded.tokenizer("the quiet flock\n")["input_ids"]) == "the quiet flock\n"
 
 
-def test_a_window_is_the_models_maximum_and_2048_at_most(model: Any) -> None:
+def test_window_length_is_maximum_capped_at_2048(model: Any) -> None:
     loaded = LoadedModel(model, None)
     model.config.n_positions = 4096
     assert loaded.window_length(None) == 2048 and loaded.window_length(4096) == 4096
@@ -147,13 +147,13 @@ def test_a_window_is_the_models_maximum_and_2048_at_most(model: Any) -> None:
         silent.window_length(None)
 
 
-def test_the_embedded_model_needs_no_path() -> None:
+def test_load_without_path_returns_embedded_model() -> None:
     loaded = load(ModelSource(), "cpu", torch.float32)
     assert ModelSource().label == "default"
     assert find_layers(loaded.model) and loaded.tokenizer("a line of text")["input_ids"]
 
 
-def test_content_names_the_files_not_the_folder(model_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_content_digest_depends_on_files_not_folder(model_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copytree(model_folder, tmp_path / "elsewhere")
     same, source = ModelSource(str(tmp_path / "elsewhere")), ModelSource(str(model_folder))
     assert content_digest(same) == content_digest(source)
@@ -220,16 +220,14 @@ def broken(model_folder: pathlib.Path, folder: pathlib.Path, how: str) -> pathli
         "a matrix has another shape",
     ],
 )
-def test_a_broken_checkpoint_is_refused_in_one_sentence(
-    how: str, model_folder: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_load_broken_checkpoint_refused(how: str, model_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     folder = broken(model_folder, tmp_path, how)
     with pytest.raises(ValueError) as caught:
         load(ModelSource(str(folder)), "cpu", torch.float32)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_unreachable_name_is_refused_in_one_sentence() -> None:
+def test_load_unreachable_name_refused() -> None:
     with pytest.raises(ValueError) as caught:
         load(ModelSource("nobody/nothing"), "cpu", torch.float32)
     message = str(caught.value)

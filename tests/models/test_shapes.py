@@ -25,7 +25,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_parameters_are_the_known_ones(name: str) -> None:
+def test_count_from_config_matches_known_parameters(name: str) -> None:
     if name == "gpt3_175b":  # 96 blocks of 12 d² + 13 d, vocabulary, 2048 positions, last norm
         d = 12288
         assert count_from_config(SHAPES[name]).parameters == 96 * (12 * d * d + 13 * d) + (50257 + 2048) * d + 2 * d
@@ -33,18 +33,18 @@ def test_parameters_are_the_known_ones(name: str) -> None:
         assert count_from_config(SHAPES[name]).parameters == PARAMETERS[name]
 
 
-def test_nothing_of_a_model_is_allocated() -> None:
+def test_count_parameters_on_meta_allocates_nothing() -> None:
     with torch.device("meta"):
         assert count_parameters(nn.Linear(10**6, 10**6)).linear == (10**12,)
 
 
-def test_in_gpt2_the_tied_head_is_all_there_is_to_quantize(random_model: Any) -> None:
+def test_count_parameters_of_gpt2_has_only_head_linear(random_model: Any) -> None:
     assert count_from_config(SHAPES["gpt2"]).linear == (50257 * 768,)
     assert count_parameters(random_model("gpt2")).linear == (512 * 64,)
     assert len(count_parameters(random_model("llama")).linear) == 2 * 7 + 1
 
 
-def test_a_small_model_by_hand() -> None:
+def test_parameter_counts_bytes_match_hand_computation() -> None:
     """A linear layer of 5 × 6 weights beside 4 other floats: 3, 6 and 21 codes of 8, 4 and 2 bits."""
     found = ParameterCounts(34, (30,))
     assert (found.bytes_full, found.code_bytes, found.uniform_bytes) == (136, 3 + 3 + 6, 15)
@@ -58,7 +58,7 @@ def test_a_small_model_by_hand() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (16, 64), (101, 13), (64, 256)])
-def test_what_is_counted_is_what_is_written(shape: tuple[int, int]) -> None:
+def test_bytes_prototype_equals_written_file(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert len(quantize_by_magnitude(weight, (0.9, 0.7)).pack()) == ParameterCounts(
         weight.numel(), (weight.numel(),)

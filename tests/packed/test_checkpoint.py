@@ -76,7 +76,7 @@ def saved(
     return full, own, matrices, folder
 
 
-def test_what_is_loaded_computes_the_same_bits(saved: Any, token_windows: Tensor) -> None:
+def test_from_pretrained_computes_same_bits(saved: Any, token_windows: Tensor) -> None:
     full, own, matrices, folder = saved
     again = loaded(full, folder)
     assert type(again) is type(full) and not again.training
@@ -100,14 +100,14 @@ def test_what_is_loaded_computes_the_same_bits(saved: Any, token_windows: Tensor
             assert again.get_submodule(name).matrix is again.get_submodule(layer.name).matrix
 
 
-def test_saving_again_gives_the_same_bytes(saved: Any, tmp_path: pathlib.Path) -> None:
+def test_save_pretrained_again_gives_same_bytes(saved: Any, tmp_path: pathlib.Path) -> None:
     full, own, _, folder = saved
     for number, model in enumerate((own, loaded(full, folder))):
         model.save_pretrained(tmp_path / str(number))
         assert contents(tmp_path / str(number)) == contents(folder)
 
 
-def test_the_predicted_files_are_those_that_are_saved(saved: Any) -> None:
+def test_checkpoint_files_equal_saved_files(saved: Any) -> None:
     full, _, matrices, folder = saved
     others = uncompressed_tensors(full, find_layers(full))
     found = file_format.checkpoint_files(full, matrices, others, 16)
@@ -117,7 +117,7 @@ def test_the_predicted_files_are_those_that_are_saved(saved: Any) -> None:
     assert not any(b"pickle" in name.encode() or name.endswith((".bin", ".pt", ".pkl")) for name in written)
 
 
-def test_shards_are_one_model(saved: Any, tmp_path: pathlib.Path, token_windows: Tensor) -> None:
+def test_from_pretrained_of_shards_equals_whole(saved: Any, tmp_path: pathlib.Path, token_windows: Tensor) -> None:
     full, own, _, folder = saved
     own.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
@@ -131,7 +131,7 @@ def test_shards_are_one_model(saved: Any, tmp_path: pathlib.Path, token_windows:
         loaded(full, tmp_path / "shards")
 
 
-def test_dequantized_it_is_a_plain_model(saved: Any, tmp_path: pathlib.Path, token_windows: Tensor) -> None:
+def test_dequantize_gives_plain_model(saved: Any, tmp_path: pathlib.Path, token_windows: Tensor) -> None:
     full, own, _, folder = saved
     plain = loaded(full, folder)
     expected = {name: plain.get_submodule(name).weight for name in (layer.name for layer in find_layers(full))}
@@ -152,7 +152,7 @@ def test_dequantized_it_is_a_plain_model(saved: Any, tmp_path: pathlib.Path, tok
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_dequantized_it_has_one_dtype(
+def test_dequantize_gives_one_dtype(
     dtype: torch.dtype | None, folder: pathlib.Path, tmp_path: pathlib.Path, token_windows: Tensor
 ) -> None:
     model = load(folder)
@@ -198,7 +198,7 @@ def resealed(folder: pathlib.Path, tensors: dict[str, Tensor]) -> None:
     described(folder, checksum=file_format.checksum(tensors))
 
 
-def test_loading_makes_no_floats_of_packed_matrices(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_pretrained_never_dequantizes(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*arguments: Any) -> Tensor:
         raise AssertionError("a matrix was dequantized")
 
@@ -210,7 +210,7 @@ def test_loading_makes_no_floats_of_packed_matrices(folder: pathlib.Path, monkey
     assert model.num_parameters() < 10_000
 
 
-def test_the_headless_model_of_a_language_model(
+def test_from_pretrained_without_head_keeps_base_model(
     saved: Any, token_windows: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     full, own, _, folder = saved
@@ -229,21 +229,21 @@ def test_the_headless_model_of_a_language_model(
     assert torch.equal(found, expected)
 
 
-def test_another_version_is_refused(damaged: pathlib.Path) -> None:
+def test_from_pretrained_other_version_refused(damaged: pathlib.Path) -> None:
     described(damaged, version=2)
     with pytest.raises(ValueError, match="stored in version 2 of the nashswarm format, this program reads version 1"):
         load(damaged)
 
 
 @pytest.mark.parametrize("left", [-1, 0, 4, 100, 5000])
-def test_a_file_cut_short_is_refused(damaged: pathlib.Path, left: int) -> None:
+def test_from_pretrained_truncated_file_refused(damaged: pathlib.Path, left: int) -> None:
     path = damaged / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(ValueError, match=r"model\.safetensors is cut short or damaged \(.*\); copy it again"):
         load(damaged)
 
 
-def test_a_changed_byte_anywhere_is_refused(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_from_pretrained_changed_byte_refused(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Also in the header, and in what was never packed: biases and norms."""
     whole = (folder / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -279,7 +279,7 @@ def test_a_changed_byte_anywhere_is_refused(folder: pathlib.Path, tmp_path_facto
     in_the_header()
 
 
-def test_a_changed_byte_whose_checksum_was_mended_is_found_by_that_of_the_matrix(damaged: pathlib.Path) -> None:
+def test_from_pretrained_changed_byte_with_new_checksum_refused_by_matrix(damaged: pathlib.Path) -> None:
     tensors = safetensors.torch.load_file(damaged / "model.safetensors")
     tensors = {name: part.clone() for name, part in tensors.items()}
     tensors["transformer.h.1.mlp.c_fc.weight"][100] ^= 1
@@ -288,7 +288,7 @@ def test_a_changed_byte_whose_checksum_was_mended_is_found_by_that_of_the_matrix
         load(damaged)
 
 
-def test_missing_code_tables_are_missed(damaged: pathlib.Path) -> None:
+def test_from_pretrained_without_code_tables_refused(damaged: pathlib.Path) -> None:
     tensors = safetensors.torch.load_file(damaged / "model.safetensors")
     del tensors["code_tables"]
     safetensors.torch.save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
@@ -299,13 +299,13 @@ def test_missing_code_tables_are_missed(damaged: pathlib.Path) -> None:
         load(damaged)
 
 
-def test_a_missing_file_is_missed(damaged: pathlib.Path) -> None:
+def test_from_pretrained_without_file_refused(damaged: pathlib.Path) -> None:
     (damaged / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"model\.safetensors"):
         load(damaged)
 
 
-def test_the_weights_of_another_model_are_refused(
+def test_from_pretrained_weights_of_other_model_refused(
     damaged: pathlib.Path, random_model: Callable[[str], Any], packed: Packed, tmp_path: pathlib.Path
 ) -> None:
     other = random_model("llama")
@@ -315,7 +315,7 @@ def test_the_weights_of_another_model_are_refused(
         load(damaged)
 
 
-def test_a_matrix_of_another_shape_is_refused(damaged: pathlib.Path) -> None:
+def test_from_pretrained_matrix_of_other_shape_refused(damaged: pathlib.Path) -> None:
     """With every checksum mended: the matrix says itself how large it is."""
     tensors = dict(safetensors.torch.load_file(damaged / "model.safetensors"))
     name = "transformer.h.0.mlp.c_fc"
@@ -325,7 +325,7 @@ def test_a_matrix_of_another_shape_is_refused(damaged: pathlib.Path) -> None:
         load(damaged)
 
 
-def test_what_kernels_cannot_read_is_kept_as_floats(
+def test_from_pretrained_unsupported_format_kept_as_floats(
     random_model: Callable[[str], Any], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, token_windows: Tensor
 ) -> None:
     full = random_model("gpt2")
@@ -355,7 +355,7 @@ def test_what_kernels_cannot_read_is_kept_as_floats(
     assert answer(model, token_windows).isfinite().all()
 
 
-def test_excluded_matrices_stay_floats(
+def test_adopt_with_exclude_keeps_floats(
     random_model: Callable[[str], Any], packed: Packed, tmp_path: pathlib.Path, token_windows: Tensor
 ) -> None:
     full, exclude = random_model("gpt2"), ("lm_head", "*.0.mlp.*")
@@ -371,7 +371,7 @@ def test_excluded_matrices_stay_floats(
 
 
 @pytest.mark.parametrize("float_bits", [16, 32])
-def test_the_rest_has_the_precision_that_was_chosen(
+def test_adopt_rounds_other_tensors_to_float_bits(
     float_bits: int, random_model: Callable[[str], Any], packed: Packed, tmp_path: pathlib.Path
 ) -> None:
     full = random_model("gpt2")
@@ -385,7 +385,7 @@ def test_the_rest_has_the_precision_that_was_chosen(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_model_in_half_precision(
+def test_from_pretrained_in_half_precision_saves_and_loads(
     dtype: torch.dtype,
     random_model: Callable[[str], Any],
     packed: Packed,
@@ -409,13 +409,13 @@ def test_a_model_in_half_precision(
             assert torch.equal(module.payload, whole.get_submodule(name).payload)
 
 
-def test_a_deep_copy_saves_the_same_bytes(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_deepcopy_saves_same_bytes(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     model = load(folder)
     copy.deepcopy(model).save_pretrained(tmp_path)
     assert contents(tmp_path) == contents(folder)
 
 
-def test_generation_works(folder: pathlib.Path, token_windows: Tensor) -> None:
+def test_generate_matches_greedy_loop(folder: pathlib.Path, token_windows: Tensor) -> None:
     model = load(folder)
     found = model.generate(token_windows[:1, :8], max_new_tokens=5, do_sample=False, eos_token_id=None)
     tokens = token_windows[:1, :8]
@@ -424,19 +424,19 @@ def test_generation_works(folder: pathlib.Path, token_windows: Tensor) -> None:
     assert torch.equal(found, tokens)
 
 
-def test_compressing_while_loading_is_refused(model_folder: pathlib.Path) -> None:
+def test_from_pretrained_compressing_while_loading_refused(model_folder: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="require the model to be pre-quantized"):
         transformers.AutoModelForCausalLM.from_pretrained(model_folder, quantization_config=NashSwarmConfig())
 
 
-def test_bytes_that_are_no_matrix_are_refused_before_the_model_changes(model: Any, packed: Packed) -> None:
+def test_adopt_unreadable_bytes_refused(model: Any, packed: Packed) -> None:
     matrices = packed(model, "groups")
     matrices["transformer.h.0.mlp.c_fc"] = np.zeros(3, np.uint8)
     with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc cannot be read"):
         checkpoint.adopt(model, find_layers(model), matrices)
 
 
-def test_the_checksum_is_of_everything_but_the_order() -> None:
+def test_checksum_covers_all_but_order() -> None:
     tensors = {"a": torch.arange(4, dtype=torch.float16), "b": torch.zeros(2, 2)}
     found = file_format.checksum(tensors)
     assert file_format.checksum(dict(reversed(tensors.items()))) == found and len(found) == 8
@@ -458,7 +458,7 @@ def tuned(folder: pathlib.Path) -> Any:
     return peft.get_peft_model(load(folder), config)
 
 
-def test_adapters_are_trained_on_top(tuned: Any, token_windows: Tensor, tmp_path: pathlib.Path) -> None:
+def test_adapters_train_on_packed_model(tuned: Any, token_windows: Tensor, tmp_path: pathlib.Path) -> None:
     base = tuned.get_base_model()
     before = {name: part.clone() for name, part in base.named_buffers()}
     fixed = {name: part.clone() for name, part in tuned.named_parameters() if not part.requires_grad}
@@ -479,7 +479,7 @@ def test_adapters_are_trained_on_top(tuned: Any, token_windows: Tensor, tmp_path
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["adapter_model.safetensors"]
 
 
-def test_adapters_are_loaded_on_top(
+def test_adapters_load_on_packed_model(
     tuned: Any, folder: pathlib.Path, tmp_path: pathlib.Path, token_windows: Tensor
 ) -> None:
     for name, part in tuned.named_parameters():
@@ -492,6 +492,6 @@ def test_adapters_are_loaded_on_top(
 
 
 @pytest.mark.parametrize("safe", [False, True])
-def test_merging_adapters_into_packed_weights_is_refused(tuned: Any, safe: bool) -> None:
+def test_adapters_merge_into_packed_weights_refused(tuned: Any, safe: bool) -> None:
     with pytest.raises(RuntimeError, match="packed weights cannot be changed: call the model's dequantize"):
         tuned.merge_and_unload(safe_merge=safe)

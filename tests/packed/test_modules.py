@@ -60,7 +60,7 @@ def assert_same(found: Any, tensor: Any) -> None:
 
 @few
 @given(some.integers(1, 70), some.integers(1, 150), some.sampled_from([0.0, 0.3, 2.0, 50.0, 1e6]), some.integers(0, 9))
-def test_a_lattice_comes_back_whatever_its_shape_and_spread(rows: int, columns: int, spread: float, seed: int) -> None:
+def test_packed_matrix_of_lattice_round_trips(rows: int, columns: int, spread: float, seed: int) -> None:
     tensor = on_lattice(heavy_tailed(rows, columns, spread, seed), seed)
     matrix = PackedMatrix(tensor, True, LAPLACE)
     assert_same(matrix.tensor(), tensor)
@@ -80,7 +80,7 @@ def grids(draw: some.DrawFn) -> QuantizedTensor:
 
 @few
 @given(grids(), some.booleans())
-def test_groups_come_back_whatever_their_widths(tensor: QuantizedTensor, coded: bool) -> None:
+def test_packed_matrix_of_groups_round_trips(tensor: QuantizedTensor, coded: bool) -> None:
     matrix = PackedMatrix(tensor, coded)
     assert_same(matrix.tensor(), tensor)
     assert torch.equal(matrix.dequantize(), tensor.dequantize())
@@ -89,7 +89,7 @@ def test_groups_come_back_whatever_their_widths(tensor: QuantizedTensor, coded: 
 
 @few
 @given(some.integers(1, 40), some.integers(1, 140), some.sampled_from([0.3, 2.0, 20.0, 1e3]), some.integers(0, 9))
-def test_a_tile_takes_the_width_of_fewest_bytes(rows: int, columns: int, spread: float, seed: int) -> None:
+def test_to_tiles_chooses_width_of_fewest_bytes(rows: int, columns: int, spread: float, seed: int) -> None:
     """By loops: every width of every tile tried, its escapes counted one by one."""
     codes = heavy_tailed(rows, columns, spread, seed).tolist()
     found = to_tiles(on_lattice(torch.tensor(codes)))
@@ -107,14 +107,14 @@ def test_a_tile_takes_the_width_of_fewest_bytes(rows: int, columns: int, spread:
 
 
 @pytest.mark.parametrize(("largest", "bits"), [(0, 0), (1, 2), (3, 3), (7, 4), (127, 8)])
-def test_the_width_is_the_smallest_that_holds_the_range(largest: int, bits: int) -> None:
+def test_to_tiles_chooses_smallest_width_that_fits(largest: int, bits: int) -> None:
     codes = torch.arange(16 * 64).view(16, 64).remainder(2 * largest + 1) - largest
     found = to_tiles(on_lattice(codes))
     assert found.widths.tolist() == [[bits]] and found.payload.nbytes == 16 * 64 * bits // 8
     assert not len(found.escape_codes)
 
 
-def test_escapes_by_hand() -> None:
+def test_to_tiles_escapes_match_hand_computation() -> None:
     """20 rows of ones in 100 columns: four tiles of 2 bits, from -2 to 1, and three codes beyond."""
     codes = torch.ones(20, 100, dtype=torch.int32)
     codes[5, 7], codes[3, 69], codes[18, 64] = -1000, 2, 70_000
@@ -127,7 +127,7 @@ def test_escapes_by_hand() -> None:
     assert found.payload.nbytes == 4 * 16 * 64 * 2 // 8
 
 
-def test_what_kernels_cannot_read() -> None:
+def test_packable_unsupported_widths_and_groups_refused() -> None:
     weight = torch.randn(16, 96)
     assert packable(quantize(weight, 8, Scheme(32))) and packable(quantize(weight, 0, Scheme(96)))
     assert not packable(quantize(weight, 4, Scheme(16))) and not packable(quantize(weight, 4, Scheme(48)))
@@ -153,7 +153,7 @@ def layer_of(matrix: PackedMatrix, bias: bool = True) -> QuantizedLinear:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer(tensor: Any, matrix: PackedMatrix, bias: bool) -> None:
+def test_quantized_linear_matches_float_product(tensor: Any, matrix: PackedMatrix, bias: bool) -> None:
     layer, x = layer_of(matrix, bias), torch.randn(2, 5, 64)
     assert torch.equal(layer.weight, tensor.dequantize()) and layer.weight.shape == (40, 64)
     assert (layer.in_features, layer.out_features, layer.bias is not None) == (64, 40, bias)
@@ -164,7 +164,7 @@ def test_a_linear_layer(tensor: Any, matrix: PackedMatrix, bias: bool) -> None:
     assert 0 < (layer(x) - expected).abs().max() <= 0.02 * scale
 
 
-def test_a_linear_layer_keeps_no_floats(matrix: PackedMatrix) -> None:
+def test_quantized_linear_holds_no_float_matrix(matrix: PackedMatrix) -> None:
     layer = layer_of(matrix)
     assert [name for name, _ in layer.named_parameters()] == ["bias"] and isinstance(layer, nn.Linear)
     sizes = {name: part.numel() for name, part in layer.named_buffers() if part.dtype == torch.float32}
@@ -172,7 +172,7 @@ def test_a_linear_layer_keeps_no_floats(matrix: PackedMatrix) -> None:
     assert "40x64" in repr(layer) and "bits" in repr(layer)
 
 
-def test_a_conv1d_becomes_a_linear_layer_and_comes_back(tensor: Any, matrix: PackedMatrix) -> None:
+def test_quantized_conv1d_becomes_linear_and_round_trips(tensor: Any, matrix: PackedMatrix) -> None:
     before, x = Conv1D(40, 64), torch.randn(3, 64)
     with torch.no_grad():
         before.weight.copy_(tensor.dequantize().T)
@@ -186,7 +186,7 @@ def test_a_conv1d_becomes_a_linear_layer_and_comes_back(tensor: Any, matrix: Pac
     assert {name: part.shape for name, part in after.state_dict().items()} == {"weight": (64, 40), "bias": (40,)}
 
 
-def test_what_was_replaced_comes_back(matrix: PackedMatrix) -> None:
+def test_dequantized_returns_original_module_type(matrix: PackedMatrix) -> None:
     for before in (nn.Linear(64, 40), nn.Embedding(40, 64, padding_idx=3), OPTLearnedPositionalEmbedding(38, 64)):
         kept = set(before.state_dict())
         packed = quantized(before, matrix, torch.float32)
@@ -197,7 +197,7 @@ def test_what_was_replaced_comes_back(matrix: PackedMatrix) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_an_embedding(tensor: Any, matrix: PackedMatrix, dtype: torch.dtype) -> None:
+def test_quantized_embedding_returns_rows(tensor: Any, matrix: PackedMatrix, dtype: torch.dtype) -> None:
     layer = quantized(nn.Embedding(40, 64, padding_idx=1), matrix, dtype)
     ids = torch.randint(40, (2, 3, 4))
     assert isinstance(layer, QuantizedEmbedding) and not list(layer.parameters())
@@ -207,7 +207,7 @@ def test_an_embedding(tensor: Any, matrix: PackedMatrix, dtype: torch.dtype) -> 
         layer(torch.tensor([40]))
 
 
-def test_an_embedding_with_a_forward_of_its_own_keeps_it(tensor: Any, matrix: PackedMatrix) -> None:
+def test_quantized_derived_embedding_keeps_its_forward(tensor: Any, matrix: PackedMatrix) -> None:
     """OPT's positions begin at an offset of 2."""
     before = OPTLearnedPositionalEmbedding(38, 64)
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_an_embedding_with_a_forward_of_its_own_keeps_it(tensor: Any, matrix: Pa
     assert torch.equal(layer(**arguments)[0], tensor.dequantize()[2:7])
 
 
-def test_a_tied_head_shares_the_matrix(matrix: PackedMatrix) -> None:
+def test_quantized_tied_head_shares_matrix(matrix: PackedMatrix) -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(40, 64), "head": nn.Linear(64, 40)})
     for name in ("embedding", "head"):
         model[name] = quantized(model[name], matrix, torch.float32)
@@ -231,7 +231,7 @@ def test_a_tied_head_shares_the_matrix(matrix: PackedMatrix) -> None:
     assert other["embedding"].matrix is other["head"].matrix is not matrix
 
 
-def test_the_weight_cannot_be_changed_in_place(matrix: PackedMatrix) -> None:
+def test_weight_changed_in_place_refused(matrix: PackedMatrix) -> None:
     layer, table = layer_of(matrix), quantized(nn.Embedding(40, 64), matrix, torch.float32)
     for module in (layer, table):
         with pytest.raises(RuntimeError, match=r"(?i)inference tensor"):
@@ -245,7 +245,7 @@ def test_the_weight_cannot_be_changed_in_place(matrix: PackedMatrix) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_another_dtype_leaves_the_packed_parts_alone(matrix: PackedMatrix, dtype: torch.dtype) -> None:
+def test_module_to_other_dtype_keeps_packed_buffers(matrix: PackedMatrix, dtype: torch.dtype) -> None:
     model = nn.Sequential(quantized(nn.Embedding(40, 64), matrix, torch.float32), layer_of(matrix))
     before = {name: (part.dtype, part.clone()) for name, part in matrix.named_buffers()}
     model.to(dtype)
@@ -257,14 +257,14 @@ def test_another_dtype_leaves_the_packed_parts_alone(matrix: PackedMatrix, dtype
     assert torch.equal(model.float()[0](ids), matrix.dequantize())
 
 
-def test_half_and_meta_and_back(matrix: PackedMatrix) -> None:
+def test_module_to_half_and_meta_works(matrix: PackedMatrix) -> None:
     layer = layer_of(matrix).half()
     assert layer(torch.randn(2, 64).half()).dtype == torch.float16 and layer.weight.dtype == torch.float32
     elsewhere = copy.deepcopy(layer).to("meta")
     assert elsewhere.matrix.payload.is_meta and not layer.matrix.payload.is_meta
 
 
-def test_a_deep_copy_is_one(matrix: PackedMatrix) -> None:
+def test_deepcopy_shares_no_buffers(matrix: PackedMatrix) -> None:
     layer, x = layer_of(matrix), torch.randn(3, 64)
     before = layer(x)  # the tiles are made now
     other = copy.deepcopy(layer)
@@ -276,7 +276,7 @@ def test_a_deep_copy_is_one(matrix: PackedMatrix) -> None:
     assert torch.equal(layer(x), before) and not torch.equal(other(x), before)
 
 
-def test_activations_are_set_on_every_layer(matrix: PackedMatrix) -> None:
+def test_set_activations_changes_every_layer(matrix: PackedMatrix) -> None:
     model = nn.Sequential(layer_of(matrix), nn.ReLU(), quantized(Conv1D(40, 64), matrix, torch.float32))
     set_activations(model, "int8")
     assert [model[number].activations for number in (0, 2)] == ["int8", "int8"]
@@ -287,7 +287,7 @@ def test_activations_are_set_on_every_layer(matrix: PackedMatrix) -> None:
 
 
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 5, 64)])
-def test_gradients_are_those_of_the_floats(tensor: Any, matrix: PackedMatrix, shape: tuple[int, ...]) -> None:
+def test_quantized_linear_gradients_match_floats(tensor: Any, matrix: PackedMatrix, shape: tuple[int, ...]) -> None:
     layer, x = layer_of(matrix), torch.randn(shape, requires_grad=True)
     weigh = torch.randn(*shape[:-1], 40)
     (layer(x) * weigh).sum().backward()
@@ -300,7 +300,7 @@ def test_gradients_are_those_of_the_floats(tensor: Any, matrix: PackedMatrix, sh
     assert not any(part.requires_grad for part in matrix.buffers())
 
 
-def test_tiles_count_all_that_is_kept(matrix: PackedMatrix) -> None:
+def test_tiles_nbytes_counts_all_buffers(matrix: PackedMatrix) -> None:
     """What the model says of its memory is what its tiles take."""
     buffers = sum(part.nbytes for part in matrix.buffers())
     assert matrix.tiles.nbytes == buffers + matrix.weight_bytes and buffers > matrix.tiles.payload.nbytes

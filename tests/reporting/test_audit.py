@@ -3,12 +3,14 @@
 import dataclasses
 import pathlib
 import re
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from nashswarm.models.shapes import ParameterCounts
 from nashswarm.records import record
+from nashswarm.runtime.cache_misses import CACHEGRIND
 from scripts import audit
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -186,3 +188,17 @@ def test_two_runs_of_one_model_are_refused(evidence: audit.Evidence, tmp_path: p
         record.write(tmp_path / "audit", dataclasses.replace(run, config=dict(run.config) | {"seed": seed}))
     with pytest.raises(ValueError, match="two records audit default on stdlib_docs"):
         audit.gather(tmp_path)
+
+
+def test_cache_claim_verdict_follows_counts(evidence: audit.Evidence) -> None:
+    common = {"counter": CACHEGRIND, "reads": 100.0, "first_misses": 10.0, "last_misses": 0.0}
+    rows = [common | {"form": "float32"}, common | {"form": "3 bits", "first_fall": 0.9, "last_fall": None}]
+    worse = [*rows, common | {"form": "4 bits", "first_fall": 0.9, "last_fall": 0.66}]
+
+    def row(counted: Any) -> audit.Row:
+        return audit.cache(dataclasses.replace(evidence, misses=counted))
+
+    assert row(()).cells()[5] == audit.LATER
+    assert row(rows).cells()[5] == f"{audit.HOLDS} here" and row(worse).cells()[5] == f"{audit.FAILS} here"
+    assert "first level fall by 90.0–90.0 % and misses of the last level fall by 66.0–66.0 %" in row(worse).honest
+    assert "the last level" not in row(rows).honest and "of floats 90.0–90.0 %" in row(rows).honest

@@ -1,6 +1,5 @@
 """What the counters say is read right, and what they count is the product."""
 
-import dataclasses
 import itertools
 import json
 import pathlib
@@ -23,9 +22,7 @@ from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 from nashswarm.runtime import cache_misses
 from nashswarm.runtime.cache_misses import CACHEGRIND, PERF, Misses
-from scripts import audit
 
-ROOT = pathlib.Path(__file__).parents[2]
 NO_COUNTERS = """\
 <not supported>,,L1-dcache-loads:u,0,100.00,,
 <not supported>,,L1-dcache-load-misses:u,0,100.00,,
@@ -74,7 +71,7 @@ def programs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib
     return folder
 
 
-def test_counts_are_read() -> None:
+def test_parse_counters_output() -> None:
     assert cache_misses.parse_perf(COUNTED) == Misses(300123, 4321, 17)
     assert cache_misses.parse_cachegrind(SIMULATED) == Misses(310, 41, 6)
 
@@ -87,25 +84,25 @@ def test_counts_are_read() -> None:
         ("", "L1-dcache-loads missing"),
     ],
 )
-def test_what_was_not_counted_is_named(text: str, why: str) -> None:
+def test_parse_perf_uncounted_event_named(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=f"^{why}$"):
         cache_misses.parse_perf(text)
 
 
 @pytest.mark.parametrize("text", ["", "events: Ir I1mr ILmr\nsummary: 1 2 3\n", "events: Ir Dr D1mr DLmr\n"])
-def test_a_simulation_without_a_summary_is_none(text: str) -> None:
+def test_parse_cachegrind_without_summary_refused(text: str) -> None:
     with pytest.raises(ValueError, match="cachegrind left no summary with Dr, D1mr, DLmr"):
         cache_misses.parse_cachegrind(text)
 
 
 @pytest.mark.parametrize("size", [1 << 10, 32 << 10, 48 << 10, 8 << 20, 9 << 20, 30 << 20, 36608 << 10, 96 << 20])
-def test_a_simulated_cache_has_a_power_of_two_of_sets(size: int) -> None:
+def test_geometry_has_power_of_two_sets(size: int) -> None:
     told, ways, line = map(int, cache_misses.geometry(size).split(","))
     sets = size // ways // line
     assert told == size == sets * ways * line and sets & (sets - 1) == 0 and ways >= cache_misses.WAYS
 
 
-def test_the_counter_is_the_first_that_counts(programs: pathlib.Path) -> None:
+def test_choose_counter_prefers_perf_then_valgrind(programs: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"perf is not installed\), and valgrind is not installed \(apt install valg"):
         cache_misses.choose_counter()
     program(programs, "valgrind", "")
@@ -125,7 +122,7 @@ def test_the_counter_is_the_first_that_counts(programs: pathlib.Path) -> None:
 
 @needs_library
 @pytest.mark.parametrize("lattice, activations", list(itertools.product((True, False), kernels.ACTIVATIONS)))
-def test_what_is_counted_is_the_product(lattice: bool, activations: str, tmp_path: pathlib.Path) -> None:
+def test_products_program_computes_products(lattice: bool, activations: str, tmp_path: pathlib.Path) -> None:
     matrices = [example(rows, 192, (2, 3, 4), 64, lattice, seed=rows) for rows in (96, 256)]
     generator = torch.Generator().manual_seed(1)
     xs = [torch.randn(192, generator=generator) for _ in matrices]
@@ -142,7 +139,7 @@ def test_what_is_counted_is_the_product(lattice: bool, activations: str, tmp_pat
 
 
 @needs_library
-def test_a_start_is_not_counted(programs: pathlib.Path) -> None:
+def test_count_misses_excludes_start_of_process(programs: pathlib.Path) -> None:
     program(programs, "perf", FAKE)
     matrices = [example(64, 64, (3,), 64, True, seed) for seed in (0, 1)]
     assert cache_misses.count_misses(matrices, "int8", 1 << 15, 1 << 20, PERF) == Misses(
@@ -151,14 +148,14 @@ def test_a_start_is_not_counted(programs: pathlib.Path) -> None:
 
 
 @needs_library
-def test_a_counter_that_fails_is_named(programs: pathlib.Path) -> None:
+def test_count_misses_failing_counter_named(programs: pathlib.Path) -> None:
     program(programs, "valgrind", "#!/bin/sh\necho 'no such tool' >&2\nexit 1\n")
     with pytest.raises(ValueError, match=r"cannot be counted: cachegrind fails \(no such tool\)"):
         cache_misses.count_misses([example(64, 64, (3,), 64, True)], None, 1 << 15, 1 << 20, CACHEGRIND)
 
 
 @needs_library
-def test_the_command(
+def test_profile_command_prints_misses(
     model: Any, programs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = find_layers(model)
@@ -179,24 +176,9 @@ def test_the_command(
 @pytest.mark.slow
 @needs_library
 @pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind")
-def test_each_line_of_a_matrix_that_no_cache_holds_is_missed_once() -> None:
+def test_count_misses_of_uncached_matrix_one_per_line() -> None:
     matrix, lines = example(512, 512, (2,), 64, True), 512 * 512 * 4 / 64
     plain = cache_misses.count_misses([matrix], None, 32 << 10, 256 << 10, CACHEGRIND)
     packed = cache_misses.count_misses([matrix], "int8", 32 << 10, 256 << 10, CACHEGRIND)
     assert plain.last == pytest.approx(lines, rel=0.02) and lines <= 1.02 * plain.first <= 1.3 * lines
     assert packed.first == pytest.approx(lines / 16, rel=0.5) and packed.last < 0.01 * lines
-
-
-def test_the_verdict_follows_the_counts() -> None:
-    session = audit.gather(ROOT / "results" / "records", ROOT / "none.json")
-    common = {"counter": CACHEGRIND, "reads": 100.0, "first_misses": 10.0, "last_misses": 0.0}
-    rows = [common | {"form": "float32"}, common | {"form": "3 bits", "first_fall": 0.9, "last_fall": None}]
-    worse = [*rows, common | {"form": "4 bits", "first_fall": 0.9, "last_fall": 0.66}]
-
-    def row(counted: Any) -> audit.Row:
-        return audit.cache(dataclasses.replace(session, misses=counted))
-
-    assert row(()).cells()[5] == audit.LATER
-    assert row(rows).cells()[5] == f"{audit.HOLDS} here" and row(worse).cells()[5] == f"{audit.FAILS} here"
-    assert "first level fall by 90.0–90.0 % and misses of the last level fall by 66.0–66.0 %" in row(worse).honest
-    assert "the last level" not in row(rows).honest and "of floats 90.0–90.0 %" in row(rows).honest

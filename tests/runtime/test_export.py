@@ -65,7 +65,7 @@ def runtime() -> Any:
 
 @pytest.mark.parametrize("bits", portable.NBITS_WIDTHS)
 @pytest.mark.parametrize("columns", [64, 160])  # zero points of a row that fill no whole byte
-def test_groups_of_one_width_hold_the_same_matrix(bits: int, columns: int) -> None:
+def test_grouped_one_width_holds_same_matrix(bits: int, columns: int) -> None:
     matrix = PackedMatrix(quantize(torch.randn(37, columns), bits, Scheme(32)), False)
     found = portable.for_onnx(matrix, "float32")
     assert isinstance(found, portable.Grouped)
@@ -75,7 +75,7 @@ def test_groups_of_one_width_hold_the_same_matrix(bits: int, columns: int) -> No
 
 @pytest.mark.parametrize("form", ["grid", "lattice"])
 @pytest.mark.parametrize("shape", [(37, 128), (48, 64), (50, 192)])
-def test_planes_hold_the_same_matrix_in_no_more_bytes(form: str, shape: tuple[int, int], drawn: Drawn) -> None:
+def test_planes_hold_same_matrix_in_same_bytes(form: str, shape: tuple[int, int], drawn: Drawn) -> None:
     torch.manual_seed(0)
     matrix = PackedMatrix(drawn[form](torch.randn(shape)), False)
     found = portable.for_onnx(matrix, "float32")
@@ -87,14 +87,14 @@ def test_planes_hold_the_same_matrix_in_no_more_bytes(form: str, shape: tuple[in
     assert planes == matrix.tiles.payload.nbytes
 
 
-def test_a_matrix_of_one_odd_width_is_unpacked(drawn: Drawn) -> None:
+def test_for_onnx_odd_width_uses_planes(drawn: Drawn) -> None:
     three = PackedMatrix(quantize(torch.randn(16, 64), 3, Scheme(32)), False)
     assert isinstance(portable.for_onnx(three, "float32"), portable.Planes)
     pruned = PackedMatrix(quantize(torch.randn(16, 64), 0, Scheme(32)), False)
     assert not portable.for_onnx(pruned, "float32").rows(torch.arange(16)).any()
 
 
-def test_matmulnbits_gets_what_it_reads(runtime: Any) -> None:
+def test_product_with_matmulnbits_matches_floats(runtime: Any) -> None:
     """A product alone, at every width, against the dequantized matrix."""
     for bits in portable.NBITS_WIDTHS:
         matrix = PackedMatrix(quantize(torch.randn(24, 96), bits, Scheme(32)), False)
@@ -148,7 +148,7 @@ FORMS = [("grid", (37, 128)), ("lattice", (20, 64)), ("narrow", (5, 96)), ("wide
 @pytest.mark.parametrize(
     "form, shape", [*FORMS, ("uniform4", (16, 96)), ("uniform8", (16, 96)), ("uniform0", (16, 32))]
 )
-def test_digits_are_the_codes(form: str, shape: tuple[int, int], drawn: Drawn) -> None:
+def test_digits_reproduce_codes(form: str, shape: tuple[int, int], drawn: Drawn) -> None:
     matrix = of_form(form, shape, drawn)
     found = qdq.Digits(matrix, "float32")
     torch.testing.assert_close(matrix_of(found).float(), matrix.dequantize())
@@ -175,7 +175,7 @@ class Both(torch.nn.Module):
 
 
 @pytest.mark.parametrize("form, shape", FORMS)
-def test_onnxruntime_dequantizes_digits(
+def test_digits_in_onnxruntime_match_floats(
     form: str, shape: tuple[int, int], drawn: Drawn, runtime: Any, tmp_path: pathlib.Path
 ) -> None:
     matrix = of_form(form, shape, drawn)
@@ -202,7 +202,7 @@ def read(path: pathlib.Path) -> Any:
     return onnx.load(path)
 
 
-def test_onnx_with_matmulnbits(model: Any, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any) -> None:
+def test_export_onnx_uses_matmulnbits(model: Any, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any) -> None:
     out = tmp_path / "model.onnx"
     found = export.export(at(model, 4), "onnx", out, tokens, "float32")
     assert found["parity"] < 1e-4 and found["bytes_file"] == out.stat().st_size
@@ -232,7 +232,7 @@ def standard(written: Any) -> bool:
     return bool(pairs) and all(not node.domain for node in nodes) and all(len(node.input) == 2 for node in pairs)
 
 
-def test_standard_nodes_hold_three_bits_in_four(
+def test_export_onnx_qdq_stores_three_bits_in_int4(
     model: Any, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any
 ) -> None:
     own, out = at(model, 3), tmp_path / "model.onnx"
@@ -253,7 +253,7 @@ def test_standard_nodes_hold_three_bits_in_four(
     + [pytest.param("float16", "onnx-qdq", marks=pytest.mark.slow)]
     + [pytest.param("bfloat16", "torch-export", marks=pytest.mark.slow)],
 )
-def test_what_is_not_quantized_takes_sixteen_bits(
+def test_export_in_16_bits_stores_rounded_tensors(
     dtype: str, target: str, model: Any, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any
 ) -> None:
     """The file holds the rounded numbers, a tied head's once, and computes with them in float32: what it loses is their
@@ -273,7 +273,7 @@ def test_what_is_not_quantized_takes_sixteen_bits(
 
 
 @pytest.mark.slow
-def test_the_default_model_in_standard_nodes(tmp_path: pathlib.Path, runtime: Any) -> None:
+def test_export_onnx_qdq_of_default_model_is_between_sizes(tmp_path: pathlib.Path, runtime: Any) -> None:
     """Its own 3 bits per parameter on real text.  The file is larger than the checkpoint, which is coded, and smaller
     than the model at 16 bits."""
     loaded = load(ModelSource(), "cpu", torch.float32)
@@ -292,7 +292,9 @@ def test_the_default_model_in_standard_nodes(tmp_path: pathlib.Path, runtime: An
     assert packed.stat().st_size < out.stat().st_size < full.stat().st_size
 
 
-def test_tensorrt_answers_alike(model: Any, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any) -> None:
+def test_export_onnx_qdq_in_tensorrt_matches_model(
+    model: Any, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any
+) -> None:
     if "TensorrtExecutionProvider" not in runtime.get_available_providers():
         pytest.skip("this onnxruntime has no TensorRT")
     own, out = at(model, 4, 64), tmp_path / "model.onnx"
@@ -302,7 +304,7 @@ def test_tensorrt_answers_alike(model: Any, tokens: Tensor, tmp_path: pathlib.Pa
 
 
 @pytest.mark.slow
-def test_onnx_of_any_widths_serves_batches(
+def test_export_onnx_of_lattice_serves_batches(
     random_model: Callable[[str], Any], packed: Packed, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any
 ) -> None:
     own, out = mixed(random_model("llama_tied"), packed, "lattice"), tmp_path / "model.onnx"
@@ -316,7 +318,7 @@ def test_onnx_of_any_widths_serves_batches(
 
 
 @pytest.mark.parametrize("activations", ["int8", pytest.param("float32", marks=pytest.mark.slow)])
-def test_a_program_of_torch_computes_on_tiles(
+def test_export_torch_program_computes_on_tiles(
     activations: str, model: Any, packed: Packed, tokens: Tensor, tmp_path: pathlib.Path
 ) -> None:
     own, out = mixed(model, packed, "groups"), tmp_path / "model.pt2"
@@ -329,7 +331,7 @@ def test_a_program_of_torch_computes_on_tiles(
 
 
 @pytest.mark.slow
-def test_what_answers_differently_is_not_left_behind(
+def test_export_with_different_logits_leaves_no_file(
     model: Any, tokens: Tensor, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = at(model, 4)
@@ -346,7 +348,9 @@ def test_what_answers_differently_is_not_left_behind(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported(random_model: Callable[[str], Any], model: Any, tmp_path: pathlib.Path) -> None:
+def test_check_exportable_unsupported_refused(
+    random_model: Callable[[str], Any], model: Any, tmp_path: pathlib.Path
+) -> None:
     with pytest.raises(ValueError, match="OPTForCausalLM cannot be exported: only language models of gpt2 and llama"):
         export.check_exportable(random_model("opt"), "torch-export", tmp_path / "model.pt2")
     with pytest.raises(ValueError, match=r"name a file that ends in \.pt2"):
@@ -364,7 +368,7 @@ def test_what_cannot_be_exported(random_model: Callable[[str], Any], model: Any,
         export.check_exportable(model, "torch-export", tmp_path / "other.pt2")
 
 
-def test_the_command(
+def test_export_command_writes_file(
     model: Any, tokenizer: Any, text_file: pathlib.Path, tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

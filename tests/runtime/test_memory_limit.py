@@ -41,7 +41,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return lengths
 
 
-def test_every_weight_is_counted_once(small: Any, tiny: Any) -> None:
+def test_weight_tensors_count_each_once(small: Any, tiny: Any) -> None:
     packed, others = (sum(part.nbytes for part in group) for group in memory_limit.weight_tensors(small))
     assert packed + others == resident_bytes(small) and 0 < others < packed
     none, every = (sum(part.nbytes for part in group) for group in memory_limit.weight_tensors(tiny))
@@ -49,31 +49,31 @@ def test_every_weight_is_counted_once(small: Any, tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_token_takes_keys_and_values_of_every_layer(kind: str, random_model: Callable[[str], Any]) -> None:
+def test_token_bytes_are_keys_and_values_of_layers(kind: str, random_model: Callable[[str], Any]) -> None:
     heads = {"gpt2": 4, "llama": 2}[kind]
     assert memory_limit.token_bytes(random_model(kind)) == 2 * 2 * heads * 16 * 4
 
 
 @pytest.mark.parametrize("fits", [1024, 1023, 700, 64, 3, 2])
-def test_the_text_that_is_found_fits_and_uses_the_room(fits: int, tried: list[int]) -> None:
+def test_longest_text_fits_and_uses_limit(fits: int, tried: list[int]) -> None:
     limit = BASE + TOKEN * fits + fits * fits
     tokens, held = memory_limit.longest_text(None, limit, 1024)
     assert held == BASE + TOKEN * tokens + tokens * tokens <= limit
     assert 0.7 * fits <= tokens <= fits and len(tried) <= memory_limit.TRIES + 11
 
 
-def test_a_limit_below_the_process_is_refused(tried: list[int]) -> None:
+def test_longest_text_limit_below_process_refused(tried: list[int]) -> None:
     with pytest.raises(ValueError, match="holds 1 MB with a text of two tokens, more than the limit of 0 MB"):
         memory_limit.longest_text(None, BASE // 4, 1024)
     assert tried == [2]
 
 
-def test_lengths_grow_until_one_does_not_fit(tried: list[int]) -> None:
+def test_longest_text_doubles_until_over_limit(tried: list[int]) -> None:
     memory_limit.longest_text(None, BASE + TOKEN * 100, 1024)
     assert tried[:7] == [2, 4, 8, 16, 32, 64, 128] and max(tried) == 128
 
 
-def test_a_longer_text_takes_more_memory() -> None:
+def test_peak_bytes_grow_with_text() -> None:
     config = transformers.GPT2Config(vocab_size=64, n_positions=2048, n_embd=256, n_layer=2, n_head=4)
     wide = transformers.GPT2LMHeadModel(config).eval()
     try:
@@ -84,7 +84,7 @@ def test_a_longer_text_takes_more_memory() -> None:
     assert size is not None and most - least > 2048 * size > 2**23 - 1
 
 
-def test_pinned_weights_are_told_by_the_system(small: Any) -> None:
+def test_pin_weights_seen_by_system(small: Any) -> None:
     try:
         size = memory_limit.pin(small)
     except ValueError as refused:
@@ -92,7 +92,7 @@ def test_pinned_weights_are_told_by_the_system(small: Any) -> None:
     assert size == resident_bytes(small) <= memory.usage_by_kind()["pinned"]
 
 
-def test_a_system_that_does_not_pin_is_named(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pin_refused_by_system_named(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(address: int, size: int) -> None:
         raise OSError(12, "Cannot allocate memory")
 
@@ -101,12 +101,12 @@ def test_a_system_that_does_not_pin_is_named(small: Any, monkeypatch: pytest.Mon
         memory_limit.pin(small)
 
 
-def test_pinning_what_is_not_there_is_an_error() -> None:
+def test_pin_unmapped_memory_fails() -> None:
     with pytest.raises(OSError, match=r"."):
         memory.pin(resource.getpagesize(), 10**15)
 
 
-def test_a_model_without_a_cache_has_no_token_bytes() -> None:
+def test_token_bytes_without_cache_is_none() -> None:
     class Plain(torch.nn.Module):
         def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
             return object()
@@ -114,7 +114,7 @@ def test_a_model_without_a_cache_has_no_token_bytes() -> None:
     assert memory_limit.token_bytes(Plain()) is None
 
 
-def test_the_profile_tells_where_bytes_are(
+def test_profile_command_prints_memory(
     small: Any, tokenizer: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], tried: list[int]
 ) -> None:
     small.save_pretrained(tmp_path)
@@ -135,7 +135,7 @@ def folder(small: Any, tokenizer: Any, tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def test_the_server_answers_what_fits(
+def test_server_with_limit_answers_texts_that_fit(
     folder: pathlib.Path, tried: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("fastapi", reason="not installed")
@@ -154,7 +154,7 @@ def test_the_server_answers_what_fits(
             assert httpx.post(f"{url}/v1/completions", json=body).status_code == status
 
 
-def test_a_server_without_room_does_not_start(
+def test_server_with_low_limit_does_not_start(
     folder: pathlib.Path, tried: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("fastapi", reason="not installed")
@@ -168,7 +168,7 @@ def test_a_server_without_room_does_not_start(
 
 
 @pytest.mark.parametrize("size", ["-1", "0", "inf", "nan", "much"])
-def test_a_limit_is_a_number_of_megabytes(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_option_invalid_number_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "folder", f"--memory-mb={size}"])
     assert f"--memory-mb: '{size}' is no number of megabytes above 0" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def system(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def test_the_caches_are_those_that_the_system_names(system: pathlib.Path) -> None:
+def test_read_machine_reads_caches_of_system(system: pathlib.Path) -> None:
     found = read_machine(system, system / "cpuinfo")
     assert found.caches == {1: 48 << 10, 2: 3 << 20, 3: 9 << 20} and found.sharers == {1: 1, 2: 2, 3: 5}
     assert found.instructions == ("avx2", "avx512_vnni") and found.assumed == ()
@@ -40,21 +40,23 @@ def test_the_caches_are_those_that_the_system_names(system: pathlib.Path) -> Non
     assert str(found).startswith("Slow One: ") and "L3 9 MiB for 5 processors; avx2 avx512_vnni" in str(found)
 
 
-def test_a_silent_system_is_assumed_and_said_so(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_read_machine_without_system_assumes_and_warns(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         found = read_machine(tmp_path, tmp_path / "cpuinfo")
     assert found.caches == ASSUMED and found.assumed == (1, 2, 3) and found.instructions == ()
     assert "assumed L1 32 KiB, L2 1 MiB, L3 8 MiB" in caplog.text and "L2 1 MiB (assumed)" in str(found)
 
 
-def test_a_machine_without_a_third_level_is_believed(system: pathlib.Path) -> None:
+def test_read_machine_without_third_level_assumes_nothing(system: pathlib.Path) -> None:
     for entry in (next(system.glob("cpu*/cache")) / "index3").iterdir():
         entry.unlink()
     found = read_machine(system, system / "cpuinfo")
     assert sorted(found.caches) == [1, 2] and found.assumed == () and found.level(4 << 20) == "memory"
 
 
-def test_every_product_of_a_step_is_timed(tiny: Any) -> None:
+def test_time_layers_times_every_linear(tiny: Any) -> None:
     tokens = torch.arange(8)[None]
     named = [name for name, module in tiny.named_modules() if isinstance(module, nn.Linear)]
     found, whole = profile.time_layers(tiny, tokens, 4, no_track)
@@ -65,7 +67,7 @@ def test_every_product_of_a_step_is_timed(tiny: Any) -> None:
     assert not tiny.lm_head._forward_hooks and not tiny.lm_head._forward_pre_hooks
 
 
-def test_the_curve_has_a_point_for_every_batch(tiny: Any) -> None:
+def test_time_batches_times_every_batch(tiny: Any) -> None:
     found = profile.time_batches(tiny, torch.arange(8)[None], (1, 3), 2, no_track)
     assert [point.batch for point in found] == [1, 3] and all(point.seconds > 0 for point in found)
 
@@ -84,18 +86,20 @@ def points(*seconds: float) -> list[profile.BatchTime]:
         ((0.010, 0.011, 0.012), 0.005, 1, "even one step of 1 takes 10.0 ms, over the 5 asked"),
     ],
 )
-def test_the_batch_size_and_its_reason(
+def test_choose_batch_gives_size_and_reason(
     seconds: tuple[float, ...], longest: float | None, batch: int, reason: str
 ) -> None:
     chosen, why = profile.choose_batch(points(*seconds), longest)
     assert chosen.batch == batch and why.startswith(f"batch {batch}: {reason}")
 
 
-def test_bandwidth_is_that_of_reading() -> None:
+def test_read_bandwidth_is_plausible() -> None:
     assert 1e8 < profile.read_bandwidth(1 << 22) < 1e13
 
 
-def test_the_command(model: Any, tokenizer: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_command_prints_tables(
+    model: Any, tokenizer: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = find_layers(model)
     checkpoint.adopt(model, found, {layer.name: pack(quantize(layer.weight, 3, Scheme(32))) for layer in found})
     model.save_pretrained(tmp_path)

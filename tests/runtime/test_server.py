@@ -92,7 +92,7 @@ def greedy(model: Any, ids: list[int], count: int) -> list[int]:
     return found[len(ids) :]
 
 
-def test_everyone_gets_the_answer_to_his_own_prompt(
+def test_completions_in_parallel_match_greedy_loop(
     start: Start, tiny: Any, tokenizer: Any, token_windows: Tensor
 ) -> None:
     client = start()
@@ -113,7 +113,7 @@ def test_everyone_gets_the_answer_to_his_own_prompt(
     assert len({answer.json()["id"] for answer in found}) == len(found)
 
 
-def test_text_and_seeds(start: Start, tokenizer: Any) -> None:
+def test_completions_with_seed_are_reproducible(start: Start, tokenizer: Any) -> None:
     client = start()
     drawn = [ask(client, prompt="the quiet flock", temperature=1.5, seed=seed, max_tokens=12) for seed in (1, 1, 2)]
     texts = [answer.json()["choices"][0]["text"] for answer in drawn]
@@ -139,7 +139,7 @@ def test_text_and_seeds(start: Start, tokenizer: Any) -> None:
         ({"prompt": "a" * 3000}, 413, "longer than 2000 bytes"),
     ],
 )
-def test_what_is_malformed_or_too_long_is_refused(start: Start, changed: Any, status: int, reason: str) -> None:
+def test_completions_malformed_or_too_long_refused(start: Start, changed: Any, status: int, reason: str) -> None:
     client = start(body=2000)
     answer = ask(client, **changed)
     assert answer.status_code == status and reason in answer.json()["error"]["message"]
@@ -147,7 +147,7 @@ def test_what_is_malformed_or_too_long_is_refused(start: Start, changed: Any, st
     assert ask(client).status_code == 200
 
 
-def test_no_json_and_no_such_place(start: Start) -> None:
+def test_completions_invalid_json_or_path_refused(start: Start) -> None:
     client = start()
     assert client.post("/v1/completions", content=b"{prompt").status_code == 400
     assert client.get("/v1/completions").status_code == 405
@@ -155,7 +155,7 @@ def test_no_json_and_no_such_place(start: Start) -> None:
     assert missing.status_code == 404 and missing.json()["error"]["message"] == "Not Found"
 
 
-def test_a_full_queue_sheds_and_recovers(start: Start, held: threading.Event) -> None:
+def test_queue_full_sheds_and_recovers(start: Start, held: threading.Event) -> None:
     client = start(queue=1)
     with two_at_once(client) as (first, second):
         shed = ask(client)
@@ -166,7 +166,7 @@ def test_a_full_queue_sheds_and_recovers(start: Start, held: threading.Event) ->
     assert ask(client).status_code == 200 and client.get("/health").json()["admitted"] == 0
 
 
-def test_who_has_waited_too_long_is_told_so(start: Start, held: threading.Event) -> None:
+def test_request_waiting_too_long_refused(start: Start, held: threading.Event) -> None:
     client = start(patience=0.2)
     with two_at_once(client) as (first, second):
         time.sleep(0.3)
@@ -177,7 +177,7 @@ def test_who_has_waited_too_long_is_told_so(start: Start, held: threading.Event)
     assert ask(client).status_code == 200
 
 
-def test_a_request_that_fails_takes_no_other_with_it(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_failing_leaves_server_running(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     client, compute = start(), server.generate
 
     def broken(model: Any, ids: list[int], asked: Any) -> list[int]:
@@ -191,14 +191,14 @@ def test_a_request_that_fails_takes_no_other_with_it(start: Start, monkeypatch: 
     assert ask(client).status_code == 200
 
 
-def test_a_text_that_memory_does_not_hold_is_refused(start: Start) -> None:
+def test_completions_beyond_token_limit_refused(start: Start) -> None:
     client = start(tokens=8)
     assert ask(client, max_tokens=5).status_code == 200
     refused = ask(client, max_tokens=6)
     assert refused.status_code == 400 and "max_tokens=6 exceed 8" in refused.json()["error"]["message"]
 
 
-def test_what_was_served_is_let_go(tiny: Any, tokenizer: Any) -> None:
+def test_app_after_shutdown_releases_model(tiny: Any, tokenizer: Any) -> None:
     model = copy.deepcopy(tiny)
     alive = weakref.ref(model)
     with server.serve_in_thread(server.build_app(model, tokenizer, "tiny")) as url:
@@ -209,7 +209,7 @@ def test_what_was_served_is_let_go(tiny: Any, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("rate", [None, 200.0])
-def test_load_of_a_server(start: Start, rate: float | None, token_windows: Tensor) -> None:
+def test_send_requests_to_server_all_succeed(start: Start, rate: float | None, token_windows: Tensor) -> None:
     url = str(start().base_url)
     found, seconds = load.send_requests(url, token_windows[:, :8].tolist(), 3, 9, 3, rate)
     assert len(found) == 9 and {answer.status for answer in found} == {200}
@@ -218,7 +218,7 @@ def test_load_of_a_server(start: Start, rate: float | None, token_windows: Tenso
     assert 0 < metrics["latency_p50_ms"] <= metrics["latency_p95_ms"] <= metrics["latency_p99_ms"] < 1000 * seconds
 
 
-def test_in_open_loop_a_request_is_late_from_when_it_was_due(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_requests_open_loop_counts_from_due_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """One client, answers of 50 ms, ten requests due at once: each waits for those before it."""
 
     class Slow:
@@ -242,7 +242,7 @@ def test_in_open_loop_a_request_is_late_from_when_it_was_due(monkeypatch: pytest
     assert all(0.05 <= answer.seconds < 0.15 for answer in closed)
 
 
-def test_what_was_shed_and_what_failed_are_counted_apart() -> None:
+def test_summarise_counts_shed_and_failed_apart() -> None:
     found = [
         load.Response(0.1, 200, 4),
         load.Response(0.01, 429, 0),
@@ -254,14 +254,14 @@ def test_what_was_shed_and_what_failed_are_counted_apart() -> None:
     assert metrics["latency_p99_ms"] == pytest.approx(100)
 
 
-def test_nobody_at_the_address_is_a_failure() -> None:
+def test_send_requests_without_server_all_fail() -> None:
     found, seconds = load.send_requests("http://127.0.0.1:9", [[1]], 2, 2, 1)
     assert {answer.status for answer in found} == {load.UNANSWERED} and load.summarise(found, seconds)[
         "error_rate"
     ] == 1
 
 
-def test_the_client_of_openai(start: Start) -> None:
+def test_openai_client_completes(start: Start) -> None:
     openai = pytest.importorskip("openai", reason="not installed")
     client = openai.OpenAI(base_url=f"{start().base_url}v1", api_key="none", max_retries=0)
     answer = client.completions.create(model="tiny", prompt="the quiet flock", max_tokens=3)
@@ -314,7 +314,7 @@ def answer(client: Any) -> Any:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
-def test_the_death_of_a_worker_ends_the_wait_for_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supervisor_worker_death_ends_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was asked while it was alive, and could not answer any more."""
     monkeypatch.setattr("uvicorn.supervisors.multiprocess.SIGNALS", {})  # those of the tests stay
     supervisor = server.Supervisor(uvicorn.Config("nowhere:app"), [])
@@ -329,7 +329,7 @@ def test_the_death_of_a_worker_ends_the_wait_for_its_answer(monkeypatch: pytest.
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are looked up in /proc")
-def test_a_killed_worker_comes_back(served: tuple[Any, int]) -> None:
+def test_serve_command_restarts_killed_worker(served: tuple[Any, int]) -> None:
     client, parent = served
     before = answer(client)
     assert before.status_code == 200
