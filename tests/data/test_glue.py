@@ -96,7 +96,8 @@ def test_metrics_match_hand_computation() -> None:
     assert {name for task in TASKS.values() for name in task.metrics} == set(METRICS)
 
 
-def test_interval_contains_metric_and_narrows_with_examples() -> None:
+def test_interval_contains_metric_and_narrows_with_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glue, "RESAMPLES", 400)
     rng = np.random.default_rng(0)
     truth = rng.integers(2, size=400).astype(float)
     predicted = np.where(rng.random(400) < 0.8, truth, 1 - truth)
