@@ -22,6 +22,7 @@ from nashswarm.kernels.tiles import Tiles
 
 ACTIVATIONS = tuple(native.DIGITS)
 TRITON = importlib.util.find_spec("triton") is not None
+# The tensors of Tiles, and how operators declare a matrix: these tensors, the order of the tiles, and the sizes.
 PARTS = tuple(field.name for field in dataclasses.fields(Tiles) if field.type is not int)
 WEIGHT = f"{''.join(f'Tensor {name}, ' for name in PARTS)}Tensor order, int rows, int columns, int group_size"
 
@@ -122,7 +123,7 @@ def direct(
     return product.view(*x.shape[:-1], tiles.rows).to(x.dtype)
 
 
-def native_floats(*parts: Tensor) -> bool:
+def can_run_natively(*parts: Tensor) -> bool:
     """Return whether the C++ library can compute with these tensors: plain float32 on the CPU, without gradients."""
     return (
         not _needs_dispatch(*parts)
@@ -163,7 +164,7 @@ def _rows(ids: Tensor, tiles: Tiles) -> Tensor:
 
 
 def _route(scores: Tensor, entry: Tensor, cost: Tensor, price: Tensor, flock: int, k: int) -> tuple[Tensor, Tensor]:
-    if native_floats(scores, entry, cost, price):
+    if can_run_natively(scores, entry, cost, price):
         return native.route(scores.contiguous(), entry.contiguous(), cost.contiguous(), price.contiguous(), flock, k)
     return reference.route(scores, entry, cost, price, flock, k)
 

@@ -26,7 +26,8 @@ from nashswarm.methods.method import Compressed
 from nashswarm.models import evaluation, matrices
 from nashswarm.packed import file_format
 from nashswarm.packed.tiles import to_tiles
-from nashswarm.quant.entropy import KINDS, CodeTables, coded_bits
+from nashswarm.quant.container import KINDS
+from nashswarm.quant.entropy import CodeTables, coded_bits
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
 from nashswarm.quant.prototype import ClassedTensor

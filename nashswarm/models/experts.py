@@ -41,7 +41,7 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "tokens width"]:
         """Return the sum of each token's expert outputs, weighted by its gates."""
         k, flat = experts.shape[1], experts.flatten()
-        if len(flat) <= FEW and kernels.native_floats(x, self.up_proj, self.down_proj, gates):
+        if len(flat) <= FEW and kernels.can_run_natively(x, self.up_proj, self.down_proj, gates):
             parts = (part.contiguous() for part in (x, self.up_proj, self.down_proj, experts.long(), gates))
             return native.experts(*parts)
         order, places, ends = kernels.group(flat, len(self.up_proj))
@@ -67,7 +67,7 @@ def gather_gated(
     out: Float[Tensor, "assignments width"], places: Int[Tensor, " assignments"], gates: Float[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens width"]:
     """Return the gated sum of each token's k assignments, which are the rows ``places`` of ``out``."""
-    if kernels.native_floats(out, gates):
+    if kernels.can_run_natively(out, gates):
         return native.sums(out.contiguous(), places, gates.contiguous())
     return functional.embedding_bag(places.view_as(gates), out, per_sample_weights=gates.to(out.dtype), mode="sum")
 

@@ -23,7 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nashswarm.models.sources import CONFIG, WEIGHTS
 from nashswarm.packed.modules import Activations, PackedMatrix, QuantizedEmbedding, QuantizedLinear
-from nashswarm.quant.entropy import KINDS, CodeTables, decode_groups, decode_lattice
+from nashswarm.quant.container import KINDS
+from nashswarm.quant.entropy import CodeTables, decode_groups, decode_lattice
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
 from nashswarm.quant.pack import unpack

@@ -2,7 +2,8 @@
 
 ``grid`` rounds groups of weights to b-bit codes with a scale and a zero point, tile by tile; ``pack`` stores them.
 ``lattice`` puts a matrix on a grid of integers with one step per row and column; ``entropy`` stores such codes, and
-grouped ones, with an entropy coder.  ``curvature`` holds the second derivatives of the loss.  ``error_feedback`` is one
-pass of GPTQ, ``coordinate_descent`` improves its codes until no weight can, ``lattice_codes`` does both on a lattice,
-and ``trainable_codes`` trains codes by gradient descent.  ``prototype`` is the quantizer of the published prototype.
+grouped ones, with an entropy coder, in the checksummed bytes of ``container``.  ``curvature`` holds the second
+derivatives of the loss.  ``error_feedback`` is one pass of GPTQ, ``coordinate_descent`` improves its codes until no
+weight can, ``lattice_codes`` does both on a lattice, and ``trainable_codes`` trains codes by gradient descent.
+``prototype`` is the quantizer of the published prototype.
 """

@@ -9,7 +9,6 @@ of a matrix instead.  The coder is the asymmetric numeral system (Duda 2009) of 
 """
 
 import dataclasses
-import itertools
 import struct
 import zlib
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
+from nashswarm.quant.container import seal, unseal
 from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor
 from nashswarm.quant.pack import expand_tags, from_tiles, tag_runs, to_tiles
@@ -29,11 +29,9 @@ LOWEST, HIGHEST = -12, 5  # levels with a table of their own; levels above shift
 TABLES = HIGHEST - LOWEST + 1
 ESCAPE = 48  # the symbol of all magnitudes from 48 on, which are stored as 32-bit integers
 TOTAL = 1 << 14  # the sum of the frequencies of a table
-KINDS = {"lattice": b"NSl1", "groups": b"NSg1", "tables": b"NSt1"}
 SHAPE = struct.Struct("<IIf")  # rows, columns, base
 GROUPS = struct.Struct("<IIH?")  # rows, columns, group size, symmetric
 INTEGERS = struct.Struct("<IiH")  # count, least value, bytes of the table
-COUNT = struct.Struct("<I")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,7 @@ class CodeTables:
 
     def pack(self) -> UInt8[np.ndarray, " bytes"]:
         """Return the stored bytes of the tables."""
-        return _seal("tables", zlib.compress(self.frequencies.astype(np.uint16).tobytes(), 9))
+        return seal("tables", zlib.compress(self.frequencies.astype(np.uint16).tobytes(), 9))
 
     @staticmethod
     def unpack(packed: UInt8[np.ndarray, " bytes"]) -> "CodeTables":
@@ -62,7 +60,7 @@ class CodeTables:
 
         Raises ValueError if the bytes are damaged.
         """
-        frequencies = np.frombuffer(zlib.decompress(_open("tables", packed)[0]), np.uint16).astype(np.int64)
+        frequencies = np.frombuffer(zlib.decompress(unseal("tables", packed)[0]), np.uint16).astype(np.int64)
         return CodeTables(frequencies.reshape(TABLES, ESCAPE + 1))
 
 
@@ -122,7 +120,7 @@ def encode_lattice(tensor: LatticeTensor, tables: CodeTables) -> UInt8[np.ndarra
     escaped = symbols == ESCAPE
     low = [_low_bits(magnitudes[(shift == size) & ~escaped], size) for size in range(1, int(shift.max()) + 1)]
     exponents = (lattice.row_scale, lattice.column_scale, lattice.row_size, lattice.column_size)
-    return _seal(
+    return seal(
         "lattice",
         SHAPE.pack(*tensor.codes.shape, lattice.base),
         *(encode_integers(part.numpy()) for part in exponents),
@@ -138,7 +136,7 @@ def decode_lattice(packed: UInt8[np.ndarray, " bytes"], tables: CodeTables) -> L
 
     Raises ValueError if they are damaged or of another kind.
     """
-    shape, *exponents, words, low, signs, escapes = _open("lattice", packed)
+    shape, *exponents, words, low, signs, escapes = unseal("lattice", packed)
     rows, columns, base = SHAPE.unpack(shape)
     lattice = Lattice(base, *(torch.from_numpy(decode_integers(part).astype(np.int8)) for part in exponents))
     table, shift = (part.flatten().numpy() for part in table_and_shift(lattice.levels()))
@@ -181,7 +179,7 @@ def encode_groups(tensor: QuantizedTensor) -> UInt8[np.ndarray, " bytes"]:
             halves = scale[chosen].view(np.uint8).reshape(-1, 2)
             parts += [encode_integers(part) for part in (halves[:, 0], halves[:, 1], zero_point[chosen].ravel())]
             parts.append(encode_integers(codes[chosen].ravel()))
-    return _seal("groups", *parts)
+    return seal("groups", *parts)
 
 
 def decode_groups(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
@@ -189,7 +187,7 @@ def decode_groups(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
 
     Raises ValueError if they are damaged or of another kind.
     """
-    head, tags, *parts = _open("groups", packed)
+    head, tags, *parts = unseal("groups", packed)
     rows, columns, group_size, symmetric = GROUPS.unpack(head)
     flat_bits = expand_tags(np.frombuffer(tags, np.uint16))
     shape = (row_blocks(rows), columns // group_size)
@@ -272,26 +270,3 @@ def _low_bits(values: Integer[np.ndarray, " n"], bits: int) -> UInt8[np.ndarray,
 
 def _from_low_bits(low_bits: UInt8[np.ndarray, " n_times_bits"], bits: int) -> Integer[np.ndarray, " n"]:
     return (low_bits.reshape(-1, bits).astype(np.int64) << np.arange(bits)).sum(1)
-
-
-def _seal(kind: str, *parts: bytes) -> UInt8[np.ndarray, " bytes"]:
-    """Join parts behind their kind, a checksum and their lengths."""
-    body = b"".join([COUNT.pack(len(parts)), *(COUNT.pack(len(part)) for part in parts), *parts])
-    return np.frombuffer(KINDS[kind] + COUNT.pack(zlib.crc32(body)) + body, np.uint8)
-
-
-def _open(kind: str, packed: UInt8[np.ndarray, " bytes"]) -> list[bytes]:
-    """Split the bytes of ``_seal`` into their parts.
-
-    Raises ValueError if they are of another kind or a bit of them has changed.
-    """
-    content = packed.tobytes()
-    if content[:4] != KINDS[kind]:
-        raise ValueError(f"these bytes begin with {content[:4]!r}; entropy-coded {kind} begin with {KINDS[kind]!r}")
-    body = content[8:]
-    if len(content) < 12 or zlib.crc32(body) != COUNT.unpack_from(content, 4)[0]:
-        raise ValueError(f"the checksum of entropy-coded {kind} is wrong: the file is damaged; copy it again")
-    (parts,) = COUNT.unpack_from(body)
-    lengths = [COUNT.unpack_from(body, 4 * number)[0] for number in range(1, parts + 1)]
-    ends = np.cumsum([4 * (parts + 1), *lengths])
-    return [body[start:end] for start, end in itertools.pairwise(ends)]
