@@ -88,7 +88,7 @@ test-all: test docs sanitize test-slow test-engines  ## test, then the documenta
 sweep: install  ## one experiment: make sweep EXPERIMENT=main; what has a record is skipped
 	$(RUN) experiment=$(EXPERIMENT) records=$(RECORDS)
 
-FAMILY := $(patsubst conf/model/default_%.yaml,%,$(wildcard conf/model/default_*.yaml))
+FAMILY := xs s m l
 NASHSWARM_FAMILY ?= results/family
 
 family: install  ## train the models of experiment=scaling into results/family; those that are there stay

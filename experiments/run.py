@@ -22,8 +22,11 @@ log = logging.getLogger(__name__)
 
 
 def labels_of(config: DictConfig) -> dict[str, str]:
-    """What the run is called: Hydra's choices, in brackets the method's overrides and the size of the calibration, a
-    local folder by its name."""
+    """Name the run by Hydra's choices, with the overrides of the method and the calibration size in brackets.
+
+    A choice that stands for many is named by what it was given: a folder or a model of the hub by the last part of its
+    path, a task of GLUE by its name.
+    """
     choices = HydraConfig.get().runtime.choices
     overrides = [
         text.removeprefix("method.") for text in HydraConfig.get().overrides.task if text.startswith("method.")
@@ -32,9 +35,11 @@ def labels_of(config: DictConfig) -> dict[str, str]:
     if overrides:
         labels["method"] += f"[{','.join(sorted(overrides))}]"
     sizes = [text for text in HydraConfig.get().overrides.task if text.startswith("dataset.calibration_windows=")]
-    for group, choice in (("model", "local"), ("dataset", "local_text")):
+    for group, choice in (("model", "local"), ("model", "hub"), ("dataset", "local_text")):
         if labels[group] == choice and config[group].path is not None:
             labels[group] = pathlib.Path(config[group].path).name
+    if labels["dataset"] == "glue":
+        labels["dataset"] = config.dataset.task
     if sizes:
         labels["dataset"] += f"[{sizes[-1].removeprefix('dataset.')}]"
     return labels | {"experiment": str(choices.get("experiment") or "single")}

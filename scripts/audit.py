@@ -203,7 +203,7 @@ def each_of(found: Iterable[bool]) -> bool | None:
 
 def elsewhere(runs: Mapping[Place, Any]) -> bool:
     """Whether none of the runs is of a model of the claims."""
-    return not any(model in FAMILY for model, _ in runs)
+    return not any(model.replace("-", "_") in FAMILY for model, _ in runs)
 
 
 def family(evidence: Evidence, write: Callable[[ParameterCounts], str]) -> str:
@@ -421,7 +421,7 @@ def components(evidence: Evidence) -> Row:
         "experiment that has both",
         bool(found["costs"].all()) if set(groups) == set(REMOVED) else None,
         f"{ABLATION}, and `experiment=main`, `experiment=glue`",
-        here=not len(found) or not found["model"].isin(FAMILY).any(),
+        here=not len(found) or not found["model"].str.replace("-", "_").isin(FAMILY).any(),
     )
 
 

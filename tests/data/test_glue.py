@@ -250,7 +250,7 @@ def test_run_on_task_records_metrics_and_saves_model(
         encoder,
         folder(task),
         tmp_path,
-        f"dataset={task}",
+        *(["dataset=glue", "dataset.task=stsb"] if task == "stsb" else [f"dataset={task}"]),
         f"method={method}",
         f"save={tmp_path}/saved",
         "dataset.training.epochs=2",

@@ -604,7 +604,7 @@ def test_sweep_missing_peer_is_left_out_and_no_failure(
 def test_sweep_killed_leaves_whole_records_and_goes_on(
     small_run: list[str], tmp_path: pathlib.Path, command: Callable[..., tuple[int, str]]
 ) -> None:
-    sweep = ["method=uniform2,uniform3,uniform4", "seed=0,1"]
+    sweep = ["method=uniform3,uniform4,rtn", "seed=0,1"]
     process = start(tmp_path, *small_run, "wandb=disabled", *sweep)
     try:
         deadline = time.monotonic() + 120
@@ -632,11 +632,15 @@ def promised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, record.Recor
     folder = tmp_path_factory.mktemp("promised")
     records = {}
     alone = ["method.strength=[0.0]", "method.swarm=null"]  # the game itself, without what is chosen on held-out text
-    for method, more in (("uniform2", []), ("uniform3", []), ("nash_swarm", alone)):
+    for name, method, more in (
+        ("uniform2", "uniform4", ["method.bits=2"]),
+        ("uniform3", "uniform3", []),
+        ("nash_swarm", "nash_swarm", alone),
+    ):
         windows = ["dataset.calibration_windows=8", "dataset.holdout_windows=2", "dataset.test_windows=16"]
         overrides = [f"method={method}", *more, *windows, f"records={folder}", f"cache={folder}/cache"]
         config = compose(*overrides, "wandb=disabled")
-        records[method] = run(config, {"method": method, "model": "default", "dataset": "stdlib_docs"}).record
+        records[name] = run(config, {"method": name, "model": "default", "dataset": "stdlib_docs"}).record
     return records
 
 
@@ -661,8 +665,10 @@ def test_family_size_is_trained_and_composed_by_name(tmp_path: pathlib.Path, mon
     assert json.loads((tmp_path / "default_xs" / "training.json").read_text()) == card
     assert card["architecture"].startswith("GPT-2, 2 blocks, width 64") and card["test_nll"] > 5
     monkeypatch.setenv("NASHSWARM_FAMILY", str(tmp_path))
-    overrides = ["model=default_xs", "method=uniform4", "dataset.test_windows=2", f"records={tmp_path}"]
-    config = compose(*overrides, "wandb=disabled", f"cache={tmp_path}/cache")
+    smallest, *_ = compose("experiment=scaling", return_hydra_config=True).hydra.sweeper.params["model.path"].split(",")
+    assert smallest == str(tmp_path / "default_xs")
+    overrides = ["model=local", f"model.path={smallest}", "method=uniform4", "dataset.test_windows=2"]
+    config = compose(*overrides, "wandb=disabled", f"cache={tmp_path}/cache", f"records={tmp_path}")
     found = run(config, {"method": "uniform4", "model": "default_xs", "dataset": "stdlib_docs"}).record
     assert found.labels["model"] == "default_xs" and found.metrics["nll"] > 5
 

@@ -202,13 +202,13 @@ def execute(small_run: list[str], tmp_path: pathlib.Path) -> Callable[..., Outco
     return started
 
 
-@pytest.mark.parametrize("method", ["uniform2", "gptq"])
+@pytest.mark.parametrize("method", [["method=uniform4", "method.bits=2"], ["method=gptq"]])
 def test_a_run_records_before_and_after_and_saves_what_it_measured(
-    method: str, execute: Callable[..., Outcome], tmp_path: pathlib.Path, tiny: Any
+    method: list[str], execute: Callable[..., Outcome], tmp_path: pathlib.Path, tiny: Any
 ) -> None:
-    plain = execute(f"method={method}").record
+    plain = execute(*method).record
     short = ["task=finetune", "finetune.steps=6", "finetune.scale_rate=0.003", f"save={tmp_path}/saved"]
-    ended = execute(f"method={method}", *short)
+    ended = execute(*method, *short)
     found = ended.record
     assert "finetune" not in plain.config and found.config["finetune"]["steps"] == 6
     assert plain.fingerprint != found.fingerprint and record.read(ended.path) == found
@@ -224,7 +224,7 @@ def test_a_run_records_before_and_after_and_saves_what_it_measured(
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     norms = [model.transformer.h[0].ln_1.weight.detach().half() for model in (loaded, tiny)]
     assert not torch.equal(*norms), "the trained norms are in the file"
-    again = execute(f"method={method}", *short[:-1], "rerun=true").record
+    again = execute(*method, *short[:-1], "rerun=true").record
     assert again.series["kl"] == found.series["kl"]
 
 
