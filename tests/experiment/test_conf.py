@@ -25,7 +25,6 @@ MANDATORY = {
     "model/hub": ["model.path=name/on_the_hub"],
     "dataset/local_text": ["dataset.path=file.txt"],
     "dataset/glue": ["dataset.task=rte"],
-    "experiment/scaling": ["model.path=folder"],
 }
 CHANGED = {  # method → what it is made from, and what it changes of that
     "nash_swarm4": ("nash_swarm", {"bits"}),
