@@ -1,4 +1,4 @@
-"""Quantization: the embedded model at three bits, by error feedback alone and by the game.
+"""Compress the embedded model to three bits, by error feedback alone and by the game.
 
     python examples/quantize.py
 
@@ -25,11 +25,11 @@ def main() -> None:
     reference = evaluation.compute_reference(full, test, 8)
     for method in ("gptq", "nash_swarm"):
         small, report = nashswarm.compress(full, tokenizer, method, calibration, bits=3)
-        found = evaluation.summarise(evaluation.evaluate(small, test, 8, reference))
+        metrics = evaluation.summarise(evaluation.evaluate(small, test, 8, reference))
         regret = "-" if report.regret_max is None else f"{report.regret_max:.1e}"
         print(
             f"{method:10}  {report.bits_per_weight_model:.2f} bits per parameter, {report.bytes_file:,} bytes, "
-            f"KL {found['kl']:.4f} nats per token, largest regret {regret}"
+            f"KL {metrics['kl']:.4f} nats per token, largest regret {regret}"
         )
 
 

@@ -1,9 +1,9 @@
-"""MoE routing: what prices do to the load of experts.
+"""Route tokens to experts, and show what prices do to the load.
 
     python examples/route_tokens.py
 
-Tokens are states of the embedded model, experts are random centroids: nothing is trained but the prices.  They move
-after every batch of calibration text, never within it, and the load is measured on text that no price has seen.
+Tokens are states of the embedded model, experts are random centroids; only the prices are trained.  They move after
+every batch of calibration text, never within it, and the load is measured on text that no price has seen.
 """
 
 import torch
@@ -28,9 +28,9 @@ ROUTERS: dict[str, TopK | LossFree | NashSwarmRouter] = {
 
 @torch.no_grad()
 def states(model: transformers.PreTrainedModel, windows: Tensor) -> Tensor:
-    """What the third block of ``model`` would route, normalised as it would be: (tokens, width)."""
-    found = model(input_ids=windows, output_hidden_states=True).hidden_states[2].flatten(0, 1)
-    return torch.nn.functional.layer_norm(found, found.shape[1:])
+    """Return the normalized input of the third block's router, of shape (tokens, width)."""
+    hidden = model(input_ids=windows, output_hidden_states=True).hidden_states[2].flatten(0, 1)
+    return torch.nn.functional.layer_norm(hidden, hidden.shape[1:])
 
 
 def main() -> None:

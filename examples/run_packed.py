@@ -1,4 +1,4 @@
-"""CPU runtime: a packed model against the same weights as 32-bit floats.
+"""Time a packed model on the CPU against the same weights as 32-bit floats.
 
     python examples/run_packed.py
 
@@ -35,18 +35,18 @@ def main() -> None:
     reference = functools.partial(evaluation.compute_reference, floats, test[:4])
     subject = measure.EvaluationTarget(floats, floats, lambda: packed, test, reference, no_track)
     speed = Speed(prompt_tokens=64, context_tokens=32, new_tokens=16, repeats=10, quality_windows=4)
-    found, _ = speed.measure(subject)
+    metrics, _ = speed.measure(subject)
 
     print(f"file         {report.bytes_file:>12,} bytes")
     for name, suffix in (("floats", "_full"), ("packed", "")):
         print(
-            f"{name:12} {found[f'bytes_resident{suffix}']:>12,} bytes in memory, "
-            f"{found[f'decode_ms{suffix}']:.2f} ms per token, "
-            f"{found[f'prefill_tokens_per_second{suffix}']:,.0f} prompt tokens per second"
+            f"{name:12} {metrics[f'bytes_resident{suffix}']:>12,} bytes in memory, "
+            f"{metrics[f'decode_ms{suffix}']:.2f} ms per token, "
+            f"{metrics[f'prefill_tokens_per_second{suffix}']:,.0f} prompt tokens per second"
         )
-    low, high = found["decode_ratio_low"], found["decode_ratio_high"]
-    print(f"decoding     {found['decode_ratio']:.2f} times as fast, 95 % interval {low:.2f} to {high:.2f}")
-    print(f"int8 costs   {found['kl_int8']:.1e} nats per token, against the same weights as floats")
+    low, high = metrics["decode_ratio_low"], metrics["decode_ratio_high"]
+    print(f"decoding     {metrics['decode_ratio']:.2f} times as fast, 95 % interval {low:.2f} to {high:.2f}")
+    print(f"int8 costs   {metrics['kl_int8']:.1e} nats per token, against the same weights as floats")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole system: compress, look inside, time, certify and write text, with nothing but what the README shows.
+"""Compress, inspect, time, certify and generate text, with the commands of the README.
 
     python examples/whole_system.py [FOLDER]
 

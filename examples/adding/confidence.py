@@ -1,4 +1,4 @@
-"""A measure of one's own: how sure a model is of its next token."""
+"""A measure of your own: how sure a model is of its next token."""
 
 import dataclasses
 from typing import Any
@@ -12,28 +12,32 @@ from nashswarm.records import statistics
 
 @dataclasses.dataclass(frozen=True)
 class Confidence:
-    """The probability of the most probable next token, mean over the test windows: ``confidence``, of the full model
-    ``confidence_full``, and of their paired difference ``confidence_delta`` with its interval."""
+    """The probability of the most probable next token, averaged over the test windows.
+
+    ``confidence`` is the compressed model's, ``confidence_full`` the full model's, ``confidence_delta`` their paired
+    difference, with its 95 % interval.
+    """
 
     batch_size: int = 8
 
     def measure(self, target: EvaluationTarget) -> MeasureResult:
-        own, full = (self.by_window(model, target) for model in (target.compressed, target.full))
-        deltas = np.subtract(own, full).tolist()
+        compressed, full = (self.by_window(model, target) for model in (target.compressed, target.full))
+        deltas = np.subtract(compressed, full).tolist()
         low, high = statistics.interval(deltas)
-        found = {
-            "confidence": float(np.mean(own)),
+        metrics = {
+            "confidence": float(np.mean(compressed)),
             "confidence_full": float(np.mean(full)),
             "confidence_delta": float(np.mean(deltas)),
             "confidence_delta_low": low,
             "confidence_delta_high": high,
         }
-        return found, {"confidence": own, "confidence_full": full}
+        return metrics, {"confidence": compressed, "confidence_full": full}
 
     @torch.no_grad()
     def by_window(self, model: Any, target: EvaluationTarget) -> list[float]:
-        found: list[float] = []
+        """Return the mean probability of every window."""
+        means: list[float] = []
         for batch in target.track(target.windows.split(self.batch_size), "confidence"):
             chances = model(input_ids=batch).logits.float().softmax(-1)
-            found += chances.amax(-1).double().mean(1).tolist()
-        return found
+            means += chances.amax(-1).double().mean(1).tolist()
+        return means

@@ -1,4 +1,4 @@
-"""A method of one's own: the layers at both ends of a model keep more bits than those between."""
+"""A method of your own: the layers at both ends of a model get more bits than those between."""
 
 import dataclasses
 
@@ -15,8 +15,10 @@ from nashswarm.quant.grid import GRID_WIDTHS, Scheme
 
 @dataclasses.dataclass(frozen=True)
 class Ends:
-    """``ends`` bits for the matrices of the smallest and of the largest depth, ``bits`` for all others; each replies
-    with the codes of least damage."""
+    """``ends`` bits for the matrices of the smallest and the largest depth, ``bits`` for all others.
+
+    Codes are chosen by error feedback.
+    """
 
     bits: int = 3
     ends: int = 8

@@ -1,4 +1,4 @@
-"""Every command that the documentation gives is one: taken apart and checked here, run by test_commands_run.py."""
+"""Every command of the documentation names programs, options and choices that exist; test_commands_run.py runs them."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def commands(text: str) -> Iterator[str]:
-    """What a page tells to type, comments and line ends aside: in its shell blocks, and in the prose around them."""
+    """Yield the commands of a page, in its shell blocks and in its prose, without comments and line ends."""
     for language, block in FENCE.findall(text):
         if language == "sh":
             for line in block.replace("\\\n", " ").splitlines():
@@ -116,7 +116,7 @@ def check_python(words: list[str]) -> None:
 
 @functools.cache
 def check_run(words: tuple[str, ...]) -> None:
-    """Every job of the sweep is composed and its values are built; nothing is fetched by that."""
+    """Compose every job of the sweep and build its values; nothing is fetched by that."""
     flags = [word for word in words if word.startswith("-")]
     assert set(flags) <= {"-m", "--help", "--config-dir"}
     overrides = [word for word in words if "=" in word]

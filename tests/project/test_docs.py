@@ -1,4 +1,4 @@
-"""What the documentation names exists, and what it quotes is what the code says."""
+"""Names in the documentation exist, and quotations are the words of the code."""
 
 import functools
 import importlib.util
@@ -76,7 +76,7 @@ def test_columns_of_the_tables_are_explained() -> None:
 
 @functools.cache
 def source() -> str:
-    """The code, strings that are written in several pieces put together."""
+    """Return the code of the package, with strings that are written in pieces joined."""
     code = "".join(path.read_text() for path in sorted((ROOT / "nashswarm").rglob("*.py")))
     return re.sub(r'"\s*\n\s*f?"', "", code)
 

@@ -1,4 +1,4 @@
-"""The scripts of ``examples/`` run as they stand, without a download; so does the command of the guides."""
+"""The scripts of ``examples/`` and the command of the guides run as they stand, without a download."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-SAID = {  # script → what it must have come to say
+PRINTED = {  # script → words that it must print
     "quantize": ("gptq", "nash_swarm", "largest regret"),
     "run_packed": ("bytes in memory", "times as fast", "int8 costs"),
     "route_tokens": ("top-k", "loss-free bias", "nash swarm"),
@@ -18,27 +18,27 @@ pytestmark = pytest.mark.slow
 
 
 def call(*command: str, **variables: str) -> str:
-    """What a command of the repository's root prints.  Fails with its errors if it does."""
+    """Run a command in the repository's root and return its output; fail with its errors if it fails."""
     offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
+    done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=os.environ | offline | variables, capture_output=True, text=True
     )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_every_script_is_named_here() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(SAID)
+def test_scripts_are_all_named_here() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(PRINTED)
 
 
-@pytest.mark.parametrize("script", sorted(SAID))
-def test_a_script_runs_to_its_end(script: str) -> None:
+@pytest.mark.parametrize("script", sorted(PRINTED))
+def test_script_runs_to_its_end(script: str) -> None:
     printed = call(f"examples/{script}.py")
-    for words in SAID[script]:
+    for words in PRINTED[script]:
         assert words in printed
 
 
-def test_the_command_of_the_guides_leads_to_a_row_of_a_table(
+def test_command_of_the_guides_leads_to_a_row_of_a_table(
     model_folder: pathlib.Path, text_folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     folders = {"NASHSWARM_STORY_WRITER": str(model_folder), "NASHSWARM_STORIES": str(text_folder)}

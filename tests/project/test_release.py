@@ -26,12 +26,12 @@ CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 ZENODO = json.loads((ROOT / ".zenodo.json").read_text())
 
 
-def test_one_version_everywhere() -> None:
+def test_version_is_the_same_everywhere() -> None:
     assert set(release.versions().values()) == {nashswarm.__version__}
     assert set(release.repositories().values()) == {REPOSITORY}
 
 
-def test_the_tag_must_name_version_and_repository() -> None:
+def test_tag_of_another_version_or_repository_is_refused() -> None:
     assert release.differing(f"v{nashswarm.__version__}", REPOSITORY) == []
     assert release.differing("v0.1.0-alpha", REPOSITORY) == []  # the same version in longer words
     assert len(release.differing("v9.9", REPOSITORY)) == len(release.versions())
@@ -40,7 +40,7 @@ def test_the_tag_must_name_version_and_repository() -> None:
     assert any("notebooks/1_" in line for line in release.differing(f"v{nashswarm.__version__}", "other/name"))
 
 
-def test_the_archive_is_told_what_the_citation_says() -> None:
+def test_zenodo_says_what_the_citation_says() -> None:
     assert ZENODO["title"] == CITATION["title"] and ZENODO["upload_type"] == CITATION["type"]
     assert ZENODO["license"] == CITATION["license"] == PROJECT["license"]
     assert ZENODO["keywords"] == CITATION["keywords"]
@@ -51,8 +51,8 @@ def test_the_archive_is_told_what_the_citation_says() -> None:
     assert [person["name"] for person in ZENODO["creators"]] == people and people[0] == "Uzun, Şükrü"
 
 
-def test_a_workflow_runs_what_is_there() -> None:
-    """Targets of make, scripts and tests; secrets there are none but the token of the run itself."""
+def test_workflows_run_what_exists() -> None:
+    """Targets of make, scripts and tests.  No workflow has a secret but the token of the run itself."""
     makefile = (ROOT / "Makefile").read_text()
     for path in sorted((ROOT / ".github/workflows").glob("*.yml")):
         text = path.read_text()
@@ -80,7 +80,7 @@ def paper_in(folder: pathlib.Path) -> pathlib.Path:
     return paper
 
 
-def test_the_package_of_the_paper_holds_what_was_read_and_nothing_else(tmp_path: pathlib.Path) -> None:
+def test_paper_package_holds_what_was_read_and_nothing_else(tmp_path: pathlib.Path) -> None:
     paper = paper_in(tmp_path)
     files = arxiv.gather(paper)
     assert list(files) == ["generated/numbers.tex", "main.bbl", "main.tex"]
@@ -98,7 +98,7 @@ def test_the_package_of_the_paper_holds_what_was_read_and_nothing_else(tmp_path:
         (lambda paper: (paper / "generated/numbers.tex").unlink(), "lacks generated/numbers.tex"),
     ],
 )
-def test_what_is_missing_is_told(
+def test_missing_file_of_the_paper_is_named(
     tmp_path: pathlib.Path,
     spoil: Callable[[pathlib.Path], object],
     sentence: str,
@@ -123,7 +123,7 @@ def test_what_is_missing_is_told(
         ("main.aux", "\\newlabel{other}{{A}{9}{}{}{}}\n", "lacks the label end:body"),
     ],
 )
-def test_what_is_wrong_with_a_build_is_told(
+def test_fault_of_a_build_is_named(
     tmp_path: pathlib.Path, name: str, text: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paper = paper_in(tmp_path)
@@ -138,16 +138,16 @@ def test_what_is_wrong_with_a_build_is_told(
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_paper_names_latex_before_it_installs_anything() -> None:
-    told = subprocess.run(
+def test_make_paper_without_latex_names_it_before_it_installs_anything() -> None:
+    commands = subprocess.run(
         ["make", "--no-print-directory", "--dry-run", "paper"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert "command -v latexmk" in told.splitlines()[0]
-    assert "arxiv.py --check" in told.splitlines()[-1]
+    assert "command -v latexmk" in commands.splitlines()[0]
+    assert "arxiv.py --check" in commands.splitlines()[-1]
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
-def test_the_package_is_built_once_more_by_itself(tmp_path: pathlib.Path) -> None:
+def test_paper_package_builds_by_itself(tmp_path: pathlib.Path) -> None:
     files = arxiv.gather(paper_in(tmp_path))
     assert arxiv.build(files) == 1
     with pytest.raises(ValueError, match=r"does not build by itself: ! LaTeX Error: File `generated/numbers\.tex'"):
@@ -157,8 +157,8 @@ def test_the_package_is_built_once_more_by_itself(tmp_path: pathlib.Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_wheel_and_the_source_hold_the_kernels_and_the_model(tmp_path: pathlib.Path) -> None:
-    """The wheel has them built, the source archive has what they are built of."""
+def test_wheel_holds_the_kernels_and_the_model(tmp_path: pathlib.Path) -> None:
+    """It has the kernels built, and neither their sources nor the tests."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
