@@ -88,6 +88,17 @@ def test_messages_of_the_faq_are_those_of_the_code() -> None:
         assert message in source(), message
 
 
+def test_glossary_names_code_that_exists() -> None:
+    glossary = PAGES["docs/method.md"].split("## Glossary")[1].split("## What is minimized")[0]
+    rows = [row.strip("| ").split(" | ") for row in glossary.splitlines() if row.startswith("| ")]
+    identifiers = {name for row in rows for name in re.findall(r"`(\w+)`", row[2])}
+    identifiers |= set(re.findall(r"`([A-Z]\w+)`", glossary))
+    assert len(rows) > 15 and len(identifiers) > 20
+    for name in identifiers:
+        pattern = rf"^(?:class|def) {name}\b" if name[0].isupper() else rf"\b{name}\b"
+        assert re.search(pattern, source(), re.M), name
+
+
 def names(text: str) -> set[str]:
     """The code in the prose of a page."""
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
