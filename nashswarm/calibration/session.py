@@ -1,9 +1,10 @@
 """A model with its calibration text: statistics of its layers, and the effect of candidate weights on held-out text."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,15 +52,23 @@ class CalibrationSession:
         """A copy of the model for trying weights.  It is made on first use, because calibration needs the memory."""
         return copy.deepcopy(self.full)
 
+    @contextlib.contextmanager
+    def _candidate(self, weights: Mapping[str, Tensor]) -> Iterator[Any]:
+        """Provide the candidate model with these layer weights, and restore full precision afterwards."""
+        matrices.set_weights(self.candidate_model, weights)
+        try:
+            yield self.candidate_model
+        finally:
+            full = {layer.name: layer.weight for layer in self.layers if layer.name in weights}
+            matrices.set_weights(self.candidate_model, full)
+
     def context(self) -> CalibrationContext:
         """Return what a compression method may know of the model."""
         others = matrices.uncompressed_tensors(self.full, self.layers)
         placeholders = {layer.name: np.zeros(layer.parameters // 3, np.uint8) for layer in self.layers}
         placeholders[file_format.TABLES] = np.zeros(1000, np.uint8)
-        fixed = sum(
-            len(content) for content in file_format.checkpoint_files(self.full, placeholders, others, 16).values()
-        )
-        fixed -= sum(len(content) for content in placeholders.values())
+        files = file_format.checkpoint_files(self.full, placeholders, others, 16)
+        fixed = sum(map(len, files.values())) - sum(map(len, placeholders.values()))
         return CalibrationContext(
             layers=self.layers,
             fixed_bytes=fixed + 3 * len(self.layers),  # the header grows by some digits if layers are larger
@@ -103,15 +112,12 @@ class CalibrationSession:
             self.candidate_model.get_submodule(name).register_forward_pre_hook(functools.partial(add_inputs, name))
             for name in names
         ]
-        matrices.set_weights(self.candidate_model, weights)
         positions = 0
-        for window in self.calibration:
-            tokens = evaluation.without_padding(self.full, window)
-            self.candidate_model(input_ids=tokens[None])
-            positions += len(tokens)
-        matrices.set_weights(
-            self.candidate_model, {layer.name: layer.weight for layer in self.layers if layer.name in weights}
-        )
+        with self._candidate(weights) as model:
+            for window in self.calibration:
+                tokens = evaluation.without_padding(self.full, window)
+                model(input_ids=tokens[None])
+                positions += len(tokens)
         for hook in hooks:
             hook.remove()
         return {name: (total / positions).float() for name, total in sums.items()}
@@ -134,9 +140,8 @@ class CalibrationSession:
     @functools.cached_property
     def mean_length(self) -> int:
         """Mean number of tokens in a held-out window, without padding."""
-        return max(
-            sum(len(evaluation.without_padding(self.full, window)) for window in self.holdout) // len(self.holdout), 1
-        )
+        lengths = [len(evaluation.without_padding(self.full, window)) for window in self.holdout]
+        return max(sum(lengths) // len(lengths), 1)
 
     @property
     def batch(self) -> int:
@@ -170,17 +175,12 @@ class CalibrationSession:
         self, weights: Mapping[str, Tensor], windows: Integer[Tensor, "some length"], reference: ReferenceOutputs
     ) -> float:
         """Compute the divergence of the model with these layer weights from its ``reference`` outputs."""
-        matrices.set_weights(self.candidate_model, weights)
-        if isinstance(reference, evaluation.Reference):
-            result = evaluation.evaluate(self.candidate_model, windows, self.batch, reference)
-            divergence = evaluation.summarise(result)["kl"]
-        else:
-            divergence = evaluation.embedding_distance(
-                reference, evaluation.embed_all(self.candidate_model, windows, self.batch)
-            )
-        matrices.set_weights(
-            self.candidate_model, {layer.name: layer.weight for layer in self.layers if layer.name in weights}
-        )
+        with self._candidate(weights) as model:
+            if isinstance(reference, evaluation.Reference):
+                metrics = evaluation.summarise(evaluation.evaluate(model, windows, self.batch, reference))
+                divergence = metrics["kl"]
+            else:
+                divergence = evaluation.embedding_distance(reference, evaluation.embed_all(model, windows, self.batch))
         trim_heap()
         return divergence
 
