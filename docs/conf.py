@@ -8,7 +8,7 @@ import matplotlib.style
 
 import nashswarm
 from nashswarm.records import record
-from nashswarm.reporting import curves
+from nashswarm.reporting.figures import games
 
 ROOT = pathlib.Path(__file__).parent.parent
 project = "nashswarm"
@@ -75,7 +75,7 @@ def draw(app: Any) -> None:
     whole = next(one for one in runs if one.labels["method"] == "nash_swarm")
     with matplotlib.style.context(ROOT / "paper/style.mplstyle"):
         folder.mkdir(exist_ok=True)
-        curves.layer_bits(whole).savefig(folder / "layer_bits.png")
+        games.layer_bits(whole).savefig(folder / "layer_bits.png")
 
 
 def setup(app: Any) -> None:

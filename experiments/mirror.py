@@ -17,7 +17,7 @@ import pandas as pd
 
 from nashswarm.records.record import Record, read
 from nashswarm.reporting import frame, page, typeset
-from nashswarm.reporting.curves import layer_bits
+from nashswarm.reporting.figures.games import layer_bits
 
 log = logging.getLogger(__name__)
 MODES = ("disabled", "offline", "online")

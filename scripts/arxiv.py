@@ -1,12 +1,12 @@
-"""The source of the paper as arXiv takes it: everything that it is made of, and nothing else.
+"""Pack the source of the paper for arXiv, or check the last build of the paper.
 
     python scripts/arxiv.py
     python scripts/arxiv.py --check
 
-Packs what the last ``make paper`` read from its own folder (``main.fls``), the bibliography as ``main.bbl``, and builds
-it once more from the package alone, without ``latexmk`` or BibTeX.  The same sources make the same bytes.
-``--check`` only tells what is wrong with the last build: boxes that overflow, what is undefined, a body of too many
-pages.
+The package has the files of ``paper/`` that the last ``make paper`` read (``main.fls``), the bibliography as
+``main.bbl``.  It is built once more from the package alone, without ``latexmk`` or BibTeX.  The same sources make the
+same bytes.  ``--check`` prints what is wrong with the last build: overfull boxes, undefined references, a body of too
+many pages.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from nashswarm.records.files import write_whole
 
 SOURCES = {".tex", ".bbl", ".pdf", ".png"}
 MAIN = "main"
-PASSES = 3  # after which references and the contents stand still
+PASSES = 3  # of pdflatex, until references and the table of contents are stable
 WARNED = re.compile(r"^Overfull|Warning.*(?:undefined|multiply defined|Rerun to get)", re.I)
-WRAPPED = re.compile(r"^(.{79})\n", re.M)  # where TeX breaks the lines of its log
-PAGES = 10  # of the body at most, references and appendix not counted
+WRAPPED = re.compile(r"^(.{79})\n", re.M)  # TeX breaks the lines of its log after 79 characters
+PAGES = 10  # the most of the body, references and appendix not counted
 END = re.compile(r"\\newlabel\{end:body\}\{\{[^{}]*\}\{(\d+)\}")
 
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paper", type=pathlib.Path, default=pathlib.Path("paper"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/arxiv/nashswarm.tar.gz"))
-    parser.add_argument("--check", action="store_true", help="only tell what is wrong with the last build")
+    parser.add_argument("--check", action="store_true", help="only check the last build")
     options = parser.parse_args(arguments)
     try:
         if options.check:
@@ -52,29 +52,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(paper: pathlib.Path) -> None:
-    """Raises ValueError, a line for every fault, if the last build of ``paper`` is not fit to be read."""
+    """Raise ValueError, with a line for every fault, if the last build of ``paper`` has one."""
     log, labels = (paper / f"{MAIN}{suffix}" for suffix in (".log", ".aux"))
     if not log.is_file() or not labels.is_file():
         raise ValueError(f"{paper} has not been built: run make paper first")
-    found = [f"{log}: {line}" for line in warnings(log.read_text(errors="replace"))]
+    faults = [f"{log}: {line}" for line in warnings(log.read_text(errors="replace"))]
     end = END.search(labels.read_text(errors="replace"))
     if end is None:
-        found.append(f"{labels} lacks the label end:body: put it at the end of the body, before the references")
+        faults.append(f"{labels} lacks the label end:body: put it at the end of the body, before the references")
     elif int(end[1]) > PAGES:
-        found.append(f"the body ends on page {end[1]}, of {PAGES} at most: move floats or details to the appendix")
-    if found:
-        raise ValueError("\n".join(found))
+        faults.append(f"the body ends on page {end[1]}, of {PAGES} at most: move floats or details to the appendix")
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def warnings(log: str) -> list[str]:
-    """The lines of a log of TeX that tell of a box that overflows, or of what is undefined or not settled."""
+    """Return the lines of a TeX log on overfull boxes and on undefined or unstable references."""
     return [line for line in WRAPPED.sub(r"\1", log).splitlines() if WARNED.search(line)]
 
 
 def gather(paper: pathlib.Path) -> dict[str, bytes]:
-    """Name → content of the files that the last build of ``paper`` read from its folder.
+    """Load the files that the last build of ``paper`` read from its folder, by name.
 
-    Raises ValueError if there is no build, or if what it read is gone.
+    Raises ValueError if there is no build, or if one of these files is gone.
     """
     read = paper / f"{MAIN}.fls"
     if not read.is_file():
@@ -90,9 +90,9 @@ def gather(paper: pathlib.Path) -> dict[str, bytes]:
 
 
 def build(files: Mapping[str, bytes]) -> int:
-    """How many pages these files make in an empty folder.
+    """Build these files in an empty folder and return the number of pages.
 
-    Raises ValueError if they make none, let a box overflow or leave a reference undefined.
+    Raises ValueError if they make no page, or if the log has a warning.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
@@ -106,11 +106,11 @@ def build(files: Mapping[str, bytes]) -> int:
             except FileNotFoundError as error:
                 raise ValueError("pdflatex is not installed: make paper names the packages") from error
             if ended.returncode:
-                wrong = next((line for line in ended.stdout.splitlines() if line.startswith("!")), "no reason given")
-                raise ValueError(f"the package does not build by itself: {wrong}")
+                reason = next((line for line in ended.stdout.splitlines() if line.startswith("!")), "no reason given")
+                raise ValueError(f"the package does not build by itself: {reason}")
         log = (folder / f"{MAIN}.log").read_text(errors="replace")
-    if found := warnings(log):
-        raise ValueError(f"the package builds, but: {found[0]}")
+    if faults := warnings(log):
+        raise ValueError(f"the package builds, but: {faults[0]}")
     written = re.search(r"Output written on .*?\((\d+) pages?", log.replace("\n", ""))
     if written is None:
         raise ValueError("the package makes no page")
@@ -118,7 +118,7 @@ def build(files: Mapping[str, bytes]) -> int:
 
 
 def pack(files: Mapping[str, bytes]) -> bytes:
-    """The files as a compressed tape archive, without times or owners."""
+    """Return the files as a compressed tape archive, without times or owners."""
     tape = io.BytesIO()
     with tarfile.open(fileobj=tape, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, content in sorted(files.items()):

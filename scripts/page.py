@@ -1,9 +1,9 @@
-"""One self-contained HTML page per experiment, from records.
+"""Write one self-contained HTML page per experiment, from records.
 
     python scripts/page.py --experiment ablation
 
-Writes ``<experiment>.html``: a table that sorts, quality against size, convergence, the bits of every layer, and where
-each record comes from.
+``<experiment>.html`` has a table that sorts, quality against size, convergence, the bits of every layer, and the
+provenance of each record.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Whether this is the release that a tag names: the same version and the same repository wherever one is written.
+"""Check that every file with a version or a repository has the version of a tag and the repository it was pushed to.
 
 python scripts/release.py v0.1.0-alpha --repository account/nashswarm
 """
@@ -23,29 +23,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("tag", help="v and a version, in any spelling of it")
     parser.add_argument("--repository", required=True, metavar="ACCOUNT/NAME", help="where the tag was pushed")
     options = parser.parse_args(arguments)
-    wrong = differing(options.tag, options.repository)
-    print("\n".join(wrong), end="\n" if wrong else "", file=sys.stderr)
-    return int(bool(wrong))
+    differences = differing(options.tag, options.repository)
+    print("\n".join(differences), end="\n" if differences else "", file=sys.stderr)
+    return int(bool(differences))
 
 
 def differing(tag: str, repository: str) -> list[str]:
-    """A sentence for everything that names another version or another repository."""
-    wrong = []
+    """Return a sentence for every file that names another version or another repository."""
+    differences = []
     try:
         version = Version(tag)
     except InvalidVersion:
         return [f"the tag {tag} is no version: call it v{versions()['pyproject.toml']}"]
-    for place, found in versions().items():
-        if not tag.startswith("v") or Version(found) != version:
-            wrong.append(f"{place} says {found}, the tag {tag}: change one of them")
-    for place, found in repositories().items():
-        if found != repository:
-            wrong.append(f"{place} names the repository {found}, this is {repository}: replace it there")
-    return wrong
+    for place, written in versions().items():
+        if not tag.startswith("v") or Version(written) != version:
+            differences.append(f"{place} says {written}, the tag {tag}: change one of them")
+    for place, written in repositories().items():
+        if written != repository:
+            differences.append(f"{place} names the repository {written}, this is {repository}: replace it there")
+    return differences
 
 
 def versions() -> Mapping[str, str]:
-    """The version of this project, by the file that says it."""
+    """Load the version of this project from each file that has one."""
     package = re.search(r'^__version__ = "(.+)"$', (ROOT / "nashswarm/__init__.py").read_text(), re.M)
     assert package is not None
     return {
@@ -57,13 +57,13 @@ def versions() -> Mapping[str, str]:
 
 
 def repositories() -> Mapping[str, str]:
-    """Where this project is said to be kept, account and name, by the file that says it."""
+    """Load the repository of this project, as account and name, from each file that has one."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    found = {"pyproject.toml": project["urls"]["Repository"].removeprefix(GITHUB)}
+    repository_of = {"pyproject.toml": project["urls"]["Repository"].removeprefix(GITHUB)}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         install = re.search(rf"git\+{GITHUB}([\w-]+/[\w-]+)", path.read_text())
-        found[f"notebooks/{path.name}"] = "none" if install is None else install[1]
-    return found
+        repository_of[f"notebooks/{path.name}"] = "none" if install is None else install[1]
+    return repository_of
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a sweep did, from its folder.
+"""Print what a sweep did, from its folder.
 
     python scripts/summary.py results/logs/ablation/2026-01-31_12-00-00
 
-Prints counts, the table of the sweep's records and, for each failed job, why and where its log is.  The exit status
-is 1 if any job failed.
+Prints counts, the table of the sweep's records and, for each failed job, the reason and the path of its log.  The exit
+status is 1 if a job failed.
 """
 
 import argparse

@@ -1,13 +1,14 @@
-"""Tables, and the numbers of the paper's prose, from records.
+"""Write tables, and the numbers of the paper's prose, from records.
 
     python scripts/tables.py --paper paper/generated
 
-Prints each experiment's table and writes it as Markdown, CSV and LaTeX; where matrices were measured one by one or
-contestants timed, a second one, ``<experiment>_layers`` or ``_contestants``; of all experiments together,
-``equal_bytes``; ``scripts/audit.py`` makes those of the audit.  With ``--paper`` tables that fit its columns and
-``numbers.tex`` (one macro per number, of the chosen records and, where none were chosen, of the benchmarks) go there
-too; runs from uncommitted or unknown code are refused then.  Of all records together, tables that these no longer
-show are removed.
+Prints each experiment's table and writes it as Markdown, CSV and LaTeX.  An experiment that measured matrices one by
+one or timed contestants has a second table, ``<experiment>_layers`` or ``_contestants``.  Without ``--experiment`` it
+also writes ``equal_bytes``; without any choice it removes tables that the records no longer have.
+``scripts/audit.py`` writes those of the audit.
+
+With ``--paper``, tables that fit the paper's columns and ``numbers.tex`` go there: one macro for every number of the
+chosen records and, if none were chosen, of the benchmarks.  Runs from uncommitted or unknown code are refused then.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from collections.abc import Collection, Sequence
 import pandas as pd
 
 from nashswarm.records import files, record
-from nashswarm.reporting import frame, paper, tables, typeset
+from nashswarm.reporting import frame, latex, tables, typeset
+from nashswarm.reporting.paper import benchmarks, macros
+from nashswarm.reporting.paper import tables as paper_tables
 
 FORMATS = {".md": typeset.markdown, ".csv": typeset.csv, ".tex": typeset.latex}
 BUDGETS = ("2", "3", "4")  # bits of the paper's main table
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_tables(options: argparse.Namespace) -> None:
-    """Write what the options ask for.  Raises ValueError where there is nothing to write."""
+    """Write the tables that the options choose.  Raises ValueError if there is nothing to write."""
     names = ("experiment", "model", "dataset", "measure")
     chosen = {name: getattr(options, name) for name in names if getattr(options, name)}
     records = list(record.read_all(options.records))
@@ -55,7 +58,7 @@ def write_tables(options: argparse.Namespace) -> None:
     written: set[str] = set()
 
     def write(name: str, table: pd.DataFrame, columns: Sequence[typeset.Column] = typeset.COLUMNS) -> None:
-        """Print a table and write it in every format; one without rows is no table."""
+        """Print a table and write it in every format, unless it has no rows."""
         if len(table):
             written.add(name)
             typeset.console().print(typeset.terminal(table, name, columns))
@@ -64,39 +67,41 @@ def write_tables(options: argparse.Namespace) -> None:
 
     for experiment in sorted(set(table["experiment"]) - {"audit"}):
         rows = frame.select(table, experiment=experiment)
-        own = [one for one in records if one.labels["experiment"] == experiment]
-        if another := tables.unlike(own):
-            write(experiment, *another)
-            own_columns = paper.ROUTERS if another[1] is tables.ROUTERS else another[1]
-            for_paper(options.paper, experiment, typeset.latex(another[0], own_columns))
+        runs = [one for one in records if one.labels["experiment"] == experiment]
+        if special := tables.special_table(runs):
+            write(experiment, *special)
+            paper_columns = paper_tables.ROUTERS if special[1] is tables.ROUTERS else special[1]
+            for_paper(options.paper, experiment, typeset.latex(special[0], paper_columns))
             continue
-        means = frame.tested(frame.average(rows.dropna(axis=1, how="all")), own)  # without what others alone have
+        means = frame.tested(
+            frame.average(rows.dropna(axis=1, how="all")), runs
+        )  # without columns of other experiments
         write(experiment, means)
-        for_paper(options.paper, experiment, typeset.latex(means, paper.COLUMNS))
-        if means["method"].str.fullmatch(paper.BUDGET).all():
-            for_paper(options.paper, f"{experiment}_budgets", paper.budgets(means, BUDGETS))
-        seconds = {"contestants": (tables.speed(own), tables.SPEED), "layers": (tables.layers(own), tables.LAYERS)}
-        for name, (second, columns) in seconds.items():
-            write(f"{experiment}_{name}", second, columns)
-            if len(second):
-                for_paper(options.paper, f"{experiment}_{name}", typeset.latex(second, columns))
+        for_paper(options.paper, experiment, typeset.latex(means, paper_tables.COLUMNS))
+        if means["method"].str.fullmatch(paper_tables.BUDGET).all():
+            for_paper(options.paper, f"{experiment}_budgets", paper_tables.budgets(means, BUDGETS))
+        second = {"contestants": (tables.speed(runs), tables.SPEED), "layers": (tables.layers(runs), tables.LAYERS)}
+        for name, (rows, columns) in second.items():
+            write(f"{experiment}_{name}", rows, columns)
+            if len(rows):
+                for_paper(options.paper, f"{experiment}_{name}", typeset.latex(rows, columns))
     if not options.experiment:
         write("equal_bytes", tables.equal_bytes(records), tables.EQUAL_BYTES)
     if not chosen:
         remove_stale(options.out, written)
     if options.paper:
-        benchmarks = {} if chosen else paper.of_benchmarks(options.benchmarks)
-        for_paper(options.paper, "numbers", paper.commands(paper.of_records(records) | benchmarks))
+        reports = {} if chosen else benchmarks.of_benchmarks(options.benchmarks)
+        for_paper(options.paper, "numbers", latex.commands(macros.of_records(records) | reports))
 
 
 def for_paper(folder: pathlib.Path | None, name: str, content: str) -> None:
-    """Write a file of the paper, if one is asked for."""
+    """Write a file of the paper, if ``--paper`` names its folder."""
     if folder is not None:
         files.write_whole(folder / f"{name}.tex", content.encode())
 
 
 def remove_stale(folder: pathlib.Path, written: Collection[str]) -> None:
-    """Remove the tables that other records had: what stands there in every format and was not written now."""
+    """Remove the tables of records that are gone: those in every format that were not written now."""
     for stem in {path.stem for path in folder.glob("*.csv")} - set(written):
         paths = [folder / f"{stem}{suffix}" for suffix in FORMATS]
         if all(path.exists() for path in paths):

@@ -204,7 +204,7 @@ def test_the_quick_validation_fills_its_table(execute: Callable[..., Outcome], m
     ]
     made = execute("measure=quick_validation", *sizes).record
     found = made.metrics
-    table, columns = tables.unlike([made])
+    table, columns = tables.special_table([made])
     assert columns is tables.VALIDATION and table["nll_quantized"].tolist() == [found["nll_quantized"]]
     assert found["bytes_file"] < found["bytes_memory"] and found["bytes_resident"] < found["bytes_memory"]
     assert abs(found["nll_quantized"] - found["nll"]) < 0.5
@@ -215,7 +215,7 @@ def test_the_time_of_routing_is_taken_apart(execute: Callable[..., Outcome]) -> 
     found = execute("measure=routing_time", "measure.tokens=32", "measure.experts=[8]", "measure.repeats=2").record
     shares = [found.metrics[f"share_{name}_8"] for name in ("scores", "choice")]
     assert min(shares) > 0 and sum(shares) == pytest.approx(1)
-    table, columns = tables.unlike([found])
+    table, columns = tables.special_table([found])
     assert columns is tables.ROUTING and table["experts"].tolist() == [8]
     assert table["route_first"].tolist() == [found.metrics["route_first_8"]]
     assert table["layer_ratio_all"].tolist() == [found.metrics["layer_ratio_batch_32_8"]]

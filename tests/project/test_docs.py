@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nashswarm.reporting import typeset
+from nashswarm.reporting import formats, typeset
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -70,7 +70,7 @@ def test_no_page_is_cut_out_of_another_by_marks(page: str) -> None:
 
 def test_columns_of_the_tables_are_explained() -> None:
     explained = set(re.findall(r"^\| ([^|]+) \|", PAGES["docs/reading.md"], re.M))
-    official = {heading for name in typeset.OFFICIAL.values() for heading in (f"{name} %", f"Δ{name} (points)")}
+    official = {heading for name in formats.OFFICIAL.values() for heading in (f"{name} %", f"Δ{name} (points)")}
     assert {column.heading for column in typeset.COLUMNS} - official <= explained | {"examples"}
 
 

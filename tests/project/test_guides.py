@@ -20,7 +20,7 @@ from nashswarm.measures.measure import EvaluationTarget
 from nashswarm.models import evaluation, matrices
 from nashswarm.progress import no_track
 from nashswarm.records.record import Record
-from nashswarm.reporting import curves
+from nashswarm.reporting.figures import games
 
 ROOT = pathlib.Path(__file__).parents[2]
 FEW = ["dataset.sequence_length=32", "dataset.calibration_windows=6", "dataset.holdout_windows=3"]
@@ -61,7 +61,7 @@ def test_added_dataset_is_named_by_its_hashes(execute: Callable[..., Record], te
 
 def test_added_method_follows_its_rule(execute: Callable[..., Record]) -> None:
     record = execute("method=ends")
-    widths = {name: set(grid.ravel().tolist()) for name, grid in curves.tiles(record.allocation).items()}
+    widths = {name: set(grid.ravel().tolist()) for name, grid in games.tiles(record.allocation).items()}
     assert widths["transformer.wte"] == widths["transformer.h.1.mlp.c_fc"] == {8}
     assert widths["transformer.h.0.mlp.c_fc"] == widths["transformer.h.0.attn.c_attn"] == {3}
     even = execute("method=ends", "method.ends=3")

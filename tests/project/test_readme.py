@@ -79,7 +79,7 @@ FORMATS = [(".md", typeset.markdown), (".csv", typeset.csv), (".tex", typeset.la
 )
 def test_committed_tables_follow_from_the_records(experiment: str) -> None:
     records = records_of(experiment)
-    table = tables.unlike(records) or [frame.tested(frame.average(frame.frame(records)), records)]
+    table = tables.special_table(records) or [frame.tested(frame.average(frame.frame(records)), records)]
     layers = tables.layers(records)
     for suffix, render in FORMATS:
         assert render(*table) == (TABLES / f"{experiment}{suffix}").read_text()

@@ -10,6 +10,9 @@ import pytest
 
 from nashswarm.models.shapes import ParameterCounts
 from nashswarm.records import record
+from nashswarm.reporting.audit import claim, document
+from nashswarm.reporting.audit.evidence import REMOVED, Evidence, gather, removals
+from nashswarm.reporting.audit.time_claims import cache
 from nashswarm.runtime.cache_misses import CACHEGRIND
 from scripts import audit
 
@@ -19,52 +22,52 @@ PLACE = "default", "stdlib_docs"
 
 
 @pytest.fixture(scope="module")
-def evidence() -> audit.Evidence:
-    return audit.gather(ROOT / "results" / "records")
+def evidence() -> Evidence:
+    return gather(ROOT / "results" / "records")
 
 
-def verdicts(evidence: audit.Evidence) -> dict[str, str]:
-    return {row.name: row.cells()[5] for row in audit.claims(evidence)}
+def verdicts(evidence: Evidence) -> dict[str, str]:
+    return {row.name: row.cells()[5] for row in document.claims(evidence)}
 
 
-def test_committed_tables_follow_from_the_records(evidence: audit.Evidence) -> None:
-    assert audit.markdown(evidence) == (TABLES / "audit.md").read_text()
-    assert audit.latex(evidence) == (TABLES / "audit.tex").read_text()
+def test_committed_tables_follow_from_the_records(evidence: Evidence) -> None:
+    assert document.markdown(evidence) == (TABLES / "audit.md").read_text()
+    assert document.latex(evidence) == (TABLES / "audit.tex").read_text()
 
 
-def test_every_claim_has_a_row_and_a_verdict(evidence: audit.Evidence) -> None:
+def test_every_claim_has_a_row_and_a_verdict(evidence: Evidence) -> None:
     found = verdicts(evidence)
     assert list(found) == [f"C{number}" for number in range(1, 13)]
-    assert {re.sub(" here$", "", verdict) for verdict in found.values()} <= {audit.HOLDS, audit.FAILS, audit.LATER}
-    assert all(command.startswith("`python ") for *_, command in (row.cells() for row in audit.claims(evidence)))
+    assert {re.sub(" here$", "", verdict) for verdict in found.values()} <= {claim.HOLDS, claim.FAILS, claim.LATER}
+    assert all(command.startswith("`python ") for *_, command in (row.cells() for row in document.claims(evidence)))
 
 
-def test_the_audit_ran_on_committed_code(evidence: audit.Evidence) -> None:
+def test_the_audit_ran_on_committed_code(evidence: Evidence) -> None:
     assert not any(run.provenance["dirty"] for run in evidence.published.values())
     text = "".join(path.read_text() for path in (ROOT / "results" / "records" / "audit").iterdir())
     assert not re.search(r"/(work|tmp|home|root)/", text)
 
 
-def test_without_evidence_there_is_no_verdict(evidence: audit.Evidence) -> None:
-    found = verdicts(dataclasses.replace(evidence, honest={}, grown={}, removed=pd.DataFrame()))
-    assert {found[name] for name in ("C2", "C3", "C6", "C7", "C12")} == {audit.LATER}
+def test_without_evidence_there_is_no_verdict(evidence: Evidence) -> None:
+    found = verdicts(dataclasses.replace(evidence, honest={}, family={}, removed=pd.DataFrame()))
+    assert {found[name] for name in ("C2", "C3", "C6", "C7", "C12")} == {claim.LATER}
 
 
-def test_a_verdict_on_a_model_of_the_claim_is_not_one_from_elsewhere(evidence: audit.Evidence) -> None:
+def test_a_verdict_on_a_model_of_the_claim_is_not_one_from_elsewhere(evidence: Evidence) -> None:
     there = dataclasses.replace(evidence, honest={("gpt2", "wikitext2_raw"): evidence.honest[PLACE]})
-    assert verdicts(evidence)["C2"] == f"{audit.FAILS} here" and verdicts(there)["C2"] == audit.FAILS
+    assert verdicts(evidence)["C2"] == f"{claim.FAILS} here" and verdicts(there)["C2"] == claim.FAILS
 
 
-def test_verdicts_on_size_follow_the_sizes(evidence: audit.Evidence) -> None:
+def test_verdicts_on_size_follow_the_sizes(evidence: Evidence) -> None:
     """A model that is one linear layer saves as much at every size; without classes it would be what was published."""
     linear = {name: ParameterCounts(10**9, (10**9,)) for name in evidence.sizes}
     found = verdicts(dataclasses.replace(evidence, sizes=linear))
-    assert (found["C1"], found["C10"]) == (audit.FAILS, audit.HOLDS)
+    assert (found["C1"], found["C10"]) == (claim.FAILS, claim.HOLDS)
     assert linear["gpt2"].compression(0) == pytest.approx(0.90625)
 
 
 @pytest.mark.parametrize(
-    "claim, method, changed",
+    "name, method, changed",
     [
         ("C2", "as_published", {"kl_high": 0.0, "bytes_file": 1}),
         ("C3", "as_published", {"decode_ratio_low": 1.1}),
@@ -72,29 +75,29 @@ def test_verdicts_on_size_follow_the_sizes(evidence: audit.Evidence) -> None:
     ],
 )
 def test_verdicts_on_runs_follow_the_runs(
-    claim: str, method: str, changed: dict[str, float], evidence: audit.Evidence
+    name: str, method: str, changed: dict[str, float], evidence: Evidence
 ) -> None:
     rows = dict(evidence.honest[PLACE])
-    own = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[claim]
+    own = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[name]
     rows[method] = pd.Series(dict(rows[method]) | changed)
-    other = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[claim]
-    assert {own, other} == {f"{audit.FAILS} here", f"{audit.HOLDS} here"}
-    assert other == f"{audit.HOLDS} here"
+    other = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[name]
+    assert {own, other} == {f"{claim.FAILS} here", f"{claim.HOLDS} here"}
+    assert other == f"{claim.HOLDS} here"
 
 
-def test_a_component_matters_where_every_paired_test_survives(evidence: audit.Evidence) -> None:
+def test_a_component_matters_where_every_paired_test_survives(evidence: Evidence) -> None:
     """Two tables: the swarm matters in one of them."""
-    rows = [(method, table, "default", True) for method in audit.REMOVED for table in ("ablation", "main")]
+    rows = [(method, table, "default", True) for method in REMOVED for table in ("ablation", "main")]
     found = pd.DataFrame(rows, columns=["method", "experiment", "model", "costs"])
-    assert verdicts(dataclasses.replace(evidence, removed=found))["C7"] == f"{audit.HOLDS} here"
+    assert verdicts(dataclasses.replace(evidence, removed=found))["C7"] == f"{claim.HOLDS} here"
     found.loc[len(found) - 1, "costs"] = False
-    [row] = [row for row in audit.claims(dataclasses.replace(evidence, removed=found)) if row.name == "C7"]
-    assert row.cells()[5] == f"{audit.FAILS} here"
+    [row] = [row for row in document.claims(dataclasses.replace(evidence, removed=found)) if row.name == "C7"]
+    assert row.cells()[5] == f"{claim.FAILS} here"
     assert "`no_swarm` in 1 of 2 (ablation 1 of 1, main 0 of 1)" in row.honest
     assert "`no_nash` in 2 of 2 (ablation 1 of 1, main 1 of 1)" in row.honest
-    assert verdicts(dataclasses.replace(evidence, removed=found[found["method"] != "no_nash"]))["C7"] == audit.LATER
+    assert verdicts(dataclasses.replace(evidence, removed=found[found["method"] != "no_nash"]))["C7"] == claim.LATER
     there = dataclasses.replace(evidence, removed=found.assign(model="gpt2"))
-    assert verdicts(there)["C7"] == audit.FAILS
+    assert verdicts(there)["C7"] == claim.FAILS
 
 
 def test_runs_without_a_component_are_paired_in_every_experiment(tmp_path: pathlib.Path) -> None:
@@ -110,23 +113,23 @@ def test_runs_without_a_component_are_paired_in_every_experiment(tmp_path: pathl
         for run in runs:
             labels = run.labels | {"experiment": experiment, "method": run.labels["method"] + suffix}
             record.write(tmp_path / experiment, dataclasses.replace(run, labels=labels))
-    found = audit.removals(tmp_path)
+    found = removals(tmp_path)
     assert [tuple(row) for row in found[["experiment", "method", "costs"]].to_numpy()] == [
         ("ablation", "no_nash", True), ("ablation", "no_swarm", True), ("main", "no_swarm", False),
     ]  # fmt: skip
 
 
-def test_where_it_helps_no_model_it_helps_no_small_one_most(evidence: audit.Evidence) -> None:
+def test_where_it_helps_no_model_it_helps_no_small_one_most(evidence: Evidence) -> None:
     rows = dict(evidence.honest[PLACE])
-    assert verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))["C12"] == f"{audit.FAILS} here"
+    assert verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))["C12"] == f"{claim.FAILS} here"
     rows["as_published"] = pd.Series(dict(rows["as_published"]) | {"kl_high": 0.0, "bytes_file": 1})
-    assert verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))["C12"] == audit.LATER
+    assert verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))["C12"] == claim.LATER
 
 
-def test_what_is_faster_is_decided_at_the_sizes_of_the_claim(evidence: audit.Evidence) -> None:
+def test_what_is_faster_is_decided_at_the_sizes_of_the_claim(evidence: Evidence) -> None:
     small = evidence.honest[PLACE]["nash_swarm"]
     fast = pd.Series(dict(small) | {"bytes_file": 50e6, "decode_ratio_high": 3.0})
-    for other, verdict in ((fast, audit.HOLDS), (dict(fast) | {"decode_ratio_high": 1.0}, audit.FAILS)):
+    for other, verdict in ((fast, claim.HOLDS), (dict(fast) | {"decode_ratio_high": 1.0}, claim.FAILS)):
         honest = {PLACE: evidence.honest[PLACE], ("gpt2_random", "any"): {"nash_swarm": pd.Series(other)}}
         assert verdicts(dataclasses.replace(evidence, honest=honest))["C6"] == f"{verdict} here"
 
@@ -140,38 +143,38 @@ def mixture(method: str, change: float) -> record.Record:
     return record.Record(labels, {}, metrics, {"nll": nll, "nll_quantized": worse}, [], "", {})
 
 
-@pytest.mark.parametrize("change, verdict", [(0.2, audit.FAILS), (0.0, audit.HOLDS)])
-def test_a_loss_that_grows_by_compression_is_seen(change: float, verdict: str, evidence: audit.Evidence) -> None:
+@pytest.mark.parametrize("change, verdict", [(0.2, claim.FAILS), (0.0, claim.HOLDS)])
+def test_a_loss_that_grows_by_compression_is_seen(change: float, verdict: str, evidence: Evidence) -> None:
     found = dataclasses.replace(evidence, mixtures={"quick_validation": [mixture("moe_dense", change)]})
-    [row] = [row for row in audit.claims(found) if row.name == "C4"]
+    [row] = [row for row in document.claims(found) if row.name == "C4"]
     assert row.cells()[5] == verdict and "8.00 → 1.00 MB" in row.honest
 
 
-@pytest.mark.parametrize("ratio, verdict", [(1.5, audit.FAILS), (0.7, audit.HOLDS)])
-def test_the_time_of_a_layer_decides_on_routing(ratio: float, verdict: str, evidence: audit.Evidence) -> None:
+@pytest.mark.parametrize("ratio, verdict", [(1.5, claim.FAILS), (0.7, claim.HOLDS)])
+def test_the_time_of_a_layer_decides_on_routing(ratio: float, verdict: str, evidence: Evidence) -> None:
     times = {"route_plain_8": 1.0, "route_flock_8": 1.25, "layer_ratio_batch_1_8": 3.0, "layer_ratio_batch_64_8": ratio}
     timed = dataclasses.replace(mixture("moe_nash_swarm", 0.0), metrics=times, config={"measure": {"tokens": 64}})
     found = dataclasses.replace(evidence, mixtures={"performance_analysis": [timed]})
-    [row] = [row for row in audit.claims(found) if row.name == "C5"]
+    [row] = [row for row in document.claims(found) if row.name == "C5"]
     assert row.cells()[5] == verdict and "with 8 experts 3.0× at batch 1" in row.honest and "1.25× plain" in row.honest
 
 
-def test_an_equilibrium_would_be_recognized(evidence: audit.Evidence) -> None:
+def test_an_equilibrium_would_be_recognized(evidence: Evidence) -> None:
     run = evidence.published[PLACE]
     calm = dataclasses.replace(run, metrics=run.metrics | {"reply_regret": 0.0})
-    assert verdicts(evidence)["C8"] == audit.FAILS
-    assert verdicts(dataclasses.replace(evidence, published={PLACE: calm}))["C8"] == audit.HOLDS
+    assert verdicts(evidence)["C8"] == claim.FAILS
+    assert verdicts(dataclasses.replace(evidence, published={PLACE: calm}))["C8"] == claim.HOLDS
 
 
-def test_another_model_joins_every_cell_that_is_measured(evidence: audit.Evidence) -> None:
+def test_another_model_joins_every_cell_that_is_measured(evidence: Evidence) -> None:
     more = {**evidence.published, ("gpt2", "wikitext2_raw"): evidence.published[PLACE]}
-    rows = audit.claims(dataclasses.replace(evidence, published=more))
+    rows = document.claims(dataclasses.replace(evidence, published=more))
     joined = [row.name for row in rows if "gpt2 on wikitext2_raw: " in row.published]
     assert joined == ["C2", "C3", "C4", "C5", "C8", "C9", "C12"]
 
 
-def test_latex_rows_are_whole(evidence: audit.Evidence) -> None:
-    found = audit.latex(evidence)
+def test_latex_rows_are_whole(evidence: Evidence) -> None:
+    found = document.latex(evidence)
     counts = [len(re.findall(r"(?<!\\)&", line)) for line in found.splitlines() if line.endswith(r"\\")]
     assert counts == [5] * 13 + [10] * (1 + len(evidence.sizes))
     assert found.isascii()
@@ -182,23 +185,23 @@ def test_without_records_there_is_a_sentence(tmp_path: pathlib.Path, capsys: pyt
     assert capsys.readouterr().err.startswith("the audit has no records; run ")
 
 
-def test_two_runs_of_one_model_are_refused(evidence: audit.Evidence, tmp_path: pathlib.Path) -> None:
+def test_two_runs_of_one_model_are_refused(evidence: Evidence, tmp_path: pathlib.Path) -> None:
     run = evidence.published[PLACE]
     for seed in (0, 1):
         record.write(tmp_path / "audit", dataclasses.replace(run, config=dict(run.config) | {"seed": seed}))
     with pytest.raises(ValueError, match="two records audit default on stdlib_docs"):
-        audit.gather(tmp_path)
+        gather(tmp_path)
 
 
-def test_cache_claim_verdict_follows_counts(evidence: audit.Evidence) -> None:
+def test_cache_claim_verdict_follows_counts(evidence: Evidence) -> None:
     common = {"counter": CACHEGRIND, "reads": 100.0, "first_misses": 10.0, "last_misses": 0.0}
     rows = [common | {"form": "float32"}, common | {"form": "3 bits", "first_fall": 0.9, "last_fall": None}]
     worse = [*rows, common | {"form": "4 bits", "first_fall": 0.9, "last_fall": 0.66}]
 
-    def row(counted: Any) -> audit.Row:
-        return audit.cache(dataclasses.replace(evidence, misses=counted))
+    def row(counted: Any) -> claim.Claim:
+        return cache(dataclasses.replace(evidence, misses=counted))
 
-    assert row(()).cells()[5] == audit.LATER
-    assert row(rows).cells()[5] == f"{audit.HOLDS} here" and row(worse).cells()[5] == f"{audit.FAILS} here"
+    assert row(()).cells()[5] == claim.LATER
+    assert row(rows).cells()[5] == f"{claim.HOLDS} here" and row(worse).cells()[5] == f"{claim.FAILS} here"
     assert "first level fall by 90.0–90.0 % and misses of the last level fall by 66.0–66.0 %" in row(worse).honest
     assert "the last level" not in row(rows).honest and "of floats 90.0–90.0 %" in row(rows).honest

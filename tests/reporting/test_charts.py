@@ -10,7 +10,8 @@ from PIL import Image
 
 from nashswarm.records import record
 from nashswarm.records.record import Record
-from nashswarm.reporting import charts, flock_figure, frame, tables
+from nashswarm.reporting import frame, tables
+from nashswarm.reporting.figures import flock, games, moe, quality, speed
 from scripts import figures as script
 from tests.reporting.test_frame import synthetic
 
@@ -18,35 +19,35 @@ from tests.reporting.test_frame import synthetic
 def test_accuracy_is_per_cent_against_how_many_times_smaller() -> None:
     records = [synthetic(name) for name in ("baseline", "uniform4", "nash_swarm")]
     points = frame.average(frame.frame(records))
-    axes = charts.accuracy(points).axes[0]
+    axes = quality.accuracy(points).axes[0]
     drawn = {label.get_text() for label in axes.texts if label.get_text()}
     assert drawn == {"baseline", "uniform4", "nash_swarm"}
     (smaller,) = points.loc[points["method"] == "uniform4", "compression"]
     lines = [line.get_xydata()[0] for line in axes.lines]
     assert any(np.allclose(dot, (1 / (1 - smaller), 100 * points["top1_agreement"][1])) for dot in lines)
     with pytest.raises(ValueError, match="compression and top1_agreement"):
-        charts.accuracy(points.drop(columns="compression"))
+        quality.accuracy(points.drop(columns="compression"))
     with pytest.raises(ValueError, match="one model"):
-        charts.accuracy(points.assign(model=["a", "b", "c"]))
+        quality.accuracy(points.assign(model=["a", "b", "c"]))
 
 
 def test_codes_at_rest_are_hollow() -> None:
     one = synthetic("nash_swarm")
     one.series["moves"] = [50.0, 5.0, 0.0]
     one.layers.append({"name": "wte", "parameters": 1000})
-    axes = charts.settling([one]).axes[0]
+    axes = games.settling([one]).axes[0]
     line, *marks = axes.lines
     assert line.get_ydata().tolist() == [5.0, 0.5, 0.25]
     assert [mark.get_markerfacecolor() for mark in marks][-1] == "white"
     assert marks[-1].get_xdata().tolist() == [3]
     with pytest.raises(ValueError, match="no record has sweeps of codes"):
-        charts.settling([synthetic("baseline")])
+        games.settling([synthetic("baseline")])
 
 
 def test_every_block_shows_its_offset_in_the_row_of_its_layer() -> None:
     one = synthetic("no_swarm")
     whole = dataclasses.replace(synthetic("nash_swarm"), allocation="wte 3.9 +0*2 -1*1\nhead 1.5 +2*4\nnorm 16\n")
-    figure = charts.decisions([whole, one])
+    figure = games.decisions([whole, one])
     left, right, _ = figure.axes
     assert [bar.get_width() for bar in left.patches] == [3.9, 1.5]
     assert [label.get_text() for label in left.get_yticklabels()] == ["wte", "head"]
@@ -55,7 +56,7 @@ def test_every_block_shows_its_offset_in_the_row_of_its_layer() -> None:
     assert rows == [[[0, 0, -1]], [[2, 2, 2, 2]]]
     assert [sorted(image.get_extent()[2:]) for image in right.images] == [[-0.4, 0.4], [0.6, 1.4]]
     with pytest.raises(ValueError, match="run nash_swarm"):
-        charts.decisions([one])
+        games.decisions([one])
 
 
 def test_sensitivities_have_a_panel_for_every_method() -> None:
@@ -63,48 +64,48 @@ def test_sensitivities_have_a_panel_for_every_method() -> None:
         {"method": ["gptq"] * 2 + ["nash_swarm"] * 2, "layer": ["h.0.attn.c_attn", "wte"] * 2,
          "layer_damage": [1e-3, 1e-2] * 2, "layer_kl": [2e-3, 1e-2] * 2}
     )  # fmt: skip
-    figure = charts.sensitivity(table)
+    figure = quality.sensitivity(table)
     assert [axes.get_title() for axes in figure.axes] == ["gptq", "nash_swarm"]
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"attn.c_attn", "wte"}
     with pytest.raises(ValueError, match="experiment=layers"):
-        charts.sensitivity(table.drop(columns="layer_damage"))
+        quality.sensitivity(table.drop(columns="layer_damage"))
 
 
 def contestants() -> pd.DataFrame:
     rows = []
     for name, ratio in (("full", np.nan), ("int8", 5.0), ("compile", 1.1)):
         row = {"model": "gpt2", "method": "gptq_tiles", "contestant": name, "bytes_resident": 1e6 * len(name)}
-        for phase in charts.PHASES:
+        for phase in speed.PHASES:
             row |= {phase: ratio, f"{phase}_low": 0.9 * ratio, f"{phase}_high": 1.2 * ratio}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def test_speed_has_intervals_and_memory_has_the_full_model() -> None:
-    axes = charts.speed(contestants()).axes[0]
+    axes = speed.speed(contestants()).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
-        charts.NAMES["compile"],
+        speed.NAMES["compile"],
         "packed, 8-bit activations",
     ]
     spans = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
     assert any(np.allclose(span, (4.5, 6.0)) for span in spans)
-    axes = charts.memory(contestants()).axes[0]
+    axes = speed.memory(contestants()).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [4.0, 7.0, 4.0]
     with pytest.raises(ValueError, match="no record timed contestants"):
-        charts.memory(contestants()[:0])
+        speed.memory(contestants()[:0])
 
 
 def test_shared_contestants_are_shown_once() -> None:
     both = pd.concat([contestants(), contestants().assign(method="nash_swarm")])
-    shown, names = charts.rows_of(both)
-    assert len(shown) == 4 and names.count(charts.NAMES["compile"]) == 1
+    shown, names = speed.rows_of(both)
+    assert len(shown) == 4 and names.count(speed.NAMES["compile"]) == 1
     assert "packed, 8-bit activations: nash_swarm" in names
 
 
 def test_contestants_of_any_method_are_kept_and_threads_told_where_they_differ() -> None:
     alone = contestants()[:2].assign(method="gptq_one_step", threads=1)
     later = contestants().assign(method="nash_swarm", threads=2)
-    shown, names = charts.rows_of(pd.concat([later, alone]))
+    shown, names = speed.rows_of(pd.concat([later, alone]))
     assert names == [
         "32-bit floats, 2 threads",
         "32-bit floats, compiled, 2 threads",
@@ -112,10 +113,10 @@ def test_contestants_of_any_method_are_kept_and_threads_told_where_they_differ()
         "packed, 8-bit activations: nash_swarm, 2 threads",
     ]
     assert shown["contestant"].tolist() == ["full", "compile", "int8", "int8"]
-    assert not any("thread" in name for name in charts.rows_of(later)[1])
+    assert not any("thread" in name for name in speed.rows_of(later)[1])
 
 
-DANCE = {
+DYNAMICS = {
     "places": [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]],
     "links": [[0, 1], [0, 2]],
     "watched": 0,
@@ -129,11 +130,11 @@ DANCE = {
 
 
 def test_the_flock_moves(tmp_path: pathlib.Path) -> None:
-    titles = [axes.get_title() for axes in flock_figure.still(DANCE).axes if axes.get_title()]
+    titles = [axes.get_title() for axes in flock.still(DYNAMICS).axes if axes.get_title()]
     assert titles == ["before: 0 of 3 moved", "during: 1 of 3 moved", "after: 2 of 3 moved"]
-    flock_figure.animate(DANCE, tmp_path / "flock.gif")
+    flock.animate(DYNAMICS, tmp_path / "flock.gif")
     with Image.open(tmp_path / "flock.gif") as film:
-        assert film.n_frames >= len(DANCE["frames"])
+        assert film.n_frames >= len(DYNAMICS["frames"])
 
 
 def serving_records() -> list[Record]:
@@ -152,7 +153,7 @@ def serving_records() -> list[Record]:
 def test_what_clients_wait_has_a_panel_for_either_loop() -> None:
     table = tables.serving([*serving_records(), synthetic("uniform4")])
     assert table["clients"].tolist() == [1, 16, 4] and table["rate"].isna().tolist() == [True, True, False]
-    figure = charts.latency(table)
+    figure = speed.latency(table)
     closed, open_loop = figure.axes
     assert [tick.get_text() for tick in closed.get_xticklabels()] == ["1", "16"]
     assert open_loop.get_title() == "requests by themselves, 1 per second"
@@ -160,9 +161,9 @@ def test_what_clients_wait_has_a_panel_for_either_loop() -> None:
     assert lines["compressed, P95"] == pytest.approx([0.095, 1.52])
     assert lines["32-bit floats, P50"] == pytest.approx([0.45, 0.45])
     with pytest.raises(ValueError, match="experiment=load"):
-        charts.latency(tables.serving([synthetic("uniform4")]))
+        speed.latency(tables.serving([synthetic("uniform4")]))
     with pytest.raises(ValueError, match="one model and method"):
-        charts.latency(table.assign(method=["a", "b", "b"]))
+        speed.latency(table.assign(method=["a", "b", "b"]))
 
 
 def test_crowds_of_experts_are_sorted_and_relative_to_an_even_share() -> None:
@@ -171,11 +172,11 @@ def test_crowds_of_experts_are_sorted_and_relative_to_an_even_share() -> None:
         one = synthetic(method)
         one.series["load_0"], one.series["load_1"] = loads, loads[::-1]
         records.append(one)
-    (axes,) = charts.crowding(records).axes
+    (axes,) = moe.crowding(records).axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert lines["moe_top_k"] == pytest.approx([2, 2 / 3, 1 / 3]) and lines["moe_nash_swarm"] == [1, 1, 1]
     with pytest.raises(ValueError, match="experiment=moe"):
-        charts.crowding([synthetic("baseline")])
+        moe.crowding([synthetic("baseline")])
 
 
 def router(method: str, seed: int, **metrics: float) -> Record:
@@ -191,7 +192,7 @@ def test_loss_against_the_load_of_the_busiest_expert() -> None:
         router("moe_expert_choice", 0, nll=9.0, max_violation=0.1, looks_ahead=1.0),
         router("moe_dense", 0, nll=3.6),
     ]
-    (axes,) = charts.routing(records).axes
+    (axes,) = moe.routing(records).axes
     large = [line for line in axes.lines if line.get_markersize() == 5 and len(line.get_xdata())]
     found = {(line.get_label(), line.get_markerfacecolor()): line.get_xydata().tolist() for line in large}
     assert [dot for (name, _), dot in found.items() if name == "moe_top_k"] == [[[2.0, 3.5]]]
@@ -199,7 +200,7 @@ def test_loss_against_the_load_of_the_busiest_expert() -> None:
     assert not any(9.0 in line.get_ydata() for line in axes.lines)
     assert [list(line.get_ydata()) for line in axes.lines if line.get_label() == "dense"] == [[3.6, 3.6]]
     with pytest.raises(ValueError, match="experiment=moe"):
-        charts.routing(records[3:])
+        moe.routing(records[3:])
 
 
 def test_products_lie_under_the_roof_of_the_best_of_them() -> None:
@@ -213,13 +214,13 @@ def test_products_lie_under_the_roof_of_the_best_of_them() -> None:
         [{"threads": 1, "shape": "10x10", "kernel": kernel, "batch": batch, "microseconds": time}
          for kernel, batch, time in rows]
     )  # fmt: skip
-    (axes,) = charts.roofline(table).axes
+    (axes,) = speed.roofline(table).axes
     roof, *dots = axes.lines
     assert np.allclose(roof.get_xydata()[1], (8.0, 0.8)) and roof.get_ydata()[-1] == pytest.approx(0.8)
     drawn = sorted(tuple(map(float, dot)) for line in dots for dot in line.get_xydata())
     assert np.allclose(drawn, [(0.5, 0.05), (16 / 3, 0.2 / 0.75), (64 * 16 / 3, 0.8)])
     with pytest.raises(ValueError, match="no product is told in bits"):
-        charts.roofline(table[3:].assign(kernel="another"))
+        speed.roofline(table[3:].assign(kernel="another"))
 
 
 def test_a_figure_goes_with_the_records_that_it_showed(tmp_path: pathlib.Path) -> None:
@@ -228,7 +229,7 @@ def test_a_figure_goes_with_the_records_that_it_showed(tmp_path: pathlib.Path) -
     out = tmp_path / "figures"
     out.mkdir()
     (out / "ablation_speed.pdf").touch()
-    none = ["--dance", str(tmp_path / "none"), "--kernels", str(tmp_path / "none")]
+    none = ["--flock", str(tmp_path / "none"), "--kernels", str(tmp_path / "none")]
     assert script.main(["--records", str(tmp_path / "records"), "--out", str(out), *none]) == 0
     names = {path.name for path in out.iterdir()}
     assert {"ablation_pareto.pdf", "ablation_bits.png"} <= names and "ablation_speed.pdf" not in names
@@ -241,7 +242,7 @@ def test_a_run_of_another_experiment_is_not_drawn_for_being_the_same(tmp_path: p
         for run, label in ((one, method), (other, "gptq")):
             labels = {**run.labels, "experiment": experiment, "method": label}
             record.write(tmp_path / "records" / experiment, dataclasses.replace(run, labels=labels))
-    none = ["--dance", str(tmp_path / "none"), "--kernels", str(tmp_path / "none")]
+    none = ["--flock", str(tmp_path / "none"), "--kernels", str(tmp_path / "none")]
     assert script.main(["--records", str(tmp_path / "records"), "--out", str(tmp_path / "figures"), *none]) == 0
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert "presets_ablation.pdf" in names and "bit_budget_ablation.pdf" not in names

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from nashswarm.records.record import Record
-from nashswarm.reporting import charts, curves, frame
+from nashswarm.reporting import frame
+from nashswarm.reporting.figures import games, quality, style
 from tests.reporting.test_frame import synthetic
 
 
@@ -19,7 +20,7 @@ def with_reference(method: str) -> Record:
 
 
 def test_the_path_of_the_reference_goes_before_that_of_the_budget() -> None:
-    prices, above, below = curves.convergence([with_reference("nash_swarm"), synthetic("no_nash")]).axes
+    prices, above, below = games.convergence([with_reference("nash_swarm"), synthetic("no_nash")]).axes
     paths = {line.get_label(): list(line.get_ydata()) for line in above.lines}
     assert paths["nash_swarm"] == [0.0, -2.0]
     assert len(paths["no_nash"]) == len(synthetic("no_nash").series["potential"])
@@ -29,13 +30,13 @@ def test_the_path_of_the_reference_goes_before_that_of_the_budget() -> None:
 
 
 def test_without_trials_there_is_no_panel_of_prices_and_without_a_path_no_line() -> None:
-    above, _ = curves.convergence([synthetic("no_nash"), synthetic("baseline")]).axes
+    above, _ = games.convergence([synthetic("no_nash"), synthetic("baseline")]).axes
     assert [line.get_label() for line in above.lines] == ["no_nash"]
 
 
 def test_ablations_are_in_the_order_of_what_they_cost() -> None:
     levels = {"nash_swarm": 0.1, "gptq": 0.15, "no_cache": 0.11, "no_sweeps": 0.4, "no_offsets": 0.2}
-    axes = curves.ablation([synthetic(method, kl=kl) for method, kl in levels.items()]).axes[0]
+    axes = quality.ablation([synthetic(method, kl=kl) for method, kl in levels.items()]).axes[0]
     named = [label.get_text() for label in axes.get_yticklabels()]
     assert named == ["gptq", "no_sweeps", "no_offsets", "no_cache"]
 
@@ -46,26 +47,26 @@ def test_many_lines_have_a_legend_in_which_no_two_look_alike() -> None:
     points = frame.points(frame.frame([synthetic(method, kl=0.1 + place) for place, method in enumerate(methods)]))
     sizes = [points.assign(bytes_file=points["bytes_file"] * times, method=points["method"] + f"[bits={times}]")
              for times in (1, 2)]  # fmt: skip
-    figure = curves.pareto(pd.concat(sizes))
+    figure = quality.pareto(pd.concat(sizes))
     (legend,) = figure.legends
     assert sorted(text.get_text() for text in legend.get_texts()) == sorted(methods)
     looks = {(str(handle.get_color()), str(handle.get_marker())) for handle in legend.get_lines()}
     assert len(looks) == len(methods)
-    assert len({curves.colour(method) for method in methods}) == 5
+    assert len({style.colour(method) for method in methods}) == 5
     assert not any(text.get_text() for text in figure.axes[0].texts)
-    few = curves.pareto(pd.concat(sizes).loc[lambda table: table["method"].str.startswith("peer")])
+    few = quality.pareto(pd.concat(sizes).loc[lambda table: table["method"].str.startswith("peer")])
     assert not few.legends and np.sum([bool(text.get_text()) for text in few.axes[0].texts]) == len(libraries)
 
 
 def test_of_a_search_only_points_are_drawn_for_nobody_reads_so_many_names() -> None:
-    methods = [f"nash_swarm[bits={2 + 0.1 * place},code_game=pass]" for place in range(curves.READABLE + 1)]
+    methods = [f"nash_swarm[bits={2 + 0.1 * place},code_game=pass]" for place in range(style.READABLE + 1)]
     settled = {"potential": [2.0, 1.0], "regret": [1.0, 0.0], "moves": [3.0, 0.0]}
     records = [synthetic(method, kl=0.1 + place) for place, method in enumerate(methods)]
     records = [dataclasses.replace(one, series=one.series | settled) for one in records]
-    figure = curves.pareto(frame.points(frame.frame(records)))
+    figure = quality.pareto(frame.points(frame.frame(records)))
     assert not figure.legends and not any(text.get_text() for text in figure.axes[0].texts)
-    with pytest.raises(curves.NothingToDraw, match="25 methods are more than one figure of lines can tell apart"):
-        curves.convergence(records)
-    assert len(curves.convergence(records[1:]).legends) == 1
-    with pytest.raises(curves.NothingToDraw, match="25 methods"):
-        charts.settling(records)
+    with pytest.raises(style.NothingToDraw, match="25 methods are more than one figure of lines can tell apart"):
+        games.convergence(records)
+    assert len(games.convergence(records[1:]).legends) == 1
+    with pytest.raises(style.NothingToDraw, match="25 methods"):
+        games.settling(records)

@@ -19,7 +19,9 @@ from rich.console import Console
 
 from nashswarm.records import record
 from nashswarm.records.record import Record
-from nashswarm.reporting import curves, frame, tables, typeset
+from nashswarm.reporting import frame, labels, latex, tables, typeset
+from nashswarm.reporting.figures import games, quality
+from nashswarm.reporting.formats import MISSING, UNCLEAN
 
 ROOT = pathlib.Path(__file__).parents[2]
 KL = {
@@ -171,7 +173,7 @@ def test_select_names_what_there_is(records: list[Record]) -> None:
 
 def test_methods_keep_their_order() -> None:
     wanted = ["baseline", "uniform8", "uniform3", "rtn", "gptq", "as_published", "no_nash", "hqq", "nash_swarm"]
-    assert sorted(reversed(wanted), key=frame.rank) == wanted
+    assert sorted(reversed(wanted), key=labels.rank) == wanted
 
 
 def test_intervals_and_empty_columns(records: list[Record]) -> None:
@@ -179,7 +181,7 @@ def test_intervals_and_empty_columns(records: list[Record]) -> None:
     assert re.fullmatch(r"0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", content.loc["nash_swarm", "KL (nats)"])
     assert content.loc["nash_swarm", "max regret"] == "2.1e-06"
     assert content.loc["baseline", "ΔNLL (nats)"] == "+0.0000"
-    assert content.loc["baseline", "max regret"] == typeset.MISSING
+    assert content.loc["baseline", "max regret"] == MISSING
     assert content.loc["nash_swarm", "MB"] == "2.67"
     assert "decode ms" not in content and "model" not in content and "seeds" in content
 
@@ -196,7 +198,7 @@ def test_latex_is_escaped(records: list[Record]) -> None:
     assert r"\toprule" in text and r"\bottomrule" in text
     assert r"no\_nash" in text and "no_nash" not in text.replace(r"no\_nash", "")
     assert r"{@{}r@{}}saved\\\%\end{tabular}" in text and r"$\Delta$NLL" in text and r"$2.1{\cdot}10^{-6}$" in text
-    assert typeset.tex("50% of a_b & {c}") == r"50\% of a\_b \& \{c\}"
+    assert latex.tex("50% of a_b & {c}") == r"50\% of a\_b \& \{c\}"
 
 
 def test_what_was_before_stands_beside_what_is_after() -> None:
@@ -217,13 +219,13 @@ def test_markdown_and_csv(records: list[Record]) -> None:
     assert typeset.csv(means).count(COMMIT) == len(means), "of two seeds one commit"
 
 
-UNCLEAN: list[dict[str, Any]] = [{"commit": "ab", "dirty": True}, {"commit": None, "dirty": None}, {}]
+UNCLEAN_ORIGINS: list[dict[str, Any]] = [{"commit": "ab", "dirty": True}, {"commit": None, "dirty": None}, {}]
 
 
-@pytest.mark.parametrize("provenance", UNCLEAN)
+@pytest.mark.parametrize("provenance", UNCLEAN_ORIGINS)
 def test_uncommitted_and_unknown_code_is_marked_and_refused(provenance: dict[str, Any], records: list[Record]) -> None:
     frame.refuse_dirty(frame.frame(records))
-    assert typeset.UNCLEAN not in typeset.markdown(frame.average(frame.frame(records)))
+    assert UNCLEAN not in typeset.markdown(frame.average(frame.frame(records)))
     unclean = [dataclasses.replace(synthetic("hqq", seed), provenance=origin) for seed, origin in
                enumerate(({"commit": "cd", "dirty": False}, provenance))]  # fmt: skip
     table = frame.frame([*records, *unclean])
@@ -256,7 +258,7 @@ def test_a_table_tells_the_commits_of_its_runs() -> None:
 def test_every_committed_experiment_tells_the_commits_of_all_its_runs(experiment: str) -> None:
     own = list(record.read_all(ROOT / "results/records" / experiment))
     own = [one for one in own if one.labels["measure"] != "published"]
-    found = [tables.unlike(own) or (frame.points(frame.frame(own)), typeset.COLUMNS)]
+    found = [tables.special_table(own) or (frame.points(frame.frame(own)), typeset.COLUMNS)]
     found += [(table, columns) for table, columns in
               ((tables.speed(own), tables.SPEED), (tables.layers(own), tables.LAYERS)) if len(table)]  # fmt: skip
     counts = collections.Counter(one.provenance["commit"][:7] for one in own)
@@ -282,31 +284,31 @@ def test_summary_counts_shows_and_explains(records: list[Record]) -> None:
 
 
 def test_bit_maps_are_parsed() -> None:
-    grids = curves.tiles(synthetic("nash_swarm").allocation)
+    grids = games.tiles(synthetic("nash_swarm").allocation)
     assert list(grids) == ["transformer.h.0.mlp.c_fc"]
     grid = grids["transformer.h.0.mlp.c_fc"]
     assert grid.shape == (24, 8) and (grid == 8).sum() == 6 and grid[0, 0] == 3 and grid[-1, -1] == 3
     for broken in ("mlp 2x3 4*5", "mlp 2x3 4", "mlp 2by3 4*6"):
         with pytest.raises(ValueError, match="allocation of 'mlp' is not"):
-            curves.tiles(broken)
+            games.tiles(broken)
     with pytest.raises(ValueError, match="no layer is made of tiles"):
-        curves.bit_map("mlp 16\n")
+        games.bit_map("mlp 16\n")
     with pytest.raises(ValueError, match="'attn' is not a layer made of tiles"):
-        curves.bit_map("mlp 1x1 4*1\n", "attn")
+        games.bit_map("mlp 1x1 4*1\n", "attn")
 
 
 def test_the_frontier_is_what_nothing_beats() -> None:
     sizes, values = np.array([1.0, 2.0, 2.0, 3.0]), np.array([5.0, 6.0, 1.0, 2.0])
-    assert curves.frontier(sizes, values).tolist() == [0, 2]
+    assert quality.frontier(sizes, values).tolist() == [0, 2]
 
 
 def test_a_paired_ratio_of_a_run_with_itself_is_one() -> None:
     one = [synthetic("nash_swarm")]
-    assert curves.paired_ratio(one, one) == pytest.approx((1, 1, 1))
+    assert quality.paired_ratio(one, one) == pytest.approx((1, 1, 1))
     other = synthetic("no_nash")
     other.series["tokens"][0] = 7
     with pytest.raises(ValueError, match="different windows"):
-        curves.paired_ratio([other], one)
+        quality.paired_ratio([other], one)
 
 
 def of_windows(method: str, kl: list[float], seed: int = 0, size: float = 1e6, **config: Any) -> Record:
@@ -404,7 +406,7 @@ def test_equal_bytes_by_hand() -> None:
     assert ends == pytest.approx([0.5] * 3)
     assert np.isnan(table.loc["uniform8", "kl_ratio"])
     shown = typeset.cells(table.reset_index(), tables.EQUAL_BYTES)
-    assert list(shown.iloc[:, -1]) == [typeset.MISSING, "0.500"]
+    assert list(shown.iloc[:, -1]) == [MISSING, "0.500"]
 
     for alien in ("model", "dataset"):
         changed = [dataclasses.replace(one, config=one.config | {alien: {"sha256": "ef"}}) for one in curve[1:]]
@@ -444,19 +446,19 @@ def test_the_contestants_of_a_record_become_rows() -> None:
     assert table["contestant"].tolist() == ["full", "int8", "bfloat16"] and table["decode_ms"].tolist() == [8, 2, 4]
     shown = typeset.cells(table, tables.SPEED)
     assert list(shown.columns[:2]) == ["method", "contestant"] and "× prefill" not in shown
-    assert shown["× decode"].tolist() == [typeset.MISSING, "4.00 [2.00, 8.00]", "2.00 [1.00, 4.00]"]
-    assert shown["KL"].tolist() == [typeset.MISSING, "0.2500", typeset.MISSING]
+    assert shown["× decode"].tolist() == [MISSING, "4.00 [2.00, 8.00]", "2.00 [1.00, 4.00]"]
+    assert shown["KL"].tolist() == [MISSING, "0.2500", MISSING]
 
 
 def test_a_baseline_without_damage_stays_on_the_log_axis(records: list[Record]) -> None:
-    axes = curves.pareto(frame.average(frame.frame(records))).axes[0]
+    axes = quality.pareto(frame.average(frame.frame(records))).axes[0]
     low, high = axes.get_ylim()
     assert 0 < low < min(value for value in KL.values() if value > 0) < high
     assert any("baseline (KL about 0)" in label.get_text() for label in axes.texts)
 
 
 def test_labels_do_not_overlap(records: list[Record]) -> None:
-    figure = curves.pareto(frame.average(frame.frame(records)))
+    figure = quality.pareto(frame.average(frame.frame(records)))
     boxes = [label.get_window_extent() for label in figure.axes[0].texts if label.get_text()]
     assert len(boxes) == len(ABLATION)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
@@ -465,9 +467,9 @@ def test_labels_do_not_overlap(records: list[Record]) -> None:
 def test_figures_say_what_they_lack() -> None:
     baseline = [synthetic("baseline")]
     with pytest.raises(ValueError, match="no record has sweeps"):
-        curves.convergence(baseline)
+        games.convergence(baseline)
     with pytest.raises(ValueError, match="no record of nash_swarm"):
-        curves.ablation(baseline)
+        quality.ablation(baseline)
 
 
 def test_scripts_from_records_to_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from nashswarm.records import record
 from nashswarm.records.record import Record
-from nashswarm.reporting import curves, typeset
 from nashswarm.reporting import page as page_module
+from nashswarm.reporting.figures import quality
+from nashswarm.reporting.formats import FORMATS
 from nashswarm.reporting.page import page
 
 RECORDS = pathlib.Path(__file__).parents[2] / "results/records/ablation"
@@ -45,7 +46,7 @@ def content(some: list[Record]) -> str:
 def test_the_page_shows_every_run_and_needs_nothing_beside_it(some: list[Record], content: str) -> None:
     for one in some:
         assert one.fingerprint in content and one.labels["method"] in content
-        assert repr(one.metrics["kl"]) in content and typeset.FORMATS["kl"](one.metrics["kl"]) in content
+        assert repr(one.metrics["kl"]) in content and FORMATS["kl"](one.metrics["kl"]) in content
     assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]*)"', content))
     assert "@import" not in content and "url(" not in content
     assert content.count("uncommitted or unknown code") == 2  # in the table and among the runs
@@ -115,7 +116,7 @@ def test_only_what_no_record_shows_is_left_out(some: list[Record], monkeypatch: 
     def broken(*_: object) -> None:
         raise ValueError("shapes do not match")
 
-    monkeypatch.setattr(curves, "pareto", broken)
+    monkeypatch.setattr(quality, "pareto", broken)
     with pytest.raises(ValueError, match="shapes do not match"):
         page(some)
 

@@ -10,8 +10,10 @@ import pytest
 
 from nashswarm.records import record
 from nashswarm.records.record import Record
-from nashswarm.reporting import paper, typeset
-from scripts import audit
+from nashswarm.reporting import latex
+from nashswarm.reporting.audit import document, evidence
+from nashswarm.reporting.labels import REFERENCE
+from nashswarm.reporting.paper import benchmarks, macros, tables
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAPER = ROOT / "paper"
@@ -49,9 +51,11 @@ def records() -> list[Record]:
 
 
 def test_every_macro_is_written_from_the_committed_records(records: list[Record]) -> None:
-    written = set(paper.of_records(records))
-    written |= set(paper.of_benchmarks(ROOT / "results/benchmarks"))
-    written |= set(re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", audit.included(audit.gather(RECORDS))["audit_numbers"]))
+    written = set(macros.of_records(records))
+    written |= set(benchmarks.of_benchmarks(ROOT / "results/benchmarks"))
+    written |= set(
+        re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", document.included(evidence.gather(RECORDS))["audit_numbers"])
+    )
     used = set(re.findall(r"\\([A-Z][a-z]+[A-Z][A-Za-z]*)", BODY))
     assert len(used) > 100
     assert used <= written, f"nothing writes {sorted(used - written)}"
@@ -69,8 +73,8 @@ def test_what_is_included_is_generated_from_what_is_committed() -> None:
     names = {path.removeprefix("generated/") for path in included} - {"architecture", "numbers"}
     optional = set(re.findall(r"\\whenmade\{([^}]*)\}", SOURCE))
     figures = {path.name for path in (ROOT / "results/figures").glob("*.pdf")}
-    tables = {path.stem for path in (ROOT / "results/tables").glob("*.tex")}
-    made = figures | tables | {f"{name}_budgets" for name in tables} | {f"audit_{name}" for name in AUDIT}
+    table_names = {path.stem for path in (ROOT / "results/tables").glob("*.tex")}
+    made = figures | table_names | {f"{name}_budgets" for name in table_names} | {f"audit_{name}" for name in AUDIT}
     assert names <= made | optional | {path.removesuffix(".tex") for path in optional}, names - made
 
 
@@ -91,28 +95,28 @@ def means(**differing: list[str]) -> pd.DataFrame:
 
 
 def test_macros_are_letters_named_by_where_they_come_from() -> None:
-    found = paper.numbers(means(method=["gptq[bits=2.3]", "nash_swarm"]), "main")
+    found = macros.numbers(means(method=["gptq[bits=2.3]", "nash_swarm"]), "main")
     assert all(re.fullmatch("[A-Za-z]+", name) for name in found)
     assert found["MainGptqBitsTwoThreeKl"] == "0.0625" and found["MainNashSwarmBytesFile"] == "3.00"
     assert found["MainParametersMillions"] == "8.0" and found["MainModelName"] == "gpt"
-    tasks = paper.numbers(means(dataset=["sst2", "cola"]), "glue")
+    tasks = macros.numbers(means(dataset=["sst2", "cola"]), "glue")
     assert {"GlueSstTwoGptqBitsThreeKl", "GlueColaGptqBitsThreeKl"} <= set(tasks)
-    assert r"\newcommand{\MainModelName}{gpt}" in paper.commands(found)
+    assert r"\newcommand{\MainModelName}{gpt}" in latex.commands(found)
 
 
 def test_numbers_from_different_texts_do_not_meet() -> None:
     table = means(method=["gptq", "hqq"]).assign(tokens=[100.0, 1.0])
     with pytest.raises(ValueError, match="different tokens"):
-        paper.numbers(table)
+        macros.numbers(table)
 
 
 def test_what_full_precision_had_is_told_of_the_same_text() -> None:
-    found = paper.numbers(means(method=["gptq"]).assign(perplexity=60.0, nll_delta=math.log(1.5)))
+    found = macros.numbers(means(method=["gptq"]).assign(perplexity=60.0, nll_delta=math.log(1.5)))
     assert found["GptqPerplexityFull"] == "40.00"
 
 
 def test_budgets_stand_side_by_side_and_what_is_absent_is_a_dash() -> None:
-    lines = paper.budgets(means(method=["gptq[bits=2]", "gptq[bits=3]", "hqq[bits=3]"]), ("2", "3")).splitlines()
+    lines = tables.budgets(means(method=["gptq[bits=2]", "gptq[bits=3]", "hqq[bits=3]"]), ("2", "3")).splitlines()
     assert lines[-5:-2] == [
         r"\midrule",
         r"gptq & 3.00 & 0.0625 & 3.00 & 0.0625 \\",
@@ -122,23 +126,23 @@ def test_budgets_stand_side_by_side_and_what_is_absent_is_a_dash() -> None:
 
 def test_the_correlation_is_that_of_logarithms() -> None:
     layers = pd.DataFrame({"layer_damage": [1e-4, 1e-3, 1e-2, 0.0], "layer_kl": [2e-4, 2e-3, 2e-2, 1.0]})
-    assert math.isclose(paper.correlation(layers), 1)
+    assert math.isclose(macros.correlation(layers), 1)
 
 
 def test_settings_are_those_of_the_whole_method(records: list[Record]) -> None:
     ablation = [one for one in records if one.labels["experiment"] == "ablation"]
-    own = next(one for one in ablation if one.labels["method"] == typeset.REFERENCE)
-    found = paper.settings(ablation)
+    own = next(one for one in ablation if one.labels["method"] == REFERENCE)
+    found = macros.settings(ablation)
     assert found["SettingSwarmNeighbours"] == str(own.config["method"]["swarm"]["neighbours"])
     assert found["SettingTestWindows"] == str(own.config["dataset"]["test_windows"])
 
 
 def test_mixtures_are_those_that_were_trained(records: list[Record]) -> None:
-    own = next(one for one in records if one.labels["model"] == "moe_small64" and one.labels["method"] == paper.ROUTED)
-    found = paper.mixtures([own], "moe")
+    own = next(one for one in records if one.labels["model"] == "moe_small64" and one.labels["method"] == macros.ROUTED)
+    found = macros.mixtures([own], "moe")
     assert found["MoeMoeSmallSixFourExperts"] == "64"
     assert float(found["MoeMoeSmallSixFourActiveMillions"]) == round(own.metrics["active_parameters"] / 1e6, 1)
-    assert paper.mixtures([one for one in records if one.labels["experiment"] == "main"]) == {}
+    assert macros.mixtures([one for one in records if one.labels["experiment"] == "main"]) == {}
 
 
 def test_of_rotations_the_largest_change_is_told_of_each_method(tmp_path: pathlib.Path) -> None:
@@ -150,7 +154,7 @@ def test_of_rotations_the_largest_change_is_told_of_each_method(tmp_path: pathli
     ]
     (tmp_path / "rotation.json").write_text(json.dumps({"rows": rows, "provenance": {"dirty": False}}))
     expected = {"RotationGptqMost": "3.0", "RotationNashSwarmMost": "2.0", "RotationDraws": "2"}
-    assert paper.of_benchmarks(tmp_path) == expected
+    assert benchmarks.of_benchmarks(tmp_path) == expected
 
 
 def test_of_sweeps_the_worst_round_is_told_and_of_reruns_those_that_are_the_same(tmp_path: pathlib.Path) -> None:
@@ -160,7 +164,7 @@ def test_of_sweeps_the_worst_round_is_told_and_of_reruns_those_that_are_the_same
     for name, content in (("sweeps", sweeps), ("reproduced", reproduced)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content | {"provenance": {"dirty": False}}))
     expected = {"ReproducedRuns": "3", "ReproducedSame": "2", "SweepsTimes": "1.7", "SweepsAdded": "2.5"}
-    assert paper.of_benchmarks(tmp_path) == expected
+    assert benchmarks.of_benchmarks(tmp_path) == expected
 
 
 def test_benchmarks_tell_what_their_rows_say_and_must_be_committed(tmp_path: pathlib.Path) -> None:
@@ -169,10 +173,10 @@ def test_benchmarks_tell_what_their_rows_say_and_must_be_committed(tmp_path: pat
     content = {"rows": [row], "provenance": {"dirty": False}}
     path = tmp_path / "flock.json"
     path.write_text(json.dumps(content))
-    found = paper.of_benchmarks(tmp_path)
+    found = benchmarks.of_benchmarks(tmp_path)
     assert found["FlockShrinkOneFlockOfSevenDifferencePercent"] == "$-$12.3"
     assert found["FlockShrinkOneFlockOfSevenHighPercent"] == "+0.0"
     for unclean in ({"dirty": True}, {"dirty": None}, {}):
         path.write_text(json.dumps(content | {"provenance": unclean}))
         with pytest.raises(ValueError, match=r"flock\.json comes from uncommitted or unknown code"):
-            paper.of_benchmarks(tmp_path)
+            benchmarks.of_benchmarks(tmp_path)

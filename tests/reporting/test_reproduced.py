@@ -7,6 +7,7 @@ import pytest
 
 from nashswarm.records import record
 from nashswarm.records.record import Record
+from nashswarm.reporting.reproduction import compared
 from scripts import reproduced
 
 METRICS = {
@@ -70,9 +71,9 @@ def test_another_run_is_no_repetition(
 
 def test_what_has_no_interval_must_not_move() -> None:
     first, again = (dataclasses.replace(run(), metrics={"bytes_file": size}, series={}) for size in (10.0, 11.0))
-    assert reproduced.compared(first, again).failing == ["bytes_file"] and not reproduced.compared(first, first).failing
+    assert compared(first, again).failing == ["bytes_file"] and not compared(first, first).failing
 
 
 def test_a_metric_that_is_gone_lies_outside() -> None:
     again = dataclasses.replace(run(), metrics={"kl": 0.5})
-    assert reproduced.compared(run(), again).inside == {"kl": True, "decode_ratio": False}
+    assert compared(run(), again).inside == {"kl": True, "decode_ratio": False}

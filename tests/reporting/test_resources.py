@@ -8,7 +8,7 @@ import pytest
 from nashswarm.models.shapes import SHAPES
 from nashswarm.records import record
 from nashswarm.records.record import Record
-from scripts import resources
+from nashswarm.reporting import resources
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMITTED = (ROOT / "results/tables/resources.md").read_text()

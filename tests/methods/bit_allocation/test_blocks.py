@@ -21,7 +21,7 @@ from nashswarm.methods.bit_allocation.blocks import (
 )
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
-from nashswarm.reporting import curves
+from nashswarm.reporting.figures import games
 
 few = settings(max_examples=25, deadline=None)
 SCHEME = Scheme(8)
@@ -55,7 +55,7 @@ def test_describe_widths_is_read_back_by_the_figures(data: st.DataObject) -> Non
         rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
         widths = st.lists(st.sampled_from([0, 2, 3, 4, 8, 16]), min_size=rows * columns, max_size=rows * columns)
         grids[name] = np.array(data.draw(widths), np.uint8).reshape(rows, columns)
-    read = curves.tiles(describe_widths(grids))
+    read = games.tiles(describe_widths(grids))
     assert list(read) == list(grids)
     for name, tiles in grids.items():
         assert read[name].tolist() == tiles.tolist()

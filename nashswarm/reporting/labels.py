@@ -1,0 +1,42 @@
+"""Labels: what identifies a run and a row of a table, and the order in which methods appear everywhere."""
+
+import re
+from typing import Any
+
+CELL = ["experiment", "model", "dataset", "measure", "method"]
+LABELS = [*CELL, "seed"]
+REFERENCE = "nash_swarm"  # the method that the others are tested against
+TESTED = {"kl": "kl", "nll_delta": "nll"}  # metric → the per-window series in which it is paired
+WORDS = [*LABELS, "layer", "contestant"]  # columns of text
+ORIGIN: dict[str, Any] = {"fingerprint": " ".join, "commit": " ".join, "dirty": any}  # of runs → of their row
+
+
+def family_of(method: str) -> str:
+    """Return the method without its size, if the size is its only override.
+
+    >>> family_of("gptq[bits=3]"), family_of("nash_swarm[bits=3.0,code_game=pass]")
+    ('gptq', 'nash_swarm[bits=3.0,code_game=pass]')
+    """
+    return re.sub(r"\[bits=[^],]*\]$", "", method)
+
+
+def rank(method: str) -> tuple[int, int, str]:
+    """Return the sort key of a method in tables and figures; unknown methods precede ``nash_swarm``, which is last.
+
+    >>> sorted(["nash_swarm", "no_nash", "uniform4", "hqq", "uniform8", "baseline"], key=rank)
+    ['baseline', 'uniform8', 'uniform4', 'no_nash', 'hqq', 'nash_swarm']
+    """
+    if uniform := re.fullmatch(r"uniform(\d+)", method):
+        return 1, -int(uniform[1]), method
+    kinds = ("baseline", "uniform", "rtn", "gptq", "as_published", "no_", "", "nash_swarm")
+    kind = next((place for place, start in enumerate(kinds) if start and method.startswith(start)), kinds.index(""))
+    return kind, 0, padded(method)
+
+
+def padded(label: str) -> str:
+    """Return a sort key of a label that orders the numbers in it by size.
+
+    >>> sorted(["windows=16", "windows=4", "bits=2.3"], key=padded)
+    ['bits=2.3', 'windows=4', 'windows=16']
+    """
+    return re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):09.3f}", label)
