@@ -30,8 +30,8 @@ class Evidence:
 
     ``published``: the record of the published protocol for each model and text.  ``honest``: metrics of honest runs for
     each model and text, by method.  ``sizes``: by shape.  ``mixtures``: the records of ``MIXTURES``.  ``peers``: other
-    libraries beside ``nash_swarm`` at equal bytes.  ``misses``: rows of ``experiments.benchmarks.misses``.  ``family``: honest
-    runs of models of one family.  ``removed``: the result of ``removals``.
+    libraries beside ``nash_swarm`` at equal bytes.  ``misses``: rows of ``experiments.benchmarks.misses``.  ``family``:
+    honest runs of models of one family.  ``removed``: the result of ``removals``.
     """
 
     published: Mapping[Place, Record]

@@ -1,8 +1,8 @@
 """Figures of the flock: blocks in feature space, the neighbours of one of them, and their bits during best responses.
 
-A recording (``dynamics``) is what ``experiments.benchmarks.flock_dynamics`` wrote: ``places`` (blocks × 2), ``links`` (pairs of
-blocks), ``watched`` (one block), ``neighbours`` (of that block) and ``frames``, each with ``offsets`` and ``bits`` per
-block.
+A recording (``dynamics``) is the report of ``experiments.benchmarks.flock_dynamics``.  It has ``places`` (blocks × 2),
+``links`` (pairs of blocks), ``watched`` (one block), ``neighbours`` (of that block) and ``frames``, each with
+``offsets`` and ``bits`` per block.
 """
 
 import pathlib

@@ -142,9 +142,9 @@ def latency(served: pd.DataFrame) -> Figure:
 def roofline(products: pd.DataFrame) -> Figure:
     """Draw the rate of every product with packed matrices against its arithmetic intensity, one panel a thread count.
 
-    ``products``: the rows that ``experiments.benchmarks.kernels`` wrote.  Intensity is operations (two for each weight and row
-    of the batch) per byte of codes, scales not counted.  The machine's own limits were not measured, so the roof is
-    what the products reached: the most bytes of codes per second at batch 1, and the highest rate.
+    ``products``: the rows that ``experiments.benchmarks.kernels`` wrote.  Intensity is operations (two for each weight
+    and row of the batch) per byte of codes, scales not counted.  The machine's own limits were not measured, so the
+    roof is what the products reached: the most bytes of codes per second at batch 1, and the highest rate.
 
     Raises ValueError if no product has a name that contains its bit-width.
     """
