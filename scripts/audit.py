@@ -22,9 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=pathlib.Path, default=pathlib.Path("results/records"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/tables"))
-    parser.add_argument(
-        "--misses", type=pathlib.Path, default=MISSES, help="report of experiments.benchmarks.misses"
-    )
+    parser.add_argument("--misses", type=pathlib.Path, default=MISSES, help="report of experiments.benchmarks.misses")
     parser.add_argument("--paper", type=pathlib.Path, help="also write the paper's tables here")
     options = parser.parse_args(arguments)
     try:

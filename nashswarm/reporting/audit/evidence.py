@@ -59,17 +59,9 @@ def gather(folder: pathlib.Path, misses: pathlib.Path = MISSES) -> Evidence:
     Raises ValueError if the audit has no records, or if two of them are of one model and text.
     """
     runs = list(record.read_all(folder / "audit"))
-    published: dict[Place, Record] = {}
-    for run in runs:
-        if run.labels["measure"] == "published":
-            place = run.labels["model"], run.labels["dataset"]
-            if place in published:
-                raise ValueError(f"two records audit {place[0]} on {place[1]}; delete the stale one")
-            published[place] = run
-    if not published:
-        raise ValueError("the audit has no records; run python -m experiments.run experiment=audit")
     measured = [run for run in runs if run.labels["measure"] != "published"]
     others = [run for name in EXPERIMENTS if name != "audit" for run in record.read_all(folder / name)]
+    published = published_runs(runs)
     peers = equal_bytes(record.read_all(folder / "main"))
     if len(peers):
         peers = peers[peers["method"].str.startswith("peer_") & peers["kl_ratio"].notna()]
@@ -83,6 +75,23 @@ def gather(folder: pathlib.Path, misses: pathlib.Path = MISSES) -> Evidence:
         family=by_place(list(record.read_all(folder / "scaling"))),
         removed=removals(folder),
     )
+
+
+def published_runs(runs: Sequence[Record]) -> dict[Place, Record]:
+    """Return the runs of the published protocol by model and text.
+
+    Raises ValueError if there is none, or if two of them are of one model and text.
+    """
+    published: dict[Place, Record] = {}
+    for run in runs:
+        if run.labels["measure"] == "published":
+            place = run.labels["model"], run.labels["dataset"]
+            if place in published:
+                raise ValueError(f"two records audit {place[0]} on {place[1]}; delete the stale one")
+            published[place] = run
+    if not published:
+        raise ValueError("the audit has no records; run python -m experiments.run experiment=audit")
+    return published
 
 
 def removals(folder: pathlib.Path) -> pd.DataFrame:
