@@ -5,7 +5,7 @@ are entropy-coded, each adds the price of its length.
 
 ``error_feedback_pass`` is greedy: each column takes its nearest code, and later columns compensate for its error (GPTQ,
 Frantar et al. 2023).  ``coordinate_descent`` continues from there (as QuantEase, Behdin et al. 2023).  If all other
-codes stay, the damage is a parabola in the code of column j with its minimum at
+weights stay, the damage is a parabola in the quantized weight Q_j, with its minimum at
 ``Q_j + (f R_j + d_j E_j) / (f H_jj + d_j)``, where E = W − Q and R = E H.  Weights move to their cheapest code until
 none gains by moving.  In terms of games, weights are players and the result is a Nash equilibrium.
 """
@@ -85,7 +85,7 @@ def coordinate_descent(
     gains: list[float] = []
     while len(moves) < sweeps:
         if not len(active):
-            if not any([block.allow_far_jumps(codes) for block in blocks]):
+            if not any([block.allow_far_jumps(codes) for block in blocks]):  # a list, so that every block switches
                 break
             active = torch.arange(len(weight))
         row_moves = torch.zeros(len(weight), dtype=torch.int32)
