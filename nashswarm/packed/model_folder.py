@@ -1,10 +1,10 @@
-"""A compressed model in a folder, and beside it what is needed to certify it.
+"""Write and read the folder of a compressed model, with all that is needed to certify it.
 
-``model.safetensors`` (packed layers, code tables, all other tensors) and ``config.json`` are the model: the sum of
-their lengths is its size in bytes, and transformers loads them.  The tokenizer's files and ``README.md``, the model
-card, go with it.  ``nashswarm.json`` (the config that made it, its record, checksums) and ``game.safetensors`` (what
-the players brought to the game, where there was one) are there to check it and to read; no decoder needs them, and
-they do not count.
+``model.safetensors`` (packed matrices, code tables, all other tensors) and ``config.json`` are the model: transformers
+loads them, and the sum of their lengths is the model's size in bytes.  The tokenizer's files and ``README.md``, the
+model card, go with it.  ``nashswarm.json`` holds the config that made the model, its record and checksums;
+``game.safetensors`` holds the inputs of the game, if there was one.  These two serve to check the model; no decoder
+needs them, and they do not count.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ SCHEMA = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
-    """What a folder holds: ``about`` (``config``, ``record``), the stored ``tensors`` and those of the ``game``."""
+class SavedModel:
+    """The contents of a folder: ``about`` (``config`` and ``record``), the stored ``tensors``, and those of the ``game``."""
 
     about: dict[str, Any]
     tensors: dict[str, np.ndarray]
@@ -35,18 +35,18 @@ class Saved:
 
 
 def check_free(folder: pathlib.Path) -> None:
-    """Raises ValueError if something stands at ``folder`` already."""
+    """Raise ValueError if ``folder`` exists and is not an empty folder."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"save={folder} is not an empty folder; name another one or delete it")
 
 
 def holds(folder: pathlib.Path, name: str) -> bool:
-    """Whether the run with the fingerprint ``name`` has left its model in ``folder``."""
+    """Check whether ``folder`` holds the model of the run with the fingerprint ``name``."""
     return (folder / ABOUT).is_file() and fingerprint(_about(folder)["record"]["config"]) == name
 
 
 def record_in(folder: pathlib.Path) -> Record:
-    """The record of the run that left its model in ``folder``."""
+    """Return the record of the run that saved its model in ``folder``."""
     return Record(**_about(folder)["record"])
 
 
@@ -57,22 +57,22 @@ def write(
     game: Mapping[str, np.ndarray],
     tokenizer: Any = None,
 ) -> None:
-    """Put the model's ``files``, what is known ``about`` it, its ``game`` and its ``tokenizer`` at ``folder`` in one
-    step.
+    """Write a compressed model to ``folder`` in one step.
 
-    Raises OSError with the path in its message; nothing is left behind then.
+    ``files``: weights and config.  ``about``: the config that made the model and its record.  ``game``: the tensors to
+    certify it with, which may be empty.  Raises OSError with the path in its message; then nothing is left behind.
     """
     contents = dict(files)
     if game:
         contents[GAME] = safetensors.numpy.save({name: np.ascontiguousarray(part) for name, part in game.items()})
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     text = json.dumps({"schema": SCHEMA, "sha256": sums, **about}, indent=1, ensure_ascii=False, allow_nan=False)
-    described = {ABOUT: f"{text}\n".encode(), CARD: card(about).encode()}
-    write_folder(folder, contents | described, tokenizer.save_pretrained if tokenizer else lambda folder: None)
+    texts = {ABOUT: f"{text}\n".encode(), CARD: card(about).encode()}
+    write_folder(folder, contents | texts, tokenizer.save_pretrained if tokenizer else lambda folder: None)
 
 
 def write_model(folder: pathlib.Path, model: Any, tokenizer: Any, about: Mapping[str, Any]) -> None:
-    """Put a trained model, its tokenizer and what is known about it at ``folder`` in one step."""
+    """Write a trained model, its tokenizer, its config and its record to ``folder`` in one step."""
 
     def fill(partial: pathlib.Path) -> None:
         model.save_pretrained(partial)
@@ -82,8 +82,8 @@ def write_model(folder: pathlib.Path, model: Any, tokenizer: Any, about: Mapping
     write_folder(folder, {ABOUT: f"{text}\n".encode()}, fill)
 
 
-def read(folder: pathlib.Path) -> Saved:
-    """What ``write`` put there.  Raises ValueError if it is not whole and unchanged."""
+def read(folder: pathlib.Path) -> SavedModel:
+    """Read what ``write`` wrote.  Raises ValueError if a file is missing or changed."""
     about = _about(folder)
     if "by_layer" in about:
         raise ValueError(f"{folder} was compressed by layer: no game was kept that could be certified or played again")
@@ -95,20 +95,20 @@ def read(folder: pathlib.Path) -> Saved:
         if hashlib.sha256(contents[name]).hexdigest() != digest:
             raise ValueError(f"the checksum of {folder / name} is wrong: the file is damaged; copy it again")
     tensors, game = (safetensors.numpy.load(contents[name]) if name in contents else {} for name in (WEIGHTS, GAME))
-    return Saved(about, tensors, game)
+    return SavedModel(about, tensors, game)
 
 
 def training_text(folder: pathlib.Path) -> str | None:
-    """The sha256 of the text that ``task=train_moe`` trained the model in ``folder`` on; None of any other model."""
+    """Return the sha256 of the text that ``task=train_moe`` trained the model on; None for any other model."""
     if not (folder / ABOUT).is_file():
         return None
     dataset = _about(folder).get("record", {}).get("config", {}).get("dataset", {})
-    found: str | None = dataset.get("train_sha256")
-    return found
+    sha256: str | None = dataset.get("train_sha256")
+    return sha256
 
 
 def card(about: Mapping[str, Any]) -> str:
-    """A model card for the hub."""
+    """Return a model card for the hub, as Markdown."""
     record, source = about["record"], about["config"]["model"]
     labels, metrics = record["labels"], record["metrics"]
     base = source.get("path")
@@ -126,9 +126,9 @@ def card(about: Mapping[str, Any]) -> str:
     kind = "AutoModelForSequenceClassification" if "training" in about["config"]["dataset"] else "AutoModelForCausalLM"
     head = "\n".join(["---", "library_name: transformers", "tags: [nashswarm, quantized]"])
     head += f"\nbase_model: {base}\n---" if on_hub else "\n---"
-    ways = "`nashswarm inspect` lists what is in it."
+    commands = "`nashswarm inspect` lists what is in it."
     if "by_layer" not in about:
-        ways = f"`nashswarm certify` computes the regret again from the bytes of this folder, {ways}"
+        commands = f"`nashswarm certify` computes the regret again from the bytes of this folder, {commands}"
     table = "\n".join(["| | |", "| :-- | --: |", *(f"| {name} | {value} |" for name, value in rows.items())])
     return f"""{head}
 
@@ -143,7 +143,7 @@ from transformers import {kind}
 model = {kind}.from_pretrained("this folder")
 ```
 
-{ways}
+{commands}
 """
 
 

@@ -170,7 +170,7 @@ def test_comment_blocks_ignore_strings(source: str) -> None:
 
 def test_full_line_comments_of_stdlib_match_tokenizer() -> None:
     stdlib = pathlib.Path(sysconfig.get_path("stdlib"))
-    for path in [*sorted(stdlib.glob("*.py"))[:40], *sorted(stdlib.glob("test/test_t*.py"))[:20]]:
+    for path in [*sorted(stdlib.glob("*.py"))[:20], *sorted(stdlib.glob("test/test_t*.py"))[:10]]:
         source = path.read_text(encoding="utf-8")
         assert full_line_comments(source, ast.parse(source)) == by_tokenizer(source), path
 

@@ -20,7 +20,7 @@ from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
-from nashswarm.runtime import cache_misses
+from nashswarm.runtime import cache_misses, profile
 from nashswarm.runtime.cache_misses import CACHEGRIND, PERF, Misses
 
 NO_COUNTERS = """\
@@ -156,8 +156,10 @@ def test_count_misses_failing_counter_named(programs: pathlib.Path) -> None:
 
 @needs_library
 def test_profile_command_prints_misses(
-    model: Any, programs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    model: Any, programs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(profile, "read_bandwidth", lambda size: 1e10)  # reads for seconds
     found = find_layers(model)
     checkpoint.adopt(model, found, {layer.name: pack(quantize(layer.weight, 3, Scheme(32))) for layer in found})
     model.save_pretrained(tmp_path / "model")

@@ -15,7 +15,7 @@ from nashswarm.cli import main
 from nashswarm.measures.size import resident_bytes
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
-from nashswarm.runtime import memory_limit
+from nashswarm.runtime import memory_limit, profile
 
 Packed = Callable[..., dict[str, np.ndarray]]
 BASE, TOKEN = 1_000_000, 500  # bytes of a process that is made up
@@ -115,8 +115,10 @@ def test_token_bytes_without_cache_is_none() -> None:
 
 
 def test_profile_command_prints_memory(
-    small: Any, tokenizer: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], tried: list[int]
-) -> None:
+    small: Any, tokenizer: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], tried: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(profile, "read_bandwidth", lambda size: 1e10)  # reads for seconds
     small.save_pretrained(tmp_path)
     words = ["profile", str(tmp_path), "--steps", "1", "--largest-batch", "1", "--threads", "1"]
     assert main([*words, "--memory-mb", "1.01"]) == 0
