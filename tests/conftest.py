@@ -97,19 +97,19 @@ def build(kind: str) -> Any:
         "max_position_embeddings": CONTEXT,
     }
     if kind == "gpt2":
-        own = {"n_layer": 2, "n_head": 4, "n_embd": WIDTH, "n_positions": CONTEXT, "initializer_range": 0.1}
-        config = transformers.GPT2Config(**own, **shared)
+        options = {"n_layer": 2, "n_head": 4, "n_embd": WIDTH, "n_positions": CONTEXT, "initializer_range": 0.1}
+        config = transformers.GPT2Config(**options, **shared)
     elif kind == "opt":
         config = transformers.OPTConfig(ffn_dim=128, word_embed_proj_dim=WIDTH, init_std=0.1, **blocks, **shared)
     elif kind.startswith("llama"):  # two queries to a key
-        own = {"intermediate_size": 128, "num_key_value_heads": 2, "initializer_range": 0.1}
-        config = transformers.LlamaConfig(tie_word_embeddings=kind == "llama_tied", **own, **blocks, **shared)
+        options = {"intermediate_size": 128, "num_key_value_heads": 2, "initializer_range": 0.1}
+        config = transformers.LlamaConfig(tie_word_embeddings=kind == "llama_tied", **options, **blocks, **shared)
     elif kind in ARCHITECTURES:
-        own = {"intermediate_size": 128, "initializer_range": 0.1}
-        config = transformers.BertConfig(**own, **blocks, **shared)
+        options = {"intermediate_size": 128, "initializer_range": 0.1}
+        config = transformers.BertConfig(**options, **blocks, **shared)
     else:
-        own = {"intermediate_size": 128, "initializer_range": 0.1}
-        config = transformers.GPTNeoXConfig(**own, **blocks, **shared)
+        options = {"intermediate_size": 128, "initializer_range": 0.1}
+        config = transformers.GPTNeoXConfig(**options, **blocks, **shared)
     model = ARCHITECTURES.get(kind, transformers.AutoModelForCausalLM).from_config(config).eval()
     with torch.no_grad():  # fresh biases are zero and norms one: nothing would notice their loss
         for parameter in model.parameters():

@@ -27,7 +27,7 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """The contents of a folder: ``about`` (``config`` and ``record``), the stored ``tensors``, and those of the ``game``."""
+    """The contents of a folder: ``about`` (``config`` and ``record``), the stored ``tensors`` and those of ``game``."""
 
     about: dict[str, Any]
     tensors: dict[str, np.ndarray]

@@ -199,9 +199,9 @@ def test_draw_windows_by_default_holds_out_a_quarter(
     there: int, asked: tuple[int | None, int | None], drawn: tuple[int, int]
 ) -> None:
     pool = torch.arange(there * 4).view(there, 4)
-    found = draw_windows(pool, *asked, np.random.default_rng(0))
-    assert tuple(map(len, found)) == drawn
-    assert len(set(torch.cat(found)[:, 0].tolist())) == sum(drawn)
+    sets = draw_windows(pool, *asked, np.random.default_rng(0))
+    assert tuple(map(len, sets)) == drawn
+    assert len(set(torch.cat(sets)[:, 0].tolist())) == sum(drawn)
 
 
 def test_draw_windows_of_one_window_refused() -> None:

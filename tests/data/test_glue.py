@@ -49,14 +49,14 @@ def lines(count: int, columns: tuple[str, ...], numbers: bool, seed: int) -> str
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pathlib.Path]:
     """Task → a folder with its splits."""
 
-    def made(task: str) -> pathlib.Path:
+    def write_splits(task: str) -> pathlib.Path:
         path = tmp_path_factory.mktemp(task)
         for seed, (split, count) in enumerate({"train": 120, "validation": 30}.items()):
             numbers = TASKS[task].classes == 1
             (path / f"{split}.jsonl").write_text(lines(count, TASKS[task].columns, numbers, seed))
         return path
 
-    return made
+    return write_splits
 
 
 @pytest.fixture(scope="session")
@@ -126,10 +126,10 @@ def test_example_windows_pad_and_cut_examples(tokenizer: Any, folder: Callable[[
     assert isinstance(dataset, Dataset)
     text = dataset.text("test")
     tokenizer.pad_token = tokenizer.eos_token
-    found = example_windows(text, tokenizer, LENGTH, "test")
-    assert found.shape == (30, LENGTH) and read_labels(text).tolist() == [0.0, 1.0] * 15
+    examples = example_windows(text, tokenizer, LENGTH, "test")
+    assert examples.shape == (30, LENGTH) and read_labels(text).tolist() == [0.0, 1.0] * 15
     first = tokenizer(json.loads(text.split("\n")[0])[0])["input_ids"]
-    assert found[0].tolist() == first + [tokenizer.pad_token_id] * (LENGTH - len(first))
+    assert examples[0].tolist() == first + [tokenizer.pad_token_id] * (LENGTH - len(first))
     assert example_windows(text, tokenizer, 4, "test").shape == (30, 4)
     pair = example_windows(json.dumps(["a flock", "the price", 1]), tokenizer, LENGTH, "test")
     assert tokenizer.decode(pair[0], skip_special_tokens=True) == "a flock\nthe price"
@@ -154,15 +154,15 @@ def test_fine_tuned_model_is_read_from_cache(
     dataset = Glue(
         str(folder("sst2")), sequence_length=LENGTH, training=Training(epochs=6, batch_size=8, learning_rate=1e-3)
     )
-    given = dataset, ModelSource(encoder), dataset.text("calibration"), "cpu", torch.float32, tmp_path
-    first = fine_tuned(*given)
+    arguments = dataset, ModelSource(encoder), dataset.text("calibration"), "cpu", torch.float32, tmp_path
+    first = fine_tuned(*arguments)
     test = dataset.text("test")
     tokens = example_windows(test, first.tokenizer, LENGTH, "test")
     answers = glue.scores(first.model, tokens, 8, no_track)
     assert METRICS["accuracy"](read_labels(test), predictions(answers)) == 1.0
     assert [path.name for path in tmp_path.iterdir()] == [next(tmp_path.glob("sst2-*")).name]
     monkeypatch.setattr(classifiers, "_train", lambda *_: pytest.fail("trained again"))
-    assert np.array_equal(glue.scores(fine_tuned(*given).model, tokens, 8, no_track), answers)
+    assert np.array_equal(glue.scores(fine_tuned(*arguments).model, tokens, 8, no_track), answers)
 
 
 def test_fine_tuned_after_interruption_gives_same_weights(
@@ -189,8 +189,8 @@ def test_fine_tuned_after_interruption_gives_same_weights(
         patched.setattr(transformers.Trainer, "train", interrupted)
         fine_tuned(*broken)
     assert [path.name.endswith(classifiers.CHECKPOINTS) for path in (tmp_path / "broken").iterdir()] == [True]
-    found = fine_tuned(*broken).model.state_dict()
-    assert all(torch.equal(part, found[name]) for name, part in expected.items())
+    resumed = fine_tuned(*broken).model.state_dict()
+    assert all(torch.equal(part, resumed[name]) for name, part in expected.items())
 
 
 def test_label_of_local_mrpc_warns(folder: Callable[[str], pathlib.Path]) -> None:
@@ -255,17 +255,19 @@ def test_run_on_task_records_metrics_and_saves_model(
         f"save={tmp_path}/saved",
         "dataset.training.epochs=2",
     )
-    found = read(run(config, LABELS).path)
-    own = {"mrpc": ("f1", "accuracy"), "stsb": ("pearson", "spearman")}[task]
-    assert {f"{name}{end}" for name in own for end in ("", "_low", "_high", "_full", "_full_low")} <= set(found.metrics)
-    for name in own:
-        delta, low, high = (found.metrics[f"{name}_delta{end}"] for end in ("", "_low", "_high"))
-        assert delta == pytest.approx(found.metrics[name] - found.metrics[f"{name}_full"]) and low <= delta <= high
-        if found.series["prediction"] == found.series["prediction_full"]:  # paired: nothing is left to chance
+    record = read(run(config, LABELS).path)
+    metrics = {"mrpc": ("f1", "accuracy"), "stsb": ("pearson", "spearman")}[task]
+    assert {f"{name}{end}" for name in metrics for end in ("", "_low", "_high", "_full", "_full_low")} <= set(
+        record.metrics
+    )
+    for name in metrics:
+        delta, low, high = (record.metrics[f"{name}_delta{end}"] for end in ("", "_low", "_high"))
+        assert delta == pytest.approx(record.metrics[name] - record.metrics[f"{name}_full"]) and low <= delta <= high
+        if record.series["prediction"] == record.series["prediction_full"]:  # paired: nothing is left to chance
             assert delta == low == high == 0
-    assert found.metrics["examples"] == 30 == len(found.series["prediction"])
-    assert ("kl" in found.metrics) == (task == "mrpc")
-    assert found.labels["dataset"] == Glue(str(folder(task)), task).label
+    assert record.metrics["examples"] == 30 == len(record.series["prediction"])
+    assert ("kl" in record.metrics) == (task == "mrpc")
+    assert record.labels["dataset"] == Glue(str(folder(task)), task).label
     saved = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     text = Glue(str(config.dataset.path), task).text("test")
     again = predictions(
@@ -277,9 +279,9 @@ def test_run_on_task_records_metrics_and_saves_model(
         )
     )
     if task == "mrpc":
-        assert np.mean(again == found.series["prediction"]) > 0.9  # its activations are rounded
+        assert np.mean(again == record.series["prediction"]) > 0.9  # its activations are rounded
     else:
-        assert np.corrcoef(again, found.series["prediction"])[0, 1] > 0.9
+        assert np.corrcoef(again, record.series["prediction"])[0, 1] > 0.9
 
 
 @pytest.mark.parametrize(
@@ -310,6 +312,6 @@ def test_heldout_kl_counts_tokens_without_padding(classifier: Any, padded: Tenso
 
 
 def _with(model: Any, weights: dict[str, Tensor]) -> Any:
-    found = copy.deepcopy(model)
-    set_weights(found, weights)
-    return found
+    changed = copy.deepcopy(model)
+    set_weights(changed, weights)
+    return changed

@@ -106,13 +106,13 @@ def test_paragraphs_are_in_exactly_one_split() -> None:
                 for part in body.split("\n\n"):
                     home.setdefault(part, split)
     for split in SPLITS:
-        kept = [
+        paragraphs = [
             part
             for name, body in documents().items()
             for part in body.split("\n\n")
             if split_of(name) == split == home[part]
         ]
-        assert text(split) == "\n\n".join(kept)
+        assert text(split) == "\n\n".join(paragraphs)
 
 
 def test_text_of_test_and_calibration_shares_no_paragraph_with_train() -> None:
@@ -159,8 +159,10 @@ def test_docstrings_and_comment_blocks_found_with_lines() -> None:
 def by_tokenizer(source: str) -> list[tuple[int, str]]:
     """What Python's own tokenizer takes for a line that is nothing but a comment."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    found = [token for token in tokens if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip()]
-    return [(token.start[0], token.string) for token in found]
+    comments = [
+        token for token in tokens if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip()
+    ]
+    return [(token.start[0], token.string) for token in comments]
 
 
 @pytest.mark.parametrize("source", [SOURCE, *STRINGS])

@@ -29,47 +29,47 @@ def moved(model: Any) -> Any:
 
 
 def test_evaluate_nll_equals_transformers_loss(tiny: Any, token_windows: Tensor) -> None:
-    found = evaluation.evaluate(tiny, token_windows, 2)
-    assert set(found) == {"nll", "tokens"}
-    assert found["nll"] == pytest.approx(slow(tiny, token_windows), abs=1e-6)
-    assert found["tokens"] == [23] * 5
-    assert evaluation.summarise(found) == {"nll": pytest.approx(np.mean(slow(tiny, token_windows))), "tokens": 115}
+    values = evaluation.evaluate(tiny, token_windows, 2)
+    assert set(values) == {"nll", "tokens"}
+    assert values["nll"] == pytest.approx(slow(tiny, token_windows), abs=1e-6)
+    assert values["tokens"] == [23] * 5
+    assert evaluation.summarise(values) == {"nll": pytest.approx(np.mean(slow(tiny, token_windows))), "tokens": 115}
 
 
 def test_evaluate_uniform_logits_perplexity_is_vocabulary(model: Any, token_windows: Tensor) -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    found = evaluation.evaluate(model, token_windows, 8, evaluation.compute_reference(model, token_windows, 8))
-    assert math.exp(evaluation.summarise(found)["nll"]) == pytest.approx(512)
+    values = evaluation.evaluate(model, token_windows, 8, evaluation.compute_reference(model, token_windows, 8))
+    assert math.exp(evaluation.summarise(values)["nll"]) == pytest.approx(512)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
 def test_evaluate_any_batch_size_same_values(tiny: Any, moved: Any, token_windows: Tensor, batch_size: int) -> None:
     expected = evaluation.evaluate(moved, token_windows, 2, evaluation.compute_reference(tiny, token_windows, 2))
     full = evaluation.compute_reference(tiny, token_windows, batch_size)
-    found = evaluation.evaluate(moved, token_windows, batch_size, full)
+    values = evaluation.evaluate(moved, token_windows, batch_size, full)
     for name in expected:
-        assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+        assert values[name] == pytest.approx(expected[name], abs=1e-6), name
 
 
 def test_evaluate_against_itself_kl_is_zero(tiny: Any, token_windows: Tensor) -> None:
-    found = evaluation.evaluate(tiny, token_windows, 2, evaluation.compute_reference(tiny, token_windows, 2))
-    assert found["kl"] == pytest.approx([0] * 5, abs=1e-9) and found["top1_agreement"] == [1] * 5
-    assert found["nll_full"] == pytest.approx(found["nll"], abs=1e-6)
-    assert evaluation.summarise(found)["nll_delta"] == pytest.approx(0, abs=1e-6)
+    values = evaluation.evaluate(tiny, token_windows, 2, evaluation.compute_reference(tiny, token_windows, 2))
+    assert values["kl"] == pytest.approx([0] * 5, abs=1e-9) and values["top1_agreement"] == [1] * 5
+    assert values["nll_full"] == pytest.approx(values["nll"], abs=1e-6)
+    assert evaluation.summarise(values)["nll_delta"] == pytest.approx(0, abs=1e-6)
 
 
 def test_evaluate_kl_and_agreement_match_formula(tiny: Any, moved: Any, token_windows: Tensor) -> None:
-    found = evaluation.evaluate(moved, token_windows, 2, evaluation.compute_reference(tiny, token_windows, 2))
+    values = evaluation.evaluate(moved, token_windows, 2, evaluation.compute_reference(tiny, token_windows, 2))
     for number, window in enumerate(token_windows):
         with torch.no_grad():
             p, q = (np.exp(model(input_ids=window[None]).logits[0, :-1].double().numpy()) for model in (tiny, moved))
         p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
-        assert found["kl"][number] == pytest.approx((p * np.log(p / q)).sum(1).mean(), abs=1e-6)
-        assert found["top1_agreement"][number] == pytest.approx((p.argmax(1) == q.argmax(1)).mean())
-    assert found["nll"] == pytest.approx(slow(moved, token_windows), abs=1e-6)
-    assert found["nll_full"] == pytest.approx(slow(tiny, token_windows), abs=1e-6)
-    assert min(found["kl"]) > 1e-4
+        assert values["kl"][number] == pytest.approx((p * np.log(p / q)).sum(1).mean(), abs=1e-6)
+        assert values["top1_agreement"][number] == pytest.approx((p.argmax(1) == q.argmax(1)).mean())
+    assert values["nll"] == pytest.approx(slow(moved, token_windows), abs=1e-6)
+    assert values["nll_full"] == pytest.approx(slow(tiny, token_windows), abs=1e-6)
+    assert min(values["kl"]) > 1e-4
 
 
 def test_compute_reference_reproduces_logits(tiny: Any, token_windows: Tensor) -> None:

@@ -61,9 +61,9 @@ def test_find_layers_of_architecture_lists_every_matrix(
     model = random_model(kind)
     layers = find_layers(model)
     assert len(layers) == count
-    found = next(layer for layer in layers if head[-1] in layer.modules)
-    assert found.modules == head
-    assert found.depth == (1.0 if len(head) == 1 else 0.0)
+    layer_of_head = next(layer for layer in layers if head[-1] in layer.modules)
+    assert layer_of_head.modules == head
+    assert layer_of_head.depth == (1.0 if len(head) == 1 else 0.0)
     for layer in layers:
         assert torch.equal(layer.weight, model.get_submodule(layer.name).weight)
     if kind == "llama":

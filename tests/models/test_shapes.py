@@ -46,15 +46,15 @@ def test_count_parameters_of_gpt2_has_only_head_linear(random_model: Any) -> Non
 
 def test_parameter_counts_bytes_match_hand_computation() -> None:
     """A linear layer of 5 × 6 weights beside 4 other floats: 3, 6 and 21 codes of 8, 4 and 2 bits."""
-    found = ParameterCounts(34, (30,))
-    assert (found.bytes_full, found.code_bytes, found.uniform_bytes) == (136, 3 + 3 + 6, 15)
-    assert found.compression_counted == 1 - 12 / 120
-    assert found.bytes_prototype(CLASS_BITS) == 4 * 4 + 4 + 8 + 24 + 8 + 12
-    assert found.bytes_prototype(0) == 4 * 4 + 36 + 12
-    assert found.bytes_prototype(class_entropy()) == pytest.approx(4 * 4 + 36 + 12 + 30 * class_entropy() / 8)
-    assert found.compression(0) == 1 - 64 / 136
-    assert found.bytes_at(4) == 17
-    assert found.share == 30 / 34
+    counts = ParameterCounts(34, (30,))
+    assert (counts.bytes_full, counts.code_bytes, counts.uniform_bytes) == (136, 3 + 3 + 6, 15)
+    assert counts.compression_counted == 1 - 12 / 120
+    assert counts.bytes_prototype(CLASS_BITS) == 4 * 4 + 4 + 8 + 24 + 8 + 12
+    assert counts.bytes_prototype(0) == 4 * 4 + 36 + 12
+    assert counts.bytes_prototype(class_entropy()) == pytest.approx(4 * 4 + 36 + 12 + 30 * class_entropy() / 8)
+    assert counts.compression(0) == 1 - 64 / 136
+    assert counts.bytes_at(4) == 17
+    assert counts.share == 30 / 34
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (16, 64), (101, 13), (64, 256)])

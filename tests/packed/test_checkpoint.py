@@ -42,16 +42,17 @@ Packed = Callable[..., dict[str, np.ndarray]]
 
 
 @torch.no_grad()
-def answer(model: Any, windows: Tensor) -> Tensor:
-    found = model(input_ids=windows)
-    return found.logits if "logits" in found else found.last_hidden_state
+def outputs(model: Any, windows: Tensor) -> Tensor:
+    """Logits, or the last hidden states of an encoder."""
+    output = model(input_ids=windows)
+    return output.logits if "logits" in output else output.last_hidden_state
 
 
 def compressed(model: Any, packed: dict[str, np.ndarray], exclude: tuple[str, ...] = (), float_bits: int = 16) -> Any:
     """A copy of ``model`` with these matrices in the place of its own."""
-    own = copy.deepcopy(model)
-    checkpoint.adopt(own, find_layers(own, exclude), packed, float_bits)
-    return own
+    copied = copy.deepcopy(model)
+    checkpoint.adopt(copied, find_layers(copied, exclude), packed, float_bits)
+    return copied
 
 
 def loaded(model: Any, folder: pathlib.Path, **options: Any) -> Any:
@@ -78,19 +79,19 @@ def saved(
     kind, form = request.param
     full = random_model(kind)
     matrices = packed(full, form)
-    own, folder = compressed(full, matrices), tmp_path_factory.mktemp("saved")
-    own.save_pretrained(folder)
-    return full, own, matrices, folder
+    small, folder = compressed(full, matrices), tmp_path_factory.mktemp("saved")
+    small.save_pretrained(folder)
+    return full, small, matrices, folder
 
 
 def test_from_pretrained_computes_same_bits(saved: Any, token_windows: Tensor) -> None:
-    full, own, matrices, folder = saved
+    full, small, matrices, folder = saved
     again = loaded(full, folder)
     assert type(again) is type(full) and not again.training
     for activations in ("int8", "float32"):
-        for model in (own, again):
+        for model in (small, again):
             set_activations(model, activations)
-        assert torch.equal(answer(again, token_windows), answer(own, token_windows))
+        assert torch.equal(outputs(again, token_windows), outputs(small, token_windows))
     # in float32 it is the full model with the decoded weights, put there by hand
     by_hand = copy.deepcopy(full)
     layers = find_layers(by_hand)
@@ -98,8 +99,8 @@ def test_from_pretrained_computes_same_bits(saved: Any, token_windows: Tensor) -
     decoded = {layer.name: file_format.decode(layer.name, matrices[layer.name], tables) for layer in layers}
     round_to_stored(uncompressed_tensors(by_hand, layers), 16)
     set_weights(by_hand, {name: tensor.dequantize() for name, tensor in decoded.items()})
-    expected = answer(by_hand, token_windows)
-    assert (answer(again, token_windows) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    expected = outputs(by_hand, token_windows)
+    assert (outputs(again, token_windows) - expected).abs().max() <= 1e-4 * expected.abs().max()
     for layer in layers:
         assert torch.equal(again.get_submodule(layer.name).matrix.tensor().codes, decoded[layer.name].codes)
         assert torch.equal(again.get_submodule(layer.name).weight, decoded[layer.name].dequantize())
@@ -108,8 +109,8 @@ def test_from_pretrained_computes_same_bits(saved: Any, token_windows: Tensor) -
 
 
 def test_save_pretrained_again_gives_same_bytes(saved: Any, tmp_path: pathlib.Path) -> None:
-    full, own, _, folder = saved
-    for number, model in enumerate((own, loaded(full, folder))):
+    full, small, _, folder = saved
+    for number, model in enumerate((small, loaded(full, folder))):
         model.save_pretrained(tmp_path / str(number))
         assert contents(tmp_path / str(number)) == contents(folder)
 
@@ -117,20 +118,20 @@ def test_save_pretrained_again_gives_same_bytes(saved: Any, tmp_path: pathlib.Pa
 def test_checkpoint_files_equal_saved_files(saved: Any) -> None:
     full, _, matrices, folder = saved
     others = uncompressed_tensors(full, find_layers(full))
-    found = file_format.checkpoint_files(full, matrices, others, 16)
+    predicted = file_format.checkpoint_files(full, matrices, others, 16)
     written = contents(folder)
-    assert sorted(found) == FILES and found == {name: written[name] for name in FILES}
+    assert sorted(predicted) == FILES and predicted == {name: written[name] for name in FILES}
     assert set(written) - set(FILES) <= {"generation_config.json"}
     assert not any(b"pickle" in name.encode() or name.endswith((".bin", ".pt", ".pkl")) for name in written)
 
 
 def test_from_pretrained_of_shards_equals_whole(saved: Any, tmp_path: pathlib.Path, token_windows: Tensor) -> None:
-    full, own, _, folder = saved
-    own.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    full, small, _, folder = saved
+    small.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
     assert len(shards) > 2 and (tmp_path / "shards/config.json").read_bytes() == (folder / "config.json").read_bytes()
     again = loaded(full, tmp_path / "shards")
-    assert torch.equal(answer(again, token_windows), answer(loaded(full, folder), token_windows))
+    assert torch.equal(outputs(again, token_windows), outputs(loaded(full, folder), token_windows))
     again.save_pretrained(tmp_path / "whole")
     assert contents(tmp_path / "whole") == contents(folder)
     shards[1].unlink()
@@ -139,7 +140,7 @@ def test_from_pretrained_of_shards_equals_whole(saved: Any, tmp_path: pathlib.Pa
 
 
 def test_dequantize_gives_plain_model(saved: Any, tmp_path: pathlib.Path, token_windows: Tensor) -> None:
-    full, own, _, folder = saved
+    full, small, _, folder = saved
     plain = loaded(full, folder)
     expected = {name: plain.get_submodule(name).weight for name in (layer.name for layer in find_layers(full))}
     plain.dequantize()
@@ -152,10 +153,10 @@ def test_dequantize_gives_plain_model(saved: Any, tmp_path: pathlib.Path, token_
     plain.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     again = loaded(full, tmp_path)
-    assert torch.equal(answer(again, token_windows), answer(plain, token_windows))
-    set_activations(own, "float32")
-    found, computed = answer(plain, token_windows), answer(own, token_windows)
-    assert (found - computed).abs().max() <= 1e-4 * computed.abs().max()
+    assert torch.equal(outputs(again, token_windows), outputs(plain, token_windows))
+    set_activations(small, "float32")
+    dequantized, computed = outputs(plain, token_windows), outputs(small, token_windows)
+    assert (dequantized - computed).abs().max() <= 1e-4 * computed.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
@@ -167,7 +168,7 @@ def test_dequantize_gives_one_dtype(
     model.config.dtype = torch.bfloat16
     plain = model.dequantize(dtype=dtype) if dtype else model.dequantize()
     assert {part.dtype for part in plain.parameters()} == {dtype or torch.float32}
-    assert answer(plain, token_windows).dtype == (dtype or torch.float32)
+    assert outputs(plain, token_windows).dtype == (dtype or torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +177,9 @@ def folder(
 ) -> pathlib.Path:
     """A lattice GPT-2; not to be changed."""
     full = random_model("gpt2")
-    found = tmp_path_factory.mktemp("gpt2")
-    compressed(full, packed(full, "lattice")).save_pretrained(found)
-    return found
+    path = tmp_path_factory.mktemp("gpt2")
+    compressed(full, packed(full, "lattice")).save_pretrained(path)
+    return path
 
 
 @pytest.fixture
@@ -220,20 +221,20 @@ def test_from_pretrained_never_dequantizes(folder: pathlib.Path, monkeypatch: py
 def test_from_pretrained_without_head_keeps_base_model(
     saved: Any, token_windows: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    full, own, _, folder = saved
+    full, small, _, folder = saved
     if type(full).__name__ in ("BertModel", "BertForMaskedLM", "BertForSequenceClassification"):
         options = {"add_pooling_layer": False} if "MaskedLM" in type(full).__name__ else {}
         base = transformers.BertModel.from_pretrained(folder, **options)
-        inner = getattr(own, "bert", own)
+        inner = getattr(small, "bert", small)
     else:
-        base, inner = transformers.AutoModel.from_pretrained(folder), own.base_model
+        base, inner = transformers.AutoModel.from_pretrained(folder), small.base_model
     set_activations(base, "int8")
-    set_activations(own, "int8")
+    set_activations(small, "int8")
     packed = [module for module in base.modules() if isinstance(module, (QuantizedLinear, QuantizedEmbedding))]
     assert len(packed) == sum(isinstance(module, (QuantizedLinear, QuantizedEmbedding)) for module in inner.modules())
     with torch.no_grad():
-        found, expected = (model(input_ids=token_windows).last_hidden_state for model in (base, inner))
-    assert torch.equal(found, expected)
+        states, expected = (model(input_ids=token_windows).last_hidden_state for model in (base, inner))
+    assert torch.equal(states, expected)
 
 
 def test_from_pretrained_other_version_refused(damaged: pathlib.Path) -> None:
@@ -359,19 +360,21 @@ def test_from_pretrained_unsupported_format_kept_as_floats(
     for name, tensor in odd.items():
         assert torch.equal(model.get_submodule(name).weight.T, tensor.dequantize())
     assert isinstance(model.transformer.h[1].mlp.c_fc, QuantizedLinear)
-    assert answer(model, token_windows).isfinite().all()
+    assert outputs(model, token_windows).isfinite().all()
 
 
 def test_adopt_with_exclude_keeps_floats(
     random_model: Callable[[str], Any], packed: Packed, tmp_path: pathlib.Path, token_windows: Tensor
 ) -> None:
     full, exclude = random_model("gpt2"), ("lm_head", "*.0.mlp.*")
-    own = compressed(full, packed(full, "lattice", exclude), exclude)
-    own.save_pretrained(tmp_path)
+    small = compressed(full, packed(full, "lattice", exclude), exclude)
+    small.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert torch.equal(answer(again, token_windows), answer(own, token_windows))
-    kept = again.transformer.h[0].mlp.c_fc
-    assert type(kept) is Conv1D and torch.equal(kept.weight, full.transformer.h[0].mlp.c_fc.weight.half().float())
+    assert torch.equal(outputs(again, token_windows), outputs(small, token_windows))
+    excluded = again.transformer.h[0].mlp.c_fc
+    assert type(excluded) is Conv1D and torch.equal(
+        excluded.weight, full.transformer.h[0].mlp.c_fc.weight.half().float()
+    )
     assert again.lm_head.weight is again.transformer.wte.weight
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert stored["transformer.wte.weight"].dtype == torch.float16 and "lm_head.weight" not in stored
@@ -382,8 +385,8 @@ def test_adopt_rounds_other_tensors_to_float_bits(
     float_bits: int, random_model: Callable[[str], Any], packed: Packed, tmp_path: pathlib.Path
 ) -> None:
     full = random_model("gpt2")
-    own = compressed(full, packed(full, "tiles"), float_bits=float_bits)
-    own.save_pretrained(tmp_path)
+    small = compressed(full, packed(full, "tiles"), float_bits=float_bits)
+    small.save_pretrained(tmp_path)
     expected = full.transformer.ln_f.weight
     again = load(tmp_path)
     assert torch.equal(again.transformer.ln_f.weight, expected if float_bits == 32 else expected.half().float())
@@ -405,12 +408,12 @@ def test_from_pretrained_in_half_precision_saves_and_loads(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=kind)
         for kind in (dtype, torch.float32)
     )
-    assert half.dtype == dtype and answer(half, token_windows).dtype == dtype
-    own, expected = answer(half, token_windows).float(), answer(whole, token_windows)
-    assert (own - expected).norm() < 0.05 * expected.norm()
+    assert half.dtype == dtype and outputs(half, token_windows).dtype == dtype
+    computed, expected = outputs(half, token_windows).float(), outputs(whole, token_windows)
+    assert (computed - expected).norm() < 0.05 * expected.norm()
     half.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert again.dtype == dtype and torch.equal(answer(again, token_windows), answer(half, token_windows))
+    assert again.dtype == dtype and torch.equal(outputs(again, token_windows), outputs(half, token_windows))
     for name, module in half.named_modules():
         if isinstance(module, PackedMatrix):
             assert torch.equal(module.payload, whole.get_submodule(name).payload)
@@ -424,11 +427,11 @@ def test_deepcopy_saves_same_bytes(folder: pathlib.Path, tmp_path: pathlib.Path)
 
 def test_generate_matches_greedy_loop(folder: pathlib.Path, token_windows: Tensor) -> None:
     model = load(folder)
-    found = model.generate(token_windows[:1, :8], max_new_tokens=5, do_sample=False, eos_token_id=None)
+    generated = model.generate(token_windows[:1, :8], max_new_tokens=5, do_sample=False, eos_token_id=None)
     tokens = token_windows[:1, :8]
     for _ in range(5):
-        tokens = torch.cat([tokens, answer(model, tokens)[:, -1:].argmax(-1)], 1)
-    assert torch.equal(found, tokens)
+        tokens = torch.cat([tokens, outputs(model, tokens)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, tokens)
 
 
 def test_from_pretrained_compressing_while_loading_refused(model_folder: pathlib.Path) -> None:
@@ -445,8 +448,8 @@ def test_adopt_unreadable_bytes_refused(model: Any, packed: Packed) -> None:
 
 def test_checksum_covers_all_but_order() -> None:
     tensors = {"a": torch.arange(4, dtype=torch.float16), "b": torch.zeros(2, 2)}
-    found = file_format.checksum(tensors)
-    assert file_format.checksum(dict(reversed(tensors.items()))) == found and len(found) == 8
+    whole = file_format.checksum(tensors)
+    assert file_format.checksum(dict(reversed(tensors.items()))) == whole and len(whole) == 8
     for changed in (
         {"a": tensors["a"], "c": tensors["b"]},
         tensors | {"b": torch.zeros(4)},
@@ -454,7 +457,7 @@ def test_checksum_covers_all_but_order() -> None:
         tensors | {"a": tensors["a"] + 1},
         {"a": tensors["a"]},
     ):
-        assert file_format.checksum(changed) != found
+        assert file_format.checksum(changed) != whole
 
 
 @pytest.fixture
@@ -494,8 +497,8 @@ def test_adapters_load_on_packed_model(
             torch.nn.init.normal_(part, std=0.1)
     tuned.eval().save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(load(folder), tmp_path).eval()
-    assert torch.equal(answer(again, token_windows), answer(tuned, token_windows))
-    assert not torch.equal(answer(again, token_windows), answer(load(folder), token_windows))
+    assert torch.equal(outputs(again, token_windows), outputs(tuned, token_windows))
+    assert not torch.equal(outputs(again, token_windows), outputs(load(folder), token_windows))
 
 
 @pytest.mark.parametrize("safe", [False, True])

@@ -45,17 +45,22 @@ def heavy_tailed(rows: int, columns: int, spread: float, seed: int) -> Tensor:
     return torch.from_numpy(np.round(rng.standard_t(3, (rows, columns)) * spread).astype(np.int32))
 
 
-def assert_same(found: Any, tensor: Any) -> None:
-    """Equal in every part, also in dtype."""
-    assert type(found) is type(tensor)
-    parts, own = (vars(tensor.lattice), vars(found.lattice)) if isinstance(tensor, LatticeTensor) else ({}, {})
-    parts, own = ({name: part for name, part in (vars(one) | more).items() if name != "lattice"} for one, more in
-                  ((tensor, parts), (found, own)))  # fmt: skip
-    for name, part in parts.items():
-        if isinstance(part, Tensor):
-            assert own[name].dtype == part.dtype and torch.equal(own[name], part), name
+def fields_of(tensor: Any) -> dict[str, Any]:
+    """The fields of a quantized tensor, those of its lattice among them."""
+    fields = dict(vars(tensor))
+    lattice = fields.pop("lattice", None)
+    return fields | (vars(lattice) if lattice is not None else {})
+
+
+def assert_same(decoded: Any, tensor: Any) -> None:
+    """Equal in every field, also in dtype."""
+    assert type(decoded) is type(tensor)
+    decoded_fields = fields_of(decoded)
+    for name, field in fields_of(tensor).items():
+        if isinstance(field, Tensor):
+            assert decoded_fields[name].dtype == field.dtype and torch.equal(decoded_fields[name], field), name
         else:
-            assert own[name] == part, name
+            assert decoded_fields[name] == field, name
 
 
 @few
@@ -92,7 +97,7 @@ def test_packed_matrix_of_groups_round_trips(tensor: QuantizedTensor, coded: boo
 def test_to_tiles_chooses_width_of_fewest_bytes(rows: int, columns: int, spread: float, seed: int) -> None:
     """By loops: every width of every tile tried, its escapes counted one by one."""
     codes = heavy_tailed(rows, columns, spread, seed).tolist()
-    found = to_tiles(on_lattice(torch.tensor(codes)))
+    tiles = to_tiles(on_lattice(torch.tensor(codes)))
     total = 0
     for block, group in itertools.product(range(-(-rows // 16)), range(-(-columns // 64))):
         cells = [row[64 * group : 64 * group + 64] for row in codes[16 * block : 16 * block + 16]]
@@ -101,30 +106,30 @@ def test_to_tiles_chooses_width_of_fewest_bytes(rows: int, columns: int, spread:
             low, high = (-(2 ** (width - 1)), 2 ** (width - 1) - 1) if width else (0, 0)
             escapes = sum(not low <= code <= high for row in cells for code in row)
             costs[width] = 16 * 64 * width // 8 + 8 * escapes
-        assert costs[int(found.widths[block, group])] == min(costs.values())
+        assert costs[int(tiles.widths[block, group])] == min(costs.values())
         total += min(costs.values())
-    assert found.payload.nbytes + ESCAPE_BYTES * len(found.escape_codes) == total
+    assert tiles.payload.nbytes + ESCAPE_BYTES * len(tiles.escape_codes) == total
 
 
 @pytest.mark.parametrize(("largest", "bits"), [(0, 0), (1, 2), (3, 3), (7, 4), (127, 8)])
 def test_to_tiles_chooses_smallest_width_that_fits(largest: int, bits: int) -> None:
     codes = torch.arange(16 * 64).view(16, 64).remainder(2 * largest + 1) - largest
-    found = to_tiles(on_lattice(codes))
-    assert found.widths.tolist() == [[bits]] and found.payload.nbytes == 16 * 64 * bits // 8
-    assert not len(found.escape_codes)
+    tiles = to_tiles(on_lattice(codes))
+    assert tiles.widths.tolist() == [[bits]] and tiles.payload.nbytes == 16 * 64 * bits // 8
+    assert not len(tiles.escape_codes)
 
 
 def test_to_tiles_escapes_match_hand_computation() -> None:
     """20 rows of ones in 100 columns: four tiles of 2 bits, from -2 to 1, and three codes beyond."""
     codes = torch.ones(20, 100, dtype=torch.int32)
     codes[5, 7], codes[3, 69], codes[18, 64] = -1000, 2, 70_000
-    found = to_tiles(on_lattice(codes))
-    assert found.widths.tolist() == [[2, 2], [2, 2]]
-    assert found.escape_starts.tolist() == [0, 2, 3]
-    assert found.escape_places.tolist() == [16 * 7 + 5, 16 * 69 + 3, 16 * 64 + 2]
-    assert found.escape_codes.tolist() == [-1000, 2, 70_000]
-    assert torch.equal(codes_of(found), codes)
-    assert found.payload.nbytes == 4 * 16 * 64 * 2 // 8
+    tiles = to_tiles(on_lattice(codes))
+    assert tiles.widths.tolist() == [[2, 2], [2, 2]]
+    assert tiles.escape_starts.tolist() == [0, 2, 3]
+    assert tiles.escape_places.tolist() == [16 * 7 + 5, 16 * 69 + 3, 16 * 64 + 2]
+    assert tiles.escape_codes.tolist() == [-1000, 2, 70_000]
+    assert torch.equal(codes_of(tiles), codes)
+    assert tiles.payload.nbytes == 4 * 16 * 64 * 2 // 8
 
 
 def test_packable_unsupported_widths_and_groups_refused() -> None:
@@ -146,10 +151,10 @@ def matrix(tensor: Any) -> PackedMatrix:
 
 
 def layer_of(matrix: PackedMatrix, bias: bool = True) -> QuantizedLinear:
-    found = quantized(nn.Linear(*reversed(matrix.shape), bias=bias), matrix, torch.float32)
-    assert isinstance(found, QuantizedLinear)
-    found.activations = "float32"
-    return found
+    layer = quantized(nn.Linear(*reversed(matrix.shape), bias=bias), matrix, torch.float32)
+    assert isinstance(layer, QuantizedLinear)
+    layer.activations = "float32"
+    return layer
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -188,10 +193,10 @@ def test_quantized_conv1d_becomes_linear_and_round_trips(tensor: Any, matrix: Pa
 
 def test_dequantized_returns_original_module_type(matrix: PackedMatrix) -> None:
     for before in (nn.Linear(64, 40), nn.Embedding(40, 64, padding_idx=3), OPTLearnedPositionalEmbedding(38, 64)):
-        kept = set(before.state_dict())
+        names = set(before.state_dict())
         packed = quantized(before, matrix, torch.float32)
         after = dequantized(packed, nn.Parameter(matrix.dequantize()))
-        assert type(after) is type(before) and set(after.state_dict()) == kept == set(before.state_dict())
+        assert type(after) is type(before) and set(after.state_dict()) == names == set(before.state_dict())
         assert torch.equal(after.weight, matrix.dequantize()) and not torch.equal(before.weight, after.weight)
         assert vars(after).keys() == vars(before).keys() and packed.matrix is matrix
 
@@ -291,12 +296,12 @@ def test_quantized_linear_gradients_match_floats(tensor: Any, matrix: PackedMatr
     layer, x = layer_of(matrix), torch.randn(shape, requires_grad=True)
     weigh = torch.randn(*shape[:-1], 40)
     (layer(x) * weigh).sum().backward()
-    own = x.grad, layer.bias.grad
+    packed_gradients = x.grad, layer.bias.grad
     y = x.detach().clone().requires_grad_()
     bias = layer.bias.detach().clone().requires_grad_()
     (nn.functional.linear(y, tensor.dequantize(), bias) * weigh).sum().backward()
-    for found, expected in zip(own, (y.grad, bias.grad), strict=True):
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for gradient, expected in zip(packed_gradients, (y.grad, bias.grad), strict=True):
+        assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert not any(part.requires_grad for part in matrix.buffers())
 
 

@@ -97,9 +97,9 @@ def test_parse_cachegrind_without_summary_refused(text: str) -> None:
 
 @pytest.mark.parametrize("size", [1 << 10, 32 << 10, 48 << 10, 8 << 20, 9 << 20, 30 << 20, 36608 << 10, 96 << 20])
 def test_geometry_has_power_of_two_sets(size: int) -> None:
-    told, ways, line = map(int, cache_misses.geometry(size).split(","))
+    written, ways, line = map(int, cache_misses.geometry(size).split(","))
     sets = size // ways // line
-    assert told == size == sets * ways * line and sets & (sets - 1) == 0 and ways >= cache_misses.WAYS
+    assert written == size == sets * ways * line and sets & (sets - 1) == 0 and ways >= cache_misses.WAYS
 
 
 def test_choose_counter_prefers_perf_then_valgrind(programs: pathlib.Path) -> None:
@@ -131,11 +131,11 @@ def test_products_program_computes_products(lattice: bool, activations: str, tmp
         None: [(layout.dequantize(one) @ x).sum() for x, one in zip(xs, matrices, strict=True)],
     }
     for form, expected in both.items():
-        cache_misses.write_matrices(tmp_path / "told.json", matrices, form)
-        command = [sys.executable, "-P", str(cache_misses.PRODUCTS), str(tmp_path / "told.json"), "2"]
-        found = json.loads(subprocess.check_output(command))
-        assert found["sums"] == pytest.approx([float(value) for value in expected], rel=1e-4, abs=1e-3)
-        assert (found["path"] is None) == (form is None)
+        cache_misses.write_matrices(tmp_path / "matrices.json", matrices, form)
+        command = [sys.executable, "-P", str(cache_misses.PRODUCTS), str(tmp_path / "matrices.json"), "2"]
+        printed = json.loads(subprocess.check_output(command))
+        assert printed["sums"] == pytest.approx([float(value) for value in expected], rel=1e-4, abs=1e-3)
+        assert (printed["path"] is None) == (form is None)
 
 
 @needs_library
@@ -160,8 +160,8 @@ def test_profile_command_prints_misses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(profile, "read_bandwidth", lambda size: 1e10)  # reads for seconds
-    found = find_layers(model)
-    checkpoint.adopt(model, found, {layer.name: pack(quantize(layer.weight, 3, Scheme(32))) for layer in found})
+    layers = find_layers(model)
+    checkpoint.adopt(model, layers, {layer.name: pack(quantize(layer.weight, 3, Scheme(32))) for layer in layers})
     model.save_pretrained(tmp_path / "model")
     words = ["profile", str(tmp_path / "model"), "--steps", "1", "--largest-batch", "1", "--threads", "1", "--misses"]
     assert main(words) == 2

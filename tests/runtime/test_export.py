@@ -29,17 +29,17 @@ Packed = Callable[..., dict[str, np.ndarray]]
 
 def at(model: Any, bits: int, group_size: int = 32, exclude: tuple[str, ...] = ()) -> Any:
     """A copy of a model with its matrices at one width."""
-    own = copy.deepcopy(model)
-    layers = find_layers(own, exclude)
-    found = {layer.name: pack(quantize(layer.weight, bits, Scheme(group_size))) for layer in layers}
-    checkpoint.adopt(own, layers, found)
-    return own
+    small = copy.deepcopy(model)
+    layers = find_layers(small, exclude)
+    packed = {layer.name: pack(quantize(layer.weight, bits, Scheme(group_size))) for layer in layers}
+    checkpoint.adopt(small, layers, packed)
+    return small
 
 
 def mixed(model: Any, packed: Packed, form: str) -> Any:
-    own = copy.deepcopy(model)
-    checkpoint.adopt(own, find_layers(own), packed(own, form))
-    return own
+    small = copy.deepcopy(model)
+    checkpoint.adopt(small, find_layers(small), packed(small, form))
+    return small
 
 
 @pytest.fixture
@@ -67,10 +67,10 @@ def runtime() -> Any:
 @pytest.mark.parametrize("columns", [64, 160])  # zero points of a row that fill no whole byte
 def test_grouped_one_width_holds_same_matrix(bits: int, columns: int) -> None:
     matrix = PackedMatrix(quantize(torch.randn(37, columns), bits, Scheme(32)), False)
-    found = portable.for_onnx(matrix, "float32")
-    assert isinstance(found, portable.Grouped)
-    assert found.codes.shape == (37, columns // 32, 32 * bits // 8)
-    assert torch.equal(found.rows(torch.arange(37)), matrix.dequantize())
+    grouped = portable.for_onnx(matrix, "float32")
+    assert isinstance(grouped, portable.Grouped)
+    assert grouped.codes.shape == (37, columns // 32, 32 * bits // 8)
+    assert torch.equal(grouped.rows(torch.arange(37)), matrix.dequantize())
 
 
 @pytest.mark.parametrize("form", ["grid", "lattice"])
@@ -78,12 +78,12 @@ def test_grouped_one_width_holds_same_matrix(bits: int, columns: int) -> None:
 def test_planes_hold_same_matrix_in_same_bytes(form: str, shape: tuple[int, int], drawn: Drawn) -> None:
     torch.manual_seed(0)
     matrix = PackedMatrix(drawn[form](torch.randn(shape)), False)
-    found = portable.for_onnx(matrix, "float32")
-    assert isinstance(found, portable.Planes)
+    weight = portable.for_onnx(matrix, "float32")
+    assert isinstance(weight, portable.Planes)
     whole, x, ids = matrix.dequantize(), torch.randn(3, 2, shape[1]), torch.tensor([[3, 0], [shape[0] - 1, 3]])
-    torch.testing.assert_close(found.rows(ids), whole[ids])
-    torch.testing.assert_close(found.product(x), x @ whole.T, rtol=1e-5, atol=1e-5 * float((x @ whole.T).abs().max()))
-    planes = sum(part.nbytes for name, part in found.named_buffers() if name.startswith("planes"))
+    torch.testing.assert_close(weight.rows(ids), whole[ids])
+    torch.testing.assert_close(weight.product(x), x @ whole.T, rtol=1e-5, atol=1e-5 * float((x @ whole.T).abs().max()))
+    planes = sum(part.nbytes for name, part in weight.named_buffers() if name.startswith("planes"))
     assert planes == matrix.tiles.payload.nbytes
 
 
@@ -103,9 +103,9 @@ def test_product_with_matmulnbits_matches_floats(runtime: Any) -> None:
         assert program is not None and "MatMulNBits" in {node.op_type for node in program.model.graph}
         x = torch.randn(2, 96)
         session = runtime.InferenceSession(program.model_proto.SerializeToString())
-        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         expected = x @ matrix.dequantize().T + product.bias
-        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(y), expected, rtol=1e-4, atol=1e-4)
 
 
 def lattice_up_to(weight: Tensor, limit: int) -> LatticeTensor:
@@ -125,20 +125,20 @@ def of_form(form: str, shape: tuple[int, int], drawn: Drawn) -> PackedMatrix:
     return PackedMatrix(lattice_up_to(weight, limits[form]) if form in limits else drawn[form](weight), False)
 
 
-def matrix_of(found: qdq.Digits) -> Tensor:
+def matrix_of(digits: qdq.Digits) -> Tensor:
     """What DequantizeLinear and the operators after it make of the digits, one weight at a time, in float64."""
-    rows, columns = found.digits0.shape
+    rows, columns = digits.digits0.shape
     whole = np.zeros((rows, columns))
     for row in range(rows):
         for column in range(columns):
-            group = column * found.scale.shape[1] // columns
-            code = float(found.offset[row, group]) if hasattr(found, "offset") else 0.0
-            for number in range(found.count):
-                places = [place for place, of in enumerate(getattr(found, f"chosen{number}").tolist()) if of == column]
-                digit = sum(float(getattr(found, f"digits{number}")[row, place]) for place in places)
-                code += digit * 2.0 ** (found.bits * number)
-            side = float(found.column_scale[column]) if hasattr(found, "column_scale") else 1.0
-            whole[row, column] = float(found.scale[row, group]) * side * code
+            group = column * digits.scale.shape[1] // columns
+            code = float(digits.offset[row, group]) if hasattr(digits, "offset") else 0.0
+            for number in range(digits.count):
+                places = [place for place, of in enumerate(getattr(digits, f"chosen{number}").tolist()) if of == column]
+                digit = sum(float(getattr(digits, f"digits{number}")[row, place]) for place in places)
+                code += digit * 2.0 ** (digits.bits * number)
+            side = float(digits.column_scale[column]) if hasattr(digits, "column_scale") else 1.0
+            whole[row, column] = float(digits.scale[row, group]) * side * code
     return torch.from_numpy(whole)
 
 
@@ -150,17 +150,17 @@ FORMS = [("grid", (37, 128)), ("lattice", (20, 64)), ("narrow", (5, 96)), ("wide
 )
 def test_digits_reproduce_codes(form: str, shape: tuple[int, int], drawn: Drawn) -> None:
     matrix = of_form(form, shape, drawn)
-    found = qdq.Digits(matrix, "float32")
-    torch.testing.assert_close(matrix_of(found).float(), matrix.dequantize())
-    assert found.bits == (8 if form in ("wide", "lattice") else 4) and (found.scale > 0).all()
-    parts = [getattr(found, f"digits{number}") for number in range(found.count)]
-    assert all(-(1 << found.bits - 1) <= int(part.min()) <= int(part.max()) < 1 << found.bits - 1 for part in parts)
+    digits = qdq.Digits(matrix, "float32")
+    torch.testing.assert_close(matrix_of(digits).float(), matrix.dequantize())
+    assert digits.bits == (8 if form in ("wide", "lattice") else 4) and (digits.scale > 0).all()
+    parts = [getattr(digits, f"digits{number}") for number in range(digits.count)]
+    assert all(-(1 << digits.bits - 1) <= int(part.min()) <= int(part.max()) < 1 << digits.bits - 1 for part in parts)
     columns = [part.shape[1] for part in parts]
     if form in ("narrow", "wide"):
         assert columns == [shape[1], 64 if form == "narrow" else 1]  # INT4 stands in whole blocks
     if form.startswith("uniform"):
         assert columns == [shape[1]] * (2 if form == "uniform8" else 1)
-        assert hasattr(found, "offset") == (form in ("uniform4", "uniform8"))
+        assert hasattr(digits, "offset") == (form in ("uniform4", "uniform8"))
 
 
 class Both(torch.nn.Module):
@@ -187,7 +187,7 @@ def test_digits_in_onnxruntime_match_floats(
     program.save(tmp_path / "both.onnx", external_data=False)
     read(tmp_path / "both.onnx")
     session = runtime.InferenceSession(str(tmp_path / "both.onnx"))
-    names = [given.name for given in session.get_inputs()]
+    names = [node.name for node in session.get_inputs()]
     product, rows = session.run(None, dict(zip(names, (x.numpy(), ids.numpy()), strict=True)))
     whole = matrix.dequantize()
     largest = float((x @ whole.T).abs().max())
@@ -204,12 +204,12 @@ def read(path: pathlib.Path) -> Any:
 
 def test_export_onnx_uses_matmulnbits(model: Any, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any) -> None:
     out = tmp_path / "model.onnx"
-    found = export.export(at(model, 4), "onnx", out, tokens, "float32")
-    assert found["parity"] < 1e-4 and found["bytes_file"] == out.stat().st_size
+    metrics = export.export(at(model, 4), "onnx", out, tokens, "float32")
+    assert metrics["parity"] < 1e-4 and metrics["bytes_file"] == out.stat().st_size
     written = read(out)
     products = [node for node in written.graph.node if node.op_type == "MatMulNBits"]
-    assert len(products) == 4 + 1 and found["matrices_unpacked_when_run"] == 0
-    assert found["matrices_matmulnbits"] == 4 + 2  # with the positions; the tied head's is the embedding's
+    assert len(products) == 4 + 1 and metrics["matrices_unpacked_when_run"] == 0
+    assert metrics["matrices_matmulnbits"] == 4 + 2  # with the positions; the tied head's is the embedding's
     codes = {node.input[1] for node in products}
     stored = {part.name: part for part in written.graph.initializer}
     head = next(part for name, part in stored.items() if name in codes and part.dims[0] == 512)
@@ -235,14 +235,14 @@ def standard(written: Any) -> bool:
 def test_export_onnx_qdq_stores_three_bits_in_int4(
     model: Any, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any
 ) -> None:
-    own, out = at(model, 3), tmp_path / "model.onnx"
-    found = export.export(own, "onnx-qdq", out, tokens, "float32")
-    assert found["parity"] < 1e-5 and found["matrices_int4"] == 4 + 2 and found["matrices_int8"] == 0
+    small, out = at(model, 3), tmp_path / "model.onnx"
+    metrics = export.export(small, "onnx-qdq", out, tokens, "float32")
+    assert metrics["parity"] < 1e-5 and metrics["matrices_int4"] == 4 + 2 and metrics["matrices_int8"] == 0
     written = read(out)
     assert standard(written)
     weights = sum(layer.weight.numel() for layer in find_layers(model))
     assert bytes_of(written, "INT4") == weights / 2 and not bytes_of(written, "INT8")
-    own.save_pretrained(tmp_path / "packed")
+    small.save_pretrained(tmp_path / "packed")
     assert out.stat().st_size > (tmp_path / "packed" / WEIGHTS).stat().st_size
 
 
@@ -258,18 +258,18 @@ def test_export_in_16_bits_stores_rounded_tensors(
 ) -> None:
     """The file holds the rounded numbers, a tied head's once, and computes with them in float32: what it loses is their
     rounding alone."""
-    own, out = at(model, 4, exclude=("transformer.wte",)), tmp_path / f"model{export.TARGETS[target]}"
+    small, out = at(model, 4, exclude=("transformer.wte",)), tmp_path / f"model{export.TARGETS[target]}"
     generator = torch.Generator().manual_seed(0)
-    for part in own.parameters():  # as after training: no two of them equal, none made of 16 bits
+    for part in small.parameters():  # as after training: no two of them equal, none made of 16 bits
         part.data += 0.01 * torch.randn(part.shape, generator=generator)
-    found = export.export(own, target, out, tokens, "float32", dtype)
-    assert found["parity_rounded"] < 1e-5 < found["parity"] < {"float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    metrics = export.export(small, target, out, tokens, "float32", dtype)
+    assert metrics["parity_rounded"] < 1e-5 < metrics["parity"] < {"float16": 2e-3, "bfloat16": 2e-2}[dtype]
     if target == "torch-export":
         assert {part.dtype for part in torch.export.load(out).parameters()} == {export.DTYPES[dtype]}
     else:
-        names = {f"model.{name}" for name, _ in own.named_parameters(remove_duplicate=False)}
+        names = {f"model.{name}" for name, _ in small.named_parameters(remove_duplicate=False)}
         stored = [part for part in read(out).graph.initializer if part.name in names]
-        assert sum(len(part.raw_data) for part in stored) == 2 * sum(part.numel() for part in own.parameters())
+        assert sum(len(part.raw_data) for part in stored) == 2 * sum(part.numel() for part in small.parameters())
 
 
 @pytest.mark.slow
@@ -281,8 +281,8 @@ def test_export_onnx_qdq_of_default_model_is_between_sizes(tmp_path: pathlib.Pat
     text = corpus.StdlibDocs().text("test")
     tokens = corpus.cut_windows(text, loaded.tokenizer, export.PROMPT + export.DECODED, "test")[:1]
     out = tmp_path / "model.onnx"
-    found = export.export(small, "onnx-qdq", out, tokens, "float32")
-    assert found["parity"] < 1e-4 and found["matrices_int4"] + found["matrices_int8"] == 18
+    metrics = export.export(small, "onnx-qdq", out, tokens, "float32")
+    assert metrics["parity"] < 1e-4 and metrics["matrices_int4"] + metrics["matrices_int8"] == 18
     written = read(out)
     assert standard(written)
     weights = sum(layer.weight.numel() for layer in find_layers(loaded.model))
@@ -297,23 +297,23 @@ def test_export_onnx_qdq_in_tensorrt_matches_model(
 ) -> None:
     if "TensorrtExecutionProvider" not in runtime.get_available_providers():
         pytest.skip("this onnxruntime has no TensorRT")
-    own, out = at(model, 4, 64), tmp_path / "model.onnx"
-    export.export(own, "onnx-qdq", out, tokens, "float32")
+    small, out = at(model, 4, 64), tmp_path / "model.onnx"
+    export.export(small, "onnx-qdq", out, tokens, "float32")
     run = export.load_onnx(out, ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"])
-    assert export.compare_logits(own, run, tokens) < 1e-2  # products there may round to ten bits
+    assert export.compare_logits(small, run, tokens) < 1e-2  # products there may round to ten bits
 
 
 @pytest.mark.slow
 def test_export_onnx_of_lattice_serves_batches(
     random_model: Callable[[str], Any], packed: Packed, tokens: Tensor, tmp_path: pathlib.Path, runtime: Any
 ) -> None:
-    own, out = mixed(random_model("llama_tied"), packed, "lattice"), tmp_path / "model.onnx"
-    found = export.export(own, "onnx", out, tokens, "float32")
-    assert found["parity"] < 1e-4 and found["matrices_matmulnbits"] == 0 < found["matrices_unpacked_when_run"]
+    small, out = mixed(random_model("llama_tied"), packed, "lattice"), tmp_path / "model.onnx"
+    metrics = export.export(small, "onnx", out, tokens, "float32")
+    assert metrics["parity"] < 1e-4 and metrics["matrices_matmulnbits"] == 0 < metrics["matrices_unpacked_when_run"]
     read(out)
-    ids, empty = tokens.view(3, -1), [part.expand(3, -1, -1, -1).contiguous() for part in export.empty_cache(own)]
+    ids, empty = tokens.view(3, -1), [part.expand(3, -1, -1, -1).contiguous() for part in export.empty_cache(small)]
     logits, cache = export.load_onnx(out)(ids, empty)
-    torch.testing.assert_close(logits, own(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits, small(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
     assert {part.shape[2] for part in cache} == {ids.shape[1]}
 
 
@@ -321,12 +321,12 @@ def test_export_onnx_of_lattice_serves_batches(
 def test_export_torch_program_computes_on_tiles(
     activations: str, model: Any, packed: Packed, tokens: Tensor, tmp_path: pathlib.Path
 ) -> None:
-    own, out = mixed(model, packed, "groups"), tmp_path / "model.pt2"
-    found = export.export(own, "torch-export", out, tokens, activations)
-    assert found["parity"] < 1e-6
+    small, out = mixed(model, packed, "groups"), tmp_path / "model.pt2"
+    metrics = export.export(small, "torch-export", out, tokens, activations)
+    assert metrics["parity"] < 1e-6
     program = torch.export.load(out)
     assert sum("nashswarm.matmul" in str(node.target) for node in program.graph.nodes) == 4 + 1
-    logits, _ = program.module()(tokens[:, :9], export.empty_cache(own))
+    logits, _ = program.module()(tokens[:, :9], export.empty_cache(small))
     assert logits.shape == (1, 9, 512)
 
 
@@ -334,17 +334,17 @@ def test_export_torch_program_computes_on_tiles(
 def test_export_with_different_logits_leaves_no_file(
     model: Any, tokens: Tensor, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = at(model, 4)
-    whole = portable.for_torch
+    small = at(model, 4)
+    original = portable.for_torch
 
     def damaged(matrix: PackedMatrix, activations: str) -> portable.Native:
-        found = whole(matrix, activations)
-        found.scale = found.scale * 1.01
-        return found
+        weight = original(matrix, activations)
+        weight.scale = weight.scale * 1.01
+        return weight
 
     monkeypatch.setattr(export, "for_torch", damaged)
     with pytest.raises(ValueError, match="logits differ by"):
-        export.export(own, "torch-export", tmp_path / "model.pt2", tokens, "float32")
+        export.export(small, "torch-export", tmp_path / "model.pt2", tokens, "float32")
     assert not list(tmp_path.iterdir())
 
 
@@ -379,6 +379,6 @@ def test_export_command_writes_file(
     out = tmp_path / "model.pt2"
     words = ["export", str(tmp_path / "made"), "--to", "torch-export", "--out", str(out), "--dtype", "float16"]
     assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["bytes_file"] == out.stat().st_size and found["parity"] < 1e-6
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["bytes_file"] == out.stat().st_size and metrics["parity"] < 1e-6
     assert main(words) == 2 and "exists" in capsys.readouterr().err

@@ -148,8 +148,8 @@ def test_server_with_limit_answers_texts_that_fit(
     monkeypatch.setattr(memory, "pin", lambda address, size: pinned.append(size))
     limit = 1e-6 * (BASE + 12 * TOKEN + 200)  # between the needs of 12 and of 13
     app = inference._build_app(folder, "small", 1, server.Limits(), limit, True)
-    told = capsys.readouterr().err
-    assert f"{sum(pinned):,} bytes of weights are pinned" in told and "texts of up to 12 tokens are answered" in told
+    log = capsys.readouterr().err
+    assert f"{sum(pinned):,} bytes of weights are pinned" in log and "texts of up to 12 tokens are answered" in log
     with server.serve_in_thread(app) as url:
         for tokens, status in ((9, 200), (10, 400)):
             body = {"prompt": [1, 2, 3], "max_tokens": tokens}

@@ -32,44 +32,44 @@ def system(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_read_machine_reads_caches_of_system(system: pathlib.Path) -> None:
-    found = read_machine(system, system / "cpuinfo")
-    assert found.caches == {1: 48 << 10, 2: 3 << 20, 3: 9 << 20} and found.sharers == {1: 1, 2: 2, 3: 5}
-    assert found.instructions == ("avx2", "avx512_vnni") and found.assumed == ()
-    assert found.cores == len(os.sched_getaffinity(0))
-    assert [found.level(size) for size in (48 << 10, 49 << 10, 9 << 20, 10 << 20)] == ["L1", "L2", "L3", "memory"]
-    assert str(found).startswith("Slow One: ") and "L3 9 MiB for 5 processors; avx2 avx512_vnni" in str(found)
+    machine = read_machine(system, system / "cpuinfo")
+    assert machine.caches == {1: 48 << 10, 2: 3 << 20, 3: 9 << 20} and machine.sharers == {1: 1, 2: 2, 3: 5}
+    assert machine.instructions == ("avx2", "avx512_vnni") and machine.assumed == ()
+    assert machine.cores == len(os.sched_getaffinity(0))
+    assert [machine.level(size) for size in (48 << 10, 49 << 10, 9 << 20, 10 << 20)] == ["L1", "L2", "L3", "memory"]
+    assert str(machine).startswith("Slow One: ") and "L3 9 MiB for 5 processors; avx2 avx512_vnni" in str(machine)
 
 
 def test_read_machine_without_system_assumes_and_warns(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        found = read_machine(tmp_path, tmp_path / "cpuinfo")
-    assert found.caches == ASSUMED and found.assumed == (1, 2, 3) and found.instructions == ()
-    assert "assumed L1 32 KiB, L2 1 MiB, L3 8 MiB" in caplog.text and "L2 1 MiB (assumed)" in str(found)
+        machine = read_machine(tmp_path, tmp_path / "cpuinfo")
+    assert machine.caches == ASSUMED and machine.assumed == (1, 2, 3) and machine.instructions == ()
+    assert "assumed L1 32 KiB, L2 1 MiB, L3 8 MiB" in caplog.text and "L2 1 MiB (assumed)" in str(machine)
 
 
 def test_read_machine_without_third_level_assumes_nothing(system: pathlib.Path) -> None:
     for entry in (next(system.glob("cpu*/cache")) / "index3").iterdir():
         entry.unlink()
-    found = read_machine(system, system / "cpuinfo")
-    assert sorted(found.caches) == [1, 2] and found.assumed == () and found.level(4 << 20) == "memory"
+    machine = read_machine(system, system / "cpuinfo")
+    assert sorted(machine.caches) == [1, 2] and machine.assumed == () and machine.level(4 << 20) == "memory"
 
 
 def test_time_layers_times_every_linear(tiny: Any) -> None:
     tokens = torch.arange(8)[None]
     named = [name for name, module in tiny.named_modules() if isinstance(module, nn.Linear)]
-    found, whole = profile.time_layers(tiny, tokens, 4, no_track)
-    assert [layer.name for layer in found] == named == ["lm_head"]
-    assert found[0].size == tiny.lm_head.weight.nbytes and found[0].kind == "float32"
-    assert 0 < found[0].seconds < whole
-    assert found[0].bandwidth == found[0].size / found[0].seconds
+    times, step_seconds = profile.time_layers(tiny, tokens, 4, no_track)
+    assert [layer.name for layer in times] == named == ["lm_head"]
+    assert times[0].size == tiny.lm_head.weight.nbytes and times[0].kind == "float32"
+    assert 0 < times[0].seconds < step_seconds
+    assert times[0].bandwidth == times[0].size / times[0].seconds
     assert not tiny.lm_head._forward_hooks and not tiny.lm_head._forward_pre_hooks
 
 
 def test_time_batches_times_every_batch(tiny: Any) -> None:
-    found = profile.time_batches(tiny, torch.arange(8)[None], (1, 3), 2, no_track)
-    assert [point.batch for point in found] == [1, 3] and all(point.seconds > 0 for point in found)
+    times = profile.time_batches(tiny, torch.arange(8)[None], (1, 3), 2, no_track)
+    assert [point.batch for point in times] == [1, 3] and all(point.seconds > 0 for point in times)
 
 
 def points(*seconds: float) -> list[profile.BatchTime]:
@@ -100,8 +100,8 @@ def test_read_bandwidth_is_plausible() -> None:
 def test_profile_command_prints_tables(
     model: Any, tokenizer: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = find_layers(model)
-    checkpoint.adopt(model, found, {layer.name: pack(quantize(layer.weight, 3, Scheme(32))) for layer in found})
+    layers = find_layers(model)
+    checkpoint.adopt(model, layers, {layer.name: pack(quantize(layer.weight, 3, Scheme(32))) for layer in layers})
     model.save_pretrained(tmp_path)
     words = ["profile", str(tmp_path), "--steps", "2", "--largest-batch", "2", "--threads", "1"]
     assert main(words) == 0

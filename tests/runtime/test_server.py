@@ -85,11 +85,11 @@ def two_at_once(client: Any) -> Iterator[list[concurrent.futures.Future[Any]]]:
 
 def greedy(model: Any, ids: list[int], count: int) -> list[int]:
     """The slow way: without a cache."""
-    found = list(ids)
+    tokens = list(ids)
     with torch.no_grad():
         for _ in range(count):
-            found.append(int(model(input_ids=torch.tensor([found])).logits[0, -1].argmax()))
-    return found[len(ids) :]
+            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(ids) :]
 
 
 def test_completions_in_parallel_match_greedy_loop(
@@ -98,10 +98,10 @@ def test_completions_in_parallel_match_greedy_loop(
     client = start()
     prompts = [window[: 4 + number].tolist() for number, window in enumerate(token_windows)] * 3
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda prompt: ask(client, prompt=prompt, max_tokens=6), prompts))
-    for prompt, answer in zip(prompts, found, strict=True):
-        assert answer.status_code == 200
-        body, expected = answer.json(), greedy(tiny, prompt, 6)
+        responses = list(pool.map(lambda prompt: ask(client, prompt=prompt, max_tokens=6), prompts))
+    for prompt, response in zip(prompts, responses, strict=True):
+        assert response.status_code == 200
+        body, expected = response.json(), greedy(tiny, prompt, 6)
         if 0 in expected:  # the end of a text
             expected = expected[: expected.index(0) + 1]
         assert body["choices"][0]["text"] == tokenizer.decode(expected, skip_special_tokens=True)
@@ -110,16 +110,16 @@ def test_completions_in_parallel_match_greedy_loop(
             "completion_tokens": len(expected),
             "total_tokens": len(prompt) + len(expected),
         }
-    assert len({answer.json()["id"] for answer in found}) == len(found)
+    assert len({response.json()["id"] for response in responses}) == len(responses)
 
 
 def test_completions_with_seed_are_reproducible(start: Start, tokenizer: Any) -> None:
     client = start()
-    drawn = [ask(client, prompt="the quiet flock", temperature=1.5, seed=seed, max_tokens=12) for seed in (1, 1, 2)]
-    texts = [answer.json()["choices"][0]["text"] for answer in drawn]
+    responses = [ask(client, prompt="the quiet flock", temperature=1.5, seed=seed, max_tokens=12) for seed in (1, 1, 2)]
+    texts = [response.json()["choices"][0]["text"] for response in responses]
     assert texts[0] == texts[1] != texts[2]
-    assert drawn[0].json()["usage"]["prompt_tokens"] == len(tokenizer("the quiet flock")["input_ids"])
-    assert drawn[0].json()["choices"][0]["finish_reason"] in ("length", "stop")
+    assert responses[0].json()["usage"]["prompt_tokens"] == len(tokenizer("the quiet flock")["input_ids"])
+    assert responses[0].json()["choices"][0]["finish_reason"] in ("length", "stop")
     assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
 
 
@@ -141,9 +141,9 @@ def test_completions_with_seed_are_reproducible(start: Start, tokenizer: Any) ->
 )
 def test_completions_malformed_or_too_long_refused(start: Start, changed: Any, status: int, reason: str) -> None:
     client = start(body=2000)
-    answer = ask(client, **changed)
-    assert answer.status_code == status and reason in answer.json()["error"]["message"]
-    assert answer.json()["error"]["type"] == "invalid_request_error"
+    response = ask(client, **changed)
+    assert response.status_code == status and reason in response.json()["error"]["message"]
+    assert response.json()["error"]["type"] == "invalid_request_error"
     assert ask(client).status_code == 200
 
 
@@ -211,9 +211,9 @@ def test_app_after_shutdown_releases_model(tiny: Any, tokenizer: Any) -> None:
 @pytest.mark.parametrize("rate", [None, 200.0])
 def test_send_requests_to_server_all_succeed(start: Start, rate: float | None, token_windows: Tensor) -> None:
     url = str(start().base_url)
-    found, seconds = load.send_requests(url, token_windows[:, :8].tolist(), 3, 9, 3, rate)
-    assert len(found) == 9 and {answer.status for answer in found} == {200}
-    metrics = load.summarise(found, seconds)
+    responses, seconds = load.send_requests(url, token_windows[:, :8].tolist(), 3, 9, 3, rate)
+    assert len(responses) == 9 and {response.status for response in responses} == {200}
+    metrics = load.summarise(responses, seconds)
     assert metrics["error_rate"] == metrics["shed_rate"] == 0 < metrics["tokens_per_second"]
     assert 0 < metrics["latency_p50_ms"] <= metrics["latency_p95_ms"] <= metrics["latency_p99_ms"] < 1000 * seconds
 
@@ -236,27 +236,27 @@ def test_send_requests_open_loop_counts_from_due_time(monkeypatch: pytest.Monkey
             return httpx.Response(200, json={"usage": {"completion_tokens": 2}})
 
     monkeypatch.setattr(load.httpx, "Client", Slow)
-    found, _ = load.send_requests("http://nowhere", [[1]], 2, 10, 1, rate=1e6)
-    assert [answer.seconds >= 0.05 * (number + 1) - 1e-3 for number, answer in enumerate(found)] == [True] * 10
+    responses, _ = load.send_requests("http://nowhere", [[1]], 2, 10, 1, rate=1e6)
+    assert [response.seconds >= 0.05 * (number + 1) - 1e-3 for number, response in enumerate(responses)] == [True] * 10
     closed, _ = load.send_requests("http://nowhere", [[1]], 2, 3, 1)
-    assert all(0.05 <= answer.seconds < 0.15 for answer in closed)
+    assert all(0.05 <= response.seconds < 0.15 for response in closed)
 
 
 def test_summarise_counts_shed_and_failed_apart() -> None:
-    found = [
+    responses = [
         load.Response(0.1, 200, 4),
         load.Response(0.01, 429, 0),
         load.Response(0.01, 500, 0),
         load.Response(9.0, 0, 0),
     ]
-    metrics = load.summarise(found, 2.0)
+    metrics = load.summarise(responses, 2.0)
     assert (metrics["shed_rate"], metrics["error_rate"], metrics["tokens_per_second"]) == (0.25, 0.5, 2.0)
     assert metrics["latency_p99_ms"] == pytest.approx(100)
 
 
 def test_send_requests_without_server_all_fail() -> None:
-    found, seconds = load.send_requests("http://127.0.0.1:9", [[1]], 2, 2, 1)
-    assert {answer.status for answer in found} == {load.UNANSWERED} and load.summarise(found, seconds)[
+    responses, seconds = load.send_requests("http://127.0.0.1:9", [[1]], 2, 2, 1)
+    assert {response.status for response in responses} == {load.UNANSWERED} and load.summarise(responses, seconds)[
         "error_rate"
     ] == 1
 
@@ -264,8 +264,8 @@ def test_send_requests_without_server_all_fail() -> None:
 def test_openai_client_completes(start: Start) -> None:
     openai = pytest.importorskip("openai", reason="not installed")
     client = openai.OpenAI(base_url=f"{start().base_url}v1", api_key="none", max_retries=0)
-    answer = client.completions.create(model="tiny", prompt="the quiet flock", max_tokens=3)
-    assert answer.object == "text_completion" and 1 <= answer.usage.completion_tokens <= 3
+    completion = client.completions.create(model="tiny", prompt="the quiet flock", max_tokens=3)
+    assert completion.object == "text_completion" and 1 <= completion.usage.completion_tokens <= 3
     assert [model.id for model in client.models.list()] == ["tiny"]
     with pytest.raises(openai.BadRequestError, match="best_of"):
         client.completions.create(model="tiny", prompt="the", best_of=2)
@@ -295,16 +295,16 @@ def served(model: Any, tokenizer: Any, tmp_path: pathlib.Path) -> Iterator[tuple
 
 
 def workers(parent: int) -> list[int]:
-    found = []
+    processes = []
     for status in pathlib.Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = status.read_text().rsplit(")", 1)[1].split()
             if int(fields[1]) == parent and b"spawn_main" in (status.parent / "cmdline").read_bytes():
-                found.append(int(status.parent.name))
-    return found
+                processes.append(int(status.parent.name))
+    return processes
 
 
-def answer(client: Any) -> Any:
+def ask_until_up(client: Any) -> Any:
     """Of a server that may be starting: whom the listening socket holds is answered in time."""
     for _ in range(240):
         with contextlib.suppress(httpx.HTTPError):
@@ -331,10 +331,10 @@ def test_supervisor_worker_death_ends_wait(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are looked up in /proc")
 def test_serve_command_restarts_killed_worker(served: tuple[Any, int]) -> None:
     client, parent = served
-    before = answer(client)
+    before = ask_until_up(client)
     assert before.status_code == 200
     (killed,) = workers(parent)
     os.kill(killed, signal.SIGKILL)
-    after = answer(client)
+    after = ask_until_up(client)
     assert after.status_code == 200 and after.json()["choices"] == before.json()["choices"]
     assert killed not in workers(parent) and len(workers(parent)) == 1
