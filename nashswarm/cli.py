@@ -19,7 +19,7 @@ from nashswarm.experiment.certify import LIMIT, certify
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.measures.contestants import CONTESTANTS
 from nashswarm.measures.size import Size
-from nashswarm.methods.streaming.compress import ByLayer
+from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.models import shapes, sources
 from nashswarm.packed import model_folder
 from nashswarm.records.record import Record

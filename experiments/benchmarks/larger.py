@@ -125,7 +125,7 @@ def write(folder: pathlib.Path) -> None:
             size = 2 * part.numel()
         files[-1][name] = part.shape
     generator = torch.Generator().manual_seed(0)
-    for path, own in zip(shards.names(files), files, strict=True):
+    for path, own in zip(shards.file_names(len(files)), files, strict=True):
         tensors = {
             name: (torch.randn(shape, generator=generator) * config.initializer_range).bfloat16()
             if len(shape) == 2
@@ -133,7 +133,7 @@ def write(folder: pathlib.Path) -> None:
             for name, shape in own.items()
         }
         safetensors.torch.save_file(tensors, folder / path, {"format": "pt"})
-    weight_map = {name: path for path, own in zip(shards.names(files), files, strict=True) for name in own}
+    weight_map = {name: path for path, own in zip(shards.file_names(len(files)), files, strict=True) for name in own}
     total = sum(2 * part.numel() for part in expected.values())
     (folder / shards.INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     transformers.AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)

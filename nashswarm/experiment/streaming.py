@@ -10,6 +10,7 @@ import transformers
 
 from nashswarm.data import corpus
 from nashswarm.methods.streaming import compress, forecast, shards
+from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.models import shapes, sources
 from nashswarm.progress import show_progress
 
@@ -18,7 +19,7 @@ def compress_by_layer(
     model: pathlib.Path,
     out: pathlib.Path,
     text: corpus.StdlibDocs | corpus.HubText,
-    settings: compress.ByLayer,
+    settings: ByLayer,
     windows: int,
     length: int | None,
     seed: int,
@@ -44,7 +45,7 @@ def compress_by_layer(
         ) from error
 
 
-def forecast_by_layer(model: str, settings: compress.ByLayer, windows: int, length: int | None) -> dict[str, Any]:
+def forecast_by_layer(model: str, settings: ByLayer, windows: int, length: int | None) -> dict[str, Any]:
     """Forecast bytes, seconds and memory of ``compress_by_layer``.
 
     ``model``: a folder with a config, or a name of ``shapes.LARGE``.  Raises ValueError for anything else.

@@ -10,7 +10,7 @@ import transformers
 
 from nashswarm.methods.nash_swarm.settings import NashSwarm
 from nashswarm.methods.streaming import forecast, shards
-from nashswarm.methods.streaming.compress import ByLayer
+from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.models import shapes, sources
 from nashswarm.records.record import Record
 from nashswarm.reporting import typeset

@@ -1,5 +1,8 @@
-"""What compressing by layer will take: bytes to the last one, from shapes alone; seconds and memory, from the rates at
-which this machine does a small part of it.  Reading the checkpoint from the disk comes on top."""
+"""What compression by layer will take.
+
+Bytes are exact and come from shapes alone; seconds and memory come from the rates at which this machine computes a
+small sample.  The time to read the checkpoint from the disk comes on top.
+"""
 
 import dataclasses
 import time
@@ -9,27 +12,33 @@ from typing import Any
 import torch
 
 from nashswarm import memory
-from nashswarm.methods.streaming.compress import SHARED_INPUTS, ByLayer, descriptions, layout
-from nashswarm.methods.streaming.shards import EMBEDDING, NORM, file_bytes, tensors_of, units
+from nashswarm.methods.streaming.block import SHARED_INPUTS
+from nashswarm.methods.streaming.layout import descriptions, file_bytes, layout
+from nashswarm.methods.streaming.settings import ByLayer
+from nashswarm.methods.streaming.shards import EMBEDDING, NORM, tensors_of, units
 from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import Curvature, inverse_cholesky
 from nashswarm.quant.error_feedback import CHUNK_WEIGHTS
 from nashswarm.quant.grid import quantize
 from nashswarm.quant.pack import pack
 
-SIZE = 1536  # columns of the sample
-ROWS = 1024  # of the sample
-ROUNDS = 3
-REPLY_PRODUCTS = 2.5  # in units of out · in²: two damages, and half a product in the pass
-PIVOTS = 3 * 8  # bytes for every entry of H while it is factored, in double precision
-PIECE = 20 * 4  # bytes for every weight that replies together
-CODES = 6  # bytes for every code of a matrix while it is packed
+SAMPLE_COLUMNS = 1536
+SAMPLE_ROWS = 1024
+REPEATS = 3
+PRODUCTS_PER_WEIGHT = 2.5  # multiply-adds per weight and column of a matrix: two damages and half a product in the pass
+FACTOR_BYTES = 3 * 8  # per entry of H while it is factored in double precision
+CHUNK_BYTES = 20 * 4  # per weight of a chunk of rows that is quantized together
+CODE_BYTES = 6  # per code of a matrix while it is packed
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Seconds of this machine: of a multiply-add in products of 32-bit floats, of factoring H divided by its columns
-    cubed, of a weight's reply beside the products in it, and of a weight's plain rounding; both with packing."""
+    """Seconds that elementary steps take on this machine.
+
+    ``product``: one multiply-add in a product of float32 matrices.  ``factor``: factoring H, divided by its columns
+    cubed.  ``reply``: quantizing one weight, without the products that it takes.  ``rounding``: rounding one weight to
+    nearest.  The last two include packing.
+    """
 
     product: float
     factor: float
@@ -39,8 +48,11 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """``bytes_file``: of the compressed checkpoint, exact.  ``peak_bytes``: the largest resident set, without what is
-    mapped.  ``bytes_states``: of what the windows have become, on the disk while it runs."""
+    """What a run will take.
+
+    ``bytes_file``: of the compressed checkpoint, exact.  ``peak_bytes``: the largest resident set, without mapped
+    files.  ``bytes_states``: of the hidden states, on the disk while the run lasts.
+    """
 
     parameters: int
     bytes_file: int
@@ -51,52 +63,53 @@ class Forecast:
 
 
 def rates(settings: ByLayer) -> Rates:
-    """The rates, from a sample that takes seconds."""
+    """Measure the rates on a sample, which takes seconds."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2 * SIZE, SIZE, generator=generator)
-    weight = torch.randn(ROWS, SIZE, generator=generator)
-    curved = Curvature(torch.ones(ROWS), inputs.T @ inputs / len(inputs), None).damped(settings.damping)
-    assert curved.inputs is not None
-    hessian, factor = curved.inputs, inverse_cholesky(curved.inputs)
-    product = _seconds(lambda: weight @ hessian) / (ROWS * SIZE**2)
+    inputs = torch.randn(2 * SAMPLE_COLUMNS, SAMPLE_COLUMNS, generator=generator)
+    weight = torch.randn(SAMPLE_ROWS, SAMPLE_COLUMNS, generator=generator)
+    curvature = Curvature(torch.ones(SAMPLE_ROWS), inputs.T @ inputs / len(inputs), None).damped(settings.damping)
+    assert curvature.inputs is not None
+    hessian, factor = curvature.inputs, inverse_cholesky(curvature.inputs)
+    product = _seconds(lambda: weight @ hessian) / (SAMPLE_ROWS * SAMPLE_COLUMNS**2)
     bits, scheme = settings.bits, settings.scheme
-    whole = _seconds(lambda: pack(quantize_layer(weight, bits, scheme, curved, settings.sweeps, factor=factor)))
+    quantizing = _seconds(lambda: pack(quantize_layer(weight, bits, scheme, curvature, settings.sweeps, factor=factor)))
     return Rates(
         product=product,
-        factor=_seconds(lambda: inverse_cholesky(hessian)) / SIZE**3,
-        reply=max(whole / (ROWS * SIZE) - REPLY_PRODUCTS * SIZE * product, 0.0),
-        rounding=_seconds(lambda: pack(quantize(weight, bits, scheme))) / (ROWS * SIZE),
+        factor=_seconds(lambda: inverse_cholesky(hessian)) / SAMPLE_COLUMNS**3,
+        reply=max(quantizing / weight.numel() - PRODUCTS_PER_WEIGHT * SAMPLE_COLUMNS * product, 0.0),
+        rounding=_seconds(lambda: pack(quantize(weight, bits, scheme))) / weight.numel(),
     )
 
 
 def forecast(model: Any, settings: ByLayer, windows: int, length: int, rates: Rates) -> Forecast:
-    """Of a model without memory, compressed with so many windows."""
+    """Return the forecast for a model without memory and ``windows`` calibration windows of ``length`` tokens."""
     size = file_bytes_of(model, settings)
     parameters = sum(part.numel() for part in tensors_of(model).values())
-    states = 4 * windows * length * model.config.hidden_size
-    kinds = _kinds(model)
-    count = {kind: sum(unit[0].startswith(kind) for unit in units(model.config)) for kind in kinds}
+    state_bytes = 4 * windows * length * model.config.hidden_size
+    unit_by_kind = _unit_by_kind(model)
+    count = {kind: sum(unit[0].startswith(kind) for unit in units(model.config)) for kind in unit_by_kind}
     seconds = sum(
-        count[kind] * _seconds_of(model, unit, windows * length, length, rates) for kind, unit in kinds.items()
+        count[kind] * _seconds_of(model, unit, windows * length, length, rates) for kind, unit in unit_by_kind.items()
     )
     peak = memory.peak_bytes() + working_bytes(model, windows, length)
-    return Forecast(parameters, size, 8 * size / parameters, 2 * states, seconds, peak)
+    return Forecast(parameters, size, 8 * size / parameters, 2 * state_bytes, seconds, peak)
 
 
 def file_bytes_of(model: Any, settings: ByLayer) -> int:
-    """Of the compressed checkpoint, exact, from shapes alone."""
+    """Return the bytes of the compressed checkpoint, exact, from shapes alone."""
     files = layout(model, settings)
-    return sum(map(file_bytes, files)) + sum(map(len, descriptions(model.config, files, "00000000").values()))
+    described = descriptions(model.config, files, checksum="00000000")
+    return sum(map(file_bytes, files.values())) + sum(map(len, described.values()))
 
 
 def working_bytes(model: Any, windows: int, length: int) -> int:
-    """Memory beside what the process has anyway, from shapes alone."""
-    states = 4 * windows * length * model.config.hidden_size
-    return max(_memory_of(model, unit, states) for unit in _kinds(model).values())
+    """Return the bytes of memory that compression adds to those of the process, from shapes alone."""
+    state_bytes = 4 * windows * length * model.config.hidden_size
+    return max(_memory_of(model, unit, state_bytes) for unit in _unit_by_kind(model).values())
 
 
-def _kinds(model: Any) -> dict[str, tuple[str, ...]]:
-    """One unit of every kind: decoder blocks are all alike."""
+def _unit_by_kind(model: Any) -> dict[str, tuple[str, ...]]:
+    """Return one unit of every kind; all decoder blocks are alike."""
     return {unit[0].rstrip("0123456789"): unit for unit in units(model.config)}
 
 
@@ -104,43 +117,43 @@ def _seconds_of(model: Any, unit: Sequence[str], tokens: int, length: int, rates
     if unit[0] == EMBEDDING:
         return rates.rounding * _numel(model, EMBEDDING)
     seconds = 0.0
-    for shared in _groups(unit):
-        columns = _columns(model, shared[0])
+    for group in _groups(unit):
+        columns = _columns(model, group[0])
         seconds += rates.factor * columns**3 + rates.product * tokens * columns**2
-        for name in shared:
-            seconds += (rates.reply + REPLY_PRODUCTS * columns * rates.product) * _numel(model, name)
-            if unit[0] != NORM:  # through the block, before and after
+        for name in group:
+            seconds += (rates.reply + PRODUCTS_PER_WEIGHT * columns * rates.product) * _numel(model, name)
+            if unit[0] != NORM:  # a forward pass through the full block and one through the compressed block
                 seconds += 2 * rates.product * tokens * _numel(model, name)
     if unit[0] != NORM:
         seconds += 2 * rates.product * 2 * tokens * length * model.config.hidden_size
     return seconds
 
 
-def _memory_of(model: Any, unit: Sequence[str], states: int) -> int:
-    """Beside what the process has anyway, in bytes."""
+def _memory_of(model: Any, unit: Sequence[str], state_bytes: int) -> int:
+    """Return the bytes of memory that the unit adds to those of the process."""
     if unit[0] == EMBEDDING:
-        return max(CODES * _numel(model, EMBEDDING), PIECE * CHUNK_WEIGHTS) + states
-    block = 0 if unit[0] == NORM else 4 * sum(_numel(model, name) for shared in _groups(unit) for name in shared)
-    most = 0
+        return max(CODE_BYTES * _numel(model, EMBEDDING), CHUNK_BYTES * CHUNK_WEIGHTS) + state_bytes
     groups = list(_groups(unit))
-    for number, shared in enumerate(groups):
-        columns = _columns(model, shared[0])
+    block = 0 if unit[0] == NORM else 4 * sum(_numel(model, name) for group in groups for name in group)
+    most = 0
+    for number, group in enumerate(groups):
+        columns = _columns(model, group[0])
         moments = 4 * sum(_columns(model, other[0]) ** 2 for other in groups[number:])
-        factoring = (4 + PIVOTS) * columns**2
-        codes = max(_numel(model, name) for name in shared)
-        replying = 4 * columns**2 + PIECE * CHUNK_WEIGHTS + 2 * codes
-        packing = 4 * columns**2 + CODES * codes
-        most = max(most, moments + max(factoring, replying, packing))
-    return block + 3 * states + most
+        codes = max(_numel(model, name) for name in group)
+        factoring = (4 + FACTOR_BYTES) * columns**2
+        quantizing = 4 * columns**2 + CHUNK_BYTES * CHUNK_WEIGHTS + 2 * codes
+        packing = 4 * columns**2 + CODE_BYTES * codes
+        most = max(most, moments + max(factoring, quantizing, packing))
+    return block + 3 * state_bytes + most
 
 
 def _groups(unit: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The matrices of a unit that are compressed with one H."""
+    """Yield the matrices of a unit that are compressed with one H."""
     if unit[0] == NORM:
         yield (unit[1],)
         return
-    for shared in SHARED_INPUTS:
-        yield tuple(f"{unit[0]}.{part}" for part in shared)
+    for group in SHARED_INPUTS:
+        yield tuple(f"{unit[0]}.{part}" for part in group)
 
 
 def _numel(model: Any, name: str) -> int:
@@ -152,10 +165,10 @@ def _columns(model: Any, name: str) -> int:
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """The least of a few."""
-    found = []
-    for _ in range(ROUNDS):
+    """Return the least processor seconds per thread of a few calls."""
+    measured = []
+    for _ in range(REPEATS):
         started = time.process_time()
         call()
-        found.append((time.process_time() - started) / torch.get_num_threads())
-    return min(found)
+        measured.append((time.process_time() - started) / torch.get_num_threads())
+    return min(measured)

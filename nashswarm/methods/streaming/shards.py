@@ -1,4 +1,4 @@
-"""Checkpoints of LLaMA's architecture in many files: looked into without reading a weight, read tensor by tensor."""
+"""LLaMA checkpoints in many files: checked without reading a weight, then read tensor by tensor."""
 
 import dataclasses
 import hashlib
@@ -19,25 +19,25 @@ EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
 
 
 class Shards(Mapping[str, Tensor]):
-    """Tensors in files of safetensors, by name; a file is mapped as long as one of its tensors is in use."""
+    """Tensors of safetensors files by name; a file stays mapped as long as one of its tensors is in use."""
 
-    def __init__(self, places: Mapping[str, pathlib.Path]) -> None:
-        self.places = dict(places)
+    def __init__(self, paths: Mapping[str, pathlib.Path]) -> None:
+        self.paths = dict(paths)
 
     def __getitem__(self, name: str) -> Tensor:
-        with safetensors.safe_open(self.places[name], "pt") as file:
+        with safetensors.safe_open(self.paths[name], "pt") as file:
             return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.paths)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.paths)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint on the disk: its folder, its config, its model without weights, and its tensors."""
+    """A checkpoint on the disk.  ``model``: the model without memory; ``shards``: its tensors, read when asked for."""
 
     folder: pathlib.Path
     config: Any
@@ -45,16 +45,16 @@ class Source:
     shards: Shards
 
     def key(self) -> dict[str, Any]:
-        """What tells whether it is still the same."""
-        files = sorted(set(self.shards.places.values()))
+        """Return what changes when the checkpoint on the disk changes."""
+        files = sorted(set(self.shards.paths.values()))
         sizes = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
         return {"config": hashlib.sha256((self.folder / CONFIG).read_bytes()).hexdigest(), "files": sizes}
 
 
 def skeleton(config: Any) -> Any:
-    """The model of a config, without memory.  Raises ValueError unless it is a LLaMA of plain floats."""
+    """Return the model of a config, without memory.  Raises ValueError unless it is a LLaMA of plain floats."""
     if config.model_type != "llama":
-        raise ValueError(f"compress by layer knows LLaMA's architecture alone, and this is {config.model_type!r}")
+        raise ValueError(f"compress by layer knows only LLaMA's architecture, and this is {config.model_type!r}")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("the checkpoint is quantized already: start from the full model")
     config._attn_implementation = "sdpa"
@@ -63,9 +63,9 @@ def skeleton(config: Any) -> Any:
 
 
 def open_source(folder: pathlib.Path) -> Source:
-    """The checkpoint in ``folder``, every file looked into and no weight read.
+    """Open the checkpoint in ``folder``: the header of every file is checked, and no weight is read.
 
-    Raises ValueError in one sentence for what is not a whole LLaMA checkpoint.
+    Raises ValueError, in one sentence, if the folder is not a complete LLaMA checkpoint.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: compress by layer reads from the disk, so fetch the checkpoint first")
@@ -87,52 +87,43 @@ def open_source(folder: pathlib.Path) -> Source:
     if missing := [path.name for path in paths if not path.is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names; fetch the checkpoint again")
     shapes: dict[str, tuple[int, ...]] = {}
-    places: dict[str, pathlib.Path] = {}
+    path_of: dict[str, pathlib.Path] = {}
     for path in paths:
         try:
             with safetensors.safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  it is no mapping
-                    shapes[name], places[name] = tuple(file.get_slice(name).get_shape()), path
+                for name in file.keys():  # noqa: SIM118  a safetensors file is no mapping
+                    shapes[name], path_of[name] = tuple(file.get_slice(name).get_shape()), path
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from error
     expected = {name: tuple(part.shape) for name, part in tensors_of(model).items()}
     if absent := [name for name in expected if name not in shapes]:
-        raise ValueError(f"the checkpoint in {folder} lacks {len(absent)} of the model's tensors: {some(absent)}")
-    if wrong := [name for name in expected if shapes[name] != expected[name]]:
-        raise ValueError(f"{folder} holds tensors of other shapes than its {CONFIG} says: {some(wrong)}")
-    return Source(folder, config, model, Shards({name: places[name] for name in expected}))
+        raise ValueError(
+            f"the checkpoint in {folder} lacks {len(absent)} of the model's tensors: {first_names(absent)}"
+        )
+    if mismatched := [name for name in expected if shapes[name] != expected[name]]:
+        raise ValueError(f"{folder} holds tensors of other shapes than its {CONFIG} says: {first_names(mismatched)}")
+    return Source(folder, config, model, Shards({name: path_of[name] for name in expected}))
 
 
 def units(config: Any) -> list[tuple[str, ...]]:
-    """The modules that are compressed and stored together, in the order of it; a tied embedding is the head."""
+    """Return the modules that are compressed and stored together, in order; a tied embedding is the head, the last."""
     blocks = [(f"model.layers.{number}",) for number in range(config.num_hidden_layers)]
     if config.tie_word_embeddings:
         return [*blocks, (NORM, EMBEDDING)]
     return [(EMBEDDING,), *blocks, (NORM, HEAD)]
 
 
-def names(files: Sequence[Any]) -> list[str]:
-    """Of the files, as the hub has them."""
-    return [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
-
-
-def file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """The length of a file of safetensors with these tensors."""
-    kinds = {torch.uint8: "U8", torch.float16: "F16"}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, part in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        start, end = end, end + part.nbytes
-        header[name] = {"dtype": kinds[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8 + end
+def file_names(count: int) -> list[str]:
+    """Return the names of ``count`` files of weights, as on the Hugging Face hub."""
+    return [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
-    """What a checkpoint of the model holds: a tied head is the embedding."""
+    """Return the tensors that a checkpoint of the model holds: a tied head is the embedding."""
     tied = model.config.tie_word_embeddings
     return {name: part for name, part in model.state_dict().items() if not (tied and name == f"{HEAD}.weight")}
 
 
-def some(found: Sequence[str], most: int = 8) -> str:
-    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+def first_names(names: Sequence[str], most: int = 8) -> str:
+    """Return the first names and the number of the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

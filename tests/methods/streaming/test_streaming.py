@@ -1,9 +1,10 @@
-"""Compression by layer: what it writes is what a model in memory would have become, wherever it was killed."""
+"""Compression by layer gives the bytes of compression in memory, also after it was killed."""
 
 import copy
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -19,17 +20,16 @@ from torch import Tensor
 
 from nashswarm import memory
 from nashswarm.cli import main
-from nashswarm.methods.streaming import compress, forecast, shards
-from nashswarm.methods.streaming.compress import ByLayer
+from nashswarm.methods.streaming import compress, forecast, layout, shards
+from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.models.shapes import LARGE
 from nashswarm.packed.file_format import decode
 from nashswarm.packed.modules import QuantizedLinear, set_activations
 from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.grid import Scheme, quantize
-from nashswarm.records import files as record
 
-BLOCKS, WIDTH, INNER, VOCABULARY = 4, 64, 128, 512
+BLOCKS, WIDTH, INNER, VOCABULARY = 3, 64, 128, 512
 SETTINGS = ByLayer(bits=3, group_size=64)
 TOO_LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 8}
 
@@ -37,18 +37,18 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 class Killed(BaseException):
-    """Not to be caught by anything that catches errors."""
+    """Stands for a kill signal: no handler of errors catches it."""
 
 
-def a_config(tied: bool = False, **others: Any) -> Any:
+def llama_config(tied: bool = False, **others: Any) -> Any:
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
     tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    own = {"num_key_value_heads": 2, "attention_bias": True, "max_position_embeddings": 64, "initializer_range": 0.1}
-    return transformers.LlamaConfig(**tokens | own | sizes | {"tie_word_embeddings": tied} | others)
+    shape = {"num_key_value_heads": 2, "attention_bias": True, "max_position_embeddings": 64, "initializer_range": 0.1}
+    return transformers.LlamaConfig(**tokens | shape | sizes | {"tie_word_embeddings": tied} | others)
 
 
-def a_folder(folder: pathlib.Path, tokenizer: Any, config: Any) -> pathlib.Path:
-    """A random LLaMA in bfloat16, in many files."""
+def write_llama(folder: pathlib.Path, tokenizer: Any, config: Any) -> pathlib.Path:
+    """Write a random LLaMA in bfloat16, in many files."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
@@ -62,10 +62,9 @@ def a_folder(folder: pathlib.Path, tokenizer: Any, config: Any) -> pathlib.Path:
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def folder(request: pytest.FixtureRequest, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    made = tmp_path_factory.mktemp("large") / "llama"
-    found = a_folder(made, tokenizer, a_config(request.param == "tied"))
-    assert (found / shards.INDEX).is_file() and len(list(found.glob("*.safetensors"))) > 2
-    return found
+    path = write_llama(tmp_path_factory.mktemp("large") / "llama", tokenizer, llama_config(request.param == "tied"))
+    assert (path / shards.INDEX).is_file() and len(list(path.glob("*.safetensors"))) > 2
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -76,37 +75,51 @@ def windows() -> Tensor:
 @pytest.fixture(scope="module")
 def finished(
     folder: pathlib.Path, tokenizer: Any, windows: Tensor, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The compressed model, not to be changed, and what it cost."""
+) -> tuple[pathlib.Path, dict[str, Any], int]:
+    """The compressed model, which tests must not change, its metrics, and how often its run wrote a file."""
     out = tmp_path_factory.mktemp("small") / "llama"
-    return out, compress.compress(shards.open_source(folder), tokenizer, windows, out, SETTINGS)
+    written: list[str] = []
+    write_whole = compress.write_whole
+
+    def write(path: pathlib.Path, content: bytes) -> None:
+        written.append(path.name)
+        write_whole(path, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compress, "write_whole", write)
+        metrics = compress.compress(shards.open_source(folder), tokenizer, windows, out, SETTINGS)
+    return out, metrics, len(written)
 
 
-def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    """The files of the model alone: what is known about the run has times in it."""
-    others = {"nashswarm.json"}
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in others}
+def model_files(folder: pathlib.Path) -> dict[str, bytes]:
+    """Return the files of the model.  The description of the run is left out because it contains times."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "nashswarm.json"}
 
 
 @torch.no_grad()
 def in_memory(folder: pathlib.Path, windows: Tensor, settings: ByLayer, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights the slow way: the whole model, run from its first block for the inputs of every one; the blocks
-    ``before`` it as they were found, so that a code which tips there moves nothing here."""
+    """Return the compressed weights by the slow way: the whole model, run from its first block for every block.
+
+    Weights that are already compressed are taken from ``before``, so that a code that differs in one block by a
+    rounding error changes nothing in the next.
+    """
     model: Any = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tied = model.config.tie_word_embeddings
     embedding = model.model.embed_tokens
     full = embedding.weight.detach().clone()
     scheme = Scheme(settings.group_size, search=True)
-    found = {}
+    weights = {}
     if not tied:
         embedding.weight.copy_(quantize(full, settings.outer_bits, scheme).dequantize())
-        found["model.embed_tokens.weight"] = embedding.weight
+        weights["model.embed_tokens.weight"] = embedding.weight
     blocks = [f"model.layers.{number}." for number in range(BLOCKS)]
     for prefix in [*blocks, "lm_head"]:
         linear = {n: m for n, m in model.named_modules() if n.startswith(prefix) and isinstance(m, torch.nn.Linear)}
         seen: dict[str, list[Tensor]] = {name: [] for name in linear}
         handles = [
-            module.register_forward_hook(lambda _, given, out, own=seen[name]: own.append(given[0].flatten(0, 1)))
+            module.register_forward_pre_hook(
+                lambda _, arguments, inputs=seen[name]: inputs.append(arguments[0].flatten(0, 1))
+            )
             for name, module in linear.items()
         ]
         for window in windows:
@@ -115,13 +128,12 @@ def in_memory(folder: pathlib.Path, windows: Tensor, settings: ByLayer, before: 
             handle.remove()
         for name, module in linear.items():
             products = sum(x.T @ x for x in seen[name]) / sum(map(len, seen[name]))
-            curved = Curvature(torch.ones(module.out_features), products, None)
+            curvature = Curvature(torch.ones(module.out_features), products, None)
             bits = settings.outer_bits if name == "lm_head" else settings.bits
-            answer = quantize_layer(module.weight, bits, scheme, curved, settings.sweeps)
-            kept = "model.embed_tokens.weight" if tied and name == "lm_head" else f"{name}.weight"
-            found[kept] = answer.dequantize()
-            module.weight.copy_(before[kept])  # a tied one is the embedding's too, and read no more
-    return found
+            stored_name = "model.embed_tokens.weight" if tied and name == "lm_head" else f"{name}.weight"
+            weights[stored_name] = quantize_layer(module.weight, bits, scheme, curvature, settings.sweeps).dequantize()
+            module.weight.copy_(before[stored_name])  # a tied head is the embedding too, which is not read again
+    return weights
 
 
 def decoded(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -135,20 +147,20 @@ def decoded(folder: pathlib.Path) -> dict[str, Tensor]:
     }
 
 
-def test_it_is_what_the_whole_model_would_have_become(folder: pathlib.Path, windows: Tensor, finished: Any) -> None:
-    found = decoded(finished[0])
-    expected = in_memory(folder, windows, SETTINGS, found)
-    assert set(expected) == set(found)
-    for name, weight in expected.items():  # sums of products are rounded in another order; codes may tip by a step
-        same = (found[name] - weight).abs() < 1e-6
+def test_compress_equals_compression_in_memory(folder: pathlib.Path, windows: Tensor, finished: Any) -> None:
+    weights = decoded(finished[0])
+    expected = in_memory(folder, windows, SETTINGS, weights)
+    assert set(expected) == set(weights)
+    for name, weight in expected.items():  # sums of products are rounded in another order; a code may differ by a step
+        same = (weights[name] - weight).abs() < 1e-6
         assert same.float().mean() > 0.995, name
-    error = sum((found[name] - weight).square().sum() for name, weight in expected.items())
+    error = sum((weights[name] - weight).square().sum() for name, weight in expected.items())
     plain = safetensors.torch.load_file(next(folder.glob("model-00001*")))
     assert error < 1e-3 * sum(weight.square().sum() for weight in expected.values()) and plain
 
 
-def test_error_feedback_helps(folder: pathlib.Path, windows: Tensor, finished: Any) -> None:
-    """Against plain rounding of the same weights at the same widths, by the outputs of the whole model."""
+def test_compress_outputs_beat_plain_rounding(folder: pathlib.Path, windows: Tensor, finished: Any) -> None:
+    """The outputs of the whole model, against rounding the same weights to nearest at the same widths."""
     full = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rounded, small = copy.deepcopy(full), transformers.LlamaForCausalLM.from_pretrained(finished[0])
     set_activations(small, "float32")
@@ -157,61 +169,60 @@ def test_error_feedback_helps(folder: pathlib.Path, windows: Tensor, finished: A
             if isinstance(module, torch.nn.Linear):
                 bits = SETTINGS.width(name)
                 module.weight.copy_(quantize(module.weight, bits, SETTINGS.scheme).dequantize())
-        answers = [model(input_ids=windows).logits for model in (full, small, rounded)]
-    assert (answers[1] - answers[0]).norm() < (answers[2] - answers[0]).norm()
+        logits = [model(input_ids=windows).logits for model in (full, small, rounded)]
+    assert (logits[1] - logits[0]).norm() < (logits[2] - logits[0]).norm()
 
 
-def test_it_loads_and_generates(folder: pathlib.Path, finished: Any, tmp_path: pathlib.Path) -> None:
-    out, cost = finished
+def test_compressed_folder_loads_and_generates(folder: pathlib.Path, finished: Any, tmp_path: pathlib.Path) -> None:
+    out, metrics, _ = finished
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert len(packed) == 7 * BLOCKS + 1
     prompt = tokenizer("the quiet flock", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] <= prompt["input_ids"].shape[1] + 5
-    model.save_pretrained(tmp_path)  # to the same tensors, in one file
-    again = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    model.save_pretrained(tmp_path)  # writes the same tensors, in one file
+    saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
     files = [safetensors.torch.load_file(path) for path in out.glob("model*.safetensors")]
-    assert set(again) == {name for tensors in files for name in tensors}
-    assert all(torch.equal(again[name], part) for tensors in files for name, part in tensors.items())
-    assert cost["bytes_file"] == sum(
+    assert set(saved) == {name for tensors in files for name in tensors}
+    assert all(torch.equal(saved[name], part) for tensors in files for name, part in tensors.items())
+    assert metrics["bytes_file"] == sum(
         path.stat().st_size for path in out.iterdir() if path.name.startswith(("model", "config"))
     )
-    assert cost["starts"] == 1 and not list(out.parent.glob("*.unfinished")) and not list(out.parent.glob(".*"))
+    assert metrics["starts"] == 1 and not list(out.parent.glob("*.unfinished")) and not list(out.parent.glob(".*"))
 
 
-def test_the_plan_is_exact(folder: pathlib.Path, finished: Any) -> None:
+def test_forecast_bytes_are_exact(folder: pathlib.Path, finished: Any) -> None:
     model = shards.skeleton(transformers.AutoConfig.from_pretrained(folder))
-    found = forecast.forecast(model, SETTINGS, 3, 32, forecast.Rates(1e-11, 1e-10, 1e-7, 1e-7))
-    assert found.bytes_file == finished[1]["bytes_file"] and found.parameters == finished[1]["parameters"]
-    assert found.bits_per_weight_model == finished[1]["bits_per_weight_model"]
-    assert found.seconds > 0 and found.bytes_states == 2 * 4 * 3 * 32 * WIDTH
+    expected = forecast.forecast(model, SETTINGS, 3, 32, forecast.Rates(1e-11, 1e-10, 1e-7, 1e-7))
+    assert expected.bytes_file == finished[1]["bytes_file"] and expected.parameters == finished[1]["parameters"]
+    assert expected.bits_per_weight_model == finished[1]["bits_per_weight_model"]
+    assert expected.seconds > 0 and expected.bytes_states == 2 * 4 * 3 * 32 * WIDTH
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_plans_of_large_models(name: str) -> None:
-    """By hand: a tile of 3 bits stores 3.3 bits a weight, one of 4 bits 4.3."""
+def test_forecast_large_models_equal_sums_by_hand(name: str) -> None:
+    """By hand: a tile of 3 bits stores 3.3 bits per weight, one of 4 bits 4.3."""
     config = transformers.AutoConfig.for_model(**LARGE[name])
-    found = forecast.forecast(shards.skeleton(config), ByLayer(), 4, 2048, forecast.Rates(1e-11, 1e-10, 1e-7, 1e-7))
+    expected = forecast.forecast(shards.skeleton(config), ByLayer(), 4, 2048, forecast.Rates(1e-11, 1e-10, 1e-7, 1e-7))
     outer = 2 * config.vocab_size * config.hidden_size
-    packed = (found.parameters - outer) * 3.296875 / 8 + outer * (4 + 20 / 64) / 8
-    assert found.bytes_file == pytest.approx(packed, rel=1e-3)
+    packed = (expected.parameters - outer) * 3.296875 / 8 + outer * (4 + 20 / 64) / 8
+    assert expected.bytes_file == pytest.approx(packed, rel=1e-3)
     head = config.hidden_size // config.num_attention_heads * (config.num_key_value_heads or 0)
     block = config.hidden_size * (2 * config.hidden_size + 2 * head + 3 * config.intermediate_size)
     statistics = config.intermediate_size**2 * (8 + 3 * 8) + 3 * 4 * config.hidden_size**2
-    states = found.bytes_states // 2
-    assert found.peak_bytes <= memory.peak_bytes() + 2 * 4 * block + statistics + 3 * states
+    states = expected.bytes_states // 2
+    assert expected.peak_bytes <= memory.peak_bytes() + 2 * 4 * block + statistics + 3 * states
 
 
-WRITES = 2 + 3 * (BLOCKS + 2) + 4  # notes, states, files; index, config, card
-
-
-@pytest.mark.parametrize("after", (1, 2, 3, 4, 9, 11, WRITES - 5, WRITES - 1))
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(
-    after: int, folder: pathlib.Path, tokenizer: Any, windows: Tensor, finished: Any, tmp_path: pathlib.Path,
+@pytest.mark.parametrize("position", (1, 2, 3, 4, 11, -3, 0))
+def test_compress_killed_at_any_write_resumes_to_the_same_bytes(
+    position: int, folder: pathlib.Path, tokenizer: Any, windows: Tensor, finished: Any, tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    out, whole, left = tmp_path / "llama", record.write_whole, [after]
+    """Killed at the write number ``position``, counted from the last one if not positive; half a file is left."""
+    out, write_whole = tmp_path / "llama", compress.write_whole
+    left = [position if position > 0 else finished[2] + position]
 
     def write(path: pathlib.Path, content: bytes) -> None:
         left[0] -= 1
@@ -219,62 +230,62 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
             path.parent.mkdir(exist_ok=True)
             path.with_name(f".{path.name}.0123.partial").write_bytes(content[: len(content) // 2])
             raise Killed
-        whole(path, content)
+        write_whole(path, content)
 
-    monkeypatch.setattr(record, "write_whole", write)
+    monkeypatch.setattr(compress, "write_whole", write)
     source = shards.open_source(folder)
-    try:
+    with pytest.raises(Killed):
         compress.compress(source, tokenizer, windows, out, SETTINGS)
-        assert left[0] > 0, "all writes came before the one to be killed at"
-    except Killed:
-        assert not out.exists()
-        found = compress.compress(source, tokenizer, windows, out, SETTINGS)
-        assert found["starts"] == (1 if after == 1 else 2)
-    assert contents(out) == contents(finished[0])
+    assert not out.exists()
+    metrics = compress.compress(source, tokenizer, windows, out, SETTINGS)
+    assert metrics["starts"] == (1 if position == 1 else 2)
+    assert model_files(out) == model_files(finished[0])
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["untied"], indirect=True)
-def test_killed_by_the_system(folder: pathlib.Path, tmp_path: pathlib.Path, text_file: pathlib.Path) -> None:
-    """The command, in a process of its own that is sent SIGKILL while its third block is written, within a limit of
-    memory; then the command again."""
+def test_command_killed_by_the_system_resumes(
+    folder: pathlib.Path, tmp_path: pathlib.Path, text_file: pathlib.Path
+) -> None:
+    """A process with the command is sent SIGKILL while its third file is written; then the command runs again."""
     words = ["compress", str(folder), "--by-layer", "--calibration", str(text_file), "--length", "32", "--windows", "2"]
     program = """
 import os, signal, sys
-from nashswarm import record
 from nashswarm.cli import main
-whole = record.write_whole
+from nashswarm.methods.streaming import compress
+write_whole = compress.write_whole
 def write(path, content):
     if path.name.startswith("model-00003"):
         path.with_name(f".{path.name}.0123.partial").write_bytes(content[:100])
         os.kill(os.getpid(), signal.SIGKILL)
-    whole(path, content)
-record.write_whole = write
+    write_whole(path, content)
+compress.write_whole = write
 sys.exit(main(sys.argv[1:]))
 """
     out, again = tmp_path / "killed", tmp_path / "never"
-    found = subprocess.run([sys.executable, "-c", program, *words, "--out", str(out)], capture_output=True)
-    assert found.returncode == -signal.SIGKILL, found.stderr
+    process = subprocess.run([sys.executable, "-c", program, *words, "--out", str(out)], capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert not out.exists() and len(list((tmp_path / "killed.unfinished").glob("model*"))) == 2
     assert main([*words, "--out", str(out)]) == 0 and main([*words, "--out", str(again)]) == 0
-    assert contents(out) == contents(again)
+    assert model_files(out) == model_files(again)
 
 
-def test_a_finished_run_is_not_run_again(
+def test_compress_finished_run_is_not_repeated(
     folder: pathlib.Path, tokenizer: Any, windows: Tensor, finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(compress, "_compressed")
+    monkeypatch.delattr(compress, "compress_unit")
     assert compress.compress(shards.open_source(folder), tokenizer, windows, finished[0], SETTINGS) == finished[1]
     with pytest.raises(ValueError, match="is not an empty folder"):
         compress.compress(shards.open_source(folder), tokenizer, windows, finished[0], ByLayer(bits=4))
 
 
-def test_another_run_is_not_gone_on_with(
+def test_compress_unfinished_run_with_another_key_raises(
     folder: pathlib.Path, tokenizer: Any, windows: Tensor, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, source = tmp_path / "out", shards.open_source(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(compress, "_compressed", lambda *given: (_ for _ in ()).throw(Killed))
+        patch.setattr(compress, "compress_unit", lambda *arguments: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             compress.compress(source, tokenizer, windows, out, SETTINGS)
     with pytest.raises(ValueError, match="the unfinished run of another settings and another windows"):
@@ -289,7 +300,8 @@ def test_another_run_is_not_gone_on_with(
     assert not list(tmp_path.glob("*third*"))
 
 
-def broken(folder: pathlib.Path, what: str) -> None:
+def damage_checkpoint(folder: pathlib.Path, what: str) -> None:
+    """Damage the checkpoint in ``folder`` in the way ``what``."""
     index = json.loads((folder / shards.INDEX).read_text())
     first = folder / index["weight_map"]["model.norm.weight"]
     config = json.loads((folder / "config.json").read_text())
@@ -323,83 +335,91 @@ def broken(folder: pathlib.Path, what: str) -> None:
         ("absent", "lacks 1 of the model's tensors: model.norm.weight"),
         ("index", "is damaged"),
         ("no index", "holds neither"),
-        ("kind", "knows LLaMA's architecture alone, and this is 'gpt2'"),
+        ("kind", "knows only LLaMA's architecture, and this is 'gpt2'"),
         ("shape", "other shapes than its config.json says: model.layers.0.mlp.gate_proj.weight"),
     ],
 )
-def test_a_broken_checkpoint(
+def test_command_broken_checkpoint_is_one_sentence(
     what: str, words: str, folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = tmp_path / "own"
-    shutil.copytree(folder, own)
-    broken(own, what)
-    assert main(["compress", str(own), "--by-layer", "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    with pytest.raises(ValueError, match=words):
-        raise ValueError(said)
-    assert said.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["own"]
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    damage_checkpoint(copied, what)
+    assert main(["compress", str(copied), "--by-layer", "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert re.search(words, message)
+    assert message.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["copied"]
 
 
-def test_what_does_not_fit() -> None:
+def test_settings_that_do_not_fit_raise() -> None:
     with pytest.raises(ValueError, match="knows 2, 3, 4, 8 bits, not 5"):
         ByLayer(bits=5)
     with pytest.raises(ValueError, match="sweeps=-1"):
         ByLayer(sweeps=-1)
-    narrow = shards.skeleton(a_config(intermediate_size=96))
+    narrow = shards.skeleton(llama_config(intermediate_size=96))
     with pytest.raises(
-        ValueError, match=r"columns of 4 matrices are not divisible by 64: model.layers.0.mlp.down_proj"
+        ValueError, match=rf"columns of {BLOCKS} matrices are not divisible by 64: model.layers.0.mlp.down_proj"
     ):
-        compress.layout(narrow, ByLayer())
+        layout.layout(narrow, ByLayer())
 
 
 @pytest.mark.parametrize("folder", ["tied"], indirect=True)
-def test_the_command(
-    folder: pathlib.Path, text_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+def test_command_plan_compress_and_inspect_agree(
+    folder: pathlib.Path,
+    text_file: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(forecast, "SAMPLE_COLUMNS", 512)
+    monkeypatch.setattr(forecast, "SAMPLE_ROWS", 64)
     words = ["compress", str(folder), "--windows", "2", "--length", "32", "--calibration", str(text_file)]
     assert main([*words, "--plan"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert main([*words, "--by-layer", "--sweeps", "2", "--out", str(tmp_path / "out")]) == 0
-    made = json.loads(capsys.readouterr().out)
-    assert planned["bytes_file"] == made["bytes_file"] and 0 < planned["seconds"] < 60
+    metrics = json.loads(capsys.readouterr().out)
+    assert planned["bytes_file"] == metrics["bytes_file"] and 0 < planned["seconds"] < 60
     assert main(["inspect", str(tmp_path / "out")]) == 0
     table = capsys.readouterr().out
-    assert f"{made['bytes_file']:,} bytes of weights and config" in table and "groups of 64" in table
+    assert f"{metrics['bytes_file']:,} bytes of weights and config" in table and "groups of 64" in table
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"{made['bytes_file']:,}" in card and "certify" not in card
+    assert f"{metrics['bytes_file']:,}" in card and "certify" not in card
     assert main(["certify", str(tmp_path / "out")]) == 2
     assert "was compressed by layer" in capsys.readouterr().err
-    for more, said in (
+    for more, message in (
         (["--by-layer"], "--out"),
         (["--by-layer", "--out", "x", "--method", "uniform"], "knows neither"),
         (["--by-layer", "--out", "x", "--bits", "2.5"], "whole number"),
         (["--sweeps", "2", "--out", "x"], "go with --by-layer"),
     ):
-        assert main([*words, *more]) == 2 and said in capsys.readouterr().err
+        assert main([*words, *more]) == 2 and message in capsys.readouterr().err
     assert main(["compress", "llama2_7b", "--plan"]) == 0
     assert main(["compress", "llama_none", "--plan"]) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is the Linux kernel's")
-def test_memory_is_that_of_two_blocks(
+def test_command_memory_is_bounded_by_two_blocks(
     folder: pathlib.Path, tokenizer: Any, text_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """A process that may have as much memory as a tiny model took, two blocks and the statistics compresses a model of
-    many blocks; loading the whole model there fails."""
-    config = a_config(**TOO_LARGE, attention_bias=False)
-    large = a_folder(tmp_path / "large", tokenizer, config)
+    """A process compresses a model of many blocks in the memory of a tiny model, two blocks and their statistics.
+
+    Loading the whole model in that memory fails.
+    """
+    config = llama_config(**TOO_LARGE, attention_bias=False)
+    large = write_llama(tmp_path / "large", tokenizer, config)
     whole = 4 * sum(part.numel() for part in shards.tensors_of(shards.skeleton(config)).values())
     inner = TOO_LARGE["intermediate_size"]
-    room = 2 * 4 * 512 * (3 * inner + 3 * 512) + (4 + 28) * inner**2 + 2**25  # factored in double precision; and pieces
+    statistics = (4 + 28) * inner**2  # H, and its factors in double precision
+    limit = 2 * 4 * 512 * (3 * inner + 3 * 512) + statistics + 2**25
     program = f"""
 import resource, sys
 from nashswarm.cli import main
 import transformers.models.llama.modeling_llama
 words = "--windows 2 --length 32 --by-layer --calibration {text_file} --out {tmp_path}/".split()
 assert main(["compress", {str(folder)!r}, *words[:-1], words[-1] + sys.argv[2]]) == 0
-own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData:")) * 1024
-limit = own + int(sys.argv[1])
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData:")) * 1024
+limit = used + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 if sys.argv[2] == "whole":
     import torch
@@ -407,9 +427,9 @@ if sys.argv[2] == "whole":
 else:
     sys.exit(main(["compress", {str(large)!r}, *words[:-1], words[-1] + "out"]))
 """
-    ran = {
-        what: subprocess.run([sys.executable, "-c", program, str(room), what], capture_output=True, text=True)
+    processes = {
+        what: subprocess.run([sys.executable, "-c", program, str(limit), what], capture_output=True, text=True)
         for what in ("whole", "parts")
     }
-    assert room < whole and ran["whole"].returncode != 0
-    assert ran["parts"].returncode == 0, ran["parts"].stderr
+    assert limit < whole and processes["whole"].returncode != 0
+    assert processes["parts"].returncode == 0, processes["parts"].stderr
