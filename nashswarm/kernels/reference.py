@@ -1,7 +1,7 @@
 """Reference implementations of all kernels in plain torch: slow, and what the others are tested against.
 
 With int8 activations, a row of x is multiplied by the column scales and split into the groups of the tiles.  In each
-group, with a = max |x| / 127,
+group, with ``a = max |x| / 127``::
 
     q = round(x / a), half away from zero        y = row_scale · (Σ over groups  a Σ scale · (code − zero_point) · q)
 

@@ -10,7 +10,7 @@ stored with their position, and added to the code.
 
 Codes are arranged for 512-bit registers, with one 32-bit lane for each of the 16 rows of a tile.  The four bytes of a
 lane hold four consecutive inputs, which make a position.  A chunk is eight positions, 32 inputs, and takes ``width``
-registers of 64 bytes:
+registers of 64 bytes::
 
     2 bits: positions 4k … 4k+3 at bits 0, 2, 4, 6 of register k
     3 bits: positions 2k, 2k+1 at bits 0, 3 of register k; of position 6 the low two bits are the spare ones of
