@@ -67,10 +67,10 @@ class Study(Sweeper):
             )
             # Seeded by what is known, for a sampler that begins again would repeat its first questions.
             study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
-            for trial in study.get_trials(deepcopy=False, states=[optuna.candidate_model.TrialState.RUNNING]):
-                study.tell(trial.number, state=optuna.candidate_model.TrialState.FAIL)  # its sweep was killed
+            for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # its sweep was killed
                 study.enqueue_trial(trial.params)
-            known = len(study.get_trials(deepcopy=False, states=[optuna.candidate_model.TrialState.COMPLETE]))
+            known = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
             log.info("study %s in %s: %d of %d trials known", name, self.storage, known, self.trials)
             if others := len(optuna.get_all_study_names(storage)) - 1:
                 log.info("other studies in that file, of other settings, threads or code: %d", others)
@@ -80,7 +80,7 @@ class Study(Sweeper):
                 self.launcher.launch(jobs, initial_job_idx=start)
                 for number, trial in enumerate(asked, start):
                     values = objectives(folder / str(number) / "outcome.json", self.minimize)
-                    study.tell(trial, values, state=None if values else optuna.candidate_model.TrialState.FAIL)
+                    study.tell(trial, values, state=None if values else optuna.trial.TrialState.FAIL)
             for trial in sorted(study.best_trials, key=lambda trial: trial.values[-1]):
                 found = zip(self.minimize, trial.values, strict=True)
                 log.info(

@@ -1,5 +1,7 @@
 """What launchers and searches are made of; sweeps on real engines are in test_engines.py."""
 
+import copy
+import functools
 import json
 import logging
 import os
@@ -7,13 +9,12 @@ import pathlib
 import subprocess
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cloudpickle
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -22,22 +23,15 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
 import nashswarm.experiment.plan  # it registers the types of the root config
+from experiments.config import CONF, compose
 from hydra_plugins import launchers, search
 from nashswarm.records import record
 from nashswarm.reporting import frame
 
-CONF = pathlib.Path(__file__).parents[2] / "conf"
-
-
-@pytest.fixture(autouse=True)
-def conf() -> Iterator[None]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-
 
 @pytest.mark.parametrize("name", [path.stem for path in (CONF / "hydra/launcher").glob("*.yaml")])
 def test_a_launcher_is_a_choice_of_the_config(name: str) -> None:
-    config = compose("config", [f"hydra/launcher={name}"], return_hydra_config=True)
+    config = compose(f"hydra/launcher={name}", return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     made = Plugins.instance()._instantiate(config.hydra.launcher)
     assert isinstance(made, Launcher) and isinstance(made, launchers.Engine)
@@ -61,7 +55,7 @@ class Careless(launchers.Engine):
 def careless(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Careless:
     """It works in ``logs`` under ``tmp_path``."""
     words = [f"hydra.sweep.dir={tmp_path}/logs", "hydra.job.num=0"]
-    config = compose("config", words, return_hydra_config=True)
+    config = compose(*words, return_hydra_config=True)
     loader = types.SimpleNamespace(load_sweep_config=lambda config, overrides: config.copy())
     engine = Careless()
     engine.setup(hydra_context=types.SimpleNamespace(config_loader=loader), task_function=print, config=config)
@@ -315,13 +309,15 @@ def test_only_an_interval_is_searched_on_a_logarithmic_scale(words: str) -> None
 
 
 class Composer:
-    """Hydra's composition of a job of experiment=search, some keys of the files changed."""
+    """Hydra's composition of a job of experiment=search, some keys of the files changed; each is composed once."""
+
+    compose = staticmethod(functools.cache(functools.partial(compose, "experiment=search")))
 
     def __init__(self, changed: Mapping[str, Any]) -> None:
         self.changed = changed
 
     def load_sweep_config(self, config: Any, words: list[str]) -> Any:
-        composed = compose("config", ["experiment=search", *words])
+        composed = copy.deepcopy(self.compose(*sorted(words)))
         for key, value in self.changed.items():
             OmegaConf.update(composed, key, value)
         return composed
@@ -358,7 +354,7 @@ def test_a_study_goes_on_only_if_nothing_changed_that_moves_a_number(monkeypatch
 
 
 def test_the_search_composes() -> None:
-    config = compose("config", ["experiment=search"], return_hydra_config=True)
+    config = compose("experiment=search", return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     made = Plugins.instance()._instantiate(config.hydra.sweeper)
     assert isinstance(made, Sweeper) and isinstance(made, search.Study)
@@ -370,4 +366,4 @@ def test_the_search_composes() -> None:
     for end, choice in (("low", 0), ("high", -1)):  # the method takes what the search may ask
         asked = [one.choices[choice] if hasattr(one, "choices") else getattr(one, end) for one in first]
         words = [f"{key}={value}" for key, value in zip(made.params, asked, strict=True)]
-        nashswarm.experiment.plan.build(compose("config", ["experiment=search", *words]).method)
+        nashswarm.experiment.plan.build(compose("experiment=search", *words).method)
