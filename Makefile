@@ -4,7 +4,7 @@ EXPERIMENT ?= ablation
 RECORDS ?= results/records
 
 export TOKENIZERS_PARALLELISM = false
-# Set by some machines; every process would compile torch and transformers anew.
+# Where this variable is set, every process compiles torch and transformers again.
 export PYTHONDONTWRITEBYTECODE =
 
 BIN := .venv/bin
@@ -26,20 +26,22 @@ $(BIN)/python:
 SPHINX := $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir build/docs/doctrees
 KERNELS := nashswarm/kernels/csrc
 SANITIZED := build/sanitize
-# The library is loaded by a Python that was not built with the sanitizers: they come first.
+# Python itself is not built with the sanitizers, so their libraries are loaded before the kernels.
 SANITIZER = SANITIZED=$(SANITIZED)/nashswarm_kernels.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
             LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"
 
-# Python compiles what it imports; compiling all that is installed would take a minute.
+# Python compiles each module when it is first imported. Compiling every installed module would take a minute.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.venv/installed: pyproject.toml constraints.txt $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h) $(KERNELS)/CMakeLists.txt | $(BIN)/python
+SOURCES := pyproject.toml constraints.txt $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h) $(KERNELS)/CMakeLists.txt
+
+.venv/installed: $(SOURCES) | $(BIN)/python
 	$(PIP) -e .
 	@touch $@
 
-.venv/tested: .venv/installed
+.venv/tested: $(SOURCES) | $(BIN)/python  # one installation with the tools, for it builds the kernels
 	$(PIP) -e '.[dev]'
-	@touch $@
+	@touch .venv/installed $@
 
 .venv/documented: .venv/installed
 	$(PIP) -e '.[docs]'
@@ -47,7 +49,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 
 install: .venv/installed  ## make .venv with the tested versions
 
-quickstart: install  ## the ablation on the embedded model and 32 windows of its text, to one figure; no download
+quickstart: install  ## run the ablation on the embedded model, up to one figure; no download
 	$(RUN) experiment=ablation dataset.test_windows=32 records=results/quickstart/records \
 		hydra/launcher=joblib hydra.launcher.n_jobs=2 wandb=disabled
 	$(BIN)/python scripts/tables.py --records results/quickstart/records --experiment ablation --out results/quickstart/tables & \
@@ -55,43 +57,43 @@ quickstart: install  ## the ablation on the embedded model and 32 windows of its
 		&& wait $$!
 	@ls results/quickstart/figures/ablation_pareto.png
 
-test: .venv/tested  ## lint, types, layers, tests
+test: .venv/tested  ## lint, format, types, import contracts and the quick tests: minutes on two cores
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/pytest -n 2 --quiet
 
-docs: .venv/documented  ## the documentation, warnings being errors, its examples run
+docs: .venv/documented  ## build the documentation, run its examples; a warning is an error
 	@$(SPHINX) --fresh-env -b doctest docs build/docs/doctest
 	@$(SPHINX) -b html docs build/docs/html
 	@ls build/docs/html/index.html
 
-sanitize: .venv/tested  ## the tests of the kernels, built to find memory errors and undefined behaviour
+sanitize: .venv/tested  ## the tests of the kernels under sanitizers of memory and undefined behaviour
 	@cmake -S $(KERNELS) -B $(SANITIZED) -DSANITIZE=ON > /dev/null
 	@cmake --build $(SANITIZED) > /dev/null
 	@$(SANITIZER) $(BIN)/python -m pytest --quiet -p tests.sanitized tests/kernels/test_kernels.py -k "not compiled and not triton"
 
 ENGINES := slurm-wlm munge chromium
 
-test-engines: .venv/tested  ## sweeps on a real Ray and a real Slurm of this machine, and what happens there; needs root
+test-engines: .venv/tested  ## sweeps on a real Ray and a real Slurm of this machine, with faults; needs root
 	@for command in munged slurmctld slurmd sbatch chromium; do command -v $$command > /dev/null \
 		|| { echo "make test-engines needs Debian packages: apt-get install $(ENGINES)" >&2; exit 1; }; done
 	@$(PIP) -e '.[ray,slurm,search]'
 	@$(BIN)/pytest --quiet -m engines tests
 
-test-slow: .venv/tested  ## notebooks, whole derivations, long trainings: what is too slow for make test
+test-slow: .venv/tested  ## the slow tests: notebooks, whole derivations, long trainings, commands of the guides
 	@$(BIN)/pytest --quiet -m slow
 
-test-all: test docs sanitize test-slow test-engines  ## test, then the documentation, the kernels under sanitizers, the slow tests, the engines
+test-all: test docs sanitize test-slow test-engines  ## every check there is
 
-sweep: install  ## one experiment: make sweep EXPERIMENT=main; what has a record is skipped
+sweep: install  ## run one experiment, make sweep EXPERIMENT=main; runs with a record are skipped
 	$(RUN) experiment=$(EXPERIMENT) records=$(RECORDS)
 
 FAMILY := xs s m l
 NASHSWARM_FAMILY ?= results/family
 
-family: install  ## train the models of experiment=scaling into results/family; those that are there stay
+family: install  ## train the models of experiment=scaling into results/family; existing ones are kept
 	@for size in $(FAMILY); do \
 		$(BIN)/python scripts/train_default_model.py --size $$size --steps 1000 --keep \
 			--out $(NASHSWARM_FAMILY)/default_$$size || exit 1; \
@@ -109,24 +111,24 @@ pages: install  ## one self-contained HTML page per experiment, into results/pag
 latex:
 	@command -v latexmk > /dev/null || { echo "make paper needs LaTeX: apt-get install $(LATEX)" >&2; exit 1; }
 
-paper: latex install  ## the paper, every number from committed records; no box overflows, nothing is undefined
+paper: latex install  ## build the paper, every number from committed records
 	$(BIN)/python scripts/tables.py --records $(RECORDS) --paper paper/generated
 	$(BIN)/python scripts/figures.py --records $(RECORDS) --paper paper/generated
 	$(BIN)/python scripts/audit.py --records $(RECORDS) --paper paper/generated
 	latexmk -cd -pdf -interaction=nonstopmode -halt-on-error paper/main.tex
 	$(BIN)/python scripts/arxiv.py --check
 
-arxiv: paper  ## the sources of the paper as one package that builds by itself, into build/arxiv
+arxiv: paper  ## package the sources of the paper into build/arxiv
 	$(BIN)/python scripts/arxiv.py
 
 reproduce: export OMP_NUM_THREADS = 1  # as the records were made
-reproduce: family  ## every experiment again, into results/reproduced, held to the records; continues where it stopped
+reproduce: family  ## run every experiment again and compare with the records; continues where it stopped
 	@$(PIP) -e '.[peers,eval,serve,search]'
 	@status=0; for experiment in $(EXPERIMENTS); do \
 		$(RUN) experiment=$$experiment records=results/reproduced/records || status=1; \
 	done; $(BIN)/python scripts/reproduced.py || status=1; exit $$status
 
-clean:  ## remove what can be made again; .venv, the records and the trained family stay
+clean:  ## remove generated files; .venv, the records and the trained family are kept
 	rm -rf results/logs results/cache results/studies results/pages results/quickstart results/reproduced wandb multirun outputs build dist
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
