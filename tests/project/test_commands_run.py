@@ -85,10 +85,12 @@ NOT_HERE = {  # what a command begins with → why it is not run here
 BY_HAND = {  # benchmarks → what they take; their committed reports tell the code that was measured
     "encoder": "the model of a package",
     "export": "GPT-2 at its own size",
+    "flock_dynamics": "the embedded model at its own size",
     "kernels": "an idle machine",
     "larger": "13 GB of disk",
     "misses": "hours of simulation",
     "optima": "programmes over the blocks of the embedded model",
+    "rotation": "a trained GPT-2",
     "sweeps": "an idle machine",
 }
 TARGETS = {  # of make → a file that runs it, or what it runs
