@@ -5,10 +5,10 @@ Without a network the hub's clients retry for up to a minute.  In offline mode t
 
 import functools
 import logging
+import sys
 import urllib.error
 import urllib.request
 
-import datasets
 import huggingface_hub.constants
 
 log = logging.getLogger(__name__)
@@ -27,4 +27,5 @@ def use_cache_if_unreachable() -> None:
     except OSError as error:
         log.info("the Hugging Face hub is out of reach (%s): only its local cache is used", error)
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:  # its import takes seconds, and reads the constant above
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True

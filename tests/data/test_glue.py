@@ -229,6 +229,7 @@ def composed(encoder: str, folder: pathlib.Path, tmp_path: pathlib.Path, *more: 
     )
 
 
+FEW_CHOICES = ["method.strength=[0.5]", "method.swarm.align=[0.25]", "method.swarm.shrink=[0.25]", "method.sweeps=5"]
 LABELS = {"experiment": "glue", "model": "tiny", "method": "any", "dataset": "task", "measure": "official"}
 
 
@@ -254,6 +255,7 @@ def test_run_on_task_records_metrics_and_saves_model(
         f"method={method}",
         f"save={tmp_path}/saved",
         "dataset.training.epochs=2",
+        *(FEW_CHOICES if method == "nash_swarm4" else ()),
     )
     record = read(run(config, LABELS).path)
     metrics = {"mrpc": ("f1", "accuracy"), "stsb": ("pearson", "spearman")}[task]
