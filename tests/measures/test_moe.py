@@ -1,4 +1,4 @@
-"""What is measured of a mixture of experts: on the device of the model, until that is done, and by sizes that are."""
+"""Measures of mixtures of experts: on the device of the model, timed until it has finished, and with valid sizes."""
 
 import functools
 import pathlib
@@ -28,16 +28,16 @@ META = torch.device("meta")  # tensors without values: they mix with none that l
 @pytest.fixture
 def model() -> MoeForCausalLM:
     torch.manual_seed(0)
-    return MoeSource(width=32, layers=1, expert_width=32, context=16).build(NashSwarmRouter(), 64, 0).eval()
+    return MoeSource(width=32, layers=1, experts=4, expert_width=32, context=16).build(NashSwarmRouter(), 64, 0).eval()
 
 
-def subject_of(model: MoeForCausalLM) -> MoeTarget:
+def target_of(model: MoeForCausalLM) -> MoeTarget:
     windows = torch.zeros(4, 16, dtype=torch.int64, device=model.device)
     return MoeTarget(Trained(model, None, {}, ""), windows, windows, no_track)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_what_is_timed_is_waited_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_medians_wait_for_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing given to an accelerator earlier counts, and all of its own work does."""
     happened: list[str] = []
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda where: happened.append(f"waited for {where}"))
@@ -47,7 +47,7 @@ def test_what_is_timed_is_waited_for(device: str, monkeypatch: pytest.MonkeyPatc
     assert happened == [*around, "one", *around, *around, "other", *around] * (2 + WARM_UP)
 
 
-def test_routing_is_timed_where_the_model_is(model: MoeForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routing_time_runs_on_the_device_of_the_model(model: MoeForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.device] = []
 
     def once(contestants: Any, repeats: int, device: torch.device) -> dict[str, float]:
@@ -60,11 +60,11 @@ def test_routing_is_timed_where_the_model_is(model: MoeForCausalLM, monkeypatch:
         monkeypatch.setattr(module, "grouped", lambda x, weights, ends: x @ weights[0])
     monkeypatch.setattr(routing_time, "medians", once)
     monkeypatch.setattr(routing_time, "first_version", lambda x, router: x @ router.weight.T)
-    found, _ = RoutingTime(tokens=8, experts=[8]).measure(subject_of(model.to(META)))
-    assert found["route_plain_8"] == 1e6 / 8 and set(seen) == {META}
+    metrics, _ = RoutingTime(tokens=8, experts=[8]).measure(target_of(model.to(META)))
+    assert metrics["route_plain_8"] == 1e6 / 8 and set(seen) == {META}
 
 
-def test_experts_are_held_where_they_are_used(model: MoeForCausalLM, tmp_path: pathlib.Path) -> None:
+def test_store_holds_experts_on_its_device(model: MoeForCausalLM, tmp_path: pathlib.Path) -> None:
     store.save(model, tmp_path / "experts")
     assert {part.device for part in store.ExpertStore(tmp_path / "experts", 1 << 20, META).fetch(LAYER, 0)} == {META}
     own = store.ExpertStore(tmp_path / "experts", 1 << 20).fetch(LAYER, 0)
@@ -87,11 +87,11 @@ def test_experts_are_held_where_they_are_used(model: MoeForCausalLM, tmp_path: p
         (lambda: RoutingTime(experts=[]), r"measure.experts=\[\] must be numbers of at least 1"),
     ],
 )
-def test_sizes_that_are_none_are_named(build: Any, message: str) -> None:
+def test_measure_sizes_below_one_are_named(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
 
 
-def test_one_batch_is_timed_after_it_warmed_up(model: MoeForCausalLM) -> None:
-    found, _ = QuickValidation(batch_size=2, length=16, batches=1, bits=4.0).measure(subject_of(model))
-    assert 0 < found["latency_ms"] < float("inf") and 0 < found["tokens_per_second_quantized"] < float("inf")
+def test_quick_validation_one_batch_is_timed_after_warm_up(model: MoeForCausalLM) -> None:
+    metrics, _ = QuickValidation(batch_size=2, length=16, batches=1, bits=4.0).measure(target_of(model))
+    assert 0 < metrics["latency_ms"] < float("inf") and 0 < metrics["tokens_per_second_quantized"] < float("inf")

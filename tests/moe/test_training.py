@@ -49,7 +49,7 @@ def windows() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", [TopK(), LossFree(), ExpertChoice(), NashSwarmRouter()])
-def test_a_killed_training_goes_on_to_the_same_bits(kind: Any, windows: torch.Tensor, tmp_path: pathlib.Path) -> None:
+def test_train_killed_continues_to_the_same_bits(kind: Any, windows: torch.Tensor, tmp_path: pathlib.Path) -> None:
     whole, path = small(kind), tmp_path / "killed"
     series = train(whole, windows, SETTINGS, kind.loss, 0, tmp_path / "whole", no_track)
 
@@ -65,7 +65,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(kind: Any, windows: torch.Te
         assert torch.equal(part, again.state_dict()[name]), name
 
 
-def test_the_loss_falls_and_what_is_logged_adds_up(tmp_path: pathlib.Path) -> None:
+def test_train_counting_text_loss_falls_and_terms_add_up(tmp_path: pathlib.Path) -> None:
     windows = (torch.arange(10)[:, None] + torch.arange(16)) % 8  # it counts
     weights = loss.LossWeights(balance=0.1, cache=0.2, swarm=0.3, nash=0.4)
     settings = dataclasses.replace(SETTINGS, steps=60, learning_rate=0.01, save_every=100)
@@ -77,13 +77,13 @@ def test_the_loss_falls_and_what_is_logged_adds_up(tmp_path: pathlib.Path) -> No
     assert not (tmp_path / "none").exists()
 
 
-def test_every_window_is_seen_before_one_is_seen_again() -> None:
+def test_draw_batches_every_window_comes_before_one_comes_again() -> None:
     order = torch.cat(draw_batches(10, Training(steps=9, batch_size=4, warmup=1), 3)).tolist()
     assert len(order) == 36 and all(sorted(order[start : start + 10]) == list(range(10)) for start in (0, 10, 20))
     assert order != torch.cat(draw_batches(10, Training(steps=9, batch_size=4, warmup=1), 4)).tolist()
 
 
-def test_prices_even_the_load(windows: torch.Tensor, tmp_path: pathlib.Path) -> None:
+def test_settle_one_text_evens_load(windows: torch.Tensor, tmp_path: pathlib.Path) -> None:
     """On the text that they were settled on, of a router whose affinities are far from even."""
     model = small(NashSwarmRouter())
     with torch.no_grad():
@@ -116,7 +116,7 @@ def execute(text_folder: pathlib.Path, tmp_path: pathlib.Path) -> Callable[..., 
     return started
 
 
-def test_nobody_else_trains_the_same_model_meanwhile(
+def test_load_or_train_locks_the_model_while_it_trains(
     execute: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process cannot claim it while it is trained, and finds it afterwards."""
@@ -136,61 +136,61 @@ def test_nobody_else_trains_the_same_model_meanwhile(
     assert not list((tmp_path / "cache").glob(".moe-*"))
 
 
-def test_a_model_of_another_version_is_taken_only_if_asked(
+def test_load_or_train_other_version_is_taken_only_if_asked(
     execute: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What comes after training, like the prices' step, is no other model; the record says who trained it."""
-    given = ["measure.repeats=1", "measure.windows=8", "measure.served_tokens=5"]
-    own = execute(*given, "rerun=true")
+    sizes = ["measure.repeats=1", "measure.windows=8", "measure.served_tokens=5"]
+    first = execute(*sizes, "rerun=true")
     monkeypatch.setattr("nashswarm.experiment.run.code_digest", lambda: "newer")
     monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
-    other = execute(*given, "rerun=true", "train_moe.any_version=true", "method.follow=0.5")
-    assert other.record.provenance["trained_by"] == own.record.provenance["trained_by"] != "newer"
-    assert other.record.metrics["nll"] == own.record.metrics["nll"]
-    assert other.record.metrics["nll_following"] != own.record.metrics["nll_following"]
-    assert other.record.config["train_moe"] == own.record.config["train_moe"]
+    other = execute(*sizes, "rerun=true", "train_moe.any_version=true", "method.follow=0.5")
+    assert other.record.provenance["trained_by"] == first.record.provenance["trained_by"] != "newer"
+    assert other.record.metrics["nll"] == first.record.metrics["nll"]
+    assert other.record.metrics["nll_following"] != first.record.metrics["nll_following"]
+    assert other.record.config["train_moe"] == first.record.config["train_moe"]
     for changed in ("train_moe.any_version=false", "train_moe.learning_rate=0.002"):
         with pytest.raises(BaseException, match="trained again"):
-            execute(*given, "rerun=true", "train_moe.any_version=true", changed)
+            execute(*sizes, "rerun=true", "train_moe.any_version=true", changed)
 
 
 @pytest.mark.parametrize("method", ROUTERS)
-def test_a_run_leaves_a_record_with_everything_it_promises(method: str, execute: Callable[..., Outcome]) -> None:
-    ended = execute(f"method={method}", "measure.served_tokens=5", "measure.repeats=1", "measure.windows=8")
-    found = ended.record
-    assert ended.status == "finished" and record.read(ended.path) == found
-    assert {"nll", "tokens", "token_microseconds", "active_parameters", "looks_ahead", "seconds"} <= set(found.metrics)
-    assert len(found.series["nll"]) == 8 and len(found.series["train_nll"]) == 3
-    assert (set(found.metrics) >= LOAD) == (method != "moe_dense")
-    assert ("resident_hits" in found.metrics) == (method not in ("moe_dense", "moe_expert_choice"))
-    assert ("resident_hits_without" in found.metrics) == (method in ("moe_no_nash", "moe_no_swarm", "moe_nash_swarm"))
+def test_run_every_router_leaves_promised_record(method: str, execute: Callable[..., Outcome]) -> None:
+    outcome = execute(f"method={method}", "measure.served_tokens=5", "measure.repeats=1", "measure.windows=8")
+    written = outcome.record
+    assert outcome.status == "finished" and record.read(outcome.path) == written
+    assert {"nll", "tokens", "token_microseconds", "active_parameters", "looks_ahead", "seconds"} <= set(
+        written.metrics
+    )
+    assert len(written.series["nll"]) == 8 and len(written.series["train_nll"]) == 3
+    assert (set(written.metrics) >= LOAD) == (method != "moe_dense")
+    assert ("resident_hits" in written.metrics) == (method not in ("moe_dense", "moe_expert_choice"))
+    assert ("resident_hits_without" in written.metrics) == (method in ("moe_no_nash", "moe_no_swarm", "moe_nash_swarm"))
     follows = method not in ("moe_dense", "moe_top_k", "moe_expert_choice", "moe_no_nash")
-    assert ({"nll_following", "max_violation_following"} <= set(found.metrics)) == follows
-    if "load_0" in found.series:
-        assert sum(found.series["load_0"]) == 8 * 32 * 2
+    assert ({"nll_following", "max_violation_following"} <= set(written.metrics)) == follows
+    if "load_0" in written.series:
+        assert sum(written.series["load_0"]) == 8 * 32 * 2
     assert execute(f"method={method}", "measure.served_tokens=5", "measure.repeats=1", "measure.windows=8").status == (
         "skipped"
     )
 
 
-def test_the_trained_model_is_saved_and_can_be_compressed(
-    execute: Callable[..., Outcome], tmp_path: pathlib.Path
-) -> None:
+def test_run_saved_model_can_be_compressed(execute: Callable[..., Outcome], tmp_path: pathlib.Path) -> None:
     sizes = ["measure.served_tokens=5", "measure.repeats=1", "measure.windows=8", "model.width=64"]
-    found = execute(f"save={tmp_path}/trained", "model.expert_width=64", *sizes).record
+    trained = execute(f"save={tmp_path}/trained", "model.expert_width=64", *sizes).record
     changed = ["model=local", f"model.path={tmp_path}/trained", "method=gptq", "method.bits=4"]
     changed += ["dataset=local_text", f"dataset.path={tmp_path}/story.txt", "device=cpu", "dataset.test_windows=4"]
     changed += ["dataset.calibration_windows=4", "dataset.holdout_windows=2", f"records={tmp_path}/records"]
     (tmp_path / "story.txt").write_text("the starling follows its flock and the block its price . " * 200)
     compressed = run(compose(*changed, f"cache={tmp_path}/cache"), LABELS).record
     assert sum(row["role"] == "expert_up" for row in compressed.layers) == 8
-    assert compressed.provenance["parameters"] == found.provenance["parameters"]
+    assert compressed.provenance["parameters"] == trained.provenance["parameters"]
     assert compressed.metrics["bits_per_weight_model"] < 8
     with pytest.raises(ValueError, match="the saved model was trained, not compressed"):
         reopen(model_folder.read(tmp_path / "trained").about, {})
 
 
-def test_the_quick_validation_fills_its_table(execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_validation_fills_its_table(execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     compress = api.compress
     monkeypatch.setattr(
         api, "compress", lambda model, tokenizer, _, windows, bits: compress(model, tokenizer, "gptq", windows, bits)
@@ -202,23 +202,25 @@ def test_the_quick_validation_fills_its_table(execute: Callable[..., Outcome], m
         "measure.length=16",
         "measure.batch_size=2",
     ]
-    made = execute("measure=quick_validation", *sizes).record
-    found = made.metrics
-    table, columns = tables.special_table([made])
-    assert columns is tables.VALIDATION and table["nll_quantized"].tolist() == [found["nll_quantized"]]
-    assert found["bytes_file"] < found["bytes_memory"] and found["bytes_resident"] < found["bytes_memory"]
-    assert abs(found["nll_quantized"] - found["nll"]) < 0.5
-    assert {f"{name}{end}" for name in ("latency_ms", "tokens_per_second") for end in ("", "_quantized")} <= set(found)
+    record = execute("measure=quick_validation", *sizes).record
+    metrics = record.metrics
+    table, columns = tables.unlike([record])
+    assert columns is tables.VALIDATION and table["nll_quantized"].tolist() == [metrics["nll_quantized"]]
+    assert metrics["bytes_file"] < metrics["bytes_memory"] and metrics["bytes_resident"] < metrics["bytes_memory"]
+    assert abs(metrics["nll_quantized"] - metrics["nll"]) < 0.5
+    assert {f"{name}{end}" for name in ("latency_ms", "tokens_per_second") for end in ("", "_quantized")} <= set(
+        metrics
+    )
 
 
-def test_the_time_of_routing_is_taken_apart(execute: Callable[..., Outcome]) -> None:
-    found = execute("measure=routing_time", "measure.tokens=32", "measure.experts=[8]", "measure.repeats=2").record
-    shares = [found.metrics[f"share_{name}_8"] for name in ("scores", "choice")]
+def test_routing_time_fills_its_table(execute: Callable[..., Outcome]) -> None:
+    written = execute("measure=routing_time", "measure.tokens=32", "measure.experts=[8]", "measure.repeats=2").record
+    shares = [written.metrics[f"share_{name}_8"] for name in ("scores", "choice")]
     assert min(shares) > 0 and sum(shares) == pytest.approx(1)
-    table, columns = tables.special_table([found])
+    table, columns = tables.unlike([written])
     assert columns is tables.ROUTING and table["experts"].tolist() == [8]
-    assert table["route_first"].tolist() == [found.metrics["route_first_8"]]
-    assert table["layer_ratio_all"].tolist() == [found.metrics["layer_ratio_batch_32_8"]]
+    assert table["route_first"].tolist() == [written.metrics["route_first_8"]]
+    assert table["layer_ratio_all"].tolist() == [written.metrics["layer_ratio_batch_32_8"]]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_the_time_of_routing_is_taken_apart(execute: Callable[..., Outcome]) -> 
         (["train_moe.steps=0"], "train_moe.steps, batch_size and save_every must be at least 1"),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_run_settings_that_do_not_fit_are_named(
     execute: Callable[..., Outcome], overrides: list[str], message: str, tmp_path: pathlib.Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -245,20 +247,20 @@ def test_what_does_not_fit_is_named(
     assert not list((tmp_path / "cache").glob("moe-*"))  # nothing was trained
 
 
-def test_as_many_windows_judge_as_the_dataset_says(execute: Callable[..., Outcome]) -> None:
-    found = execute("method=moe_dense", "measure.repeats=1", "dataset.test_windows=5").record
-    assert len(found.series["nll"]) == 5
+def test_run_evaluates_as_many_windows_as_the_dataset_says(execute: Callable[..., Outcome]) -> None:
+    written = execute("method=moe_dense", "measure.repeats=1", "dataset.test_windows=5").record
+    assert len(written.series["nll"]) == 5
 
 
-def test_a_single_file_never_judges_what_it_has_trained(
+def test_run_single_file_is_never_test_and_training_text(
     execute: Callable[..., Outcome], text_file: pathlib.Path, text_folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Its beginning judges a model that the rest has trained; the rest, which tests otherwise, is refused then."""
     single = HubText(str(text_file))
     assert single.text("calibration") + single.text("train") == text_file.read_text()
-    given = [f"dataset.path={text_file}", "measure.repeats=1", "measure.served_tokens=5"]
-    found = execute(*given, f"save={tmp_path}/trained").record
-    assert found.config["dataset"]["calibration_sha256"] == sha256(single.text("calibration"))
+    sizes = [f"dataset.path={text_file}", "measure.repeats=1", "measure.served_tokens=5"]
+    written = execute(*sizes, f"save={tmp_path}/trained").record
+    assert written.config["dataset"]["calibration_sha256"] == sha256(single.text("calibration"))
     words = ["model=local", f"model.path={tmp_path}/trained", "dataset=local_text", "method=gptq", "device=cpu"]
     same, size, other = (
         compose(*words, f"dataset.path={path}", f"measure={measure}")
@@ -266,17 +268,17 @@ def test_a_single_file_never_judges_what_it_has_trained(
     )
     with pytest.raises(ValueError, match="trained was trained on this very test text: choose another dataset"):
         plan(same)
-    assert plan(size).identity["dataset"]["test_sha256"] == found.config["dataset"]["train_sha256"]
+    assert plan(size).identity["dataset"]["test_sha256"] == written.config["dataset"]["train_sha256"]
     assert plan(other).identity["model"]["content"] == plan(size).identity["model"]["content"]
 
 
-def test_a_router_without_its_task_is_refused() -> None:
+def test_run_router_without_its_task_is_refused() -> None:
     config = compose("method=moe_top_k")
     with pytest.raises(ValueError, match="this method is for mixtures of experts that are to be trained: add task="):
         run(config, LABELS)
 
 
-def test_settling_twice_is_not_settling_once(windows: torch.Tensor) -> None:
+def test_settle_copy_has_prices_of_its_own(windows: torch.Tensor) -> None:
     """A copy that settles has other prices than one that does not: nothing is shared between models."""
     model = small(NashSwarmRouter())
     other = copy.deepcopy(model)
