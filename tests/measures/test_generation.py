@@ -17,9 +17,9 @@ from nashswarm.models import evaluation
 
 
 def test_continue_greedily_equals_generate(tiny: Any, token_windows: Tensor) -> None:
-    metrics = evaluation.continue_greedily(tiny, token_windows[:, :8], 6, batch_size=2)
+    continued = evaluation.continue_greedily(tiny, token_windows[:, :8], 6, batch_size=2)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    assert torch.equal(metrics, tiny.generate(token_windows[:, :8], **options)[:, 8:])
+    assert torch.equal(continued, tiny.generate(token_windows[:, :8], **options)[:, 8:])
 
 
 def test_bleu_equals_sacrebleu(target: EvaluationTarget) -> None:
@@ -29,9 +29,10 @@ def test_bleu_equals_sacrebleu(target: EvaluationTarget) -> None:
     assert set(metrics) == {f"{name}{end}" for name in (*names, "bleu_text_delta") for end in ("", "_low", "_high")}
     assert set(series) == set(names) and all(len(series[name]) == 5 for name in names)
     prompts = target.windows[:, :8]
-    own, full = (evaluation.continue_greedily(model, prompts, 16, 5) for model in (target.packed(), target.full))
+    packed, full = (evaluation.continue_greedily(model, prompts, 16, 5) for model in (target.packed(), target.full))
     texts = [
-        target.tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (own, full, target.windows[:, 8:])
+        target.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for tokens in (packed, full, target.windows[:, 8:])
     ]
     for name, one, other in (("bleu", 0, 1), ("bleu_text", 0, 2), ("bleu_text_full", 1, 2)):
         assert metrics[name] == pytest.approx(sacrebleu.corpus_bleu(texts[one], [texts[other]]).score)

@@ -17,10 +17,8 @@ def test_load_has_latency_and_throughput_of_both_models(target: EvaluationTarget
     for end in ("", "_full"):
         held = series[f"resident_mb{end}"]
         assert min(held) > 100 and metrics[f"resident_spread{end}"] == pytest.approx(1 - min(held) / max(held))
-        assert (
-            len(series[f"latency_ms{end}"]) == 6
-            and metrics[f"error_rate{end}"] == 0 < metrics[f"tokens_per_second{end}"]
-        )
+        assert len(series[f"latency_ms{end}"]) == 6
+        assert metrics[f"error_rate{end}"] == 0 < metrics[f"tokens_per_second{end}"]
         assert 0 < metrics[f"latency_p50_ms{end}"] <= metrics[f"latency_p95_ms{end}"] <= metrics[f"latency_p99_ms{end}"]
     assert metrics["latency_p95_ratio"] == metrics["latency_p95_ms_full"] / metrics["latency_p95_ms"]
 

@@ -1,6 +1,5 @@
 """Measures of mixtures of experts: on the device of the model, timed until it has finished, and with valid sizes."""
 
-import functools
 import pathlib
 from typing import Any
 
@@ -12,7 +11,6 @@ from nashswarm.measures.moe.quick_validation import QuickValidation
 from nashswarm.measures.moe.routed import Routed
 from nashswarm.measures.moe.routing_time import RoutingTime
 from nashswarm.measures.moe.target import MoeTarget
-from nashswarm.measures.timing import WARM_UP, medians
 from nashswarm.models import experts as moe_experts
 from nashswarm.moe import store
 from nashswarm.moe.model import MoeForCausalLM, MoeSource
@@ -34,17 +32,6 @@ def model() -> MoeForCausalLM:
 def target_of(model: MoeForCausalLM) -> MoeTarget:
     windows = torch.zeros(4, 16, dtype=torch.int64, device=model.device)
     return MoeTarget(Trained(model, None, {}, ""), windows, windows, no_track)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_medians_wait_for_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing given to an accelerator earlier counts, and all of its own work does."""
-    happened: list[str] = []
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda where: happened.append(f"waited for {where}"))
-    contestants = {name: functools.partial(happened.append, name) for name in ("one", "other")}
-    medians(contestants, 2, torch.device(device))
-    around = [] if device == "cpu" else [f"waited for {device}"]
-    assert happened == [*around, "one", *around, *around, "other", *around] * (2 + WARM_UP)
 
 
 def test_routing_time_runs_on_the_device_of_the_model(model: MoeForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

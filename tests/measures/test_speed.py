@@ -31,11 +31,8 @@ def test_speed_contestants_have_times_ratios_and_bytes(target: EvaluationTarget)
     assert all(value > 0 for value in metrics.values())
     for suffix in suffixes:
         assert 0.05 < metrics[f"decode_ratio{suffix}"] < 20
-        assert (
-            metrics[f"decode_ratio{suffix}_low"]
-            <= metrics[f"decode_ratio{suffix}"]
-            <= metrics[f"decode_ratio{suffix}_high"]
-        )
+        low, ratio, high = (metrics[f"decode_ratio{suffix}{end}"] for end in ("_low", "", "_high"))
+        assert low <= ratio <= high
     assert min(series["decode_ms_int8"]) <= metrics["decode_ms"] <= max(series["decode_ms_int8"])
     assert metrics["bytes_resident"] == metrics["bytes_resident_float32"] == resident_bytes(target.packed())
     assert metrics["bytes_resident_bfloat16"] == metrics["bytes_resident_full"] / 2
@@ -46,9 +43,8 @@ def test_speed_rounded_activations_cost_kl(target: EvaluationTarget) -> None:
     windows = target.windows[:3]
     floats = evaluation.evaluate(target.compressed, windows, 1, target.reference(1))
     assert metrics["kl_float32"] == pytest.approx(evaluation.summarise(floats)["kl"], rel=1e-3)
-    assert metrics["kl_int8"] != metrics["kl_float32"] and metrics["kl_int8"] == pytest.approx(
-        metrics["kl_float32"], rel=0.2
-    )
+    assert metrics["kl_int8"] != metrics["kl_float32"]
+    assert metrics["kl_int8"] == pytest.approx(metrics["kl_float32"], rel=0.2)
 
 
 def test_speed_unknown_contestant_is_refused() -> None:

@@ -61,9 +61,9 @@ def test_store_budget_below_one_expert_is_refused(stored: Any) -> None:
 
 def test_store_default_budget_is_last_level_cache(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     here = Machine("", 1, {1: 1 << 15, 2: 1 << 20}, {1: 1, 2: 1}, ())
-    monkeypatch.setattr(store, "machine", lambda: here)
+    monkeypatch.setattr(store, "read_machine", lambda: here)
     assert store.ExpertStore(stored[1]).budget_bytes == 1 << 20
-    monkeypatch.setattr(store, "machine", lambda: dataclasses.replace(here, assumed=(1, 2)))
+    monkeypatch.setattr(store, "read_machine", lambda: dataclasses.replace(here, assumed=(1, 2)))
     with pytest.raises(ValueError, match="does not tell the size of its caches: give budget_bytes"):
         store.ExpertStore(stored[1])
 
