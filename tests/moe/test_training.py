@@ -202,7 +202,7 @@ def test_quick_validation_fills_its_table(execute: Callable[..., Outcome], monke
     ]
     written = execute("measure=quick_validation", *sizes).record
     metrics = written.metrics
-    table, columns = tables.unlike([written])
+    table, columns = tables.special_table([written])
     assert columns is tables.VALIDATION and table["nll_quantized"].tolist() == [metrics["nll_quantized"]]
     assert metrics["bytes_file"] < metrics["bytes_memory"] and metrics["bytes_resident"] < metrics["bytes_memory"]
     assert abs(metrics["nll_quantized"] - metrics["nll"]) < 0.5
@@ -214,7 +214,7 @@ def test_routing_time_fills_its_table(execute: Callable[..., Outcome]) -> None:
     written = execute("measure=routing_time", "measure.tokens=32", "measure.experts=[8]", "measure.repeats=2").record
     shares = [written.metrics[f"share_{name}_8"] for name in ("scores", "choice")]
     assert min(shares) > 0 and sum(shares) == pytest.approx(1)
-    table, columns = tables.unlike([written])
+    table, columns = tables.special_table([written])
     assert columns is tables.ROUTING and table["experts"].tolist() == [8]
     assert table["route_first"].tolist() == [written.metrics["route_first_8"]]
     assert table["layer_ratio_all"].tolist() == [written.metrics["layer_ratio_batch_32_8"]]
