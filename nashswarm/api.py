@@ -17,13 +17,12 @@ from nashswarm.calibration.session import CalibrationSession
 from nashswarm.data import corpus, hub, stdlib_docs
 from nashswarm.methods.fixed_width import FixedWidth
 from nashswarm.methods.gptq import Gptq
-from nashswarm.methods.method import Compressed, Method
+from nashswarm.methods.method import Method
 from nashswarm.methods.nash_swarm.settings import NashSwarm
 from nashswarm.methods.uniform import Uniform
 from nashswarm.models import matrices, sources
 from nashswarm.models.experts import unfuse
-from nashswarm.packed import checkpoint, file_format
-from nashswarm.packed.sizes import sizes_of
+from nashswarm.packed import checkpoint
 
 METHODS = {"nash_swarm": NashSwarm, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}
 LONGEST_WINDOW = 512  # tokens; longer ones cost memory and teach little more
@@ -87,7 +86,7 @@ def compress(
     compressed = session.candidate_model
     if model.device.type != "cpu":
         compressed.to(model.dtype)
-    _, sizes = store(session, result)
+    _, sizes = session.store(result.packed, result.weights, result.float_bits)
     checkpoint.adopt(compressed, layers, result.packed, result.float_bits)
     return compressed, Report(
         bytes_file=int(sizes["bytes_file"]),
@@ -98,25 +97,6 @@ def compress(
         allocation=result.allocation,
         metrics=dict(result.metrics),
         seconds=time.monotonic() - started,
-    )
-
-
-def store(session: CalibrationSession, result: Compressed) -> tuple[dict[str, bytes], dict[str, float]]:
-    """Put a result on the session's candidate model: the files of its checkpoint, and their sizes.
-
-    Every road that compresses a model in memory ends here: ``compress``, the command line and the experiments.
-    Everything but the compressed matrices is rounded as it is stored.
-    """
-    model = session.candidate_model
-    others = matrices.uncompressed_tensors(model, session.layers)
-    matrices.set_weights(model, result.weights)
-    matrices.round_to_stored(others, result.float_bits)
-    files = file_format.checkpoint_files(model, result.packed, others, result.float_bits)
-    return files, sizes_of(
-        file_bytes=sum(len(content) for content in files.values()),
-        packed_bytes=sum(len(packed) for packed in result.packed.values()),
-        packed_weights=sum(layer.parameters for layer in session.layers),
-        parameters=session.parameters,
     )
 
 

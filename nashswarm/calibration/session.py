@@ -81,6 +81,27 @@ class CalibrationSession:
             calibration=(self.full, self.calibration),
         )
 
+    def store(
+        self, packed: Mapping[str, Any], weights: Mapping[str, Tensor], float_bits: int
+    ) -> tuple[dict[str, bytes], dict[str, float]]:
+        """Put compressed layers on the candidate model: the files of its checkpoint, and their sizes.
+
+        Every road that compresses a model in memory ends here: the API, the command line and the experiments.
+        ``packed``: bytes by layer, ``weights``: what they stand for.  Everything else in the model is rounded to
+        ``float_bits``, as it is stored.
+        """
+        model = self.candidate_model
+        others = matrices.uncompressed_tensors(model, self.layers)
+        matrices.set_weights(model, weights)
+        matrices.round_to_stored(others, float_bits)
+        files = file_format.checkpoint_files(model, packed, others, float_bits)
+        return files, file_format.sizes_of(
+            file_bytes=sum(len(content) for content in files.values()),
+            packed_bytes=sum(len(content) for content in packed.values()),
+            packed_weights=sum(layer.parameters for layer in self.layers),
+            parameters=self.parameters,
+        )
+
     def moments(self) -> dict[str, Moments]:
         """Return the calibration statistics of all modules of the layers, computed or read from the cache."""
         names = [module for layer in self.layers for module in layer.modules]

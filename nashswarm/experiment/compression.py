@@ -18,7 +18,6 @@ from jaxtyping import Int
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nashswarm.api import store
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import CalibrationSession
 from nashswarm.data import corpus, glue
@@ -130,7 +129,7 @@ def finetune(
     """
     session = loaded.session
     untouched = copy.deepcopy(session.candidate_model)  # in the precision that candidate weights have
-    _, sizes = store(session, result)
+    _, sizes = session.store(result.packed, result.weights, result.float_bits)
     metrics = {"bytes_file_before": float(sizes["bytes_file"])}
     for part in of_quality(measure):
         before, _ = part.measure(evaluation_target(loaded, result))
@@ -146,7 +145,7 @@ def finetune(
 
 
 def evaluation_target(loaded: LoadedRun, result: Compressed) -> EvaluationTarget:
-    """Return what is measured: the candidate model, on which ``store`` has put the result."""
+    """Return what is measured: the candidate model, on which ``session.store`` has put the result."""
     session = loaded.session
     compressed, layers = session.candidate_model, session.layers
 

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nashswarm.api import store
 from nashswarm.data import corpus, glue
 from nashswarm.experiment import compression
 from nashswarm.experiment.identity import to_recorded
@@ -133,7 +132,7 @@ def _compress(config: DictConfig, planned: Plan) -> RunResult:
     if planned.finetune is not None:
         result, (before, training_series) = compression.finetune(loaded, result, planned.finetune, planned.measure)
         series |= training_series
-    files, sizes = store(session, result)
+    files, sizes = session.store(result.packed, result.weights, result.float_bits)
     measured, windows = planned.measure.measure(compression.evaluation_target(loaded, result))
     nominal = {"nominal_bits": result.code_bits / sum(layer.parameters for layer in session.layers)}
     metrics = dict(result.metrics) | sizes | nominal | before | measured | cost

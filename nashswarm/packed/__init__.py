@@ -1,8 +1,8 @@
 """Compressed models, in memory and in files.
 
 ``tiles`` converts quantized matrices to the layout that kernels read, and back.  ``modules`` holds the linear layer and
-the embedding that compute on it.  ``file_format`` converts matrices and other tensors to the bytes of a checkpoint, and
-back.  ``checkpoint`` registers that format with transformers, so that ``save_pretrained`` and ``from_pretrained`` work.
-``model_folder`` writes and reads the folder of a saved model with its config, record and model card.  ``sizes``
-computes the size metrics of a record.
+the embedding that compute on it.  ``file_format`` converts matrices and other tensors to the bytes of a checkpoint and
+back, and counts their size.  ``checkpoint`` registers that format with transformers, so that ``save_pretrained`` and
+``from_pretrained`` work.  ``model_folder`` writes and reads the folder of a saved model with its config, record and
+model card.
 """
