@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and claims that keep two processes apart."""
+"""Files that are written whole or not at all, their JSON text, and claims that keep two processes apart."""
 
 import contextlib
 import fcntl
@@ -16,11 +16,12 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def claim(path: pathlib.Path) -> Iterator[None]:
-    """Have ``path`` alone among all processes that see its folder, whichever machine they run on; one that comes later
-    waits.  What a killed process left half-written of it is removed.
+    """Hold ``path`` alone among all processes that see its folder, on any machine; a later process waits.
 
-    It is the kernel's lock of a hidden file beside it: it ends with its process, killed or not, so none is ever stale.
-    Raises OSError with the path in its message, for example where the file system has no locks.
+    Partial files of ``path`` that a killed process left are removed.  The claim is a kernel lock on a hidden file
+    beside ``path``.  It ends with its process, so no claim is ever stale.
+
+    Raises OSError with the path in its message, for example if the file system has no locks.
     """
     lock = path.with_name(f".{path.name}.lock")
     try:
@@ -38,7 +39,7 @@ def claim(path: pathlib.Path) -> Iterator[None]:
 
 
 def _locked(path: pathlib.Path) -> IO[str]:
-    """The file at ``path``, locked; not one that its last holder has removed meanwhile."""
+    """Open and lock the file at ``path``, again if its last holder removed it meanwhile."""
     while True:
         file = path.open("a")
         try:
@@ -56,17 +57,17 @@ def _locked(path: pathlib.Path) -> IO[str]:
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` in one step; after an error nothing is left behind.
+    """Write ``content`` to ``path`` in one step; an error leaves nothing behind.
 
-    Raises OSError (for example a full disk) with the path in its message.
+    Raises OSError (for example for a full disk) with the path in its message.
     """
     write_together({path: content})
 
 
 def write_together(contents: Mapping[pathlib.Path, bytes]) -> None:
-    """Put every content at its path, the last path last, once all of them are safely on the disk.
+    """Write several files and move them to their paths, in order, once all of them are on the disk.
 
-    Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
+    Raises OSError (for example for a full disk) with the path in its message; an error leaves nothing behind.
     """
     partials = {path: _beside(path) for path in contents}
     path = next(iter(contents))
@@ -86,24 +87,60 @@ def write_together(contents: Mapping[pathlib.Path, bytes]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_report(path: pathlib.Path, found: Mapping[str, Any], text: str) -> None:
-    """Put ``found`` at ``path`` with the suffix .json, and ``text``, which tells of it in Markdown, with .md.
+def write_report(path: pathlib.Path, report: Mapping[str, Any], text: str) -> None:
+    """Write ``report`` to ``path`` with the suffix .json, and ``text``, its tables in Markdown, with .md.
 
-    Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
+    Raises OSError (for example for a full disk) with the path in its message; an error leaves nothing behind.
     """
-    content = json.dumps(found, indent=1) + "\n"
+    content = json_text(report) + "\n"
     write_together({path.with_suffix(".json"): content.encode(), path.with_suffix(".md"): text.encode()})
 
 
+def json_text(value: Any, *, allow_nan: bool = True, margin: str = "\n") -> str:
+    """Return ``value`` as JSON with one key a line, where a list of scalars, and a flat item of a list, is one line.
+
+    Numbers have all digits that ``json.dumps`` writes.  ``margin``: the line break and indent of this level.  Raises
+    ValueError for a number that is not finite, unless ``allow_nan``.
+
+    >>> print(json_text({"kl": [0.5, 0.25], "rows": [{"bits": 3, "kl": 0.5}]}))
+    {
+     "kl": [0.5, 0.25],
+     "rows": [
+      {"bits": 3, "kl": 0.5}
+     ]
+    }
+    """
+
+    def line(content: Any) -> str:
+        return json.dumps(content, ensure_ascii=False, allow_nan=allow_nan)
+
+    def block(item: Any) -> str:
+        return json_text(item, allow_nan=allow_nan, margin=f"{margin} ")
+
+    if isinstance(value, dict) and value:
+        lines = [line({key: 0})[1:-2] + block(item) for key, item in value.items()]  # the key, a colon and a space
+        return f"{{{margin} {f',{margin} '.join(lines)}{margin}}}"
+    if isinstance(value, list | tuple) and not _flat(value):
+        lines = [line(item) if _flat(item) else block(item) for item in value]
+        return f"[{margin} {f',{margin} '.join(lines)}{margin}]"
+    return line(value)
+
+
+def _flat(value: Any) -> bool:
+    """Return whether ``value`` contains no list and no object."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return not any(isinstance(item, dict | list | tuple) for item in items)
+
+
 def _beside(path: pathlib.Path) -> pathlib.Path:
-    """Where ``path`` is prepared; process numbers repeat from machine to machine, so a lot is drawn."""
+    """Return a path beside ``path`` to prepare it at; it is random, because process numbers repeat across machines."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def write_by(path: pathlib.Path, writer: Callable[[pathlib.Path], None]) -> None:
-    """Let ``writer`` fill a file beside ``path`` and put it there in one step: for contents too large to hold twice.
+    """Let ``writer`` fill a file and move it to ``path`` in one step, for contents too large to hold twice in memory.
 
-    Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
+    Raises OSError (for example for a full disk) with the path in its message; an error leaves nothing behind.
     """
     partial = _beside(path)
     try:
@@ -119,9 +156,9 @@ def write_by(path: pathlib.Path, writer: Callable[[pathlib.Path], None]) -> None
 def write_folder(
     folder: pathlib.Path, contents: Mapping[str, bytes], fill: Callable[[pathlib.Path], object] = lambda folder: None
 ) -> None:
-    """Put a folder with these files, and what ``fill`` adds to it, at ``folder``, new or empty, in one step.
+    """Write a new or empty folder in one step, with the files ``contents`` and those that ``fill`` adds.
 
-    Raises OSError (for example a full disk) with the path in its message; nothing is left behind then.
+    Raises OSError (for example for a full disk) with the path in its message; an error leaves nothing behind.
     """
     folder = folder.resolve()
     partial = _beside(folder)

@@ -1,4 +1,4 @@
-"""Where a record comes from: code, versions, machine, time."""
+"""Provenance of a record: code, versions, machine and start time."""
 
 import contextlib
 import datetime
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 EXTRAS = ("peers", "torchao", "eval")  # of this package: numbers can depend on what they install
-PROGRAM = ("nashswarm", "experiments", "hydra_plugins")  # folders whose modules are imported, tracked or not
+PROGRAM = ("nashswarm", "experiments", "hydra_plugins")  # folders of modules that a run imports, tracked or not
 PACKAGES = ("nashswarm", "torch", "transformers", "datasets", "numpy", "scipy", "scikit-learn", "safetensors")
 
 
 def provenance(started: datetime.datetime) -> dict[str, Any]:
-    """Where a record comes from: code, versions, machine, time."""
+    """Return commit, versions, machine and start time of a run that began at ``started``."""
     commit, dirty = code()
     cores = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     return {
@@ -36,8 +36,11 @@ def provenance(started: datetime.datetime) -> dict[str, Any]:
 
 @functools.cache
 def code() -> tuple[str | None, bool | None]:
-    """The commit that this process imported its code from, and whether it had changes; None outside of a repository.
-    Remembered, for a process keeps its modules whatever is committed while it runs: to be asked before slow work."""
+    """Return the commit that this process imported its code from, and whether it had changes.
+
+    Both are None outside a repository.  The answer is cached, because a process keeps its modules whatever is committed
+    while it runs.  Call it before slow work.
+    """
     here = pathlib.Path(__file__)
     root = here.parents[2]
 
@@ -48,16 +51,16 @@ def code() -> tuple[str | None, bool | None]:
             ).stdout.strip()
         return None
 
-    ours = git("ls-files", "--error-unmatch", "--", str(here.relative_to(root))) is not None  # not around it
-    changes = strays = None
+    ours = git("ls-files", "--error-unmatch", "--", str(here.relative_to(root))) is not None  # not one around it
+    changes = untracked = None
     if ours:
         changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
-        strays = git("ls-files", "--others", "--", *(f"{folder}/*.py" for folder in PROGRAM))
-    return git("rev-parse", "HEAD") if ours else None, None if changes is None else bool(changes or strays)
+        untracked = git("ls-files", "--others", "--", *(f"{folder}/*.py" for folder in PROGRAM))
+    return git("rev-parse", "HEAD") if ours else None, None if changes is None else bool(changes or untracked)
 
 
 def told(origin: Mapping[str, Any]) -> str:
-    """The commit of what ``provenance`` found, in words.
+    """Return the commit of a provenance in words.
 
     >>> told({"commit": "00a838f", "dirty": True})
     'Commit 00a838f with changes'
@@ -80,7 +83,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 @functools.cache
 def code_digest() -> str:
-    """The sha256 over this package's sources: what other code computed is not read back as if this code had."""
+    """Return the sha256 over the sources of this package, so that a cache of other code is not read as this code's."""
     digest = hashlib.sha256()
     folder = pathlib.Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):

@@ -1,8 +1,8 @@
 """Records: one JSON file per finished run, the only source of numbers.
 
-A record is named by its fingerprint, the sha256 of everything that can move a number, and is written atomically:
-whoever reads the folder sees whole records or none.  The allocation stands beside it as run-length text, its sha256 in
-the record.
+The file name is the record's fingerprint, a sha256 of everything that can change a number.  Records are written
+atomically: a reader of the folder sees whole records or none.  The allocation is a second file beside the record, in
+run-length text, and the record has its sha256.
 """
 
 import dataclasses
@@ -12,21 +12,21 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nashswarm.records.files import write_together
+from nashswarm.records.files import json_text, write_together
 
 SCHEMA = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a finished run leaves behind.
+    """The result of a finished run.
 
-    ``labels``: the choices that made it (experiment, method, model, dataset, seed).  ``config``: its identity, all that
-    can move a number.  ``metrics``: scalars, named as the protocol names them.  ``series``: per-window values (``nll``
-    and ``kl`` in nats per token, ``top1_agreement``, ``tokens``), per-sweep values (``potential``, ``regret``, in nats
-    per token; ``_of_reference``: of the game that is solved once for all budgets), values of each trial of the search
-    for the budget (``price_of_trial``, nats per token and byte; ``bytes_of_trial``) and per-layer values
-    (``layer_kl``).  ``layers``: one row per weight matrix.  ``allocation``: run-length text, one line per layer.
+    ``labels``: the choices of the run (experiment, method, model, dataset, measure, seed).  ``config``: its identity,
+    everything that can change a number.  ``metrics``: scalars, named as in the protocol.  ``series``: values per window
+    (``nll`` and ``kl`` in nats per token, ``top1_agreement``, ``tokens``), values per sweep (``potential`` and
+    ``regret`` in nats per token; ``_of_reference``: of the game that is solved once for all budgets), values per trial
+    of the search for the budget (``price_of_trial`` in nats per token and byte, ``bytes_of_trial``) and values per
+    layer (``layer_kl``).  ``layers``: one row per weight matrix.  ``allocation``: run-length text, one line per layer.
     ``provenance``: commit, versions, machine, start time.
     """
 
@@ -45,7 +45,7 @@ class Record:
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits that name a configuration; the order of its keys does not matter.
+    """Return sixteen hexadecimal digits that identify a config, whatever the order of its keys.
 
     >>> fingerprint({"a": 1, "b": 2.0}) == fingerprint({"b": 2.0, "a": 1})
     True
@@ -55,45 +55,45 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 
 def path_of(folder: pathlib.Path, config: Mapping[str, Any]) -> pathlib.Path:
-    """Where the record of ``config`` lives."""
+    """Return the path of the record of ``config``."""
     return folder / f"{fingerprint(config)}.json"
 
 
 def write(folder: pathlib.Path, record: Record) -> pathlib.Path:
-    """Write the record, its allocation first, whose sha256 it tells; the path of the record comes back."""
+    """Write the allocation, then the record with its sha256, and return the path of the record."""
     path = path_of(folder, record.config)
     fields = dataclasses.asdict(record)
     allocation = fields.pop("allocation").encode()
     fields["allocation_sha256"] = hashlib.sha256(allocation).hexdigest()
-    content = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    content = json_text(fields, allow_nan=False) + "\n"
     write_together({path.with_suffix(".txt"): allocation, path: content.encode()})
     return path
 
 
 def read(path: pathlib.Path) -> Record:
-    """The record at ``path``.
+    """Load the record at ``path``, with the allocation beside it.
 
-    Raises ValueError if it is not a whole record of this schema, or if the allocation beside it is not its own; records
-    of older code do not tell which is.
+    Raises ValueError if it is not a whole record of this schema, or if the allocation is of another run.  Records of
+    older code have no sha256 of their allocation, which is not checked then.
     """
     try:
         fields = json.loads(path.read_text())
         if known := fields["schema"] == SCHEMA:
             allocation = path.with_suffix(".txt").read_bytes()
-            told = fields.pop("allocation_sha256", None)
-            found = Record(allocation=allocation.decode(), **fields)
+            digest = fields.pop("allocation_sha256", None)
+            record = Record(allocation=allocation.decode(), **fields)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise ValueError(f"{path} is not a whole record ({error}); delete it and run again") from error
     if not known:
         raise ValueError(
             f"{path} has schema {fields['schema']}, this version reads schema {SCHEMA}: rerun it with rerun=true"
         )
-    if told not in (None, hashlib.sha256(allocation).hexdigest()):
+    if digest not in (None, hashlib.sha256(allocation).hexdigest()):
         raise ValueError(f"{path} and the allocation beside it are of two runs: if none writes now, use rerun=true")
-    return found
+    return record
 
 
 def read_all(folder: pathlib.Path) -> Iterator[Record]:
-    """Every record in ``folder`` and below, in the order of their paths."""
+    """Load every record in ``folder`` and below, in the order of their paths."""
     for path in sorted(folder.rglob("[0-9a-f]*.json")):
         yield read(path)

@@ -1,8 +1,8 @@
-"""Statistics over windows: how sure a difference is, between runs that read the same windows.
+"""Statistics over windows of text: intervals of a mean or a ratio, tests of a difference, and values at equal bytes.
 
-Intervals are bootstrapped, BCa (Efron, Better Bootstrap Confidence Intervals, 1987), tests flip signs (Fisher, The
-Design of Experiments, 1935), several tests share one error rate (Holm, A Simple Sequentially Rejective Multiple Test
-Procedure, 1979), and sizes are made equal on the line of log KL over log bytes.
+Intervals are BCa bootstraps (Efron, Better Bootstrap Confidence Intervals, 1987).  Tests flip signs (Fisher, The Design
+of Experiments, 1935).  Several tests share one error rate (Holm, A Simple Sequentially Rejective Multiple Test
+Procedure, 1979).  Sizes are made equal on the line of log KL over log bytes.
 """
 
 import math
@@ -18,9 +18,9 @@ FLIPS = 19999  # the least two-sided p-value is 2 / (FLIPS + 1)
 
 
 def interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap confidence interval (BCa) of the mean of per-window values; of equal values, that value twice.
+    """Return the bootstrap confidence interval (BCa) of the mean of per-window values.
 
-    Raises ValueError if there are none.
+    The interval of equal values is that value twice.  Raises ValueError if there are no values.
 
     >>> interval([2.0, 2.0, 2.0])
     (2.0, 2.0)
@@ -31,14 +31,14 @@ def interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> tup
     if np.ptp(sample) <= 1e-12 * np.abs(sample).max():
         return float(sample.mean()), float(sample.mean())
     rng = np.random.default_rng(seed)
-    found = stats.bootstrap(
+    bootstrap = stats.bootstrap(
         (sample,), np.mean, n_resamples=RESAMPLES, confidence_level=level, method="BCa", rng=rng, batch=200
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The order statistics between which the median lies in 95 % of cases.
+    """Return the two order statistics between which the median lies in 95 % of cases.
 
     >>> median_interval(range(101))
     (40, 60)
@@ -52,10 +52,11 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 def interval_of(
     statistic: Callable[[Int[np.ndarray, " drawn"]], float], windows: int, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Bootstrap confidence interval (BCa) of what ``statistic`` makes of the numbers of some windows.
+    """Return the bootstrap confidence interval (BCa) of ``statistic``, a function of the indices of drawn windows.
 
-    A statistic that no window moves is its own interval.  Where all resamples lie on one side of the estimate, or each
-    window left out moves it alike, BCa's corrections are not finite and the interval is that of the percentiles.
+    A statistic that does not depend on the windows is its own interval.  If all resamples lie on one side of the
+    estimate, or leaving out a window changes it equally for all windows, the corrections of BCa are not finite and the
+    interval is that of the percentiles.
     """
     numbers = np.arange(windows)
     point = float(statistic(numbers))
@@ -64,7 +65,7 @@ def interval_of(
         return point, point
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        found = stats.bootstrap(
+        bootstrap = stats.bootstrap(
             (numbers,),
             statistic,
             n_resamples=RESAMPLES,
@@ -73,23 +74,23 @@ def interval_of(
             rng=np.random.default_rng(seed),
             vectorized=False,
         )
-    ends = found.confidence_interval
+    ends = bootstrap.confidence_interval
     if np.isnan(ends).any():
-        ends = np.quantile(found.bootstrap_distribution, [(1 - level) / 2, (1 + level) / 2])
+        ends = np.quantile(bootstrap.bootstrap_distribution, [(1 - level) / 2, (1 + level) / 2])
     return float(ends[0]), float(ends[1])
 
 
-def ratio(own: Sequence[float], other: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """The mean of ``own`` over that of ``other``, window by window of the same text, with its 95 % interval.
+def ratio(values: Sequence[float], reference: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """Return the mean of ``values`` over that of ``reference`` on the same windows, with its 95 % interval.
 
-    Raises ValueError for windows that are not the same in number.
+    Raises ValueError if the numbers of windows differ.
 
     >>> ratio([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     (0.5, 0.5, 0.5)
     """
-    if len(own) != len(other):
-        raise ValueError(f"{len(own)} windows cannot be paired with {len(other)}")
-    above, below = np.asarray(own, float), np.asarray(other, float)
+    if len(values) != len(reference):
+        raise ValueError(f"{len(values)} windows cannot be paired with {len(reference)}")
+    above, below = np.asarray(values, float), np.asarray(reference, float)
 
     def of(drawn: Int[np.ndarray, " drawn"]) -> float:
         return float(above[drawn].mean() / below[drawn].mean())
@@ -98,15 +99,17 @@ def ratio(own: Sequence[float], other: Sequence[float], seed: int = 0) -> tuple[
 
 
 def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p-value of the paired differences of two runs that do not differ: twice the share of flipped signs
-    whose mean is as far on the same side.  All flips of few windows, FLIPS drawn ones of many.
+    """Return the two-sided p-value of paired differences under the hypothesis that two runs do not differ.
+
+    It is twice the share of sign flips with a mean at least as far on the same side.  Few windows get all flips, many
+    get ``FLIPS`` random ones.  Raises ValueError if there are no differences.
 
     >>> sign_flip([1.0, 1.0, 1.0])  # of 8 flips one is as large
     0.25
     """
     if not len(differences):
         raise ValueError("no differences: a test needs at least one window")
-    found = stats.permutation_test(
+    test = stats.permutation_test(
         (np.asarray(differences, float),),
         np.mean,
         permutation_type="samples",
@@ -114,26 +117,26 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
         batch=1000,
         rng=np.random.default_rng(seed),
     )
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Each p-value as it counts among all of them: below α where Holm's procedure rejects at α.
+    """Return p-values adjusted for their number: at most α where Holm's procedure rejects at α.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
     order = np.argsort(p_values, kind="stable")
     scaled = np.asarray(p_values, float)[order] * np.arange(len(order), 0, -1)
-    found = np.empty(len(order))
-    found[order] = np.minimum(np.maximum.accumulate(scaled), 1)
-    return found.tolist()
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return adjusted.tolist()
 
 
 def correlations(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:
-    """Pearson's and Spearman's correlation, of the values and of their ranks; neither side may be constant.
+    """Return Pearson's and Spearman's correlation, of the values and of their ranks; neither side may be constant.
 
-    >>> tuple(round(found, 3) for found in correlations([1, 2, 3], [1, 10, 0]))
+    >>> tuple(round(value, 3) for value in correlations([1, 2, 3], [1, 10, 0]))
     (-0.091, -0.5)
     """
     pearson, spearman = stats.pearsonr(predicted, measured), stats.spearmanr(predicted, measured)
@@ -143,10 +146,10 @@ def correlations(predicted: Sequence[float], measured: Sequence[float]) -> tuple
 def at_bytes(
     sizes: Sequence[float], values: Float[np.ndarray, "sizes windows"], size: float
 ) -> Float[np.ndarray, " windows"]:
-    """Per-window ``values`` (KL, positive) at ``size`` bytes: lines of their logs over the logs of ``sizes``.
+    """Return per-window ``values`` (positive, for example KL) at ``size`` bytes, linear in logs over log ``sizes``.
 
-    Raises ValueError for fewer than two sizes, for one of them twice, for a ``size`` outside of them, and for a value
-    without a log.
+    Raises ValueError for fewer than two sizes, for equal sizes, for a ``size`` outside of them, and for a value that is
+    not positive.
 
     >>> at_bytes([1.0, 4.0], np.array([[8.0], [2.0]]), 2.0).round(6).tolist()
     [4.0]

@@ -26,8 +26,8 @@ def checkout(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     (tmp_path / "paper.txt").write_text("about something else\n")
     git(tmp_path, "add", "paper.txt")
     git(tmp_path, "commit", "--quiet", "--message", "somebody's own")
-    code = tmp_path / "nashswarm" / "provenance.py"
-    code.parent.mkdir()
+    code = tmp_path / "nashswarm" / "records" / "provenance.py"
+    code.parent.mkdir(parents=True)
     code.write_text("# the installed package\n")
     monkeypatch.setattr(provenance, "__file__", str(code))
     provenance.code.cache_clear()

@@ -11,6 +11,8 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nashswarm.records import files, record
 from nashswarm.records.files import write_report, write_whole
@@ -214,8 +216,8 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: pathlib.Path) -> None:
 
 HOLD = """
 import pathlib, sys, time
-import record  # from its own folder: the package would import torch
-with record.claim(pathlib.Path(sys.argv[1])):
+import files  # from its own folder: the package would import torch
+with files.claim(pathlib.Path(sys.argv[1])):
     (pathlib.Path(sys.argv[1]).parent / "held").touch()
     time.sleep(float(sys.argv[2]))
 """
@@ -228,6 +230,7 @@ def held(path: pathlib.Path, seconds: float) -> "subprocess.Popen[bytes]":
         [sys.executable, "-c", HOLD, str(path), str(seconds)], env=os.environ | {"PYTHONPATH": root}
     )
     while not (path.parent / "held").exists():
+        assert process.poll() is None, "the process ended before it held the claim"
         time.sleep(0.02)
     return process
 
@@ -256,3 +259,35 @@ def test_a_claim_that_cannot_be_made_says_so(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot claim .*abc\.json"), files.claim(tmp_path / "file" / "abc.json"):
         pass
+
+
+def test_json_text_of_a_record_has_one_line_per_key_and_array(tmp_path: pathlib.Path) -> None:
+    long = changed(series={"nll": [0.1 + 0.2, 1e-300, 3.0], "none": []}, layers=[{"name": "wte", "bytes": 10}] * 2)
+    path = write(tmp_path, long)
+    lines = path.read_text().splitlines()
+    assert '  "nll": [0.30000000000000004, 1e-300, 3.0],' in lines and '  "none": []' in lines
+    assert lines.count('  {"name": "wte", "bytes": 10},') == 1 and ' "layers": [' in lines
+    assert read(path) == long
+
+
+NESTED = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda items: st.lists(items, max_size=4) | st.dictionaries(st.text(), items, max_size=4),
+)
+
+
+@settings(max_examples=50)
+@given(NESTED)
+def test_json_text_is_read_back_as_json_dumps_would_write_it(value: Any) -> None:
+    assert json.dumps(json.loads(files.json_text(value))) == json.dumps(value)
+
+
+def test_json_text_of_keys_that_are_no_text_is_that_of_json_dumps() -> None:
+    value = {3: [1, 2], 0.5: {True: None}, None: (1, [2.0])}
+    assert json.loads(files.json_text(value)) == json.loads(json.dumps(value))
+
+
+def test_json_text_refuses_what_is_not_finite_where_it_must_be() -> None:
+    assert files.json_text([float("inf")]) == "[Infinity]"
+    with pytest.raises(ValueError):
+        files.json_text({"rows": [{"kl": float("nan")}]}, allow_nan=False)
