@@ -53,7 +53,7 @@ class Gptq:
         tensors: dict[str, QuantizedTensor] = {}
         damage, bits = {}, {}
         depth = context.layers[0].depth
-        for layer in context.track(sorted(context.layers, key=lambda layer: layer.depth), "replying"):
+        for layer in context.track(sorted(context.layers, key=lambda layer: layer.depth), "quantizing"):
             if self.sequential and layer.depth > depth:
                 depth = layer.depth
                 same_depth = [other for other in context.layers if other.depth == depth]

@@ -7,6 +7,7 @@ proportion to the estimate from the diagonals alone.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -63,7 +64,8 @@ class Blocks:
 
     def packed_bytes(self, profile: Integer[np.ndarray, " blocks"]) -> int:
         """Return the bytes of all packed layers at ``profile``."""
-        return sum(packed_bytes(bits.ravel(), self.scheme) for bits in self.bits(profile).values())
+        widths = np.array(self.widths, np.uint8)[profile]
+        return sum(packed_bytes(part, self.scheme) for part in self._split(widths))
 
     def damage_by_layer(self, profile: Integer[np.ndarray, " blocks"]) -> dict[str, float]:
         """Return layer → predicted damage at ``profile``, in nats per token."""
@@ -76,18 +78,19 @@ class Blocks:
         Tiles store their widths as run-length tags, and a run ends where two linked tiles differ.
         """
         linked = np.ones(len(self.damage) - 1)
-        linked[self._ends() - 1] = 0
+        linked[self._ends - 1] = 0
         chain = sparse.diags_array([linked, linked], offsets=[-1, 1], shape=(len(self.damage),) * 2).tocsr()
         chain.eliminate_zeros()
         return chain
 
+    @functools.cached_property
     def _ends(self) -> Integer[np.ndarray, " layers_but_one"]:
         """Return the index of the first block after every layer but the last."""
         counts = [int(np.prod(grid_shape(layer, self.scheme))) for layer in self.layers]
         return np.cumsum(counts)[:-1]
 
     def _split(self, values: Shaped[np.ndarray, " blocks"]) -> list[Shaped[np.ndarray, " part"]]:
-        return np.split(values, self._ends())
+        return np.split(values, self._ends)
 
 
 def grid_shape(layer: Layer, scheme: Scheme) -> tuple[int, int]:
