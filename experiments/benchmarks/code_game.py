@@ -9,9 +9,9 @@ of layers as large as GPT-2 small's, random weights and correlated inputs, at 3 
 
 import argparse
 import datetime
+import functools
 import pathlib
 import resource
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +22,7 @@ from experiments.config import compose
 from nashswarm.experiment.compression import LoadedRun, load
 from nashswarm.experiment.plan import plan
 from nashswarm.layers import curvature
+from nashswarm.measures import timing
 from nashswarm.progress import show_progress
 from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import Curvature
@@ -97,10 +98,9 @@ def timed(shape: tuple[int, int]) -> list[dict[str, Any]]:
     curved = Curvature(torch.ones(shape[0]), inputs.T @ inputs / len(inputs), None)
     rows: list[dict[str, Any]] = []
     for name, sweeps, tolerance in (("pass", 0, 0.0), ("to 1e-3", ENOUGH, 1e-3), ("to no move", ENOUGH, 0.0)):
-        began = time.perf_counter()
-        found = quantize_layer(weight, 3, SCHEME, curved, sweeps, tolerance=tolerance)
-        seconds = time.perf_counter() - began
-        damage = float(curved.damage_by_row(weight - found.dequantize()).double().sum())
+        quantize = functools.partial(quantize_layer, weight, 3, SCHEME, curved, sweeps, tolerance=tolerance)
+        quantized, seconds = timing.timed(quantize)
+        damage = float(curved.damage_by_row(weight - quantized.dequantize()).double().sum())
         rows.append(
             {"shape": f"{shape[0]}x{shape[1]}", "until": name, "seconds": seconds, "damage": damage}
             | {"peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}

@@ -7,10 +7,10 @@ the real damages of the default model on its calibration text.
 """
 
 import argparse
+import contextlib
 import datetime
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +26,7 @@ from nashswarm.games import flock as swarm
 from nashswarm.games import optima
 from nashswarm.games.potential import Coupling, Game, best_response, shadow_price
 from nashswarm.layers import Layer
+from nashswarm.measures import timing
 from nashswarm.methods.bit_allocation.blocks import PLAYED_WIDTHS, Blocks
 from nashswarm.methods.bit_allocation.damages import block_damages
 from nashswarm.methods.bit_allocation.game import solve
@@ -254,13 +255,9 @@ def part(game: Game, members: np.ndarray) -> Game:
 def timed(what: str, work: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds and answer of ``work``, with a spinner on a terminal."""
     console = Console(stderr=True)
-    started = time.perf_counter()
-    if what and console.is_terminal:
-        with console.status(what):
-            answer = work()
-    else:
-        answer = work()
-    return time.perf_counter() - started, answer
+    with console.status(what) if what and console.is_terminal else contextlib.nullcontext():
+        answer, seconds = timing.timed(work)
+    return seconds, answer
 
 
 def percent(value: float, bound: float) -> float:
