@@ -1,4 +1,4 @@
-"""Compressed models on disk: the same bits come back, through transformers' own functions, or it is said why not."""
+"""Compressed models on disk: transformers' own functions give the same bits back, or an error says why not."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Packed matrices and the modules around them: nothing is lost, and what comes out is what their floats would give."""
+"""Packed matrices and the modules around them: round trips are exact, and products match those of the floats."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the counters say is read right, and what they count is the product."""
+"""Output of the counters is parsed, and the program that is counted computes the product."""
 
 import itertools
 import json

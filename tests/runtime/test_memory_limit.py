@@ -1,4 +1,4 @@
-"""What models hold in memory, how long a text fits there, and weights that stay."""
+"""Memory of models, the longest text within a limit, and pinned weights."""
 
 import pathlib
 import resource

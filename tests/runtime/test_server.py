@@ -1,4 +1,4 @@
-"""A server on this machine and real clients of it: everyone gets an answer of his own, or a reason."""
+"""A local server and real clients: each request gets the completion of its own prompt, or the reason for a refusal."""
 
 import concurrent.futures
 import contextlib
@@ -315,7 +315,7 @@ def ask_until_up(client: Any) -> Any:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
 def test_supervisor_worker_death_ends_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was asked while it was alive, and could not answer any more."""
+    """The worker is stopped while a health check waits for it, and then killed."""
     monkeypatch.setattr("uvicorn.supervisors.multiprocess.SIGNALS", {})  # those of the tests stay
     supervisor = server.Supervisor(uvicorn.Config("nowhere:app"), [])
     supervisor.init_processes()
