@@ -29,7 +29,7 @@ autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True}
 autodoc_mock_imports = ["triton"]
 doctest_test_doctest_blocks = ""  # those of docstrings are run by pytest
-highlight_language = "python"
+highlight_language = "default"  # Python that may also be a formula
 
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?:)[^)#]+)(?:#[^)]*)?\)")
 MODULE = "## {0}\n\n```{{eval-rst}}\n.. automodule:: {0}\n```\n"
