@@ -1,1 +1,2 @@
-"""The entry point of every experiment, and what happens around a run: W&B, the sweep's summary."""
+"""Experiments: ``run`` starts them, ``config`` composes ``conf/`` without a run, ``mirror`` copies records to W&B and
+trackio, ``summary`` ends a sweep with a table, and ``benchmarks`` holds one program for each question about a part."""

@@ -1,6 +1,6 @@
-"""Weights & Biases and a local viewer mirror records; nothing here ever reads from them.
+"""Copies of records in Weights & Biases and in a local viewer.  Nothing is ever read back from them.
 
-``python -m experiments.mirror results/records/main --viewer trackio`` mirrors records that exist.
+``python -m experiments.mirror results/records/main --viewer trackio`` copies records that exist.
 """
 
 import argparse
@@ -25,11 +25,21 @@ VIEWERS = ("disabled", "trackio")
 PROJECT = "nashswarm"
 TRACKIO_DIR = "results/trackio"
 INIT_SECONDS = 30
-TRAINED = ("train_loss", "train_nll", "balance", "cache", "swarm", "nash")  # series by step of training
+TRAINED = (
+    "train_loss",
+    "train_nll",
+    "balance",
+    "cache",
+    "swarm",
+    "nash",
+)  # names of series that have one value for each step of training
 
 
 def check(wandb: str, viewer: str) -> None:
-    """Raises ValueError, before any work, for an unknown choice, online without a key and a viewer that is absent."""
+    """Check both settings before any work.
+
+    Raises ValueError for an unknown choice, for ``online`` without a key and for a viewer that is not installed.
+    """
     for name, choice, choices in (("wandb", wandb, MODES), ("viewer", viewer, VIEWERS)):
         if choice not in choices:
             raise ValueError(f"unknown {name}={choice}: choose one of {', '.join(choices)}")
@@ -42,9 +52,9 @@ def check(wandb: str, viewer: str) -> None:
 
 
 def mirror(path: pathlib.Path, wandb: str, viewer: str, folder: pathlib.Path) -> bool:
-    """Send the record at ``path`` to W&B, which writes to ``folder``, and to the viewer.
+    """Send the record at ``path`` to W&B, whose files go to ``folder``, and to the viewer; return whether both took it.
 
-    Nothing that goes wrong there is an error of the run: a warning says how to mirror later.  Whether all went well.
+    A mirror that fails does not fail the run: a warning says how to mirror the record later.
     """
     sent = True
     for option, mode, send in (("wandb", wandb, to_wandb), ("viewer", viewer, to_trackio)):
@@ -59,31 +69,31 @@ def _tried(
     try:
         send(read(path), mode, folder)
     except Exception as error:
-        found = f"{option}={mode} failed ({type(error).__name__}: {error})"
+        failure = f"{option}={mode} failed ({type(error).__name__}: {error})"
         again = f"python -m experiments.mirror {path} --{option} {mode}"
-        log.warning("%s; the record is kept, to mirror it later: %s", found, again)
+        log.warning("%s; the record is kept, to mirror it later: %s", failure, again)
         return False
     return True
 
 
 def name_of(record: Record) -> str:
-    """What the mirrors call a run."""
+    """Return the name of a run in the mirrors: method, model, dataset and seed."""
     return " ".join(record.labels[key] for key in ("method", "model", "dataset", "seed"))
 
 
 def settings_of(record: Record) -> dict[str, object]:
-    """What the mirrors file a run under."""
+    """Return the config of a run in the mirrors, with labels and provenance."""
     return record.config | {"labels": record.labels, "provenance": record.provenance}
 
 
 def steps_of(record: Record) -> list[dict[str, float]]:
-    """The series by step of training, a row for each step."""
+    """Return the series of a training, one dict for each step."""
     curves = {name: record.series[name] for name in TRAINED if name in record.series}
     return [dict(zip(curves, values, strict=True)) for values in zip(*curves.values(), strict=True)]
 
 
 def to_wandb(record: Record, mode: str, folder: pathlib.Path) -> None:
-    """Config, summary, the table of layers, a figure, and an artifact of the record's files."""
+    """Send config, metrics, training curves, the table of layers, a figure and the record's files to W&B."""
     import matplotlib.pyplot  # noqa: F401  wandb.Image looks for it
     import wandb
 
@@ -110,15 +120,16 @@ def to_wandb(record: Record, mode: str, folder: pathlib.Path) -> None:
 
 
 def to_trackio(record: Record, mode: str, folder: pathlib.Path) -> None:
-    """Config, series and, as the last step, metrics: into the database of ``TRACKIO_DIR``, once for each record.
+    """Write config, series and, as the last step, metrics into trackio's database, once for each record.
 
-    Not by ``trackio.init``, which asks the hub for the user's name and sends the run away if the environment says so.
+    The database lies in ``TRACKIO_DIR``.  This does not call ``trackio.init``, which asks the hub for the user's name
+    and uploads the run if the environment says so.
     """
     os.environ.setdefault("TRACKIO_DIR", TRACKIO_DIR)  # read when trackio is imported
     from trackio.sqlite_storage import SQLiteStorage
 
     run = f"{name_of(record)} {record.fingerprint}"
-    SQLiteStorage.delete_run(PROJECT, run, run_id=record.fingerprint)  # an earlier measurement
+    SQLiteStorage.delete_run(PROJECT, run, run_id=record.fingerprint)  # an earlier measurement of the same run
     about = {"_Group": record.labels["experiment"], "_Created": record.provenance["started"]}
     SQLiteStorage.bulk_log(
         PROJECT, run, [*steps_of(record), record.metrics], config=settings_of(record) | about, run_id=record.fingerprint
@@ -126,7 +137,7 @@ def to_trackio(record: Record, mode: str, folder: pathlib.Path) -> None:
 
 
 def contents(record: Record) -> dict[str, str]:
-    """The files of a run's artifact: its numbers, its allocation, its row of the table, its page."""
+    """Return the files of a run's artifact by name: numbers, allocation, row of the table, page."""
     fields = dataclasses.asdict(record)
     allocation = fields.pop("allocation")
     return {
@@ -138,7 +149,7 @@ def contents(record: Record) -> dict[str, str]:
 
 
 def main() -> None:
-    """Mirror records that exist; the exit status says if any was refused."""
+    """Mirror records that exist; exit with status 1 if a mirror refused one."""
     parser = argparse.ArgumentParser(prog="python -m experiments.mirror", description="Mirror records that exist.")
     parser.add_argument("records", type=pathlib.Path, nargs="+", help="records, or folders of them")
     parser.add_argument("--wandb", choices=MODES, default="disabled")
@@ -150,16 +161,16 @@ def main() -> None:
         check(options.wandb, options.viewer)
     except ValueError as error:
         sys.exit(str(error))
-    found: list[pathlib.Path] = []
-    for given in options.records:
-        here = sorted(given.rglob("[0-9a-f]*.json")) if given.is_dir() else [given]
-        if not here or not given.exists():
-            sys.exit(f"{given} is no record and no folder of records; see results/records")
-        found += here
+    paths: list[pathlib.Path] = []
+    for path in options.records:
+        records = sorted(path.rglob("[0-9a-f]*.json")) if path.is_dir() else [path]
+        if not records or not path.exists():
+            sys.exit(f"{path} is no record and no folder of records; see results/records")
+        paths += records
     folder = pathlib.Path("results/logs/mirror")
     folder.mkdir(parents=True, exist_ok=True)
-    sent = [mirror(path, options.wandb, options.viewer, folder) for path in found]
-    print(f"{sum(sent)} of {len(found)} records mirrored")
+    sent = [mirror(path, options.wandb, options.viewer, folder) for path in paths]
+    print(f"{sum(sent)} of {len(paths)} records mirrored")
     sys.exit(0 if all(sent) else 1)
 
 

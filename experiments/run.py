@@ -47,8 +47,11 @@ def labels_of(config: DictConfig) -> dict[str, str]:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(config: DictConfig) -> None:
-    """Run one job.  In a sweep a failed job is reported and the others go on; the sweep's summary sets the exit
-    status, to which a method that has nothing to offer is no failure."""
+    """Run one job and write its ``outcome.json``.
+
+    A failed job of a sweep does not stop the others: the summary sets the exit status.  A method that does not support
+    the requested size is left out, which is no failure.
+    """
     hydra_config = HydraConfig.get()
     folder = pathlib.Path(hydra_config.runtime.output_dir)
     outcome: dict[str, Any] = {
@@ -88,7 +91,7 @@ def main(config: DictConfig) -> None:
     finally:
         try:
             files.write_whole(folder / "outcome.json", (json.dumps(outcome, indent=1) + "\n").encode())
-        except OSError as error:  # a full disk: the sweep counts the job as failed
+        except OSError as error:  # such as a full disk: without an outcome the sweep counts the job as failed
             log.error("%s", error)
 
 

@@ -1,5 +1,4 @@
-"""The end of a sweep: what finished, was skipped, left out or failed, as a table; the exit status says if
-anything failed."""
+"""The table at the end of a sweep: which jobs finished, were skipped, were left out or failed."""
 
 import pathlib
 import sys
@@ -13,7 +12,7 @@ from nashswarm.reporting import frame, typeset
 
 
 class Summary(Callback):
-    """Hydra callback that reads the jobs' ``outcome.json`` and their records."""
+    """Hydra callback that reads each job's ``outcome.json`` and record.  It exits with status 1 if a job failed."""
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         outcomes = frame.read_outcomes(pathlib.Path(config.hydra.sweep.dir))

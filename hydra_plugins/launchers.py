@@ -1,7 +1,8 @@
-"""Launchers of sweeps on engines that others operate: processes of one machine, a Ray cluster, a Slurm cluster.
+"""Hydra launchers that run the jobs of a sweep in processes of this machine, on a Ray cluster or on a Slurm cluster.
 
-A job belongs to one worker, which writes its record and its ``outcome.json``; the engine only says that it ended.  One
-that its engine lost is a failed job and the others go on.  All workers see the folder that the sweep was started in.
+One worker runs one job and writes its record and its ``outcome.json``; the engine only reports that the job ended.  A
+job whose worker was lost counts as failed, and the other jobs go on.  All workers must see the folder in which the
+sweep was started.
 """
 
 import abc
@@ -27,16 +28,20 @@ from omegaconf import DictConfig, open_dict
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
-PATIENCE = 15  # polls, until the outcome of a job that Slurm calls completed is seen from here
-AROUND = "around.log"  # in a job's folder: the traceback of what went wrong around the job
+PATIENCE = 15  # polls that a job completed by Slurm gets until its outcome is visible on this file system
+AROUND = "around.log"  # in a job's folder: the traceback of an error outside of the job, such as in unpickling it
 THREADS = "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 FORWARDED = ("NASHSWARM_", "HF_", "WANDB_", "OMP_", "MKL_", "TOKENIZERS_")  # variables that a Ray worker inherits
-SECRET = ("KEY", "TOKEN")  # not those that end so: Ray shows them in its dashboard
-Ended = Iterator[tuple[int, str | None]]  # number of a job, and what its engine says went wrong
+SECRET = ("KEY", "TOKEN")  # variables with these endings are not forwarded: Ray shows them in its dashboard
+Ended = Iterator[tuple[int, str | None]]  # the number of a job, and the error that its engine reports
 
 
 def work(folder: str, job: bytes) -> None:
-    """Run one job, in a worker: ``job`` is pickled so that nothing of it is imported before the folder is right."""
+    """Run one pickled job in a worker.
+
+    The job comes as bytes, so that none of its modules is imported before the working folder is set.  Raises what the
+    job raised.
+    """
     os.chdir(folder)
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -55,7 +60,7 @@ def work(folder: str, job: bytes) -> None:
 
 
 class Engine(Launcher):
-    """What the engines share.  ``settings``: the keys of the launcher's config, for the engine."""
+    """A launcher whose jobs run elsewhere.  ``settings``: the keys of the launcher's config, passed to the engine."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -64,7 +69,7 @@ class Engine(Launcher):
         self.context, self.task, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs to their ends; each has an ``outcome.json`` then."""
+        """Run all jobs to their ends.  Each then has an ``outcome.json``, written by the job or, if lost, here."""
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         self.folder = pathlib.Path(self.config.hydra.sweep.dir).resolve()
@@ -90,11 +95,15 @@ class Engine(Launcher):
         return [_returned(overrides) for overrides in job_overrides]
 
     def ended(self, number: int) -> bool:
+        """Return whether a job has written its outcome."""
         return (self.folders[number] / "outcome.json").exists()
 
     def lost(self, number: int, overrides: Sequence[str], trouble: str) -> None:
-        """Write the outcome of a job that could not write its own.  Its log is the traceback of what went wrong around
-        it, or its own, or its engine's.  Raises OSError if the driver cannot write either."""
+        """Write the outcome of a job that did not write its own.
+
+        The outcome names the first of these logs that exists: the traceback in ``around.log``, the job's own log, its
+        engine's log.  Raises OSError if the outcome cannot be written.
+        """
         from nashswarm.records import files
 
         folder = self.folders[number]
@@ -111,15 +120,18 @@ class Engine(Launcher):
 
     @abc.abstractmethod
     def execute(self, jobs: Mapping[int, bytes]) -> Ended:
-        """Run pickled jobs; each comes back once, when it has ended."""
+        """Run pickled jobs and yield each number once, when that job has ended."""
 
 
 class Processes(Engine):
-    """Processes of this machine, by joblib; ``n_jobs`` as joblib knows it."""
+    """Processes of this machine, by joblib.  ``n_jobs``: as in ``joblib.Parallel``."""
 
     def execute(self, jobs: Mapping[int, bytes]) -> Ended:
-        """A worker that dies takes the others with it: what had begun then is done again alone, the rest goes on, so
-        that a job that kills its worker costs no other job.  Alone or not, a job computes with the same threads."""
+        """Run the jobs in a pool of processes, each with an equal share of the threads.
+
+        If one worker dies, joblib ends the whole pool.  Jobs that had begun are then run again, one at a time, and the
+        others in a new pool, so that a job that kills its worker costs no other job.
+        """
         import joblib
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
@@ -131,7 +143,7 @@ class Processes(Engine):
                 return joblib.Parallel(count, **more)
 
         waiting, begun = dict(jobs), dict[int, bytes]()
-        if count == 1:  # joblib would compute in this process, and a job that dies take it along
+        if count == 1:  # joblib would run the jobs in this process, which a killed job would end
             waiting, begun = begun, waiting
         while waiting:
             parallel = workers(count, return_as="generator_unordered")
@@ -146,7 +158,9 @@ class Processes(Engine):
                     del waiting[number]
                     yield number, None
                 here = {number: job for number, job in waiting.items() if self.folders[number].exists()} or waiting
-                log.warning("a worker died; done again alone: %s", ", ".join(f"#{number}" for number in here))
+                log.warning(
+                    "a worker died; these jobs run again, one at a time: %s", ", ".join(f"#{number}" for number in here)
+                )
                 begun |= here
                 waiting = {number: job for number, job in waiting.items() if number not in begun}
         for number, job in begun.items():
@@ -158,10 +172,14 @@ class Processes(Engine):
 
 
 class Ray(Engine):
-    """Tasks of a Ray cluster.  ``address``: of the cluster, ``local`` for one of this machine alone; ``num_cpus``,
-    ``num_gpus``: what a job takes; ``max_retries``: how often it begins again after its worker or node was lost."""
+    """Tasks of a Ray cluster.
+
+    ``address``: of the cluster, or ``local`` for this machine alone; ``num_cpus``, ``num_gpus``: what one job occupies;
+    ``max_retries``: how often a job starts again after its worker or node was lost.
+    """
 
     def execute(self, jobs: Mapping[int, bytes]) -> Ended:
+        """Run the jobs as Ray tasks, with the environment variables that they need."""
         try:
             import ray
         except ImportError:
@@ -190,11 +208,14 @@ class Ray(Engine):
 
 
 class Slurm(Engine):
-    """One array job of a Slurm cluster, by submitit; ``settings``: parameters of submitit's executor.  A job computes
-    with ``OMP_NUM_THREADS`` threads where that is set, otherwise with ``cpus_per_task``."""
+    """One array job of a Slurm cluster, by submitit.
+
+    ``settings``: parameters of submitit's executor.  A job computes with ``OMP_NUM_THREADS`` threads where that is set,
+    otherwise with ``cpus_per_task``.
+    """
 
     def execute(self, jobs: Mapping[int, bytes]) -> Ended:
-        """``squeue`` says what has ended: ``sacct`` needs a data base that small clusters lack."""
+        """Submit the jobs as one array and poll ``squeue``; ``sacct`` needs a database that small clusters lack."""
         try:
             import submitit
         except ImportError:
@@ -216,7 +237,7 @@ class Slurm(Engine):
                     fate = None if self.ended(running[name]) else _fate(name)
                     polls[name] += 1
                     if fate and "JobState=COMPLETED" in fate and polls[name] < PATIENCE:
-                        continue  # a file system may show later here what the node has written
+                        continue  # a shared file system can show files of a node seconds later
                     yield running.pop(name), fate and f"Slurm ended the job: {fate}"
         except KeyboardInterrupt:
             log.warning("the jobs stay with Slurm: scancel %s ends them; the same command again waits for them", array)
@@ -224,24 +245,24 @@ class Slurm(Engine):
 
 
 def _queued() -> set[str] | None:
-    """The jobs of this user that wait or run, as Slurm names them; None if Slurm does not answer now."""
-    found = subprocess.run(
+    """Return the names of this user's jobs that wait or run, or None if Slurm does not answer."""
+    queue = subprocess.run(
         ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i"],
         capture_output=True,
         text=True,
     )
-    return set(found.stdout.split()) if found.returncode == 0 else None
+    return set(queue.stdout.split()) if queue.returncode == 0 else None
 
 
 def _fate(name: str) -> str:
-    """In Slurm's words, how a job ended."""
-    found = subprocess.run(["scontrol", "show", "job", "--oneliner", name], capture_output=True, text=True)
-    words = dict(word.partition("=")[::2] for word in found.stdout.split())
+    """Return state, reason and exit code of an ended job, as Slurm reports them."""
+    report = subprocess.run(["scontrol", "show", "job", "--oneliner", name], capture_output=True, text=True)
+    words = dict(word.partition("=")[::2] for word in report.stdout.split())
     return ", ".join(f"{key}={words[key]}" for key in ("JobState", "Reason", "ExitCode") if key in words) or "unknown"
 
 
 def _tried(number: int, job: bytes, folder: pathlib.Path) -> tuple[int, str | None]:
-    """A job in a process: its number, and what went wrong around it."""
+    """Run a job in this process; return its number and the error outside of it, if any."""
     try:
         work(os.getcwd(), job)
     except Exception as error:
@@ -250,17 +271,17 @@ def _tried(number: int, job: bytes, folder: pathlib.Path) -> tuple[int, str | No
 
 
 def _kept(folder: pathlib.Path, error: BaseException) -> str:
-    """An exception in one sentence; its traceback, while it is handled, stays in the job's folder."""
+    """Return the exception being handled as one sentence, and write its traceback into the job's folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / AROUND).write_text(traceback.format_exc())
-    except OSError as full:
-        log.warning("%s", full)
+    except OSError as disk_error:
+        log.warning("%s", disk_error)
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _returned(overrides: Sequence[str]) -> JobReturn:
-    """What Hydra wants to hear of a job; how it ended stands in its ``outcome.json``."""
+    """Return the completed job that Hydra expects; how the job really ended is in its ``outcome.json``."""
     returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
     returned.return_value = None
     return returned

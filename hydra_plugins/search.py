@@ -1,4 +1,4 @@
-"""Searches instead of grids: an Optuna study whose trials are jobs of whichever launcher is chosen."""
+"""A Hydra sweeper that searches by an Optuna study; its trials are jobs of the chosen launcher."""
 
 import json
 import logging
@@ -16,15 +16,23 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
-ASIDE = ("hydra", "records", "cache", "wandb", "viewer", "rerun", "save")  # move no number: the study stays the same
+ASIDE = (
+    "hydra",
+    "records",
+    "cache",
+    "wandb",
+    "viewer",
+    "rerun",
+    "save",
+)  # keys that change no number, so that the study stays the same
 
 
 class Study(Sweeper):
-    """A multi-objective study that goes on where it stopped, as long as nothing has changed that can move a number.
+    """A multi-objective study that continues where it stopped, unless something that can change a number has changed.
 
-    ``params``: what is searched, in Hydra's own words for sweeps: ``interval(low, high)``, ``range(low, stop, step)``,
-    choices, ``tag(log, ...)``.  ``minimize``: metrics of the records.  ``trials``: how many are to succeed, those of
-    earlier starts counted.  ``batch``: how many at a time.  ``seed``: of the sampler.  ``storage``: the SQLite file.
+    ``params``: the search space in Hydra's syntax for sweeps: ``interval(low, high)``, ``range(low, stop, step)``,
+    choices, ``tag(log, ...)``.  ``minimize``: metrics of the records.  ``trials``: successful trials to reach, those of
+    earlier starts included.  ``batch``: trials at a time.  ``seed``: of the sampler.  ``storage``: the SQLite file.
     """
 
     def __init__(
@@ -65,7 +73,7 @@ class Study(Sweeper):
                 directions=["minimize"] * len(self.minimize),
                 load_if_exists=True,
             )
-            # Seeded by what is known, for a sampler that begins again would repeat its first questions.
+            # The seed counts the known trials: with the same seed the sampler would repeat its first proposals.
             study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
             for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # its sweep was killed
@@ -82,16 +90,19 @@ class Study(Sweeper):
                     values = objectives(folder / str(number) / "outcome.json", self.minimize)
                     study.tell(trial, values, state=None if values else optuna.trial.TrialState.FAIL)
             for trial in sorted(study.best_trials, key=lambda trial: trial.values[-1]):
-                found = zip(self.minimize, trial.values, strict=True)
+                objective_values = zip(self.minimize, trial.values, strict=True)
                 log.info(
                     "on the front: %s: %s",
                     " ".join(f"{key}={value}" for key, value in trial.params.items()),
-                    ", ".join(f"{metric} {value:.6g}" for metric, value in found),
+                    ", ".join(f"{metric} {value:.6g}" for metric, value in objective_values),
                 )
 
     def identity(self, fixed: Mapping[str, str], space: Mapping[str, Any]) -> dict[str, Any]:
-        """All that can move a value of the study: threads, code, what is searched, what for, and the config of a trial,
-        once for every choice, since one may bring a config of its own."""
+        """Return everything that can change a value of the study.
+
+        That is the number of threads, the code, the search space, the objectives, and the config of a trial, once for
+        every choice, because a choice can bring a config of its own.
+        """
         import torch
         from optuna.distributions import CategoricalDistribution, distribution_to_json
 
@@ -109,7 +120,7 @@ class Study(Sweeper):
         }
 
     def composed(self, values: Mapping[str, Any]) -> Any:
-        """The config of a job with these values, resolved, without the keys that move no number."""
+        """Compose the config of a job with these values, resolved, without the keys in ``ASIDE``."""
         words = [f"{key}={value}" for key, value in values.items()]
         config = self.context.config_loader.load_sweep_config(self.config, words)
         counts = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ASIDE])
@@ -117,9 +128,9 @@ class Study(Sweeper):
 
 
 def distribution(override: Override) -> Any:
-    """Optuna's words for a sweep in Hydra's.  A range ends before its stop, as in Hydra.
+    """Translate a sweep of Hydra into a distribution of Optuna.  A range ends before its stop, as in Hydra.
 
-    Exits with one sentence for a sweep that Optuna has no words for.
+    Exits with one sentence for a sweep that Optuna cannot express.
     """
     from optuna import distributions
 
@@ -143,16 +154,18 @@ def distribution(override: Override) -> Any:
 
 
 def objectives(path: pathlib.Path, metrics: Sequence[str]) -> list[float] | None:
-    """The metrics of the record that a job made or found; None if it has none.
+    """Read the metrics of the record that a job made or reused; None if the job has no record.
 
-    Raises ValueError for a metric that its record lacks.
+    Raises ValueError for a metric that the record lacks.
     """
     from nashswarm.records import record
 
     outcome = json.loads(path.read_text()) if path.exists() else {"record": None}
     if outcome["record"] is None:
         return None
-    found = record.read(pathlib.Path(outcome["record"])).metrics
-    if missing := [name for name in metrics if name not in found]:
-        raise ValueError(f"hydra.sweeper.minimize: no record has {', '.join(missing)}; choose among {', '.join(found)}")
-    return [found[name] for name in metrics]
+    recorded = record.read(pathlib.Path(outcome["record"])).metrics
+    if missing := [name for name in metrics if name not in recorded]:
+        raise ValueError(
+            f"hydra.sweeper.minimize: no record has {', '.join(missing)}; choose among {', '.join(recorded)}"
+        )
+    return [recorded[name] for name in metrics]

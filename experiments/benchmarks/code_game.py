@@ -37,7 +37,7 @@ ENOUGH = 10_000  # sweeps: to the end
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of the configuration, as for experiments.run")
+    parser.add_argument("overrides", nargs="*", help="overrides of the configuration, as for experiments.run")
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/code_game"))
     options = parser.parse_args(arguments)
@@ -62,11 +62,11 @@ def ratios(job: LoadedRun, widths: Sequence[int]) -> list[dict[str, Any]]:
     layers = [layer for layer in job.session.layers if not any(moments[module].lookup for module in layer.modules)]
     rows = []
     for width in widths:
-        found = []
+        errors = []
         for layer in show_progress(layers, f"{width} bits"):
             curved = curvature(layer, moments)
             whole = float(curved.damage_by_row(layer.weight).double().sum())
-            found.append(
+            errors.append(
                 [
                     float(
                         curved.damage_by_row(
@@ -79,10 +79,16 @@ def ratios(job: LoadedRun, widths: Sequence[int]) -> list[dict[str, Any]]:
                     for sweeps in (0, ENOUGH)
                 ]
             )
-        gptq, settled = np.mean(found, 0)
-        worst = float((np.array(found)[:, 1] / np.array(found)[:, 0]).max())
+        gptq, equilibrium = np.mean(errors, 0)
+        worst = float((np.array(errors)[:, 1] / np.array(errors)[:, 0]).max())
         rows.append(
-            {"width": width, "layers": len(layers), "gptq": gptq, "equilibrium": settled, "ratio": settled / gptq}
+            {
+                "width": width,
+                "layers": len(layers),
+                "gptq": gptq,
+                "equilibrium": equilibrium,
+                "ratio": equilibrium / gptq,
+            }
             | {"worst layer's ratio": worst}
         )
     return rows
@@ -109,11 +115,11 @@ def timed(shape: tuple[int, int]) -> list[dict[str, Any]]:
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("--:" for _ in names) + " |"]
-    for found in rows:
-        cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in found.values()]
+    for row in rows:
+        cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -177,8 +177,8 @@ class Trial:
     def heldout_distance(self, weights: Mapping[str, Tensor], tokens: int | None) -> float:
         """Mean 1 − cosine on held-out calibration text of the encoder with these layer weights."""
         count = len(self.holdout) if tokens is None else -(-tokens // LENGTH)
-        found = self.distances(weights, self.holdout[:count], self.holdout_embeddings[:count])
-        return float(found.mean())
+        distances = self.distances(weights, self.holdout[:count], self.holdout_embeddings[:count])
+        return float(distances.mean())
 
     def distances(
         self,
@@ -213,14 +213,14 @@ class Trial:
             track=show_progress,
         )
         result = method.compress(context, np.random.default_rng(self.seed))
-        found = self.distances(result.weights, self.test, self.test_embeddings)
+        distances = self.distances(result.weights, self.test, self.test_embeddings)
         return {
             "settings": repr(method),
             "bits_per_weight": 8 * sum(len(packed) for packed in result.packed.values()) / self.weights,
-            "distance": float(found.mean()),
-            "interval": interval(found.tolist()),
+            "distance": float(distances.mean()),
+            "interval": interval(distances.tolist()),
             "metrics": dict(result.metrics),
-            "windows": found.tolist(),
+            "windows": distances.tolist(),
         }
 
     def alone(self) -> dict[str, Any]:
@@ -237,13 +237,13 @@ class Trial:
     def alone_of(self, layer: Layer) -> dict[str, Any]:
         """One row of ``alone``."""
         rounded = quantize(layer.weight, ALONE_BITS, Scheme(64, search=False)).dequantize()
-        error, found = layer.weight - rounded, self.moments[layer.name]
-        by_row = ((error @ found.inputs) * error).sum(1).double()
+        error, moments = layer.weight - rounded, self.moments[layer.name]
+        by_row = ((error @ moments.inputs) * error).sum(1).double()
         return {
             "name": layer.name,
             "squared_error": float(error.double().square().sum()),
-            "outputs": float(found.outputs.double() @ by_row) / 2,
-            "coupled": float(found.coupled.double() @ by_row) / 2,
+            "outputs": float(moments.outputs.double() @ by_row) / 2,
+            "coupled": float(moments.coupled.double() @ by_row) / 2,
             "measured": self.heldout_distance({layer.name: rounded}, None),
         }
 
@@ -251,8 +251,8 @@ class Trial:
 @torch.no_grad()
 def embed_all(model: Any, windows: Integer[Tensor, "windows length"]) -> Float[Tensor, "windows width"]:
     """The embeddings of all windows, of unit length in float64."""
-    found = torch.cat([embed(model, batch) for batch in windows.split(BATCH)])
-    return torch.nn.functional.normalize(found.double(), dim=1)
+    embeddings = torch.cat([embed(model, batch) for batch in windows.split(BATCH)])
+    return torch.nn.functional.normalize(embeddings.double(), dim=1)
 
 
 def against(row: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:

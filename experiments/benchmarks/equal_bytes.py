@@ -26,7 +26,7 @@ RIVALS = ("gptq_one_step", "no_swarm", "nash_swarm")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of the configuration, as for experiments.run")
+    parser.add_argument("overrides", nargs="*", help="overrides of the configuration, as for experiments.run")
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--records", default="results/benchmarks/records")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/equal_bytes"))
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         grouped = [
             measured("gptq", [f"method.bits={width}", f"method.group_size={size}"], options) for size in (64, 128)
         ]
-        best = min(grouped, key=lambda found: found.metrics["kl"] * 4 ** found.metrics["bits_per_weight_model"])
-        rows += [row(found, best, width) for found in grouped]
+        best = min(grouped, key=lambda record: record.metrics["kl"] * 4 ** record.metrics["bits_per_weight_model"])
+        rows += [row(record, best, width) for record in grouped]
         size = best.metrics["bits_per_weight_model"]
         rows += [row(measured(name, [f"method.bits={size!r}"], options), best, width) for name in RIVALS]
     content = {"rows": rows, "provenance": provenance(started)}
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measured(method: str, overrides: Sequence[str], options: argparse.Namespace) -> Record:
-    """The record of one run, made or found."""
+    """Return the record of one run; a run that has one is not repeated."""
     config = compose(f"method={method}", "wandb=disabled", f"records={options.records}", *options.overrides, *overrides)
     labels = {
         "model": pathlib.Path(config.model.path).name if config.model.path else "default",
@@ -61,14 +61,14 @@ def measured(method: str, overrides: Sequence[str], options: argparse.Namespace)
     return run(config, labels).record
 
 
-def row(found: Record, reference: Record, width: int) -> dict[str, float | str]:
+def row(record: Record, reference: Record, width: int) -> dict[str, float | str]:
     """What the table says of one run; ``ratio`` is its KL over GPTQ's, with the interval of the paired difference."""
-    kl, other = np.array(found.series["kl"]), np.array(reference.series["kl"])
+    kl, other = np.array(record.series["kl"]), np.array(reference.series["kl"])
     low, high = interval(list(kl - other))
-    metrics = found.metrics
+    metrics = record.metrics
     return {
         "width": width,
-        "method": found.labels["method"],
+        "method": record.labels["method"],
         "bits": metrics["bits_per_weight_model"],
         "kl": metrics["kl"],
         "kl_low": metrics["kl_low"],
@@ -81,14 +81,14 @@ def row(found: Record, reference: Record, width: int) -> dict[str, float | str]:
 
 
 def table(rows: Sequence[dict[str, float | str]]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
     head = "| method | bits/param | KL (nats/token) | ΔNLL % | KL over GPTQ's | paired difference of KL |"
     lines = [head, "| :-- | --: | --: | --: | --: | --: |"]
-    for found in rows:
+    for row in rows:
         lines.append(
-            f"| {found['method']} | {found['bits']:.3f} | {found['kl']:.4g} [{found['kl_low']:.4g}, "
-            f"{found['kl_high']:.4g}] | {found['nll_delta_percent']:+.2f} | {found['ratio']:.3f} "
-            f"| [{found['difference_low']:+.4g}, {found['difference_high']:+.4g}] |"
+            f"| {row['method']} | {row['bits']:.3f} | {row['kl']:.4g} [{row['kl_low']:.4g}, "
+            f"{row['kl_high']:.4g}] | {row['nll_delta_percent']:+.2f} | {row['ratio']:.3f} "
+            f"| [{row['difference_low']:+.4g}, {row['difference_high']:+.4g}] |"
         )
     return "\n".join(lines) + "\n"
 

@@ -75,15 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loaded = sources.load(sources.RandomModel(), "cpu", torch.float32)
     full = loaded.model
     tokens = corpus.cut_windows(corpus.StdlibDocs().text("test"), loaded.tokenizer, PROMPT, "test")[:1]
-    own = {widths: packed(full, drawn) for widths, drawn in WIDTHS.items()}
+    models = {widths: packed(full, drawn) for widths, drawn in WIDTHS.items()}
     contestants: dict[tuple[str, str, str], Any] = {("32", FLOATS, ""): full}
-    contestants |= {(widths, PACKED, "float32"): model for widths, model in own.items()}
-    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    contestants |= {(widths, PACKED, "float32"): model for widths, model in models.items()}
+    metrics: dict[tuple[str, str, str], dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for case in show_progress(CASES, "exporting"):
             widths, target, dtype = case
-            path = pathlib.Path(folder, f"{len(found)}{export.TARGETS[target]}")
-            found[case] = export.export(own[widths], target, path, tokens, "float32", dtype)
+            path = pathlib.Path(folder, f"{len(metrics)}{export.TARGETS[target]}")
+            metrics[case] = export.export(models[widths], target, path, tokens, "float32", dtype)
             run = torch.export.load(path).module() if target == "torch-export" else export.load_onnx(path)
             contestants[case] = Exported(run, export.empty_cache(full))
         named = {" | ".join(case): model for case, model in contestants.items()}
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = next(iter(times.values()))
     rows = []
     for case, each in zip(contestants, times.values(), strict=True):
-        row: dict[str, Any] = dict(zip(("widths", "target", "dtype"), case, strict=True)) | found.get(case, {})
+        row: dict[str, Any] = dict(zip(("widths", "target", "dtype"), case, strict=True)) | metrics.get(case, {})
         rows.append(row | {"decode_ms": statistics.median(each["decode"])} | timing.ratios(first, each, ""))
     content = {"rows": rows, "machine": str(read_machine()), "provenance": origin}
     text = markdown(content)
@@ -114,13 +114,13 @@ def packed(full: Any, widths: Sequence[int]) -> Any:
     return model
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(content: dict[str, Any]) -> str:
     """A row a file, under the models that they come from."""
-    origin = found["provenance"]
+    origin = content["provenance"]
     lines = [
         "# Exported models",
         "",
-        f"{told(origin)}; {found['machine']}; one thread.",
+        f"{told(origin)}; {content['machine']}; one thread.",
         "Parity: the largest difference of logits on real text, relative to the largest, from the packed model and, "
         "where other parts are stored in 16 bits, from that model with them rounded alike. Ratios: times faster than "
         "32-bit floats in torch; no activation is rounded, by the packed model itself neither.",
@@ -128,7 +128,7 @@ def markdown(found: dict[str, Any]) -> str:
         "| bits | run as | other parts | MB | parity | rounded alike | decode ms | × decode | × prefill |",
         "| :-- | :-- | :-- | --: | --: | --: | --: | --: | --: |",
     ]
-    for row in found["rows"]:
+    for row in content["rows"]:
         size = f"{row['bytes_file'] / 1e6:.1f}" if "bytes_file" in row else ""
         apart = [f"{row[name]:.0e}" if name in row else "" for name in ("parity", "parity_rounded")]
         ratios = [

@@ -87,7 +87,7 @@ ROLES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of the configuration, as for experiments.run")
+    parser.add_argument("overrides", nargs="*", help="overrides of the configuration, as for experiments.run")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--records", default="results/cache/flock", help="where runs are found again")
@@ -99,14 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for role, (sizes, variants) in ROLES.items()
         for windows, seed, name in itertools.product(sizes, range(options.seeds), variants)
     ]
-    found = {key: measured(ROLES[key[0]][1][key[2]], key[1], key[3], options) for key in show_progress(plan, "roles")}
+    records = {key: measured(ROLES[key[0]][1][key[2]], key[1], key[3], options) for key in show_progress(plan, "roles")}
     rows = [
         row(
             role,
             windows,
             name,
-            [found[role, windows, name, seed] for seed in range(options.seeds)],
-            [found[role, windows, next(iter(variants)), seed] for seed in range(options.seeds)],
+            [records[role, windows, name, seed] for seed in range(options.seeds)],
+            [records[role, windows, next(iter(variants)), seed] for seed in range(options.seeds)],
         )
         for role, (sizes, variants) in ROLES.items()
         for windows, name in itertools.product(sizes, variants)
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measured(variant: Sequence[str], windows: int, seed: int, options: argparse.Namespace) -> Record:
-    """The record of one run, made or found."""
+    """Return the record of one run; a run that has one is not repeated."""
     config = compose(
         "wandb=disabled",
         f"records={options.records}",
@@ -133,10 +133,10 @@ def measured(variant: Sequence[str], windows: int, seed: int, options: argparse.
 
 
 def row(
-    role: str, windows: int, name: str, own: Sequence[Record], control: Sequence[Record]
+    role: str, windows: int, name: str, records: Sequence[Record], control: Sequence[Record]
 ) -> dict[str, float | str | int]:
     """KL over all seeds, and the paired difference to the control in per cent of its KL."""
-    kl, other = (np.concatenate([found.series["kl"] for found in group]) for group in (own, control))
+    kl, other = (np.concatenate([record.series["kl"] for record in group]) for group in (records, control))
     low, high = interval(list(kl - other))
     verdict = "helps" if high < 0 else "hurts" if low > 0 else "no difference shown"
     return {
@@ -147,22 +147,22 @@ def row(
         "difference_percent": 100 * float((kl - other).mean() / other.mean()),
         "low_percent": 100 * low / float(other.mean()),
         "high_percent": 100 * high / float(other.mean()),
-        "bits": float(np.mean([found.metrics["bits_per_weight_model"] for found in own])),
-        "verdict": "control" if own == control else verdict,
+        "bits": float(np.mean([record.metrics["bits_per_weight_model"] for record in records])),
+        "verdict": "control" if records == control else verdict,
     }
 
 
 def table(rows: Sequence[dict[str, float | str | int]]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
     lines = [
         "| role | calibration windows | variant | bits/param | KL (nats/token) | to the control, % | verdict |",
         "| :-- | --: | :-- | --: | --: | --: | :-- |",
     ]
-    for found in rows:
+    for row in rows:
         lines.append(
-            f"| {found['role']} | {found['windows']} | {found['variant']} | {found['bits']:.4f} | {found['kl']:.4g} "
-            f"| {found['difference_percent']:+.2f} [{found['low_percent']:+.2f}, {found['high_percent']:+.2f}] "
-            f"| {found['verdict']} |"
+            f"| {row['role']} | {row['windows']} | {row['variant']} | {row['bits']:.4f} | {row['kl']:.4g} "
+            f"| {row['difference_percent']:+.2f} [{row['low_percent']:+.2f}, {row['high_percent']:+.2f}] "
+            f"| {row['verdict']} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -103,10 +103,10 @@ def frame(
     """Return the offsets of all blocks and the bits per weight of the codes that answer them."""
     quantizer = solver.quantizer
     choices = dataclasses.replace(start, offsets=quantizer.split_by_layer(offsets))
-    answer = quantizer.quantize_at(model.base_step, choices, 0)
+    quantized = quantizer.quantize_at(model.base_step, choices, 0)
     bits: list[Float[np.ndarray, " blocks"]] = []
     for layer in quantizer.layers:
-        rows = coded_bits(answer.tensors[layer.name], answer.tables)
+        rows = coded_bits(quantized.tensors[layer.name], quantized.tables)
         sizes = by_block(torch.full((len(layer.weight),), float(layer.weight.shape[1])))
         bits.append((by_block(rows) / sizes).numpy())
     return {"offsets": offsets.tolist(), "bits": np.round(np.concatenate(bits), 3).tolist()}

@@ -139,25 +139,25 @@ def onnx_product(shape: tuple[int, int], bits: int, level: int, x: Tensor) -> tu
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    answer = torch.empty(len(x), rows)
+    output = torch.empty(len(x), rows)
     binding = session.io_binding()
-    for bind, name, part in ((binding.bind_input, "x", x), (binding.bind_output, "y", answer)):
+    for bind, name, part in ((binding.bind_input, "x", x), (binding.bind_output, "y", output)):
         bind(name, "cpu", 0, np.float32, tuple(part.shape), part.data_ptr())
 
     def call() -> Tensor:
         session.run_with_iobinding(binding)
-        return answer
+        return output
 
     matrix = (codes - np.float32(2 ** (bits - 1))) * scale[..., None]
     return call, torch.from_numpy(matrix.reshape(rows, columns))
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("--:" for _ in names) + " |"]
-    for found in rows:
-        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in found.values()]
+    for row in rows:
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -82,14 +82,14 @@ def main() -> None:
     at = int(KILLED_AT * blocks)
     first = watched([*COMMAND, *words], small.with_name("small.unfinished"), at)
     second = watched([*COMMAND, *words])
-    made = json.loads(second.pop("printed"))
+    compressed = json.loads(second.pop("printed"))
     loaded = watched([sys.executable, "-c", GENERATE, str(small)])
     generated = json.loads(loaded.pop("printed"))
     about = json.loads((small / "nashswarm.json").read_text())
     larger = {}
     for name in shapes.LARGE:
         larger[name] = json.loads(command(["compress", name, "--plan"]))
-    found = {
+    content = {
         "model": CONFIGURED,
         "bytes_full": sum(path.stat().st_size for path in full.iterdir()),
         "limit_bytes": LIMIT,
@@ -98,7 +98,7 @@ def main() -> None:
         "settings": about["key"]["settings"],
         "windows": [options.windows, options.length],
         "planned": planned,
-        "compressed": made,
+        "compressed": compressed,
         "killed": first,
         "resumed": second,
         "generated": generated | loaded,
@@ -106,13 +106,13 @@ def main() -> None:
         "larger": larger,
         "provenance": provenance(started),
     }
-    write_report(options.out, found, as_table(found))
+    write_report(options.out, content, as_table(content))
     shutil.rmtree(options.folder)
-    print(as_table(found))
+    print(as_table(content))
 
 
 def write(folder: pathlib.Path) -> None:
-    """The checkpoint, file by file; the config comes last."""
+    """Write the checkpoint, file by file, and the config last."""
     folder.mkdir(parents=True, exist_ok=True)
     config = transformers.LlamaConfig(**CONFIGURED)
     expected = shards.tensors_of(shards.skeleton(config))
@@ -125,15 +125,17 @@ def write(folder: pathlib.Path) -> None:
             size = 2 * part.numel()
         files[-1][name] = part.shape
     generator = torch.Generator().manual_seed(0)
-    for path, own in zip(shards.file_names(len(files)), files, strict=True):
+    for path, tensor_shapes in zip(shards.file_names(len(files)), files, strict=True):
         tensors = {
             name: (torch.randn(shape, generator=generator) * config.initializer_range).bfloat16()
             if len(shape) == 2
             else torch.ones(shape, dtype=torch.bfloat16)
-            for name, shape in own.items()
+            for name, shape in tensor_shapes.items()
         }
         safetensors.torch.save_file(tensors, folder / path, {"format": "pt"})
-    weight_map = {name: path for path, own in zip(shards.file_names(len(files)), files, strict=True) for name in own}
+    weight_map = {
+        name: path for path, names in zip(shards.file_names(len(files)), files, strict=True) for name in names
+    }
     total = sum(2 * part.numel() for part in expected.values())
     (folder / shards.INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     transformers.AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
@@ -142,13 +144,15 @@ def write(folder: pathlib.Path) -> None:
 
 
 def command(words: Sequence[str]) -> str:
-    """What the command prints."""
+    """Run a command of nashswarm and return what it prints."""
     return subprocess.run([*COMMAND, *words], stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def watched(words: Sequence[str], folder: pathlib.Path | None = None, units: int = 0) -> dict[str, Any]:
-    """Run under the limit: seconds, the largest resident set seen, and what was printed.  With a ``folder`` the process
-    is killed some seconds after so many units are finished there."""
+    """Run a command under the memory limit; return its seconds, its largest resident set in bytes and its output.
+
+    With a ``folder``, kill the process some seconds after ``units`` blocks are finished there.
+    """
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
@@ -168,10 +172,10 @@ def watched(words: Sequence[str], folder: pathlib.Path | None = None, units: int
     seconds = time.monotonic() - started
     if process.returncode != (-signal.SIGKILL if folder is not None else 0):
         raise SystemExit(f"the process ended with {process.returncode}")
-    found: dict[str, Any] = {"seconds": seconds, "resident_bytes": peak, "status": process.returncode}
+    measurements: dict[str, Any] = {"seconds": seconds, "resident_bytes": peak, "status": process.returncode}
     if folder is not None:
-        return found | {"units_finished": _finished(folder)}
-    return found | {"printed": process.stdout.read()}
+        return measurements | {"units_finished": _finished(folder)}
+    return measurements | {"printed": process.stdout.read()}
 
 
 def _resident(process: int) -> int:
@@ -189,34 +193,42 @@ def _finished(folder: pathlib.Path) -> int:
         return 0
 
 
-def as_table(found: dict[str, Any]) -> str:
-    """What was measured beside what was planned, and what is planned of larger models, as Markdown."""
-    made, planned, generated = found["compressed"], found["planned"], found["generated"]
-    killed, resumed = found["killed"], found["resumed"]
+def as_table(content: dict[str, Any]) -> str:
+    """Return a Markdown table of measurements beside the plan, and the plans of larger models."""
+    compressed, planned, generated = content["compressed"], content["planned"], content["generated"]
+    killed, resumed = content["killed"], content["resumed"]
     gib = 1 << 30
-    peak = max(made["peak_bytes"], killed["resident_bytes"], resumed["resident_bytes"])
+    peak = max(compressed["peak_bytes"], killed["resident_bytes"], resumed["resident_bytes"])
     rows = [
-        ("parameters", f"{made['parameters']:,}", f"{planned['parameters']:,}"),
-        ("bytes before", f"{found['bytes_full']:,}", ""),
-        ("bytes after", f"{made['bytes_file']:,}", f"{planned['bytes_file']:,}"),
-        ("bits per parameter", f"{made['bits_per_weight_model']:.3f}", f"{planned['bits_per_weight_model']:.3f}"),
-        ("limit of private memory, GiB", f"{found['limit_bytes'] / gib:.2f}", ""),
+        ("parameters", f"{compressed['parameters']:,}", f"{planned['parameters']:,}"),
+        ("bytes before", f"{content['bytes_full']:,}", ""),
+        ("bytes after", f"{compressed['bytes_file']:,}", f"{planned['bytes_file']:,}"),
+        ("bits per parameter", f"{compressed['bits_per_weight_model']:.3f}", f"{planned['bits_per_weight_model']:.3f}"),
+        ("limit of private memory, GiB", f"{content['limit_bytes'] / gib:.2f}", ""),
         ("largest resident set, GiB", f"{peak / gib:.2f}", f"{planned['peak_bytes'] / gib:.2f}"),
-        ("minutes of a core in finished blocks", f"{made['cpu_seconds'] / 60:.1f}", f"{planned['seconds'] / 60:.1f}"),
-        ("minutes in them, while others worked too", f"{made['seconds'] / 60:.1f}", ""),
+        (
+            "minutes of a core in finished blocks",
+            f"{compressed['cpu_seconds'] / 60:.1f}",
+            f"{planned['seconds'] / 60:.1f}",
+        ),
+        ("minutes in them, while others worked too", f"{compressed['seconds'] / 60:.1f}", ""),
         ("minutes until SIGKILL", f"{killed['seconds'] / 60:.1f}", ""),
-        ("units finished then", f"{killed['units_finished']} of {len(found['units'])}", ""),
+        ("units finished then", f"{killed['units_finished']} of {len(content['units'])}", ""),
         ("minutes from there to the end", f"{resumed['seconds'] / 60:.1f}", ""),
         ("seconds to load the result", f"{generated['load_seconds']:.1f}", ""),
         (f"seconds for {generated['new_tokens']} tokens", f"{generated['generate_seconds']:.1f}", ""),
         ("largest resident set then, GiB", f"{generated['resident_bytes'] / gib:.2f}", ""),
     ]
     lines = ["|  | measured | planned |", "| :-- | --: | --: |", *(f"| {' | '.join(row)} |" for row in rows)]
-    slower = made["cpu_seconds"] / planned["seconds"]
-    lines += ["", f"Plans on {found['threads']} thread; in the last column times {slower:.2f}, as measured above:", ""]
+    slower = compressed["cpu_seconds"] / planned["seconds"]
+    lines += [
+        "",
+        f"Plans on {content['threads']} thread; in the last column times {slower:.2f}, as measured above:",
+        "",
+    ]
     lines += ["| model | parameters | GB after | bits | hours | GiB of memory | hours, corrected |"]
     lines += ["| :-- | --: | --: | --: | --: | --: | --: |"]
-    for name, plan in found["larger"].items():
+    for name, plan in content["larger"].items():
         hours = plan["seconds"] / 3600
         lines.append(
             f"| `{name}` | {plan['parameters']:,} | {plan['bytes_file'] / 1e9:.2f} "

@@ -42,19 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not shutil.which("valgrind"):
             raise ValueError("a laptop's caches are simulated, and valgrind is not installed (apt install valgrind)")
         caches = read_machine().caches
-        own = caches[1], caches[max(caches)]
-        sets = [(f"{rows}x{columns}", [(rows, columns)], HERE, own, counter) for rows, columns in SHAPES]
+        cache_sizes = caches[1], caches[max(caches)]
+        sets = [(f"{rows}x{columns}", [(rows, columns)], HERE, cache_sizes, counter) for rows, columns in SHAPES]
         several = f"{LAYERS} of each in turn"
-        sets += [(several, [*SHAPES] * LAYERS, HERE, own, counter)]
+        sets += [(several, [*SHAPES] * LAYERS, HERE, cache_sizes, counter)]
         sets += [(several, [*SHAPES] * LAYERS, LAPTOP, LAPTOP_CACHES, cache_misses.CACHEGRIND)]
         runs = [(*one, bits) for one in sets for bits in (None, *BITS)]
         rows = with_falls([measured(*one) for one in show_progress(runs, "counting")])
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    found = {"why": why, "rows": rows, "machine": str(read_machine()), "provenance": origin}
-    text = markdown(found)
-    write_report(options.out, found, text)
+    content = {"why": why, "rows": rows, "machine": str(read_machine()), "provenance": origin}
+    text = markdown(content)
+    write_report(options.out, content, text)
     print(text)
     return 0
 
@@ -90,7 +90,7 @@ def with_falls(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, those of packed matrices with the part of the floats' misses that they are spared; None where the
     floats have none."""
     plain = {(row["matrices"], row["caches"]): row for row in rows if row["form"] == FLOATS}
-    found = []
+    rows_with_falls = []
     for row in rows:
         beside = plain[row["matrices"], row["caches"]]
         least = NONE * beside["bytes"] / beside["count"] / cache_misses.LINE
@@ -100,20 +100,20 @@ def with_falls(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             else None
             for level in ("first", "last")
         }
-        found.append(row | (falls if row["form"] != FLOATS else {}))
-    return found
+        rows_with_falls.append(row | (falls if row["form"] != FLOATS else {}))
+    return rows_with_falls
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(content: dict[str, Any]) -> str:
     """A table."""
-    origin = found["provenance"]
+    origin = content["provenance"]
     lines = [
         "# Cache misses of a product with one column",
         "",
-        f"{told(origin)}; {found['machine']}. "
-        f"{found['why'][0].upper()}{found['why'][1:]}; {LAPTOP}'s are always simulated. Reads of data that miss the "
-        "first and the last level, for each product. Nothing is prefetched where caches are simulated: misses tell how "
-        "many lines come from beyond a level, not how long a product waits for them.",
+        f"{told(origin)}; {content['machine']}. "
+        f"{content['why'][0].upper()}{content['why'][1:]}; {LAPTOP}'s are always simulated. Reads of data that miss "
+        "the first and the last level, for each product. Nothing is prefetched where caches are simulated: misses tell "
+        "how many lines come from beyond a level, not how long a product waits for them.",
         "",
         "| matrices | MB | caches of | first level | last level | counted by | form | first misses | fewer % | "
         "last misses | fewer % |",
@@ -122,7 +122,7 @@ def markdown(found: dict[str, Any]) -> str:
             f"| {row['matrices']} | {row['bytes'] / 1e6:.2f} | {row['caches']} | {row['first_bytes'] >> 10} KiB | "
             f"{row['last_bytes'] / (1 << 20):g} MiB | {row['counter']} | {row['form']} | {row['first_misses']:,.0f} | "
             f"{percent(row, 'first')} | {max(row['last_misses'], 0):,.0f} | {percent(row, 'last')} |"
-            for row in found["rows"]
+            for row in content["rows"]
         ),
         "",
     ]

@@ -56,14 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rng = np.random.default_rng(options.seed)
     size = at_size(options.players, rng)
     blocks, budget = real_blocks(options.seed)
-    found = {
+    content = {
         "at_size": size,
         "real": gaps(blocks, budget, rng),
         "anarchy": [anarchy(blocks, budget, align, rng) for align in ALIGNS],
         "provenance": provenance(started) | {"threads": torch.get_num_threads(), "seed": options.seed},
     }
-    text = markdown(found)
-    write_report(options.out, found, text)
+    text = markdown(content)
+    write_report(options.out, content, text)
     print(text)
     return 0
 
@@ -208,9 +208,9 @@ def anarchy(blocks: Blocks, budget: int, align: float, rng: np.random.Generator)
     """
     flock = swarm.flock(blocks.features, NEIGHBOURS, "features", rng)
     solution = solve(blocks, budget, flock=flock, align=align)
-    seconds, found = timed("", lambda: optima.price_of_anarchy(solution.game, STARTS, rng, show_progress))
-    profiles = np.array([end.profile for end in found.equilibria])
-    best = profiles[int(found.potentials.argmin())]
+    seconds, anarchy = timed("", lambda: optima.price_of_anarchy(solution.game, STARTS, rng, show_progress))
+    profiles = np.array([end.profile for end in anarchy.equilibria])
+    best = profiles[int(anarchy.potentials.argmin())]
     exact = [
         optima.exact_price_of_anarchy(part(solution.game, members_around(flock, int(player))))
         for player in show_progress(rng.choice(len(best), SUBGAMES, replace=False).tolist(), "small games")
@@ -221,16 +221,16 @@ def anarchy(blocks: Blocks, budget: int, align: float, rng: np.random.Generator)
         "align": align,
         "price": solution.price,
         "seconds": seconds,
-        "worst": float(found.potentials.max()),
-        "mean": float(found.potentials.mean()),
-        "least": found.least,
+        "worst": float(anarchy.potentials.max()),
+        "mean": float(anarchy.potentials.mean()),
+        "least": anarchy.least,
         "from_the_middle_width": solution.equilibrium.potentials[-1],
-        "anarchy": found.price,
-        "anarchy_at_most": float(found.potentials.max()) / float(solution.game.own_cost.min(1).sum()),
+        "anarchy": anarchy.price,
+        "anarchy_at_most": float(anarchy.potentials.max()) / float(solution.game.own_cost.min(1).sum()),
         "distinct": len(np.unique(profiles, axis=0)),
         "players_unlike_the_best_percent": 100 * float((profiles != best).mean() * STARTS / (STARTS - 1)),
-        "regret_max": max(end.regrets[-1] for end in found.equilibria),
-        "sweeps_most": max(end.sweeps for end in found.equilibria),
+        "regret_max": max(end.regrets[-1] for end in anarchy.equilibria),
+        "sweeps_most": max(end.sweeps for end in anarchy.equilibria),
         "bytes_least_and_most": [f(blocks.packed_bytes(profile) for profile in profiles) for f in (min, max)],
         "small_games": SUBGAMES,
         "small_game_players": SUBGAME_PLAYERS,
@@ -253,20 +253,20 @@ def part(game: Game, members: np.ndarray) -> Game:
 
 
 def timed(what: str, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and answer of ``work``, with a spinner on a terminal."""
+    """Seconds and value of ``work``, with a spinner on a terminal."""
     console = Console(stderr=True)
     with console.status(what) if what and console.is_terminal else contextlib.nullcontext():
-        answer, seconds = timing.timed(work)
-    return seconds, answer
+        value, seconds = timing.timed(work)
+    return seconds, value
 
 
 def percent(value: float, bound: float) -> float:
     return 100 * (value / bound - 1)
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(content: dict[str, Any]) -> str:
     """Three tables."""
-    size, anarchy, origin = found["at_size"], found["anarchy"], found["provenance"]
+    size, anarchy, origin = content["at_size"], content["anarchy"], content["provenance"]
     lines = [
         "# The bit game against what is best",
         "",
@@ -295,7 +295,7 @@ def markdown(found: dict[str, Any]) -> str:
         *(
             f"| {row['players']:,} | {row['way']} | {row['seconds']:.2f} | {row['bytes']:,} | {row['damage']:.6f} | "
             f"{row['gap_percent']:.5f} |"
-            for row in found["real"]
+            for row in content["real"]
         ),
         "",
         "## Price of anarchy of the real game with tags and flock",

@@ -34,7 +34,7 @@ TURNS = 3  # draws of the signs
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of the configuration, as for experiments.run")
+    parser.add_argument("overrides", nargs="*", help="overrides of the configuration, as for experiments.run")
     parser.add_argument("--model", required=True, help="folder or hub name")
     parser.add_argument("--records", default="results/benchmarks/records")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/rotation"))
@@ -45,17 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for method in METHODS:
-            straight = measured(method, options.model, "straight", options)
+            straight_run = measured(method, options.model, "straight", options)
             for seed in range(TURNS):
                 folder = pathlib.Path(scratch) / str(seed)
                 if not folder.exists():
                     turned(plain, seed).save_pretrained(folder)
                     tokenizer.save_pretrained(folder)
-                found = measured(method, str(folder), f"turned {seed}", options)
-                low, high = interval([own - other for own, other in zip(found["kl"], straight["kl"], strict=True)])
+                turned_run = measured(method, str(folder), f"turned {seed}", options)
+                low, high = interval(
+                    [
+                        turned_kl - straight_kl
+                        for turned_kl, straight_kl in zip(turned_run["kl"], straight_run["kl"], strict=True)
+                    ]
+                )
                 rows.append(
-                    {"method": method.replace(" method.", "[") + "]", "signs": seed, "bits": found["bits"]}
-                    | {"kl_straight": float(np.mean(straight["kl"])), "kl_turned": float(np.mean(found["kl"]))}
+                    {"method": method.replace(" method.", "[") + "]", "signs": seed, "bits": turned_run["bits"]}
+                    | {"kl_straight": float(np.mean(straight_run["kl"])), "kl_turned": float(np.mean(turned_run["kl"]))}
                     | {"difference_low": low, "difference_high": high}
                 )
     content = {"rows": rows, "provenance": provenance(started)}
@@ -94,22 +99,22 @@ def rotation(width: int, generator: torch.Generator) -> Float[Tensor, "width wid
 
 
 def measured(method: str, model: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """KL by window and size of one run, made or found."""
+    """Return the KL of each window and the bits per parameter of one run; a run with a record is not repeated."""
     words = [f"method={method.split()[0]}", *method.split()[1:], "model=local", f"model.path={model}"]
     config = compose(*words, "wandb=disabled", f"records={options.records}", *options.overrides)
     labels = {"model": name, "method": method, "dataset": "any", "measure": "quality", "experiment": "rotation"}
-    found = run(config, labels).record
-    return {"kl": found.series["kl"], "bits": found.metrics["bits_per_weight_model"]}
+    record = run(config, labels).record
+    return {"kl": record.series["kl"], "bits": record.metrics["bits_per_weight_model"]}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
     head = "| method | signs | bits/param | KL as it is | KL turned | turned minus as it is |"
     lines = [head, "| :-- | --: | --: | --: | --: | --: |"]
-    for found in rows:
+    for row in rows:
         lines.append(
-            f"| {found['method']} | {found['signs']} | {found['bits']:.3f} | {found['kl_straight']:.4g} "
-            f"| {found['kl_turned']:.4g} | [{found['difference_low']:+.3g}, {found['difference_high']:+.3g}] |"
+            f"| {row['method']} | {row['signs']} | {row['bits']:.3f} | {row['kl_straight']:.4g} "
+            f"| {row['kl_turned']:.4g} | [{row['difference_low']:+.3g}, {row['difference_high']:+.3g}] |"
         )
     return "\n".join(lines) + "\n"
 

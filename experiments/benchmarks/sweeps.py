@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", default=SWEEP, help="what is swept, as one word")
     options = parser.parse_args(arguments)
     origin = provenance(datetime.datetime.now(datetime.UTC))
-    found: dict[str, Any] = {"runs": options.runs, "sweep": options.sweep}
+    content: dict[str, Any] = {"runs": options.runs, "sweep": options.sweep}
     try:
         seconds_of([*NOTHING, "wandb=offline", "seed=range(1)"])
         nothing = [idle(options.runs, (-1) ** number) for number in show_progress(range(options.times), "idling")]
@@ -62,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (subprocess.CalledProcessError, ValueError) as error:
         print(getattr(error, "stderr", "") or getattr(error, "stdout", "") or error, file=sys.stderr)
         return 1
-    found["idle"] = {name: [one[name] for one in nothing] for name in nothing[0]}
-    found["seconds"] = {way: [one[way] for one in swept] for way in WAYS}
-    found |= {"machine": str(read_machine()), "provenance": origin}
-    text = markdown(found)
-    files.write_report(options.out, found, text)
+    content["idle"] = {name: [one[name] for one in nothing] for name in nothing[0]}
+    content["seconds"] = {way: [one[way] for one in swept] for way in WAYS}
+    content |= {"machine": str(read_machine()), "provenance": origin}
+    text = markdown(content)
+    files.write_report(options.out, content, text)
     print(text)
     return 0
 
@@ -74,16 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def idle(runs: int, order: int) -> dict[str, float]:
     """Seconds of the first run of a process that compresses nothing and of each of so many more, with every mirror,
     and of the same work by hand; ``order``: 1, or -1 for the other way round."""
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for mirror in (*MIRRORS, "")[::order]:
         if mirror:
             seeds = {count: f"seed=range({count})" for count in (1, 1 + runs)[::order]}
             spent = {count: seconds_of([*NOTHING, f"wandb={mirror}", words]) for count, words in seeds.items()}
-            found |= {f"first, {mirror}": spent[1], f"each, {mirror}": (spent[1 + runs] - spent[1]) / runs}
+            seconds |= {f"first, {mirror}": spent[1], f"each, {mirror}": (spent[1 + runs] - spent[1]) / runs}
         else:
             lines = ran([sys.executable, "-c", BY_HAND.format(times=1 + runs)]).split()
-            found["by hand"] = statistics.mean(map(float, lines[1:]))
-    return found
+            seconds["by hand"] = statistics.mean(map(float, lines[1:]))
+    return seconds
 
 
 def run_by_hand(times: int) -> None:
@@ -108,9 +108,9 @@ def seconds_of(words: Sequence[str]) -> float:
     Raises ValueError if a job of it had another number of threads than one.
     """
     with tempfile.TemporaryDirectory() as folder:
-        own = [word.replace("{folder}", folder) for word in words]
+        overrides = [word.replace("{folder}", folder) for word in words]
         started = time.perf_counter()
-        ran([*RUN, *own, f"records={folder}/records", f"hydra.sweep.dir={folder}/logs"])
+        ran([*RUN, *overrides, f"records={folder}/records", f"hydra.sweep.dir={folder}/logs"])
         spent = time.perf_counter() - started
         threads = {one.config["threads"] for one in record.read_all(pathlib.Path(folder, "records"))}
     if threads != {1}:
@@ -124,38 +124,42 @@ def ran(command: Sequence[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=alone).stdout
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(content: dict[str, Any]) -> str:
     """A table of both: medians, with the least and the most of the rounds, and what was to be reached."""
-    origin, spent, seconds = found["provenance"], found["idle"], found["seconds"]
+    origin, spent, seconds = content["provenance"], content["idle"], content["seconds"]
     added = {
-        mirror: [own - hand for own, hand in zip(spent[f"each, {mirror}"], spent["by hand"], strict=True)]
+        mirror: [framework - hand for framework, hand in zip(spent[f"each, {mirror}"], spent["by hand"], strict=True)]
         for mirror in MIRRORS
     }
     ratios = [one / other for one, other in zip(*seconds.values(), strict=True)]
     alone, together = seconds.values()
     lines = [
         *(
-            (f"the first run of a process, which compresses nothing, imports included, {name}", spent[f"first, {own}"])
-            for own, name in _mirrored()
+            (
+                f"the first run of a process, which compresses nothing, imports included, {name}",
+                spent[f"first, {mirror}"],
+            )
+            for mirror, name in _mirrored()
         ),
-        *((f"each of {found['runs']} more in it, {name}", spent[f"each, {own}"]) for own, name in _mirrored()),
+        *((f"each of {content['runs']} more in it, {name}", spent[f"each, {mirror}"]) for mirror, name in _mirrored()),
         ("the same work by hand: load the model, make two windows, read them twice", spent["by hand"]),
     ]
     goal = f"at most {MOST_SECONDS:.1f}"
     rows = [f"| {name} | {_range(values)} |  |" for name, values in lines]
     rows += [
-        f"| what the framework adds to a run, {name} | {_range(added[own])} | {goal} |" for own, name in _mirrored()
+        f"| what the framework adds to a run, {name} | {_range(added[mirror])} | {goal} |"
+        for mirror, name in _mirrored()
     ]
     rows += [
-        f"| `{found['sweep']}`, one job after the other | {_range(alone, 1)} |  |",
+        f"| `{content['sweep']}`, one job after the other | {_range(alone, 1)} |  |",
         f"| the same, two processes | {_range(together, 1)} |  |",
         f"| times faster | {_range(ratios)} | at least {LEAST_RATIO:.1f} |",
     ]
     head = [
         "# What the framework adds, and what a second process saves",
         "",
-        f"{told(origin)}; {found['machine']}; one thread a process; seconds, medians of {len(spent['by hand'])} rounds "
-        f"({len(ratios)} of the sweep) with the least and the most.",
+        f"{told(origin)}; {content['machine']}; one thread a process; seconds, medians of "
+        f"{len(spent['by hand'])} rounds ({len(ratios)} of the sweep) with the least and the most.",
         "",
         "|  | seconds | goal |",
         "| :-- | --: | --: |",
