@@ -21,16 +21,13 @@ TABLES = ROOT / "results" / "tables"
 PLACE = "default", "stdlib_docs"
 
 
-@pytest.fixture(scope="module")
-def evidence() -> Evidence:
-    return gather(ROOT / "results" / "records")
-
-
 def verdicts(evidence: Evidence) -> dict[str, str]:
     return {row.name: row.cells()[5] for row in document.claims(evidence)}
 
 
-def test_committed_tables_follow_from_the_records(evidence: Evidence) -> None:
+@pytest.mark.slow
+def test_committed_tables_follow_from_the_records() -> None:
+    evidence = gather(ROOT / "results" / "records")
     assert document.markdown(evidence) == (TABLES / "audit.md").read_text()
     assert document.latex(evidence) == (TABLES / "audit.tex").read_text()
 

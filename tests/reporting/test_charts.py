@@ -223,6 +223,7 @@ def test_products_lie_under_the_roof_of_the_best_of_them() -> None:
         speed.roofline(table[3:].assign(kernel="another"))
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_a_figure_goes_with_the_records_that_it_showed(tmp_path: pathlib.Path) -> None:
     for method in ("baseline", "nash_swarm"):
         record.write(tmp_path / "records", synthetic(method))
@@ -235,6 +236,7 @@ def test_a_figure_goes_with_the_records_that_it_showed(tmp_path: pathlib.Path) -
     assert {"ablation_pareto.pdf", "ablation_bits.png"} <= names and "ablation_speed.pdf" not in names
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_a_run_of_another_experiment_is_not_drawn_for_being_the_same(tmp_path: pathlib.Path) -> None:
     """``nash_swarm`` of one experiment may be ``nash_swarm[bits=3.0]`` of another, which has no reference then."""
     one, other = synthetic("nash_swarm"), synthetic("gptq")

@@ -254,6 +254,7 @@ def test_a_table_tells_the_commits_of_its_runs() -> None:
     assert typeset.note(twice) == "Runs of commits aaaaaaa (1) and bbbbbbb (1).", "a run of two rows counts once"
 
 
+@pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize("experiment", sorted(path.name for path in (ROOT / "results/records").iterdir()))
 def test_every_committed_experiment_tells_the_commits_of_all_its_runs(experiment: str) -> None:
     own = list(record.read_all(ROOT / "results/records" / experiment))
@@ -472,6 +473,7 @@ def test_figures_say_what_they_lack() -> None:
         quality.ablation(baseline)
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_scripts_from_records_to_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     options = ["--records", str(folder), "--experiment", "ablation", "--paper", str(tmp_path / "paper")]
     assert script("tables").main([*options, "--out", str(tmp_path / "tables")]) == 0

@@ -70,6 +70,7 @@ CHARTS = {
 }
 
 
+@pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize("experiment", sorted({path.name for path in RECORDS.parent.iterdir()} - {"audit"}))
 def test_the_page_of_an_experiment_has_its_own_columns(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_module, "bits", lambda one: [])  # slow, and the same for all

@@ -8,10 +8,10 @@ import re
 import pandas as pd
 import pytest
 
-from nashswarm.records import record
 from nashswarm.records.record import Record
 from nashswarm.reporting import latex
-from nashswarm.reporting.audit import document, evidence
+from nashswarm.reporting.audit import document
+from nashswarm.reporting.audit.evidence import Evidence
 from nashswarm.reporting.labels import REFERENCE
 from nashswarm.reporting.paper import benchmarks, macros, tables
 
@@ -45,17 +45,11 @@ def test_a_typed_result_would_be_seen(typed: str) -> None:
     assert re.search(r"\d", prose(typed))
 
 
-@pytest.fixture(scope="module")
-def records() -> list[Record]:
-    return list(record.read_all(RECORDS))
-
-
-def test_every_macro_is_written_from_the_committed_records(records: list[Record]) -> None:
-    written = set(macros.of_records(records))
+@pytest.mark.usefixtures("few_resamples")
+def test_every_macro_is_written_from_the_committed_records(committed_records: list[Record], evidence: Evidence) -> None:
+    written = set(macros.of_records(committed_records))
     written |= set(benchmarks.of_benchmarks(ROOT / "results/benchmarks"))
-    written |= set(
-        re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", document.included(evidence.gather(RECORDS))["audit_numbers"])
-    )
+    written |= set(re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", document.included(evidence)["audit_numbers"]))
     used = set(re.findall(r"\\([A-Z][a-z]+[A-Z][A-Za-z]*)", BODY))
     assert len(used) > 100
     assert used <= written, f"nothing writes {sorted(used - written)}"
@@ -129,20 +123,24 @@ def test_the_correlation_is_that_of_logarithms() -> None:
     assert math.isclose(macros.correlation(layers), 1)
 
 
-def test_settings_are_those_of_the_whole_method(records: list[Record]) -> None:
-    ablation = [one for one in records if one.labels["experiment"] == "ablation"]
+def test_settings_are_those_of_the_whole_method(committed_records: list[Record]) -> None:
+    ablation = [one for one in committed_records if one.labels["experiment"] == "ablation"]
     own = next(one for one in ablation if one.labels["method"] == REFERENCE)
     found = macros.settings(ablation)
     assert found["SettingSwarmNeighbours"] == str(own.config["method"]["swarm"]["neighbours"])
     assert found["SettingTestWindows"] == str(own.config["dataset"]["test_windows"])
 
 
-def test_mixtures_are_those_that_were_trained(records: list[Record]) -> None:
-    own = next(one for one in records if one.labels["model"] == "moe_small64" and one.labels["method"] == macros.ROUTED)
+def test_mixtures_are_those_that_were_trained(committed_records: list[Record]) -> None:
+    own = next(
+        one
+        for one in committed_records
+        if one.labels["model"] == "moe_small64" and one.labels["method"] == macros.ROUTED
+    )
     found = macros.mixtures([own], "moe")
     assert found["MoeMoeSmallSixFourExperts"] == "64"
     assert float(found["MoeMoeSmallSixFourActiveMillions"]) == round(own.metrics["active_parameters"] / 1e6, 1)
-    assert macros.mixtures([one for one in records if one.labels["experiment"] == "main"]) == {}
+    assert macros.mixtures([one for one in committed_records if one.labels["experiment"] == "main"]) == {}
 
 
 def test_of_rotations_the_largest_change_is_told_of_each_method(tmp_path: pathlib.Path) -> None:

@@ -6,7 +6,6 @@ import pathlib
 import pytest
 
 from nashswarm.models.shapes import SHAPES
-from nashswarm.records import record
 from nashswarm.records.record import Record
 from nashswarm.reporting import resources
 
@@ -15,29 +14,28 @@ COMMITTED = (ROOT / "results/tables/resources.md").read_text()
 NO_CHECKPOINT = {"local", "hub", "minilm", "moe_small", "moe_small64"}  # anyone's, a package's, and to be trained
 
 
-@pytest.fixture(scope="module")
-def records() -> list[Record]:
-    return list(record.read_all(ROOT / "results/records"))
-
-
-def test_what_was_measured_is_in_the_records(records: list[Record]) -> None:
-    rows = resources.measured_rows(records)
+def test_what_was_measured_is_in_the_records(committed_records: list[Record]) -> None:
+    rows = resources.measured_rows(committed_records)
     assert {f"`{name}`" for name in ("default", "gpt2_random")} <= {row[0] for row in rows}
     assert "".join(f"| {' | '.join(row)} |\n" for row in rows) in COMMITTED
 
 
-def test_runs_that_read_what_others_computed_are_left_out(records: list[Record]) -> None:
-    own = next(one for one in records if one.labels["method"] == "no_cache" and one.metrics.get("quantize_peak_bytes"))
+def test_runs_that_read_what_others_computed_are_left_out(committed_records: list[Record]) -> None:
+    own = next(
+        one
+        for one in committed_records
+        if one.labels["method"] == "no_cache" and one.metrics.get("quantize_peak_bytes")
+    )
     lucky = dataclasses.replace(own, provenance=dict(own.provenance) | {"cache_hits": ["baseline", "game"]})
     assert len(resources.measured_rows([own, lucky])) == 1
     with pytest.raises(ValueError, match="no record tells what compression took"):
         resources.measured_rows([lucky])
 
 
-def test_what_experiments_took_is_in_the_records(records: list[Record]) -> None:
-    rows = resources.experiments(records).splitlines()[2:]
+def test_what_experiments_took_is_in_the_records(committed_records: list[Record]) -> None:
+    rows = resources.experiments(committed_records).splitlines()[2:]
     assert sorted(path.name for path in (ROOT / "results/records").iterdir()) == [row.split("`")[1] for row in rows]
-    two = [dataclasses.replace(records[0], metrics={"seconds": seconds}) for seconds in (60.0, 90.0)]
+    two = [dataclasses.replace(committed_records[0], metrics={"seconds": seconds}) for seconds in (60.0, 90.0)]
     assert "| 2 | 2.5 | 1.5 |" in resources.experiments(two)
 
 
@@ -57,6 +55,6 @@ def test_a_shape_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_the_committed_table_is_that_of_the_script(records: list[Record]) -> None:
-    assert resources.markdown(records) == COMMITTED
-    assert resources.experiments(records) == (ROOT / "results/tables/experiments.md").read_text()
+def test_the_committed_table_is_that_of_the_script(committed_records: list[Record]) -> None:
+    assert resources.markdown(committed_records) == COMMITTED
+    assert resources.experiments(committed_records) == (ROOT / "results/tables/experiments.md").read_text()
