@@ -1,12 +1,14 @@
-"""Recovery: a compressed model is trained to say what the full one says, within its format and its bytes.
+"""Finetune a compressed model by distillation from the full one, within its format and its bytes.
 
-What the format holds is trained and nothing else: norms, biases and other tensors beside the matrices, the floats among
-the scales, and the codes (``quant.latent``).  The loss is KL(full ‖ compressed) on calibration text that is not held
-out, in nats per token (of a model without a vocabulary 1 − cosine of its answers), plus what codes take in an
-entropy-coded file at the price at which high-rate theory would buy the next bit: damage falls as 4^−b, so
-``λ = 2 ln 2 · KL / weights``.  States along the way are packed to real bytes.  Where these exceed what they were by
-more than a thousandth, the codes that grew longer and went least far go back until they do not.  Of all that were
-packed the state of least KL on held-out text is kept; the untrained one is among them.
+Only what the format stores is trained: norms, biases and other tensors beside the matrices, the scales, and the codes
+(``quant.trainable_codes``).  The loss is KL(full ‖ compressed) in nats per token, on calibration text that is not held
+out; for a model without a vocabulary it is 1 − cosine of the two models' answers.  Codes of an entropy-coded file also
+pay for their length, at the price at which high-rate theory would buy the next bit: damage falls as 4^−b, so
+``λ = 2 ln 2 · KL / weights``.
+
+Some states along the way are packed to real bytes.  If these exceed the original size by more than a thousandth, the
+codes that became longer and moved least are reset until the bytes fit.  The state of least KL on held-out text is
+kept; the untrained one is among the candidates.
 """
 
 import dataclasses
@@ -16,39 +18,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from nashswarm.calibration.session import CalibrationSession
 from nashswarm.errors import Unsupported
 from nashswarm.methods.method import Compressed
+from nashswarm.methods.stored_state import StoredState, packed_bytes, with_stale_metrics
 from nashswarm.models import evaluation, matrices
 from nashswarm.packed import file_format
-from nashswarm.packed.tiles import to_tiles
 from nashswarm.quant.container import KINDS
-from nashswarm.quant.entropy import CodeTables, coded_bits
-from nashswarm.quant.grid import QuantizedTensor
-from nashswarm.quant.lattice import LatticeTensor
+from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.prototype import ClassedTensor
 from nashswarm.quant.trainable_codes import TrainableCodes, encode_tensors
 
-STALE = ("regret", "potential", "damage")  # how metrics begin that tell of the codes before they were trained
-TOLERANCE = 1e-3  # how much more than before the packed matrices may take
+TOLERANCE = 1e-3  # share by which the packed matrices may grow
 TRIMS = 4  # attempts to fit the bytes
-SLACK = 0.02  # of the excess, taken away on top of it
+SLACK = 0.02  # share of the excess that is trimmed in addition
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-    """How a compressed model is trained: AdamW without decay of weights, rates that fall linearly to zero.
+    """Settings of the training: AdamW without weight decay, learning rates that fall linearly to zero.
 
-    ``batch_size``: windows a step.  ``windows``: how many are trained on, drawn by lot where there are more.
-    ``code_rate``: of latent codes, in steps of their grids; ``scale_rate``: of the logarithms of scales;
-    ``float_rate``: of what stands beside the matrices.  A rate of 0 leaves that part as it is.  ``candidates``: how
-    many states, evenly spaced, are packed and judged on held-out text.
+    ``batch_size``: windows a step.  ``windows``: the most that are trained on, drawn at random from what there is.
+    ``code_rate``: learning rate of latent codes, in steps of their grids.  ``scale_rate``: of the logarithms of scales.
+    ``float_rate``: of the tensors beside the matrices.  A rate of 0 leaves its part as it is.  ``candidates``: how many
+    states, evenly spaced, are packed and evaluated on held-out text.
+
+    Raises ValueError for settings without a meaning.
     """
 
     steps: int = 64
@@ -76,23 +77,11 @@ class Recovery:
 
 @dataclasses.dataclass(frozen=True)
 class Recovered:
-    """The compressed model after training, and how that went."""
+    """The compressed model after training, with metrics and series of the training."""
 
     result: Compressed
     metrics: dict[str, float]
     series: dict[str, list[float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """A model as it would be stored: packed matrices, their tensors and, rounded, what stands beside them."""
-
-    packed: dict[str, UInt8[np.ndarray, " _"]]
-    tensors: dict[str, LatticeTensor | QuantizedTensor]
-    floats: list[Tensor]
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: tensor.dequantize() for name, tensor in self.tensors.items()}
 
 
 def recover(
@@ -102,9 +91,11 @@ def recover(
     settings: Recovery,
     rng: np.random.Generator,
 ) -> Recovered:
-    """Train what ``result`` stores on ``windows``; ``evidence.trial`` has the floats beside the matrices afterwards.
+    """Train what ``result`` stores on ``windows``.
 
-    Raises Unsupported for a format that cannot be trained, ValueError without a window to train on.
+    Afterwards ``session.candidate_model`` has the trained tensors beside the matrices.
+
+    Raises Unsupported for a format that cannot be trained, and ValueError without a window to train on.
     """
     if not len(windows):
         raise ValueError("no calibration text is left to train on; lower dataset.holdout_windows or give more text")
@@ -113,7 +104,7 @@ def recover(
 
 
 class _Training:
-    """One training under way."""
+    """One training in progress: the trainable codes of every layer, and the parameters beside them."""
 
     def __init__(
         self,
@@ -126,19 +117,21 @@ class _Training:
         self.candidate_model = session.candidate_model
         packed_tables = result.packed.get(file_format.TABLES)
         tables = None if packed_tables is None else CodeTables.unpack(packed_tables)
-        self.latents: dict[str, TrainableCodes] = {}
+        self.codes: dict[str, TrainableCodes] = {}
         for layer in session.layers:
             content = result.packed[layer.name]
             tensor = file_format.decode(layer.name, content, tables)
             if isinstance(tensor, ClassedTensor):
                 raise Unsupported(f"task=finetune cannot train the format in which {layer.name} is stored")
             coded = content[:4].tobytes() in KINDS.values()
-            self.latents[layer.name] = TrainableCodes(tensor, layer.weight, windows.device, coded, tables)
-        taken = {id(self.candidate_model.get_submodule(layer.name).weight) for layer in session.layers}
+            self.codes[layer.name] = TrainableCodes(tensor, layer.weight, windows.device, coded, tables)
+        matrix_ids = {id(self.candidate_model.get_submodule(layer.name).weight) for layer in session.layers}
         self.floats = [
-            part for part in self.candidate_model.parameters() if id(part) not in taken and part.is_floating_point()
+            parameter
+            for parameter in self.candidate_model.parameters()
+            if id(parameter) not in matrix_ids and parameter.is_floating_point()
         ]
-        self.limit = int((1 + TOLERANCE) * _size(result.packed))
+        self.byte_limit = int((1 + TOLERANCE) * packed_bytes(result.packed))
         self.teacher: Any = (
             evaluation.compute_reference(session.full, windows, session.batch)
             if session.causal
@@ -146,152 +139,123 @@ class _Training:
         )
 
     def run(self, rng: np.random.Generator) -> Recovered:
+        """Train, and return the candidate of least held-out KL."""
         settings = self.settings
         best = self.state(0.0, self.result.packed)
-        least = before = self.judge(best)
-        chosen = 0
-        series: dict[str, list[float]] = {"finetune_loss": [], "finetune_kl_heldout": [before]}
-        coded = sum(latent.codes.numel() for latent in self.latents.values() if latent.coded)
-        price = 2 * math.log(2) * before / coded if coded else 0.0
+        best_kl = kl_before = self.heldout_kl(best)
+        best_step = 0
+        series: dict[str, list[float]] = {"finetune_loss": [], "finetune_kl_heldout": [kl_before]}
+        coded_weights = sum(codes.codes.numel() for codes in self.codes.values() if codes.coded)
+        price = 2 * math.log(2) * kl_before / coded_weights if coded_weights else 0.0
         groups = [
-            ([latent.codes for latent in self.latents.values()], settings.code_rate),
-            ([latent.scale for latent in self.latents.values()], settings.scale_rate),
+            ([codes.codes for codes in self.codes.values()], settings.code_rate),
+            ([codes.scale for codes in self.codes.values()], settings.scale_rate),
             (self.floats, settings.float_rate),
         ]
-        trained = [{"params": list(parts), "lr": rate} for parts, rate in groups if parts and rate]
+        trained = [{"params": list(parameters), "lr": rate} for parameters, rate in groups if parameters and rate]
         optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
-        judged = {round(settings.steps * (number + 1) / settings.candidates) for number in range(settings.candidates)}
+        candidate_steps = {
+            round(settings.steps * (number + 1) / settings.candidates) for number in range(settings.candidates)
+        }
         for step in self.session.track(range(1, settings.steps + 1), "recovering"):
-            series["finetune_loss"].append(self.step(self.batch(rng), price))
+            series["finetune_loss"].append(self.backward(self.draw_batch(rng), price))
             optimizer.step()
             decay.step()
-            for latent in self.latents.values():
-                latent.clamp_codes()
-            if step in judged and (state := self.fitted()) is not None:
-                kl = self.judge(state)
+            for codes in self.codes.values():
+                codes.clamp_codes()
+            if step in candidate_steps and (state := self.state_within_limit()) is not None:
+                kl = self.heldout_kl(state)
                 series["finetune_kl_heldout"].append(kl)
-                log.debug("step %d: held-out KL %.5f, %d bytes", step, kl, _size(state.packed))
-                if kl < least:
-                    best, least, chosen = state, kl, step
+                log.debug("step %d: held-out KL %.5f, %d bytes", step, kl, state.size)
+                if kl < best_kl:
+                    best, best_kl, best_step = state, kl, step
         self.candidate_model.zero_grad(set_to_none=True)
-        self.place(best.floats)
-        found = {
+        self.set_floats(best.floats)
+        metrics = {
             "finetune_steps": settings.steps,
-            "finetune_chosen_step": chosen,
+            "finetune_chosen_step": best_step,
             "finetune_windows": len(self.windows),
-            "finetune_kl_heldout": least,
-            "finetune_kl_heldout_before": before,
+            "finetune_kl_heldout": best_kl,
+            "finetune_kl_heldout_before": kl_before,
         }
-        return Recovered(self.report(best, chosen > 0), found, series)
+        result = with_stale_metrics(self.result)
+        return Recovered(best.as_result(result) if best_step else result, metrics, series)
 
-    def batch(self, rng: np.random.Generator) -> Int[Tensor, " batch"]:
-        """Windows drawn by lot, none twice in a batch."""
+    def draw_batch(self, rng: np.random.Generator) -> Int[Tensor, " batch"]:
+        """Return the numbers of random windows, none twice."""
         size = min(self.settings.batch_size, len(self.windows))
         return torch.from_numpy(rng.choice(len(self.windows), size, replace=False)).to(self.windows.device)
 
-    def step(self, batch: Int[Tensor, " batch"], price: float) -> float:
-        """Gradients of the loss on a batch, in every parameter; the loss."""
-        matrices.set_weights(self.candidate_model, {name: latent.weight() for name, latent in self.latents.items()})
+    def backward(self, batch: Int[Tensor, " batch"], price: float) -> float:
+        """Compute the gradient of every parameter on a batch; return the loss."""
+        weights = {name: codes.weight() for name, codes in self.codes.items()}
+        matrices.set_weights(self.candidate_model, weights)
         self.candidate_model.zero_grad(set_to_none=True)
         loss = self.loss(batch)
         loss.backward()
-        for name, latent in self.latents.items():
-            latent.backpropagate(matrices.weight_gradient(self.candidate_model, name), price)
+        for name, codes in self.codes.items():
+            codes.backpropagate(matrices.weight_gradient(self.candidate_model, name), price)
         return loss.item()
 
     def loss(self, batch: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+        """Return the KL in nats per token on a batch, or 1 − cosine of the answers without a vocabulary."""
         if not self.session.causal:
-            apart: Tensor = (evaluation.embed(self.candidate_model, self.windows[batch]) - self.teacher[batch]).square()
-            return apart.sum(1).mean() / 2
+            answers = evaluation.embed(self.candidate_model, self.windows[batch])
+            squared_distance: Tensor = (answers - self.teacher[batch]).square().sum(1)
+            return squared_distance.mean() / 2
         with torch.no_grad():
-            wanted = self.teacher.head(self.teacher.states[batch])[:, :-1].float().log_softmax(-1)
-        own = self.candidate_model(input_ids=self.windows[batch]).logits[:, :-1].float().log_softmax(-1)
-        return functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1).mean()
+            target = self.teacher.head(self.teacher.states[batch])[:, :-1].float().log_softmax(-1)
+        logits = self.candidate_model(input_ids=self.windows[batch]).logits[:, :-1]
+        divergence = functional.kl_div(logits.float().log_softmax(-1), target, reduction="none", log_target=True)
+        return divergence.sum(-1).mean()
 
-    def state(self, least: float, packed: Any = None) -> State:
-        """What would be stored now, but for codes that grew longer without going further than ``least`` steps."""
-        tensors = {name: latent.quantized(least) for name, latent in self.latents.items()}
-        coded = {name: latent.coded for name, latent in self.latents.items()}
-        stored = encode_tensors(tensors, coded, file_format.TABLES) if packed is None else dict(packed)
-        floats = [part.detach().clone() for part in self.floats]
+    def state(self, min_move: float, packed: Any = None) -> StoredState:
+        """Return what would be stored now; codes that grew longer by a move of at most ``min_move`` steps are reset."""
+        tensors = {name: codes.quantized(min_move) for name, codes in self.codes.items()}
+        coded = {name: codes.coded for name, codes in self.codes.items()}
+        content = encode_tensors(tensors, coded, file_format.TABLES) if packed is None else dict(packed)
+        floats = [parameter.detach().clone() for parameter in self.floats]
         if self.result.float_bits == 16:
-            floats = [part.half().to(part.dtype) for part in floats]
-        return State(stored, tensors, floats)
+            floats = [values.half().to(values.dtype) for values in floats]
+        return StoredState(content, tensors, floats)
 
-    def fitted(self) -> State | None:
-        """What would be stored now, in the bytes of the start but for ``TOLERANCE``; None if it is not finite or does
-        not fit."""
-        finite = [*self.floats, *(part for latent in self.latents.values() for part in (latent.codes, latent.scale))]
-        if not all(part.isfinite().all() for part in finite):
+    def state_within_limit(self) -> StoredState | None:
+        """Return what would be stored now, trimmed to the byte limit; None if it is not finite or does not fit."""
+        parameters = [part for codes in self.codes.values() for part in (codes.codes, codes.scale)]
+        if not all(part.isfinite().all() for part in [*self.floats, *parameters]):
             return None
         state = self.state(0.0)
-        excess = 8.0 * (_size(state.packed) - self.limit)
-        log.debug("%d bytes of at most %d", _size(state.packed), self.limit)
-        if excess <= 0:
+        excess_bits = 8.0 * (state.size - self.byte_limit)
+        log.debug("%d bytes of at most %d", state.size, self.byte_limit)
+        if excess_bits <= 0:
             return state
-        moves = [latent.lengthened_codes() for latent in self.latents.values() if latent.coded]
-        if not moves:
+        lengthened = [codes.lengthened_codes() for codes in self.codes.values() if codes.coded]
+        if not lengthened:
             return None
-        way, grown = (torch.cat(parts) for parts in zip(*moves, strict=True))
-        order = way.argsort(stable=True)
-        saved = grown[order].double().cumsum(0)
-        wanted = 0.0
+        moves, growth = (torch.cat(parts) for parts in zip(*lengthened, strict=True))
+        order = moves.argsort(stable=True)
+        saved_bits = growth[order].double().cumsum(0)
+        bits_to_save = 0.0
         for _ in range(TRIMS):
-            wanted += (1 + SLACK) * excess
-            place = int(torch.searchsorted(saved, wanted))
-            state = self.state(float(way[order[place]]) if place < len(order) else math.inf)
-            excess = 8.0 * (_size(state.packed) - self.limit)
-            if excess <= 0:
+            bits_to_save += (1 + SLACK) * excess_bits
+            place = int(torch.searchsorted(saved_bits, bits_to_save))
+            state = self.state(float(moves[order[place]]) if place < len(order) else math.inf)
+            excess_bits = 8.0 * (state.size - self.byte_limit)
+            if excess_bits <= 0:
                 return state
         return None
 
-    def judge(self, state: State) -> float:
-        """KL in nats per token on held-out text."""
-        now = [part.detach().clone() for part in self.floats]
-        self.place(state.floats)
-        found = self.session.heldout_kl(state.weights(), None)
-        self.place(now)
-        return found if math.isfinite(found) else math.inf
+    def heldout_kl(self, state: StoredState) -> float:
+        """Return the KL of ``state`` in nats per token on held-out text, infinite if it is not a number."""
+        current = [parameter.detach().clone() for parameter in self.floats]
+        self.set_floats(state.floats)
+        kl = self.session.heldout_kl(state.weights(), None)
+        self.set_floats(current)
+        return kl if math.isfinite(kl) else math.inf
 
     @torch.no_grad()
-    def place(self, floats: list[Tensor]) -> None:
-        for part, value in zip(self.floats, floats, strict=True):
-            part.copy_(value)
-
-    def report(self, best: State, trained: bool) -> Compressed:
-        """The compressed model; what was certified of it before, under names that say so."""
-        own = self.result
-        found = {f"{name}_before" if name.startswith(STALE) else name: value for name, value in own.metrics.items()}
-        if not trained:
-            return dataclasses.replace(own, metrics=found)
-        bits: dict[str, float] = {}
-        if file_format.TABLES in best.packed:
-            tables = CodeTables.unpack(best.packed[file_format.TABLES])
-            lattices = {name: part for name, part in best.tensors.items() if isinstance(part, LatticeTensor)}
-            bits = {name: float(coded_bits(tensor, tables).sum()) for name, tensor in lattices.items()}
-            resident = sum(to_tiles(tensor).nbytes for tensor in lattices.values())
-            found["bits_per_weight_resident"] = 8 * resident / sum(part.codes.numel() for part in lattices.values())
-        return dataclasses.replace(
-            own,
-            packed=best.packed,
-            weights=best.weights(),
-            allocation=_reworded(
-                own.allocation, {name: bits[name] / best.tensors[name].codes.numel() for name in bits}
-            ),
-            code_bits=int(sum(bits.values())) if bits else own.code_bits,
-            damage={},
-            metrics=found,
-            game={},
-        )
-
-
-def _size(packed: Any) -> int:
-    return sum(len(content) for content in packed.values())
-
-
-def _reworded(allocation: str, bits: dict[str, float]) -> str:
-    """The lines of lattices with the bits per weight that their codes take now."""
-    lines = [line.split(" ", 2) for line in allocation.splitlines()]
-    found = [[line[0], f"{bits[line[0]]:.3f}", *line[2:]] if line[0] in bits else line for line in lines]
-    return "".join(" ".join(line) + "\n" for line in found)
+    def set_floats(self, floats: list[Tensor]) -> None:
+        """Write values into the parameters beside the matrices."""
+        for parameter, values in zip(self.floats, floats, strict=True):
+            parameter.copy_(values)

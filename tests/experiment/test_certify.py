@@ -16,16 +16,10 @@ import torch
 
 from experiments.config import compose
 from nashswarm.cli import main
-from nashswarm.experiment.certify import (
-    DecodedMatrix,
-    Quadratic,
-    certify,
-    decode,
-    feedback_matrix,
-    gain_of_codes,
-    replies,
-)
+from nashswarm.experiment.certify import certify, decode
 from nashswarm.experiment.compression import load, quantize, reopen
+from nashswarm.experiment.decoded_costs import DecodedMatrix, Quadratic
+from nashswarm.experiment.enumeration import error_feedback_codes, feedback_matrix, gain_of_codes
 from nashswarm.experiment.plan import config_again, plan
 from nashswarm.experiment.run import Outcome, run
 from nashswarm.methods.nash_swarm import solver
@@ -183,8 +177,8 @@ def test_replies_are_those_of_gptq() -> None:
         expected[:, column] = np.rint(rest[:, column] / steps[:, column])
         error = (rest[:, column] - expected[:, column] * steps[:, column]) / inverse[0, 0]
         rest[:, column:] -= np.outer(error, inverse[0])
-    assert (replies(weight, steps, feedback_matrix(Quadratic(np.ones(5), inputs, None))) == expected).all()
-    assert (replies(weight, steps, None) == np.rint(weight / steps)).all()
+    assert (error_feedback_codes(weight, steps, feedback_matrix(Quadratic(np.ones(5), inputs, None))) == expected).all()
+    assert (error_feedback_codes(weight, steps, None) == np.rint(weight / steps)).all()
 
 
 def test_a_worse_code_is_found(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +28,7 @@ from nashswarm.methods.uniform import Uniform
 from nashswarm.models import matrices
 from nashswarm.packed import file_format
 from nashswarm.progress import no_track
-from nashswarm.quant.entropy import CodeTables, count_symbols, fit_tables
+from nashswarm.quant.entropy import CodeTables, coded_bits, count_symbols, fit_tables
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.prototype import quantize_by_magnitude
 from nashswarm.quant.trainable_codes import TrainableCodes
@@ -44,19 +45,20 @@ METHODS = {
 BRIEF = Recovery(steps=48, batch_size=3, code_rate=0.004, scale_rate=0.002, float_rate=0.002, candidates=4)
 
 
-@pytest.fixture
-def session(model: Any) -> CalibrationSession:
-    """What is known of the tiny model: eight windows that calibrate it and are trained on, four held out."""
+@pytest.fixture(scope="module")
+def session(tiny: Any) -> CalibrationSession:
+    """The tiny model with eight windows that calibrate it and are trained on, and four held out; not to be changed."""
+    model = copy.deepcopy(tiny)
     windows = torch.randint(512, (12, 24), generator=torch.Generator().manual_seed(1))
     return CalibrationSession(
         model, matrices.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def compressed(session: CalibrationSession) -> Callable[[str], Compressed]:
-    """Format → the tiny model in it."""
-    return lambda form: METHODS[form].compress(session.context(), np.random.default_rng(0))
+    """Format → the tiny model in it, compressed once."""
+    return functools.cache(lambda form: METHODS[form].compress(session.context(), np.random.default_rng(0)))
 
 
 def trained(session: CalibrationSession, result: Compressed, settings: Recovery = BRIEF) -> distillation.Recovered:
@@ -79,24 +81,24 @@ def decoded(packed: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("form", ["tiles", "groups", "lattice"])
-def test_training_lowers_the_held_out_kl_within_the_bytes(
+def test_recover_each_format_lowers_heldout_kl_within_the_bytes(
     form: str, session: CalibrationSession, compressed: Callable[[str], Compressed]
 ) -> None:
     before = compressed(form)
-    found = trained(session, before)
-    assert found.metrics["finetune_kl_heldout"] < 0.97 * found.metrics["finetune_kl_heldout_before"]
-    assert found.metrics["finetune_chosen_step"] > 0
-    assert size(found.result) <= 1.001 * size(before)
-    for name, weight in decoded(found.result.packed).items():
-        assert torch.equal(weight, found.result.weights[name]), name
-    assert found.result.damage == {} and found.result.game == {}
+    recovered = trained(session, before)
+    assert recovered.metrics["finetune_kl_heldout"] < 0.97 * recovered.metrics["finetune_kl_heldout_before"]
+    assert recovered.metrics["finetune_chosen_step"] > 0
+    assert size(recovered.result) <= 1.001 * size(before)
+    for name, weight in decoded(recovered.result.packed).items():
+        assert torch.equal(weight, recovered.result.weights[name]), name
+    assert recovered.result.damage == {} and recovered.result.game == {}
     assert not any(name.startswith(("regret", "damage", "potential")) and not name.endswith("_before")
-                   for name in found.result.metrics)  # fmt: skip
-    assert [line.split()[0] for line in found.result.allocation.splitlines()] == list(found.result.weights)
+                   for name in recovered.result.metrics)  # fmt: skip
+    assert [line.split()[0] for line in recovered.result.allocation.splitlines()] == list(recovered.result.weights)
 
 
 @pytest.mark.parametrize("form", sorted(METHODS))
-def test_the_same_seed_gives_the_same_bytes(
+def test_recover_same_seed_gives_same_bytes(
     form: str, session: CalibrationSession, compressed: Callable[[str], Compressed]
 ) -> None:
     before, settings = compressed(form), dataclasses.replace(BRIEF, steps=4, candidates=2)
@@ -106,29 +108,29 @@ def test_the_same_seed_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("form", ["tiles", "groups", "lattice"])
-def test_where_nothing_helps_the_untrained_state_is_kept(
+def test_recover_wild_rates_keep_the_untrained_state(
     form: str, session: CalibrationSession, compressed: Callable[[str], Compressed]
 ) -> None:
     before = compressed(form)
     wild = Recovery(steps=3, code_rate=30.0, scale_rate=5.0, float_rate=5.0, candidates=3)
-    found = trained(session, before, wild)
-    assert found.metrics["finetune_chosen_step"] == 0
-    assert found.metrics["finetune_kl_heldout"] == found.metrics["finetune_kl_heldout_before"]
-    assert found.result.packed is before.packed and found.result.weights is before.weights
+    recovered = trained(session, before, wild)
+    assert recovered.metrics["finetune_chosen_step"] == 0
+    assert recovered.metrics["finetune_kl_heldout"] == recovered.metrics["finetune_kl_heldout_before"]
+    assert recovered.result.packed is before.packed and recovered.result.weights is before.weights
 
 
-def test_a_model_without_a_vocabulary_is_trained_by_its_answers(random_model: Callable[[str], Any]) -> None:
+def test_recover_model_without_vocabulary_learns_answers(random_model: Callable[[str], Any]) -> None:
     model = random_model("bert_classifier")
     windows = torch.randint(1, 512, (12, 24), generator=torch.Generator().manual_seed(1))
     session = CalibrationSession(
         model, matrices.find_layers(model), windows[:8], windows[8:], 0, Cache(None, {}), no_track
     )
-    found = trained(session, METHODS["tiles"].compress(session.context(), np.random.default_rng(0)))
-    assert found.series["finetune_loss"][-1] < found.series["finetune_loss"][0]
-    assert found.metrics["finetune_kl_heldout"] <= found.metrics["finetune_kl_heldout_before"]
+    recovered = trained(session, METHODS["tiles"].compress(session.context(), np.random.default_rng(0)))
+    assert recovered.series["finetune_loss"][-1] < recovered.series["finetune_loss"][0]
+    assert recovered.metrics["finetune_kl_heldout"] <= recovered.metrics["finetune_kl_heldout_before"]
 
 
-def test_codes_stay_on_their_grid() -> None:
+def test_clamp_codes_beyond_the_grid_returns_to_its_ends() -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     latent = TrainableCodes(quantize(weight, 3, Scheme(64)), weight, torch.device("cpu"), coded=False)
     with torch.no_grad():
@@ -138,15 +140,15 @@ def test_codes_stay_on_their_grid() -> None:
     assert stored.codes.unique().tolist() == [0, 7] and torch.equal(stored.dequantize(), latent.weight())
 
 
-def test_of_float_tiles_only_what_stands_beside_them_moves(
+def test_recover_float_tiles_keep_their_bytes(
     session: CalibrationSession, compressed: Callable[[str], Compressed]
 ) -> None:
     before = compressed("floats")
-    found = trained(session, before)
-    assert all(np.array_equal(found.result.packed[name], before.packed[name]) for name in before.packed)
+    recovered = trained(session, before)
+    assert all(np.array_equal(recovered.result.packed[name], before.packed[name]) for name in before.packed)
 
 
-def test_gradients_reach_codes_and_scales() -> None:
+def test_backpropagate_gradient_reaches_codes_and_scales() -> None:
     """L = Σ g·w of one group at 2 bits: dL/du = g·step, dL/ds = Σ g·w; a pruned tile stays as it is."""
     generator = torch.Generator().manual_seed(0)
     weight, slope = (torch.randn(32, 64, generator=generator) for _ in range(2))
@@ -160,14 +162,14 @@ def test_gradients_reach_codes_and_scales() -> None:
     assert torch.allclose(latent.scale.grad[:16, 0, 0], (slope * tensor.dequantize())[:16].sum(1), atol=1e-4)
 
 
-def test_length_pulls_codes_to_zero(drawn: dict[str, Callable[..., Any]]) -> None:
+def test_backpropagate_price_pulls_codes_to_zero(drawn: dict[str, Callable[..., Any]]) -> None:
     """Without any other gradient every price makes latent codes between 0 and 1 smaller, and the file with them."""
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     tensor = drawn["lattice"](weight)
     tables = fit_tables(count_symbols([tensor]))
     latent = TrainableCodes(tensor, weight, torch.device("cpu"), True, tables)
     assert float(latent.code_bits(latent.stored_codes).sum()) == pytest.approx(
-        float(distillation.coded_bits(tensor, tables).sum()), rel=1e-5
+        float(coded_bits(tensor, tables).sum()), rel=1e-5
     )
     latent.backpropagate(torch.zeros(32, 64), 1.0)
     assert latent.codes.grad is not None
@@ -175,7 +177,7 @@ def test_length_pulls_codes_to_zero(drawn: dict[str, Callable[..., Any]]) -> Non
     assert between.any() and (latent.codes.grad[between] > 0).all()
 
 
-def test_what_cannot_be_trained_is_not_offered(session: CalibrationSession) -> None:
+def test_recover_untrainable_format_or_no_text_raises(session: CalibrationSession) -> None:
     packed = {layer.name: quantize_by_magnitude(layer.weight, (0.9, 0.7)).pack() for layer in session.layers}
     with pytest.raises(Unsupported, match="task=finetune cannot train the format"):
         trained(session, Compressed(packed, {}, "", 0))
@@ -186,7 +188,7 @@ def test_what_cannot_be_trained_is_not_offered(session: CalibrationSession) -> N
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"candidates": 0}, {"candidates": 65}, {"batch_size": 0},
                                    {"windows": 0}, {"code_rate": -1.0}, {"scale_rate": float("nan")},
                                    {"code_rate": 0, "scale_rate": 0, "float_rate": 0}])  # fmt: skip
-def test_bad_settings_are_one_sentence(wrong: dict[str, Any]) -> None:
+def test_recovery_bad_settings_raise_one_sentence(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^finetune\.[^\n]*(must be|may be)"):
         Recovery(**wrong)
 
@@ -203,20 +205,20 @@ def execute(small_run: list[str], tmp_path: pathlib.Path) -> Callable[..., Outco
 
 
 @pytest.mark.parametrize("method", [["method=uniform4", "method.bits=2"], ["method=gptq"]])
-def test_a_run_records_before_and_after_and_saves_what_it_measured(
+def test_run_finetune_records_before_and_after_and_saves_it(
     method: list[str], execute: Callable[..., Outcome], tmp_path: pathlib.Path, tiny: Any
 ) -> None:
-    plain = execute(*method).record
+    record_before = execute(*method).record
     short = ["task=finetune", "finetune.steps=6", "finetune.scale_rate=0.003", f"save={tmp_path}/saved"]
     ended = execute(*method, *short)
-    found = ended.record
-    assert "finetune" not in plain.config and found.config["finetune"]["steps"] == 6
-    assert plain.fingerprint != found.fingerprint and record.read(ended.path) == found
-    metrics = found.metrics
+    record_after = ended.record
+    assert "finetune" not in record_before.config and record_after.config["finetune"]["steps"] == 6
+    assert record_before.fingerprint != record_after.fingerprint and record.read(ended.path) == record_after
+    metrics = record_after.metrics
     for name in ("kl", "nll_delta"):
-        assert metrics[f"{name}_before"] == plain.metrics[name]
-    assert metrics["kl_before_low"] == plain.metrics["kl_low"]
-    assert metrics["bytes_file_before"] == plain.metrics["bytes_file"]
+        assert metrics[f"{name}_before"] == record_before.metrics[name]
+    assert metrics["kl_before_low"] == record_before.metrics["kl_low"]
+    assert metrics["bytes_file_before"] == record_before.metrics["bytes_file"]
     assert not any(name.startswith("regret") and not name.endswith("_before") for name in metrics)
     assert metrics["finetune_seconds"] > 0 and metrics["finetune_chosen_step"] > 0
     folder = tmp_path / "saved"
@@ -225,10 +227,10 @@ def test_a_run_records_before_and_after_and_saves_what_it_measured(
     norms = [model.transformer.h[0].ln_1.weight.detach().half() for model in (loaded, tiny)]
     assert not torch.equal(*norms), "the trained norms are in the file"
     again = execute(*method, *short[:-1], "rerun=true").record
-    assert again.series["kl"] == found.series["kl"]
+    assert again.series["kl"] == record_after.series["kl"]
 
 
-def test_tasks_and_settings_go_together(execute: Callable[..., Outcome]) -> None:
+def test_run_finetune_with_wrong_settings_raises(execute: Callable[..., Outcome]) -> None:
     with pytest.raises(Unsupported, match="task=finetune cannot train what as_published packs"):
         execute("task=finetune", "method=as_published")
     with pytest.raises(ValueError, match=r"finetune\.candidates=9"):
@@ -237,6 +239,6 @@ def test_tasks_and_settings_go_together(execute: Callable[..., Outcome]) -> None
         execute("task=finetune", "dtype=bfloat16")
 
 
-def test_the_yaml_says_the_defaults_of_the_code() -> None:
+def test_finetune_yaml_equals_the_defaults() -> None:
     written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/task/finetune.yaml"))["finetune"]  # type: ignore[index, call-overload]
     assert written == {"_target_": "nashswarm.methods.distillation.Recovery", **dataclasses.asdict(Recovery())}
