@@ -1,6 +1,7 @@
 """Compressed models in folders, and their certificates computed again from the bytes."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+import transformers
 
 from experiments.config import compose
 from nashswarm.cli import main
@@ -36,16 +38,32 @@ FILES = sorted([*SEALED, "README.md", "nashswarm.json", "tokenizer.json", "token
 LAYER = "transformer.h.0.mlp.c_fc"
 
 Execute = Callable[..., Outcome]
+Saved = Callable[[str], tuple[record.Record, pathlib.Path]]
 
 
 @pytest.fixture(scope="module")
-def execute(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Execute:
-    """Run on the tiny model; records beside the folder that is saved, one cache for all."""
+def full_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> pathlib.Path:
+    """A GPT-2 of one narrow block in Hugging Face layout: every kind of matrix, and few of them."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=512, n_layer=1, n_head=4, n_embd=64, n_inner=64, n_positions=64, initializer_range=0.1,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("full") / "model"
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def execute(small_run: list[str], full_model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Execute:
+    """Run on the full model; records beside the folder that is saved, one cache for all."""
     cache = tmp_path_factory.mktemp("cache")
 
     def started(save: pathlib.Path, *more: str, many: bool = False) -> Outcome:
         overrides = [
             *small_run,
+            f"model.path={full_model}",
             "measure=size",
             f"cache={cache}",
             f"records={save.parent}/records",
@@ -57,17 +75,21 @@ def execute(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> E
 
 
 @pytest.fixture(scope="module")
-def played(execute: Execute, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The tiny model as nash_swarm compressed it; not to be changed."""
-    folder = tmp_path_factory.mktemp("played") / "model"
-    execute(folder, "method=nash_swarm")
-    return folder
+def saved(execute: Execute, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Method → its record and the folder of its model, compressed once and not to be changed."""
+
+    @functools.cache
+    def compressed(method: str) -> tuple[record.Record, pathlib.Path]:
+        folder = tmp_path_factory.mktemp(method) / "model"
+        return execute(folder, f"method={method}").record, folder
+
+    return compressed
 
 
 @pytest.fixture
-def folder(played: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy that a test may change."""
-    return pathlib.Path(shutil.copytree(played, tmp_path / "model"))
+def folder(saved: Saved, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of the model of nash_swarm that a test may change."""
+    return pathlib.Path(shutil.copytree(saved("nash_swarm")[1], tmp_path / "model"))
 
 
 def about(folder: pathlib.Path) -> dict[str, Any]:
@@ -81,14 +103,14 @@ def seal(folder: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["nash_swarm", "uniform4", "gptq", "baseline", "as_published"])
-def test_the_size_of_the_record_is_that_of_the_files(method: str, execute: Execute, tmp_path: pathlib.Path) -> None:
-    found = execute(tmp_path / "model", f"method={method}").record
-    names = [path.name for path in sorted((tmp_path / "model").iterdir())]
+def test_saved_folder_files_have_the_recorded_size(method: str, saved: Saved) -> None:
+    written, folder = saved(method)
+    names = [path.name for path in sorted(folder.iterdir())]
     assert names == (FILES if method == "nash_swarm" else [name for name in FILES if name != "game.safetensors"])
-    sizes = {name: (tmp_path / "model" / name).stat().st_size for name in names}
-    assert found.metrics["bytes_file"] == sizes["model.safetensors"] + sizes["config.json"]
-    assert about(tmp_path / "model")["record"]["metrics"] == found.metrics
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "records"]
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    assert written.metrics["bytes_file"] == sizes["model.safetensors"] + sizes["config.json"]
+    assert about(folder)["record"]["metrics"] == written.metrics
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["model", "records"]
 
 
 def stay(
@@ -98,7 +120,7 @@ def stay(
 
 
 @pytest.mark.parametrize(
-    "rules",
+    "settings",
     [
         [],
         ["method.swarm.align=[0.5]", "method.swarm.shrink=[0.25]"],
@@ -107,65 +129,73 @@ def stay(
         ["method.code_game=rounding", "method.swarm=null"],
     ],
 )
-def test_the_certificate_agrees_with_the_record(
-    rules: list[str], execute: Execute, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_certify_game_away_from_equilibrium_agrees_with_the_record(
+    settings: list[str],
+    execute: Execute,
+    full_model: pathlib.Path,
+    model_folder: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where blocks stay although they gain by moving, so that something is left to regret."""
+    """Blocks stay although they would gain by moving, so that some regret is left.
+
+    With a local reply no block of the narrow model would gain: that case takes the wider one.
+    """
+    model = model_folder if "method.swarm.local_reply=5" in settings else full_model
     monkeypatch.setattr(solver, "REGRET", np.inf)
     monkeypatch.setattr(solver.RateGameSolver, "best_response_offsets", stay)
-    record = execute(tmp_path / "model", "method=nash_swarm", *rules).record
-    found = certify(tmp_path / "model")
-    assert found["agrees"] and found["recorded_regret_max"] == record.metrics["regret_max"]
-    assert found["players"] == record.metrics["players"] and found["price"] == record.metrics["price"]
-    assert found["enumerated"] == "codes and steps" and found["layers"] == len(record.layers)
+    written = execute(tmp_path / "model", "method=nash_swarm", f"model.path={model}", *settings).record
+    certificate = certify(tmp_path / "model")
+    assert certificate["agrees"] and certificate["recorded_regret_max"] == written.metrics["regret_max"]
+    assert certificate["players"] == written.metrics["players"] and certificate["price"] == written.metrics["price"]
+    assert certificate["enumerated"] == "codes and steps" and certificate["layers"] == len(written.layers)
     for name in ("regret_max", "regret_mean", "regret_of_codes", "regret_of_steps"):
-        assert found[name] == pytest.approx(record.metrics[name], rel=0.01, abs=1e-7), name
-    assert found["regret_of_steps"] > 1e-6
+        assert certificate[name] == pytest.approx(written.metrics[name], rel=0.01, abs=1e-7), name
+    assert certificate["regret_of_steps"] > 1e-6
 
 
 @pytest.mark.parametrize("method", ["uniform4", "gptq", "no_swarm", "fixed_width", "gptq_one_step", "baseline"])
-def test_every_format_is_read_and_says_what_was_enumerated(
-    method: str, execute: Execute, tmp_path: pathlib.Path
-) -> None:
-    record = execute(tmp_path / "model", f"method={method}").record
-    found = certify(tmp_path / "model")
+def test_certify_each_format_says_what_was_enumerated(method: str, saved: Saved) -> None:
+    written, folder = saved(method)
+    certificate = certify(folder)
     stepped = method == "no_swarm"
-    assert found["enumerated"] == ("codes and steps" if stepped else "codes")
-    assert found["agrees"] is (True if stepped else None)
-    assert (found["regret_of_codes"] == 0) == (method in ("no_swarm", "baseline"))  # an exact equilibrium, and floats
-    assert found["layers"] == len(record.layers)
+    assert certificate["enumerated"] == ("codes and steps" if stepped else "codes")
+    assert certificate["agrees"] is (True if stepped else None)
+    # An exact equilibrium, and floats, leave no regret.
+    assert (certificate["regret_of_codes"] == 0) == (method in ("no_swarm", "baseline"))
+    assert certificate["layers"] == len(written.layers)
 
 
-def test_a_format_without_players_is_refused(execute: Execute, tmp_path: pathlib.Path) -> None:
-    execute(tmp_path / "model", "method=as_published")
+def test_certify_format_without_players_raises(saved: Saved) -> None:
+    _, folder = saved("as_published")
     with pytest.raises(ValueError, match="method=as_published has no players: there is nothing to certify"):
-        certify(tmp_path / "model")
+        certify(folder)
 
 
-def test_every_gain_is_the_fall_of_the_whole_damage() -> None:
+def test_gain_of_codes_equals_the_fall_of_the_whole_damage() -> None:
     """Every code of every weight tried by hand, the damage of the whole row taken anew."""
     rng = np.random.default_rng(0)
     mixed = rng.normal(size=(30, 6))
-    bowl = Quadratic(rng.uniform(0.5, 2, 4), mixed.T @ mixed / 30, rng.uniform(0, 1, (4, 6)))
+    quadratic = Quadratic(rng.uniform(0.5, 2, 4), mixed.T @ mixed / 30, rng.uniform(0, 1, (4, 6)))
     weight, steps, codes = rng.normal(size=(4, 6)), rng.uniform(0.1, 1, (4, 6)), rng.integers(-3, 4, (4, 6))
 
     def damage(codes: np.ndarray, row: int) -> float:
         error = weight[row] - codes[row] * steps[row]
-        return float(bowl.rows[row] * error @ bowl.inputs @ error + bowl.lookups[row] @ error**2) / 2
+        return float(quadratic.rows[row] * error @ quadratic.inputs @ error + quadratic.lookups[row] @ error**2) / 2
 
     gains = np.zeros(4)
     for row, column in np.ndindex(4, 6):
-        reached = []
+        damages = []
         for code in range(-3, 4):
             other = codes.copy()
             other[row, column] = code
-            reached.append(damage(other, row))
-        gains[row] += damage(codes, row) - min(reached)
-    found = gain_of_codes(weight, DecodedMatrix(codes * steps, codes, steps, -3, 3), bowl)
-    assert found == pytest.approx(gains, rel=1e-12) and gains.min() > 0
+            damages.append(damage(other, row))
+        gains[row] += damage(codes, row) - min(damages)
+    matrix = DecodedMatrix(codes * steps, codes, steps, -3, 3)
+    assert gain_of_codes(weight, matrix, quadratic) == pytest.approx(gains, rel=1e-12) and gains.min() > 0
 
 
-def test_replies_are_those_of_gptq() -> None:
+def test_error_feedback_codes_equal_those_of_gptq() -> None:
     """As its paper states them: a column and an inverse of the remaining H at a time."""
     rng = np.random.default_rng(1)
     mixed = rng.normal(size=(30, 8)) @ rng.normal(size=(8, 8))
@@ -181,7 +211,7 @@ def test_replies_are_those_of_gptq() -> None:
     assert (error_feedback_codes(weight, steps, None) == np.rint(weight / steps)).all()
 
 
-def test_a_worse_code_is_found(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_certify_changed_code_finds_its_gain(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One code moved by 40 steps and coded again: what its block gains by going back is known by hand."""
     before = certify(folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
@@ -209,7 +239,7 @@ def test_a_worse_code_is_found(folder: pathlib.Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["regret_max"] == after["regret_max"]
 
 
-def test_a_changed_byte_is_refused(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_certify_changed_byte_raises(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
@@ -226,7 +256,7 @@ def test_a_changed_byte_is_refused(folder: pathlib.Path, capsys: pytest.CaptureF
         certify(folder)
 
 
-def test_a_folder_without_a_model_is_refused(folder: pathlib.Path) -> None:
+def test_certify_folder_without_model_raises(folder: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="holds no compressed model"):
         certify(folder.parent)
     (folder / "game.safetensors").unlink()
@@ -234,10 +264,10 @@ def test_a_folder_without_a_model_is_refused(folder: pathlib.Path) -> None:
         certify(folder)
 
 
-def test_the_full_model_and_its_text_may_have_moved(
-    folder: pathlib.Path, tmp_path: pathlib.Path, model_folder: pathlib.Path, text_file: pathlib.Path
+def test_certify_moved_model_and_text_are_found_by_their_paths(
+    folder: pathlib.Path, tmp_path: pathlib.Path, full_model: pathlib.Path, text_file: pathlib.Path
 ) -> None:
-    (tmp_path / "moved").symlink_to(model_folder)
+    (tmp_path / "moved").symlink_to(full_model)
     shutil.copy(text_file, tmp_path / "moved.txt")
     described = about(folder)
     for group in ("model", "dataset"):
@@ -251,17 +281,17 @@ def test_the_full_model_and_its_text_may_have_moved(
         certify(folder, str(tmp_path / "moved"), str(tmp_path / "moved.txt"))
 
 
-def test_what_is_decoded_are_the_weights_that_were_measured(played: pathlib.Path) -> None:
-    kept = read(played)
-    config = config_again(kept.about, {})
+def test_decode_saved_model_returns_the_measured_weights(saved: Saved) -> None:
+    model = read(saved("nash_swarm")[1])
+    config = config_again(model.about, {})
     planned = plan(config)
     loaded = load(config, planned)
     result, _ = quantize(loaded, planned.method)
-    for name, tensor in decode(kept.tensors, loaded.session.layers).items():
+    for name, tensor in decode(model.tensors, loaded.session.layers).items():
         assert torch.equal(tensor.dequantize(), result.weights[name])
 
 
-def test_a_folder_that_holds_something_is_refused_before_any_work(execute: Execute, tmp_path: pathlib.Path) -> None:
+def test_run_save_to_full_folder_raises_before_any_work(execute: Execute, tmp_path: pathlib.Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious").touch()
     with pytest.raises(ValueError, match="is not an empty folder"):
@@ -271,7 +301,7 @@ def test_a_folder_that_holds_something_is_refused_before_any_work(execute: Execu
     assert execute(tmp_path / "model", "method=uniform4").status == "finished"
 
 
-def test_a_record_without_its_model_is_run_again(execute: Execute, tmp_path: pathlib.Path) -> None:
+def test_run_record_without_its_model_runs_again(execute: Execute, tmp_path: pathlib.Path) -> None:
     assert execute(tmp_path / "model", "method=uniform4").status == "finished"
     assert execute(tmp_path / "model", "method=uniform4").status == "skipped"
     shutil.rmtree(tmp_path / "model")
@@ -280,7 +310,7 @@ def test_a_record_without_its_model_is_run_again(execute: Execute, tmp_path: pat
         execute(tmp_path / "model", "method=uniform3")
 
 
-def test_a_sweep_saves_one_folder_a_job(execute: Execute, tmp_path: pathlib.Path) -> None:
+def test_run_sweep_saves_one_folder_a_run(execute: Execute, tmp_path: pathlib.Path) -> None:
     ended = [execute(tmp_path / "models", f"method={method}", many=True) for method in ("uniform4", "uniform3")]
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted(
         one.record.fingerprint for one in ended
@@ -288,7 +318,7 @@ def test_a_sweep_saves_one_folder_a_job(execute: Execute, tmp_path: pathlib.Path
     assert execute(tmp_path / "models", "method=uniform4", many=True).status == "skipped"
 
 
-def test_a_run_that_was_stopped_before_its_record_takes_it_from_the_model(
+def test_run_stopped_before_its_record_takes_it_from_the_model(
     execute: Execute, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, words = tmp_path / "model", ("method=uniform4",)
@@ -313,7 +343,9 @@ def test_a_run_that_was_stopped_before_its_record_takes_it_from_the_model(
         execute(folder, *words, "rerun=true")
 
 
-def test_a_full_disk_leaves_nothing(execute: Execute, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_full_disk_leaves_nothing(
+    execute: Execute, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -324,7 +356,7 @@ def test_a_full_disk_leaves_nothing(execute: Execute, tmp_path: pathlib.Path, mo
     assert not [path for path in tmp_path.rglob("cold/**/*") if path.is_file() or path.name.startswith(".")]
 
 
-def test_the_command_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+def test_certify_command_prints_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["certify", "--help"])
     assert "FOLDER" in capsys.readouterr().out

@@ -124,8 +124,14 @@ def compress(method: Method, context: CalibrationContext | None = None) -> Compr
 
 
 @functools.cache
+def solved(name: str) -> tuple[Compressed, dict[str, Any]]:
+    """The example compressed once by one of the METHODS, and the cache that this filled."""
+    store: dict[str, Any] = {}
+    return compress(METHODS[name], context_of(*example(), store=store)), store
+
+
 def result(name: str) -> Compressed:
-    return compress(METHODS[name])
+    return solved(name)[0]
 
 
 def decoded(found: Compressed) -> dict[str, LatticeTensor]:
@@ -217,27 +223,24 @@ def test_compress_one_offset_steps_cost_the_same_everywhere() -> None:
 
 
 def test_compress_cached_game_moves_no_number() -> None:
-    store: dict[str, Any] = {}
-    fresh = compress(METHODS["nash_swarm"], context_of(*example(), store=store))
+    fresh, store = solved("nash_swarm")
     games = list(store)
     assert sorted(key.split()[0] for key in games) == ["game", "probe"]
-    remembered = compress(METHODS["nash_swarm"], context_of(*example(), store=store))
+    cached = compress(METHODS["nash_swarm"], context_of(*example(), store=store))
     assert list(store) == games
-    assert all(np.array_equal(fresh.packed[layer], remembered.packed[layer]) for layer in fresh.packed)
-    assert fresh.metrics == remembered.metrics and fresh.allocation == remembered.allocation
+    assert all(np.array_equal(fresh.packed[layer], cached.packed[layer]) for layer in fresh.packed)
+    assert fresh.metrics == cached.metrics and fresh.allocation == cached.allocation
 
 
 def test_compress_games_of_same_curvature_share_one_probe() -> None:
-    """Without moves or without a flock the same layers are compressed alone as with them; other sight is another
-    probe."""
-    store: dict[str, Any] = {}
+    """Without moves or without a flock, the layers compressed alone are the same; another curvature is probed anew."""
     whole = METHODS["nash_swarm"]
-    others = [dataclasses.replace(whole, offsets=(0,)), dataclasses.replace(whole, swarm=None)]
-    compress(whole, context_of(*example(), store=store))
-    for other in others:
-        found, alone = compress(other, context_of(*example(), store=store)), compress(other)
-        assert all(np.array_equal(found.packed[layer], alone.packed[layer]) for layer in alone.packed)
-        assert found.metrics == alone.metrics and found.metrics["heldout_passes"] >= len(example()[0])
+    store = dict(solved("nash_swarm")[1])
+    still = dataclasses.replace(whole, offsets=(0,))
+    for method, alone in ((still, compress(still)), (METHODS["no_swarm"], result("no_swarm"))):
+        sharing = compress(method, context_of(*example(), store=store))
+        assert all(np.array_equal(sharing.packed[layer], alone.packed[layer]) for layer in alone.packed)
+        assert sharing.metrics == alone.metrics and sharing.metrics["heldout_passes"] >= len(example()[0])
     assert len([key for key in store if key.startswith("probe")]) == 1
     compress(dataclasses.replace(whole, code_game="rounding"), context_of(*example(), store=store))
     compress(dataclasses.replace(whole, swarm=Flock(local_reply=2)), context_of(*example(), store=store))
