@@ -481,8 +481,8 @@ def test_scripts_from_records_to_files(folder: pathlib.Path, tmp_path: pathlib.P
     assert {path.name for path in (tmp_path / "paper").iterdir()} == {"ablation.tex", "numbers.tex"}
 
     names = [f"ablation_{name}" for name in ("pareto", "perplexity", "accuracy", "ablation", "convergence", "bits")]
-    for out in ("one", "two"):
-        assert script("figures").main([*options, "--out", str(tmp_path / out)]) == 0
+    assert script("figures").main([*options, "--out", str(tmp_path / "one")]) == 0
+    assert script("figures").main([*options[:-2], "--out", str(tmp_path / "two")]) == 0
     for name in names:
         for suffix in (".pdf", ".png"):
             first, second = ((tmp_path / out / f"{name}{suffix}").read_bytes() for out in ("one", "two"))
