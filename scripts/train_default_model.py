@@ -37,7 +37,7 @@ FAMILY = {  # of ``experiment=scaling``; l is as large as the embedded default
 
 
 def train_tokenizer(text: str, vocabulary: int, sequence_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``vocabulary`` entries learnt from ``text``."""
+    """Train a byte-level BPE of ``vocabulary`` entries on ``text``."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -49,13 +49,13 @@ def train_tokenizer(text: str, vocabulary: int, sequence_length: int) -> PreTrai
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerFast, split: str) -> torch.Tensor:
-    """The token ids of one split of the embedded text."""
+    """Return the token ids of one split of the embedded text."""
     return torch.tensor(tokenizer(stdlib_docs.text(split), verbose=False)["input_ids"])
 
 
 @torch.no_grad()
 def mean_nll(model: GPT2LMHeadModel, tokens: torch.Tensor, sequence_length: int) -> float:
-    """Nats per token over consecutive windows, the tail dropped."""
+    """Compute nats per token over consecutive windows, the tail dropped."""
     model.eval()
     windows = tokens[: len(tokens) // sequence_length * sequence_length].view(-1, sequence_length)
     total = sum(model(batch, labels=batch).loss.item() * len(batch) for batch in windows.split(16))
@@ -64,7 +64,7 @@ def mean_nll(model: GPT2LMHeadModel, tokens: torch.Tensor, sequence_length: int)
 
 
 def unigram_nll(train: torch.Tensor, test: torch.Tensor, vocabulary: int) -> float:
-    """Nats per token of the smoothed token frequencies of ``train`` on ``test``."""
+    """Compute nats per token on ``test`` of the smoothed token frequencies of ``train``."""
     counts = torch.bincount(train, minlength=vocabulary).double() + 1
     return -(counts / counts.sum()).log()[test].mean().item()
 
@@ -118,13 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def finished(folder: pathlib.Path) -> bool:
-    """Whether ``folder`` holds a model that was trained to its end, which is when it is tested."""
+    """Return whether ``folder`` holds a model that was trained to its end, which is when it is tested."""
     card = folder / "training.json"
     return card.exists() and "test_nll" in json.loads(card.read_text())
 
 
 def train_model(options: argparse.Namespace) -> None:
-    """Train what the options name and write its folder every 250 steps, the last of them whole."""
+    """Train the model that the options describe, and write its folder every 250 steps and at the end."""
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     length = options.sequence_length
@@ -208,7 +208,7 @@ def train_model(options: argparse.Namespace) -> None:
 
 
 def evaluate(folder: pathlib.Path) -> None:
-    """Bring the test numbers of a written checkpoint's card up to date with the text of this interpreter."""
+    """Update the test numbers of a checkpoint's card with the text of this interpreter."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
     card = json.loads((folder / "training.json").read_text())

@@ -219,7 +219,7 @@ def test_products_lie_under_the_roof_of_the_best_of_them() -> None:
     assert np.allclose(roof.get_xydata()[1], (8.0, 0.8)) and roof.get_ydata()[-1] == pytest.approx(0.8)
     drawn = sorted(tuple(map(float, dot)) for line in dots for dot in line.get_xydata())
     assert np.allclose(drawn, [(0.5, 0.05), (16 / 3, 0.2 / 0.75), (64 * 16 / 3, 0.8)])
-    with pytest.raises(ValueError, match="no product is told in bits"):
+    with pytest.raises(ValueError, match="no product has its bits in its name"):
         speed.roofline(table[3:].assign(kernel="another"))
 
 

@@ -151,7 +151,7 @@ def roofline(products: pd.DataFrame) -> Figure:
     kinds = products["kernel"].str.extract(r"^(onnxruntime )?(?:([\d+]+) bits, .*, (int8|float32)|(torch fp32))$")
     known = (kinds[1].notna() | kinds[3].notna()).to_numpy()
     if not known.any():
-        raise ValueError("no product is told in bits; run python -m experiments.benchmarks.kernels")
+        raise ValueError("no product has its bits in its name; run python -m experiments.benchmarks.kernels")
     shown, kinds = products[known], kinds[known]
     bits = kinds[1].fillna("32").map(lambda widths: float(np.mean([int(width) for width in widths.split("+")])))
     weights = shown["shape"].str.split("x").map(lambda sides: int(sides[0]) * int(sides[1]))
