@@ -30,7 +30,7 @@ from nashswarm.reporting import frame
 
 
 @pytest.mark.parametrize("name", [path.stem for path in (CONF / "hydra/launcher").glob("*.yaml")])
-def test_a_launcher_is_a_choice_of_the_config(name: str) -> None:
+def test_launcher_is_a_choice_of_the_config(name: str) -> None:
     config = compose(f"hydra/launcher={name}", return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     made = Plugins.instance()._instantiate(config.hydra.launcher)
@@ -63,7 +63,7 @@ def careless(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Careles
     return engine
 
 
-def test_a_job_that_its_engine_lost_is_a_failed_job(careless: Careless, tmp_path: pathlib.Path) -> None:
+def test_launch_job_lost_by_its_engine_has_failed(careless: Careless, tmp_path: pathlib.Path) -> None:
     returned = careless.launch([["seed=1"], ["seed=2"], ["seed=3"]], 5)
     assert [one.return_value for one in returned] == [None] * 3
     outcomes = frame.read_outcomes(tmp_path / "logs")
@@ -72,7 +72,7 @@ def test_a_job_that_its_engine_lost_is_a_failed_job(careless: Careless, tmp_path
     assert outcomes[2]["overrides"] == ["seed=3"]
 
 
-def test_the_log_of_a_lost_job_is_the_nearest_there_is(careless: Careless, tmp_path: pathlib.Path) -> None:
+def test_lost_names_the_nearest_log(careless: Careless, tmp_path: pathlib.Path) -> None:
     careless.launch([["seed=3"]], 7)
 
     def told(number: int, *names: str) -> str:
@@ -92,7 +92,7 @@ def test_the_log_of_a_lost_job_is_the_nearest_there_is(careless: Careless, tmp_p
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_full_disk_leaves_no_half_outcome(
+def test_launch_on_a_full_disk_leaves_no_partial_outcome(
     careless: Careless, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_no_half_outcome(
     assert list((tmp_path / "logs/7").iterdir()) == []
 
 
-def test_an_outcome_of_an_earlier_sweep_is_none_of_this_one(careless: Careless, tmp_path: pathlib.Path) -> None:
+def test_launch_ignores_the_outcome_of_an_earlier_sweep(careless: Careless, tmp_path: pathlib.Path) -> None:
     (tmp_path / "logs/6").mkdir(parents=True)
     (tmp_path / "logs/6/outcome.json").write_text(json.dumps({"status": "finished", "record": "of yesterday"}))
     careless.launch([["seed=2"]], 6)
@@ -126,7 +126,7 @@ class Code(str):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_job_that_kills_its_worker_costs_no_other_and_all_compute_alike(
+def test_processes_job_that_kills_its_worker_costs_no_other(
     count: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joblib = pytest.importorskip("joblib")
@@ -145,7 +145,7 @@ def test_a_job_that_kills_its_worker_costs_no_other_and_all_compute_alike(
     assert str(os.getpid()) not in {process for process, _ in lines}
 
 
-def test_the_traceback_of_what_is_around_a_job_is_kept(tmp_path: pathlib.Path) -> None:
+def test_tried_job_that_raises_leaves_its_traceback(tmp_path: pathlib.Path) -> None:
     job = cloudpickle.dumps(Code("def inner():\n    raise ArithmeticError('no\\nsuch number')\ninner()"))
     folder = tmp_path / "logs" / "3"
     assert launchers._tried(3, job, folder) == (3, "ArithmeticError: no")
@@ -170,7 +170,7 @@ class Executor:
 
 
 @pytest.mark.parametrize("late, trouble", [(3, None), (1000, "Slurm ended the job: JobState=COMPLETED")])
-def test_an_outcome_that_is_seen_late_is_waited_for(
+def test_slurm_waits_for_an_outcome_that_appears_late(
     late: int, trouble: str | None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     polls = []
@@ -196,7 +196,7 @@ def test_an_outcome_that_is_seen_late_is_waited_for(
     "variables, threads",
     [({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({"SLURM_CPUS_PER_TASK": "3", "OMP_NUM_THREADS": "2"}, "2"), ({}, "1")],
 )
-def test_a_job_of_slurm_computes_with_what_it_was_given(variables: dict[str, str], threads: str) -> None:
+def test_slurm_job_computes_with_the_threads_of_its_variables(variables: dict[str, str], threads: str) -> None:
     command = ["bash", "-uc", f"{launchers.THREADS}; printenv OMP_NUM_THREADS"]
     assert subprocess.run(command, env=variables, capture_output=True, text=True).stdout.strip() == threads
 
@@ -232,7 +232,7 @@ class Loader:
         return OmegaConf.from_dotlist(words)
 
 
-def test_a_study_goes_on_where_it_was_killed(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_study_continues_where_it_was_killed(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     optuna = pytest.importorskip("optuna", reason="the extra search is not installed")
     params = {"x": "interval(-4.0, 4.0)", "kind": "choice(good, bad)"}
 
@@ -276,7 +276,7 @@ def test_a_study_goes_on_where_it_was_killed(tmp_path: pathlib.Path, caplog: pyt
         ("x=a,b", {"name": "CategoricalDistribution", "choices": ("a", "b")}),
     ],
 )
-def test_a_sweep_of_hydra_is_a_distribution(words: str, expected: dict[str, Any]) -> None:
+def test_distribution_of_a_hydra_sweep_is_that_of_optuna(words: str, expected: dict[str, Any]) -> None:
     pytest.importorskip("optuna", reason="the extra search is not installed")
     found = search.distribution(OverridesParser.create().parse_override(words))
     attributes = {key: getattr(found, key) for key in expected if key != "name"}
@@ -294,7 +294,7 @@ def test_a_sweep_of_hydra_is_a_distribution(words: str, expected: dict[str, Any]
         ("x=tag(log, interval(0, 10))", "an interval begins above 0"),
     ],
 )
-def test_a_sweep_that_goes_down_is_refused(words: str, said: str) -> None:
+def test_distribution_of_a_descending_sweep_is_refused(words: str, said: str) -> None:
     pytest.importorskip("optuna", reason="the extra search is not installed")
     with pytest.raises(SystemExit, match=said) as refused:
         search.distribution(OverridesParser.create().parse_override(words))
@@ -302,7 +302,7 @@ def test_a_sweep_that_goes_down_is_refused(words: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("words", ["x=tag(log, range(1, 100))", "x=tag(log, choice(1, 10))"])
-def test_only_an_interval_is_searched_on_a_logarithmic_scale(words: str) -> None:
+def test_distribution_on_a_logarithmic_scale_needs_an_interval(words: str) -> None:
     pytest.importorskip("optuna", reason="the extra search is not installed")
     with pytest.raises(SystemExit, match="only an interval can be searched on a logarithmic scale"):
         search.distribution(OverridesParser.create().parse_override(words))
@@ -323,7 +323,7 @@ class Composer:
         return composed
 
 
-def test_a_study_goes_on_only_if_nothing_changed_that_moves_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study_identity_changes_with_whatever_changes_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna", reason="the extra search is not installed")
 
     def name(fixed: dict[str, str], params: dict[str, str], minimize: list[str], changed: dict[str, Any]) -> str:
@@ -353,7 +353,7 @@ def test_a_study_goes_on_only_if_nothing_changed_that_moves_a_number(monkeypatch
     assert len({first, *others}) == 1 + len(others)
 
 
-def test_the_search_composes() -> None:
+def test_search_composes_and_its_ends_build() -> None:
     config = compose("experiment=search", return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     made = Plugins.instance()._instantiate(config.hydra.sweeper)

@@ -10,13 +10,13 @@ from experiments.benchmarks.rotation import rotation, turned
 
 
 @pytest.mark.parametrize("width", [1, 2, 16, 64])
-def test_a_rotation_is_orthogonal_and_flat(width: int) -> None:
+def test_rotation_of_any_width_is_orthogonal_and_flat(width: int) -> None:
     turn = rotation(width, torch.Generator().manual_seed(width))
     assert torch.allclose(turn @ turn.T, torch.eye(width), atol=1e-6)
     assert torch.allclose(turn.abs(), torch.full((width, width), width**-0.5))
 
 
-def test_a_turned_model_is_the_same_function(model: Any, token_windows: Tensor) -> None:
+def test_turned_with_biases_is_the_same_function(model: Any, token_windows: Tensor) -> None:
     """With biases that are not zero."""
     with torch.no_grad():
         for name, part in model.named_parameters():
@@ -30,6 +30,6 @@ def test_a_turned_model_is_the_same_function(model: Any, token_windows: Tensor) 
         )
 
 
-def test_another_architecture_is_refused(random_model: Any) -> None:
+def test_turned_of_another_architecture_is_refused(random_model: Any) -> None:
     with pytest.raises(ValueError, match="only a GPT-2 with heads"):
         turned(random_model("llama"), 0)

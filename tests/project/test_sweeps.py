@@ -3,7 +3,7 @@
 from experiments.benchmarks import sweeps
 
 
-def test_it_tells_medians_ranges_and_both_goals() -> None:
+def test_markdown_of_rounds_has_medians_ranges_and_both_goals() -> None:
     found = {
         "runs": 5,
         "sweep": "experiment=ablation",
