@@ -173,13 +173,14 @@ def _metrics(about: Mapping[str, Any], source: Source, files: Layout, size: int)
     packed = {name: part for tensors in files.values() for name, part in tensors.items() if part.dtype == torch.uint8}
     tensors = tensors_of(source.model)
     parameters = sum(part.numel() for part in tensors.values())
-    packed_parameters = sum(tensors[name].numel() for name in packed)
     seconds, processor_seconds = (sum(unit[name] for unit in about["units"]) for name in ("seconds", "cpu_seconds"))
-    return {
-        "bytes_file": size,
-        "compression": 1 - size / (4 * parameters),
-        "bits_per_weight_model": 8 * size / parameters,
-        "bits_per_weight": 8 * sum(part.nbytes for part in packed.values()) / packed_parameters,
+    sizes = file_format.sizes_of(
+        file_bytes=size,
+        packed_bytes=sum(part.nbytes for part in packed.values()),
+        packed_weights=sum(tensors[name].numel() for name in packed),
+        parameters=parameters,
+    )
+    return sizes | {
         "parameters": parameters,
         "seconds": seconds,
         "cpu_seconds": processor_seconds,
