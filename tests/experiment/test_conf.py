@@ -173,10 +173,27 @@ def test_experiment_is_a_sweep_and_its_second_line_starts_it(name: str) -> None:
     assert hydra.job.name == name
     if hydra.sweeper._target_ == "hydra_plugins.search.Study":
         return  # its params are no lists: tests/experiment/test_launchers.py
-    sweep = {key: [value.strip() for value in str(values).split(",")] for key, values in hydra.sweeper.params.items()}
+    sweep = sweep_of(name)
     for key, values in sweep.items():
-        if not (CONF / key).is_dir():  # a number of a key composes as any other of them
+        if not (CONF / key).is_dir():  # a number of a key composes as any other of them; the slow test below has all
             sweep[key] = values[-1:]
+    compose_rows(name, sweep)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_every_row_of_its_sweep_composes(name: str) -> None:
+    if composed(f"experiment/{name}").hydra.sweeper._target_ != "hydra_plugins.search.Study":
+        compose_rows(name, sweep_of(name))
+
+
+def sweep_of(name: str) -> dict[str, list[str]]:
+    """Return the values of every axis of an experiment's sweep."""
+    params = composed(f"experiment/{name}").hydra.sweeper.params
+    return {key: [value.strip() for value in str(values).split(",")] for key, values in params.items()}
+
+
+def compose_rows(name: str, sweep: dict[str, list[str]]) -> None:
     for row in itertools.product(*sweep.values()):
         job = [f"experiment={name}", *(f"{key}={value}" for key, value in zip(sweep, row, strict=True))]
         assert "method" in compose(*job)
