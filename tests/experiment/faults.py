@@ -37,7 +37,7 @@ class Faulty(Uniform):
     def compress(self, context: Any, rng: np.random.Generator) -> Compressed:
         fault = pathlib.Path(self.faults, str(self.number))
         with fault.with_suffix(".begun").open("a") as begun:
-            print("again" if self.made() or not alone(begun) else "first", file=begun, flush=True)
+            print("again" if self.recorded() or not alone(begun) else "first", file=begun, flush=True)
             if fault.exists():
                 if fault.read_text() == "raise":
                     raise ArithmeticError("the flock flew into a window")
@@ -46,10 +46,10 @@ class Faulty(Uniform):
                     time.sleep(0.1)
             return super().compress(context, rng)
 
-    def made(self) -> bool:
-        """Whether the record of this job is there."""
-        found = map(record.read, pathlib.Path(self.faults, "records").rglob("[0-9a-f]*.json"))
-        return any(one.config["method"]["number"] == self.number for one in found)
+    def recorded(self) -> bool:
+        """Whether the record of this job exists."""
+        records = map(record.read, pathlib.Path(self.faults, "records").rglob("[0-9a-f]*.json"))
+        return any(one.config["method"]["number"] == self.number for one in records)
 
 
 def alone(file: IO[str]) -> bool:
@@ -65,8 +65,8 @@ def until(true: Callable[[], Any], what: str) -> Any:
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         with contextlib.suppress(OSError):
-            if found := true():
-                return found
+            if value := true():
+                return value
         time.sleep(0.2)
     raise RuntimeError(f"waited {PATIENCE:.0f} s for {what}")
 

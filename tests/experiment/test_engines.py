@@ -1,6 +1,6 @@
 """Sweeps on real engines, and what happens there: nothing is lost, nothing is done twice, nothing half-written is read.
 
-Run by ``make test-engines``.  What was found is written to ``results/engines``.
+Run by ``make test-engines``.  Counts of records are written to ``results/engines``.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ COLUMNS = ("jobs", "kept", "again", "begun", "lost", "repeated")
 
 @dataclasses.dataclass
 class Sweep:
-    """One sweep of eight jobs, started as often as need be, in a folder of its own."""
+    """One sweep of eight jobs, started as often as need be, in a separate folder."""
 
     folder: pathlib.Path
     words: list[str]
@@ -59,7 +59,7 @@ class Sweep:
         """The sweep ends so, and says what it did."""
         assert process.wait(PATIENCE) == status and said in self.printed(), self.printed()
 
-    def make(self, fault: str) -> None:
+    def inject(self, fault: str) -> None:
         (self.folder / str(BAD)).write_text(fault)
 
     def mend(self) -> None:
@@ -69,8 +69,8 @@ class Sweep:
         """The process of the job that waits, once it does."""
         return int(until((self.folder / f"{BAD}.pid").read_text, "the job to wait"))
 
-    def found(self) -> dict[str, int]:
-        """The records there are, whole ones, and when each was written."""
+    def write_times(self) -> dict[str, int]:
+        """Return when each whole record was written, in ns, by fingerprint."""
         return {one.fingerprint: path.stat().st_mtime_ns for path in self.paths() if (one := record.read(path))}
 
     def paths(self) -> list[pathlib.Path]:
@@ -79,18 +79,18 @@ class Sweep:
     def some(self) -> None:
         until(lambda: len(self.paths()) >= 3, "three records")
 
-    def judged(self, before: dict[str, int]) -> dict[str, int]:
+    def counts(self, before: dict[str, int]) -> dict[str, int]:
         """What became of the records that were there when the fault had passed (``before``), and how often jobs began;
         ``repeated``: those whose record stood there then, or which another worker was at."""
-        now = self.found()
+        now = self.write_times()
         begun = [line for path in self.folder.glob("*.begun") for line in path.read_text().splitlines()]
         left = [path for path in self.records.rglob(".*") if path.suffix in (".partial", ".lock")]
         assert not left and len(list(self.records.rglob("[0-9a-f]*.txt"))) == len(now)
-        kept = sum(now.get(name) == time for name, time in before.items())
+        unchanged = sum(now.get(name) == time for name, time in before.items())
         return {
             "jobs": JOBS,
-            "kept": kept,
-            "again": len(now) - kept,
+            "kept": unchanged,
+            "again": len(now) - unchanged,
             "begun": len(begun),
             "lost": JOBS - len(now),
             "repeated": begun.count("again"),
@@ -138,35 +138,40 @@ def sweep(engine: Engine, small_run: list[str], tmp_path: pathlib.Path) -> Sweep
         f"cache={tmp_path}/cache",
         *engine.words,
     ]
-    own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return Sweep(tmp_path, words, {**os.environ, **own, **engine.environment}, tmp_path / "records")
+    variables = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return Sweep(tmp_path, words, {**os.environ, **variables, **engine.environment}, tmp_path / "records")
 
 
 @functools.cache
 def origin() -> dict[str, Any]:
     """Where these rows come from: the code, the time, and the versions of the engines."""
-    found = provenance(datetime.datetime.now(datetime.UTC))
+    versioned = provenance(datetime.datetime.now(datetime.UTC))
     slurm = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.split()
     names = ("hydra-core", "joblib", "ray", "submitit")
-    found["versions"] |= {name: importlib.metadata.version(name) for name in names} | {"slurm": slurm[-1]}
-    return found
+    versioned["versions"] |= {name: importlib.metadata.version(name) for name in names} | {"slurm": slurm[-1]}
+    return versioned
+
+
+Report = Callable[[str, dict[str, int]], None]
 
 
 @pytest.fixture
-def told(engine: Engine, request: pytest.FixtureRequest) -> Callable[[dict[str, int]], None]:
-    """Write what a fault did into the matrix, where only rows of this code stay, and let none be lost or repeated."""
+def report(engine: Engine) -> Report:
+    """Write the counts after a fault into the matrix, and let no record be lost or repeated.
 
-    def tell(found: dict[str, int]) -> None:
+    Rows of other code leave the matrix.
+    """
+
+    def write(fault: str, counts: dict[str, int]) -> None:
         path = RESULTS / "faults.json"
         with files.claim(path):
             matrix = json.loads(path.read_text()) if path.exists() else {}
             same = all(matrix.get("provenance", {}).get(key) == origin()[key] for key in ("commit", "dirty"))
-            fault = request.node.originalname.removeprefix("test_").replace("_", " ")
-            rows = (matrix.get("rows", {}) if same else {}) | {f"{engine.name}, {fault}": found}
+            rows = (matrix.get("rows", {}) if same else {}) | {f"{engine.name}, {fault}": counts}
             files.write_report(path, {"provenance": origin(), "rows": dict(sorted(rows.items()))}, matrix_of(rows))
-        assert found["lost"] == found["repeated"] == 0, found
+        assert counts["lost"] == counts["repeated"] == 0, counts
 
-    return tell
+    return write
 
 
 def matrix_of(rows: Mapping[str, Mapping[str, int]]) -> str:
@@ -179,87 +184,87 @@ def matrix_of(rows: Mapping[str, Mapping[str, int]]) -> str:
     return f"{told_of(origin())}, {origin()['started'][:10]}; {engines}.\n\n{table}"
 
 
-def test_a_job_raises(sweep: Sweep, told: Callable[[dict[str, int]], None]) -> None:
-    sweep.make("raise")
+def test_sweep_with_raising_job_repeats_only_that_job(sweep: Sweep, report: Report) -> None:
+    sweep.inject("raise")
     sweep.ends(sweep.start(), 1, "8 jobs: 7 finished, 0 skipped, 1 failed")
-    before = sweep.found()
+    before = sweep.write_times()
     message = sweep.printed().partition("1 failed")[2]
     assert "ArithmeticError: the flock flew into a window" in message
     log = pathlib.Path(message.rpartition("log: ")[2].strip().replace("\n", ""))
     assert "Traceback" in (sweep.folder / log).read_text()
     sweep.mend()
     sweep.ends(sweep.start(), 0, "8 jobs: 1 finished, 7 skipped, 0 failed")
-    told(sweep.judged(before))
+    report("a job raises", sweep.counts(before))
 
 
-def test_a_worker_is_killed(engine: Engine, sweep: Sweep, told: Callable[[dict[str, int]], None]) -> None:
+def test_sweep_with_killed_worker_loses_no_record(engine: Engine, sweep: Sweep, report: Report) -> None:
     if engine.name == "serial":
         pytest.skip("the driver is the worker")
-    sweep.make("wait")
+    sweep.inject("wait")
     process = sweep.start()
     victim = sweep.victim()
     sweep.some()
-    before = sweep.found()
+    before = sweep.write_times()
     os.kill(victim, signal.SIGKILL)
     sweep.mend()
     if not engine.retries:
         sweep.ends(process, 1, "8 jobs: 7 finished, 0 skipped, 1 failed")
-        before = sweep.found()
+        before = sweep.write_times()
         process = sweep.start()
     sweep.ends(process, 0, "0 failed")
-    told(sweep.judged(before))
+    report("a worker is killed", sweep.counts(before))
 
 
-def test_the_driver_is_killed(engine: Engine, sweep: Sweep, told: Callable[[dict[str, int]], None]) -> None:
+def test_sweep_with_killed_driver_loses_no_record(engine: Engine, sweep: Sweep, report: Report) -> None:
     """Where its jobs live on, those of the second sweep wait for them."""
-    sweep.make("wait")
+    sweep.inject("wait")
     process = sweep.start()
     sweep.victim()
     sweep.some()
     process.kill()
     process.wait()
-    before = sweep.found()
+    before = sweep.write_times()
     process = sweep.start()
     if engine.name != "serial":  # where the others wait for this one
         until(lambda: len(sweep.paths()) == JOBS - 1, "the other records")
     sweep.mend()
     sweep.ends(process, 0, "0 failed")
-    told(sweep.judged(before))
+    report("the driver is killed", sweep.counts(before))
 
 
-def test_a_disk_fills(sweep: Sweep, told: Callable[[dict[str, int]], None]) -> None:
+def test_sweep_on_full_disk_loses_no_record(sweep: Sweep, report: Report) -> None:
     with small_disk(sweep.records, "48k") as resize:
         process = sweep.start()
         assert process.wait(PATIENCE) == 1 and "No space left on device" in sweep.printed(), sweep.printed()
-        before = sweep.found()
+        before = sweep.write_times()
         assert 0 < len(before) < JOBS
         resize("8m")
         sweep.ends(sweep.start(), 0, f"{len(before)} skipped, 0 failed")
-        told(sweep.judged(before))
+        report("a disk fills", sweep.counts(before))
 
 
-def test_a_node_is_removed(engine: Engine, sweep: Sweep, told: Callable[[dict[str, int]], None]) -> None:
+def test_sweep_with_removed_node_loses_no_record(engine: Engine, sweep: Sweep, report: Report) -> None:
     if engine.cluster is None:
         pytest.skip("only Ray has a second node here")
-    sweep.make("wait")
+    sweep.inject("wait")
     process = sweep.start()
     victim = sweep.victim()
     sweep.some()
-    before = sweep.found()
+    before = sweep.write_times()
     engine.cluster.remove_node_of(victim)
     sweep.mend()
     sweep.ends(process, 0, "8 jobs: 8 finished, 0 skipped, 0 failed")
     engine.cluster.add_worker("127.0.0.5")
-    told(sweep.judged(before))
+    report("a node is removed", sweep.counts(before))
 
 
-def test_a_time_limit_passes(engine: Engine, sweep: Sweep, told: Callable[[dict[str, int]], None]) -> None:
+def test_sweep_past_its_time_limit_loses_no_record(engine: Engine, sweep: Sweep, report: Report) -> None:
     if engine.name != "slurm":
         pytest.skip("only Slurm has time limits")
-    sweep.make("wait")
+    sweep.inject("wait")
     limit = ["hydra.launcher.timeout_min=3", "+hydra.launcher.slurm_signal_delay_s=10"]
     sweep.ends(sweep.start(*limit), 1, "8 jobs: 7 finished, 0 skipped, 1 failed")
-    before = sweep.found()
+    before = sweep.write_times()
     sweep.mend()
     sweep.ends(sweep.start(), 0, "8 jobs: 1 finished, 7 skipped, 0 failed")
-    told(sweep.judged(before))
+    report("a time limit passes", sweep.counts(before))
