@@ -13,20 +13,20 @@ from nashswarm.measures.size import Size
 from nashswarm.measures.speed import Speed
 
 
-def test_every_measure_follows_the_protocol() -> None:
+def test_measures_of_the_package_follow_the_protocol() -> None:
     assert all(
         isinstance(measure, Measure) for measure in (Quality(), Size(), Speed(), Load(), Layers(), Bleu(), LmEval())
     )
 
 
-def test_several_equals_its_measures_one_by_one(target: EvaluationTarget) -> None:
+def test_several_measures_equal_each_alone(target: EvaluationTarget) -> None:
     parts = [Size(), Quality(batch_size=2)]
     metrics, series = Several(parts).measure(target)
     alone = [part.measure(target) for part in parts]
     assert metrics == alone[0][0] | alone[1][0] and series == alone[1][1]
 
 
-def test_require_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_missing_package_raises_naming_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(package: str) -> str:
         raise importlib.metadata.PackageNotFoundError(package)
 

@@ -35,19 +35,19 @@ def checkout(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     provenance.code.cache_clear()
 
 
-def test_the_commit_of_a_repository_around_the_package_is_not_its_own(checkout: pathlib.Path) -> None:
+def test_provenance_of_untracked_package_has_no_commit(checkout: pathlib.Path) -> None:
     (checkout / "paper.txt").write_text("changed\n")
-    found = provenance.provenance(NOW)
-    assert (found["commit"], found["dirty"]) == (None, None) and found["started"] == "2026-01-02T03:04:05+00:00"
+    origin = provenance.provenance(NOW)
+    assert (origin["commit"], origin["dirty"]) == (None, None) and origin["started"] == "2026-01-02T03:04:05+00:00"
 
 
-def test_the_commit_and_whether_anything_was_changed_since(checkout: pathlib.Path) -> None:
+def test_provenance_of_changed_checkout_is_dirty(checkout: pathlib.Path) -> None:
     git(checkout, "add", "nashswarm")
     git(checkout, "commit", "--quiet", "--message", "the package itself")
-    found = provenance.provenance(NOW)
-    assert (found["commit"], found["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
+    origin = provenance.provenance(NOW)
+    assert (origin["commit"], origin["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
     (checkout / "nashswarm/records/provenance.py").write_text("# changed\n")
-    assert provenance.provenance(NOW) == found, "what is changed or committed later is not what this process runs"
+    assert provenance.provenance(NOW) == origin, "what is changed or committed later is not what this process runs"
     provenance.code.cache_clear()
     assert provenance.provenance(NOW)["dirty"] is True
 
@@ -62,7 +62,7 @@ def test_the_commit_and_whether_anything_was_changed_since(checkout: pathlib.Pat
         ("scratch.py", False),
     ],
 )
-def test_a_module_that_is_not_tracked_is_code_too(path: str, dirty: bool, checkout: pathlib.Path) -> None:
+def test_provenance_with_untracked_module_is_dirty(path: str, dirty: bool, checkout: pathlib.Path) -> None:
     git(checkout, "add", "nashswarm")
     git(checkout, "commit", "--quiet", "--message", "the package itself")
     (checkout / path).parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def changed(**fields: Any) -> Record:
     return dataclasses.replace(RECORD, **fields)
 
 
-def test_the_fingerprint_ignores_the_order_of_keys_and_nothing_else() -> None:
+def test_fingerprint_of_reordered_keys_is_equal() -> None:
     config = {"a": {"x": 1, "y": [1, 2]}, "b": 2.5}
     assert fingerprint({"b": 2.5, "a": {"y": [1, 2], "x": 1}}) == fingerprint(config)
     others: list[dict[str, Any]] = [
@@ -50,28 +50,28 @@ def test_the_fingerprint_ignores_the_order_of_keys_and_nothing_else() -> None:
     assert all(len(name) == 16 and set(name) <= set("0123456789abcdef") for name in names)
 
 
-def test_the_fingerprint_of_a_known_value_does_not_change() -> None:
+def test_fingerprint_of_a_known_config_does_not_change() -> None:
     """Records that are committed keep their names."""
     assert fingerprint({"seed": 0, "method": {"bits": 4}}) == "16f17ad3c976fa4b"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none_name_nothing(value: float) -> None:
+def test_fingerprint_of_nonfinite_number_raises(value: float) -> None:
     with pytest.raises(ValueError):
         fingerprint({"bits": value})
 
 
-def test_what_is_written_is_read(tmp_path: pathlib.Path) -> None:
+def test_write_then_read_returns_the_record(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "main", RECORD)
     assert path == path_of(tmp_path / "main", RECORD.config) == tmp_path / "main" / f"{RECORD.fingerprint}.json"
     assert read(path) == RECORD
     assert path.with_suffix(".txt").read_text() == RECORD.allocation
-    assert sorted(found.name for found in path.parent.iterdir()) == [path.name, path.with_suffix(".txt").name]
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, path.with_suffix(".txt").name]
     fields = json.loads(path.read_text())
     assert fields["schema"] == record.SCHEMA and "allocation" not in fields
 
 
-def test_every_record_below_a_folder_is_read(tmp_path: pathlib.Path) -> None:
+def test_read_all_of_nested_folders_reads_every_record(tmp_path: pathlib.Path) -> None:
     other = changed(config={"seed": 1})
     paths = sorted([write(tmp_path / "b", RECORD), write(tmp_path / "a", other)])
     (tmp_path / "notes.json").write_text("not a record")
@@ -80,16 +80,14 @@ def test_every_record_below_a_folder_is_read(tmp_path: pathlib.Path) -> None:
     assert list(read_all(tmp_path / "nowhere")) == []
 
 
-def test_a_record_is_replaced_as_a_whole(tmp_path: pathlib.Path) -> None:
+def test_write_again_replaces_the_whole_record(tmp_path: pathlib.Path) -> None:
     write(tmp_path, RECORD)
     path = write(tmp_path, changed(metrics={"nll": 9.0}, allocation="wte 2x1 2*2\n"))
     assert read(path).metrics == {"nll": 9.0} and read(path).allocation == "wte 2x1 2*2\n"
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_between_the_two_files_of_a_run_again_nothing_is_read(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_between_two_file_writes_raises(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new allocation stands beside the old metrics for a moment."""
     path = write(tmp_path, RECORD)
     seen, replace = [], pathlib.Path.replace
@@ -107,7 +105,7 @@ def test_between_the_two_files_of_a_run_again_nothing_is_read(
     assert seen == [again]
 
 
-def test_older_records_do_not_tell_their_allocation(tmp_path: pathlib.Path) -> None:
+def test_read_without_allocation_hash_returns_the_record(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path, RECORD)
     fields = json.loads(path.read_text())
     del fields["allocation_sha256"]
@@ -120,7 +118,7 @@ def full_disk(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace"])
-def test_a_write_that_fails_leaves_nothing_and_names_the_file(
+def test_write_that_fails_leaves_nothing_and_names_the_file(
     where: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(where, full_disk)
@@ -132,7 +130,7 @@ def test_a_write_that_fails_leaves_nothing_and_names_the_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_that_fails_keeps_the_earlier_record(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, RECORD)
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError):
@@ -140,7 +138,7 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: pathlib.Path, monk
     assert read(path) == RECORD and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_disk_that_fills_up_between_the_two_files_leaves_the_earlier_record(
+def test_write_that_fails_at_the_second_file_keeps_the_earlier_record(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, RECORD)
@@ -158,14 +156,14 @@ def test_a_disk_that_fills_up_between_the_two_files_leaves_the_earlier_record(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_metric_that_is_not_a_number_is_refused_and_nothing_is_left(value: float, tmp_path: pathlib.Path) -> None:
+def test_write_of_nonfinite_metric_raises_and_leaves_nothing(value: float, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError):
         write(tmp_path, changed(metrics={"nll": value}))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"labels": {', "[1]", "null", "{}", '{"schema": 1}', "\x00\x00"])
-def test_half_a_record_is_refused(content: str, tmp_path: pathlib.Path) -> None:
+def test_read_of_half_a_record_raises_naming_it(content: str, tmp_path: pathlib.Path) -> None:
     path = write(tmp_path, RECORD)
     path.write_text(content)
     with pytest.raises(ValueError) as caught:
@@ -173,14 +171,14 @@ def test_half_a_record_is_refused(content: str, tmp_path: pathlib.Path) -> None:
     assert str(path) in str(caught.value) and "not a whole record" in str(caught.value)
 
 
-def test_bytes_that_are_not_text_are_refused_by_name(tmp_path: pathlib.Path) -> None:
+def test_read_of_bytes_that_are_not_text_raises_naming_the_file(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path, RECORD)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=str(path)):
         read(path)
 
 
-def test_a_record_without_its_allocation_is_refused(tmp_path: pathlib.Path) -> None:
+def test_read_without_allocation_file_raises(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path, RECORD)
     path.with_suffix(".txt").unlink()
     with pytest.raises(ValueError, match=str(path)):
@@ -188,21 +186,21 @@ def test_a_record_without_its_allocation_is_refused(tmp_path: pathlib.Path) -> N
 
 
 @pytest.mark.parametrize("schema", [0, 2, "1"])
-def test_another_schema_is_refused(schema: Any, tmp_path: pathlib.Path) -> None:
+def test_read_of_another_schema_raises_with_remedy(schema: Any, tmp_path: pathlib.Path) -> None:
     path = write(tmp_path, RECORD)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": schema}))
     with pytest.raises(ValueError, match=f"has schema {schema}, this version reads schema 1: rerun it with rerun=true"):
         read(path)
 
 
-def test_a_report_is_numbers_and_text_side_by_side(tmp_path: pathlib.Path) -> None:
+def test_write_report_writes_json_beside_markdown(tmp_path: pathlib.Path) -> None:
     write_report(tmp_path / "new" / "flock", {"rows": [1.5]}, "| a table |\n")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["flock.json", "flock.md"]
     assert json.loads((tmp_path / "new/flock.json").read_text()) == {"rows": [1.5]}
     assert (tmp_path / "new/flock.md").read_text() == "| a table |\n"
 
 
-def test_a_writer_that_fails_leaves_nothing(tmp_path: pathlib.Path) -> None:
+def test_write_by_failing_writer_leaves_nothing(tmp_path: pathlib.Path) -> None:
     def half(partial: pathlib.Path) -> None:
         partial.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -223,7 +221,7 @@ with files.claim(pathlib.Path(sys.argv[1])):
 """
 
 
-def held(path: pathlib.Path, seconds: float) -> "subprocess.Popen[bytes]":
+def claimed_elsewhere(path: pathlib.Path, seconds: float) -> "subprocess.Popen[bytes]":
     """A process that holds the claim for so long."""
     root = str(pathlib.Path(record.__file__).parent)
     process = subprocess.Popen(
@@ -235,19 +233,19 @@ def held(path: pathlib.Path, seconds: float) -> "subprocess.Popen[bytes]":
     return process
 
 
-def test_a_claim_is_waited_for(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_claim_held_by_another_process_is_waited_for(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "abc.json"
-    with caplog.at_level("INFO"), held(path, 0.7) as process, files.claim(path):
+    with caplog.at_level("INFO"), claimed_elsewhere(path, 0.7) as process, files.claim(path):
         assert process.wait(60) == 0
         assert "another worker holds" in caplog.text
     assert [one.name for one in tmp_path.iterdir()] == ["held"]
 
 
-def test_a_claim_ends_with_a_killed_process(tmp_path: pathlib.Path) -> None:
+def test_claim_of_killed_process_ends(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "abc.json"
     (tmp_path / ".abc.txt.1234.partial").write_text("half")
     (tmp_path / ".abd.txt.1234.partial").write_text("of another record")
-    with held(path, 600) as process:
+    with claimed_elsewhere(path, 600) as process:
         process.kill()
     assert (tmp_path / ".abc.json.lock").exists()
     with files.claim(path):
@@ -255,7 +253,7 @@ def test_a_claim_ends_with_a_killed_process(tmp_path: pathlib.Path) -> None:
     assert sorted(one.name for one in tmp_path.iterdir()) == [".abd.txt.1234.partial", "held"]
 
 
-def test_a_claim_that_cannot_be_made_says_so(tmp_path: pathlib.Path) -> None:
+def test_claim_below_a_file_raises_naming_it(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot claim .*abc\.json"), files.claim(tmp_path / "file" / "abc.json"):
         pass
@@ -282,12 +280,12 @@ def test_json_text_is_read_back_as_json_dumps_would_write_it(value: Any) -> None
     assert json.dumps(json.loads(files.json_text(value))) == json.dumps(value)
 
 
-def test_json_text_of_keys_that_are_no_text_is_that_of_json_dumps() -> None:
+def test_json_text_of_keys_that_are_no_text_equals_json_dumps() -> None:
     value = {3: [1, 2], 0.5: {True: None}, None: (1, [2.0])}
     assert json.loads(files.json_text(value)) == json.loads(json.dumps(value))
 
 
-def test_json_text_refuses_what_is_not_finite_where_it_must_be() -> None:
+def test_json_text_of_nonfinite_number_without_allow_nan_raises() -> None:
     assert files.json_text([float("inf")]) == "[Infinity]"
     with pytest.raises(ValueError):
         files.json_text({"rows": [{"kl": float("nan")}]}, allow_nan=False)

@@ -26,40 +26,40 @@ def verdicts(evidence: Evidence) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_committed_tables_follow_from_the_records() -> None:
+def test_audit_of_committed_records_equals_committed_tables() -> None:
     evidence = gather(ROOT / "results" / "records")
     assert document.markdown(evidence) == (TABLES / "audit.md").read_text()
     assert document.latex(evidence) == (TABLES / "audit.tex").read_text()
 
 
-def test_every_claim_has_a_row_and_a_verdict(evidence: Evidence) -> None:
-    found = verdicts(evidence)
-    assert list(found) == [f"C{number}" for number in range(1, 13)]
-    assert {re.sub(" here$", "", verdict) for verdict in found.values()} <= {claim.HOLDS, claim.FAILS, claim.LATER}
+def test_claims_of_committed_records_have_a_verdict_each(evidence: Evidence) -> None:
+    verdict_of = verdicts(evidence)
+    assert list(verdict_of) == [f"C{number}" for number in range(1, 13)]
+    assert {re.sub(" here$", "", verdict) for verdict in verdict_of.values()} <= {claim.HOLDS, claim.FAILS, claim.LATER}
     assert all(command.startswith("`python ") for *_, command in (row.cells() for row in document.claims(evidence)))
 
 
-def test_the_audit_ran_on_committed_code(evidence: Evidence) -> None:
+def test_audit_records_come_from_committed_code(evidence: Evidence) -> None:
     assert not any(run.provenance["dirty"] for run in evidence.published.values())
     text = "".join(path.read_text() for path in (ROOT / "results" / "records" / "audit").iterdir())
     assert not re.search(r"/(work|tmp|home|root)/", text)
 
 
-def test_without_evidence_there_is_no_verdict(evidence: Evidence) -> None:
-    found = verdicts(dataclasses.replace(evidence, honest={}, family={}, removed=pd.DataFrame()))
-    assert {found[name] for name in ("C2", "C3", "C6", "C7", "C12")} == {claim.LATER}
+def test_claims_without_evidence_are_decided_later(evidence: Evidence) -> None:
+    verdict_of = verdicts(dataclasses.replace(evidence, honest={}, family={}, removed=pd.DataFrame()))
+    assert {verdict_of[name] for name in ("C2", "C3", "C6", "C7", "C12")} == {claim.LATER}
 
 
-def test_a_verdict_on_a_model_of_the_claim_is_not_one_from_elsewhere(evidence: Evidence) -> None:
+def test_verdict_on_a_claimed_model_omits_the_word_here(evidence: Evidence) -> None:
     there = dataclasses.replace(evidence, honest={("gpt2", "wikitext2_raw"): evidence.honest[PLACE]})
     assert verdicts(evidence)["C2"] == f"{claim.FAILS} here" and verdicts(there)["C2"] == claim.FAILS
 
 
-def test_verdicts_on_size_follow_the_sizes(evidence: Evidence) -> None:
+def test_verdicts_on_size_of_one_linear_layer_are_reversed(evidence: Evidence) -> None:
     """A model that is one linear layer saves as much at every size; without classes it would be what was published."""
     linear = {name: ParameterCounts(10**9, (10**9,)) for name in evidence.sizes}
-    found = verdicts(dataclasses.replace(evidence, sizes=linear))
-    assert (found["C1"], found["C10"]) == (claim.FAILS, claim.HOLDS)
+    verdict_of = verdicts(dataclasses.replace(evidence, sizes=linear))
+    assert (verdict_of["C1"], verdict_of["C10"]) == (claim.FAILS, claim.HOLDS)
     assert linear["gpt2"].compression(0) == pytest.approx(0.90625)
 
 
@@ -71,33 +71,33 @@ def test_verdicts_on_size_follow_the_sizes(evidence: Evidence) -> None:
         ("C6", "nash_swarm", {"decode_ratio_high": 2.8}),
     ],
 )
-def test_verdicts_on_runs_follow_the_runs(
+def test_verdicts_on_changed_runs_are_reversed(
     name: str, method: str, changed: dict[str, float], evidence: Evidence
 ) -> None:
     rows = dict(evidence.honest[PLACE])
-    own = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[name]
+    recorded_verdict = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[name]
     rows[method] = pd.Series(dict(rows[method]) | changed)
-    other = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[name]
-    assert {own, other} == {f"{claim.FAILS} here", f"{claim.HOLDS} here"}
-    assert other == f"{claim.HOLDS} here"
+    changed_verdict = verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))[name]
+    assert {recorded_verdict, changed_verdict} == {f"{claim.FAILS} here", f"{claim.HOLDS} here"}
+    assert changed_verdict == f"{claim.HOLDS} here"
 
 
-def test_a_component_matters_where_every_paired_test_survives(evidence: Evidence) -> None:
+def test_component_claim_holds_where_every_test_survives(evidence: Evidence) -> None:
     """Two tables: the swarm matters in one of them."""
     rows = [(method, table, "default", True) for method in REMOVED for table in ("ablation", "main")]
-    found = pd.DataFrame(rows, columns=["method", "experiment", "model", "costs"])
-    assert verdicts(dataclasses.replace(evidence, removed=found))["C7"] == f"{claim.HOLDS} here"
-    found.loc[len(found) - 1, "costs"] = False
-    [row] = [row for row in document.claims(dataclasses.replace(evidence, removed=found)) if row.name == "C7"]
+    removed = pd.DataFrame(rows, columns=["method", "experiment", "model", "costs"])
+    assert verdicts(dataclasses.replace(evidence, removed=removed))["C7"] == f"{claim.HOLDS} here"
+    removed.loc[len(removed) - 1, "costs"] = False
+    [row] = [row for row in document.claims(dataclasses.replace(evidence, removed=removed)) if row.name == "C7"]
     assert row.cells()[5] == f"{claim.FAILS} here"
     assert "`no_swarm` in 1 of 2 (ablation 1 of 1, main 0 of 1)" in row.honest
     assert "`no_nash` in 2 of 2 (ablation 1 of 1, main 1 of 1)" in row.honest
-    assert verdicts(dataclasses.replace(evidence, removed=found[found["method"] != "no_nash"]))["C7"] == claim.LATER
-    there = dataclasses.replace(evidence, removed=found.assign(model="gpt2"))
+    assert verdicts(dataclasses.replace(evidence, removed=removed[removed["method"] != "no_nash"]))["C7"] == claim.LATER
+    there = dataclasses.replace(evidence, removed=removed.assign(model="gpt2"))
     assert verdicts(there)["C7"] == claim.FAILS
 
 
-def test_runs_without_a_component_are_paired_in_every_experiment(tmp_path: pathlib.Path) -> None:
+def test_removals_of_two_experiments_are_paired_in_each(tmp_path: pathlib.Path) -> None:
     """A method without swarm that is worse in every window, and again one that does what the whole one does."""
     ablation = list(record.read_all(ROOT / "results" / "records" / "ablation"))
     whole, alone, still = (next(run for run in ablation if run.labels["method"] == name) for name in
@@ -110,20 +110,20 @@ def test_runs_without_a_component_are_paired_in_every_experiment(tmp_path: pathl
         for run in runs:
             labels = run.labels | {"experiment": experiment, "method": run.labels["method"] + suffix}
             record.write(tmp_path / experiment, dataclasses.replace(run, labels=labels))
-    found = removals(tmp_path)
-    assert [tuple(row) for row in found[["experiment", "method", "costs"]].to_numpy()] == [
+    pairs = removals(tmp_path)
+    assert [tuple(row) for row in pairs[["experiment", "method", "costs"]].to_numpy()] == [
         ("ablation", "no_nash", True), ("ablation", "no_swarm", True), ("main", "no_swarm", False),
     ]  # fmt: skip
 
 
-def test_where_it_helps_no_model_it_helps_no_small_one_most(evidence: Evidence) -> None:
+def test_small_model_claim_without_gain_fails_here(evidence: Evidence) -> None:
     rows = dict(evidence.honest[PLACE])
     assert verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))["C12"] == f"{claim.FAILS} here"
     rows["as_published"] = pd.Series(dict(rows["as_published"]) | {"kl_high": 0.0, "bytes_file": 1})
     assert verdicts(dataclasses.replace(evidence, honest={PLACE: rows}))["C12"] == claim.LATER
 
 
-def test_what_is_faster_is_decided_at_the_sizes_of_the_claim(evidence: Evidence) -> None:
+def test_speed_claim_is_decided_at_the_claimed_sizes(evidence: Evidence) -> None:
     small = evidence.honest[PLACE]["nash_swarm"]
     fast = pd.Series(dict(small) | {"bytes_file": 50e6, "decode_ratio_high": 3.0})
     for other, verdict in ((fast, claim.HOLDS), (dict(fast) | {"decode_ratio_high": 1.0}, claim.FAILS)):
@@ -141,48 +141,50 @@ def mixture(method: str, change: float) -> record.Record:
 
 
 @pytest.mark.parametrize("change, verdict", [(0.2, claim.FAILS), (0.0, claim.HOLDS)])
-def test_a_loss_that_grows_by_compression_is_seen(change: float, verdict: str, evidence: Evidence) -> None:
-    found = dataclasses.replace(evidence, mixtures={"quick_validation": [mixture("moe_dense", change)]})
-    [row] = [row for row in document.claims(found) if row.name == "C4"]
+def test_mixture_claim_with_growing_loss_fails(change: float, verdict: str, evidence: Evidence) -> None:
+    with_mixture = dataclasses.replace(evidence, mixtures={"quick_validation": [mixture("moe_dense", change)]})
+    [row] = [row for row in document.claims(with_mixture) if row.name == "C4"]
     assert row.cells()[5] == verdict and "8.00 → 1.00 MB" in row.honest
 
 
 @pytest.mark.parametrize("ratio, verdict", [(1.5, claim.FAILS), (0.7, claim.HOLDS)])
-def test_the_time_of_a_layer_decides_on_routing(ratio: float, verdict: str, evidence: Evidence) -> None:
+def test_routing_claim_follows_the_time_of_a_layer(ratio: float, verdict: str, evidence: Evidence) -> None:
     times = {"route_plain_8": 1.0, "route_flock_8": 1.25, "layer_ratio_batch_1_8": 3.0, "layer_ratio_batch_64_8": ratio}
     timed = dataclasses.replace(mixture("moe_nash_swarm", 0.0), metrics=times, config={"measure": {"tokens": 64}})
-    found = dataclasses.replace(evidence, mixtures={"performance_analysis": [timed]})
-    [row] = [row for row in document.claims(found) if row.name == "C5"]
+    with_times = dataclasses.replace(evidence, mixtures={"performance_analysis": [timed]})
+    [row] = [row for row in document.claims(with_times) if row.name == "C5"]
     assert row.cells()[5] == verdict and "with 8 experts 3.0× at batch 1" in row.honest and "1.25× plain" in row.honest
 
 
-def test_an_equilibrium_would_be_recognized(evidence: Evidence) -> None:
+def test_equilibrium_claim_without_regret_holds(evidence: Evidence) -> None:
     run = evidence.published[PLACE]
     calm = dataclasses.replace(run, metrics=run.metrics | {"reply_regret": 0.0})
     assert verdicts(evidence)["C8"] == claim.FAILS
     assert verdicts(dataclasses.replace(evidence, published={PLACE: calm}))["C8"] == claim.HOLDS
 
 
-def test_another_model_joins_every_cell_that_is_measured(evidence: Evidence) -> None:
+def test_claims_of_two_models_name_both_where_measured(evidence: Evidence) -> None:
     more = {**evidence.published, ("gpt2", "wikitext2_raw"): evidence.published[PLACE]}
     rows = document.claims(dataclasses.replace(evidence, published=more))
     joined = [row.name for row in rows if "gpt2 on wikitext2_raw: " in row.published]
     assert joined == ["C2", "C3", "C4", "C5", "C8", "C9", "C12"]
 
 
-def test_latex_rows_are_whole(evidence: Evidence) -> None:
-    found = document.latex(evidence)
-    counts = [len(re.findall(r"(?<!\\)&", line)) for line in found.splitlines() if line.endswith(r"\\")]
+def test_latex_rows_have_equal_column_counts(evidence: Evidence) -> None:
+    source = document.latex(evidence)
+    counts = [len(re.findall(r"(?<!\\)&", line)) for line in source.splitlines() if line.endswith(r"\\")]
     assert counts == [5] * 13 + [10] * (1 + len(evidence.sizes))
-    assert found.isascii()
+    assert source.isascii()
 
 
-def test_without_records_there_is_a_sentence(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_script_without_records_fails_in_one_sentence(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert audit.main(["--records", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("the audit has no records; run ")
 
 
-def test_two_runs_of_one_model_are_refused(evidence: Evidence, tmp_path: pathlib.Path) -> None:
+def test_gather_two_runs_of_one_model_raises(evidence: Evidence, tmp_path: pathlib.Path) -> None:
     run = evidence.published[PLACE]
     for seed in (0, 1):
         record.write(tmp_path / "audit", dataclasses.replace(run, config=dict(run.config) | {"seed": seed}))

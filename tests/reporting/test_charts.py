@@ -1,4 +1,4 @@
-"""Figures of accuracy, rest, sensitivity, speed, memory and the flock: what they show is what they were given."""
+"""Figures of accuracy, rest, sensitivity, speed, memory and the flock: they show the values of their records."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,7 @@ from scripts import figures as script
 from tests.reporting.test_frame import synthetic
 
 
-def test_accuracy_is_per_cent_against_how_many_times_smaller() -> None:
+def test_accuracy_of_methods_is_per_cent_against_times_smaller() -> None:
     records = [synthetic(name) for name in ("baseline", "uniform4", "nash_swarm")]
     points = frame.average(frame.frame(records))
     axes = quality.accuracy(points).axes[0]
@@ -31,7 +31,7 @@ def test_accuracy_is_per_cent_against_how_many_times_smaller() -> None:
         quality.accuracy(points.assign(model=["a", "b", "c"]))
 
 
-def test_codes_at_rest_are_hollow() -> None:
+def test_settling_codes_at_rest_are_hollow() -> None:
     one = synthetic("nash_swarm")
     one.series["moves"] = [50.0, 5.0, 0.0]
     one.layers.append({"name": "wte", "parameters": 1000})
@@ -44,7 +44,7 @@ def test_codes_at_rest_are_hollow() -> None:
         games.settling([synthetic("baseline")])
 
 
-def test_every_block_shows_its_offset_in_the_row_of_its_layer() -> None:
+def test_decisions_of_blocks_are_in_the_row_of_their_layer() -> None:
     one = synthetic("no_swarm")
     whole = dataclasses.replace(synthetic("nash_swarm"), allocation="wte 3.9 +0*2 -1*1\nhead 1.5 +2*4\nnorm 16\n")
     figure = games.decisions([whole, one])
@@ -59,7 +59,7 @@ def test_every_block_shows_its_offset_in_the_row_of_its_layer() -> None:
         games.decisions([one])
 
 
-def test_sensitivities_have_a_panel_for_every_method() -> None:
+def test_sensitivity_of_two_methods_has_two_panels() -> None:
     table = pd.DataFrame(
         {"method": ["gptq"] * 2 + ["nash_swarm"] * 2, "layer": ["h.0.attn.c_attn", "wte"] * 2,
          "layer_damage": [1e-3, 1e-2] * 2, "layer_kl": [2e-3, 1e-2] * 2}
@@ -81,7 +81,7 @@ def contestants() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_speed_has_intervals_and_memory_has_the_full_model() -> None:
+def test_speed_and_memory_show_intervals_and_the_full_model() -> None:
     axes = speed.speed(contestants()).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         speed.NAMES["compile"],
@@ -95,14 +95,14 @@ def test_speed_has_intervals_and_memory_has_the_full_model() -> None:
         speed.memory(contestants()[:0])
 
 
-def test_shared_contestants_are_shown_once() -> None:
+def test_rows_of_shared_contestants_are_shown_once() -> None:
     both = pd.concat([contestants(), contestants().assign(method="nash_swarm")])
     shown, names = speed.rows_of(both)
     assert len(shown) == 4 and names.count(speed.NAMES["compile"]) == 1
     assert "packed, 8-bit activations: nash_swarm" in names
 
 
-def test_contestants_of_any_method_are_kept_and_threads_told_where_they_differ() -> None:
+def test_rows_of_differing_thread_counts_name_them() -> None:
     alone = contestants()[:2].assign(method="gptq_one_step", threads=1)
     later = contestants().assign(method="nash_swarm", threads=2)
     shown, names = speed.rows_of(pd.concat([later, alone]))
@@ -129,7 +129,7 @@ DYNAMICS = {
 }
 
 
-def test_the_flock_moves(tmp_path: pathlib.Path) -> None:
+def test_flock_frames_show_how_many_blocks_moved(tmp_path: pathlib.Path) -> None:
     titles = [axes.get_title() for axes in flock.still(DYNAMICS).axes if axes.get_title()]
     assert titles == ["before: 0 of 3 moved", "during: 1 of 3 moved", "after: 2 of 3 moved"]
     flock.animate(DYNAMICS, tmp_path / "flock.gif")
@@ -150,7 +150,7 @@ def serving_records() -> list[Record]:
     return records
 
 
-def test_what_clients_wait_has_a_panel_for_either_loop() -> None:
+def test_latency_of_both_loops_has_a_panel_each() -> None:
     table = tables.serving([*serving_records(), synthetic("uniform4")])
     assert table["clients"].tolist() == [1, 16, 4] and table["rate"].isna().tolist() == [True, True, False]
     figure = speed.latency(table)
@@ -166,7 +166,7 @@ def test_what_clients_wait_has_a_panel_for_either_loop() -> None:
         speed.latency(table.assign(method=["a", "b", "b"]))
 
 
-def test_crowds_of_experts_are_sorted_and_relative_to_an_even_share() -> None:
+def test_crowding_loads_are_sorted_and_relative_to_an_even_share() -> None:
     records = []
     for method, loads in (("moe_top_k", [1.0, 6.0, 2.0]), ("moe_nash_swarm", [3.0, 3.0, 3.0])):
         one = synthetic(method)
@@ -184,7 +184,7 @@ def router(method: str, seed: int, **metrics: float) -> Record:
     return dataclasses.replace(one, metrics=metrics)
 
 
-def test_loss_against_the_load_of_the_busiest_expert() -> None:
+def test_routing_methods_show_loss_against_the_busiest_expert() -> None:
     records = [
         router("moe_top_k", 0, nll=4.0, max_violation=1.0),
         router("moe_top_k", 1, nll=3.0, max_violation=3.0),
@@ -194,16 +194,16 @@ def test_loss_against_the_load_of_the_busiest_expert() -> None:
     ]
     (axes,) = moe.routing(records).axes
     large = [line for line in axes.lines if line.get_markersize() == 5 and len(line.get_xdata())]
-    found = {(line.get_label(), line.get_markerfacecolor()): line.get_xydata().tolist() for line in large}
-    assert [dot for (name, _), dot in found.items() if name == "moe_top_k"] == [[[2.0, 3.5]]]
-    assert found["moe_nash_swarm", "white"] == [[0.1, 3.3]]
+    points_of_line = {(line.get_label(), line.get_markerfacecolor()): line.get_xydata().tolist() for line in large}
+    assert [dot for (name, _), dot in points_of_line.items() if name == "moe_top_k"] == [[[2.0, 3.5]]]
+    assert points_of_line["moe_nash_swarm", "white"] == [[0.1, 3.3]]
     assert not any(9.0 in line.get_ydata() for line in axes.lines)
     assert [list(line.get_ydata()) for line in axes.lines if line.get_label() == "dense"] == [[3.6, 3.6]]
     with pytest.raises(ValueError, match="experiment=moe"):
         moe.routing(records[3:])
 
 
-def test_products_lie_under_the_roof_of_the_best_of_them() -> None:
+def test_roofline_of_products_touches_the_best_of_them() -> None:
     rows = [
         ("torch fp32", 1, 4.0),  # 400 bytes of codes: 100 MB/s, 50 million operations a second
         ("2+4 bits, lattice, int8", 1, 0.75),  # 37.5 bytes: 50 MB/s
@@ -224,7 +224,7 @@ def test_products_lie_under_the_roof_of_the_best_of_them() -> None:
 
 
 @pytest.mark.usefixtures("few_resamples")
-def test_a_figure_goes_with_the_records_that_it_showed(tmp_path: pathlib.Path) -> None:
+def test_figures_script_without_their_records_removes_figures(tmp_path: pathlib.Path) -> None:
     for method in ("baseline", "nash_swarm"):
         record.write(tmp_path / "records", synthetic(method))
     out = tmp_path / "figures"
@@ -237,7 +237,7 @@ def test_a_figure_goes_with_the_records_that_it_showed(tmp_path: pathlib.Path) -
 
 
 @pytest.mark.usefixtures("few_resamples")
-def test_a_run_of_another_experiment_is_not_drawn_for_being_the_same(tmp_path: pathlib.Path) -> None:
+def test_figures_script_run_of_two_experiments_is_drawn_in_its_own(tmp_path: pathlib.Path) -> None:
     """``nash_swarm`` of one experiment may be ``nash_swarm[bits=3.0]`` of another, which has no reference then."""
     one, other = synthetic("nash_swarm"), synthetic("gptq")
     for experiment, method in (("presets", "nash_swarm"), ("bit_budget", "nash_swarm[bits=3.0]")):

@@ -28,13 +28,13 @@ def shown_figures() -> list[str]:
     return sorted({*pictures, *re.findall(r"generated/(\w+\.(?:pdf|png))", source)})
 
 
-def test_committed_figures_are_those_that_a_document_or_the_paper_shows() -> None:
+def test_committed_figures_are_those_shown() -> None:
     assert committed("results/figures") == shown_figures(), "git add -f what is shown, git rm what is not"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
-def test_derivation_writes_committed_files_to_the_last_byte(
+def test_derive_of_committed_records_writes_equal_bytes(
     kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)

@@ -1,4 +1,4 @@
-"""Figures of records: whose path they draw, in which order, and how methods are told apart."""
+"""Figures of records: whose path they draw, the order of methods, and how they differ on the page."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def with_reference(method: str) -> Record:
     return dataclasses.replace(one, series=one.series | of_reference | trials)
 
 
-def test_the_path_of_the_reference_goes_before_that_of_the_budget() -> None:
+def test_convergence_with_reference_starts_with_its_path() -> None:
     prices, above, below = games.convergence([with_reference("nash_swarm"), synthetic("no_nash")]).axes
     paths = {line.get_label(): list(line.get_ydata()) for line in above.lines}
     assert paths["nash_swarm"] == [0.0, -2.0]
@@ -29,19 +29,19 @@ def test_the_path_of_the_reference_goes_before_that_of_the_budget() -> None:
     assert [0.5] in [list(line.get_ydata()) for line in below.lines]
 
 
-def test_without_trials_there_is_no_panel_of_prices_and_without_a_path_no_line() -> None:
+def test_convergence_without_trials_has_no_panel_of_prices() -> None:
     above, _ = games.convergence([synthetic("no_nash"), synthetic("baseline")]).axes
     assert [line.get_label() for line in above.lines] == ["no_nash"]
 
 
-def test_ablations_are_in_the_order_of_what_they_cost() -> None:
+def test_ablation_of_methods_is_sorted_by_cost() -> None:
     levels = {"nash_swarm": 0.1, "gptq": 0.15, "no_cache": 0.11, "no_sweeps": 0.4, "no_offsets": 0.2}
     axes = quality.ablation([synthetic(method, kl=kl) for method, kl in levels.items()]).axes[0]
     named = [label.get_text() for label in axes.get_yticklabels()]
     assert named == ["gptq", "no_sweeps", "no_offsets", "no_cache"]
 
 
-def test_many_lines_have_a_legend_in_which_no_two_look_alike() -> None:
+def test_pareto_of_many_methods_has_a_legend_of_distinct_lines() -> None:
     libraries = [f"peer_{letter}" for letter in "abcdef"]
     methods = [*libraries, "fixed_width", "baq", "radio", "nash_swarm"]
     points = frame.points(frame.frame([synthetic(method, kl=0.1 + place) for place, method in enumerate(methods)]))
@@ -58,7 +58,7 @@ def test_many_lines_have_a_legend_in_which_no_two_look_alike() -> None:
     assert not few.legends and np.sum([bool(text.get_text()) for text in few.axes[0].texts]) == len(libraries)
 
 
-def test_of_a_search_only_points_are_drawn_for_nobody_reads_so_many_names() -> None:
+def test_pareto_of_a_search_draws_points_without_names() -> None:
     methods = [f"nash_swarm[bits={2 + 0.1 * place},code_game=pass]" for place in range(style.READABLE + 1)]
     settled = {"potential": [2.0, 1.0], "regret": [1.0, 0.0], "moves": [3.0, 0.0]}
     records = [synthetic(method, kl=0.1 + place) for place, method in enumerate(methods)]

@@ -1,4 +1,4 @@
-"""Tables and figures from made-up records whose right answers can be seen by eye."""
+"""Tables and figures of synthetic records whose right answers can be seen by eye."""
 
 import collections
 import dataclasses
@@ -110,7 +110,7 @@ def rendered(content: Any) -> str:
     return capture.get()
 
 
-def test_a_frame_has_one_row_per_record_and_derives_perplexity(records: list[Record]) -> None:
+def test_frame_of_records_has_one_row_each_with_perplexity(records: list[Record]) -> None:
     table = frame.frame([*records, records[0]])
     assert len(table) == len(records)
     assert table["perplexity"].tolist() == pytest.approx(np.exp(table["nll"]).tolist())
@@ -119,18 +119,18 @@ def test_a_frame_has_one_row_per_record_and_derives_perplexity(records: list[Rec
     assert row["fingerprint"] == next(r for r in records if r.labels["method"] == "uniform3").fingerprint
 
 
-def test_a_configuration_of_two_experiments_has_a_row_in_each(records: list[Record]) -> None:
+def test_frame_run_of_two_experiments_has_a_row_in_each(records: list[Record]) -> None:
     again = dataclasses.replace(records[0], labels=records[0].labels | {"experiment": "elsewhere"})
     both = frame.frame([records[0], again, again])
     assert sorted(both["experiment"]) == sorted(["elsewhere", records[0].labels["experiment"]])
 
 
-def test_no_records_is_an_error_with_a_remedy() -> None:
+def test_frame_without_records_raises_with_remedy() -> None:
     with pytest.raises(ValueError, match="run an experiment first"):
         frame.frame([])
 
 
-def test_seeds_are_averaged_and_counted(records: list[Record]) -> None:
+def test_average_of_two_seeds_is_their_mean_and_count(records: list[Record]) -> None:
     means = frame.average(frame.frame(records)).set_index("method")
     pair = [r.metrics for r in records if r.labels["method"] == "no_nash"]
     assert means.loc["no_nash", "kl"] == pytest.approx((pair[0]["kl"] + pair[1]["kl"]) / 2)
@@ -138,20 +138,20 @@ def test_seeds_are_averaged_and_counted(records: list[Record]) -> None:
     assert (means["seeds"] == 2).all()
 
 
-def test_a_metric_that_one_seed_lacks_is_missing_in_the_mean() -> None:
+def test_average_metric_absent_in_one_seed_is_missing() -> None:
     whole, part = synthetic("no_nash", 0), synthetic("no_nash", 1)
     del part.metrics["kl"]
     assert frame.average(frame.frame([whole, part]))["kl"].isna().all()
 
 
-def test_runs_that_differ_in_more_than_the_seed_are_not_averaged() -> None:
+def test_average_of_two_configurations_raises_naming_the_field() -> None:
     runs = frame.frame([synthetic("no_nash", 0, bits=3), synthetic("no_nash", 1, bits=4)])
     with pytest.raises(ValueError, match=r"no_nash differ in more than the seed \(method\.bits: 3, 4\)"):
         frame.average(runs)
     assert len(frame.points(runs)) == 2
 
 
-def test_one_thread_and_two_are_rows_of_their_own() -> None:
+def test_average_of_two_thread_counts_keeps_separate_rows() -> None:
     def on(threads: int, method: str) -> Record:
         plain = synthetic(method)
         return dataclasses.replace(plain, config=plain.config | {"threads": threads})
@@ -162,7 +162,7 @@ def test_one_thread_and_two_are_rows_of_their_own() -> None:
     assert "threads" not in typeset.cells(frame.average(frame.frame([on(2, "gptq")])))
 
 
-def test_select_names_what_there_is(records: list[Record]) -> None:
+def test_select_without_match_raises_naming_the_choices(records: list[Record]) -> None:
     table = frame.frame(records)
     assert set(frame.select(table, method="no_nash", seed="1")["seed"]) == {"1"}
     with pytest.raises(ValueError, match="no record has experiment=main; there are records of ablation"):
@@ -171,12 +171,12 @@ def test_select_names_what_there_is(records: list[Record]) -> None:
         frame.select(table, bits="3")
 
 
-def test_methods_keep_their_order() -> None:
+def test_rank_of_reversed_methods_restores_their_order() -> None:
     wanted = ["baseline", "uniform8", "uniform3", "rtn", "gptq", "as_published", "no_nash", "hqq", "nash_swarm"]
     assert sorted(reversed(wanted), key=labels.rank) == wanted
 
 
-def test_intervals_and_empty_columns(records: list[Record]) -> None:
+def test_cells_of_ablation_show_intervals_and_no_empty_column(records: list[Record]) -> None:
     content = typeset.cells(frame.average(frame.frame(records))).set_index("method")
     assert re.fullmatch(r"0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", content.loc["nash_swarm", "KL (nats)"])
     assert content.loc["nash_swarm", "max regret"] == "2.1e-06"
@@ -186,14 +186,14 @@ def test_intervals_and_empty_columns(records: list[Record]) -> None:
     assert "decode ms" not in content and "model" not in content and "seeds" in content
 
 
-def test_a_label_that_varies_becomes_a_column(records: list[Record]) -> None:
+def test_cells_varying_label_becomes_a_column(records: list[Record]) -> None:
     other = synthetic("baseline", 0, kl=0.0, other=True)
     other.labels["model"] = "gpt2_large"
     table = frame.average(frame.frame([*records, other]))
     assert list(typeset.cells(table)["model"])[:2] == ["gpt2_large", "gpt2_small"]
 
 
-def test_latex_is_escaped(records: list[Record]) -> None:
+def test_latex_special_characters_are_escaped(records: list[Record]) -> None:
     text = typeset.latex(frame.average(frame.frame(records)))
     assert r"\toprule" in text and r"\bottomrule" in text
     assert r"no\_nash" in text and "no_nash" not in text.replace(r"no\_nash", "")
@@ -201,7 +201,7 @@ def test_latex_is_escaped(records: list[Record]) -> None:
     assert latex.tex("50% of a_b & {c}") == r"50\% of a\_b \& \{c\}"
 
 
-def test_what_was_before_stands_beside_what_is_after() -> None:
+def test_cells_kl_before_stands_left_of_kl() -> None:
     one = synthetic("gptq")
     one.metrics.update({"kl_before": 0.4, "kl_before_low": 0.3, "kl_before_high": 0.5, "bytes_file_before": 2e6})
     shown = typeset.cells(frame.average(frame.frame([one])))
@@ -209,7 +209,7 @@ def test_what_was_before_stands_beside_what_is_after() -> None:
     assert list(shown).index("KL before (nats)") == list(shown).index("KL (nats)") - 1
 
 
-def test_markdown_and_csv(records: list[Record]) -> None:
+def test_markdown_and_csv_of_ablation_have_one_row_per_method(records: list[Record]) -> None:
     means = frame.average(frame.frame(records))
     lines = typeset.markdown(means).splitlines()
     assert len(lines) == 2 + len(ABLATION) + 2 and len({line.count("|") for line in lines[:-2]}) == 1
@@ -223,7 +223,7 @@ UNCLEAN_ORIGINS: list[dict[str, Any]] = [{"commit": "ab", "dirty": True}, {"comm
 
 
 @pytest.mark.parametrize("provenance", UNCLEAN_ORIGINS)
-def test_uncommitted_and_unknown_code_is_marked_and_refused(provenance: dict[str, Any], records: list[Record]) -> None:
+def test_tables_of_uncommitted_code_are_marked_and_refused(provenance: dict[str, Any], records: list[Record]) -> None:
     frame.refuse_dirty(frame.frame(records))
     assert UNCLEAN not in typeset.markdown(frame.average(frame.frame(records)))
     unclean = [dataclasses.replace(synthetic("hqq", seed), provenance=origin) for seed, origin in
@@ -240,7 +240,7 @@ def test_uncommitted_and_unknown_code_is_marked_and_refused(provenance: dict[str
     assert r"hqq$^\ddagger$" in typeset.latex(means)
 
 
-def test_a_table_tells_the_commits_of_its_runs() -> None:
+def test_note_runs_of_several_commits_are_counted() -> None:
     def of(method: str, seed: int, commit: str | None) -> Record:
         return dataclasses.replace(synthetic(method, seed), provenance={"commit": commit, "dirty": False})
 
@@ -256,17 +256,17 @@ def test_a_table_tells_the_commits_of_its_runs() -> None:
 
 @pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize("experiment", sorted(path.name for path in (ROOT / "results/records").iterdir()))
-def test_every_committed_experiment_tells_the_commits_of_all_its_runs(experiment: str) -> None:
-    own = list(record.read_all(ROOT / "results/records" / experiment))
-    own = [one for one in own if one.labels["measure"] != "published"]
-    found = [tables.special_table(own) or (frame.points(frame.frame(own)), typeset.COLUMNS)]
-    found += [(table, columns) for table, columns in
-              ((tables.speed(own), tables.SPEED), (tables.layers(own), tables.LAYERS)) if len(table)]  # fmt: skip
-    counts = collections.Counter(one.provenance["commit"][:7] for one in own)
-    for table, columns in found:
+def test_note_of_committed_experiment_counts_all_its_runs(experiment: str) -> None:
+    runs = list(record.read_all(ROOT / "results/records" / experiment))
+    runs = [one for one in runs if one.labels["measure"] != "published"]
+    shown_tables = [tables.special_table(runs) or (frame.points(frame.frame(runs)), typeset.COLUMNS)]
+    shown_tables += [(table, columns) for table, columns in
+              ((tables.speed(runs), tables.SPEED), (tables.layers(runs), tables.LAYERS)) if len(table)]  # fmt: skip
+    counts = collections.Counter(one.provenance["commit"][:7] for one in runs)
+    for table, columns in shown_tables:
         last = typeset.markdown(table, columns).splitlines()[-1]
-        told = re.findall(r"([0-9a-f]{7})(?: \((\d+)\))?", last)
-        assert dict(told) == {commit: str(count) if len(counts) > 1 else "" for commit, count in counts.items()}
+        noted_counts = re.findall(r"([0-9a-f]{7})(?: \((\d+)\))?", last)
+        assert dict(noted_counts) == {commit: str(count) if len(counts) > 1 else "" for commit, count in counts.items()}
 
 
 def outcome(status: str, method: str, path: pathlib.Path | None = None, message: str = "") -> dict[str, Any]:
@@ -274,7 +274,7 @@ def outcome(status: str, method: str, path: pathlib.Path | None = None, message:
             "log": f"logs/{method}.log", "overrides": [f"method={method}"]}  # fmt: skip
 
 
-def test_summary_counts_shows_and_explains(records: list[Record]) -> None:
+def test_summary_of_jobs_counts_them_and_explains_failures(records: list[Record]) -> None:
     outcomes = [outcome("finished", "no_nash"), outcome("skipped", "uniform4"),
                 outcome("failed", "hqq", message="ValueError: 3 is odd\ntraceback")]  # fmt: skip
     text = rendered(frame.summary(outcomes, records[:2]))
@@ -284,7 +284,7 @@ def test_summary_counts_shows_and_explains(records: list[Record]) -> None:
     assert "0 finished" in rendered(frame.summary(outcomes[2:], []))
 
 
-def test_bit_maps_are_parsed() -> None:
+def test_tiles_of_allocation_are_a_grid_of_bits() -> None:
     grids = games.tiles(synthetic("nash_swarm").allocation)
     assert list(grids) == ["transformer.h.0.mlp.c_fc"]
     grid = grids["transformer.h.0.mlp.c_fc"]
@@ -298,12 +298,12 @@ def test_bit_maps_are_parsed() -> None:
         games.bit_map("mlp 1x1 4*1\n", "attn")
 
 
-def test_the_frontier_is_what_nothing_beats() -> None:
+def test_frontier_of_points_keeps_the_undominated() -> None:
     sizes, values = np.array([1.0, 2.0, 2.0, 3.0]), np.array([5.0, 6.0, 1.0, 2.0])
     assert quality.frontier(sizes, values).tolist() == [0, 2]
 
 
-def test_a_paired_ratio_of_a_run_with_itself_is_one() -> None:
+def test_paired_ratio_of_a_run_with_itself_is_one() -> None:
     one = [synthetic("nash_swarm")]
     assert quality.paired_ratio(one, one) == pytest.approx((1, 1, 1))
     other = synthetic("no_nash")
@@ -319,7 +319,7 @@ def of_windows(method: str, kl: list[float], seed: int = 0, size: float = 1e6, *
     return dataclasses.replace(one, series=series, metrics=one.metrics | {"bytes_file": size})
 
 
-def test_marks_are_the_differences_that_survive_holm() -> None:
+def test_tested_differences_that_survive_holm_are_marked() -> None:
     """Ten windows, all flips: p of a difference of one sign everywhere is 2/1024."""
     rng = np.random.default_rng(0)
     level = 0.1 + rng.random(10)
@@ -340,7 +340,7 @@ def test_marks_are_the_differences_that_survive_holm() -> None:
     assert typeset.MARK in rendered(typeset.terminal(table))
 
 
-def test_more_tests_need_more_evidence() -> None:
+def test_tested_with_more_methods_raises_p_values() -> None:
     """Six windows: p = 2/64 alone, and nothing beside other tests."""
     level = np.linspace(0.1, 0.2, 6)
 
@@ -355,31 +355,31 @@ def test_more_tests_need_more_evidence() -> None:
     assert p_of("gptq") == pytest.approx(1 / 32) and p_of("gptq", "rtn") == pytest.approx(1 / 16)
 
 
-def test_methods_are_tested_against_nash_swarm_of_the_same_overrides_on_the_same_text() -> None:
+def test_tested_reference_has_equal_overrides_and_text() -> None:
     level = np.linspace(0.1, 0.2, 6)
     shifts = {"gptq[bits=2]": 0.01, "nash_swarm[bits=2]": 0.0, "gptq[bits=3]": 0.01, "nash_swarm[bits=3]": 0.01}
     records = [of_windows(method, (level + shift).tolist()) for method, shift in shifts.items()]
     for one in records:
         del one.series["nll"], one.series["tokens"]  # as of examples of a task
-    found = frame.tested(frame.average(frame.frame(records)), records).set_index("method")["kl_p"]
-    assert found["gptq[bits=2]"] == pytest.approx(2 / 32) and found["gptq[bits=3]"] == 1
+    p_values = frame.tested(frame.average(frame.frame(records)), records).set_index("method")["kl_p"]
+    assert p_values["gptq[bits=2]"] == pytest.approx(2 / 32) and p_values["gptq[bits=3]"] == 1
     elsewhere = [
         dataclasses.replace(one, config=one.config | {"dataset": {"sha256": one.labels["method"]}}) for one in records
     ]
     assert "kl_p" not in frame.tested(frame.average(frame.frame(elsewhere)), elsewhere)
 
 
-def test_without_the_reference_nothing_is_tested(records: list[Record]) -> None:
+def test_tested_without_reference_adds_no_p_value(records: list[Record]) -> None:
     others = [one for one in records if one.labels["method"] != "nash_swarm"]
     means = frame.average(frame.frame(others))
     assert "kl_p" not in frame.tested(means, others) and typeset.note(means) == f"Runs of commit {COMMIT[:7]}."
     assert typeset.markdown(frame.tested(means, others)) == typeset.markdown(means)
 
 
-def test_seeds_are_paired_by_their_means_and_their_spread_is_shown() -> None:
+def test_paired_seeds_are_averaged_and_their_spread_is_shown() -> None:
     records = [of_windows("gptq", [kl] * 4, seed) for seed, kl in enumerate((0.1, 0.2, 0.6))]
-    own, other = frame.paired(records, records[:1], "kl")
-    assert own == pytest.approx([0.3] * 4) and other == pytest.approx([0.1] * 4)
+    gptq_kl, first_seed_kl = frame.paired(records, records[:1], "kl")
+    assert gptq_kl == pytest.approx([0.3] * 4) and first_seed_kl == pytest.approx([0.1] * 4)
     for one, kl in zip(records, (0.1, 0.2, 0.6), strict=True):
         one.metrics["kl"] = kl
     means = frame.average(frame.frame(records))
@@ -388,7 +388,7 @@ def test_seeds_are_paired_by_their_means_and_their_spread_is_shown() -> None:
     assert "kl_spread" not in frame.average(frame.frame(records[:1]))
 
 
-def test_equal_bytes_by_hand() -> None:
+def test_equal_bytes_on_a_power_law_equals_hand_calculation() -> None:
     """KL of nash_swarm falls as 1 / bytes²: at 2 MB it is a quarter of what it was at 1 MB, whatever is in between."""
     text = np.random.default_rng(1).uniform(1, 2, 12)
     sizes = {1.0: 1e6, 4.0: 4e6, 3.0: 3e6}
@@ -398,9 +398,9 @@ def test_equal_bytes_by_hand() -> None:
     ]
     for one in curve:  # of another experiment, on one window more
         one.labels["experiment"], one.config["method"]["name"] = "bit_budget", "nash_swarm"
-    own = [of_windows("gptq", (text * scale).tolist(), seed, 2e6) for seed, scale in enumerate((0.4, 0.6))]
+    gptq_runs = [of_windows("gptq", (text * scale).tolist(), seed, 2e6) for seed, scale in enumerate((0.4, 0.6))]
     large = of_windows("uniform8", text.tolist(), size=5e6)
-    table = tables.equal_bytes([*own, *curve, large]).set_index("method")
+    table = tables.equal_bytes([*gptq_runs, *curve, large]).set_index("method")
     assert list(table.index) == ["uniform8", "gptq"]
     assert table.loc["gptq", "kl_at_bytes"] == pytest.approx(text.mean() / 4)
     ends = table.loc["gptq", ["kl_ratio", "kl_ratio_low", "kl_ratio_high"]].astype(float).tolist()
@@ -411,13 +411,13 @@ def test_equal_bytes_by_hand() -> None:
 
     for alien in ("model", "dataset"):
         changed = [dataclasses.replace(one, config=one.config | {alien: {"sha256": "ef"}}) for one in curve[1:]]
-        assert len(tables.equal_bytes([*own, curve[0], *changed])) == 0, alien
+        assert len(tables.equal_bytes([*gptq_runs, curve[0], *changed])) == 0, alien
     fewer = [of_windows(one.labels["method"], one.series["kl"][:9], size=9e5) for one in curve]
-    assert len(tables.equal_bytes([*own, *fewer])) == 0
-    assert len(tables.equal_bytes(own)) == 0
+    assert len(tables.equal_bytes([*gptq_runs, *fewer])) == 0
+    assert len(tables.equal_bytes(gptq_runs)) == 0
 
 
-def test_the_layers_of_a_record_become_rows() -> None:
+def test_layers_of_two_seeds_become_averaged_rows() -> None:
     records = []
     for seed in (0, 1):
         one = synthetic("nash_swarm", seed)
@@ -433,7 +433,7 @@ def test_the_layers_of_a_record_become_rows() -> None:
     assert len(tables.layers([synthetic("gptq")])) == 0
 
 
-def test_the_contestants_of_a_record_become_rows() -> None:
+def test_speed_contestants_of_a_record_become_rows() -> None:
     one = synthetic("gptq")
     one.labels["measure"] = "speed"
     one.series.update({f"decode_ms_{name}": [1.0, 2.0] for name in ("full", "int8", "bfloat16")})
@@ -451,21 +451,21 @@ def test_the_contestants_of_a_record_become_rows() -> None:
     assert shown["KL"].tolist() == [MISSING, "0.2500", MISSING]
 
 
-def test_a_baseline_without_damage_stays_on_the_log_axis(records: list[Record]) -> None:
+def test_pareto_baseline_without_damage_stays_on_the_log_axis(records: list[Record]) -> None:
     axes = quality.pareto(frame.average(frame.frame(records))).axes[0]
     low, high = axes.get_ylim()
     assert 0 < low < min(value for value in KL.values() if value > 0) < high
     assert any("baseline (KL about 0)" in label.get_text() for label in axes.texts)
 
 
-def test_labels_do_not_overlap(records: list[Record]) -> None:
+def test_pareto_labels_of_many_methods_do_not_overlap(records: list[Record]) -> None:
     figure = quality.pareto(frame.average(frame.frame(records)))
     boxes = [label.get_window_extent() for label in figure.axes[0].texts if label.get_text()]
     assert len(boxes) == len(ABLATION)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
-def test_figures_say_what_they_lack() -> None:
+def test_figures_without_needed_records_raise_naming_them() -> None:
     baseline = [synthetic("baseline")]
     with pytest.raises(ValueError, match="no record has sweeps"):
         games.convergence(baseline)
@@ -474,7 +474,7 @@ def test_figures_say_what_they_lack() -> None:
 
 
 @pytest.mark.usefixtures("few_resamples")
-def test_scripts_from_records_to_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_scripts_run_twice_write_equal_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     options = ["--records", str(folder), "--experiment", "ablation", "--paper", str(tmp_path / "paper")]
     assert script("tables").main([*options, "--out", str(tmp_path / "tables")]) == 0
     assert {path.name for path in (tmp_path / "tables").iterdir()} == {"ablation.md", "ablation.csv", "ablation.tex"}
@@ -489,22 +489,20 @@ def test_scripts_from_records_to_files(folder: pathlib.Path, tmp_path: pathlib.P
             assert first == second, f"{name}{suffix} differs between two runs"
 
 
-def test_a_whole_derivation_removes_the_tables_of_records_that_are_gone(
-    folder: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    own = ["ablation.csv", "ablation.md", "ablation.tex"]
+def test_tables_script_of_all_experiments_removes_stale_tables(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    derived = ["ablation.csv", "ablation.md", "ablation.tex"]
     stale = [f"{name}{suffix}" for name in ("gone", "gone_layers", "equal_bytes") for suffix in (".md", ".csv", ".tex")]
     others = ["audit.md", "audit.tex", "notes.csv", "resources.md"]
     for name in (*stale, *others):
         (tmp_path / name).touch()
     options = ["--records", str(folder), "--out", str(tmp_path)]
     assert script("tables").main([*options, "--experiment", "ablation"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*own, *stale, *others])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*derived, *stale, *others])
     assert script("tables").main(options) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*own, *others])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*derived, *others])
 
 
-def test_a_script_runs_as_a_command_and_fails_in_one_sentence(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_scripts_without_records_fail_in_one_sentence(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "scripts/tables.py", "--records", str(folder), "--experiment", "main"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
@@ -513,7 +511,7 @@ def test_a_script_runs_as_a_command_and_fails_in_one_sentence(folder: pathlib.Pa
         assert script(name).main(["--records", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
 
 
-def test_the_summary_script_fails_when_a_job_failed(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_summary_script_with_failed_job_returns_one(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path = next(folder.glob("*.json"))
     jobs = [outcome("finished", "uniform4", path), outcome("failed", "hqq", message="boom")]
     for number, job in enumerate(jobs):

@@ -32,10 +32,10 @@ document.body.dataset.broken = broken.length;
 @pytest.fixture(scope="module")
 def some() -> list[Record]:
     """A few committed records, one of them as if it came from uncommitted code."""
-    found = [one for one in record.read_all(RECORDS) if one.labels["method"] in METHODS]
-    assert len(found) == len(METHODS)
-    changed = dataclasses.replace(found[0], provenance=found[0].provenance | {"dirty": True})
-    return [changed, *(dataclasses.replace(one, provenance=one.provenance | {"dirty": False}) for one in found[1:])]
+    runs = [one for one in record.read_all(RECORDS) if one.labels["method"] in METHODS]
+    assert len(runs) == len(METHODS)
+    changed = dataclasses.replace(runs[0], provenance=runs[0].provenance | {"dirty": True})
+    return [changed, *(dataclasses.replace(one, provenance=one.provenance | {"dirty": False}) for one in runs[1:])]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def content(some: list[Record]) -> str:
     return page(some)
 
 
-def test_the_page_shows_every_run_and_needs_nothing_beside_it(some: list[Record], content: str) -> None:
+def test_page_of_runs_shows_each_without_external_files(some: list[Record], content: str) -> None:
     for one in some:
         assert one.fingerprint in content and one.labels["method"] in content
         assert repr(one.metrics["kl"]) in content and FORMATS["kl"](one.metrics["kl"]) in content
@@ -72,21 +72,21 @@ CHARTS = {
 
 @pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize("experiment", sorted({path.name for path in RECORDS.parent.iterdir()} - {"audit"}))
-def test_the_page_of_an_experiment_has_its_own_columns(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_of_committed_experiment_has_its_columns(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_module, "bits", lambda one: [])  # slow, and the same for all
-    found = page(list(record.read_all(RECORDS.parent / experiment)))
-    heads = re.findall(r'<th scope="col"><button>([^<]+)</button>', found)
+    content_of_page = page(list(record.read_all(RECORDS.parent / experiment)))
+    heads = re.findall(r'<th scope="col"><button>([^<]+)</button>', content_of_page)
     for heading in OWN.get(experiment, ("MB", "saved %")):
         assert html.escape(heading) in heads
     for caption in CHARTS.get(experiment, ()):
-        assert f"<figcaption>{caption}</figcaption>" in found
-    for table in found.split("<h2>Runs</h2>")[0].split("<table")[1:]:
+        assert f"<figcaption>{caption}</figcaption>" in content_of_page
+    for table in content_of_page.split("<h2>Runs</h2>")[0].split("<table")[1:]:
         for row in re.findall(r"<tr[^>]*>(<td.*)</tr>", table):
             numbers = re.findall(r'<td data-value="([^"]*)">[^<]', row)
             assert any(numbers), "a row without a number"
 
 
-def test_older_code_is_shown_with_its_commit(some: list[Record]) -> None:
+def test_page_runs_of_older_code_show_their_commit(some: list[Record]) -> None:
     """Of three runs the last one began with other code than the others."""
     commits = {"uniform4": "a" * 40, "no_nash": "b" * 40, "nash_swarm": "b" * 40}
     started = {"uniform4": "2026-01-01", "no_nash": "2026-01-02", "nash_swarm": "2026-01-03"}
@@ -100,14 +100,14 @@ def test_older_code_is_shown_with_its_commit(some: list[Record]) -> None:
         assert "Runs of commits aaaaaaa (1) and bbbbbbb (2)." in shown
 
 
-def test_one_page_shows_one_experiment(some: list[Record]) -> None:
+def test_page_of_two_experiments_raises(some: list[Record]) -> None:
     other = dataclasses.replace(some[0], labels=some[0].labels | {"experiment": "<other>"})
     with pytest.raises(ValueError, match="one page shows one experiment, not <other>, ablation"):
         page([*some, other])
     assert "<h1>&lt;other&gt;</h1>" in page([other])
 
 
-def test_only_what_no_record_shows_is_left_out(some: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_without_series_leaves_out_figures_only(some: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
     sized = [
         dataclasses.replace(one, metrics={"bytes_file": one.metrics["bytes_file"]}, series={}, layers=[])
         for one in some
@@ -123,7 +123,7 @@ def test_only_what_no_record_shows_is_left_out(some: list[Record], monkeypatch: 
 
 
 @pytest.mark.engines
-def test_a_browser_reads_it(some: list[Record], content: str, tmp_path: pathlib.Path) -> None:
+def test_page_in_a_browser_sorts_and_draws(some: list[Record], content: str, tmp_path: pathlib.Path) -> None:
     """Headless Chromium sorts the table, draws every picture, and has nothing to complain of."""
     browser = shutil.which("chromium")
     assert browser, "there is no chromium: apt-get install chromium"

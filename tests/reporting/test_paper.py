@@ -31,22 +31,22 @@ def prose(text: str) -> str:
     return re.sub("|".join((LAYOUT, FORMULAS, CITATIONS, LEVEL)), "", text, flags=re.DOTALL)
 
 
-def test_no_result_is_typed() -> None:
+def test_paper_prose_holds_no_typed_result() -> None:
     assert re.findall(r"\d+(?:[.,]\d+)*|\\%", prose(BODY)) == []
     assert "per cent" not in re.sub(r"\\\w+\{\} per cent", "", prose(BODY))
 
 
-def test_formulas_hold_no_decimal_number() -> None:
+def test_paper_formulas_hold_no_decimal_number() -> None:
     assert not re.search(r"\d[.,]\d", "".join(re.findall(FORMULAS, BODY, flags=re.DOTALL)))
 
 
 @pytest.mark.parametrize("typed", ["perplexity of 29.9", r"saves 90\,\% of it", "compresses 4 times", "1,024 windows"])
-def test_a_typed_result_would_be_seen(typed: str) -> None:
+def test_prose_with_a_typed_result_keeps_its_digits(typed: str) -> None:
     assert re.search(r"\d", prose(typed))
 
 
 @pytest.mark.usefixtures("few_resamples")
-def test_every_macro_is_written_from_the_committed_records(committed_records: list[Record], evidence: Evidence) -> None:
+def test_paper_macros_are_written_from_committed_records(committed_records: list[Record], evidence: Evidence) -> None:
     written = set(macros.of_records(committed_records))
     written |= set(benchmarks.of_benchmarks(ROOT / "results/benchmarks"))
     written |= set(re.findall(r"\\newcommand\{\\([A-Za-z]+)\}", document.included(evidence)["audit_numbers"]))
@@ -55,27 +55,31 @@ def test_every_macro_is_written_from_the_committed_records(committed_records: li
     assert used <= written, f"nothing writes {sorted(used - written)}"
 
 
-def test_every_citation_is_listed_and_every_listed_work_is_cited() -> None:
+def test_paper_citations_are_the_listed_works() -> None:
     listed = set(re.findall(r"@\w+\{([^,]+),", (PAPER / "references.bib").read_text()))
     groups = re.findall(r"\\cite[tp]?\{([^}]*)\}", BODY)
     assert {key.strip() for group in groups for key in group.split(",")} == listed
 
 
-def test_what_is_included_is_generated_from_what_is_committed() -> None:
+def test_paper_inclusions_are_generated_from_committed_files() -> None:
     included = set(re.findall(r"\\(?:input|includegraphics(?:\[[^]]*\])?)\{([^}]*)\}", SOURCE))
     assert {path.split("/")[0] for path in included} == {"generated", "architecture"}
     names = {path.removeprefix("generated/") for path in included} - {"architecture", "numbers"}
     optional = set(re.findall(r"\\whenmade\{([^}]*)\}", SOURCE))
     figures = {path.name for path in (ROOT / "results/figures").glob("*.pdf")}
     table_names = {path.stem for path in (ROOT / "results/tables").glob("*.tex")}
-    made = figures | table_names | {f"{name}_budgets" for name in table_names} | {f"audit_{name}" for name in AUDIT}
-    assert names <= made | optional | {path.removesuffix(".tex") for path in optional}, names - made
+    generated_names = (
+        figures | table_names | {f"{name}_budgets" for name in table_names} | {f"audit_{name}" for name in AUDIT}
+    )
+    assert names <= generated_names | optional | {path.removesuffix(".tex") for path in optional}, (
+        names - generated_names
+    )
 
 
 AUDIT = ("claims", "verdicts", "sizes", "numbers")
 
 
-def test_the_diagram_holds_no_number() -> None:
+def test_paper_diagram_holds_no_number() -> None:
     drawn = re.sub(r"(?<!\\)%.*", "", (PAPER / "architecture.tex").read_text())
     words = re.findall(r"\{((?:[^{}]|\{[^{}]*\})*)\}\s*;|\{([^{}]*)\} \(", drawn)
     assert len(words) > 10 and not re.search(r"\d", "".join(part for pair in words for part in pair))
@@ -88,28 +92,28 @@ def means(**differing: list[str]) -> pd.DataFrame:
     return pd.DataFrame({name: [value] * count for name, value in (rows | numbers).items()} | differing)
 
 
-def test_macros_are_letters_named_by_where_they_come_from() -> None:
-    found = macros.numbers(means(method=["gptq[bits=2.3]", "nash_swarm"]), "main")
-    assert all(re.fullmatch("[A-Za-z]+", name) for name in found)
-    assert found["MainGptqBitsTwoThreeKl"] == "0.0625" and found["MainNashSwarmBytesFile"] == "3.00"
-    assert found["MainParametersMillions"] == "8.0" and found["MainModelName"] == "gpt"
+def test_numbers_of_a_table_are_named_by_their_origin() -> None:
+    value_of = macros.numbers(means(method=["gptq[bits=2.3]", "nash_swarm"]), "main")
+    assert all(re.fullmatch("[A-Za-z]+", name) for name in value_of)
+    assert value_of["MainGptqBitsTwoThreeKl"] == "0.0625" and value_of["MainNashSwarmBytesFile"] == "3.00"
+    assert value_of["MainParametersMillions"] == "8.0" and value_of["MainModelName"] == "gpt"
     tasks = macros.numbers(means(dataset=["sst2", "cola"]), "glue")
     assert {"GlueSstTwoGptqBitsThreeKl", "GlueColaGptqBitsThreeKl"} <= set(tasks)
-    assert r"\newcommand{\MainModelName}{gpt}" in latex.commands(found)
+    assert r"\newcommand{\MainModelName}{gpt}" in latex.commands(value_of)
 
 
-def test_numbers_from_different_texts_do_not_meet() -> None:
+def test_numbers_of_different_texts_raise() -> None:
     table = means(method=["gptq", "hqq"]).assign(tokens=[100.0, 1.0])
     with pytest.raises(ValueError, match="different tokens"):
         macros.numbers(table)
 
 
-def test_what_full_precision_had_is_told_of_the_same_text() -> None:
-    found = macros.numbers(means(method=["gptq"]).assign(perplexity=60.0, nll_delta=math.log(1.5)))
-    assert found["GptqPerplexityFull"] == "40.00"
+def test_numbers_of_full_precision_follow_from_the_same_text() -> None:
+    value_of = macros.numbers(means(method=["gptq"]).assign(perplexity=60.0, nll_delta=math.log(1.5)))
+    assert value_of["GptqPerplexityFull"] == "40.00"
 
 
-def test_budgets_stand_side_by_side_and_what_is_absent_is_a_dash() -> None:
+def test_budgets_absent_run_is_a_dash() -> None:
     lines = tables.budgets(means(method=["gptq[bits=2]", "gptq[bits=3]", "hqq[bits=3]"]), ("2", "3")).splitlines()
     assert lines[-5:-2] == [
         r"\midrule",
@@ -118,32 +122,34 @@ def test_budgets_stand_side_by_side_and_what_is_absent_is_a_dash() -> None:
     ]
 
 
-def test_the_correlation_is_that_of_logarithms() -> None:
+def test_correlation_of_a_power_law_is_one() -> None:
     layers = pd.DataFrame({"layer_damage": [1e-4, 1e-3, 1e-2, 0.0], "layer_kl": [2e-4, 2e-3, 2e-2, 1.0]})
     assert math.isclose(macros.correlation(layers), 1)
 
 
-def test_settings_are_those_of_the_whole_method(committed_records: list[Record]) -> None:
+def test_settings_of_ablation_are_those_of_the_reference(committed_records: list[Record]) -> None:
     ablation = [one for one in committed_records if one.labels["experiment"] == "ablation"]
-    own = next(one for one in ablation if one.labels["method"] == REFERENCE)
-    found = macros.settings(ablation)
-    assert found["SettingSwarmNeighbours"] == str(own.config["method"]["swarm"]["neighbours"])
-    assert found["SettingTestWindows"] == str(own.config["dataset"]["test_windows"])
+    reference_run = next(one for one in ablation if one.labels["method"] == REFERENCE)
+    value_of = macros.settings(ablation)
+    assert value_of["SettingSwarmNeighbours"] == str(reference_run.config["method"]["swarm"]["neighbours"])
+    assert value_of["SettingTestWindows"] == str(reference_run.config["dataset"]["test_windows"])
 
 
-def test_mixtures_are_those_that_were_trained(committed_records: list[Record]) -> None:
-    own = next(
+def test_mixtures_of_trained_models_have_macros(committed_records: list[Record]) -> None:
+    routed_run = next(
         one
         for one in committed_records
         if one.labels["model"] == "moe_small64" and one.labels["method"] == macros.ROUTED
     )
-    found = macros.mixtures([own], "moe")
-    assert found["MoeMoeSmallSixFourExperts"] == "64"
-    assert float(found["MoeMoeSmallSixFourActiveMillions"]) == round(own.metrics["active_parameters"] / 1e6, 1)
+    value_of = macros.mixtures([routed_run], "moe")
+    assert value_of["MoeMoeSmallSixFourExperts"] == "64"
+    assert float(value_of["MoeMoeSmallSixFourActiveMillions"]) == round(
+        routed_run.metrics["active_parameters"] / 1e6, 1
+    )
     assert macros.mixtures([one for one in committed_records if one.labels["experiment"] == "main"]) == {}
 
 
-def test_of_rotations_the_largest_change_is_told_of_each_method(tmp_path: pathlib.Path) -> None:
+def test_benchmark_rotation_gives_the_largest_change_per_method(tmp_path: pathlib.Path) -> None:
     changes = {"gptq": (1.01, 0.97), "nash_swarm": (1.0, 1.02)}
     rows = [
         {"method": method, "signs": signs, "kl_straight": 2.0, "kl_turned": 2.0 * change}
@@ -155,7 +161,7 @@ def test_of_rotations_the_largest_change_is_told_of_each_method(tmp_path: pathli
     assert benchmarks.of_benchmarks(tmp_path) == expected
 
 
-def test_of_sweeps_the_worst_round_is_told_and_of_reruns_those_that_are_the_same(tmp_path: pathlib.Path) -> None:
+def test_benchmark_sweeps_and_reruns_give_worst_round_and_equal_runs(tmp_path: pathlib.Path) -> None:
     idle = {"each, disabled": [1.0, 3.1], "each, offline": [1.5, 3.0], "by hand": [1.0, 0.6]}
     sweeps = {"idle": idle, "seconds": {"one after the other": [300.0, 340.0], "two processes": [150.0, 200.0]}}
     reproduced = {"runs": [{"moved": []}, {"moved": ["kl"]}, {"moved": []}]}
@@ -165,15 +171,15 @@ def test_of_sweeps_the_worst_round_is_told_and_of_reruns_those_that_are_the_same
     assert benchmarks.of_benchmarks(tmp_path) == expected
 
 
-def test_benchmarks_tell_what_their_rows_say_and_must_be_committed(tmp_path: pathlib.Path) -> None:
+def test_benchmark_rows_have_macros_and_uncommitted_code_raises(tmp_path: pathlib.Path) -> None:
     row = {"role": "shrink", "windows": 1, "variant": "flock of 7"}
     row |= {"difference_percent": -12.34, "low_percent": -15.0, "high_percent": 0.04}
     content = {"rows": [row], "provenance": {"dirty": False}}
     path = tmp_path / "flock.json"
     path.write_text(json.dumps(content))
-    found = benchmarks.of_benchmarks(tmp_path)
-    assert found["FlockShrinkOneFlockOfSevenDifferencePercent"] == "$-$12.3"
-    assert found["FlockShrinkOneFlockOfSevenHighPercent"] == "+0.0"
+    value_of = benchmarks.of_benchmarks(tmp_path)
+    assert value_of["FlockShrinkOneFlockOfSevenDifferencePercent"] == "$-$12.3"
+    assert value_of["FlockShrinkOneFlockOfSevenHighPercent"] == "+0.0"
     for unclean in ({"dirty": True}, {"dirty": None}, {}):
         path.write_text(json.dumps(content | {"provenance": unclean}))
         with pytest.raises(ValueError, match=r"flock\.json comes from uncommitted or unknown code"):

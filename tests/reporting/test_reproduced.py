@@ -30,7 +30,7 @@ def run(
 
 
 def words(folder: pathlib.Path) -> list[str]:
-    places = {"records": "first", "reproduced": "again", "out": "told"}
+    places = {"records": "first", "reproduced": "again", "out": "report"}
     return [word for name, place in places.items() for word in (f"--{name}", str(folder / place))]
 
 
@@ -45,14 +45,16 @@ def words(folder: pathlib.Path) -> list[str]:
         (run(kl=0.61), "| ablation | 1 | 1 | 0 | 1 | 0 | 1 | 1 | nash_swarm kl |", 1),
     ],
 )
-def test_what_lies_outside_is_named(again: Record, cells: str, status: int, tmp_path: pathlib.Path) -> None:
+def test_reproduced_metric_outside_its_interval_is_named(
+    again: Record, cells: str, status: int, tmp_path: pathlib.Path
+) -> None:
     record.write(tmp_path / "first", run())
     record.write(tmp_path / "again", again)
     assert reproduced.main(words(tmp_path)) == status
-    assert (tmp_path / "told.md").read_text().splitlines()[-1] == cells
+    assert (tmp_path / "report.md").read_text().splitlines()[-1] == cells
 
 
-def test_another_run_is_no_repetition(
+def test_reproduced_without_repetition_fails_in_one_sentence(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     record.write(tmp_path / "first", run())
@@ -61,19 +63,19 @@ def test_another_run_is_no_repetition(
     record.write(tmp_path / "again", run(method="gptq"))
     assert reproduced.main(words(tmp_path)) == 1
     assert "repeats a record" in capsys.readouterr().err
-    assert not (tmp_path / "told.md").exists()
+    assert not (tmp_path / "report.md").exists()
     record.write(tmp_path / "again", run(window=0.26))
     caplog.clear()
     assert reproduced.main(words(tmp_path)) == 0
-    assert (tmp_path / "told.md").read_text().splitlines()[-1].startswith("| ablation | 1 | 1 | 0 |")
+    assert (tmp_path / "report.md").read_text().splitlines()[-1].startswith("| ablation | 1 | 1 | 0 |")
     assert [line.count("repeats no record") for line in caplog.messages] == [1]
 
 
-def test_what_has_no_interval_must_not_move() -> None:
+def test_compared_metric_without_interval_must_be_equal() -> None:
     first, again = (dataclasses.replace(run(), metrics={"bytes_file": size}, series={}) for size in (10.0, 11.0))
     assert compared(first, again).failing == ["bytes_file"] and not compared(first, first).failing
 
 
-def test_a_metric_that_is_gone_lies_outside() -> None:
+def test_compared_absent_metric_lies_outside() -> None:
     again = dataclasses.replace(run(), metrics={"kl": 0.5})
     assert compared(run(), again).inside == {"kl": True, "decode_ratio": False}

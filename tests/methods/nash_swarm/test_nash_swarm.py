@@ -58,7 +58,7 @@ def matrices(shapes: Mapping[str, tuple[int, int]] = SHAPES) -> tuple[Layer, ...
 
 def moments_of(layers: tuple[Layer, ...], correlated: bool = True) -> dict[str, Moments]:
     """Inputs that correlate and differ in size, outputs of very unequal sensitivity; one matrix is looked up too."""
-    found = {}
+    moments_by_module = {}
     for number, layer in enumerate(layers):
         generator = torch.Generator().manual_seed(100 + number)
         rows, columns = layer.weight.shape
@@ -71,12 +71,12 @@ def moments_of(layers: tuple[Layer, ...], correlated: bool = True) -> dict[str, 
         if not correlated:
             seen = met = torch.diag(sizes.square())
         outputs, coupled = 1e-4 * torch.randn(2, rows, generator=generator).exp()
-        found[layer.modules[-1]] = Moments(seen, outputs, coupled, met)
+        moments_by_module[layer.modules[-1]] = Moments(seen, outputs, coupled, met)
         if len(layer.modules) > 1:
             share = torch.rand(rows, generator=generator).softmax(0)
             sizes = 1e-3 * torch.rand(columns, generator=generator)
-            found[layer.modules[0]] = Moments(share, sizes, sizes, share)
-    return found
+            moments_by_module[layer.modules[0]] = Moments(share, sizes, sizes, share)
+    return moments_by_module
 
 
 def context_of(
@@ -93,7 +93,9 @@ def context_of(
 
     def heldout_kl(weights: Mapping[str, Tensor], tokens: int | None) -> float:
         by_name = {layer.name: layer for layer in layers}
-        return sum((truth or predicted)(by_name[name], by_name[name].weight - found) for name, found in weights.items())
+        return sum(
+            (truth or predicted)(by_name[name], by_name[name].weight - weight) for name, weight in weights.items()
+        )
 
     def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         name = f"{kind} {sorted(key.items())}"
@@ -134,14 +136,14 @@ def result(name: str) -> Compressed:
     return solved(name)[0]
 
 
-def decoded(found: Compressed) -> dict[str, LatticeTensor]:
+def decoded(compressed: Compressed) -> dict[str, LatticeTensor]:
     """The tensors, read from the bytes and from nothing else."""
-    tables = CodeTables.unpack(found.packed[TABLES])
-    return {name: decode_lattice(packed, tables) for name, packed in found.packed.items() if name != TABLES}
+    tables = CodeTables.unpack(compressed.packed[TABLES])
+    return {name: decode_lattice(packed, tables) for name, packed in compressed.packed.items() if name != TABLES}
 
 
-def true_damage(found: Compressed) -> float:
-    return context_of(*example()).heldout_kl(found.weights, None)
+def true_damage(compressed: Compressed) -> float:
+    return context_of(*example()).heldout_kl(compressed.weights, None)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -155,16 +157,18 @@ def test_compress_any_settings_meets_the_budget_from_below(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_compress_any_settings_packs_the_weights_it_returns(name: str) -> None:
-    found, tensors = result(name), decoded(result(name))
+    compressed, tensors = result(name), decoded(result(name))
     layers = example()[0]
-    assert list(found.weights) == list(tensors) == [layer.name for layer in layers]
-    assert all(torch.equal(tensors[name].dequantize(), weight) for name, weight in found.weights.items())
-    tables = CodeTables.unpack(found.packed[TABLES])
+    assert list(compressed.weights) == list(tensors) == [layer.name for layer in layers]
+    assert all(torch.equal(tensors[name].dequantize(), weight) for name, weight in compressed.weights.items())
+    tables = CodeTables.unpack(compressed.packed[TABLES])
     lengths = {name: float(coded_bits(tensor, tables).sum()) for name, tensor in tensors.items()}
-    assert found.code_bits == int(sum(lengths.values()))
-    for layer, line in zip(layers, found.allocation.splitlines(), strict=True):
-        told, bits, *runs = line.split()
-        assert told == layer.name and float(bits) == pytest.approx(lengths[told] / layer.parameters, abs=6e-4)
+    assert compressed.code_bits == int(sum(lengths.values()))
+    for layer, line in zip(layers, compressed.allocation.splitlines(), strict=True):
+        layer_name, bits, *runs = line.split()
+        assert layer_name == layer.name and float(bits) == pytest.approx(
+            lengths[layer_name] / layer.parameters, abs=6e-4
+        )
         assert sum(int(run.split("*")[1]) for run in runs) == -(-len(layer.weight) // 16)
 
 
@@ -177,15 +181,15 @@ def test_compress_same_seed_gives_same_bytes_and_metrics(name: str) -> None:
 
 def test_compress_damages_and_metrics_are_those_of_the_weights() -> None:
     layers, moments = example()
-    found = result("no_swarm")
+    compressed = result("no_swarm")
     for layer in layers:
         curved = curvature(layer, moments).damped()
-        error = layer.weight - found.weights[layer.name]
-        assert found.damage[layer.name] == pytest.approx(curved.damage_by_row(error).sum().item(), rel=1e-4)
-    assert found.metrics["damage"] == pytest.approx(sum(found.damage.values()))
-    paid = found.metrics["price"] / 8 * found.code_bits
-    assert found.metrics["potential_end"] == pytest.approx(found.metrics["damage"] + paid, rel=1e-4)
-    assert found.metrics["players"] == sum(-(-rows // 16) for rows, _ in SHAPES.values())
+        error = layer.weight - compressed.weights[layer.name]
+        assert compressed.damage[layer.name] == pytest.approx(curved.damage_by_row(error).sum().item(), rel=1e-4)
+    assert compressed.metrics["damage"] == pytest.approx(sum(compressed.damage.values()))
+    paid = compressed.metrics["price"] / 8 * compressed.code_bits
+    assert compressed.metrics["potential_end"] == pytest.approx(compressed.metrics["damage"] + paid, rel=1e-4)
+    assert compressed.metrics["players"] == sum(-(-rows // 16) for rows, _ in SHAPES.values())
 
 
 def test_compress_without_a_part_of_the_game_damages_more() -> None:
@@ -210,13 +214,13 @@ def test_compress_uniform_steps_are_proportional_to_weights() -> None:
 def test_compress_one_offset_steps_cost_the_same_everywhere() -> None:
     """½ a κ step² is the price of the unit, to a quarter of an octave and the offset of the block."""
     layers, moments = example()
-    found = compress(dataclasses.replace(ALONE, offsets=(0,)))
-    unit = math.sqrt(12 * found.metrics["price"] / 8 / math.log(2))
+    compressed = compress(dataclasses.replace(ALONE, offsets=(0,)))
+    unit = math.sqrt(12 * compressed.metrics["price"] / 8 / math.log(2))
     for layer in layers:
         rows, inputs = curvature(layer, moments).damped().mean_row_curvature()
         h = inputs.double()
         columns = [1 / torch.linalg.inv(h[column:, column:])[0, 0].item() for column in range(len(h))]
-        lattice = decoded(found)[layer.name].lattice
+        lattice = decoded(compressed)[layer.name].lattice
         steps = lattice.row_steps()[:, None] * lattice.column_steps()
         wanted = unit / torch.outer(rows, torch.tensor(columns)).sqrt()
         assert (steps / wanted).log2().abs().max() <= 0.26
@@ -252,10 +256,12 @@ def test_compress_game_cached_at_another_budget_moves_no_number() -> None:
     method = METHODS["nash_swarm"]
     compress(dataclasses.replace(method, bits=5.0), context_of(*example(), store=store))
     games = len(store)
-    found = compress(method, context_of(*example(), store=store))
+    compressed = compress(method, context_of(*example(), store=store))
     assert len(store) == games, "what is chosen once was chosen again for another budget"
-    assert all(np.array_equal(found.packed[layer], result("nash_swarm").packed[layer]) for layer in found.packed)
-    assert found.metrics == result("nash_swarm").metrics
+    assert all(
+        np.array_equal(compressed.packed[layer], result("nash_swarm").packed[layer]) for layer in compressed.packed
+    )
+    assert compressed.metrics == result("nash_swarm").metrics
 
 
 @pytest.mark.parametrize(
@@ -294,9 +300,9 @@ def test_compress_little_above_smallest_size_fits() -> None:
     with pytest.raises(ValueError) as caught:
         compress(dataclasses.replace(ALONE, bits=0.05))
     least = float(str(caught.value).split("this model, ")[1].split(" bits")[0])
-    found = compress(dataclasses.replace(ALONE, bits=1.6 * least))
+    compressed = compress(dataclasses.replace(ALONE, bits=1.6 * least))
     parameters = sum(layer.parameters for layer in example()[0])
-    assert sum(len(packed) for packed in found.packed.values()) <= 1.6 * least * parameters / 8 - FIXED_BYTES
+    assert sum(len(packed) for packed in compressed.packed.values()) <= 1.6 * least * parameters / 8 - FIXED_BYTES
 
 
 # What the flock and measured damages do.
@@ -330,8 +336,8 @@ def test_compress_noisy_sensitivities_shrinkage_helps() -> None:
     """All rows of a role cost the same in truth; the moments say otherwise."""
     layers, moments = example()
     flat = {
-        name: dataclasses.replace(found, coupled=torch.full_like(found.coupled, 1e-4))
-        for name, found in moments.items()
+        name: dataclasses.replace(measured, coupled=torch.full_like(measured.coupled, 1e-4))
+        for name, measured in moments.items()
     }
 
     def truth(layer: Layer, error: Tensor) -> float:
@@ -360,17 +366,17 @@ def test_shrunk_half_strength_moves_every_row_half_way() -> None:
             block += 1
 
 
-def offsets_of(found: Compressed) -> np.ndarray:
+def offsets_of(compressed: Compressed) -> np.ndarray:
     """The offset of every block, read from the allocation."""
-    runs = [run.split("*") for line in found.allocation.splitlines() for run in line.split()[2:]]
+    runs = [run.split("*") for line in compressed.allocation.splitlines() for run in line.split()[2:]]
     return np.array([int(value) for value, length in runs for _ in range(int(length))])
 
 
 def test_compress_aligned_neighbours_come_closer() -> None:
     links = solver_of(METHODS["aligned"]).coupling.tocoo()
 
-    def apart(found: Compressed) -> float:
-        offsets = offsets_of(found)
+    def apart(compressed: Compressed) -> float:
+        offsets = offsets_of(compressed)
         return float((links.data * np.abs(offsets[links.row] - offsets[links.col])).sum())
 
     alone, aligned = result("alone"), result("aligned")
@@ -465,12 +471,12 @@ def test_regret_metrics_equal_enumeration_from_the_bytes(small: Any) -> None:
     """Every offset of every block and every other code of every weight, in float64, from the decoded file."""
     layers, moments = small
     context = dataclasses.replace(context_of(layers, moments), parameters=6 * sum(layer.parameters for layer in layers))
-    found = compress(ALONE, context)
-    tables, price = CodeTables.unpack(found.packed[TABLES]), found.metrics["price"] / 8
+    compressed = compress(ALONE, context)
+    tables, price = CodeTables.unpack(compressed.packed[TABLES]), compressed.metrics["price"] / 8
     steps_regret, codes_regret = [], []
     for layer in layers:
         curved = curvature(layer, moments).damped()
-        tensor = decoded(found)[layer.name]
+        tensor = decoded(compressed)[layer.name]
         offsets = tuple(ALONE.offsets)
         damage, bits = points(layer, tensor, curved, tables, offsets)
         costs = damage + price * bits
@@ -488,19 +494,19 @@ def test_regret_metrics_equal_enumeration_from_the_bytes(small: Any) -> None:
             by_row[row] += max(gains)
         codes_regret += [part.sum() for part in np.split(by_row, range(16, len(by_row), 16))]
     worst = np.maximum(steps_regret, codes_regret)
-    slack = 2e-3 * found.metrics["potential_end"] / len(worst)  # a float32 tie of the pass may fall the other way
-    assert found.metrics["players"] == len(worst)
-    assert found.metrics["regret_of_steps"] == pytest.approx(max(steps_regret), abs=slack)
-    assert found.metrics["regret_of_codes"] == pytest.approx(max(codes_regret), abs=slack)
-    assert found.metrics["regret_max"] == pytest.approx(worst.max(), abs=slack)
-    assert found.metrics["regret_mean"] == pytest.approx(worst.mean(), abs=slack)
+    slack = 2e-3 * compressed.metrics["potential_end"] / len(worst)  # a float32 tie of the pass may fall the other way
+    assert compressed.metrics["players"] == len(worst)
+    assert compressed.metrics["regret_of_steps"] == pytest.approx(max(steps_regret), abs=slack)
+    assert compressed.metrics["regret_of_codes"] == pytest.approx(max(codes_regret), abs=slack)
+    assert compressed.metrics["regret_max"] == pytest.approx(worst.max(), abs=slack)
+    assert compressed.metrics["regret_mean"] == pytest.approx(worst.mean(), abs=slack)
 
 
 @pytest.mark.parametrize("name", ["nash_swarm", "no_swarm", "alone", "local", "aligned", "high", "low"])
 def test_compress_at_equilibrium_regret_vanishes(name: str) -> None:
-    found = result(name).metrics
-    assert 0 <= found["regret_mean"] <= found["regret_max"] <= 1e-6
-    assert found["regret_max"] == max(found["regret_of_steps"], found["regret_of_codes"])
+    metrics = result(name).metrics
+    assert 0 <= metrics["regret_mean"] <= metrics["regret_max"] <= 1e-6
+    assert metrics["regret_max"] == max(metrics["regret_of_steps"], metrics["regret_of_codes"])
 
 
 @pytest.mark.parametrize("align", [0.0, 2.0])
