@@ -1,5 +1,6 @@
 """What the tests of reporting share: committed records, read once, and statistics of few resamples."""
 
+import contextlib
 import pathlib
 from collections.abc import Iterator
 
@@ -18,19 +19,27 @@ def committed_records() -> list[Record]:
     return list(record.read_all(RECORDS))
 
 
-@pytest.fixture
-def few_resamples() -> Iterator[None]:
-    """Intervals and tests from few resamples, for tests that read no interval and no p-value."""
+@contextlib.contextmanager
+def few_statistics() -> Iterator[None]:
+    """Compute intervals and tests from few resamples, for assertions that read no interval and no p-value."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "RESAMPLES", 50)
         patch.setattr(statistics, "FLIPS", 199)
         yield
 
 
+@pytest.fixture
+def few_resamples() -> Iterator[None]:
+    """Run the test with ``few_statistics``."""
+    with few_statistics():
+        yield
+
+
 @pytest.fixture(scope="session")
 def evidence() -> Evidence:
-    """The evidence of the committed records; intervals at equal bytes and p-values are from few resamples."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "RESAMPLES", 50)
-        patch.setattr(statistics, "FLIPS", 199)
+    """The evidence of the committed records; intervals at equal bytes and p-values are from few resamples.
+
+    No assertion reads them: verdicts on runs come from the intervals that the records hold.
+    """
+    with few_statistics():
         return gather(RECORDS)

@@ -13,6 +13,7 @@ from nashswarm.records.record import Record
 from nashswarm.reporting import frame, tables
 from nashswarm.reporting.figures import flock, games, moe, quality, speed
 from scripts import figures as script
+from tests.reporting.conftest import few_statistics
 from tests.reporting.test_frame import synthetic
 
 
@@ -223,28 +224,31 @@ def test_roofline_of_products_touches_the_best_of_them() -> None:
         speed.roofline(table[3:].assign(kernel="another"))
 
 
-@pytest.mark.usefixtures("few_resamples")
-def test_figures_script_without_their_records_removes_figures(tmp_path: pathlib.Path) -> None:
-    for method in ("baseline", "nash_swarm"):
-        record.write(tmp_path / "records", synthetic(method))
-    out = tmp_path / "figures"
-    out.mkdir()
-    (out / "ablation_speed.pdf").touch()
-    none = ["--flock", str(tmp_path / "none"), "--kernels", str(tmp_path / "none")]
-    assert script.main(["--records", str(tmp_path / "records"), "--out", str(out), *none]) == 0
-    names = {path.name for path in out.iterdir()}
-    assert {"ablation_pareto.pdf", "ablation_bits.png"} <= names and "ablation_speed.pdf" not in names
+@pytest.fixture(scope="module")
+def script_figures(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Return the names of figures of two experiments that have the same run of ``nash_swarm``, drawn by the script.
 
-
-@pytest.mark.usefixtures("few_resamples")
-def test_figures_script_run_of_two_experiments_is_drawn_in_its_own(tmp_path: pathlib.Path) -> None:
-    """``nash_swarm`` of one experiment may be ``nash_swarm[bits=3.0]`` of another, which has no reference then."""
+    The folder had a figure of times from earlier records.
+    """
+    folder = tmp_path_factory.mktemp("script")
     one, other = synthetic("nash_swarm"), synthetic("gptq")
     for experiment, method in (("presets", "nash_swarm"), ("bit_budget", "nash_swarm[bits=3.0]")):
         for run, label in ((one, method), (other, "gptq")):
             labels = {**run.labels, "experiment": experiment, "method": label}
-            record.write(tmp_path / "records" / experiment, dataclasses.replace(run, labels=labels))
-    none = ["--flock", str(tmp_path / "none"), "--kernels", str(tmp_path / "none")]
-    assert script.main(["--records", str(tmp_path / "records"), "--out", str(tmp_path / "figures"), *none]) == 0
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert "presets_ablation.pdf" in names and "bit_budget_ablation.pdf" not in names
+            record.write(folder / "records" / experiment, dataclasses.replace(run, labels=labels))
+    out = folder / "figures"
+    out.mkdir()
+    (out / "presets_speed.pdf").touch()
+    none = ["--flock", str(folder / "none"), "--kernels", str(folder / "none")]
+    with few_statistics():
+        assert script.main(["--records", str(folder / "records"), "--out", str(out), *none]) == 0
+    return {path.name for path in out.iterdir()}
+
+
+def test_figures_script_without_their_records_removes_figures(script_figures: set[str]) -> None:
+    assert {"presets_pareto.pdf", "presets_bits.png"} <= script_figures and "presets_speed.pdf" not in script_figures
+
+
+def test_figures_script_run_of_two_experiments_is_drawn_in_its_own(script_figures: set[str]) -> None:
+    """``nash_swarm`` of one experiment may be ``nash_swarm[bits=3.0]`` of another, which has no reference then."""
+    assert "presets_ablation.pdf" in script_figures and "bit_budget_ablation.pdf" not in script_figures
