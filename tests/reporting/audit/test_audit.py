@@ -16,7 +16,7 @@ from nashswarm.reporting.audit.time_claims import cache
 from nashswarm.runtime.cache_misses import CACHEGRIND
 from scripts import audit
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 TABLES = ROOT / "results" / "tables"
 PLACE = "default", "stdlib_docs"
 

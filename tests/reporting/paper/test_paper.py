@@ -15,7 +15,7 @@ from nashswarm.reporting.audit.evidence import Evidence
 from nashswarm.reporting.labels import REFERENCE
 from nashswarm.reporting.paper import benchmarks, macros, tables
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 PAPER = ROOT / "paper"
 RECORDS = ROOT / "results" / "records"
 SOURCE = re.sub(r"(?<!\\)%.*", "", (PAPER / "main.tex").read_text())
