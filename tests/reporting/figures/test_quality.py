@@ -1,4 +1,4 @@
-"""Figures of records: whose path they draw, the order of methods, and how they differ on the page."""
+"""Figures of quality: their values are those of the records, in order and with legible names."""
 
 import dataclasses
 
@@ -6,32 +6,36 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nashswarm.records.record import Record
 from nashswarm.reporting import frame
 from nashswarm.reporting.figures import games, quality, style
 from tests.reporting.test_frame import synthetic
 
 
-def with_reference(method: str) -> Record:
-    one = synthetic(method)
-    of_reference = {"potential_of_reference": [5.0, 3.0], "regret_of_reference": [0.5, 0.0]}
-    trials = {"price_of_trial": [4e-8, 1e-8, 2e-8], "bytes_of_trial": [9.0, 30.0, 20.0]}
-    return dataclasses.replace(one, series=one.series | of_reference | trials)
+def test_accuracy_of_methods_is_per_cent_against_times_smaller() -> None:
+    records = [synthetic(name) for name in ("baseline", "uniform4", "nash_swarm")]
+    points = frame.average(frame.frame(records))
+    axes = quality.accuracy(points).axes[0]
+    drawn = {label.get_text() for label in axes.texts if label.get_text()}
+    assert drawn == {"baseline", "uniform4", "nash_swarm"}
+    (smaller,) = points.loc[points["method"] == "uniform4", "compression"]
+    lines = [line.get_xydata()[0] for line in axes.lines]
+    assert any(np.allclose(dot, (1 / (1 - smaller), 100 * points["top1_agreement"][1])) for dot in lines)
+    with pytest.raises(ValueError, match="compression and top1_agreement"):
+        quality.accuracy(points.drop(columns="compression"))
+    with pytest.raises(ValueError, match="one model"):
+        quality.accuracy(points.assign(model=["a", "b", "c"]))
 
 
-def test_convergence_with_reference_starts_with_its_path() -> None:
-    prices, above, below = games.convergence([with_reference("nash_swarm"), synthetic("no_nash")]).axes
-    paths = {line.get_label(): list(line.get_ydata()) for line in above.lines}
-    assert paths["nash_swarm"] == [0.0, -2.0]
-    assert len(paths["no_nash"]) == len(synthetic("no_nash").series["potential"])
-    assert [list(line.get_ydata()) for line in prices.lines if len(line.get_ydata())] == [pytest.approx([2, 0.5, 1])]
-    assert prices.get_yscale() == "log"
-    assert [0.5] in [list(line.get_ydata()) for line in below.lines]
-
-
-def test_convergence_without_trials_has_no_panel_of_prices() -> None:
-    above, _ = games.convergence([synthetic("no_nash"), synthetic("baseline")]).axes
-    assert [line.get_label() for line in above.lines] == ["no_nash"]
+def test_sensitivity_of_two_methods_has_two_panels() -> None:
+    table = pd.DataFrame(
+        {"method": ["gptq"] * 2 + ["nash_swarm"] * 2, "layer": ["h.0.attn.c_attn", "wte"] * 2,
+         "layer_damage": [1e-3, 1e-2] * 2, "layer_kl": [2e-3, 1e-2] * 2}
+    )  # fmt: skip
+    figure = quality.sensitivity(table)
+    assert [axes.get_title() for axes in figure.axes] == ["gptq", "nash_swarm"]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"attn.c_attn", "wte"}
+    with pytest.raises(ValueError, match="experiment=layers"):
+        quality.sensitivity(table.drop(columns="layer_damage"))
 
 
 def test_ablation_of_methods_is_sorted_by_cost() -> None:
