@@ -33,7 +33,7 @@ def resolve(name: str) -> Any:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_names_of_a_page_exist(page: str) -> None:
+def test_page_names_exist(page: str) -> None:
     text = PAGES[page]
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:`|^)make ([\w-]+)", text, re.M):
@@ -54,7 +54,7 @@ def test_names_of_a_page_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_marks_of_an_include_are_in_its_file(page: str) -> None:
+def test_page_include_marks_are_in_the_included_file(page: str) -> None:
     for path, options in re.findall(r"```\{(?:literal)?include\} (\S+)\n((?::.*\n)*)", PAGES[page]):
         text = ((ROOT / page).parent / path).read_text()
         for place in re.findall(r":(?:start-after|end-before): \"(.*)\"", options):
@@ -64,11 +64,11 @@ def test_marks_of_an_include_are_in_its_file(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_no_page_is_cut_out_of_another_by_marks(page: str) -> None:
+def test_page_is_not_cut_out_of_another_by_marks(page: str) -> None:
     assert not re.search(r":(?:start-after|end-before|start-at|end-at):", PAGES[page])
 
 
-def test_columns_of_the_tables_are_explained() -> None:
+def test_table_columns_are_explained() -> None:
     explained = set(re.findall(r"^\| ([^|]+) \|", PAGES["docs/reading.md"], re.M))
     official = {heading for name in formats.OFFICIAL.values() for heading in (f"{name} %", f"Δ{name} (points)")}
     assert {column.heading for column in typeset.COLUMNS} - official <= explained | {"examples"}
@@ -202,7 +202,7 @@ BY_HAND = {"README.md": {"0.41", "0.88"}, "README.tr.md": {"0,41", "0,88"}}  # t
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_no_result_is_typed(page: str) -> None:
+def test_page_prose_holds_no_typed_result(page: str) -> None:
     """Tables are included, figures are drawn from records; what is left are settings, versions and the level."""
     prose = re.sub(r"<!-- rows of .*?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)", "", PAGES[page], flags=re.S)
     typed = set(re.findall(r"\d+[.,]\d+|(?<![-\d])\d+ ?%|%\d+|\d+×", prose))
