@@ -101,7 +101,10 @@ def compress(
 
 
 def method_of(method: str | Method, bits: float) -> Method:
-    """The method of that name at ``bits``, or the given one.  Raises ValueError for an unknown name."""
+    """Return the method of that name at ``bits``; an instance of a method is returned as it is.
+
+    Raises ValueError for an unknown name.
+    """
     if not isinstance(method, str):
         return method
     if method not in METHODS:

@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -168,6 +169,23 @@ def test_compress_same_folder_again_does_nothing(
     status, printed, _ = command("compress", model_folder, "--out", made[0], "--bits", 3.5, *options)
     assert status == 0 and json.loads(printed) == made[1]
     assert {path: path.stat().st_mtime_ns for path in made[0].iterdir()} == before
+
+
+def test_compress_command_and_api_write_the_same_bytes(
+    model_folder: pathlib.Path, text_file: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both doors draw the same windows from the embedded text, and go on by the same functions."""
+    monkeypatch.setattr(stdlib_docs, "text", lambda purpose: text_file.read_text())
+    words = ("--method", "gptq", "--bits", "3", "--out", tmp_path / "command", "--cache", tmp_path / "cache")
+    assert main(["compress", str(model_folder), *map(str, words)]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    packed, _ = nashswarm.compress(model, method="gptq", bits=3)
+    packed.save_pretrained(tmp_path / "api")
+    by_command, by_api = (
+        safetensors.torch.load_file(tmp_path / door / "model.safetensors") for door in ("command", "api")
+    )
+    assert by_command.keys() == by_api.keys()
+    assert all(torch.equal(tensor, by_api[name]) for name, tensor in by_command.items())
 
 
 def test_compress_long_context_model_needs_no_option(

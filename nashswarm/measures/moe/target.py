@@ -45,7 +45,7 @@ class MoeMeasure(abc.ABC):
 
 
 def check_sizes(measure: Any, *names: str) -> None:
-    """Raises ValueError that names all of these fields of a measure that are below 1; None is allowed."""
+    """Raise ValueError that names all of these fields of a measure that are below 1; None is allowed."""
     sizes = {name: getattr(measure, name) for name in names}
     if wrong := [f"measure.{name}={size}" for name, size in sizes.items() if size is not None and size < 1]:
         raise ValueError(f"{', '.join(wrong)} must be at least 1")

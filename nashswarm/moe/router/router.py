@@ -128,6 +128,6 @@ def softmax_gates(
 
 
 def check_capacity(capacity: float | None) -> None:
-    """Raises ValueError unless the capacity is positive, or None for no limit."""
+    """Raise ValueError unless the capacity is positive, or None for no limit."""
     if capacity is not None and capacity <= 0:
         raise ValueError(f"method.capacity={capacity} must be positive, or null for no limit")
