@@ -351,6 +351,7 @@ def command(
         flags = [word for word in more if word.startswith("-")]
         words = [word for word in more if word not in flags]
         monkeypatch.setattr(sys, "argv", ["experiments.run", *flags, *small_run, "wandb=disabled", *words])
+        monkeypatch.delitem(sys.modules, "experiments.run", raising=False)  # another test may have imported it
         capfd.readouterr()
         code = 0
         try:
