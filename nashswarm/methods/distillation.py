@@ -28,7 +28,6 @@ from nashswarm.methods.method import Compressed
 from nashswarm.methods.stored_state import StoredState, packed_bytes, with_stale_metrics
 from nashswarm.models import evaluation, matrices
 from nashswarm.packed import file_format
-from nashswarm.quant.container import KINDS
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.prototype import ClassedTensor
 from nashswarm.quant.trainable_codes import TrainableCodes, encode_tensors
@@ -123,7 +122,7 @@ class _Training:
             tensor = file_format.decode(layer.name, content, tables)
             if isinstance(tensor, ClassedTensor):
                 raise Unsupported(f"task=finetune cannot train the format in which {layer.name} is stored")
-            coded = content[:4].tobytes() in KINDS.values()
+            coded = file_format.is_entropy_coded(content)
             self.codes[layer.name] = TrainableCodes(tensor, layer.weight, windows.device, coded, tables)
         matrix_ids = {id(self.candidate_model.get_submodule(layer.name).weight) for layer in session.layers}
         self.floats = [

@@ -108,10 +108,6 @@ class FactoredCurvature:
     columns: Float[Tensor, " in"]
     factor: Float[Tensor, "in in"] | None
 
-    def select_rows(self, rows: Rows) -> "FactoredCurvature":
-        """Return the factored curvature of some of the rows."""
-        return dataclasses.replace(self, curvature=self.curvature.select_rows(rows), rows=self.rows[rows])
-
 
 def factor_curvature(curvature: Curvature, damping: float = DAMPING, feedback: bool = True) -> FactoredCurvature:
     """Damp the curvature and factor it for error feedback.
