@@ -53,10 +53,11 @@ class Layer:
         return self.weight.numel()
 
 
-def curvature(layer: Layer, moments: Mapping[str, Moments]) -> Curvature:
+def curvature(layer: Layer, moments: Mapping[str, Moments], floor: float = 0.0) -> Curvature:
     """Return the second derivatives of the loss in the weights of a layer, summed over the modules that share it.
 
-    ``moments`` are by module name.  Raises ValueError if two modules multiply by the same matrix.
+    ``moments`` are by module name.  ``floor``: the share of the layer's mean row sensitivity that every row gets on top
+    of its own (see ``Curvature.with_row_floor``).  Raises ValueError if two modules multiply by the same matrix.
     """
     products = [moments[module] for module in layer.modules if not moments[module].lookup]
     embeddings = [moments[module] for module in layer.modules if moments[module].lookup]
@@ -69,4 +70,4 @@ def curvature(layer: Layer, moments: Mapping[str, Moments]) -> Curvature:
         rows=products[0].coupled if products else torch.zeros(len(layer.weight)),
         inputs=(products[0].inputs + products[0].coupled_inputs) / 2 if products else None,
         lookups=torch.stack(lookups).sum(0) if lookups else None,
-    )
+    ).with_row_floor(floor)

@@ -55,6 +55,21 @@ class Curvature:
         lookups = None if self.lookups is None else self.lookups * weights[:, None]
         return dataclasses.replace(self, rows=self.rows * weights, lookups=lookups)
 
+    def with_row_floor(self, share: float) -> "Curvature":
+        """Return the curvature with ``share`` times the layer's mean over rows added to every row.
+
+        An error in one row then costs its own damage plus ``share`` times the mean of what it would cost in all rows.
+        A saturated attention head has hardly any gradient at the full model, although a finite error of it does harm;
+        the floor keeps its rows from being rounded away.  ``damped`` and ``mean_row_curvature`` may come before or
+        after it.  Raises ValueError if ``share`` is negative.
+        """
+        if share < 0:
+            raise ValueError(f"the floor of the row sensitivities must not be negative, as {share} is")
+        if share == 0:
+            return self
+        lookups = None if self.lookups is None else self.lookups + share * self.lookups.mean(0)
+        return dataclasses.replace(self, rows=self.rows + share * self.rows.mean(), lookups=lookups)
+
     def damped(self, damping: float = DAMPING) -> "Curvature":
         """Return the curvature with ``damping`` times the mean diagonal of H added to its diagonal.
 

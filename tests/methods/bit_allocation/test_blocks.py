@@ -80,6 +80,21 @@ def test_curvature_tied_matrix_is_the_sum_of_head_and_lookup() -> None:
     assert torch.allclose(curvature(layer("tied", 20, 8, "wte", "head"), moments).diagonal(), alone[0] + alone[1])
 
 
+def test_curvature_with_floor_adds_share_of_the_mean_of_all_rows() -> None:
+    moments = {"head": product_moments(20, 8), "wte": lookup_moments(20, 8)}
+    tied = layer("tied", 20, 8, "wte", "head")
+    plain, floored = curvature(tied, moments), curvature(tied, moments, floor=0.5)
+    for row in range(20):
+        mean = sum(moments["head"].coupled.tolist()) / 20
+        assert floored.rows[row].item() == pytest.approx(moments["head"].coupled[row].item() + 0.5 * mean)
+        for column in range(8):
+            all_rows = [moments["wte"].inputs[one] * moments["wte"].outputs[column] for one in range(20)]
+            assert floored.lookups[row, column].item() == pytest.approx(
+                (all_rows[row] + 0.5 * sum(all_rows) / 20).item()
+            )
+    assert torch.equal(floored.inputs, plain.inputs)
+
+
 def test_damage_equals_loop_over_elements() -> None:
     """The quadratic form with the full H, shared out in proportion to the diagonal terms."""
     one, moments = layer("mlp", 20, 24), {"mlp": product_moments(20, 24)}
