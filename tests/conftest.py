@@ -25,6 +25,7 @@ from nashswarm.quant.entropy import CodeTables, count_symbols, encode_groups, en
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor
 from nashswarm.quant.pack import pack
+from tests.models import gguf_file
 
 PHRASES = (
     "the a one every no old new small large quiet starling flock block player price byte model token window layer "
@@ -125,6 +126,16 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> pa
     build("gpt2").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def gguf_package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> dict[str, Tensor]:
+    """The weights of a tiny LLaMA, which the GGUF file of an installed package holds."""
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    return gguf_file.write_package(folder, build("llama_tied"), tokenizer)
 
 
 @pytest.fixture(scope="session")

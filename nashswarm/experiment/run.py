@@ -24,6 +24,7 @@ from nashswarm.measures import measure
 from nashswarm.measures.moe.target import CALIBRATION_WINDOWS, MoeTarget
 from nashswarm.memory import peak_bytes, reset_peak
 from nashswarm.methods.peers import peer
+from nashswarm.models import sources
 from nashswarm.moe import training
 from nashswarm.packed import model_folder
 from nashswarm.progress import show_progress
@@ -141,7 +142,9 @@ def _compress(config: DictConfig, planned: Plan) -> RunResult:
         game = {name: part.numpy() for name, part in result.game.items()}
         model_folder.write(target, files, about, game, loaded.tokenizer)
 
-    origin = {"parameters": session.parameters, "cache_hits": loaded.cache.hits}
+    origin: dict[str, Any] = {"parameters": session.parameters, "cache_hits": loaded.cache.hits}
+    if types := sources.dequantized_from(planned.source):
+        origin["dequantized_from"] = types
     table = compression.layer_table(session.layers, result)
     return RunResult(metrics, series | windows, table, result.allocation, origin, save)
 

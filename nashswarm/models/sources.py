@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import pathlib
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import transformers
 
 from nashswarm.data import hub
 from nashswarm.models.experts import unfuse
+from nashswarm.models.packaged_gguf import PackagedGguf
 
 LONGEST_WINDOW = 2048  # tokens; the protocol for models that read longer texts
 EMBEDDED = pathlib.Path(__file__).parent / "default_model"
@@ -79,7 +81,7 @@ class PackagedModel:
         return pathlib.Path(spec.origin).parent / "model"
 
 
-Source = ModelSource | RandomModel | PackagedModel
+Source = ModelSource | RandomModel | PackagedModel | PackagedGguf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +122,14 @@ def may_be_on_hub(path: str) -> bool:
 def content_digest(source: Source) -> str:
     """Return a string that identifies the model's content.
 
-    A folder gives the sha256 over names and contents of its files, the hub gives the model's name and revision there.
+    A folder gives the sha256 over names and contents of its files, a GGUF file that of its content, the hub gives the
+    model's name and revision there.
     """
     if isinstance(source, RandomModel):
         return source.label
+    if isinstance(source, PackagedGguf):
+        with source.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     path, revision = _location(source)
     folder = pathlib.Path(path)
     if not folder.is_dir():
@@ -135,6 +141,11 @@ def content_digest(source: Source) -> str:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def dequantized_from(source: Source) -> list[str]:
+    """Return the types of ggml that the full model was dequantized from, the one of most weights first, if any."""
+    return source.quantized_types() if isinstance(source, PackagedGguf) else []
 
 
 def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = None) -> LoadedModel:
@@ -150,20 +161,25 @@ def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = 
         return _random_model(source, device, dtype)
     path, revision = _location(source)
     folder = pathlib.Path(path)
-    _check_path(path)
+    location: dict[str, Any] = {"revision": revision}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if isinstance(source, PackagedGguf):
+        location["gguf_file"] = source.file
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        _check_path(path)
     if not folder.is_dir():
         hub.use_cache_if_unreachable()
     kind: Any = transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "output_loading_info": True}
     if classes is not None:
         kind, options = transformers.AutoModelForSequenceClassification, options | {"num_labels": classes}
     kind_name = "causal language model" if classes is None else "classifier"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **location)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for a head that the checkpoint lacks
-            model, loading = kind.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            model, loading = kind.from_pretrained(path, **location, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, struct.error, safetensors.SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         if folder.is_dir():
             raise ValueError(f"the checkpoint in {path} cannot be loaded as a {kind_name}: {reason}") from error
@@ -206,8 +222,10 @@ def _check_path(path: str) -> None:
         raise ValueError(f"the folder {path} holds no config.json, so it is not a checkpoint in Hugging Face layout")
 
 
-def _location(source: ModelSource | PackagedModel) -> tuple[str, str | None]:
+def _location(source: ModelSource | PackagedModel | PackagedGguf) -> tuple[str, str | None]:
     """Return a folder or a name on the hub, and the revision there."""
+    if isinstance(source, PackagedGguf):
+        return str(source.path.parent), None
     if isinstance(source, PackagedModel):
         return str(source.folder), None
     return str(EMBEDDED) if source.path is None else source.path, source.revision

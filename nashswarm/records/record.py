@@ -27,7 +27,8 @@ class Record:
     ``regret`` in nats per token; ``_of_reference``: of the game that is solved once for all budgets), values per trial
     of the search for the budget (``price_of_trial`` in nats per token and byte, ``bytes_of_trial``) and values per
     layer (``layer_kl``).  ``layers``: one row per weight matrix.  ``allocation``: run-length text, one line per layer.
-    ``provenance``: commit, versions, machine, start time.
+    ``provenance``: commit, versions, machine, start time; ``dequantized_from`` names the types of ggml whose grids the
+    weights of the full model lie on, where it came from a quantized file.
     """
 
     labels: dict[str, str]

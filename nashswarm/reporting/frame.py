@@ -53,13 +53,14 @@ def origin(records: Iterable[Record]) -> dict[str, Any]:
     """Return where the runs of a row come from.
 
     ``fingerprint`` and ``commit`` hold one word a run; ``dirty`` is true if the code of a run was not committed or is
-    unknown.
+    unknown.  ``dequantized_from`` names the types that the full model was dequantized from; it is empty for most.
     """
     runs = {one.fingerprint: one.provenance for one in records}
     return {
         "fingerprint": " ".join(runs),
         "commit": " ".join(str(one.get("commit") or "unknown") for one in runs.values()),
         "dirty": any(one.get("dirty") is not False for one in runs.values()),
+        "dequantized_from": max(" and ".join(one.get("dequantized_from", ())) for one in runs.values()),
     }
 
 

@@ -8,7 +8,12 @@ LABELS = [*CELL, "seed"]
 REFERENCE = "nash_swarm"  # the method that the others are tested against
 TESTED = {"kl": "kl", "nll_delta": "nll"}  # metric → the per-window series in which it is paired
 WORDS = [*LABELS, "layer", "contestant"]  # columns of text
-ORIGIN: dict[str, Any] = {"fingerprint": " ".join, "commit": " ".join, "dirty": any}  # of runs → of their row
+ORIGIN: dict[str, Any] = {  # of runs → of their row
+    "fingerprint": " ".join,
+    "commit": " ".join,
+    "dirty": any,
+    "dequantized_from": max,  # the same for all runs of one model
+}
 
 
 def family_of(method: str) -> str:

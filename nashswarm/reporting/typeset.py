@@ -73,8 +73,9 @@ def text(row: pd.Series, metric: str) -> str:
 
 
 def note(table: pd.DataFrame) -> str:
-    """Return what the marks of a table mean and which commits its runs are of, one line each, or an empty string."""
-    return "\n".join(filter(None, (_note_on_tests(table), _note_on_unclean_code(table), _note_on_commits(table))))
+    """Return what the marks of a table mean and where its models and runs come from, one line each, or nothing."""
+    notes = (_note_on_tests, _note_on_unclean_code, _note_on_models, _note_on_commits)
+    return "\n".join(filter(None, (make(table) for make in notes)))
 
 
 def _note_on_tests(table: pd.DataFrame) -> str:
@@ -90,6 +91,14 @@ def _note_on_tests(table: pd.DataFrame) -> str:
 def _note_on_unclean_code(table: pd.DataFrame) -> str:
     unclean = "dirty" in table and table["dirty"].any()
     return f"{UNCLEAN} of code that was not committed, or is unknown." if unclean else ""
+
+
+def _note_on_models(table: pd.DataFrame) -> str:
+    """Name the models whose weights lie on the grid of another quantization already."""
+    if "dequantized_from" not in table:
+        return ""
+    pairs = table[["model", "dequantized_from"]].drop_duplicates().itertuples(index=False, name=None)
+    return " ".join(f"The weights of {model} were dequantized from {types}." for model, types in pairs if types)
 
 
 def _note_on_commits(table: pd.DataFrame) -> str:
@@ -157,7 +166,8 @@ def csv(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> str:
 
     Numbers have twelve digits, because processors differ in the last digit of an ``exp``.
     """
-    content = table.drop(columns=["identity", "fingerprint"], errors="ignore")
+    unused = [name for name in ("dequantized_from",) if name in table and not table[name].any()]
+    content = table.drop(columns=["identity", "fingerprint", *unused], errors="ignore")
     if "commit" in content:
         content = content.assign(commit=[" ".join(dict.fromkeys(commits.split())) for commits in content["commit"]])
     return content.to_csv(index=False, lineterminator="\n", float_format="%.12g")

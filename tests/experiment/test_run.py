@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -31,6 +32,7 @@ from nashswarm.methods.bit_allocation.game import Solution
 from nashswarm.methods.peers import peer
 from nashswarm.records import record
 from scripts import train_default_model
+from tests.models import gguf_file
 
 ROOT = pathlib.Path(__file__).parents[2]
 LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "quality"}
@@ -121,6 +123,30 @@ def test_run_every_method_leaves_a_record_with_all_its_metrics(
     if method in ("nash_swarm", "no_swarm", "no_bit_game"):
         assert 0.995 * 3 < found.metrics["bits_per_weight_model"] <= 3
         assert len(found.series["moves"]) == found.metrics["sweeps"]
+
+
+@pytest.mark.usefixtures("gguf_package")
+def test_run_of_gguf_model_records_what_its_weights_were_dequantized_from(
+    small_run: list[str], tmp_path: pathlib.Path
+) -> None:
+    model = ["model=smollm2_135m", f"model.package={gguf_file.PACKAGE}", f"model.file={gguf_file.FILE}"]
+    shared = [word for word in small_run if not word.startswith("model")]
+    ended = runner([*model, *shared], tmp_path)("method=gptq", "method.bits=3", f"save={tmp_path}/saved")
+    found = record.read(ended.path)
+    assert found.provenance["dequantized_from"] == ["Q4_1", "Q8_0"]
+    assert found.config["model"] == {
+        "_target_": "nashswarm.models.packaged_gguf.PackagedGguf",
+        "package": gguf_file.PACKAGE,
+        "file": gguf_file.FILE,
+        "exclude": [],
+        "content": hashlib.sha256((tmp_path / "site-packages/tiny_gguf" / gguf_file.FILE).read_bytes()).hexdigest(),
+    }
+    assert found.metrics["kl"] > 0 and found.fingerprint == ended.path.stem
+    card = (tmp_path / "saved/README.md").read_text()
+    assert "| weights of the full model | dequantized from Q4_1 and Q8_0 |" in card
+    floats = runner(small_run, tmp_path)("method=gptq", "method.bits=3", f"save={tmp_path}/floats").record
+    assert "dequantized_from" not in floats.provenance
+    assert "dequantized" not in (tmp_path / "floats/README.md").read_text()
 
 
 def test_run_measure_layers_records_every_layer_alone(execute: Callable[..., Outcome]) -> None:

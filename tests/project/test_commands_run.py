@@ -211,7 +211,10 @@ def typed(words: list[str], cwd: pathlib.Path, environment: dict[str, str], fail
 
 # experiments.run
 
-LARGE = {"default": "your-model", "gpt2_random": "your-model", "minilm": "encoder"}  # choice → stand-in
+LARGE = {  # choice → stand-in
+    **dict.fromkeys(("default", "gpt2_random", "smollm2_135m"), "your-model"),
+    "minilm": "encoder",
+}
 ABSENT = object()
 
 

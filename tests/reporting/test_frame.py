@@ -256,6 +256,23 @@ def test_note_runs_of_several_commits_are_counted() -> None:
     assert typeset.note(twice) == "Runs of commits aaaaaaa (1) and bbbbbbb (1).", "a run of two rows counts once"
 
 
+def test_tables_name_the_models_that_were_dequantized() -> None:
+    origin = {"commit": "aaaaaaaaaa", "dirty": False}
+    floats = [dataclasses.replace(synthetic("gptq", seed), provenance=origin) for seed in (0, 1)]
+    types = {"dequantized_from": ["Q4_1", "Q8_0"]}
+    gguf = [
+        dataclasses.replace(one, labels=one.labels | {"model": "smollm2_135m"}, config=one.config | {"model": "other"})
+        for one in floats
+    ]
+    gguf = [dataclasses.replace(one, provenance=origin | types) for one in gguf]
+    sentence = "The weights of smollm2_135m were dequantized from Q4_1 and Q8_0."
+    means = frame.average(frame.frame([*floats, *gguf]))
+    assert means["dequantized_from"].tolist() == ["", "Q4_1 and Q8_0"]
+    assert typeset.note(means) == f"{sentence}\nRuns of commit aaaaaaa."
+    assert sentence in typeset.markdown(means) and "Q4_1 and Q8_0" in typeset.csv(means).splitlines()[2]
+    assert "dequantized_from" not in typeset.csv(frame.average(frame.frame(floats)))
+
+
 @pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize("experiment", sorted(path.name for path in (ROOT / "results/records").iterdir()))
 def test_note_of_committed_experiment_counts_all_its_runs(experiment: str) -> None:
