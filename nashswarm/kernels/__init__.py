@@ -5,7 +5,7 @@
 ``direct`` is the same product without torch's dispatcher, for calls that take microseconds.
 
 ``tiles`` defines the layout of a packed matrix; ``trellis`` and ``trellis_codes`` define the form of trellis-coded
-matrices.  ``native`` calls the C++ library (``csrc``), which computes on the
+matrices.  ``native`` and ``encoder`` call the C++ library (``csrc``), which computes on the
 CPU; ``triton_kernels`` computes products on CUDA; ``reference`` computes everything in torch where neither is there,
 and is what they are tested against.  ``python -m nashswarm.kernels`` measures the speed of one product.
 """

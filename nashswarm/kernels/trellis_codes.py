@@ -127,15 +127,17 @@ def values_of(
 ) -> Int8[Tensor, "stored_rows places"]:
     """Return the values that codes stand for, in units of 1 / UNIT."""
     groups, across = rates.shape
-    steps = codes.view(groups, STEPS, LANES, across, COLUMNS)
-    coded, plain = steps & 1, steps >> 1
-    rate = rates.view(groups, 1, 1, across, 1).expand_as(steps)
-    values = torch.where(rate == INT8, codes.view(torch.int8).view_as(steps), 0).to(torch.int8)
-    for number, table in tables().items():
-        if not (rates == number).any():
-            continue
-        window = sum(coded.roll(lag, 1).long() << lag for lag in range(MEMORY[number] + 1))
-        index = (torch.as_tensor(window) << number - 1) + plain
-        flat = torch.from_numpy(table).flatten()
-        values = torch.where(rate == number, flat[index.clamp(max=len(flat) - 1)], values)
-    return values.reshape(codes.shape)
+    steps = codes.view(groups, STEPS, LANES, across, COLUMNS).permute(0, 3, 2, 4, 1)  # the steps last
+    values = torch.zeros(steps.shape, dtype=torch.int8)
+    for rate in set(rates.unique().tolist()) - {0}:
+        values[rates == rate] = values_of_sequences(steps[rates == rate], rate)
+    return values.permute(0, 4, 2, 1, 3).reshape(codes.shape)
+
+
+def values_of_sequences(codes: UInt8[Tensor, "*sequences 16"], rate: int) -> Int8[Tensor, "*sequences 16"]:
+    """Return the values of sequences of codes at one rate, in units of 1 / UNIT."""
+    if rate == INT8:
+        return codes.view(torch.int8)
+    coded = (codes & 1).long()
+    window = torch.stack([coded.roll(lag, -1) << lag for lag in range(MEMORY[rate] + 1)]).sum(0)
+    return torch.from_numpy(tables()[rate]).flatten()[(window << rate - 1) + (codes >> 1)]

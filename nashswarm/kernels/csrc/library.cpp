@@ -82,7 +82,7 @@ inline float gelu(float x) { return x / (1 + std::exp(-1.5957691216f * (x + 0.04
 
 extern "C" {
 
-EXPORTED int nashswarm_interface() { return 5; }
+EXPORTED int nashswarm_interface() { return 6; }
 
 // Returns whether this processor supports a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI and GFNI.
 EXPORTED int nashswarm_supports(int path) {

@@ -1,0 +1,181 @@
+"""The encoder of trellis tiles: best codes of columns, alone, inside error feedback, and inside sweeps.
+
+The C++ library computes (``csrc/trellis_encode.cpp``).  ``encoder_reference`` computes the same in torch where the
+library is missing, and is what it is tested against.  Matrices are transposed and contiguous: one row of a tensor is
+one column of the weights, ``stored_rows`` long.
+"""
+
+import ctypes
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64, UInt8
+from torch import Tensor
+
+from nashswarm.kernels import encoder_reference as reference
+from nashswarm.kernels import native
+from nashswarm.kernels.trellis_codes import INT8, STEPS, tables
+
+RATES = INT8 + 1
+KEEP = 255  # instead of a rate: the tile stays as it is
+
+
+class _Encoder(ctypes.Structure):
+    """``struct Encoder`` of csrc/trellis_encode.cpp."""
+
+    _fields_ = [("rows", ctypes.c_int64), ("tables", ctypes.c_uint64), ("size", ctypes.c_uint64)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Some columns of a matrix that is being encoded, each a row of the tensors.
+
+    ``values``: the weights that ``codes`` stand for; both are changed in place.  ``scales``: of the columns.
+    ``size``: of the stored rows.  A weight is expected to be about as large as the size of its row times the scale of
+    its column.
+    """
+
+    codes: UInt8[Tensor, "columns stored_rows"]
+    values: Float[Tensor, "columns stored_rows"]
+    scales: Float[Tensor, " columns"]
+    size: Float[Tensor, " stored_rows"]
+
+
+def best_codes(
+    targets: Float[Tensor, "sequences 16"], weights: Float[Tensor, "sequences 16"], rate: int
+) -> UInt8[Tensor, "sequences 16"]:
+    """Return the codes of least weighted squared error of sequences of 16 weights, in units of the tables."""
+    if not _has_library():
+        return reference.best_codes(targets, weights, rate)
+    codes = torch.empty(targets.shape, dtype=torch.uint8)
+    targets, weights = targets.contiguous(), weights.contiguous()
+    _library().nashswarm_trellis_paths(
+        _tables().data_ptr(), rate, targets.data_ptr(), weights.data_ptr(), len(targets), codes.data_ptr(), _threads()
+    )
+    return codes
+
+
+def feedback(
+    columns: Columns,
+    targets: Float[Tensor, "columns stored_rows"],
+    factor: Float[Tensor, "columns columns"],
+    rates: UInt8[Tensor, "columns groups"],
+) -> Float[Tensor, "columns stored_rows"]:
+    """Encode a block of columns one after another; each error moves to the later columns, whose ``targets`` change.
+
+    ``factor``: the block of ``curvature.inverse_cholesky``.  Returns the errors that columns after the block have to
+    compensate for: they lose ``factor`` times the errors.
+    """
+    if not _has_library():
+        return reference.feedback(columns, targets, factor, rates)
+    errors = torch.empty_like(targets)
+    factor, rates = factor.contiguous(), rates.contiguous()
+    _library().nashswarm_trellis_feedback(
+        _encoder(columns, targets), len(targets), targets.data_ptr(), factor.data_ptr(), columns.scales.data_ptr(),
+        rates.data_ptr(), columns.codes.data_ptr(), columns.values.data_ptr(), errors.data_ptr(), _threads(),
+    )  # fmt: skip
+    return errors
+
+
+def sweep(
+    columns: Columns,
+    slopes: Float[Tensor, "columns stored_rows"],
+    curvature: Float[Tensor, "columns columns"],
+    rates: UInt8[Tensor, "columns groups"],
+) -> tuple[Float[Tensor, "columns stored_rows"], Float64[Tensor, " groups"], int]:
+    """Give each column its best codes, one after another, while all others stay.
+
+    ``slopes``, (W − Q) H of these columns, follow the moves.  Returns the moves of the values, by how much the damage
+    of each group fell, and the number of sequences that changed.
+    """
+    if not _has_library():
+        return reference.sweep(columns, slopes, curvature, rates)
+    moves, gains = torch.zeros_like(slopes), torch.zeros(rates.shape[1], dtype=torch.float64)
+    curvature, rates = curvature.contiguous(), rates.contiguous()
+    changed = _library().nashswarm_trellis_sweep(
+        _encoder(columns, slopes), len(slopes), slopes.data_ptr(), curvature.data_ptr(), columns.scales.data_ptr(),
+        rates.data_ptr(), columns.codes.data_ptr(), columns.values.data_ptr(), moves.data_ptr(), gains.data_ptr(),
+        _threads(),
+    )  # fmt: skip
+    return moves, gains, int(changed)
+
+
+def deviations(
+    columns: Columns,
+    slopes: Float[Tensor, "columns stored_rows"],
+    curvature: Float[Tensor, "columns columns"],
+    mask: int,
+) -> Float64[Tensor, "groups 9"]:
+    """Return how much the damage would change if a tile took another rate, for each group of rows and each rate.
+
+    The columns are those of one tile.  They reply one after another at the other rate while everything else stays.
+    Bit r of ``mask`` says whether rate r is tried; others have a change of 0.
+    """
+    return _deviate(columns, slopes, curvature, mask, None)[1]
+
+
+def adopt(
+    columns: Columns,
+    slopes: Float[Tensor, "columns stored_rows"],
+    curvature: Float[Tensor, "columns columns"],
+    rates: UInt8[Tensor, " groups"],
+) -> Float[Tensor, "columns stored_rows"]:
+    """Let the tiles of one tile column take these rates (``KEEP``: stay), and return the moves of the values."""
+    mask = sum(1 << rate for rate in set(rates.tolist()) - {KEEP})
+    return _deviate(columns, slopes, curvature, mask, rates)[0]
+
+
+def _deviate(
+    columns: Columns, slopes: Tensor, curvature: Tensor, mask: int, chosen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if not _has_library():
+        return reference.deviate(columns, slopes, curvature, mask, chosen)
+    moves = torch.zeros_like(slopes) if chosen is not None else slopes.new_empty(0)
+    changes = torch.zeros(slopes.shape[1] // 64, RATES, dtype=torch.float64)
+    curvature = curvature.contiguous()
+    _library().nashswarm_trellis_deviations(
+        _encoder(columns, slopes), len(slopes), slopes.data_ptr(), curvature.data_ptr(), columns.scales.data_ptr(),
+        mask, None if chosen is None else chosen.data_ptr(), columns.codes.data_ptr(), columns.values.data_ptr(),
+        moves.data_ptr(), changes.data_ptr(), _threads(),
+    )  # fmt: skip
+    return moves, changes
+
+
+@functools.cache
+def _tables() -> Float[Tensor, "7 128"]:
+    """Return the tables of all rates as floats, each filled up to 128 entries."""
+    padded = torch.zeros(INT8 - 1, 128)
+    for rate, table in tables().items():
+        padded[rate - 1, : table.size] = torch.from_numpy(table.flatten()).float()
+    return padded
+
+
+def _encoder(columns: Columns, changed: Tensor) -> Any:
+    parts = (columns.codes, columns.values, columns.scales, columns.size, changed)
+    assert all(part.is_contiguous() for part in parts) and columns.codes.shape[1] % (4 * STEPS) == 0
+    return ctypes.byref(_Encoder(len(columns.size), _tables().data_ptr(), columns.size.data_ptr()))
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _has_library() -> bool:
+    return native.path() != native.SLOW
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = native.library()
+    assert not isinstance(library, str)
+    pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.nashswarm_trellis_paths.argtypes = [pointer, int32, pointer, pointer, int64, pointer, int32]
+    library.nashswarm_trellis_feedback.argtypes = [pointer, int64, *[pointer] * 7, int32]
+    library.nashswarm_trellis_sweep.argtypes = [pointer, int64, *[pointer] * 8, int32]
+    library.nashswarm_trellis_deviations.argtypes = [pointer, int64, *[pointer] * 3, int32, *[pointer] * 5, int32]
+    library.nashswarm_trellis_sweep.restype = int64
+    for name in ("paths", "feedback", "deviations"):
+        getattr(library, f"nashswarm_trellis_{name}").restype = None
+    return library
