@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -21,12 +20,14 @@ from rich.table import Table
 from nashswarm import errors, memory
 from nashswarm.data import corpus
 from nashswarm.kernels import native
+from nashswarm.kernels.tiles import Tiles
 from nashswarm.measures import load
 from nashswarm.measures.measure import EvaluationTarget
 from nashswarm.measures.size import resident_bytes
 from nashswarm.measures.speed import Speed
 from nashswarm.models import evaluation, sources
-from nashswarm.packed.modules import PackedMatrix, QuantizedLinear
+from nashswarm.packed.matrix import PackedMatrix, TileMatrix
+from nashswarm.packed.modules import Activations, QuantizedLinear
 from nashswarm.progress import show_progress
 from nashswarm.runtime import cache_misses, memory_limit
 from nashswarm.runtime import export as exporter
@@ -51,16 +52,13 @@ def inspect(args: argparse.Namespace) -> int:
             continue
         listed.add(matrix)
         weights = matrix.shape[0] * matrix.shape[1]
-        kind = "lattice" if matrix.lattice is not None else f"groups of {matrix.group_size}"
-        tiles = matrix.tiles
-        widths, counts = (part.tolist() for part in tiles.widths.unique(return_counts=True))
+        widths, counts = (part.tolist() for part in matrix.tile_widths().unique(return_counts=True))
         tiles_by_width = ", ".join(f"{count}×{width}" for width, count in zip(widths, counts, strict=True))
-        escapes = f", {len(tiles.escape_codes)} escapes" if len(tiles.escape_codes) else ""
-        stored = f"{8 * len(matrix.encode()) / weights:.3f}"
-        resident = f"{8 * tiles.nbytes / weights:.3f}"
+        escapes = f", {matrix.escapes} escapes" if matrix.escapes else ""
+        stored, resident = (f"{8 * size / weights:.3f}" for size in (len(matrix.encode()), matrix.nbytes))
         shape = "x".join(map(str, matrix.shape))
         table.add_row(
-            name, shape, kind + (", coded" if matrix.coded else ""), stored, resident, tiles_by_width + escapes
+            name, shape, matrix.kind + (", coded" if matrix.coded else ""), stored, resident, tiles_by_width + escapes
         )
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     console.print(table)
@@ -153,21 +151,31 @@ def _print_memory(model: Any, window: int, limit: float | None, console: Console
         console.print(f"within {limit:g} MB: texts of {tokens} tokens, {1e-6 * peak:.0f} MB at the peak")
 
 
-def _largest(model: Any) -> tuple[str, QuantizedLinear]:
-    """Return the name and the layer of the largest packed matrix.  Raises ValueError if there is none."""
-    named = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+def _largest(model: Any) -> tuple[str, Tiles, Activations]:
+    """Return the name, the tiles and the activations of the largest matrix in tiles.
+
+    Raises ValueError if there is none.
+    """
+    named = {
+        name: (module.matrix.tiles, module.activations)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and isinstance(module.matrix, TileMatrix)
+    }
     if not named:
-        raise ValueError("no matrix of the model is multiplied packed: there are no cache misses to compare")
-    return max(named.items(), key=lambda item: math.prod(item[1].matrix.shape))
+        raise ValueError(
+            "cache misses are counted for matrices in tiles, of which the model has none: leave out --misses"
+        )
+    name = max(named, key=lambda name: named[name][0].rows * named[name][0].columns)
+    return name, *named[name]
 
 
 def _print_misses(
-    name: str, layer: QuantizedLinear, machine: Machine, counter: str, reason: str, console: Console
+    name: str, tiles: Tiles, packed: Activations, machine: Machine, counter: str, reason: str, console: Console
 ) -> None:
     """Print how many reads of a product with the matrix miss the caches, packed and as floats."""
-    tiles, last = layer.matrix.tiles, max(machine.caches)
+    last = max(machine.caches)
     forms: dict[str, tuple[str | None, int]]
-    forms = {"packed": (layer.activations, tiles.nbytes), "float32": (None, 4 * tiles.rows * tiles.columns)}
+    forms = {"packed": (packed, tiles.nbytes), "float32": (None, 4 * tiles.rows * tiles.columns)}
     table = Table("form", "bytes", "reads", "that miss L1", f"that miss L{last}", box=None)
     for form, (activations, size) in show_progress(list(forms.items()), "counting cache misses"):
         misses = cache_misses.count_misses([tiles], activations, machine.caches[1], machine.caches[last], counter)

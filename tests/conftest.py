@@ -20,6 +20,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from nashswarm.kernels import trellis, trellis_codes
+from nashswarm.kernels.trellis import Trellis
 from nashswarm.models.matrices import find_layers
 from nashswarm.quant.entropy import CodeTables, count_symbols, encode_groups, encode_lattice, fit_tables
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
@@ -41,7 +43,7 @@ ARCHITECTURES = {  # of those that do not predict the next token
     "bert_encoder": transformers.AutoModel,
     "bert_classifier": transformers.AutoModelForSequenceClassification,
 }
-FORMATS = ("tiles", "groups", "lattice")
+FORMATS = ("tiles", "groups", "lattice", "trellis")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -194,9 +196,41 @@ def lattice_tensor(weight: Tensor, seed: int = 0) -> LatticeTensor:
     return LatticeTensor(codes, lattice.fit_sizes(codes.abs().float()))
 
 
+def trellis_tensor(weight: Tensor, seed: int = 0) -> Trellis:
+    """A matrix in trellis tiles of 8 bits, by rounding, but for a few of lower rates whose codes are drawn by lot; it
+    is rotated, and its orders and scales are drawn too."""
+    rows, columns = weight.shape
+    random = torch.Generator().manual_seed(seed)
+    groups, across = trellis.groups_of(rows), trellis.tiles_across(columns)
+    row_order, column_order = (torch.randperm(size, generator=random) for size in (rows, columns))
+    row_scale, column_scale = (
+        torch.randint(trellis.MIDDLE - 3, trellis.MIDDLE + 4, (size,), generator=random, dtype=torch.uint8)
+        for size in (rows, trellis_codes.COLUMNS * across)
+    )
+    stored = torch.zeros(trellis_codes.ROWS * groups, trellis_codes.COLUMNS * across)
+    stored[:rows, :columns] = weight[row_order[:, None], column_order]
+    stored[:rows] /= trellis.scales(row_scale, trellis.ROW_STEPS)[:, None]
+    stored /= trellis.scales(column_scale, trellis.COLUMN_STEPS)
+    values = (trellis.hadamard() @ stored.view(groups, trellis_codes.ROWS, -1)).view(stored.shape)
+    scale = float(values.abs().max() * trellis_codes.UNIT / 127) or 1.0
+    codes = (values / scale * trellis_codes.UNIT).round().to(torch.int8).view(torch.uint8)
+    rates = torch.full((groups, across), trellis_codes.INT8, dtype=torch.uint8)
+    low = torch.rand(rates.shape, generator=random) < 0.1
+    rates[low] = torch.randint(trellis_codes.INT8, (int(low.sum()),), generator=random, dtype=torch.uint8)
+    widths = rates.repeat_interleave(trellis_codes.ROWS, 0).repeat_interleave(trellis_codes.COLUMNS, 1)
+    drawn = torch.randint(256, codes.shape, generator=random, dtype=torch.uint8) & (1 << widths.int()).sub(1).byte()
+    codes = torch.where(widths == trellis_codes.INT8, codes, drawn)
+    size = torch.zeros(len(stored), dtype=torch.uint8)
+    return trellis.build(
+        rates, codes, rows, columns, True, scale, size, row_scale, column_scale, row_order, column_order
+    )
+
+
 def packed_by(model: Any, form: str, exclude: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """The matrices of a model as they are stored in one of the FORMATS, by the names of its layers."""
     layers = find_layers(model, exclude)
+    if form == "trellis":
+        return {layer.name: trellis_tensor(layer.weight, number).content.numpy() for number, layer in enumerate(layers)}
     if form != "lattice":
         encode = {"tiles": pack, "groups": encode_groups}[form]
         return {layer.name: encode(grid_tensor(layer.weight, number, 32)) for number, layer in enumerate(layers)}
@@ -213,5 +247,5 @@ def packed() -> Callable[..., dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def drawn() -> dict[str, Callable[..., Any]]:
-    """Weight matrix and seed → a quantized tensor of it, on a grid or on a lattice."""
-    return {"grid": grid_tensor, "lattice": lattice_tensor}
+    """Weight matrix and seed → a quantized tensor of it, on a grid, on a lattice or in trellis tiles."""
+    return {"grid": grid_tensor, "lattice": lattice_tensor, "trellis": trellis_tensor}

@@ -21,7 +21,7 @@ from nashswarm.data import stdlib_docs
 from nashswarm.experiment.plan import config_again
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
-from nashswarm.packed.modules import PackedMatrix
+from nashswarm.packed.matrix import PackedMatrix
 
 FILES = ["config.json", "game.safetensors", "model.safetensors"]
 FILES = sorted([*FILES, "README.md", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"])

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from nashswarm.experiment import compression
 from nashswarm.experiment.decoded_costs import float64, make_quadratic, place_codes, symbol_bits
 from nashswarm.experiment.enumeration import by_block, gain_of_codes, gain_of_steps
+from nashswarm.kernels.trellis import Trellis
 from nashswarm.layers import Layer
 from nashswarm.packed import file_format, model_folder
 from nashswarm.quant.entropy import CodeTables
@@ -90,6 +91,10 @@ def decode(tensors: Mapping[str, np.ndarray], layers: tuple[Layer, ...]) -> dict
         if f"{layer.name}.weight" not in tensors:
             raise ValueError(f"the file lacks the layer {layer.name}; it belongs to another model")
         tensor = file_format.decode(layer.name, tensors[f"{layer.name}.weight"], tables)
+        if isinstance(tensor, Trellis):
+            raise ValueError(
+                f"{layer.name} is trellis-coded: certify enumerates the codes of lattices and groups alone"
+            )
         if tensor.codes.shape != layer.weight.shape:
             raise ValueError(
                 f"{layer.name} is stored as {tuple(tensor.codes.shape)}, the model has it as "

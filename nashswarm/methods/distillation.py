@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from nashswarm.calibration.session import CalibrationSession
 from nashswarm.errors import Unsupported
+from nashswarm.kernels.trellis import Trellis
 from nashswarm.methods.method import Compressed
 from nashswarm.methods.stored_state import StoredState, packed_bytes, with_stale_metrics
 from nashswarm.models import evaluation, matrices
@@ -120,8 +121,11 @@ class _Training:
         for layer in session.layers:
             content = result.packed[layer.name]
             tensor = file_format.decode(layer.name, content, tables)
-            if isinstance(tensor, ClassedTensor):
-                raise Unsupported(f"task=finetune cannot train the format in which {layer.name} is stored")
+            if isinstance(tensor, ClassedTensor | Trellis):
+                raise Unsupported(
+                    f"task=finetune cannot train the format in which {layer.name} is stored: choose a method that "
+                    "stores a lattice or groups, such as method=nash_lattice or method=gptq"
+                )
             coded = file_format.is_entropy_coded(content)
             self.codes[layer.name] = TrainableCodes(tensor, layer.weight, windows.device, coded, tables)
         matrix_ids = {id(self.candidate_model.get_submodule(layer.name).weight) for layer in session.layers}

@@ -1,7 +1,8 @@
 """Make the file format known to transformers: ``save_pretrained`` and ``from_pretrained`` of compressed models.
 
-Loading maps the files into memory and turns each row of bytes into tiles, never into floats.  Importing this module
-registers the format (``file_format``) with transformers.
+Loading maps the files into memory.  The bytes of a trellis-coded matrix stay where they are mapped: they are read when
+they are first used, and never copied.  All other rows of bytes are turned into tiles, none into floats.  Importing this
+module registers the format (``file_format``) with transformers.
 """
 
 import logging
@@ -27,20 +28,19 @@ from nashswarm.packed.file_format import (
     checksum,
     decode,
     is_entropy_coded,
+    shape_of,
     stored_tensors,
     verified_sizes,
 )
+from nashswarm.packed.matrix import PackedMatrix, as_held
 from nashswarm.packed.modules import (
-    PackedMatrix,
     QuantizedEmbedding,
     QuantizedLinear,
     dequantized,
     quantized,
     set_activations,
 )
-from nashswarm.packed.tiles import packable
 from nashswarm.quant.entropy import CodeTables
-from nashswarm.quant.prototype import ClassedTensor
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class NashSwarmQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
-        """Turn the bytes of every matrix into tiles."""
+        """Replace every module whose weight is a row of bytes."""
         tables = model._buffers.pop(TABLES, None)
         sharing: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -159,20 +159,21 @@ def _replace_matrices(
     dtype, kept_as_floats = model.dtype, []
     for names, content in packed.items():
         tensor = decode(names[0], content, tables)
-        if tuple(tensor.codes.shape) != shapes[names[0]]:
+        if shape_of(tensor) != shapes[names[0]]:
             raise ValueError(
-                f"{names[0]} is stored as {_by(tensor.codes.shape)}, the model has it as {_by(shapes[names[0]])}: "
+                f"{names[0]} is stored as {_by(shape_of(tensor))}, the model has it as {_by(shapes[names[0]])}: "
                 "weights and config.json belong to different models"
             )
         modules = [model.get_submodule(name) for name in names]
-        if isinstance(tensor, ClassedTensor) or not packable(tensor):
+        matrix = as_held(tensor, is_entropy_coded(content), tables)
+        if isinstance(matrix, Tensor):
             kept_as_floats.append(names[0])
-            weight = tensor.dequantize().to(dtype)
+            weight = matrix.to(dtype)
             shared = nn.Parameter(weight.T.contiguous() if isinstance(modules[0], Conv1D) else weight)
             for module in modules:
                 module.weight = shared
             continue
-        matrix = PackedMatrix(tensor, is_entropy_coded(content), tables).to(modules[0].weight.device)
+        matrix.to(modules[0].weight.device)
         for name, module in zip(names, modules, strict=True):
             model.set_submodule(name, quantized(module, matrix, dtype))
     if kept_as_floats:

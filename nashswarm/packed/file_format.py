@@ -1,6 +1,7 @@
 """The files of a compressed checkpoint: convert matrices and other tensors to bytes, and back.
 
-The weight of a compressed matrix is stored under its usual name as a row of bytes: packed tiles or entropy-coded codes.
+The weight of a compressed matrix is stored under its usual name as a row of bytes: trellis tiles (``kernels.trellis``),
+packed tiles or entropy-coded codes.
 The code tables that all entropy-coded matrices share are stored as ``code_tables``.  All other tensors (norms, biases,
 excluded matrices) are floats of 16 or 32 bits.  ``config.json`` holds the version of the format and a checksum over all
 tensors, however many files they are spread over.
@@ -21,8 +22,11 @@ from jaxtyping import UInt8
 from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from nashswarm.kernels import trellis
+from nashswarm.kernels.trellis import Trellis
 from nashswarm.models.sources import CONFIG, WEIGHTS
-from nashswarm.packed.modules import Activations, PackedMatrix, QuantizedEmbedding, QuantizedLinear
+from nashswarm.packed.matrix import PackedMatrix
+from nashswarm.packed.modules import Activations, QuantizedEmbedding, QuantizedLinear
 from nashswarm.quant.container import KINDS
 from nashswarm.quant.entropy import CodeTables, decode_groups, decode_lattice
 from nashswarm.quant.grid import QuantizedTensor
@@ -74,7 +78,7 @@ def checkpoint_files(
     ``packed``: the bytes of each matrix by its name, and ``code_tables`` if there are any.  ``others``: the model's
     ``uncompressed_tensors``.
     """
-    tensors = {_key(name): torch.from_numpy(content.copy()) for name, content in packed.items()}
+    tensors = {_key(name): _as_tensor(content) for name, content in packed.items()}
     tensors |= to_stored_floats(others, float_bits)
     config = config_json(model.config, type(model).__name__, model.dtype, checksum(tensors), float_bits)
     return {WEIGHTS: safetensors.torch.save(tensors, {"format": "pt"}), CONFIG: config}
@@ -98,9 +102,9 @@ def stored_tensors(model: Any, float_bits: int) -> dict[str, Tensor]:
             packed_names.append(f"{name}.matrix.")
             if module.matrix not in matrices:
                 matrices.add(module.matrix)
-                tensors[_key(name)] = torch.from_numpy(module.matrix.encode().copy())
+                tensors[_key(name)] = _as_tensor(module.matrix.encode())
     if tables := [matrix.tables for matrix in matrices if matrix.tables is not None]:
-        tensors[TABLES] = torch.from_numpy(tables[0].pack().copy())
+        tensors[TABLES] = _as_tensor(tables[0].pack())
     others: dict[int, tuple[str, Tensor]] = {}  # each shared tensor once
     for name, tensor in model.state_dict().items():
         if not name.startswith(tuple(packed_names)):
@@ -108,13 +112,17 @@ def stored_tensors(model: Any, float_bits: int) -> dict[str, Tensor]:
     return tensors | to_stored_floats(dict(others.values()), float_bits)
 
 
-def decode(name: str, content: Bytes, tables: CodeTables | None) -> Decoded:
+def decode(name: str, content: Bytes, tables: CodeTables | None) -> Decoded | Trellis:
     """Decode the matrix ``name`` from its stored bytes, whichever format they have.
 
-    Raises ValueError if the bytes cannot be read.
+    A trellis-coded matrix is not decoded: the result is a view of the bytes.  Raises ValueError if the bytes
+    cannot be read.
     """
     kind = content[:4].tobytes()
     try:
+        if kind == trellis.MAGIC:
+            with torch.inference_mode(False):  # a matrix loaded in inference mode may be used in training
+                return trellis.parse(_as_tensor(content))
         if kind == KINDS["lattice"]:
             if tables is None:
                 raise ValueError(f"the file lacks {TABLES}")
@@ -124,6 +132,12 @@ def decode(name: str, content: Bytes, tables: CodeTables | None) -> Decoded:
         return ClassedTensor.unpack(content) if kind == PROTOTYPE else unpack(content)
     except ValueError as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def shape_of(tensor: Decoded | Trellis) -> tuple[int, int]:
+    """Return (out, in) of a decoded matrix."""
+    rows, columns = (tensor.rows, tensor.columns) if isinstance(tensor, Trellis) else tensor.codes.shape
+    return rows, columns
 
 
 def is_entropy_coded(content: Bytes) -> bool:
@@ -202,6 +216,11 @@ def _plain_header(path: pathlib.Path) -> bool:
     header = json.loads(text)
     plain = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
     return text.rstrip(" ") == plain and header.get("__metadata__") == {"format": "pt"}
+
+
+def _as_tensor(content: Bytes) -> UInt8[Tensor, " _"]:
+    """Return the bytes as a tensor, copied only if they are read-only."""
+    return torch.from_numpy(np.require(content, requirements="W"))
 
 
 def _key(name: str) -> str:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from nashswarm import errors
-from nashswarm.packed.modules import PackedMatrix, set_activations
+from nashswarm.packed.matrix import PackedMatrix
+from nashswarm.packed.modules import set_activations
 from nashswarm.records.files import write_by
-from nashswarm.runtime.portable import Grouped, Planes, for_onnx, for_torch, portable
+from nashswarm.runtime.portable import Grouped, Planes, for_onnx, for_torch, in_tiles, portable
 from nashswarm.runtime.qdq import OPSET, Digits
 
 TARGETS = {"onnx": ".onnx", "onnx-qdq": ".onnx", "torch-export": ".pt2"}
@@ -106,7 +107,11 @@ def export(
     """
     check_exportable(model, target, out, activations)
     layouts: dict[str, Callable[[PackedMatrix, str], nn.Module]]
-    layouts = {"onnx": for_onnx, "onnx-qdq": Digits, "torch-export": for_torch}
+    layouts = {
+        "onnx": for_onnx,
+        "onnx-qdq": lambda matrix, kind: Digits(in_tiles(matrix), kind),
+        "torch-export": for_torch,
+    }
     exported = _cast_parameters(portable(model, activations, layouts[target]), DTYPES[dtype]).eval()
     exported.set_attn_implementation("eager")
     metrics = _count_layouts(exported, target)

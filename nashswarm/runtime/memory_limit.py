@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nashswarm import memory
-from nashswarm.packed.modules import PackedMatrix
+from nashswarm.packed.matrix import PackedMatrix
 
 TRIES = 4  # lengths to try between one that fits and one that does not
 
@@ -14,7 +14,7 @@ TRIES = 4  # lengths to try between one that fits and one that does not
 def weight_tensors(model: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors of the packed matrices, and all others that the model holds; shared ones once."""
     matrices = [module for module in model.modules() if isinstance(module, PackedMatrix)]
-    packed = [part for matrix in matrices for part in (*tensors(matrix), matrix.tiles.order)]
+    packed = [part for matrix in matrices for part in (*tensors(matrix), *matrix.derived())]
     pointers = {part.data_ptr() for part in packed}
     return packed, [part for part in tensors(model) if part.data_ptr() not in pointers]
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from nashswarm import kernels
 from nashswarm.kernels import tiles as layout
-from nashswarm.packed.modules import PackedMatrix, QuantizedEmbedding, QuantizedLinear
+from nashswarm.packed.matrix import PackedMatrix, TileMatrix
+from nashswarm.packed.modules import QuantizedEmbedding, QuantizedLinear
 from nashswarm.quant.grid import QuantizedTensor
 
 NBITS_WIDTHS = (2, 4, 8)
@@ -39,7 +40,7 @@ class Weight(Protocol):
 class Native(nn.Module):
     """The tiles, for nashswarm's operators; a program that loads the export imports nashswarm first."""
 
-    def __init__(self, matrix: PackedMatrix, activations: str) -> None:
+    def __init__(self, matrix: TileMatrix, activations: str) -> None:
         super().__init__()
         self.names = (*kernels.PARTS, "order")
         for name in self.names:
@@ -65,7 +66,7 @@ class Grouped(nn.Module):
     masks: Tensor
     places: Tensor
 
-    def __init__(self, matrix: PackedMatrix, activations: str) -> None:
+    def __init__(self, matrix: TileMatrix, activations: str) -> None:
         super().__init__()
         tensor = matrix.tensor()
         assert isinstance(tensor, QuantizedTensor)
@@ -112,7 +113,7 @@ class Planes(nn.Module):
     escape_places: Tensor
     escape_codes: Tensor
 
-    def __init__(self, matrix: PackedMatrix, activations: str) -> None:
+    def __init__(self, matrix: TileMatrix, activations: str) -> None:
         super().__init__()
         tiles = matrix.tiles
         widths = tiles.widths.flatten().long()
@@ -203,14 +204,25 @@ class Rows(nn.Module):
 
 def for_torch(matrix: PackedMatrix, activations: str) -> Native:
     """Lay a matrix out for a program of torch.export."""
-    return Native(matrix, activations)
+    return Native(in_tiles(matrix), activations)
 
 
 def for_onnx(matrix: PackedMatrix, activations: str) -> Grouped | Planes:
     """Lay a matrix out for an ONNX file: for MatMulNBits if that operator can read it."""
-    widths = set(matrix.tiles.widths.unique().tolist())
-    fits = matrix.scheme is not None and len(widths) == 1 and widths <= set(NBITS_WIDTHS)
-    return (Grouped if fits and matrix.group_size in NBITS_GROUPS else Planes)(matrix, activations)
+    tiled = in_tiles(matrix)
+    widths = set(tiled.tile_widths().unique().tolist())
+    fits = tiled.scheme is not None and len(widths) == 1 and widths <= set(NBITS_WIDTHS)
+    return (Grouped if fits and tiled.group_size in NBITS_GROUPS else Planes)(tiled, activations)
+
+
+def in_tiles(matrix: PackedMatrix) -> TileMatrix:
+    """Return the matrix, whose tiles can be laid out anew.  Raises ValueError if it is trellis-coded."""
+    if not isinstance(matrix, TileMatrix):
+        raise ValueError(
+            "trellis-coded matrices cannot be exported, because no other runtime reads them: compress with "
+            "method=nash_lattice, or export the floats that the model's dequantize() gives"
+        )
+    return matrix
 
 
 def portable(model: Any, activations: str, layout_of: Callable[[PackedMatrix, str], Any]) -> Any:

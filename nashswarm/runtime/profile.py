@@ -145,8 +145,7 @@ def _more(gain: float) -> str:
 def _kind_and_bytes(module: nn.Module) -> tuple[str, int]:
     """Return the format of a matrix, and the bytes of it that a product reads."""
     if isinstance(module, QuantizedLinear):
-        kind = "lattice" if module.matrix.lattice is not None else f"groups of {module.matrix.group_size}"
-        return kind, module.matrix.tiles.nbytes
+        return module.matrix.kind, module.matrix.nbytes
     weight = module.weight
     assert isinstance(weight, Tensor)
     return str(weight.dtype).removeprefix("torch."), weight.nbytes

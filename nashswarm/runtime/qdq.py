@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from nashswarm.packed.modules import PackedMatrix
+from nashswarm.packed.matrix import TileMatrix
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
 
@@ -36,7 +36,7 @@ class Digits(nn.Module):
     column_scale: Tensor
     offset: Tensor
 
-    def __init__(self, matrix: PackedMatrix, activations: str) -> None:
+    def __init__(self, matrix: TileMatrix, activations: str) -> None:
         super().__init__()
         tensor = matrix.tensor()
         self.bits, span = 4, matrix.shape[1]  # columns that share a scale

@@ -12,7 +12,7 @@ from nashswarm.measures.size import Size
 from nashswarm.models import evaluation
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
-from nashswarm.packed.modules import PackedMatrix
+from nashswarm.packed.matrix import PackedMatrix
 from nashswarm.progress import no_track
 
 

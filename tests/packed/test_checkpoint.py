@@ -20,20 +20,24 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm.kernels import tiles as layout
+from nashswarm.kernels import trellis
+from nashswarm.kernels.trellis import Trellis
 from nashswarm.models.matrices import find_layers, round_to_stored, set_weights, uncompressed_tensors
 from nashswarm.packed import checkpoint, file_format
 from nashswarm.packed.file_format import NashSwarmConfig
-from nashswarm.packed.modules import PackedMatrix, QuantizedEmbedding, QuantizedLinear, set_activations
+from nashswarm.packed.matrix import PackedMatrix, TileMatrix
+from nashswarm.packed.modules import QuantizedEmbedding, QuantizedLinear, set_activations
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.pack import pack
 from nashswarm.quant.prototype import quantize_by_magnitude
 
 KINDS = ("gpt2", "llama", "llama_tied", "opt", "bert", "bert_encoder")
-FORMATS = ("tiles", "groups", "lattice")
+FORMATS = ("tiles", "groups", "lattice", "trellis")
 CASES = [("gpt2", form) for form in FORMATS]
 CASES += [("llama", "tiles"), ("llama_tied", "lattice"), ("opt", "groups"), ("bert", "tiles")]
 CASES += [("bert_encoder", "lattice"), ("bert_classifier", "groups")]
+CASES += [("llama_tied", "trellis"), ("bert_encoder", "trellis")]
 CASES += [("gpt_neox", "lattice")]  # is stored under other names elsewhere
 OTHER_CASES = [(kind, form) for kind in KINDS for form in FORMATS if (kind, form) not in CASES]
 FILES = ["config.json", "model.safetensors"]
@@ -58,6 +62,11 @@ def compressed(model: Any, packed: dict[str, np.ndarray], exclude: tuple[str, ..
 def loaded(model: Any, folder: pathlib.Path, **options: Any) -> Any:
     """By the class that it was saved from."""
     return getattr(transformers, type(model).__name__).from_pretrained(folder, **options)
+
+
+def floats_of(tensor: Any) -> Tensor:
+    """The weights that a decoded matrix stands for."""
+    return trellis.dequantize(tensor) if isinstance(tensor, Trellis) else tensor.dequantize()
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -97,13 +106,17 @@ def test_from_pretrained_computes_same_bits(saved: Any, token_windows: Tensor) -
     layers = find_layers(by_hand)
     tables = CodeTables.unpack(matrices["code_tables"]) if "code_tables" in matrices else None
     decoded = {layer.name: file_format.decode(layer.name, matrices[layer.name], tables) for layer in layers}
+    floats = {name: floats_of(tensor) for name, tensor in decoded.items()}
     round_to_stored(uncompressed_tensors(by_hand, layers), 16)
-    set_weights(by_hand, {name: tensor.dequantize() for name, tensor in decoded.items()})
+    set_weights(by_hand, floats)
     expected = outputs(by_hand, token_windows)
     assert (outputs(again, token_windows) - expected).abs().max() <= 1e-4 * expected.abs().max()
     for layer in layers:
-        assert torch.equal(again.get_submodule(layer.name).matrix.tensor().codes, decoded[layer.name].codes)
-        assert torch.equal(again.get_submodule(layer.name).weight, decoded[layer.name].dequantize())
+        matrix = again.get_submodule(layer.name).matrix
+        assert np.array_equal(matrix.encode(), matrices[layer.name])
+        if isinstance(matrix, TileMatrix):
+            assert torch.equal(matrix.tensor().codes, decoded[layer.name].codes)
+        assert torch.equal(again.get_submodule(layer.name).weight, floats[layer.name])
         for name in layer.modules:
             assert again.get_submodule(name).matrix is again.get_submodule(layer.name).matrix
 

@@ -13,8 +13,10 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm.kernels import tiles as layout
+from nashswarm.kernels import trellis
+from nashswarm.kernels.trellis import Trellis
+from nashswarm.packed.matrix import PackedMatrix, TileMatrix, TrellisMatrix, as_held
 from nashswarm.packed.modules import (
-    PackedMatrix,
     QuantizedEmbedding,
     QuantizedLinear,
     dequantized,
@@ -53,7 +55,7 @@ def assert_same(decoded: Any, tensor: Any) -> None:
 @given(some.integers(1, 70), some.integers(1, 150), some.sampled_from([0.0, 0.3, 2.0, 50.0, 1e6]), some.integers(0, 9))
 def test_packed_matrix_of_lattice_round_trips(rows: int, columns: int, spread: float, seed: int) -> None:
     tensor = on_lattice(heavy_tailed(rows, columns, spread, seed), seed)
-    matrix = PackedMatrix(tensor, True, LAPLACE)
+    matrix = TileMatrix(tensor, True, LAPLACE)
     assert_same(matrix.tensor(), tensor)
     assert torch.equal(matrix.dequantize(), tensor.dequantize())
     assert_same(decode_lattice(matrix.encode(), LAPLACE), tensor)
@@ -72,21 +74,29 @@ def grids(draw: some.DrawFn) -> QuantizedTensor:
 @few
 @given(grids(), some.booleans())
 def test_packed_matrix_of_groups_round_trips(tensor: QuantizedTensor, coded: bool) -> None:
-    matrix = PackedMatrix(tensor, coded)
+    matrix = TileMatrix(tensor, coded)
     assert_same(matrix.tensor(), tensor)
     assert torch.equal(matrix.dequantize(), tensor.dequantize())
     assert_same((decode_groups if coded else unpack)(matrix.encode()), tensor)
 
 
-@pytest.fixture(params=["grid", "lattice"])
+@pytest.fixture(params=["grid", "lattice", "trellis"])
 def tensor(request: pytest.FixtureRequest, drawn: Drawn) -> Any:
     """40 × 64 weights, the lattice's with escapes."""
     return drawn[request.param](torch.randn(40, 64, generator=torch.Generator().manual_seed(3)))
 
 
 @pytest.fixture
+def weight(tensor: Any) -> Tensor:
+    """The same as floats."""
+    return trellis.dequantize(tensor) if isinstance(tensor, Trellis) else tensor.dequantize()
+
+
+@pytest.fixture
 def matrix(tensor: Any) -> PackedMatrix:
-    return PackedMatrix(tensor, True, LAPLACE)
+    held = as_held(tensor, not isinstance(tensor, Trellis), LAPLACE)
+    assert isinstance(held, PackedMatrix)
+    return held
 
 
 def layer_of(matrix: PackedMatrix, bias: bool = True) -> QuantizedLinear:
@@ -97,11 +107,11 @@ def layer_of(matrix: PackedMatrix, bias: bool = True) -> QuantizedLinear:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_quantized_linear_matches_float_product(tensor: Any, matrix: PackedMatrix, bias: bool) -> None:
+def test_quantized_linear_matches_float_product(weight: Tensor, matrix: PackedMatrix, bias: bool) -> None:
     layer, x = layer_of(matrix, bias), torch.randn(2, 5, 64)
-    assert torch.equal(layer.weight, tensor.dequantize()) and layer.weight.shape == (40, 64)
+    assert torch.equal(layer.weight, weight) and layer.weight.shape == (40, 64)
     assert (layer.in_features, layer.out_features, layer.bias is not None) == (64, 40, bias)
-    expected = nn.functional.linear(x.double(), tensor.dequantize().double(), layer.bias.double() if bias else None)
+    expected = nn.functional.linear(x.double(), weight.double(), layer.bias.double() if bias else None)
     scale = expected.abs().max()
     assert (layer(x) - expected).abs().max() <= 1e-6 * scale
     layer.activations = "int8"
@@ -116,10 +126,10 @@ def test_quantized_linear_holds_no_float_matrix(matrix: PackedMatrix) -> None:
     assert "40x64" in repr(layer) and "bits" in repr(layer)
 
 
-def test_quantized_conv1d_becomes_linear_and_round_trips(tensor: Any, matrix: PackedMatrix) -> None:
+def test_quantized_conv1d_becomes_linear_and_round_trips(weight: Tensor, matrix: PackedMatrix) -> None:
     before, x = Conv1D(40, 64), torch.randn(3, 64)
     with torch.no_grad():
-        before.weight.copy_(tensor.dequantize().T)
+        before.weight.copy_(weight.T)
         before.bias.normal_()
     layer = quantized(before, matrix, torch.float32)
     assert isinstance(layer, QuantizedLinear) and layer.bias is before.bias
@@ -141,27 +151,27 @@ def test_dequantized_returns_original_module_type(matrix: PackedMatrix) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_quantized_embedding_returns_rows(tensor: Any, matrix: PackedMatrix, dtype: torch.dtype) -> None:
+def test_quantized_embedding_returns_rows(weight: Tensor, matrix: PackedMatrix, dtype: torch.dtype) -> None:
     layer = quantized(nn.Embedding(40, 64, padding_idx=1), matrix, dtype)
     ids = torch.randint(40, (2, 3, 4))
     assert isinstance(layer, QuantizedEmbedding) and not list(layer.parameters())
-    assert layer(ids).dtype == dtype and torch.equal(layer(ids), tensor.dequantize()[ids].to(dtype))
+    assert layer(ids).dtype == dtype and torch.equal(layer(ids), weight[ids].to(dtype))
     assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (40, 64, 1)
     with pytest.raises((IndexError, RuntimeError, ValueError)):
         layer(torch.tensor([40]))
 
 
-def test_quantized_derived_embedding_keeps_its_forward(tensor: Any, matrix: PackedMatrix) -> None:
+def test_quantized_derived_embedding_keeps_its_forward(weight: Tensor, matrix: PackedMatrix) -> None:
     """OPT's positions begin at an offset of 2."""
     before = OPTLearnedPositionalEmbedding(38, 64)
     with torch.no_grad():
-        before.weight.copy_(tensor.dequantize())
+        before.weight.copy_(weight)
     layer = quantized(before, matrix, torch.float32)
     assert isinstance(layer, QuantizedEmbedding) and isinstance(layer, OPTLearnedPositionalEmbedding)
     positions = torch.arange(5)[None]
     arguments = {"attention_mask": torch.ones(1, 5, dtype=torch.long), "position_ids": positions}
     assert torch.equal(layer(**arguments), before(**arguments))
-    assert torch.equal(layer(**arguments)[0], tensor.dequantize()[2:7])
+    assert torch.equal(layer(**arguments)[0], weight[2:7])
 
 
 def test_quantized_tied_head_shares_matrix(matrix: PackedMatrix) -> None:
@@ -205,7 +215,7 @@ def test_module_to_half_and_meta_works(matrix: PackedMatrix) -> None:
     layer = layer_of(matrix).half()
     assert layer(torch.randn(2, 64).half()).dtype == torch.float16 and layer.weight.dtype == torch.float32
     elsewhere = copy.deepcopy(layer).to("meta")
-    assert elsewhere.matrix.payload.is_meta and not layer.matrix.payload.is_meta
+    assert all(part.is_meta for part in elsewhere.buffers()) and not any(part.is_meta for part in layer.buffers())
 
 
 def test_deepcopy_shares_no_buffers(matrix: PackedMatrix) -> None:
@@ -215,8 +225,10 @@ def test_deepcopy_shares_no_buffers(matrix: PackedMatrix) -> None:
     assert torch.equal(other(x), before)
     pointers = {part.data_ptr() for part in matrix.buffers() if part.numel()}
     assert not pointers & {part.data_ptr() for part in other.matrix.buffers()}
-    assert other.matrix.tiles.payload is other.matrix.payload and layer.matrix.tiles.payload is layer.matrix.payload
-    other.matrix.payload.zero_()
+    for held in (other.matrix, layer.matrix):  # kernels read the buffers
+        largest = max(held.buffers(), key=len)
+        assert held.tiles.payload.untyped_storage().data_ptr() == largest.untyped_storage().data_ptr()
+    other.matrix.tiles.payload.zero_()
     assert torch.equal(layer(x), before) and not torch.equal(other(x), before)
 
 
@@ -231,21 +243,25 @@ def test_set_activations_changes_every_layer(matrix: PackedMatrix) -> None:
 
 
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 5, 64)])
-def test_quantized_linear_gradients_match_floats(tensor: Any, matrix: PackedMatrix, shape: tuple[int, ...]) -> None:
+def test_quantized_linear_gradients_match_floats(weight: Tensor, matrix: PackedMatrix, shape: tuple[int, ...]) -> None:
     layer, x = layer_of(matrix), torch.randn(shape, requires_grad=True)
     weigh = torch.randn(*shape[:-1], 40)
     (layer(x) * weigh).sum().backward()
     packed_gradients = x.grad, layer.bias.grad
     y = x.detach().clone().requires_grad_()
     bias = layer.bias.detach().clone().requires_grad_()
-    (nn.functional.linear(y, tensor.dequantize(), bias) * weigh).sum().backward()
+    (nn.functional.linear(y, weight, bias) * weigh).sum().backward()
     for gradient, expected in zip(packed_gradients, (y.grad, bias.grad), strict=True):
         assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert not any(part.requires_grad for part in matrix.buffers())
 
 
-def test_tiles_nbytes_counts_all_buffers(matrix: PackedMatrix) -> None:
+def test_nbytes_counts_all_buffers(matrix: PackedMatrix) -> None:
     """What the model says of its memory is what its tiles take."""
     buffers = sum(part.nbytes for part in matrix.buffers())
-    assert matrix.tiles.nbytes == buffers + matrix.weight_bytes and buffers > matrix.tiles.payload.nbytes
+    assert matrix.nbytes == buffers + matrix.weight_bytes and buffers > matrix.tiles.payload.nbytes
+    if isinstance(matrix, TrellisMatrix):
+        assert buffers == matrix.tiles.nbytes == len(matrix.encode()) and matrix.weight_bytes == 8 * 2
+        return
+    assert matrix.tiles.nbytes == matrix.nbytes
     assert layout.payload_starts(matrix.tiles.widths, matrix.group_size)[-1] == len(matrix.tiles.payload)

@@ -17,7 +17,7 @@ from nashswarm.data import corpus, stdlib_docs
 from nashswarm.models.matrices import find_layers
 from nashswarm.models.sources import EMBEDDED, WEIGHTS, ModelSource, load
 from nashswarm.packed import checkpoint
-from nashswarm.packed.modules import PackedMatrix
+from nashswarm.packed.matrix import TileMatrix
 from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.lattice import LatticeTensor, make_lattice
 from nashswarm.quant.pack import pack
@@ -66,7 +66,7 @@ def runtime() -> Any:
 @pytest.mark.parametrize("bits", portable.NBITS_WIDTHS)
 @pytest.mark.parametrize("columns", [64, 160])  # zero points of a row that fill no whole byte
 def test_grouped_one_width_holds_same_matrix(bits: int, columns: int) -> None:
-    matrix = PackedMatrix(quantize(torch.randn(37, columns), bits, Scheme(32)), False)
+    matrix = TileMatrix(quantize(torch.randn(37, columns), bits, Scheme(32)), False)
     grouped = portable.for_onnx(matrix, "float32")
     assert isinstance(grouped, portable.Grouped)
     assert grouped.codes.shape == (37, columns // 32, 32 * bits // 8)
@@ -77,7 +77,7 @@ def test_grouped_one_width_holds_same_matrix(bits: int, columns: int) -> None:
 @pytest.mark.parametrize("shape", [(37, 128), (48, 64), (50, 192)])
 def test_planes_hold_same_matrix_in_same_bytes(form: str, shape: tuple[int, int], drawn: Drawn) -> None:
     torch.manual_seed(0)
-    matrix = PackedMatrix(drawn[form](torch.randn(shape)), False)
+    matrix = TileMatrix(drawn[form](torch.randn(shape)), False)
     weight = portable.for_onnx(matrix, "float32")
     assert isinstance(weight, portable.Planes)
     whole, x, ids = matrix.dequantize(), torch.randn(3, 2, shape[1]), torch.tensor([[3, 0], [shape[0] - 1, 3]])
@@ -88,16 +88,16 @@ def test_planes_hold_same_matrix_in_same_bytes(form: str, shape: tuple[int, int]
 
 
 def test_for_onnx_odd_width_uses_planes(drawn: Drawn) -> None:
-    three = PackedMatrix(quantize(torch.randn(16, 64), 3, Scheme(32)), False)
+    three = TileMatrix(quantize(torch.randn(16, 64), 3, Scheme(32)), False)
     assert isinstance(portable.for_onnx(three, "float32"), portable.Planes)
-    pruned = PackedMatrix(quantize(torch.randn(16, 64), 0, Scheme(32)), False)
+    pruned = TileMatrix(quantize(torch.randn(16, 64), 0, Scheme(32)), False)
     assert not portable.for_onnx(pruned, "float32").rows(torch.arange(16)).any()
 
 
 def test_product_with_matmulnbits_matches_floats(runtime: Any) -> None:
     """A product alone, at every width, against the dequantized matrix."""
     for bits in portable.NBITS_WIDTHS:
-        matrix = PackedMatrix(quantize(torch.randn(24, 96), bits, Scheme(32)), False)
+        matrix = TileMatrix(quantize(torch.randn(24, 96), bits, Scheme(32)), False)
         product = portable.Product(portable.for_onnx(matrix, "float32"), torch.randn(24)).eval()
         program = torch.onnx.export(product, (torch.zeros(2, 96),), verbose=False)
         assert program is not None and "MatMulNBits" in {node.op_type for node in program.model.graph}
@@ -116,13 +116,13 @@ def lattice_up_to(weight: Tensor, limit: int) -> LatticeTensor:
     return LatticeTensor(codes, lattice.fit_sizes(codes.abs().float()))
 
 
-def of_form(form: str, shape: tuple[int, int], drawn: Drawn) -> PackedMatrix:
+def of_form(form: str, shape: tuple[int, int], drawn: Drawn) -> TileMatrix:
     torch.manual_seed(0)
     weight = torch.randn(shape)
     if form.startswith("uniform"):
-        return PackedMatrix(quantize(weight, int(form[-1]), Scheme(32)), False)
+        return TileMatrix(quantize(weight, int(form[-1]), Scheme(32)), False)
     limits = {"narrow": 7, "wide": 127}
-    return PackedMatrix(lattice_up_to(weight, limits[form]) if form in limits else drawn[form](weight), False)
+    return TileMatrix(lattice_up_to(weight, limits[form]) if form in limits else drawn[form](weight), False)
 
 
 def matrix_of(digits: qdq.Digits) -> Tensor:
@@ -337,7 +337,7 @@ def test_export_with_different_logits_leaves_no_file(
     small = at(model, 4)
     original = portable.for_torch
 
-    def damaged(matrix: PackedMatrix, activations: str) -> portable.Native:
+    def damaged(matrix: TileMatrix, activations: str) -> portable.Native:
         weight = original(matrix, activations)
         weight.scale = weight.scale * 1.01
         return weight
