@@ -72,7 +72,7 @@ def draw(app: Any) -> None:
     """Draw the figure that only these pages have: the bits of every matrix, from the record of the whole method."""
     runs = record.read_all(ROOT / "results/records/ablation")
     folder = ROOT / "docs/generated"
-    whole = next(one for one in runs if one.labels["method"] == "nash_swarm")
+    whole = next(one for one in runs if one.labels["method"] == "nash_lattice")
     with matplotlib.style.context(ROOT / "paper/style.mplstyle"):
         folder.mkdir(exist_ok=True)
         games.layer_bits(whole).savefig(folder / "layer_bits.png")

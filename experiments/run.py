@@ -1,4 +1,4 @@
-"""The only entry point: ``python -m experiments.run method=nash_swarm model=default``; ``--help`` says more."""
+"""The only entry point: ``python -m experiments.run method=nash_lattice model=default``; ``--help`` says more."""
 
 import json
 import logging

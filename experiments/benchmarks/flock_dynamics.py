@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.flock_dynamics
 
-Plays the bit game of the embedded model where ``nash_swarm`` plays it, at the reference of its stance and with the
+Plays the bit game of the embedded model where ``nash_lattice`` plays it, at the reference of its stance and with the
 alignment given, from all blocks at the step of the price.  After every class of blocks that moved together their
 offsets are kept, and the bits per weight that their codes then take.  Places are an embedding of the features in two
 dimensions (t-SNE, van der Maaten & Hinton 2008): distances in it mean little, links are the flock's own.
@@ -25,11 +25,11 @@ from nashswarm.experiment.compression import load
 from nashswarm.experiment.plan import plan
 from nashswarm.games import flock
 from nashswarm.games.potential import best_response, independent_classes
-from nashswarm.methods.nash_swarm.quantizer import QuantizedModel, by_block
-from nashswarm.methods.nash_swarm.selection import HeldoutSelection
-from nashswarm.methods.nash_swarm.settings import NashSwarm
-from nashswarm.methods.nash_swarm.solver import RateGameSolver
-from nashswarm.methods.nash_swarm.step_choices import StepChoices
+from nashswarm.methods.nash_lattice.quantizer import QuantizedModel, by_block
+from nashswarm.methods.nash_lattice.selection import HeldoutSelection
+from nashswarm.methods.nash_lattice.settings import NashLattice
+from nashswarm.methods.nash_lattice.solver import RateGameSolver
+from nashswarm.methods.nash_lattice.step_choices import StepChoices
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
@@ -42,10 +42,10 @@ def main() -> None:
     options = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
     torch.set_num_threads(1)
-    config = compose("method=nash_swarm", f"method.swarm.align=[{options.align}]", "wandb=disabled")
+    config = compose("method=nash_lattice", f"method.swarm.align=[{options.align}]", "wandb=disabled")
     planned = plan(config)
     job = load(config, planned)
-    assert isinstance(planned.method, NashSwarm)
+    assert isinstance(planned.method, NashLattice)
     context = job.session.context()
     selection = planned.method.selection(planned.method.solver(context, job.rng), context)
     content = dynamics(selection, options.align)

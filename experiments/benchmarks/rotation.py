@@ -28,7 +28,7 @@ from nashswarm.records import files
 from nashswarm.records.provenance import provenance
 from nashswarm.records.statistics import interval
 
-METHODS = ("nash_swarm method.bits=3.0", "nash_swarm method.bits=2.0", "gptq method.bits=3", "gptq method.bits=2")
+METHODS = ("nash_lattice method.bits=3.0", "nash_lattice method.bits=2.0", "gptq method.bits=3", "gptq method.bits=2")
 TURNS = 3  # draws of the signs
 
 

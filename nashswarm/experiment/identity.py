@@ -41,7 +41,7 @@ IMPORT_PATHS = {  # recorded name -> where the class can be imported from today
     "nashswarm.moe_training.Training": "nashswarm.moe.training.Training",
     "nashswarm.peers.Peer": "nashswarm.methods.peers.peer.Peer",
     "nashswarm.published.Published": "nashswarm.measures.prototype.Published",
-    "nashswarm.rate_game.NashSwarm": "nashswarm.methods.nash_swarm.settings.NashSwarm",
+    "nashswarm.rate_game.NashSwarm": "nashswarm.methods.nash_lattice.settings.NashLattice",
     "nashswarm.recovery.Recovery": "nashswarm.methods.distillation.Recovery",
 }
 RECORDED_NAMES = {path: name for name, path in IMPORT_PATHS.items()}

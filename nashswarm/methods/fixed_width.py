@@ -70,7 +70,7 @@ class FixedWidth:
         if self.generations < 0 or self.offspring < 1:
             raise ValueError("method.generations must not be negative, and method.offspring at least 1")
         if self.swarm is not None and self.swarm.local_reply is not None:
-            raise ValueError("method.swarm.local_reply belongs to method=nash_swarm; set it to null")
+            raise ValueError("method.swarm.local_reply belongs to method=nash_lattice; set it to null")
         if self.bit_game == "quantiles" and len(self.bit_widths) != len(self.quantiles) + 1:
             raise ValueError(f"method.quantiles {self.quantiles} need {len(self.quantiles) + 1} method.bit_widths")
         if self.split is not None and 0 not in self.bit_widths:

@@ -34,7 +34,7 @@ class Flock:
             raise ValueError(f"unknown method.swarm.graph {self.graph!r}: choose {', '.join(get_args(flock.Graph))}")
         if self.neighbours < 1:
             raise ValueError(
-                f"method.swarm.neighbours={self.neighbours} must be at least 1; without a flock use no_swarm"
+                f"method.swarm.neighbours={self.neighbours} must be at least 1; without a flock set method.swarm=null"
             )
         if self.local_reply is not None and self.local_reply < 0:
             raise ValueError(f"method.swarm.local_reply={self.local_reply} must be a number of columns or null")

@@ -204,10 +204,10 @@ def paired(
 
 
 def tested(means: pd.DataFrame, records: Iterable[Record]) -> pd.DataFrame:
-    """Add ``kl_p`` and ``nll_delta_p``: p-values of sign-flip tests against ``nash_swarm`` on paired windows.
+    """Add ``kl_p`` and ``nll_delta_p``: p-values of sign-flip tests against ``nash_lattice`` on paired windows.
 
-    Each method is tested against the ``nash_swarm`` of the same overrides.  The p-values are adjusted for all tests of
-    the table (Holm).  A column is absent where nothing can be paired.
+    Each method is tested against the ``nash_lattice`` of the same overrides.  The p-values are adjusted for all tests
+    of the table (Holm).  A column is absent where nothing can be paired.
     """
     groups = by_cell(records)
     p_values: dict[tuple[int, str], float] = {}

@@ -5,7 +5,8 @@ from typing import Any
 
 CELL = ["experiment", "model", "dataset", "measure", "method"]
 LABELS = [*CELL, "seed"]
-REFERENCE = "nash_swarm"  # the method that the others are tested against
+REFERENCE = "nash_lattice"  # the method that the others are tested against
+ABLATIONS = ("no_", "lattice_no_", "fixed_no_")  # beginnings of the names of methods that leave one part out
 TESTED = {"kl": "kl", "nll_delta": "nll"}  # metric → the per-window series in which it is paired
 WORDS = [*LABELS, "layer", "contestant"]  # columns of text
 ORIGIN: dict[str, Any] = {  # of runs → of their row
@@ -19,21 +20,21 @@ ORIGIN: dict[str, Any] = {  # of runs → of their row
 def family_of(method: str) -> str:
     """Return the method without its size, if the size is its only override.
 
-    >>> family_of("gptq[bits=3]"), family_of("nash_swarm[bits=3.0,code_game=pass]")
-    ('gptq', 'nash_swarm[bits=3.0,code_game=pass]')
+    >>> family_of("gptq[bits=3]"), family_of("nash_lattice[bits=3.0,code_game=pass]")
+    ('gptq', 'nash_lattice[bits=3.0,code_game=pass]')
     """
     return re.sub(r"\[bits=[^],]*\]$", "", method)
 
 
 def rank(method: str) -> tuple[int, int, str]:
-    """Return the sort key of a method in tables and figures; unknown methods precede ``nash_swarm``, which is last.
+    """Return the sort key of a method in tables and figures; unknown methods precede ``nash_lattice``, which is last.
 
-    >>> sorted(["nash_swarm", "no_nash", "uniform4", "hqq", "uniform8", "baseline"], key=rank)
-    ['baseline', 'uniform8', 'uniform4', 'no_nash', 'hqq', 'nash_swarm']
+    >>> sorted(["nash_lattice", "fixed_no_nash", "uniform4", "hqq", "uniform8", "baseline"], key=rank)
+    ['baseline', 'uniform8', 'uniform4', 'fixed_no_nash', 'hqq', 'nash_lattice']
     """
     if uniform := re.fullmatch(r"uniform(\d+)", method):
         return 1, -int(uniform[1]), method
-    kinds = ("baseline", "uniform", "rtn", "gptq", "as_published", "no_", "", "nash_swarm")
+    kinds = ("baseline", "uniform", "rtn", "gptq", "as_published", ABLATIONS, "", REFERENCE)
     kind = next((place for place, start in enumerate(kinds) if start and method.startswith(start)), kinds.index(""))
     return kind, 0, padded(method)
 

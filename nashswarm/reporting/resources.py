@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from nashswarm.methods.nash_swarm.settings import NashSwarm
+from nashswarm.methods.nash_lattice.settings import NashLattice
 from nashswarm.methods.streaming import forecast, shards
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.models import shapes, sources
@@ -19,14 +19,14 @@ from nashswarm.reporting.labels import family_of
 
 EXPERIMENT = ("experiment", "records", "minutes of one process", "longest run, minutes", "threads", "commits")
 WORK = {"moments", "damage", "probe", "game"}  # the steps that a cache of an earlier run can replace
-TIMED = ("nash_swarm", "no_cache", "gptq")  # the main method, the same without a cache, and error feedback alone
+TIMED = ("nash_lattice", "lattice_no_cache", "gptq")  # the lattice, the same without a cache, error feedback alone
 WINDOWS, LENGTH = 4, 2048  # of the calibration of `nashswarm compress --by-layer`
 MEASURED = ("model", "parameters", "method", "threads", "minutes", "GB at the peak", "machine")
 SHAPE = (
     "model",
     "parameters",
     "GB, 32-bit floats",
-    "GB of `nash_swarm`",
+    "GB of `nash_lattice`",
     "GB of memory, two copies in floats",
     "by layer: GB of the file",
     "by layer: GB of memory",
@@ -65,8 +65,8 @@ def markdown(records: Iterable[Record]) -> str:
     lines = typeset.markdown_lines(MEASURED, measured_rows(records), [":--", "--:", ":--", *number * 3, ":--"])
     lines += [
         "",
-        f"By shape, `nash_swarm` at {NashSwarm().bits} stored bits per parameter, its budget. In memory it needs two "
-        "copies of the model in 32-bit floats at least, and the second moments of inputs beside them; by layer "
+        f"By shape, `nash_lattice` at {NashLattice().bits} stored bits per parameter, its budget. In memory it needs "
+        "two copies of the model in 32-bit floats at least, and the second moments of inputs beside them; by layer "
         f"(`--by-layer`, {ByLayer().bits} bits, {WINDOWS} windows of {LENGTH} tokens) what stands in the last column, "
         "beside what the process has anyway:",
         "",
@@ -112,5 +112,5 @@ def shape_row(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
         files = forecast.file_bytes_of(model, ByLayer())
         by_layer = gigabytes(files), gigabytes(forecast.working_bytes(model, WINDOWS, LENGTH))
     floats = sizes.bytes_full
-    packed = gigabytes(sizes.bytes_at(NashSwarm().bits))
+    packed = gigabytes(sizes.bytes_at(NashLattice().bits))
     return f"`{name}`", count(sizes.parameters), gigabytes(floats), packed, gigabytes(2 * floats), *by_layer

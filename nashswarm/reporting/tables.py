@@ -18,8 +18,8 @@ from nashswarm.reporting.typeset import Column
 EQUAL_BYTES = (
     Column("MB", "bytes_file"),
     Column("KL (nats)", "kl"),
-    Column("nash_swarm's KL at these bytes", "kl_at_bytes"),
-    Column("nash_swarm's ÷ the method's", "kl_ratio"),
+    Column("nash_lattice's KL at these bytes", "kl_at_bytes"),
+    Column("nash_lattice's ÷ the method's", "kl_ratio"),
 )
 SPEED = (
     Column("MB in memory", "bytes_resident"),
@@ -101,14 +101,14 @@ SERVING = (
 
 
 def equal_bytes(records: Iterable[Record]) -> pd.DataFrame:
-    """Compare the KL of each method with that of ``nash_swarm`` at the same file size.
+    """Compare the KL of each method with that of ``nash_lattice`` at the same file size.
 
-    ``kl_at_bytes`` is the KL of ``nash_swarm`` at the method's bytes, interpolated window by window on the line of
+    ``kl_at_bytes`` is the KL of ``nash_lattice`` at the method's bytes, interpolated window by window on the line of
     log KL over log bytes; ``kl_ratio`` is that KL over the method's, with its paired 95 % interval.
 
-    The sizes of ``nash_swarm`` come from all experiments with the same model, calibration and test text whose runs have
-    at least the method's windows; seeds are averaged first.  A method whose bytes lie outside these sizes has no ratio,
-    and one that meets fewer than two sizes has no row.
+    The sizes of ``nash_lattice`` come from all experiments with the same model, calibration and test text whose runs
+    have at least the method's windows; seeds are averaged first.  A method whose bytes lie outside these sizes has no
+    ratio, and one that meets fewer than two sizes has no row.
     """
     runs = list(records)
     curve = [one for one in runs if re.fullmatch(rf"{REFERENCE}(\[bits=[^,]*\])?", one.labels["method"])]

@@ -238,8 +238,8 @@ LABELS = {"experiment": "glue", "model": "tiny", "method": "any", "dataset": "ta
     [
         ("mrpc", "baseline"),
         ("stsb", "baseline"),
-        ("mrpc", "nash_swarm4"),
-        pytest.param("stsb", "nash_swarm4", marks=pytest.mark.slow),
+        ("mrpc", "nash_lattice4"),
+        pytest.param("stsb", "nash_lattice4", marks=pytest.mark.slow),
     ],
 )
 def test_run_on_task_records_metrics_and_saves_model(
@@ -255,7 +255,7 @@ def test_run_on_task_records_metrics_and_saves_model(
         f"method={method}",
         f"save={tmp_path}/saved",
         "dataset.training.epochs=2",
-        *(FEW_CHOICES if method == "nash_swarm4" else ()),
+        *(FEW_CHOICES if method == "nash_lattice4" else ()),
     )
     record = read(run(config, LABELS).path)
     metrics = {"mrpc": ("f1", "accuracy"), "stsb": ("pearson", "spearman")}[task]

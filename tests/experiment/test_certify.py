@@ -24,8 +24,8 @@ from nashswarm.experiment.decoded_costs import DecodedMatrix, Quadratic
 from nashswarm.experiment.enumeration import error_feedback_codes, feedback_matrix, gain_of_codes
 from nashswarm.experiment.plan import config_again, plan
 from nashswarm.experiment.run import Outcome, run
-from nashswarm.methods.nash_swarm import solver
-from nashswarm.methods.nash_swarm.step_choices import StepChoices
+from nashswarm.methods.nash_lattice import solver
+from nashswarm.methods.nash_lattice.step_choices import StepChoices
 from nashswarm.packed.model_folder import read
 from nashswarm.quant.entropy import CodeTables, decode_lattice, encode_lattice
 from nashswarm.quant.lattice import LatticeTensor
@@ -88,8 +88,8 @@ def saved(execute: Execute, tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 @pytest.fixture
 def folder(saved: Saved, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy of the model of nash_swarm that a test may change."""
-    return pathlib.Path(shutil.copytree(saved("nash_swarm")[1], tmp_path / "model"))
+    """A copy of the model of nash_lattice that a test may change."""
+    return pathlib.Path(shutil.copytree(saved("nash_lattice")[1], tmp_path / "model"))
 
 
 def about(folder: pathlib.Path) -> dict[str, Any]:
@@ -102,11 +102,11 @@ def seal(folder: pathlib.Path) -> None:
     (folder / "nashswarm.json").write_text(json.dumps(about(folder) | {"sha256": sums}))
 
 
-@pytest.mark.parametrize("method", ["nash_swarm", "uniform4", "gptq", "baseline", "as_published"])
+@pytest.mark.parametrize("method", ["nash_lattice", "uniform4", "gptq", "baseline", "as_published"])
 def test_saved_folder_files_have_the_recorded_size(method: str, saved: Saved) -> None:
     written, folder = saved(method)
     names = [path.name for path in sorted(folder.iterdir())]
-    assert names == (FILES if method == "nash_swarm" else [name for name in FILES if name != "game.safetensors"])
+    assert names == (FILES if method == "nash_lattice" else [name for name in FILES if name != "game.safetensors"])
     sizes = {name: (folder / name).stat().st_size for name in names}
     assert written.metrics["bytes_file"] == sizes["model.safetensors"] + sizes["config.json"]
     assert about(folder)["record"]["metrics"] == written.metrics
@@ -144,7 +144,7 @@ def test_certify_game_away_from_equilibrium_agrees_with_the_record(
     model = model_folder if "method.swarm.local_reply=5" in settings else full_model
     monkeypatch.setattr(solver, "REGRET", np.inf)
     monkeypatch.setattr(solver.RateGameSolver, "best_response_offsets", stay)
-    written = execute(tmp_path / "model", "method=nash_swarm", f"model.path={model}", *settings).record
+    written = execute(tmp_path / "model", "method=nash_lattice", f"model.path={model}", *settings).record
     certificate = certify(tmp_path / "model")
     assert certificate["agrees"] and certificate["recorded_regret_max"] == written.metrics["regret_max"]
     assert certificate["players"] == written.metrics["players"] and certificate["price"] == written.metrics["price"]
@@ -154,15 +154,15 @@ def test_certify_game_away_from_equilibrium_agrees_with_the_record(
     assert certificate["regret_of_steps"] > 1e-6
 
 
-@pytest.mark.parametrize("method", ["uniform4", "gptq", "no_swarm", "fixed_width", "gptq_one_step", "baseline"])
+@pytest.mark.parametrize("method", ["uniform4", "gptq", "lattice_no_swarm", "fixed_width", "gptq_one_step", "baseline"])
 def test_certify_each_format_says_what_was_enumerated(method: str, saved: Saved) -> None:
     written, folder = saved(method)
     certificate = certify(folder)
-    stepped = method == "no_swarm"
+    stepped = method == "lattice_no_swarm"
     assert certificate["enumerated"] == ("codes and steps" if stepped else "codes")
     assert certificate["agrees"] is (True if stepped else None)
     # An exact equilibrium, and floats, leave no regret.
-    assert (certificate["regret_of_codes"] == 0) == (method in ("no_swarm", "baseline"))
+    assert (certificate["regret_of_codes"] == 0) == (method in ("lattice_no_swarm", "baseline"))
     assert certificate["layers"] == len(written.layers)
 
 
@@ -282,7 +282,7 @@ def test_certify_moved_model_and_text_are_found_by_their_paths(
 
 
 def test_decode_saved_model_returns_the_measured_weights(saved: Saved) -> None:
-    model = read(saved("nash_swarm")[1])
+    model = read(saved("nash_lattice")[1])
     config = config_again(model.about, {})
     planned = plan(config)
     loaded = load(config, planned)

@@ -27,22 +27,22 @@ MANDATORY = {
     "dataset/glue": ["dataset.task=rte"],
 }
 CHANGED = {  # method → what it is made from, and what it changes of that
-    "nash_swarm4": ("nash_swarm", {"bits"}),
+    "nash_lattice4": ("nash_lattice", {"bits"}),
     "baseline": ("uniform4", {"bits"}),
     "uniform3": ("uniform4", {"bits"}),
     "rtn": ("uniform4", {"search"}),
     "moe_no_nash": ("moe_nash_swarm", {"prices", "loss"}),
     "moe_no_swarm": ("moe_nash_swarm", {"flock", "loss"}),
     "moe_no_cache": ("moe_nash_swarm", {"residency", "loss"}),
-    "no_nash": ("fixed_width", {"bit_game", "code_game", "bit_widths"}),
-    "no_bit_game": ("nash_swarm", {"bit_game", "rate_in_codes", "swarm"}),
-    "no_code_game": ("nash_swarm", {"code_game"}),
-    "no_offsets": ("nash_swarm", {"offsets"}),
-    "no_sweeps": ("nash_swarm", {"code_game"}),
-    "no_swarm": ("nash_swarm", {"swarm"}),
-    "no_quantization": ("fixed_width", {"bit_widths"}),
-    "no_cache": ("nash_swarm", {"cache"}),
-    "gptq_one_step": ("nash_swarm", {"bit_game", "code_game", "rate_in_codes", "strength", "swarm"}),
+    "fixed_no_nash": ("fixed_width", {"bit_game", "code_game", "bit_widths"}),
+    "lattice_no_bit_game": ("nash_lattice", {"bit_game", "rate_in_codes", "swarm"}),
+    "lattice_no_code_game": ("nash_lattice", {"code_game"}),
+    "lattice_no_offsets": ("nash_lattice", {"offsets"}),
+    "lattice_no_sweeps": ("nash_lattice", {"code_game"}),
+    "lattice_no_swarm": ("nash_lattice", {"swarm"}),
+    "fixed_no_quantization": ("fixed_width", {"bit_widths"}),
+    "lattice_no_cache": ("nash_lattice", {"cache"}),
+    "gptq_one_step": ("nash_lattice", {"bit_game", "code_game", "rate_in_codes", "strength", "swarm"}),
     "baq": ("fixed_width", {"bit_game", "swarm"}),
     "radio": ("fixed_width", {"bit_game", "swarm"}),
     "evopress": ("fixed_width", {"bit_game", "swarm", "generations"}),
@@ -52,7 +52,7 @@ CHANGED = {  # method → what it is made from, and what it changes of that
 }
 SAID_TWICE = [  # the files whose values are the defaults of their dataclass
     "model/default",
-    "method/nash_swarm",
+    "method/nash_lattice",
     "method/fixed_width",
     "method/gptq",
     "method/uniform4",
@@ -80,7 +80,7 @@ SAID_TWICE = [  # the files whose values are the defaults of their dataclass
 
 @functools.cache
 def composed(choice: str) -> DictConfig:
-    """Compose the configuration with ``choice``, for example method/nash_swarm, and what it needs; not to be changed.
+    """Compose the configuration with ``choice``, for example method/nash_lattice, and what it needs; not to be changed.
 
     It takes a tenth of a second, so that every file is composed once in a process.
     """
@@ -210,7 +210,7 @@ def test_single_run_needs_no_job_number() -> None:
     [
         ("method=nash_swrm", "Could not find 'method/nash_swrm'"),
         ("experiment=ablatoin", "Could not find 'experiment/ablatoin'"),
-        ("metod=nash_swarm", "Could not override 'metod'"),
+        ("metod=nash_lattice", "Could not override 'metod'"),
         ("method.bitz=3", "Could not override 'method.bitz'"),
         ("sed=1", "Could not override 'sed'"),
     ],
@@ -231,5 +231,5 @@ def test_labels_of_general_choices_name_what_they_were_given() -> None:
     words = ["model=hub", "model.path=facebook/opt-1.3b", "dataset=glue", "dataset.task=rte", "method.bits=2"]
     config = compose(*words, return_hydra_config=True)
     HydraConfig.instance().set_config(config)
-    labels = {"model": "opt-1.3b", "dataset": "rte", "method": "nash_swarm[bits=2]", "measure": "quality"}
+    labels = {"model": "opt-1.3b", "dataset": "rte", "method": "nash_lattice[bits=2]", "measure": "quality"}
     assert labels_of(config) == labels | {"experiment": "single"}

@@ -333,7 +333,7 @@ def test_study_identity_changes_with_whatever_changes_a_number(monkeypatch: pyte
         space = {one.get_key_element(): search.distribution(one) for one in parsed}
         return record.fingerprint(study.identity(fixed, space))
 
-    groups, goals = {"method": "choice(nash_swarm, gptq)", "method.bits": "interval(2, 4)"}, ["kl", "bytes_file"]
+    groups, goals = {"method": "choice(nash_lattice, gptq)", "method.bits": "interval(2, 4)"}, ["kl", "bytes_file"]
     first = name({}, groups, goals, {})
     assert name({}, groups, goals, {}) == first
     for aside in ({"records": "elsewhere"}, {"wandb": "disabled"}, {"rerun": "true"}, {"save": "models"}):
@@ -341,7 +341,7 @@ def test_study_identity_changes_with_whatever_changes_a_number(monkeypatch: pyte
     others = [
         name({"seed": "1"}, groups, goals, {}),
         name({}, groups | {"method.bits": "interval(2, 5)"}, goals, {}),
-        name({}, groups | {"method": "choice(nash_swarm, rtn)"}, goals, {}),  # the second choice counts too
+        name({}, groups | {"method": "choice(nash_lattice, rtn)"}, goals, {}),  # the second choice counts too
         name({}, groups, ["kl", "seconds"], {}),
         name({}, groups, goals, {"dataset.test_windows": 32}),  # files of conf/ that were changed
         name({}, groups, goals, {"method.bits": 2.5, "measure.batch_size": 3}),

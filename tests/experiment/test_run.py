@@ -48,11 +48,11 @@ METHODS = {
     "as_published": set[str](),
     "uniform4": GAME,
     "gptq": {"damage"},
-    "no_nash": GAME,
+    "fixed_no_nash": GAME,
     "fixed_width": GAME | SOLVED,
-    "no_bit_game": {"damage", "players", "sweeps", "unsettled"},
-    "no_swarm": GAME | UNPLAYED | FLOCK | {"regret_of_steps", "regret_of_codes", "damage_correlation"},
-    "nash_swarm": GAME | UNPLAYED | FLOCK | {"regret_of_steps", "regret_of_codes", "damage_correlation"},
+    "lattice_no_bit_game": {"damage", "players", "sweeps", "unsettled"},
+    "lattice_no_swarm": GAME | UNPLAYED | FLOCK | {"regret_of_steps", "regret_of_codes", "damage_correlation"},
+    "nash_lattice": GAME | UNPLAYED | FLOCK | {"regret_of_steps", "regret_of_codes", "damage_correlation"},
 }
 
 
@@ -94,7 +94,7 @@ def records_in(folder: pathlib.Path) -> list[pathlib.Path]:
 def test_run_every_method_leaves_a_record_with_all_its_metrics(
     method: str, execute: Callable[..., Outcome], tmp_path: pathlib.Path, tiny: Any
 ) -> None:
-    extra = ["method.bits=4.5"] if method == "no_nash" else []
+    extra = ["method.bits=4.5"] if method == "fixed_no_nash" else []
     ended = execute(f"method={method}", *extra)
     assert ended.status == "finished" and ended.path.parent == tmp_path / "records/single"
     found = record.read(ended.path)
@@ -120,7 +120,7 @@ def test_run_every_method_leaves_a_record_with_all_its_metrics(
     if method == "fixed_width":
         assert 0.97 * 3 < found.metrics["bits_per_weight_model"] <= 3
         assert found.series["potential"] == sorted(found.series["potential"], reverse=True)
-    if method in ("nash_swarm", "no_swarm", "no_bit_game"):
+    if method in ("nash_lattice", "lattice_no_swarm", "lattice_no_bit_game"):
         assert 0.995 * 3 < found.metrics["bits_per_weight_model"] <= 3
         assert len(found.series["moves"]) == found.metrics["sweeps"]
 
@@ -209,7 +209,7 @@ def test_run_nll_is_that_of_the_test_text(
 
 
 class Repeated(NamedTuple):
-    """One small game of nash_swarm: run, asked for again, run again with its cache, without it, and with a damaged one.
+    """One small game of nash_lattice: run, asked for again, run again with its cache, without it, with a damaged one.
 
     ``written``: when the record was written (ns), before and after it was asked for again.  ``cache_before``,
     ``cache_after``: the files of the cache around the run without it.
@@ -228,7 +228,7 @@ class Repeated(NamedTuple):
 @pytest.fixture(scope="module")
 def repeated(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Repeated:
     folder = tmp_path_factory.mktemp("repeated")
-    execute = runner([*small_run, "method=nash_swarm", *SMALL_GAME], folder)
+    execute = runner([*small_run, "method=nash_lattice", *SMALL_GAME], folder)
     first = execute()
     before = first.path.stat().st_mtime_ns
     second = execute()
@@ -357,7 +357,7 @@ def test_run_excluded_matrices_stay_at_16_bits(uniform4_outcome: Outcome, execut
     found = execute("method=uniform4", "model.exclude=['*.mlp.*']").record
     assert not any(".mlp." in row["name"] for row in found.layers)
     assert found.metrics["bytes_file"] > uniform4_outcome.record.metrics["bytes_file"]
-    without = execute("method=nash_swarm", *SMALL_GAME, "method.bits=6", "model.exclude=[lm_head,'*wpe']").record
+    without = execute("method=nash_lattice", *SMALL_GAME, "method.bits=6", "model.exclude=[lm_head,'*wpe']").record
     assert not any(row["name"].endswith(("wte", "wpe")) for row in without.layers)
 
 
@@ -397,7 +397,7 @@ def command(
 
 WRONG = {
     "method=nash_swrm": "Could not find 'method/nash_swrm'",
-    "metod=nash_swarm": "Could not override 'metod'",
+    "metod=nash_lattice": "Could not override 'metod'",
     "dataset=wikitxt": "Could not find 'dataset/wikitxt'",
     "model.path=/nowhere/model": "the model folder /nowhere/model does not exist",
     "model.path=results/family/default_s": "results/family/default_s does not exist; run make family",
@@ -488,15 +488,15 @@ def test_sweep_from_the_command_line_is_mirrored_and_then_skipped(
     small_run: list[str], tmp_path: pathlib.Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     """It is mirrored to an offline folder of W&B; typed again, nothing is left to do."""
-    methods = "method=baseline,uniform4,no_bit_game"
+    methods = "method=baseline,uniform4,lattice_no_bit_game"
     process = start(tmp_path, *small_run, "wandb=offline", methods)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "Traceback" not in printed, printed
     table = printed[printed.index("3 jobs: 3 finished, 0 skipped, 0 failed") :]
-    assert all(method in table for method in ("baseline", "uniform4", "no_bit_game"))
+    assert all(method in table for method in ("baseline", "uniform4", "lattice_no_bit_game"))
     assert len(list(tmp_path.rglob("offline-run-*/*.wandb"))) == 3
     labels = [record.read(path).labels for path in records_in(tmp_path)]
-    assert sorted(label["method"] for label in labels) == ["baseline", "no_bit_game", "uniform4"]
+    assert sorted(label["method"] for label in labels) == ["baseline", "lattice_no_bit_game", "uniform4"]
     assert {(label["model"], label["dataset"]) for label in labels} == {("tiny", "story.txt[calibration_windows=6]")}
     before = {path: path.stat().st_mtime_ns for path in records_in(tmp_path)}
     code, printed = command("-m", methods)
@@ -662,7 +662,7 @@ def promised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, record.Recor
     for name, method, more in (
         ("uniform2", "uniform4", ["method.bits=2"]),
         ("uniform3", "uniform3", []),
-        ("nash_swarm", "nash_swarm", alone),
+        ("nash_lattice", "nash_lattice", alone),
     ):
         windows = ["dataset.calibration_windows=8", "dataset.holdout_windows=2", "dataset.test_windows=16"]
         overrides = [f"method={method}", *more, *windows, f"records={folder}", f"cache={folder}/cache"]
@@ -701,8 +701,8 @@ def test_family_size_is_trained_and_composed_by_name(tmp_path: pathlib.Path, mon
 
 
 @pytest.mark.slow
-def test_nash_swarm_beats_the_next_larger_uniform_width(promised: dict[str, record.Record]) -> None:
-    game, uniform = promised["nash_swarm"].metrics, promised["uniform3"].metrics
+def test_nash_lattice_beats_the_next_larger_uniform_width(promised: dict[str, record.Record]) -> None:
+    game, uniform = promised["nash_lattice"].metrics, promised["uniform3"].metrics
     assert game["bits_per_weight_model"] <= 3.0 < uniform["bits_per_weight_model"]
     assert game["bits_per_weight_model"] > 3.0 * 0.999
     assert game["kl"] < uniform["kl"] / 2

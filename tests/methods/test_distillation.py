@@ -23,7 +23,7 @@ from nashswarm.methods import distillation
 from nashswarm.methods.distillation import Recovery, recover
 from nashswarm.methods.gptq import Gptq
 from nashswarm.methods.method import Compressed
-from nashswarm.methods.nash_swarm.settings import NashSwarm
+from nashswarm.methods.nash_lattice.settings import NashLattice
 from nashswarm.methods.uniform import Uniform
 from nashswarm.models import matrices
 from nashswarm.packed import file_format
@@ -39,7 +39,7 @@ LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "
 METHODS = {
     "tiles": Uniform(2, search=True),
     "groups": Gptq(2),
-    "lattice": NashSwarm(bits=4.0, swarm=None, strength=(0.0,)),
+    "lattice": NashLattice(bits=4.0, swarm=None, strength=(0.0,)),
     "floats": Uniform(16),
 }
 BRIEF = Recovery(steps=48, batch_size=3, code_rate=0.004, scale_rate=0.002, float_rate=0.002, candidates=4)

@@ -39,12 +39,12 @@ METHODS: dict[str, Method] = {
     "gptq_act_order": Gptq(2, act_order=True),
     "gptq_swept": Gptq(sweeps=3),
     "fixed_width": FixedWidth(),
-    "no_nash": FixedWidth(bit_game="quantiles", code_game=False, bit_widths=(2, 4, 8), bits=4.0),
+    "fixed_no_nash": FixedWidth(bit_game="quantiles", code_game=False, bit_widths=(2, 4, 8), bits=4.0),
     "lot": FixedWidth(bit_game="lot"),
     "rounding": FixedWidth(code_game=False),
     "alone": FixedWidth(swarm=None),
     "alone_coded": FixedWidth(swarm=None, coded=True),
-    "no_quantization": FixedWidth(bit_widths=(0, 16), bits=6.0),
+    "fixed_no_quantization": FixedWidth(bit_widths=(0, 16), bits=6.0),
     "low_resource": FixedWidth(bits=None, split=Split(2, 0.5), swarm=Flock(align=(4.0,), shrink=(0.25,))),
     "balanced": FixedWidth(bits=None, split=Split(4, 0.3), swarm=None),
     "high_accuracy": FixedWidth(bits=None, split=Split(8, 0.1), swarm=None),
@@ -173,7 +173,7 @@ def test_compress_packed_bytes_decode_to_the_weights(
 
 
 @pytest.mark.parametrize(
-    "name", ["rtn", pytest.param("fixed_width", marks=pytest.mark.slow), "no_nash", "lot", "low_resource"]
+    "name", ["rtn", pytest.param("fixed_width", marks=pytest.mark.slow), "fixed_no_nash", "lot", "low_resource"]
 )
 def test_compress_same_seed_gives_the_same_bytes(
     name: str, second_context: CalibrationContext, results: Callable[[str], Compressed]
@@ -263,7 +263,7 @@ def test_fixed_width_meets_and_never_exceeds_the_budget(
     assert 0.98 * budget <= size(result) <= budget  # the step from one width of a tile to the next is near 0.5 %
 
 
-@pytest.mark.parametrize("name", ["no_nash", "lot", "rounding", "no_quantization"])
+@pytest.mark.parametrize("name", ["fixed_no_nash", "lot", "rounding", "fixed_no_quantization"])
 def test_fixed_width_ablation_keeps_the_budget_and_its_widths(
     name: str, context: CalibrationContext, results: Callable[[str], Compressed]
 ) -> None:

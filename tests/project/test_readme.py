@@ -97,9 +97,9 @@ def test_committed_table_of_equal_bytes_follows_from_all_records() -> None:
 # the sentences of docs/results.md
 
 
-def test_nash_swarm_in_main_has_less_than_a_tenth_of_every_rivals_divergence() -> None:
+def test_nash_lattice_in_main_has_less_than_a_tenth_of_every_rivals_divergence() -> None:
     table = equal_bytes()
-    rivals = table[(table["experiment"] == "main") & ~table["method"].str.startswith("no_swarm")]
+    rivals = table[(table["experiment"] == "main") & ~table["method"].str.startswith("lattice_no_swarm")]
     compared = rivals.dropna(subset="kl_ratio")
     assert len(compared) >= 30 and compared["method"].str.startswith("peer_").sum() >= 12
     assert compared["kl_ratio_high"].max() < 0.1
@@ -110,8 +110,8 @@ def test_nash_swarm_in_main_has_less_than_a_tenth_of_every_rivals_divergence() -
 def test_presets_and_allocations_on_tiles_rank_as_told() -> None:
     presets, tiles = committed("presets"), committed("allocations")
     prototype = presets.loc[["low_resource", "balanced", "high_accuracy"]]
-    assert presets.loc["nash_swarm", "bits_per_weight_model"] <= 3.0 < prototype["bits_per_weight_model"].max()
-    assert presets.loc["nash_swarm", "kl"] < prototype["kl"].min()
+    assert presets.loc["nash_lattice", "bits_per_weight_model"] <= 3.0 < prototype["bits_per_weight_model"].max()
+    assert presets.loc["nash_lattice", "kl"] < prototype["kl"].min()
     game = tiles.loc["fixed_width"]
     assert tiles.loc["evopress", "kl_high"] < game["kl_low"] and tiles.loc["radio", "kl"] < game["kl"]
     assert tiles.loc["evopress", "quantize_seconds"] > 3 * game["quantize_seconds"]
@@ -124,12 +124,12 @@ def test_presets_and_allocations_on_tiles_rank_as_told() -> None:
 
 def test_budgeted_game_beats_its_ablations() -> None:
     rows = frame.frame(records_of("ablation")).set_index("method")
-    game = rows.loc["nash_swarm"]
-    for control in ("no_nash", "no_bit_game", "no_code_game", "no_quantization"):
+    game = rows.loc["nash_lattice"]
+    for control in ("fixed_no_nash", "lattice_no_bit_game", "lattice_no_code_game", "fixed_no_quantization"):
         assert game["kl_high"] < rows.loc[control, "kl_low"], control
         assert abs(game["bytes_file"] / rows.loc[control, "bytes_file"] - 1) < 2e-3, control
-    assert rows.loc["no_cache", "kl"] == game["kl"]
-    assert rows.loc["no_cache", "quantize_seconds"] > game["quantize_seconds"]
+    assert rows.loc["lattice_no_cache", "kl"] == game["kl"]
+    assert rows.loc["lattice_no_cache", "quantize_seconds"] > game["quantize_seconds"]
 
 
 def test_routers_of_mixtures_rank_as_told() -> None:
@@ -197,6 +197,6 @@ def test_readme_example_prints_the_size_and_saving_of_the_record() -> None:
     The record calibrates with other windows, so that bytes differ a little; the budget is the same.
     """
     (printed,) = re.findall(r"```text\n([\d,]+) bytes, ([\d.]+)% saved", README)
-    row = committed("ablation").loc["nash_swarm"]
+    row = committed("ablation").loc["nash_lattice"]
     assert abs(int(printed[0].replace(",", "")) / row["bytes_file"] - 1) < 2e-3
     assert float(printed[1]) == pytest.approx(100 * row["compression"], abs=0.1)

@@ -22,12 +22,13 @@ from nashswarm.records.record import Record
 from nashswarm.reporting import frame, labels, latex, tables, typeset
 from nashswarm.reporting.figures import games, quality
 from nashswarm.reporting.formats import MISSING, UNCLEAN
+from nashswarm.reporting.labels import ABLATIONS
 
 ROOT = pathlib.Path(__file__).parents[2]
 KL = {
-    "baseline": 0.0, "uniform4": 0.031, "uniform3": 0.17, "as_published": 1.9, "nash_swarm": 0.0141, "no_nash": 0.093,
-    "gptq": 0.09,
-    "no_swarm": 0.0143, "no_quantization": 0.41, "no_cache": 0.0141, "no_bit_game": 0.062, "no_code_game": 0.0207,
+    "baseline": 0.0, "uniform4": 0.031, "uniform3": 0.17, "as_published": 1.9, "nash_lattice": 0.0141, "gptq": 0.09,
+    "fixed_no_nash": 0.093, "fixed_no_quantization": 0.41, "lattice_no_swarm": 0.0143, "lattice_no_cache": 0.0141,
+    "lattice_no_bit_game": 0.062, "lattice_no_code_game": 0.0207,
 }  # fmt: skip
 MEGABYTES = dict.fromkeys(KL, 2.67) | {
     "baseline": 28.4,
@@ -56,7 +57,7 @@ def synthetic(method: str, seed: int = 0, kl: float | None = None, **config: Any
     }  # fmt: skip
     series = {"nll": (FULL_NLL + windows).tolist(), "kl": windows.tolist(), "tokens": [255.0] * 24}
     allocation = "transformer.wte 16\n"
-    if method == "nash_swarm" or method.startswith("no_"):
+    if method == "nash_lattice" or method.startswith(ABLATIONS):
         regret = [3e-3 * 0.2**sweep for sweep in range(7)] + [0.0]
         series |= {"regret": regret, "potential": [mean + 0.02 * 0.4**sweep for sweep in range(8)]}
         metrics |= {"regret_max": 2.1e-6, "regret_mean": 3e-9, "flock_moves": 1234.0, "sweeps": 7.0, "price": 4.2e-8,
@@ -92,7 +93,7 @@ def folder(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> p
     """Two seeds of five methods: enough for every figure of an ablation, and drawn twice in few seconds."""
     folder = tmp_path_factory.mktemp("records")
     for one in records:
-        if one.labels["method"] in ("baseline", "uniform4", "nash_swarm", "no_nash", "gptq"):
+        if one.labels["method"] in ("baseline", "uniform4", "nash_lattice", "fixed_no_nash", "gptq"):
             record.write(folder, one)
     return folder
 
@@ -134,21 +135,21 @@ def test_frame_without_records_raises_with_remedy() -> None:
 
 def test_average_of_two_seeds_is_their_mean_and_count(records: list[Record]) -> None:
     means = frame.average(frame.frame(records)).set_index("method")
-    pair = [r.metrics for r in records if r.labels["method"] == "no_nash"]
-    assert means.loc["no_nash", "kl"] == pytest.approx((pair[0]["kl"] + pair[1]["kl"]) / 2)
-    assert means.loc["no_nash", "perplexity"] == pytest.approx(math.exp((pair[0]["nll"] + pair[1]["nll"]) / 2))
+    pair = [r.metrics for r in records if r.labels["method"] == "fixed_no_nash"]
+    assert means.loc["fixed_no_nash", "kl"] == pytest.approx((pair[0]["kl"] + pair[1]["kl"]) / 2)
+    assert means.loc["fixed_no_nash", "perplexity"] == pytest.approx(math.exp((pair[0]["nll"] + pair[1]["nll"]) / 2))
     assert (means["seeds"] == 2).all()
 
 
 def test_average_metric_absent_in_one_seed_is_missing() -> None:
-    whole, part = synthetic("no_nash", 0), synthetic("no_nash", 1)
+    whole, part = synthetic("fixed_no_nash", 0), synthetic("fixed_no_nash", 1)
     del part.metrics["kl"]
     assert frame.average(frame.frame([whole, part]))["kl"].isna().all()
 
 
 def test_average_of_two_configurations_raises_naming_the_field() -> None:
-    runs = frame.frame([synthetic("no_nash", 0, bits=3), synthetic("no_nash", 1, bits=4)])
-    with pytest.raises(ValueError, match=r"no_nash differ in more than the seed \(method\.bits: 3, 4\)"):
+    runs = frame.frame([synthetic("fixed_no_nash", 0, bits=3), synthetic("fixed_no_nash", 1, bits=4)])
+    with pytest.raises(ValueError, match=r"fixed_no_nash differ in more than the seed \(method\.bits: 3, 4\)"):
         frame.average(runs)
     assert len(frame.points(runs)) == 2
 
@@ -166,7 +167,7 @@ def test_average_of_two_thread_counts_keeps_separate_rows() -> None:
 
 def test_select_without_match_raises_naming_the_choices(records: list[Record]) -> None:
     table = frame.frame(records)
-    assert set(frame.select(table, method="no_nash", seed="1")["seed"]) == {"1"}
+    assert set(frame.select(table, method="fixed_no_nash", seed="1")["seed"]) == {"1"}
     with pytest.raises(ValueError, match="no record has experiment=main; there are records of ablation"):
         frame.select(table, experiment="main")
     with pytest.raises(ValueError, match="'bits' is not a label"):
@@ -174,17 +175,17 @@ def test_select_without_match_raises_naming_the_choices(records: list[Record]) -
 
 
 def test_rank_of_reversed_methods_restores_their_order() -> None:
-    wanted = ["baseline", "uniform8", "uniform3", "rtn", "gptq", "as_published", "no_nash", "hqq", "nash_swarm"]
+    wanted = ["baseline", "uniform8", "uniform3", "rtn", "gptq", "as_published", "fixed_no_nash", "hqq", "nash_lattice"]
     assert sorted(reversed(wanted), key=labels.rank) == wanted
 
 
 def test_cells_of_ablation_show_intervals_and_no_empty_column(records: list[Record]) -> None:
     content = typeset.cells(frame.average(frame.frame(records))).set_index("method")
-    assert re.fullmatch(r"0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", content.loc["nash_swarm", "KL (nats)"])
-    assert content.loc["nash_swarm", "max regret"] == "2.1e-06"
+    assert re.fullmatch(r"0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", content.loc["nash_lattice", "KL (nats)"])
+    assert content.loc["nash_lattice", "max regret"] == "2.1e-06"
     assert content.loc["baseline", "ΔNLL (nats)"] == "+0.0000"
     assert content.loc["baseline", "max regret"] == MISSING
-    assert content.loc["nash_swarm", "MB"] == "2.67"
+    assert content.loc["nash_lattice", "MB"] == "2.67"
     assert "decode ms" not in content and "model" not in content and "seeds" in content
 
 
@@ -198,7 +199,7 @@ def test_cells_varying_label_becomes_a_column(records: list[Record]) -> None:
 def test_latex_special_characters_are_escaped(records: list[Record]) -> None:
     text = typeset.latex(frame.average(frame.frame(records)))
     assert r"\toprule" in text and r"\bottomrule" in text
-    assert r"no\_nash" in text and "no_nash" not in text.replace(r"no\_nash", "")
+    assert r"fixed\_no\_nash" in text and "no_nash" not in text
     assert r"{@{}r@{}}saved\\\%\end{tabular}" in text and r"$\Delta$NLL" in text and r"$2.1{\cdot}10^{-6}$" in text
     assert latex.tex("50% of a_b & {c}") == r"50\% of a\_b \& \{c\}"
 
@@ -215,7 +216,7 @@ def test_markdown_and_csv_of_ablation_have_one_row_per_method(records: list[Reco
     means = frame.average(frame.frame(records))
     lines = typeset.markdown(means).splitlines()
     assert len(lines) == 2 + len(ABLATION) + 2 and len({line.count("|") for line in lines[:-2]}) == 1
-    assert lines[2].startswith("| baseline |") and lines[-3].startswith("| nash_swarm |")
+    assert lines[2].startswith("| baseline |") and lines[-3].startswith("| nash_lattice |")
     assert lines[-2:] == ["", f"Runs of commit {COMMIT[:7]}."]
     assert f",{means['kl'].iloc[3]:.12g}," in typeset.csv(means)
     assert typeset.csv(means).count(COMMIT) == len(means), "of two seeds one commit"
@@ -238,7 +239,7 @@ def test_tables_of_uncommitted_code_are_marked_and_refused(provenance: dict[str,
         assert "hqq‡" in text and "‡ of code that was not committed, or is unknown." in text
         assert text.count("‡") == 2, "one row and the note"
     by_line = dict(zip(means["method"], typeset.csv(means).splitlines()[1:], strict=True))
-    assert "True" in by_line["hqq"] and "False" in by_line["nash_swarm"]
+    assert "True" in by_line["hqq"] and "False" in by_line["nash_lattice"]
     assert r"hqq$^\ddagger$" in typeset.latex(means)
 
 
@@ -294,7 +295,7 @@ def outcome(status: str, method: str, path: pathlib.Path | None = None, message:
 
 
 def test_summary_of_jobs_counts_them_and_explains_failures(records: list[Record]) -> None:
-    outcomes = [outcome("finished", "no_nash"), outcome("skipped", "uniform4"),
+    outcomes = [outcome("finished", "fixed_no_nash"), outcome("skipped", "uniform4"),
                 outcome("failed", "hqq", message="ValueError: 3 is odd\ntraceback")]  # fmt: skip
     text = rendered(frame.summary(outcomes, records[:2]))
     assert "3 jobs: 1 finished, 1 skipped, 1 failed" in text and "baseline" in text
@@ -304,7 +305,7 @@ def test_summary_of_jobs_counts_them_and_explains_failures(records: list[Record]
 
 
 def test_tiles_of_allocation_are_a_grid_of_bits() -> None:
-    grids = games.tiles(synthetic("nash_swarm").allocation)
+    grids = games.tiles(synthetic("nash_lattice").allocation)
     assert list(grids) == ["transformer.h.0.mlp.c_fc"]
     grid = grids["transformer.h.0.mlp.c_fc"]
     assert grid.shape == (24, 8) and (grid == 8).sum() == 6 and grid[0, 0] == 3 and grid[-1, -1] == 3
@@ -323,9 +324,9 @@ def test_frontier_of_points_keeps_the_undominated() -> None:
 
 
 def test_paired_ratio_of_a_run_with_itself_is_one() -> None:
-    one = [synthetic("nash_swarm")]
+    one = [synthetic("nash_lattice")]
     assert quality.paired_ratio(one, one) == pytest.approx((1, 1, 1))
-    other = synthetic("no_nash")
+    other = synthetic("fixed_no_nash")
     other.series["tokens"][0] = 7
     with pytest.raises(ValueError, match="different windows"):
         quality.paired_ratio([other], one)
@@ -343,13 +344,13 @@ def test_tested_differences_that_survive_holm_are_marked() -> None:
     rng = np.random.default_rng(0)
     level = 0.1 + rng.random(10)
     noise = rng.permutation([-0.02, -0.01, 0.01, 0.02, 0, 0.005, -0.005, 0.03, -0.03, 0.001])
-    kl = {"nash_swarm": level, "gptq": level + 0.01, "no_cache": level, "no_swarm": level + noise}
+    kl = {"nash_lattice": level, "gptq": level + 0.01, "lattice_no_cache": level, "lattice_no_swarm": level + noise}
     records = [of_windows(method, values.tolist()) for method, values in kl.items()]
     means = frame.tested(frame.average(frame.frame(records)), records).set_index("method")
     assert means.loc["gptq", "kl_p"] == pytest.approx(6 * 2 / 1024)
     assert means.loc["gptq", "nll_delta_p"] == pytest.approx(6 * 2 / 1024)
-    assert means.loc["no_cache", "kl_p"] == 1 and means.loc["no_swarm", "kl_p"] > 0.05
-    assert np.isnan(means.loc["nash_swarm", "kl_p"])
+    assert means.loc["lattice_no_cache", "kl_p"] == 1 and means.loc["lattice_no_swarm", "kl_p"] > 0.05
+    assert np.isnan(means.loc["nash_lattice", "kl_p"])
     table = means.reset_index()
     shown = typeset.cells(table).set_index("method")["KL (nats)"]
     assert [typeset.MARK in shown[method] for method in kl] == [False, True, False, False]
@@ -364,7 +365,7 @@ def test_tested_with_more_methods_raises_p_values() -> None:
     level = np.linspace(0.1, 0.2, 6)
 
     def p_of(*methods: str) -> float:
-        values = {method: level + 0.01 for method in methods} | {"nash_swarm": level}
+        values = {method: level + 0.01 for method in methods} | {"nash_lattice": level}
         records = [of_windows(method, kl.tolist()) for method, kl in values.items()]
         for one in records:
             del one.series["nll"]
@@ -376,7 +377,7 @@ def test_tested_with_more_methods_raises_p_values() -> None:
 
 def test_tested_reference_has_equal_overrides_and_text() -> None:
     level = np.linspace(0.1, 0.2, 6)
-    shifts = {"gptq[bits=2]": 0.01, "nash_swarm[bits=2]": 0.0, "gptq[bits=3]": 0.01, "nash_swarm[bits=3]": 0.01}
+    shifts = {"gptq[bits=2]": 0.01, "nash_lattice[bits=2]": 0.0, "gptq[bits=3]": 0.01, "nash_lattice[bits=3]": 0.01}
     records = [of_windows(method, (level + shift).tolist()) for method, shift in shifts.items()]
     for one in records:
         del one.series["nll"], one.series["tokens"]  # as of examples of a task
@@ -389,7 +390,7 @@ def test_tested_reference_has_equal_overrides_and_text() -> None:
 
 
 def test_tested_without_reference_adds_no_p_value(records: list[Record]) -> None:
-    others = [one for one in records if one.labels["method"] != "nash_swarm"]
+    others = [one for one in records if one.labels["method"] != "nash_lattice"]
     means = frame.average(frame.frame(others))
     assert "kl_p" not in frame.tested(means, others) and typeset.note(means) == f"Runs of commit {COMMIT[:7]}."
     assert typeset.markdown(frame.tested(means, others)) == typeset.markdown(means)
@@ -408,15 +409,15 @@ def test_paired_seeds_are_averaged_and_their_spread_is_shown() -> None:
 
 
 def test_equal_bytes_on_a_power_law_equals_hand_calculation() -> None:
-    """KL of nash_swarm falls as 1 / bytes²: at 2 MB it is a quarter of what it was at 1 MB, whatever is in between."""
+    """KL of nash_lattice falls as 1 / bytes²: at 2 MB it is a quarter of that at 1 MB, whatever is in between."""
     text = np.random.default_rng(1).uniform(1, 2, 12)
     sizes = {1.0: 1e6, 4.0: 4e6, 3.0: 3e6}
     curve = [
-        of_windows(f"nash_swarm[bits={bits}]", [*(text * (1e6 / size) ** 2).tolist(), 9.0], 0, size, bits=bits)
+        of_windows(f"nash_lattice[bits={bits}]", [*(text * (1e6 / size) ** 2).tolist(), 9.0], 0, size, bits=bits)
         for bits, size in sizes.items()
     ]
     for one in curve:  # of another experiment, on one window more
-        one.labels["experiment"], one.config["method"]["name"] = "bit_budget", "nash_swarm"
+        one.labels["experiment"], one.config["method"]["name"] = "bit_budget", "nash_lattice"
     gptq_runs = [of_windows("gptq", (text * scale).tolist(), seed, 2e6) for seed, scale in enumerate((0.4, 0.6))]
     large = of_windows("uniform8", text.tolist(), size=5e6)
     table = tables.equal_bytes([*gptq_runs, *curve, large]).set_index("method")
@@ -439,7 +440,7 @@ def test_equal_bytes_on_a_power_law_equals_hand_calculation() -> None:
 def test_layers_of_two_seeds_become_averaged_rows() -> None:
     records = []
     for seed in (0, 1):
-        one = synthetic("nash_swarm", seed)
+        one = synthetic("nash_lattice", seed)
         one.series["layer_kl"], one.series["layer_nll_delta"] = [0.01, 0.03 + seed / 50], [-0.001, 0.02]
         names = ("wte", "c_fc")
         layers = [{"name": n, "parameters": 64, "bits_per_weight": 3.0, "damage": 0.02} for n in names]
@@ -488,7 +489,7 @@ def test_figures_without_needed_records_raise_naming_them() -> None:
     baseline = [synthetic("baseline")]
     with pytest.raises(ValueError, match="no record has sweeps"):
         games.convergence(baseline)
-    with pytest.raises(ValueError, match="no record of nash_swarm"):
+    with pytest.raises(ValueError, match="no record of nash_lattice"):
         quality.ablation(baseline)
 
 

@@ -17,7 +17,7 @@ from nashswarm.reporting.formats import FORMATS
 from nashswarm.reporting.page import page
 
 RECORDS = pathlib.Path(__file__).parents[2] / "results/records/ablation"
-METHODS = ("uniform4", "no_nash", "nash_swarm")
+METHODS = ("uniform4", "fixed_no_nash", "nash_lattice")
 CLICKS = """<script>
 const column = name => [...document.querySelectorAll("table.sortable th button")].find(b => b.textContent === name);
 column("KL (nats)").click();
@@ -88,8 +88,8 @@ def test_page_of_committed_experiment_has_its_columns(experiment: str, monkeypat
 
 def test_page_runs_of_older_code_show_their_commit(some: list[Record]) -> None:
     """Of three runs the last one began with other code than the others."""
-    commits = {"uniform4": "a" * 40, "no_nash": "b" * 40, "nash_swarm": "b" * 40}
-    started = {"uniform4": "2026-01-01", "no_nash": "2026-01-02", "nash_swarm": "2026-01-03"}
+    commits = {"uniform4": "a" * 40, "fixed_no_nash": "b" * 40, "nash_lattice": "b" * 40}
+    started = {"uniform4": "2026-01-01", "fixed_no_nash": "2026-01-02", "nash_lattice": "2026-01-03"}
     runs = []
     for one in some:
         origin = {"commit": commits[one.labels["method"]], "dirty": False, "started": started[one.labels["method"]]}

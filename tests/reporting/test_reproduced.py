@@ -21,7 +21,7 @@ METRICS = {
 
 
 def run(
-    kl: float = 0.5, ratio: float = 2.0, window: float = 0.25, method: str = "nash_swarm", threads: int = 1
+    kl: float = 0.5, ratio: float = 2.0, window: float = 0.25, method: str = "nash_lattice", threads: int = 1
 ) -> Record:
     labels = {"experiment": "ablation", "method": method, "model": "m", "dataset": "d", "measure": "q", "seed": "0"}
     metrics = METRICS | {"kl": kl, "decode_ratio": ratio}
@@ -40,9 +40,9 @@ def words(folder: pathlib.Path) -> list[str]:
         (run(), "| ablation | 1 | 1 | 1 | 1 | 1 | 1 | 1 | none |", 0),
         (run(kl=0.59, window=0.26), "| ablation | 1 | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
         (run(window=0.26), "| ablation | 1 | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
-        (run(ratio=3.0), "| ablation | 1 | 1 | 1 | 1 | 1 | 1 | 0 | nash_swarm decode_ratio |", 0),
+        (run(ratio=3.0), "| ablation | 1 | 1 | 1 | 1 | 1 | 1 | 0 | nash_lattice decode_ratio |", 0),
         (run(threads=2, window=0.26), "| ablation | 2 (committed: 1) | 1 | 0 | 1 | 1 | 1 | 1 | none |", 0),
-        (run(kl=0.61), "| ablation | 1 | 1 | 0 | 1 | 0 | 1 | 1 | nash_swarm kl |", 1),
+        (run(kl=0.61), "| ablation | 1 | 1 | 0 | 1 | 0 | 1 | 1 | nash_lattice kl |", 1),
     ],
 )
 def test_reproduced_metric_outside_its_interval_is_named(

@@ -24,7 +24,7 @@ def test_measured_rows_of_cached_runs_are_left_out(committed_records: list[Recor
     measured_run = next(
         one
         for one in committed_records
-        if one.labels["method"] == "no_cache" and one.metrics.get("quantize_peak_bytes")
+        if one.labels["method"] == "lattice_no_cache" and one.metrics.get("quantize_peak_bytes")
     )
     cached_run = dataclasses.replace(
         measured_run, provenance=dict(measured_run.provenance) | {"cache_hits": ["baseline", "game"]}

@@ -22,7 +22,7 @@ FLOAT_BYTES = 4
 
 @dataclasses.dataclass(frozen=True)
 class QuickValidation(MoeMeasure):
-    """The model as trained, and compressed by ``nash_swarm`` to ``bits`` stored bits per parameter.
+    """The model as trained, and compressed by ``nash_lattice`` to ``bits`` stored bits per parameter.
 
     ``bytes_memory``: of the 32-bit floats.  ``bytes_file``, ``bytes_resident``: of the compressed model on disk and as
     it runs.  ``nll`` (nats per token), ``latency_ms`` (per batch) and ``tokens_per_second`` are those of the trained
@@ -56,7 +56,7 @@ class QuickValidation(MoeMeasure):
         model = target.model
         self.check(target.windows, model.config.max_position_embeddings)
         windows = target.windows.flatten()[: self.tokens].view(-1, self.length)
-        packed, report = api.compress(model, target.trained.tokenizer, "nash_swarm", target.calibration, self.bits)
+        packed, report = api.compress(model, target.trained.tokenizer, "nash_lattice", target.calibration, self.bits)
         metrics = {
             "bytes_memory": float(FLOAT_BYTES * sum(part.numel() for part in model.parameters())),
             "bytes_file": report.bytes_file,

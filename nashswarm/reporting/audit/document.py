@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from nashswarm.methods.nash_swarm.settings import NashSwarm
+from nashswarm.methods.nash_lattice.settings import NashLattice
 from nashswarm.models.shapes import ParameterCounts, class_entropy
 from nashswarm.quant.prototype import CLASS_BITS
 from nashswarm.reporting import typeset
@@ -23,7 +23,7 @@ SIZE_HEADINGS = (
     "classes by entropy: saved %",
     "classes stored: saved %",
     "MB, classes stored",
-    "MB of `nash_swarm`",
+    "MB of `nash_lattice`",
     "saved %",
 )
 SIZE_COLUMNS = f"@{{}}l{'r' * (len(SIZE_HEADINGS) - 1)}@{{}}"
@@ -51,8 +51,8 @@ def claims(evidence: Evidence) -> list[Claim]:
 
 
 def size_rows(sizes: Mapping[str, ParameterCounts]) -> list[tuple[str, ...]]:
-    """Return a row per shape: the published scheme, and ``nash_swarm`` at its budget."""
-    bits = NashSwarm().bits
+    """Return a row per shape: the published scheme, and ``nash_lattice`` at its budget."""
+    bits = NashLattice().bits
     count = fixed(0)
     return [
         (
@@ -77,7 +77,7 @@ def markdown(evidence: Evidence) -> str:
     alignment = [":--"] + ["--:"] * (len(SIZE_HEADINGS) - 1)
     lines += [
         "",
-        f"Sizes, exact from shapes alone, weights untouched; `nash_swarm` at {NashSwarm().bits} stored bits per "
+        f"Sizes, exact from shapes alone, weights untouched; `nash_lattice` at {NashLattice().bits} stored bits per "
         "parameter, its budget:",
         "",
         *typeset.markdown_lines(SIZE_HEADINGS, size_rows(evidence.sizes), alignment),

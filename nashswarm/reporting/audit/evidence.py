@@ -16,7 +16,7 @@ from nashswarm.reporting.labels import CELL, REFERENCE
 from nashswarm.reporting.tables import equal_bytes
 
 EXPERIMENTS = ("ablation", "audit", "speed")  # the first one that has a model and text describes them
-REMOVED = ("no_nash", "no_quantization", "no_swarm")  # methods without one component each
+REMOVED = ("fixed_no_nash", "fixed_no_quantization", "lattice_no_swarm")  # methods without one component each
 MIXTURES = ("quick_validation", "performance_analysis")
 MISSES = pathlib.Path("results/benchmarks/misses.json")
 
@@ -30,8 +30,8 @@ class Evidence:
 
     ``published``: the record of the published protocol for each model and text.  ``honest``: metrics of honest runs for
     each model and text, by method.  ``sizes``: by shape.  ``mixtures``: the records of ``MIXTURES``.  ``peers``: other
-    libraries beside ``nash_swarm`` at equal bytes.  ``misses``: rows of ``experiments.benchmarks.misses``.  ``family``:
-    honest runs of models of one family.  ``removed``: the result of ``removals``.
+    libraries beside ``nash_lattice`` at equal bytes.  ``misses``: rows of ``experiments.benchmarks.misses``.
+    ``family``: honest runs of models of one family.  ``removed``: the result of ``removals``.
     """
 
     published: Mapping[Place, Record]
@@ -95,7 +95,7 @@ def published_runs(runs: Sequence[Record]) -> dict[Place, Record]:
 
 
 def removals(folder: pathlib.Path) -> pd.DataFrame:
-    """Return one row for every run of ``REMOVED`` that is paired with ``nash_swarm``, in any experiment.
+    """Return one row for every run of ``REMOVED`` that is paired with ``nash_lattice``, in any experiment.
 
     Both runs have the same overrides.  Columns are ``method``, ``experiment``, ``model`` and ``costs``: whether the run
     has a higher KL and its test survives among all tests of its table.

@@ -46,9 +46,9 @@ def equilibrium(evidence: Evidence) -> Claim:
         )
 
     def honest(rows: Rows) -> str:
-        metrics = rows["nash_swarm"]
+        metrics = rows["nash_lattice"]
         sweeps, regret = typeset.text(metrics, "sweeps"), typeset.text(metrics, "regret_max")
-        return f"`nash_swarm`, {sweeps} sweeps, largest regret {regret} nats per token"
+        return f"`nash_lattice`, {sweeps} sweeps, largest regret {regret} nats per token"
 
     runs = evidence.published.values()
     solved = sorted({run.metrics["solved_sweeps"] for run in runs})
@@ -58,7 +58,7 @@ def equilibrium(evidence: Evidence) -> Claim:
         "Nash equilibrium in about 10 iterations, convergence guaranteed",
         each(evidence.published, published),
         f"best replies solve the same small game in {', '.join(f'{count:.0f}' for count in solved)} sweep, regret "
-        f"{left:.0f}; {each_honest(evidence.having('nash_swarm', metric='regret_max'), honest)}",
+        f"{left:.0f}; {each_honest(evidence.having('nash_lattice', metric='regret_max'), honest)}",
         "nobody regrets the profile where the published iteration stops",
         all(run.metrics["reply_regret"] == 0 for run in runs),
         AUDIT,

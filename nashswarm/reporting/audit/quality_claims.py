@@ -74,7 +74,7 @@ def quality(evidence: Evidence) -> Claim:
     def honest(rows: Rows) -> str:
         return ", ".join(
             f"`{method}` KL {typeset.text(rows[method], 'kl')} in {megabytes(rows[method]['bytes_file'])} MB"
-            for method in ("as_published", "uniform4", "gptq", "nash_swarm")
+            for method in ("as_published", "uniform4", "gptq", "nash_lattice")
             if method in rows
         )
 

@@ -37,7 +37,7 @@ def latency(evidence: Evidence) -> Claim:
             for method in methods
         )
 
-    methods = ("as_published", "nash_swarm")
+    methods = ("as_published", "nash_lattice")
     tables = evidence.having(*methods, metric="decode_ratio")
     return Claim(
         "C3",
@@ -89,27 +89,27 @@ def routing(evidence: Evidence) -> Claim:
 
 
 def faster(evidence: Evidence) -> Claim:
-    """Decide C6, memory and speed on a CPU, by file size and decoding speed of ``nash_swarm``."""
+    """Decide C6, memory and speed on a CPU, by file size and decoding speed of ``nash_lattice``."""
 
     def honest(rows: Rows) -> str:
-        metrics = rows["nash_swarm"]
+        metrics = rows["nash_lattice"]
         saved, times = percent(metrics["compression"]), typeset.text(metrics, "decode_ratio")
         quality = "random weights"
         if "baseline" in rows:
             before, after = (typeset.text(row, "perplexity") for row in (rows["baseline"], metrics))
             quality = f"perplexity {before} → {after}"
-        return f"`nash_swarm` saves {saved} %, decodes {times} times as fast, {quality}"
+        return f"`nash_lattice` saves {saved} %, decodes {times} times as fast, {quality}"
 
-    tables = evidence.having("nash_swarm", metric="decode_ratio")
-    rows = [table["nash_swarm"] for table in tables.values()]
+    tables = evidence.having("nash_lattice", metric="decode_ratio")
+    rows = [table["nash_lattice"] for table in tables.values()]
     large = [metrics for metrics in rows if 8 * metrics["bytes_file"] / metrics["bits_per_weight_model"] >= AS_CLAIMED]
     return Claim(
         "C6",
         "65 % less memory and 2.7× faster on CPU at 125M, 350M, 1.3B; perplexity 18.2 → 18.6; BLEU 42.5 → 41.8",
         "no code and no log: nothing to run",
         f"{each_honest(tables, honest) or LATER}",
-        "the file of `nash_swarm` saves 65 % and its interval of decoding speed reaches 2.7, at the sizes of the claim "
-        "where one was measured; random weights tell nothing of the rest",
+        "the file of `nash_lattice` saves 65 % and its interval of decoding speed reaches 2.7, at the sizes of the "
+        "claim where one was measured; random weights tell nothing of the rest",
         all_or_none(
             metrics["compression"] >= 0.65 and metrics["decode_ratio_high"] >= 2.7 for metrics in large or rows
         ),

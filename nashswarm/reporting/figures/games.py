@@ -45,7 +45,7 @@ def convergence(records: Iterable[Record]) -> Figure:
     """
     groups = by_method(one for one in records if sweep_values(one, "potential") and sweep_values(one, "regret"))
     if not groups:
-        raise NothingToDraw("no record has sweeps of best responses; run a method that plays, for example nash_swarm")
+        raise NothingToDraw("no record has sweeps of best responses; run a method that plays, for example nash_lattice")
     refuse_crowd(groups)
     first_seeds = {method: group[0] for method, group in groups.items()}
     priced = any(one.series.get("price_of_trial") for one in first_seeds.values())
@@ -98,7 +98,7 @@ def settling(records: Iterable[Record]) -> Figure:
     """
     groups = by_method(records, "moves")
     if not groups:
-        raise ValueError("no record has sweeps of codes; run a method whose codes settle, for example nash_swarm")
+        raise ValueError("no record has sweeps of codes; run a method whose codes settle, for example nash_lattice")
     refuse_crowd(groups)
     figure = Figure(figsize=(5.2, 2.6))
     axes = figure.add_subplot(yscale="log", xlabel="sweep of best replies", ylabel="codes that moved (%)")
@@ -224,12 +224,12 @@ def decisions(runs: Iterable[Record]) -> Figure:
     """Draw what the game decided for a whole model, a row a layer: bits per weight, and the offset of every block.
 
     Blocks are in the order of the rows of their matrix.  Of several runs the last one in the order of tables is drawn,
-    where ``nash_swarm`` stands.  Raises ValueError if no layer is on a lattice.
+    where ``nash_lattice`` stands.  Raises ValueError if no layer is on a lattice.
     """
     ranked = sorted(runs, key=lambda one: (rank(one.labels["method"]), one.labels["model"], one.labels["seed"]))
     games = [one for one in ranked if offsets(one.allocation)]
     if not games:
-        raise ValueError("no run has blocks with steps of their own; run nash_swarm")
+        raise ValueError("no run has blocks with steps of their own; run nash_lattice")
     layers, labels = offsets(games[-1].allocation), games[-1].labels
     largest = max(int(np.abs(blocks).max()) for _, blocks in layers.values()) or 1
     figure = Figure(figsize=(5.2, 0.9 + 0.13 * len(layers)))
@@ -256,8 +256,8 @@ def decisions(runs: Iterable[Record]) -> Figure:
 def wrapped(title: str) -> str:
     """Break a long title into lines.
 
-    >>> print(wrapped("nash_swarm[bits=2.5,code_game=pass,rate_in_codes=0.25] of default"))
-    nash_swarm[bits=2.5, code_game=pass,
+    >>> print(wrapped("nash_lattice[bits=2.5,code_game=pass,rate_in_codes=0.25] of default"))
+    nash_lattice[bits=2.5, code_game=pass,
     rate_in_codes=0.25] of default
     """
     return textwrap.fill(title.replace(",", ", "), 44)

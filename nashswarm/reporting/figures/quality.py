@@ -22,7 +22,7 @@ from nashswarm.reporting.figures.style import (
 )
 from nashswarm.reporting.formats import FORMATS
 from nashswarm.reporting.frame import paired
-from nashswarm.reporting.labels import REFERENCE, family_of, rank
+from nashswarm.reporting.labels import ABLATIONS, REFERENCE, family_of, rank
 
 AXES = {"kl": "KL to full precision (nats per token)", "perplexity": "perplexity"}
 
@@ -136,7 +136,7 @@ def paired_ratio(records: Sequence[Record], reference: Sequence[Record]) -> tupl
 def ablation(records: Iterable[Record], reference: str = REFERENCE) -> Figure:
     """Draw a bar for each method: its KL as a multiple of the reference's, paired over windows, with its file size.
 
-    Ablations (``no_*``) are in the order of their cost.  A method whose KL is negligible (the baseline) has no bar.
+    Ablations are in the order of their cost.  A method whose KL is negligible (the baseline) has no bar.
     Raises ValueError if the reference is absent.
     """
     groups = by_method(records, "kl", "tokens")
@@ -148,7 +148,7 @@ def ablation(records: Iterable[Record], reference: str = REFERENCE) -> Figure:
     if not methods:
         raise ValueError(f"there is nothing to compare {reference} with; run another method of the experiment")
     ratio_of = {method: paired_ratio(groups[method], groups[reference]) for method in methods}
-    methods.sort(key=lambda method: (rank(method)[0], -ratio_of[method][0] * method.startswith("no_")))
+    methods.sort(key=lambda method: (rank(method)[0], -ratio_of[method][0] * method.startswith(ABLATIONS)))
     ratios = [ratio_of[method] for method in methods]
     figure = Figure(figsize=(5.2, 0.6 + 0.27 * len(methods)))
     axes = figure.add_subplot(xscale="log", xlabel=f"KL as a multiple of {reference}'s, 95 % paired interval")

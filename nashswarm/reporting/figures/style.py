@@ -14,7 +14,7 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from nashswarm.records.record import Record
-from nashswarm.reporting.labels import REFERENCE, rank
+from nashswarm.reporting.labels import ABLATIONS, REFERENCE, rank
 
 NEGLIGIBLE = {"kl": 1e-5, "regret": 1e-12, "perplexity": 0.0}  # nats per token; a smaller value counts as zero
 SUFFIXES = (".pdf", ".png")
@@ -24,7 +24,7 @@ COLOURS = {  # by the beginning of a method's name
     "rtn": "#0072B2",
     "gptq": "#E69F00",
     "as_published": "#CC79A7",
-    "no_": "#D55E00",
+    **dict.fromkeys(ABLATIONS, "#D55E00"),
     REFERENCE: "#009E73",
     "fixed_width": "#56B4E9",
     "baq": "#882255",
@@ -48,8 +48,8 @@ def colour(method: str) -> str:
 def markers(methods: Iterable[str]) -> dict[str, str]:
     """Return a marker for each method, such that methods of one colour have different markers.
 
-    >>> markers(["gptq", "nash_swarm", "gptq_tiles", "gptq"])
-    {'gptq': 'o', 'nash_swarm': 'o', 'gptq_tiles': 's'}
+    >>> markers(["gptq", "nash_lattice", "gptq_tiles", "gptq"])
+    {'gptq': 'o', 'nash_lattice': 'o', 'gptq_tiles': 's'}
     """
     marker_of: dict[str, str] = {}
     colours: list[str] = []

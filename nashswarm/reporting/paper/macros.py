@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from nashswarm.methods.nash_swarm import solver
+from nashswarm.methods.nash_lattice import solver
 from nashswarm.quant.grid import TILE_ROWS
 from nashswarm.records.record import Record
 from nashswarm.reporting import formats, frame, tables, typeset
@@ -108,7 +108,7 @@ def correlation(layers: pd.DataFrame) -> float:
 
 
 def settings(records: Sequence[Record], *words: str) -> dict[str, str]:
-    """Return a macro for every number in the config of ``nash_swarm`` and its dataset."""
+    """Return a macro for every number in the config of ``nash_lattice`` and its dataset."""
     macros: dict[str, str] = {}
     for record in records:
         if record.labels["method"] == REFERENCE:

@@ -68,7 +68,7 @@ def test_verdicts_on_size_of_one_linear_layer_are_reversed(evidence: Evidence) -
     [
         ("C2", "as_published", {"kl_high": 0.0, "bytes_file": 1}),
         ("C3", "as_published", {"decode_ratio_low": 1.1}),
-        ("C6", "nash_swarm", {"decode_ratio_high": 2.8}),
+        ("C6", "nash_lattice", {"decode_ratio_high": 2.8}),
     ],
 )
 def test_verdicts_on_changed_runs_are_reversed(
@@ -90,9 +90,10 @@ def test_component_claim_holds_where_every_test_survives(evidence: Evidence) -> 
     removed.loc[len(removed) - 1, "costs"] = False
     [row] = [row for row in document.claims(dataclasses.replace(evidence, removed=removed)) if row.name == "C7"]
     assert row.cells()[5] == f"{claim.FAILS} here"
-    assert "`no_swarm` in 1 of 2 (ablation 1 of 1, main 0 of 1)" in row.honest
-    assert "`no_nash` in 2 of 2 (ablation 1 of 1, main 1 of 1)" in row.honest
-    assert verdicts(dataclasses.replace(evidence, removed=removed[removed["method"] != "no_nash"]))["C7"] == claim.LATER
+    assert "`lattice_no_swarm` in 1 of 2 (ablation 1 of 1, main 0 of 1)" in row.honest
+    assert "`fixed_no_nash` in 2 of 2 (ablation 1 of 1, main 1 of 1)" in row.honest
+    kept = removed[removed["method"] != "fixed_no_nash"]
+    assert verdicts(dataclasses.replace(evidence, removed=kept))["C7"] == claim.LATER
     there = dataclasses.replace(evidence, removed=removed.assign(model="gpt2"))
     assert verdicts(there)["C7"] == claim.FAILS
 
@@ -101,7 +102,7 @@ def test_removals_of_two_experiments_are_paired_in_each(tmp_path: pathlib.Path) 
     """A method without swarm that is worse in every window, and again one that does what the whole one does."""
     ablation = list(record.read_all(ROOT / "results" / "records" / "ablation"))
     whole, alone, still = (next(run for run in ablation if run.labels["method"] == name) for name in
-                           ("nash_swarm", "no_swarm", "no_nash"))  # fmt: skip
+                           ("nash_lattice", "lattice_no_swarm", "fixed_no_nash"))  # fmt: skip
     worse = {"kl": [1.1 * value for value in whole.series["kl"]]}
     metrics = whole.metrics | {"kl": 1.1 * whole.metrics["kl"]}
     alone = dataclasses.replace(alone, series=whole.series | worse, metrics=metrics)
@@ -112,7 +113,8 @@ def test_removals_of_two_experiments_are_paired_in_each(tmp_path: pathlib.Path) 
             record.write(tmp_path / experiment, dataclasses.replace(run, labels=labels))
     pairs = removals(tmp_path)
     assert [tuple(row) for row in pairs[["experiment", "method", "costs"]].to_numpy()] == [
-        ("ablation", "no_nash", True), ("ablation", "no_swarm", True), ("main", "no_swarm", False),
+        ("ablation", "fixed_no_nash", True), ("ablation", "lattice_no_swarm", True),
+        ("main", "lattice_no_swarm", False),
     ]  # fmt: skip
 
 
@@ -124,10 +126,10 @@ def test_small_model_claim_without_gain_fails_here(evidence: Evidence) -> None:
 
 
 def test_speed_claim_is_decided_at_the_claimed_sizes(evidence: Evidence) -> None:
-    small = evidence.honest[PLACE]["nash_swarm"]
+    small = evidence.honest[PLACE]["nash_lattice"]
     fast = pd.Series(dict(small) | {"bytes_file": 50e6, "decode_ratio_high": 3.0})
     for other, verdict in ((fast, claim.HOLDS), (dict(fast) | {"decode_ratio_high": 1.0}, claim.FAILS)):
-        honest = {PLACE: evidence.honest[PLACE], ("gpt2_random", "any"): {"nash_swarm": pd.Series(other)}}
+        honest = {PLACE: evidence.honest[PLACE], ("gpt2_random", "any"): {"nash_lattice": pd.Series(other)}}
         assert verdicts(dataclasses.replace(evidence, honest=honest))["C6"] == f"{verdict} here"
 
 

@@ -10,7 +10,7 @@ from tests.reporting.test_frame import synthetic
 
 
 def test_settling_codes_at_rest_are_hollow() -> None:
-    one = synthetic("nash_swarm")
+    one = synthetic("nash_lattice")
     one.series["moves"] = [50.0, 5.0, 0.0]
     one.layers.append({"name": "wte", "parameters": 1000})
     axes = games.settling([one]).axes[0]
@@ -23,17 +23,17 @@ def test_settling_codes_at_rest_are_hollow() -> None:
 
 
 def test_decisions_of_blocks_are_in_the_row_of_their_layer() -> None:
-    one = synthetic("no_swarm")
-    whole = dataclasses.replace(synthetic("nash_swarm"), allocation="wte 3.9 +0*2 -1*1\nhead 1.5 +2*4\nnorm 16\n")
+    one = synthetic("lattice_no_swarm")
+    whole = dataclasses.replace(synthetic("nash_lattice"), allocation="wte 3.9 +0*2 -1*1\nhead 1.5 +2*4\nnorm 16\n")
     figure = games.decisions([whole, one])
     left, right, _ = figure.axes
     assert [bar.get_width() for bar in left.patches] == [3.9, 1.5]
     assert [label.get_text() for label in left.get_yticklabels()] == ["wte", "head"]
-    assert right.get_title() == "nash_swarm of gpt2_small"
+    assert right.get_title() == "nash_lattice of gpt2_small"
     rows = [image.get_array().tolist() for image in right.images]
     assert rows == [[[0, 0, -1]], [[2, 2, 2, 2]]]
     assert [sorted(image.get_extent()[2:]) for image in right.images] == [[-0.4, 0.4], [0.6, 1.4]]
-    with pytest.raises(ValueError, match="run nash_swarm"):
+    with pytest.raises(ValueError, match="run nash_lattice"):
         games.decisions([one])
 
 
@@ -45,15 +45,15 @@ def with_reference(method: str) -> Record:
 
 
 def test_convergence_with_reference_starts_with_its_path() -> None:
-    prices, above, below = games.convergence([with_reference("nash_swarm"), synthetic("no_nash")]).axes
+    prices, above, below = games.convergence([with_reference("nash_lattice"), synthetic("fixed_no_nash")]).axes
     paths = {line.get_label(): list(line.get_ydata()) for line in above.lines}
-    assert paths["nash_swarm"] == [0.0, -2.0]
-    assert len(paths["no_nash"]) == len(synthetic("no_nash").series["potential"])
+    assert paths["nash_lattice"] == [0.0, -2.0]
+    assert len(paths["fixed_no_nash"]) == len(synthetic("fixed_no_nash").series["potential"])
     assert [list(line.get_ydata()) for line in prices.lines if len(line.get_ydata())] == [pytest.approx([2, 0.5, 1])]
     assert prices.get_yscale() == "log"
     assert [0.5] in [list(line.get_ydata()) for line in below.lines]
 
 
 def test_convergence_without_trials_has_no_panel_of_prices() -> None:
-    above, _ = games.convergence([synthetic("no_nash"), synthetic("baseline")]).axes
-    assert [line.get_label() for line in above.lines] == ["no_nash"]
+    above, _ = games.convergence([synthetic("fixed_no_nash"), synthetic("baseline")]).axes
+    assert [line.get_label() for line in above.lines] == ["fixed_no_nash"]

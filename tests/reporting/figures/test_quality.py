@@ -12,11 +12,11 @@ from tests.reporting.test_frame import synthetic
 
 
 def test_accuracy_of_methods_is_per_cent_against_times_smaller() -> None:
-    records = [synthetic(name) for name in ("baseline", "uniform4", "nash_swarm")]
+    records = [synthetic(name) for name in ("baseline", "uniform4", "nash_lattice")]
     points = frame.average(frame.frame(records))
     axes = quality.accuracy(points).axes[0]
     drawn = {label.get_text() for label in axes.texts if label.get_text()}
-    assert drawn == {"baseline", "uniform4", "nash_swarm"}
+    assert drawn == {"baseline", "uniform4", "nash_lattice"}
     (smaller,) = points.loc[points["method"] == "uniform4", "compression"]
     lines = [line.get_xydata()[0] for line in axes.lines]
     assert any(np.allclose(dot, (1 / (1 - smaller), 100 * points["top1_agreement"][1])) for dot in lines)
@@ -28,26 +28,32 @@ def test_accuracy_of_methods_is_per_cent_against_times_smaller() -> None:
 
 def test_sensitivity_of_two_methods_has_two_panels() -> None:
     table = pd.DataFrame(
-        {"method": ["gptq"] * 2 + ["nash_swarm"] * 2, "layer": ["h.0.attn.c_attn", "wte"] * 2,
+        {"method": ["gptq"] * 2 + ["nash_lattice"] * 2, "layer": ["h.0.attn.c_attn", "wte"] * 2,
          "layer_damage": [1e-3, 1e-2] * 2, "layer_kl": [2e-3, 1e-2] * 2}
     )  # fmt: skip
     figure = quality.sensitivity(table)
-    assert [axes.get_title() for axes in figure.axes] == ["gptq", "nash_swarm"]
+    assert [axes.get_title() for axes in figure.axes] == ["gptq", "nash_lattice"]
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"attn.c_attn", "wte"}
     with pytest.raises(ValueError, match="experiment=layers"):
         quality.sensitivity(table.drop(columns="layer_damage"))
 
 
 def test_ablation_of_methods_is_sorted_by_cost() -> None:
-    levels = {"nash_swarm": 0.1, "gptq": 0.15, "no_cache": 0.11, "no_sweeps": 0.4, "no_offsets": 0.2}
+    levels = {
+        "nash_lattice": 0.1,
+        "gptq": 0.15,
+        "lattice_no_cache": 0.11,
+        "lattice_no_sweeps": 0.4,
+        "lattice_no_offsets": 0.2,
+    }
     axes = quality.ablation([synthetic(method, kl=kl) for method, kl in levels.items()]).axes[0]
     named = [label.get_text() for label in axes.get_yticklabels()]
-    assert named == ["gptq", "no_sweeps", "no_offsets", "no_cache"]
+    assert named == ["gptq", "lattice_no_sweeps", "lattice_no_offsets", "lattice_no_cache"]
 
 
 def test_pareto_of_many_methods_has_a_legend_of_distinct_lines() -> None:
     libraries = [f"peer_{letter}" for letter in "abcdef"]
-    methods = [*libraries, "fixed_width", "baq", "radio", "nash_swarm"]
+    methods = [*libraries, "fixed_width", "baq", "radio", "nash_lattice"]
     points = frame.points(frame.frame([synthetic(method, kl=0.1 + place) for place, method in enumerate(methods)]))
     sizes = [points.assign(bytes_file=points["bytes_file"] * times, method=points["method"] + f"[bits={times}]")
              for times in (1, 2)]  # fmt: skip
@@ -63,7 +69,7 @@ def test_pareto_of_many_methods_has_a_legend_of_distinct_lines() -> None:
 
 
 def test_pareto_of_a_search_draws_points_without_names() -> None:
-    methods = [f"nash_swarm[bits={2 + 0.1 * place},code_game=pass]" for place in range(style.READABLE + 1)]
+    methods = [f"nash_lattice[bits={2 + 0.1 * place},code_game=pass]" for place in range(style.READABLE + 1)]
     settled = {"potential": [2.0, 1.0], "regret": [1.0, 0.0], "moves": [3.0, 0.0]}
     records = [synthetic(method, kl=0.1 + place) for place, method in enumerate(methods)]
     records = [dataclasses.replace(one, series=one.series | settled) for one in records]

@@ -12,13 +12,13 @@ from tests.reporting.test_frame import synthetic
 
 @pytest.fixture(scope="module")
 def script_figures(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Return the names of figures of two experiments that have the same run of ``nash_swarm``, drawn by the script.
+    """Return the names of figures of two experiments that have the same run of ``nash_lattice``, drawn by the script.
 
     The folder had a figure of times from earlier records.
     """
     folder = tmp_path_factory.mktemp("script")
-    one, other = synthetic("nash_swarm"), synthetic("gptq")
-    for experiment, method in (("presets", "nash_swarm"), ("bit_budget", "nash_swarm[bits=3.0]")):
+    one, other = synthetic("nash_lattice"), synthetic("gptq")
+    for experiment, method in (("presets", "nash_lattice"), ("bit_budget", "nash_lattice[bits=3.0]")):
         for run, label in ((one, method), (other, "gptq")):
             labels = {**run.labels, "experiment": experiment, "method": label}
             record.write(folder / "records" / experiment, dataclasses.replace(run, labels=labels))
@@ -36,5 +36,5 @@ def test_figures_script_without_their_records_removes_figures(script_figures: se
 
 
 def test_figures_script_run_of_two_experiments_is_drawn_in_its_own(script_figures: set[str]) -> None:
-    """``nash_swarm`` of one experiment may be ``nash_swarm[bits=3.0]`` of another, which has no reference then."""
+    """``nash_lattice`` of one experiment may be ``nash_lattice[bits=3.0]`` of another, which has no reference then."""
     assert "presets_ablation.pdf" in script_figures and "bit_budget_ablation.pdf" not in script_figures

@@ -35,21 +35,21 @@ def test_speed_and_memory_show_intervals_and_the_full_model() -> None:
 
 
 def test_rows_of_shared_contestants_are_shown_once() -> None:
-    both = pd.concat([contestants(), contestants().assign(method="nash_swarm")])
+    both = pd.concat([contestants(), contestants().assign(method="nash_lattice")])
     shown, names = speed.rows_of(both)
     assert len(shown) == 4 and names.count(speed.NAMES["compile"]) == 1
-    assert "packed, 8-bit activations: nash_swarm" in names
+    assert "packed, 8-bit activations: nash_lattice" in names
 
 
 def test_rows_of_differing_thread_counts_name_them() -> None:
     alone = contestants()[:2].assign(method="gptq_one_step", threads=1)
-    later = contestants().assign(method="nash_swarm", threads=2)
+    later = contestants().assign(method="nash_lattice", threads=2)
     shown, names = speed.rows_of(pd.concat([later, alone]))
     assert names == [
         "32-bit floats, 2 threads",
         "32-bit floats, compiled, 2 threads",
         "packed, 8-bit activations: gptq_one_step, 1 thread",
-        "packed, 8-bit activations: nash_swarm, 2 threads",
+        "packed, 8-bit activations: nash_lattice, 2 threads",
     ]
     assert shown["contestant"].tolist() == ["full", "compile", "int8", "int8"]
     assert not any("thread" in name for name in speed.rows_of(later)[1])

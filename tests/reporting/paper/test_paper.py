@@ -93,9 +93,9 @@ def means(**differing: list[str]) -> pd.DataFrame:
 
 
 def test_numbers_of_a_table_are_named_by_their_origin() -> None:
-    value_of = macros.numbers(means(method=["gptq[bits=2.3]", "nash_swarm"]), "main")
+    value_of = macros.numbers(means(method=["gptq[bits=2.3]", "nash_lattice"]), "main")
     assert all(re.fullmatch("[A-Za-z]+", name) for name in value_of)
-    assert value_of["MainGptqBitsTwoThreeKl"] == "0.0625" and value_of["MainNashSwarmBytesFile"] == "3.00"
+    assert value_of["MainGptqBitsTwoThreeKl"] == "0.0625" and value_of["MainNashLatticeBytesFile"] == "3.00"
     assert value_of["MainParametersMillions"] == "8.0" and value_of["MainModelName"] == "gpt"
     tasks = macros.numbers(means(dataset=["sst2", "cola"]), "glue")
     assert {"GlueSstTwoGptqBitsThreeKl", "GlueColaGptqBitsThreeKl"} <= set(tasks)
@@ -150,14 +150,14 @@ def test_mixtures_of_trained_models_have_macros(committed_records: list[Record])
 
 
 def test_benchmark_rotation_gives_the_largest_change_per_method(tmp_path: pathlib.Path) -> None:
-    changes = {"gptq": (1.01, 0.97), "nash_swarm": (1.0, 1.02)}
+    changes = {"gptq": (1.01, 0.97), "nash_lattice": (1.0, 1.02)}
     rows = [
         {"method": method, "signs": signs, "kl_straight": 2.0, "kl_turned": 2.0 * change}
         for method, both in changes.items()
         for signs, change in enumerate(both)
     ]
     (tmp_path / "rotation.json").write_text(json.dumps({"rows": rows, "provenance": {"dirty": False}}))
-    expected = {"RotationGptqMost": "3.0", "RotationNashSwarmMost": "2.0", "RotationDraws": "2"}
+    expected = {"RotationGptqMost": "3.0", "RotationNashLatticeMost": "2.0", "RotationDraws": "2"}
     assert benchmarks.of_benchmarks(tmp_path) == expected
 
 

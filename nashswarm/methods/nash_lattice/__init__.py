@@ -1,4 +1,4 @@
-"""Method ``nash_swarm``: row blocks choose their quantization steps in a potential game under one price of a bit.
+"""Method ``nash_lattice``: row blocks choose their quantization steps in a potential game under one price of a bit.
 
 Read in this order.  ``settings``: the fields of a config and ``compress``.  ``step_choices``: what the game decides, a
 multiplier of every row's sensitivity and an offset of every block's step.  ``quantizer``: from choices and a base step

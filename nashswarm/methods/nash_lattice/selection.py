@@ -14,9 +14,9 @@ from torch import Tensor
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.games import flock
 from nashswarm.methods.bit_allocation.damages import PROBE_TOKENS
-from nashswarm.methods.nash_swarm.quantizer import by_block
-from nashswarm.methods.nash_swarm.solver import RateGameSolver
-from nashswarm.methods.nash_swarm.step_choices import StepChoices
+from nashswarm.methods.nash_lattice.quantizer import by_block
+from nashswarm.methods.nash_lattice.solver import RateGameSolver
+from nashswarm.methods.nash_lattice.step_choices import StepChoices
 from nashswarm.quant.grid import TILE_ROWS
 
 REFERENCE_BITS = 3.0  # bits per weight

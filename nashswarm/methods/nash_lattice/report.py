@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from nashswarm.methods.method import Compressed
-from nashswarm.methods.nash_swarm.certificate import certificate_tensors
-from nashswarm.methods.nash_swarm.quantizer import QuantizedModel
-from nashswarm.methods.nash_swarm.solver import RateGameSolver, SolvedGame
-from nashswarm.methods.nash_swarm.step_choices import Offsets
+from nashswarm.methods.nash_lattice.certificate import certificate_tensors
+from nashswarm.methods.nash_lattice.quantizer import QuantizedModel
+from nashswarm.methods.nash_lattice.solver import RateGameSolver, SolvedGame
+from nashswarm.methods.nash_lattice.step_choices import Offsets
 from nashswarm.packed.tiles import to_tiles
 from nashswarm.quant.entropy import coded_bits
 from nashswarm.quant.lattice import bit_price

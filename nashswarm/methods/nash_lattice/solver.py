@@ -22,16 +22,16 @@ from scipy import sparse
 
 from nashswarm.games.potential import Coupling, Game, best_response
 from nashswarm.memory import trim_heap
-from nashswarm.methods.nash_swarm.budget import BUDGET_TOLERANCE, COARSE_TOLERANCE, ByteSlope, step_for_budget
-from nashswarm.methods.nash_swarm.certificate import regret_metrics
-from nashswarm.methods.nash_swarm.quantizer import (
+from nashswarm.methods.nash_lattice.budget import BUDGET_TOLERANCE, COARSE_TOLERANCE, ByteSlope, step_for_budget
+from nashswarm.methods.nash_lattice.certificate import regret_metrics
+from nashswarm.methods.nash_lattice.quantizer import (
     Blocks,
     LatticeQuantizer,
     QuantizedModel,
     by_block,
     with_fitted_sizes,
 )
-from nashswarm.methods.nash_swarm.step_choices import StepChoices
+from nashswarm.methods.nash_lattice.step_choices import StepChoices
 from nashswarm.methods.swarm import Flock
 from nashswarm.quant.lattice import LatticeTensor, bit_price, stack_rows
 from nashswarm.quant.lattice_codes import lattice_error_feedback, regret_by_row

@@ -1,4 +1,4 @@
-"""Settings of the method ``nash_swarm``, and its entry ``NashSwarm.compress``."""
+"""Settings of the method ``nash_lattice``, and its entry ``NashLattice.compress``."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ from nashswarm.calibration.context import CalibrationContext
 from nashswarm.memory import trim_heap
 from nashswarm.methods.bit_allocation import blocks
 from nashswarm.methods.method import Compressed
-from nashswarm.methods.nash_swarm.quantizer import LatticeQuantizer
-from nashswarm.methods.nash_swarm.report import report
-from nashswarm.methods.nash_swarm.selection import HeldoutSelection
-from nashswarm.methods.nash_swarm.solver import RateGameSolver
+from nashswarm.methods.nash_lattice.quantizer import LatticeQuantizer
+from nashswarm.methods.nash_lattice.report import report
+from nashswarm.methods.nash_lattice.selection import HeldoutSelection
+from nashswarm.methods.nash_lattice.solver import RateGameSolver
 from nashswarm.methods.swarm import Flock
 from nashswarm.quant.curvature import FactoredCurvature, factor_curvature
 
@@ -24,7 +24,7 @@ CodeGame = Literal["equilibrium", "pass", "rounding"]
 
 
 @dataclasses.dataclass(frozen=True)
-class NashSwarm:
+class NashLattice:
     """One price of a bit for the whole model, steps and codes at equilibrium, entropy-coded; the flock informs both.
 
     ``bits``: stored bits per parameter of the whole model, everything counted.  ``bit_game``: ``equilibrium``, or

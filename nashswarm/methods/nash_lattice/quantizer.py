@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nashswarm.layers import Layer
 from nashswarm.memory import trim_heap
-from nashswarm.methods.nash_swarm.budget import COARSE_TOLERANCE, ByteSlope, step_for_budget
-from nashswarm.methods.nash_swarm.step_choices import StepChoices
+from nashswarm.methods.nash_lattice.budget import COARSE_TOLERANCE, ByteSlope, step_for_budget
+from nashswarm.methods.nash_lattice.step_choices import StepChoices
 from nashswarm.packed.file_format import TABLES
 from nashswarm.progress import Track
 from nashswarm.quant.coordinate_descent import DescentResult

@@ -15,10 +15,10 @@ from torch import Tensor
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods.method import Compressed, Method
-from nashswarm.methods.nash_swarm.budget import BUDGET_TOLERANCE, ByteSlope, step_for_budget
-from nashswarm.methods.nash_swarm.selection import HeldoutSelection
-from nashswarm.methods.nash_swarm.settings import NashSwarm
-from nashswarm.methods.nash_swarm.solver import REGRET, RateGameSolver
+from nashswarm.methods.nash_lattice.budget import BUDGET_TOLERANCE, ByteSlope, step_for_budget
+from nashswarm.methods.nash_lattice.selection import HeldoutSelection
+from nashswarm.methods.nash_lattice.settings import NashLattice
+from nashswarm.methods.nash_lattice.solver import REGRET, RateGameSolver
 from nashswarm.methods.swarm import Flock
 from nashswarm.packed.file_format import TABLES
 from nashswarm.quant.curvature import Curvature
@@ -28,10 +28,10 @@ from nashswarm.quant.lattice import Lattice, LatticeTensor, bit_price
 FIXED_BYTES = 100
 SHAPES = {"wte": (500, 16), "h.0.up": (600, 16), "h.0.down": (330, 24)}  # columns take time, rows do not
 SILENT = Flock(align=(0.0,), shrink=(0.0,))
-ALONE = NashSwarm(swarm=None, strength=(0.0,))
-METHODS: dict[str, NashSwarm] = {
-    "nash_swarm": NashSwarm(swarm=Flock(align=(0.0, 0.25))),
-    "no_swarm": NashSwarm(swarm=None),
+ALONE = NashLattice(swarm=None, strength=(0.0,))
+METHODS: dict[str, NashLattice] = {
+    "nash_lattice": NashLattice(swarm=Flock(align=(0.0, 0.25))),
+    "lattice_no_swarm": NashLattice(swarm=None),
     "alone": ALONE,
     "pass": dataclasses.replace(ALONE, code_game="pass"),
     "rounding": dataclasses.replace(ALONE, code_game="rounding"),
@@ -113,11 +113,11 @@ def example(correlated: bool = True) -> tuple[tuple[Layer, ...], dict[str, Momen
     return layers, moments_of(layers, correlated)
 
 
-def solver_of(method: NashSwarm, context: CalibrationContext | None = None) -> RateGameSolver:
+def solver_of(method: NashLattice, context: CalibrationContext | None = None) -> RateGameSolver:
     return method.solver(context or context_of(*example()), np.random.default_rng(0))
 
 
-def selection_of(method: NashSwarm, context: CalibrationContext) -> HeldoutSelection:
+def selection_of(method: NashLattice, context: CalibrationContext) -> HeldoutSelection:
     return method.selection(solver_of(method, context), context)
 
 
@@ -181,7 +181,7 @@ def test_compress_same_seed_gives_same_bytes_and_metrics(name: str) -> None:
 
 def test_compress_damages_and_metrics_are_those_of_the_weights() -> None:
     layers, moments = example()
-    compressed = result("no_swarm")
+    compressed = result("lattice_no_swarm")
     for layer in layers:
         curved = curvature(layer, moments).damped()
         error = layer.weight - compressed.weights[layer.name]
@@ -227,10 +227,10 @@ def test_compress_one_offset_steps_cost_the_same_everywhere() -> None:
 
 
 def test_compress_cached_game_moves_no_number() -> None:
-    fresh, store = solved("nash_swarm")
+    fresh, store = solved("nash_lattice")
     games = list(store)
     assert sorted(key.split()[0] for key in games) == ["game", "probe"]
-    cached = compress(METHODS["nash_swarm"], context_of(*example(), store=store))
+    cached = compress(METHODS["nash_lattice"], context_of(*example(), store=store))
     assert list(store) == games
     assert all(np.array_equal(fresh.packed[layer], cached.packed[layer]) for layer in fresh.packed)
     assert fresh.metrics == cached.metrics and fresh.allocation == cached.allocation
@@ -238,10 +238,10 @@ def test_compress_cached_game_moves_no_number() -> None:
 
 def test_compress_games_of_same_curvature_share_one_probe() -> None:
     """Without moves or without a flock, the layers compressed alone are the same; another curvature is probed anew."""
-    whole = METHODS["nash_swarm"]
-    store = dict(solved("nash_swarm")[1])
+    whole = METHODS["nash_lattice"]
+    store = dict(solved("nash_lattice")[1])
     still = dataclasses.replace(whole, offsets=(0,))
-    for method, alone in ((still, compress(still)), (METHODS["no_swarm"], result("no_swarm"))):
+    for method, alone in ((still, compress(still)), (METHODS["lattice_no_swarm"], result("lattice_no_swarm"))):
         sharing = compress(method, context_of(*example(), store=store))
         assert all(np.array_equal(sharing.packed[layer], alone.packed[layer]) for layer in alone.packed)
         assert sharing.metrics == alone.metrics and sharing.metrics["heldout_passes"] >= len(example()[0])
@@ -253,15 +253,15 @@ def test_compress_games_of_same_curvature_share_one_probe() -> None:
 
 def test_compress_game_cached_at_another_budget_moves_no_number() -> None:
     store: dict[str, Any] = {}
-    method = METHODS["nash_swarm"]
+    method = METHODS["nash_lattice"]
     compress(dataclasses.replace(method, bits=5.0), context_of(*example(), store=store))
     games = len(store)
     compressed = compress(method, context_of(*example(), store=store))
     assert len(store) == games, "what is chosen once was chosen again for another budget"
     assert all(
-        np.array_equal(compressed.packed[layer], result("nash_swarm").packed[layer]) for layer in compressed.packed
+        np.array_equal(compressed.packed[layer], result("nash_lattice").packed[layer]) for layer in compressed.packed
     )
-    assert compressed.metrics == result("nash_swarm").metrics
+    assert compressed.metrics == result("nash_lattice").metrics
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_compress_game_cached_at_another_budget_moves_no_number() -> None:
 )
 def test_settings_without_meaning_raise_naming_the_field(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"method\.{next(iter(settings))}") as caught:
-        NashSwarm(**settings)
+        NashLattice(**settings)
     assert "\n" not in str(caught.value)
 
 
@@ -352,7 +352,7 @@ def test_compress_noisy_sensitivities_shrinkage_helps() -> None:
 
 def test_shrunk_half_strength_moves_every_row_half_way() -> None:
     layers, moments = example()
-    selection = selection_of(NashSwarm(), context_of(layers, moments))
+    selection = selection_of(NashLattice(), context_of(layers, moments))
     solver, quantizer = selection.solver, selection.quantizer
     weights = selection.shrunk(quantizer.neutral, 0.5).row_weights
     logs = [quantizer.curvatures[layer.name].rows.log() for layer in layers]
@@ -502,7 +502,7 @@ def test_regret_metrics_equal_enumeration_from_the_bytes(small: Any) -> None:
     assert compressed.metrics["regret_mean"] == pytest.approx(worst.mean(), abs=slack)
 
 
-@pytest.mark.parametrize("name", ["nash_swarm", "no_swarm", "alone", "local", "aligned", "high", "low"])
+@pytest.mark.parametrize("name", ["nash_lattice", "lattice_no_swarm", "alone", "local", "aligned", "high", "low"])
 def test_compress_at_equilibrium_regret_vanishes(name: str) -> None:
     metrics = result(name).metrics
     assert 0 <= metrics["regret_mean"] <= metrics["regret_max"] <= 1e-6
@@ -512,7 +512,7 @@ def test_compress_at_equilibrium_regret_vanishes(name: str) -> None:
 @pytest.mark.parametrize("align", [0.0, 2.0])
 def test_equilibrate_offsets_moves_regretful_blocks_until_none_gains(align: float) -> None:
     """Other blocks stay, the returned costs are those of the end, and no block pays more than it moved for."""
-    solver = solver_of(NashSwarm())
+    solver = solver_of(NashLattice())
     quantizer = solver.quantizer
     start = quantizer.neutral.with_metrics(flock_align=align)
     model = quantizer.quantize_at(2.0**-6, start, 20)
@@ -531,7 +531,7 @@ def test_equilibrate_offsets_moves_regretful_blocks_until_none_gains(align: floa
     game, profile, _ = solver.offset_game(end.costs, model.base_step, end.choices, align)
     assert game.regret(profile).max() <= REGRET
     if not align:
-        stay = list(NashSwarm().offsets).index(0)
+        stay = list(NashLattice().offsets).index(0)
         assert (end.costs[moved, stay] <= costs[moved].min(1) * (1 + 1e-4)).all()
 
 
