@@ -111,7 +111,7 @@ def test_run_every_method_leaves_a_record_with_all_its_metrics(
     layers = sum(row["bytes"] for row in found.layers)
     weights = sum(row["parameters"] for row in found.layers)
     shared = found.metrics["bits_per_weight"] * weights / 8 - layers  # code tables, which belong to no layer
-    assert 100 < shared < 2500 if "players" in found.metrics and method.endswith(("swarm", "bit_game")) else shared < 1
+    assert 100 < shared < 2500 if "players" in found.metrics and "lattice" in method else shared < 1
     assert [line.split()[0] for line in found.allocation.splitlines()] == [row["name"] for row in found.layers]
     if method == "baseline":
         assert found.metrics["kl"] < 1e-5 and found.metrics["nominal_bits"] == 16
@@ -493,7 +493,8 @@ def test_sweep_from_the_command_line_is_mirrored_and_then_skipped(
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "Traceback" not in printed, printed
     table = printed[printed.index("3 jobs: 3 finished, 0 skipped, 0 failed") :]
-    assert all(method in table for method in ("baseline", "uniform4", "lattice_no_bit_game"))
+    names = "".join(line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│"))  # long ones fold
+    assert all(method in names for method in ("baseline", "uniform4", "lattice_no_bit_game"))
     assert len(list(tmp_path.rglob("offline-run-*/*.wandb"))) == 3
     labels = [record.read(path).labels for path in records_in(tmp_path)]
     assert sorted(label["method"] for label in labels) == ["baseline", "lattice_no_bit_game", "uniform4"]
