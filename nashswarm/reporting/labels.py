@@ -7,6 +7,16 @@ CELL = ["experiment", "model", "dataset", "measure", "method"]
 LABELS = [*CELL, "seed"]
 REFERENCE = "nash_lattice"  # the method that the others are tested against
 ABLATIONS = ("no_", "lattice_no_", "fixed_no_")  # beginnings of the names of methods that leave one part out
+KINDS: tuple[str | tuple[str, ...], ...] = (
+    "baseline",
+    "uniform",
+    "rtn",
+    "gptq",
+    "as_published",
+    ABLATIONS,
+    "",
+    REFERENCE,
+)
 TESTED = {"kl": "kl", "nll_delta": "nll"}  # metric → the per-window series in which it is paired
 WORDS = [*LABELS, "layer", "contestant"]  # columns of text
 ORIGIN: dict[str, Any] = {  # of runs → of their row
@@ -34,8 +44,7 @@ def rank(method: str) -> tuple[int, int, str]:
     """
     if uniform := re.fullmatch(r"uniform(\d+)", method):
         return 1, -int(uniform[1]), method
-    kinds = ("baseline", "uniform", "rtn", "gptq", "as_published", ABLATIONS, "", REFERENCE)
-    kind = next((place for place, start in enumerate(kinds) if start and method.startswith(start)), kinds.index(""))
+    kind = next((place for place, start in enumerate(KINDS) if start and method.startswith(start)), KINDS.index(""))
     return kind, 0, padded(method)
 
 

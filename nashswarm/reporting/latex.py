@@ -27,7 +27,7 @@ def tex(content: object) -> str:
 
     Special characters are escaped, minus signs and powers of ten become formulas, and an interval goes below its value.
 
-    >>> print(tex("fixed_no_nash"), tex("2.1e-06"), tex("-0.5"))
+    >>> print(tex("no_nash"), tex("2.1e-06"), tex("-0.5"))
     no\_nash $2.1{\cdot}10^{-6}$ $-$0.5
     """
     plain = str(content)
