@@ -1,6 +1,7 @@
 """The command ``nashswarm``, from a full model to a compressed one and on."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -21,7 +22,7 @@ from nashswarm.data import stdlib_docs
 from nashswarm.experiment.plan import config_again
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
-from nashswarm.packed.matrix import PackedMatrix
+from nashswarm.packed.matrix import PackedMatrix, TrellisMatrix
 
 FILES = ["config.json", "game.safetensors", "model.safetensors"]
 FILES = sorted([*FILES, "README.md", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"])
@@ -107,6 +108,26 @@ def test_inspect_encoder_saved_by_the_api_is_listed(
     model.save_pretrained(tmp_path)
     status, table, _ = command("inspect", tmp_path)
     assert status == 0 and "embeddings.word_embeddings" in table and "groups of 64, coded" in table
+
+
+def test_inspect_trellis_lists_rates_and_equal_bytes(
+    random_model: Callable[[str], Any], packed: Callable[..., Any], command: Command, tmp_path: pathlib.Path
+) -> None:
+    """In the file and in memory, but for where the tiles of 64 rows start."""
+    model = random_model("llama_tied")
+    checkpoint.adopt(model, find_layers(model), packed(model, "trellis"))
+    model.save_pretrained(tmp_path)
+    status, table, _ = command("inspect", tmp_path)
+    assert status == 0
+    for name, matrix in model.named_modules():
+        if not isinstance(matrix, TrellisMatrix):
+            continue
+        row = next(line for line in table.splitlines() if f" {name.removesuffix('.matrix')} " in line)
+        bits = 8 * len(matrix.encode()) / math.prod(matrix.shape)
+        more = 64 * (1 + -(-matrix.shape[0] // 64)) / math.prod(matrix.shape)
+        assert "trellis" in row and "coded" not in row and f"{bits:.3f}" in row and f"{bits + more:.3f}" in row
+        rates = matrix.tile_widths()
+        assert all(f"{int((rates == rate).sum())}×{rate}" in row for rate in rates.unique().tolist())
 
 
 def test_bench_prints_ratios_with_intervals(

@@ -159,6 +159,11 @@ def parse(content: UInt8[Tensor, " bytes"]) -> Trellis:
     if len(content) < HEADER.size:
         raise ValueError(f"{len(content)} bytes are too few for a header: the file is damaged; copy it again")
     magic, rotated, orders, reserved, rows, columns, scale = HEADER.unpack(content[: HEADER.size].numpy().tobytes())
+    if magic[:3] == MAGIC[:3] and magic != MAGIC:
+        raise ValueError(
+            f"it is in version {chr(magic[3])} of trellis tiles, this program reads version {chr(MAGIC[3])}; install "
+            "the nashswarm that wrote it"
+        )
     if magic != MAGIC or rotated > 1 or orders > 3 or reserved or not rows or not columns or not np.isfinite(scale):
         raise ValueError("the header of a trellis-coded matrix is wrong: the file is damaged; copy it again")
     fields: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The interface of compression methods: the protocol, its result, and the result in packed tiles or groups."""
+"""The interface of compression methods: the protocol, its result, and the result in trellis tiles, tiles or groups."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,10 +8,12 @@ import numpy as np
 from torch import Tensor
 
 from nashswarm.calibration.context import CalibrationContext
+from nashswarm.kernels import trellis
+from nashswarm.kernels.trellis import Trellis
 from nashswarm.methods.bit_allocation.blocks import Bits, describe_widths
 from nashswarm.quant.entropy import encode_groups
 from nashswarm.quant.grid import TILE_ROWS, QuantizedTensor
-from nashswarm.quant.pack import pack
+from nashswarm.quant.pack import pack, run_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,3 +78,45 @@ def store_groups(
         series=series or {},
         float_bits=float_bits,
     )
+
+
+def store_trellis(
+    trellises: Mapping[str, Trellis],
+    damage: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    series: Mapping[str, list[float]] | None = None,
+    float_bits: int = 16,
+    game: Mapping[str, Tensor] | None = None,
+) -> Compressed:
+    """Return trellis-coded matrices in packed form, which is the form that they are in: nothing is copied.
+
+    The metrics gain the sum of ``damage``, and ``bits_per_weight_resident``, bits in memory per weight.
+    """
+    if damage is not None:
+        metrics = dict(metrics or {}) | {"damage": sum(damage.values())}
+    resident = sum(matrix.nbytes + matrix.starts.nbytes for matrix in trellises.values())
+    weights = sum(matrix.rows * matrix.columns for matrix in trellises.values())
+    return Compressed(
+        packed={name: matrix.content.numpy() for name, matrix in trellises.items()},
+        weights={name: trellis.dequantize(matrix) for name, matrix in trellises.items()},
+        allocation="".join(f"{name} {describe_rates(matrix)}\n" for name, matrix in trellises.items()),
+        code_bits=8 * sum(matrix.payload.nbytes for matrix in trellises.values()),
+        damage=damage or {},
+        metrics={"bits_per_weight_resident": 8 * resident / weights} | dict(metrics or {}),
+        series=series or {},
+        float_bits=float_bits,
+        game=game or {},
+    )
+
+
+def describe_rates(matrix: Trellis) -> str:
+    """Return the grid of tiles, their mean rate in bits per weight, and their rates: "2x4 3.125 3*5 4 3*2".
+
+    Rates are run-length coded.  Most runs are of one tile, whose count is left out.
+    """
+    rates = trellis.tile_rates(matrix).numpy().astype(int)
+    runs = (
+        f"{rate}*{length}" if length > 1 else f"{rate}"
+        for rate, length in zip(*run_lengths(rates.ravel()), strict=True)
+    )
+    return f"{rates.shape[0]}x{rates.shape[1]} {rates.mean():.3f} {' '.join(runs)}"

@@ -120,7 +120,7 @@ def decode(name: str, content: Bytes, tables: CodeTables | None) -> Decoded | Tr
     """
     kind = content[:4].tobytes()
     try:
-        if kind == trellis.MAGIC:
+        if kind[:3] == trellis.MAGIC[:3]:  # of any version
             with torch.inference_mode(False):  # a matrix loaded in inference mode may be used in training
                 return trellis.parse(_as_tensor(content))
         if kind == KINDS["lattice"]:

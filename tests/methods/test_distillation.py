@@ -33,6 +33,7 @@ from nashswarm.quant.grid import Scheme, quantize
 from nashswarm.quant.prototype import quantize_by_magnitude
 from nashswarm.quant.trainable_codes import TrainableCodes
 from nashswarm.records import record
+from tests.conftest import trellis_tensor
 
 ROOT = pathlib.Path(__file__).parents[2]
 LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "quality"}
@@ -181,6 +182,9 @@ def test_recover_untrainable_format_or_no_text_raises(session: CalibrationSessio
     packed = {layer.name: quantize_by_magnitude(layer.weight, (0.9, 0.7)).pack() for layer in session.layers}
     with pytest.raises(Unsupported, match="task=finetune cannot train the format"):
         trained(session, Compressed(packed, {}, "", 0))
+    coded = {layer.name: trellis_tensor(layer.weight).content.numpy() for layer in session.layers}
+    with pytest.raises(Unsupported, match=r"format in which .* is stored: choose a method that stores a lattice"):
+        trained(session, Compressed(coded, {}, "", 0))
     with pytest.raises(ValueError, match="no calibration text is left"):
         recover(session, Compressed(packed, {}, "", 0), session.calibration[:0], BRIEF, np.random.default_rng(0))
 

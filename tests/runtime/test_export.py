@@ -368,6 +368,16 @@ def test_check_exportable_unsupported_refused(
         export.check_exportable(model, "torch-export", tmp_path / "other.pt2")
 
 
+@pytest.mark.parametrize("target", export.TARGETS)
+def test_export_of_trellis_refused(
+    target: str, model: Any, packed: Packed, tokens: Tensor, tmp_path: pathlib.Path
+) -> None:
+    small, out = mixed(model, packed, "trellis"), tmp_path / f"model{export.TARGETS[target]}"
+    with pytest.raises(ValueError, match="trellis-coded matrices cannot be exported, because no other runtime reads"):
+        export.export(small, target, out, tokens, "float32")
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_command_writes_file(
     model: Any, tokenizer: Any, text_file: pathlib.Path, tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

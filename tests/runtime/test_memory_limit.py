@@ -21,10 +21,10 @@ Packed = Callable[..., dict[str, np.ndarray]]
 BASE, TOKEN = 1_000_000, 500  # bytes of a process that is made up
 
 
-@pytest.fixture
-def small(model: Any, packed: Packed) -> Any:
+@pytest.fixture(params=["tiles", "trellis"])
+def small(request: pytest.FixtureRequest, model: Any, packed: Packed) -> Any:
     """The tiny model on packed matrices."""
-    checkpoint.adopt(model, find_layers(model), packed(model, "tiles"))
+    checkpoint.adopt(model, find_layers(model), packed(model, request.param))
     return model
 
 

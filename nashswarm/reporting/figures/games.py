@@ -123,11 +123,14 @@ def settling(records: Iterable[Record]) -> Figure:
 def tiles(allocation: str) -> dict[str, NDArray[np.int64]]:
     """Return the bits of each tile of every tiled layer, shape (row blocks, column groups).
 
+    A line of trellis tiles has their mean rate, a decimal number, before the runs, and no count in runs of one tile.
     Layers stored as floats, layers of mixed formats and layers on a lattice are left out; the line of the latter begins
     with their bits per weight, a decimal number.  Raises ValueError for a line that is no allocation.
 
     >>> tiles("head 2x3 4*2 8*4\\nnorm 16\\nmlp mixed\\nwte 3.9 +0*32")["head"].tolist()
     [[4, 4, 8], [8, 8, 8]]
+    >>> tiles("head 2x2 2.750 3*2 2 3")["head"].tolist()
+    [[3, 3], [2, 3]]
     """
     grids = {}
     for line in allocation.splitlines():
@@ -136,8 +139,9 @@ def tiles(allocation: str) -> dict[str, NDArray[np.int64]]:
             continue
         try:
             rows, columns = map(int, words[0].split("x"))
-            runs = [tuple(map(int, word.split("*"))) for word in words[1:]]
-            grids[layer] = np.repeat([bits for bits, _ in runs], [count for _, count in runs]).reshape(rows, columns)
+            runs = [word.partition("*") for word in words[1:] if "." not in word]
+            bits, counts = [int(width) for width, _, _ in runs], [int(count or 1) for _, _, count in runs]
+            grids[layer] = np.repeat(bits, counts).reshape(rows, columns)
         except (ValueError, IndexError) as error:
             raise ValueError(
                 f"allocation of {layer!r} is not '<rows>x<columns> <bits>*<count> ...': {error}"
