@@ -158,7 +158,9 @@ def parse(content: UInt8[Tensor, " bytes"]) -> Trellis:
     """
     if len(content) < HEADER.size:
         raise ValueError(f"{len(content)} bytes are too few for a header: the file is damaged; copy it again")
-    magic, rotated, orders, reserved, rows, columns, scale = HEADER.unpack(content[: HEADER.size].numpy().tobytes())
+    magic, rotated, orders, reserved, rows, columns, scale = HEADER.unpack(
+        content[: HEADER.size].cpu().numpy().tobytes()
+    )
     if magic[:3] == MAGIC[:3] and magic != MAGIC:
         raise ValueError(
             f"it is in version {chr(magic[3])} of trellis tiles, this program reads version {chr(MAGIC[3])}; install "
@@ -252,7 +254,8 @@ def _check(trellis: Trellis) -> None:
     if int(rates.max()) > INT8 or int(trellis.starts[-1]) != len(trellis.payload):
         raise ValueError("the tiles of a trellis-coded matrix do not fit its rates: the file is damaged; copy it again")
     for order in (trellis.row_order, trellis.column_order):
-        if order.numel() and not torch.equal(order.long().sort().values, torch.arange(len(order))):
+        places = torch.arange(len(order), device=order.device)
+        if order.numel() and not torch.equal(order.long().sort().values, places):
             raise ValueError("an order in a trellis-coded matrix is no permutation: the file is damaged; copy it again")
 
 

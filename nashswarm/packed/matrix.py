@@ -195,7 +195,7 @@ class TrellisMatrix(PackedMatrix):
         return self.content.cpu().numpy()
 
     def dequantize(self) -> Float[Tensor, "out in"]:
-        return trellis.dequantize(self.tiles)
+        return trellis.dequantize(trellis.parse(self.content.cpu())).to(self.content.device)
 
 
 def as_held(

@@ -1,9 +1,11 @@
 """Packed matrices and the modules around them: round trips are exact, and products match those of the floats."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -230,6 +232,18 @@ def test_deepcopy_shares_no_buffers(matrix: PackedMatrix) -> None:
         assert held.tiles.payload.untyped_storage().data_ptr() == largest.untyped_storage().data_ptr()
     other.matrix.tiles.payload.zero_()
     assert torch.equal(layer(x), before) and not torch.equal(other(x), before)
+
+
+def test_pickled_layer_computes_same_and_holds_bytes_once(matrix: PackedMatrix) -> None:
+    layer, x = layer_of(matrix), torch.randn(3, 64)
+    before = layer(x)
+    content = pickle.dumps(layer)
+    again = pickle.loads(content)
+    assert torch.equal(again(x), before) and np.array_equal(again.matrix.encode(), matrix.encode())
+    largest = max(again.matrix.buffers(), key=len)
+    assert again.matrix.tiles.payload.untyped_storage().data_ptr() == largest.untyped_storage().data_ptr()
+    if isinstance(matrix, TrellisMatrix):
+        assert len(content) < len(matrix.content) + 8000
 
 
 def test_set_activations_changes_every_layer(matrix: PackedMatrix) -> None:
