@@ -118,7 +118,7 @@ def card(about: Mapping[str, Any]) -> str:
         "stored bits per parameter, everything counted": f"{metrics['bits_per_weight_model']:.3f}",
         "bytes": f"{metrics['bytes_file']:,} ({metrics['compression']:.1%} less than 32-bit floats)",
     }
-    if types := record["provenance"].get("dequantized_from"):
+    if types := record.get("provenance", {}).get("dequantized_from"):
         rows["weights of the full model"] = f"dequantized from {' and '.join(types)}"
     if "regret_max" in metrics:
         rows["largest regret of a player, nats per token"] = f"{metrics['regret_max']:.1e}"
