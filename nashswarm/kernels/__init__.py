@@ -1,42 +1,48 @@
 """Products with packed matrices, and routing of tokens to experts, on the fastest path that the machine has.
 
-``matmul``, ``rows_of``, ``route`` and ``group`` are torch operators (``nashswarm::matmul``, …), so that
-``torch.compile`` and ``torch.export`` accept them.  Gradients flow from products to x, and from gates to scores.
+``matmul``, ``rows_of``, ``route`` and ``group`` are torch operators (``nashswarm::matmul``, ``trellis_matmul``, …), so
+that ``torch.compile`` and ``torch.export`` accept them.  Gradients flow from products to x, and from gates to scores.
 ``direct`` is the same product without torch's dispatcher, for calls that take microseconds.
 
 ``tiles`` defines the layout of a packed matrix; ``trellis`` and ``trellis_codes`` define the form of trellis-coded
-matrices.  ``native`` and ``encoder`` call the C++ library (``csrc``), which computes on the
-CPU; ``triton_kernels`` computes products on CUDA; ``reference`` computes everything in torch where neither is there,
-and is what they are tested against.  ``python -m nashswarm.kernels`` measures the speed of one product.
+matrices.  ``native``, ``trellis_native`` and ``encoder`` call the C++ library (``csrc``), which computes on the CPU;
+``triton_kernels`` computes products on CUDA; ``reference``, ``trellis_reference`` and ``encoder_reference`` are what
+they are tested against.  ``python -m nashswarm.kernels`` measures the speed of products.
 """
 
 import dataclasses
+import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from nashswarm.kernels import native, reference
+from nashswarm.kernels import native, reference, trellis_native, trellis_reference
 from nashswarm.kernels.tiles import Tiles
+from nashswarm.kernels.trellis import Trellis
 
 ACTIVATIONS = tuple(native.DIGITS)
 TRITON = importlib.util.find_spec("triton") is not None
 # The tensors of Tiles, and how operators declare a matrix: these tensors, the order of the tiles, and the sizes.
 PARTS = tuple(field.name for field in dataclasses.fields(Tiles) if field.type is not int)
 WEIGHT = f"{''.join(f'Tensor {name}, ' for name in PARTS)}Tensor order, int rows, int columns, int group_size"
+TRELLIS = "Tensor content, Tensor starts, int rows, int columns"  # how operators declare a trellis-coded matrix
 
 LIBRARY = torch.library.Library("nashswarm", "DEF")
 LIBRARY.define(f"matmul(Tensor x, Tensor? bias, str activations, {WEIGHT}) -> Tensor")
 LIBRARY.define(f"rows(Tensor ids, {WEIGHT}) -> Tensor")
+LIBRARY.define(f"trellis_matmul(Tensor x, Tensor? bias, str activations, {TRELLIS}) -> Tensor")
+LIBRARY.define(f"trellis_rows(Tensor ids, {TRELLIS}) -> Tensor")
 LIBRARY.define("group(Tensor numbers, int size) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define("route(Tensor scores, Tensor entry, Tensor cost, Tensor price, int flock, int k) -> (Tensor, Tensor)")
 
 
 def matmul(
     x: Float[Tensor, "*batch columns"],
-    tiles: Tiles,
+    matrix: Tiles | Trellis,
     activations: str = "int8",
     bias: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "*batch rows"]:
@@ -46,18 +52,20 @@ def matmul(
     fit the matrix or is on another device.
     """
     if _needs_dispatch(x, *(() if bias is None else (bias,))):
-        return cast(Tensor, torch.ops.nashswarm.matmul(x, bias, activations, *operator_arguments(tiles)))
-    return direct(x, tiles, activations, bias)
+        operator = torch.ops.nashswarm.trellis_matmul if isinstance(matrix, Trellis) else torch.ops.nashswarm.matmul
+        return cast(Tensor, operator(x, bias, activations, *operator_arguments(matrix)))
+    return direct(x, matrix, activations, bias)
 
 
-def rows_of(tiles: Tiles, ids: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape columns"]:
+def rows_of(matrix: Tiles | Trellis, ids: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape columns"]:
     """Return the rows ``ids`` of the dequantized matrix, in float32.
 
     Raises IndexError for a row that does not exist.
     """
     if _needs_dispatch(ids):
-        return cast(Tensor, torch.ops.nashswarm.rows(ids, *operator_arguments(tiles)))
-    return _rows(ids, tiles)
+        operator = torch.ops.nashswarm.trellis_rows if isinstance(matrix, Trellis) else torch.ops.nashswarm.rows
+        return cast(Tensor, operator(ids, *operator_arguments(matrix)))
+    return _rows(ids, matrix)
 
 
 def route(
@@ -96,32 +104,38 @@ def group(
 
 def direct(
     x: Float[Tensor, "*batch columns"],
-    tiles: Tiles,
+    matrix: Tiles | Trellis,
     activations: str = "int8",
     bias: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "*batch rows"]:
     """Compute ``matmul`` without torch's dispatcher: no gradients, and invisible to compilers."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"unknown activations {activations!r}: choose {' or '.join(ACTIVATIONS)}")
-    if x.size(-1) != tiles.columns:
-        raise ValueError(f"x has {x.size(-1)} columns and the packed matrix {tiles.columns}: give x as many")
-    if x.device != tiles.payload.device:
-        raise ValueError(f"x is on {x.device} and the packed matrix on {tiles.payload.device}: move one to the other")
+    device = (matrix.content if isinstance(matrix, Trellis) else matrix.payload).device
+    if x.size(-1) != matrix.columns:
+        raise ValueError(f"x has {x.size(-1)} columns and the packed matrix {matrix.columns}: give x as many")
+    if x.device != device:
+        raise ValueError(f"x is on {x.device} and the packed matrix on {device}: move one to the other")
     floats = x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
     offset = bias if bias is None else bias.float().contiguous()
     if x.is_cpu and native.path() != native.SLOW:
-        product = native.matmul(floats, tiles, activations, offset)
+        if isinstance(matrix, Trellis):
+            product = trellis_native.matmul(floats, matrix, activations, offset)
+        else:
+            product = native.matmul(floats, matrix, activations, offset)
         return product if x.dtype is torch.float32 else product.to(x.dtype)
-    flat = floats.view(-1, tiles.columns)
-    if x.is_cuda and TRITON:
+    flat = floats.view(-1, matrix.columns)
+    if isinstance(matrix, Trellis):
+        product = trellis_reference.matmul(flat, matrix, activations)
+    elif x.is_cuda and TRITON:
         from nashswarm.kernels import triton_kernels
 
-        product = triton_kernels.matmul(flat, tiles)
+        product = triton_kernels.matmul(flat, matrix)
     else:
-        product = reference.matmul(flat, tiles, activations)
+        product = reference.matmul(flat, matrix, activations)
     if offset is not None:
         product += offset
-    return product.view(*x.shape[:-1], tiles.rows).to(x.dtype)
+    return product.view(*x.shape[:-1], matrix.rows).to(x.dtype)
 
 
 def can_run_natively(*parts: Tensor) -> bool:
@@ -144,9 +158,11 @@ def _needs_dispatch(*parts: Tensor) -> bool:
     )
 
 
-def operator_arguments(tiles: Tiles) -> tuple[Any, ...]:
-    """Return the tiles as arguments of the torch operators."""
-    return *(getattr(tiles, name) for name in PARTS), tiles.order, tiles.rows, tiles.columns, tiles.group_size
+def operator_arguments(matrix: Tiles | Trellis) -> tuple[Any, ...]:
+    """Return the matrix as arguments of the torch operators of its form."""
+    if isinstance(matrix, Trellis):
+        return matrix.content, matrix.starts, matrix.rows, matrix.columns
+    return *(getattr(matrix, name) for name in PARTS), matrix.order, matrix.rows, matrix.columns, matrix.group_size
 
 
 def _tiles(*arguments: Any) -> Tiles:
@@ -158,10 +174,20 @@ def _tiles(*arguments: Any) -> Tiles:
     return tiles
 
 
-def _rows(ids: Tensor, tiles: Tiles) -> Tensor:
+def _trellis(content: Tensor, starts: Tensor, rows: int, columns: int) -> Trellis:
+    """Return what kernels read of the matrix of ``operator_arguments``, without checking its bytes again."""
+    trellis = object.__new__(Trellis)
+    trellis.__dict__.update(content=content, starts=starts, rows=rows, columns=columns)
+    return trellis
+
+
+def _rows(ids: Tensor, matrix: Tiles | Trellis) -> Tensor:
     if ids.is_cpu and native.path() != native.SLOW:
-        return native.rows_of(tiles, ids.long().contiguous())
-    return reference.rows_of(tiles, ids.flatten()).view(*ids.shape, tiles.columns)
+        whole = ids.long().contiguous()
+        return trellis_native.rows_of(matrix, whole) if isinstance(matrix, Trellis) else native.rows_of(matrix, whole)
+    if isinstance(matrix, Trellis):
+        return trellis_reference.rows_of(matrix, ids.flatten()).view(*ids.shape, matrix.columns)
+    return reference.rows_of(matrix, ids.flatten()).view(*ids.shape, matrix.columns)
 
 
 def _route(scores: Tensor, entry: Tensor, cost: Tensor, price: Tensor, flock: int, k: int) -> tuple[Tensor, Tensor]:
@@ -184,22 +210,37 @@ def _rows_operator(ids: Tensor, *flat: Any) -> Tensor:
     return _rows(ids, _tiles(*flat))
 
 
+def _trellis_matmul_operator(x: Tensor, bias: Tensor | None, activations: str, *flat: Any) -> Tensor:
+    return direct(x, _trellis(*flat), activations, bias)
+
+
+def _trellis_rows_operator(ids: Tensor, *flat: Any) -> Tensor:
+    return _rows(ids, _trellis(*flat))
+
+
 def _route_operator(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _route(scores.detach(), *rest)
 
 
 LIBRARY.impl("matmul", _matmul_operator, "CompositeExplicitAutograd")
 LIBRARY.impl("rows", _rows_operator, "CompositeExplicitAutograd")
+LIBRARY.impl("trellis_matmul", _trellis_matmul_operator, "CompositeExplicitAutograd")
+LIBRARY.impl("trellis_rows", _trellis_rows_operator, "CompositeExplicitAutograd")
 LIBRARY.impl("group", _group, "CompositeExplicitAutograd")
 LIBRARY.impl("route", _route_operator, "CompositeExplicitAutograd")
 
 
+def _sizes(flat: Sequence[Any]) -> list[int]:
+    """Return the arguments of an operator after the tensors: rows, columns and, of tiles, the group size."""
+    return [each for each in flat if not isinstance(each, Tensor)]
+
+
 def _fake_matmul(x: Tensor, bias: Tensor | None, activations: str, *flat: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], flat[-3])
+    return x.new_empty(*x.shape[:-1], _sizes(flat)[0])
 
 
 def _fake_rows(ids: Tensor, *flat: Any) -> Tensor:
-    return ids.new_empty(*ids.shape, flat[-2], dtype=torch.float32)
+    return ids.new_empty(*ids.shape, _sizes(flat)[1], dtype=torch.float32)
 
 
 def _fake_group(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,17 +256,17 @@ def _fake_route(
 
 def _save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, _, _, *flat = inputs
-    ctx.save_for_backward(*flat[:-3])
-    ctx.sizes = flat[-3:]
+    ctx.sizes = _sizes(flat)
+    ctx.save_for_backward(*flat[: -len(ctx.sizes)])
 
 
-def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(rows_of_form: str, ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of x (gradient · W) and of the bias (the sum); the weight has none."""
     x = bias = None
     if ctx.needs_input_grad[0]:
         rows = ctx.sizes[0]
         all_rows = torch.arange(rows, device=gradient.device)
-        weight = torch.ops.nashswarm.rows(all_rows, *ctx.saved_tensors, *ctx.sizes)
+        weight = getattr(torch.ops.nashswarm, rows_of_form)(all_rows, *ctx.saved_tensors, *ctx.sizes)
         x = gradient @ weight.to(gradient.dtype)
     if ctx.needs_input_grad[1]:
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
@@ -248,9 +289,11 @@ def _gate_gradients(ctx: Any, _: Tensor | None, gradient: Tensor) -> tuple[Tenso
     return zeros.scatter(1, chosen, weighted) - weighted.sum(1, keepdim=True) * shares, None, None, None, None, None
 
 
-torch.library.register_fake("nashswarm::matmul")(_fake_matmul)
-torch.library.register_fake("nashswarm::rows")(_fake_rows)
+for _prefix in ("", "trellis_"):
+    torch.library.register_fake(f"nashswarm::{_prefix}matmul")(_fake_matmul)
+    torch.library.register_fake(f"nashswarm::{_prefix}rows")(_fake_rows)
+    _backward = functools.partial(_gradients, f"{_prefix}rows")
+    torch.library.register_autograd(f"nashswarm::{_prefix}matmul", _backward, setup_context=_save_for_gradients)
 torch.library.register_fake("nashswarm::group")(_fake_group)
 torch.library.register_fake("nashswarm::route")(_fake_route)
-torch.library.register_autograd("nashswarm::matmul", _gradients, setup_context=_save_for_gradients)
 torch.library.register_autograd("nashswarm::route", _gate_gradients, setup_context=_save_for_gate_gradients)

@@ -1,11 +1,15 @@
 """Measure the speed of a product with a packed matrix, and print it as a line of JSON:
 
     python -m nashswarm.kernels --shape 3072x768 --bits 3 --group-size 64 --batch 1 --threads 1 --activations int8
+    python -m nashswarm.kernels --shape 3072x768 --bits 3 --trellis
 
 ``microseconds`` is the raw call of the library, ``microseconds_op`` is ``kernels.matmul`` (what modules call), and
 ``microseconds_fp32`` is torch's product with floats.  All are medians over rounds in which the three take turns, with
 the weights in the CPU cache.  ``ratio`` is the median over rounds of the third to the first, with a 95 % interval;
 ``ratio_op`` is that of the third to the second.  ``relative_error`` compares with float64 products of the same weights.
+
+With ``--trellis`` they are those of a trellis-coded matrix, whose tiles have these bits as their rates, and
+``ratio_to_plain`` compares it with plain tiles of the same bits (``microseconds_plain``), which take turns with it.
 """
 
 import argparse
@@ -18,9 +22,12 @@ import torch
 from torch import Tensor
 
 from nashswarm import kernels
-from nashswarm.kernels import native
+from nashswarm.kernels import native, trellis_native
 from nashswarm.kernels import tiles as layout
+from nashswarm.kernels import trellis as form
+from nashswarm.kernels import trellis_codes as codes
 from nashswarm.kernels.tiles import Tiles
+from nashswarm.kernels.trellis import Trellis
 from nashswarm.records.statistics import median_interval
 
 MIXED = (2, 3, 4)
@@ -35,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", type=_widths, default=(3,), metavar="BITS", help="a width, several, or: mixed")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--lattice", action="store_true", help="scales of rows and columns instead of groups")
+    parser.add_argument("--trellis", action="store_true", help="a trellis-coded matrix beside the tiles")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--activations", choices=kernels.ACTIVATIONS, default="int8")
@@ -45,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     rows, columns = options.shape
     tiles = example(rows, columns, options.bits, options.group_size, options.lattice)
-    print(json.dumps(measure(tiles, options.batch, options.activations, options.rounds)))
+    trellis = example_trellis(rows, columns, options.bits) if options.trellis else None
+    print(json.dumps(measure(trellis or tiles, options.batch, options.activations, options.rounds, tiles)))
 
 
 def example(rows: int, columns: int, bits: Sequence[int], group_size: int, lattice: bool, seed: int = 0) -> Tiles:
@@ -66,39 +75,69 @@ def example(rows: int, columns: int, bits: Sequence[int], group_size: int, latti
     return Tiles(rows, columns, group_size, payload, widths, scale, zero_point.to(torch.uint8), across, down, *escapes)
 
 
-def measure(tiles: Tiles, batch: int, activations: str, rounds: int) -> dict[str, str | float]:
-    """Measure products of ``batch`` random rows with the matrix; return the fields of the line."""
-    x = torch.randn(batch, tiles.columns, generator=torch.Generator().manual_seed(1))
-    weight = layout.dequantize(tiles)
-    exact = x.double() @ weight.double().T
-    product = kernels.direct(x, tiles, activations).double()
-    raw, operator, plain = interleaved(
-        [
-            lambda: fastest_call()(x, tiles, activations, None),
-            lambda: kernels.matmul(x, tiles, activations),
-            lambda: torch.nn.functional.linear(x, weight),
-        ],
-        rounds,
+def example_trellis(rows: int, columns: int, bits: Sequence[int], seed: int = 0) -> Trellis:
+    """Make a matrix of random codes and scales in random orders, with the rate of each tile drawn from ``bits``."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (form.groups_of(rows), form.tiles_across(columns))
+    rates = torch.tensor(bits)[torch.randint(len(bits), shape, generator=generator)]
+    stored = (shape[0] * codes.ROWS, shape[1] * codes.COLUMNS)
+    drawn = torch.randint(1 << 8, stored, generator=generator)
+    each = rates.repeat_interleave(codes.ROWS, 0).repeat_interleave(codes.COLUMNS, 1)
+    sizes, across, down = (
+        torch.randint(low, high, (count,), generator=generator).to(torch.uint8)
+        for low, high, count in ((0, 4, stored[0]), (120, 137, stored[1]), (120, 137, rows))
     )
-    ratios = [second / first for first, second in zip(raw, plain, strict=True)]
-    low, high = median_interval(ratios)
-    return {
+    orders = [torch.randperm(size, generator=generator) for size in (rows, columns)]
+    values = (drawn % (1 << each)).to(torch.uint8)
+    return form.build(rates.to(torch.uint8), values, rows, columns, True, 0.01, sizes, down, across, *orders)
+
+
+def measure(matrix: Tiles | Trellis, batch: int, activations: str, rounds: int, tiles: Tiles) -> dict[str, str | float]:
+    """Measure products of ``batch`` random rows with the matrix; return the fields of the line.
+
+    ``tiles`` of the same width are measured beside a trellis-coded matrix.
+    """
+    x = torch.randn(batch, matrix.columns, generator=torch.Generator().manual_seed(1))
+    weight = form.dequantize(matrix) if isinstance(matrix, Trellis) else layout.dequantize(matrix)
+    exact = x.double() @ weight.double().T
+    product = kernels.direct(x, matrix, activations).double()
+    calls: list[Callable[[], Tensor]] = [
+        lambda: fastest_call(matrix)(x, matrix, activations, None),
+        lambda: kernels.matmul(x, matrix, activations),
+        lambda: torch.nn.functional.linear(x, weight),
+    ]
+    if isinstance(matrix, Trellis):
+        calls.append(lambda: fastest_call(tiles)(x, tiles, activations, None))
+    raw, operator, floats, *others = interleaved(calls, rounds)
+    fields: dict[str, str | float] = {
         "path": native.path(),
         "microseconds": round(1e6 * statistics.median(raw), 2),
         "microseconds_op": round(1e6 * statistics.median(operator), 2),
-        "microseconds_fp32": round(1e6 * statistics.median(plain), 2),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_low": round(low, 3),
-        "ratio_high": round(high, 3),
-        "ratio_op": round(statistics.median(b / a for a, b in zip(operator, plain, strict=True)), 3),
+        "microseconds_fp32": round(1e6 * statistics.median(floats), 2),
+    }
+    for plain in others:
+        fields["microseconds_plain"] = round(1e6 * statistics.median(plain), 2)
+        fields |= _ratio("ratio_to_plain", raw, plain)
+    fields |= _ratio("ratio", floats, raw)
+    return fields | {
+        "ratio_op": round(statistics.median(b / a for a, b in zip(operator, floats, strict=True)), 3),
         "relative_error": float(f"{float((product - exact).norm() / exact.norm()):.3g}"),
-        "bits_per_weight": round(8 * tiles.nbytes / tiles.rows / tiles.columns, 3),
+        "bits_per_weight": round(8 * matrix.nbytes / matrix.rows / matrix.columns, 3),
     }
 
 
-def fastest_call() -> Callable[..., Tensor]:
+def _ratio(name: str, above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Return the median ratio over rounds, and its interval."""
+    ratios = [first / second for first, second in zip(above, below, strict=True)]
+    low, high = median_interval(ratios)
+    return {name: round(statistics.median(ratios), 3), f"{name}_low": round(low, 3), f"{name}_high": round(high, 3)}
+
+
+def fastest_call(matrix: Tiles | Trellis | None = None) -> Callable[..., Tensor]:
     """Return the function that computes a product with the least overhead."""
-    return kernels.direct if native.path() == native.SLOW else native.matmul
+    if native.path() == native.SLOW:
+        return kernels.direct
+    return trellis_native.matmul if isinstance(matrix, Trellis) else native.matmul
 
 
 def interleaved(calls: Sequence[Callable[[], Tensor]], rounds: int) -> list[list[float]]:

@@ -1,7 +1,7 @@
 """The C++ library: loading it, choosing an instruction set, and calling it with the addresses of tensors.
 
-The environment variable ``NASHSWARM_KERNEL`` (avx512, avx2, portable or torch) forces a path.  By default it is the
-first of these that the machine supports.
+The environment variable ``NASHSWARM_KERNEL`` (avx512vbmi, avx512, avx2, neon, portable or torch) forces a path.  By
+default it is the first of these that the machine supports.  Tiles of fixed width do not use VBMI or NEON.
 """
 
 import ctypes
@@ -20,9 +20,9 @@ from nashswarm.kernels.tiles import Tiles
 
 LIBRARY = pathlib.Path(__file__).parent / "nashswarm_kernels.so"
 VARIABLE = "NASHSWARM_KERNEL"
-PATHS = {"avx512": 2, "avx2": 1, "portable": 0}  # fastest first, with their numbers in the library
+PATHS = {"avx512vbmi": 3, "avx512": 2, "avx2": 1, "neon": 4, "portable": 0}  # fastest first; numbers in the library
 SLOW = "torch"
-INTERFACE = 6  # version of the functions and of Matrix, as in csrc/library.cpp
+INTERFACE = 7  # version of the functions and of Matrix, as in csrc/library.cpp
 DIGITS = {"int8": 1, "float32": 3}  # number of signed bytes that represent an activation
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def rows_of(tiles: Tiles, ids: Int64[Tensor, "*shape"]) -> Float32[Tensor, "*sha
     rows = torch.empty(*ids.shape, tiles.columns)
     invalid = _library().nashswarm_rows(matrix.address, ids.data_ptr(), rows.data_ptr(), ids.numel())
     if invalid >= 0:
-        raise layout.missing_row(tiles, int(ids.flatten()[invalid]))
+        raise layout.missing_row(tiles.rows, int(ids.flatten()[invalid]))
     return rows
 
 

@@ -58,7 +58,7 @@ def rows_of(tiles: Tiles, ids: Integer[Tensor, " count"]) -> Float[Tensor, "coun
     Raises IndexError for a row that does not exist, if ``ids`` are on the CPU.
     """
     if ids.is_cpu and ((ids < 0) | (ids >= tiles.rows)).any():
-        raise layout.missing_row(tiles, int(ids[(ids < 0) | (ids >= tiles.rows)][0]))
+        raise layout.missing_row(tiles.rows, int(ids[(ids < 0) | (ids >= tiles.rows)][0]))
     blocks, places = (ids.long() // layout.TILE_ROWS).unique(return_inverse=True)
     return layout.dequantize(layout.select_row_blocks(tiles, blocks))[
         places * layout.TILE_ROWS + ids % layout.TILE_ROWS

@@ -221,9 +221,9 @@ def _ranges(starts: Int[Tensor, " parts_and_one"], chosen: Int[Tensor, " chosen"
     return torch.arange(int(counts.sum()), device=starts.device) + shifts.repeat_interleave(counts)
 
 
-def missing_row(tiles: Tiles, row: int) -> IndexError:
+def missing_row(rows: int, row: int) -> IndexError:
     """Return the error to raise for a row that does not exist."""
-    return IndexError(f"row {row} is asked for: the packed matrix has rows 0 … {tiles.rows - 1}")
+    return IndexError(f"row {row} is asked for: the packed matrix has rows 0 … {rows - 1}")
 
 
 def escape_positions(tiles: Tiles) -> tuple[Int[Tensor, " escapes"], Int[Tensor, " escapes"]]:

@@ -154,8 +154,10 @@ def build(
 def parse(content: UInt8[Tensor, " bytes"]) -> Trellis:
     """Read a matrix from its stored bytes, without copying them.
 
-    Raises ValueError if the bytes are damaged.
+    Raises ValueError if the bytes are damaged, or not one after another in memory.  Kernels rely on these checks.
     """
+    if not content.is_contiguous():
+        raise ValueError("the bytes of a trellis-coded matrix are not one after another in memory: copy them first")
     if len(content) < HEADER.size:
         raise ValueError(f"{len(content)} bytes are too few for a header: the file is damaged; copy it again")
     magic, rotated, orders, reserved, rows, columns, scale = HEADER.unpack(

@@ -471,7 +471,9 @@ def test_rows_of_with_missing_row_raises(path: str, row: int) -> None:
 
 def test_path_with_unknown_name_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     force("sse9", monkeypatch)
-    with pytest.raises(ValueError, match="NASHSWARM_KERNEL=sse9 is no path: choose avx512, avx2, portable, torch"):
+    with pytest.raises(
+        ValueError, match="NASHSWARM_KERNEL=sse9 is no path: choose avx512vbmi, avx512, avx2, neon, portable, torch"
+    ):
         native.path()
 
 

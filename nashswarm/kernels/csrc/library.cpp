@@ -2,6 +2,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include "halves.h"
 #include "matrix.h"
@@ -18,6 +21,12 @@ Multiply* const PATHS[] = {
 #if defined(__x86_64__)
     multiply_avx2,
     multiply_avx512,
+    multiply_avx512,  // VBMI speeds up trellis-coded matrices alone
+#elif defined(__aarch64__)
+    multiply_portable,  // and so does NEON
+    multiply_portable,
+    multiply_portable,
+    multiply_portable,
 #endif
 };
 
@@ -82,19 +91,25 @@ inline float gelu(float x) { return x / (1 + std::exp(-1.5957691216f * (x + 0.04
 
 extern "C" {
 
-EXPORTED int nashswarm_interface() { return 6; }
+EXPORTED int nashswarm_interface() { return 7; }
 
-// Returns whether this processor supports a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI and GFNI.
+// Returns whether this processor supports a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI and GFNI, 3 the same with VBMI,
+// 4 NEON with products of bytes.
 EXPORTED int nashswarm_supports(int path) {
     if (path == 0) return 1;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (path == 1)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (path == 2)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    if (path == 2 || path == 3)
+        return (path == 2 || __builtin_cpu_supports("avx512vbmi")) &&
+               __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
+#elif defined(__aarch64__) && defined(__linux__)
+    if (path == 4) return getauxval(AT_HWCAP) >> 20 & 1;
+#elif defined(__aarch64__)
+    if (path == 4) return 1;
 #endif
     return 0;
 }

@@ -1,0 +1,366 @@
+// y = x Wᵀ for a trellis-coded W: the algorithm, included once for each instruction set.
+//
+// A row of x is put into the stored order of columns, multiplied by the column scales, and converted to integers, 64
+// columns at a time: to one signed byte each, or to three.  Products and sums of 64 columns are exact in int32, and only
+// the sum over them rounds.  The result therefore does not depend on the batch or on the number of threads.
+//
+// An instruction set `Set` processes BYTES bytes of a step at a time: BYTES / 16 rows of the 16 columns of a tile.  It
+// defines the types Codes (unsigned bytes), Inputs (activations of a tile, for all rows), Sum (int32, one for each quad of
+// columns of each row) and Value (the same as floats), and the operations on them.  HALVES halves of a tile share a pass.
+// Values of the tables are stored plus OFFSET, so that a set can multiply unsigned by signed bytes.
+#pragma once
+
+#include <cmath>
+#include <utility>
+
+#include "trellis_tables.h"
+
+namespace nashswarm {
+namespace {
+
+constexpr float LEAST = 1e-30f;  // lower bound for the largest activation of 64 columns: keeps its inverse finite
+constexpr int BLOCK = 32;        // rows of x that share decoded values
+constexpr int PLANE = STEPS * STEP_BYTES / 4;  // sums of a row group, for quads of columns: [step][row of the step][quad]
+
+// The tiles of 64 columns of a row group.
+struct Tiles {
+    const uint8_t* payload;
+    int rates[ROUNDED_TILES];
+};
+
+ALWAYS_INLINE int rate_at(const uint8_t* rates, int64_t tile) { return rates[tile / 2] >> (tile % 2 * 4) & 15; }
+
+// Reads the rates of 64 columns; a tile after the last column has rate 0.
+ALWAYS_INLINE void read_rates(const Trellis& matrix, const uint8_t* rates, int64_t rounded, Tiles& tiles) {
+    for (int tile = 0; tile < ROUNDED_TILES; ++tile) {
+        const int64_t place = rounded * ROUNDED_TILES + tile;
+        tiles.rates[tile] = place < matrix.across() ? rate_at(rates, place) : 0;
+    }
+}
+
+constexpr int64_t tile_bytes(int rate) { return int64_t(rate) * 2 * STEP_BYTES; }
+
+// Calls take(step, values) for the HALVES halves from `half` on of a tile; `tile` points to BYTES of its first register.
+template <class Set, int RATE, int HALVES, class Take, int... STEP>
+ALWAYS_INLINE void decode_steps(const uint8_t* tile, int half, const Tables& tables, Take take,
+                                std::integer_sequence<int, STEP...>) {
+    for (int number = 0; number < HALVES; ++number) {
+        if constexpr (RATE == RATES) {
+            const uint8_t* bytes = tile + (half + number) * HALF * STEP_BYTES;
+            (take(number * HALF + STEP, Set::from_signed(Set::load(bytes + STEP * STEP_BYTES))), ...);
+        } else {
+            const auto read = read_half<Set, RATE>(tile, half + number);
+            (take(number * HALF + STEP,
+                  Set::template look<index_bits(RATE)>(tables.of[RATE][STEP], index_of<Set, RATE, STEP>(read))),
+             ...);
+        }
+    }
+}
+
+template <class Set, int RATE, int HALVES>
+ALWAYS_INLINE void multiply_tile(const uint8_t* tile, int half, const Tables& tables, const int8_t* digits,
+                                 typename Set::Sum (&sums)[HALVES * HALF]) {
+    const auto inputs = Set::inputs(digits);
+    decode_steps<Set, RATE, HALVES>(
+        tile, half, tables,
+        [&](int step, auto values) { sums[step] = Set::template multiply<RATE == RATES>(sums[step], values, inputs); },
+        std::make_integer_sequence<int, HALF>());
+}
+
+// Adds the products of 64 columns of a row group with one row of x to `totals`.
+template <class Set>
+ALWAYS_INLINE void multiply_rounded(const Tiles& tiles, const Tables& tables, const int8_t* digits, const int32_t* bases,
+                                    float step, float* totals) {
+    constexpr int HALVES = Set::HALVES;
+    for (int part = 0; part < STEP_BYTES; part += Set::BYTES) {
+        for (int half = 0; half < 2; half += HALVES) {
+            auto base = Set::nothing();
+            if (Set::OFFSET)
+                for (int tile = 0; tile < ROUNDED_TILES; ++tile)
+                    if (tiles.rates[tile]) base = Set::add(base, Set::quads(bases + 4 * tile));
+            typename Set::Sum sums[HALVES * HALF];
+            for (auto& sum : sums) sum = base;
+            const uint8_t* payload = tiles.payload + part;
+            for (int tile = 0; tile < ROUNDED_TILES; ++tile) {
+                const int8_t* own = digits + tile * TILE_COLUMNS;
+                switch (tiles.rates[tile]) {
+                    case 1: multiply_tile<Set, 1, HALVES>(payload, half, tables, own, sums); break;
+                    case 2: multiply_tile<Set, 2, HALVES>(payload, half, tables, own, sums); break;
+                    case 3: multiply_tile<Set, 3, HALVES>(payload, half, tables, own, sums); break;
+                    case 4: multiply_tile<Set, 4, HALVES>(payload, half, tables, own, sums); break;
+                    case 5: multiply_tile<Set, 5, HALVES>(payload, half, tables, own, sums); break;
+                    case 6: multiply_tile<Set, 6, HALVES>(payload, half, tables, own, sums); break;
+                    case 7: multiply_tile<Set, 7, HALVES>(payload, half, tables, own, sums); break;
+                    case 8: multiply_tile<Set, 8, HALVES>(payload, half, tables, own, sums); break;
+                    default: break;
+                }
+                payload += tile_bytes(tiles.rates[tile]);
+            }
+            float* place = totals + (half * HALF * STEP_BYTES + part) / 4;
+            for (int number = 0; number < HALVES * HALF; ++number, place += STEP_BYTES / 4)
+                Set::store(place, Set::plus_product(Set::load_floats(place), Set::to_float(sums[number]), step));
+        }
+    }
+}
+
+template <class Set, int RATE>
+ALWAYS_INLINE void decode_tile(const uint8_t* tile, const Tables& tables, uint8_t* values) {
+    for (int part = 0; part < STEP_BYTES; part += Set::BYTES)
+        decode_steps<Set, RATE, 2>(
+            tile + part, 0, tables,
+            [&](int step, auto found) { Set::store_codes(values + step * STEP_BYTES + part, found); },
+            std::make_integer_sequence<int, HALF>());
+}
+
+// Writes the values of a tile plus OFFSET: [step][byte].
+template <class Set>
+__attribute__((noinline)) void decode(const uint8_t* tile, int rate, const Tables& tables, uint8_t* values) {
+    switch (rate) {
+        case 1: return decode_tile<Set, 1>(tile, tables, values);
+        case 2: return decode_tile<Set, 2>(tile, tables, values);
+        case 3: return decode_tile<Set, 3>(tile, tables, values);
+        case 4: return decode_tile<Set, 4>(tile, tables, values);
+        case 5: return decode_tile<Set, 5>(tile, tables, values);
+        case 6: return decode_tile<Set, 6>(tile, tables, values);
+        case 7: return decode_tile<Set, 7>(tile, tables, values);
+        case 8: return decode_tile<Set, 8>(tile, tables, values);
+        default: std::memset(values, Set::OFFSET, STEPS * STEP_BYTES);
+    }
+}
+
+// The same as multiply_rounded from decoded values, for COUNT digits of an activation.  WIDE: values may be -128.
+template <class Set, int COUNT, bool WIDE>
+__attribute__((noinline)) void multiply_values(const uint8_t* values, const int8_t* digits, const int32_t* bases, float step,
+                                               float* totals) {
+    constexpr int WIDTH = Set::HALVES * HALF;
+    for (int part = 0; part < STEP_BYTES; part += Set::BYTES) {
+        for (int first = 0; first < STEPS; first += WIDTH) {
+            typename Set::Value whole[WIDTH];
+            for (int digit = COUNT - 1; digit >= 0; --digit) {
+                auto base = Set::nothing();
+                if (Set::OFFSET)
+                    for (int tile = 0; tile < ROUNDED_TILES; ++tile)
+                        base = Set::add(base, Set::quads(bases + digit * TILE_COLUMNS + 4 * tile));
+                typename Set::Sum sums[WIDTH];
+                for (auto& sum : sums) sum = base;
+                for (int tile = 0; tile < ROUNDED_TILES; ++tile) {
+                    const auto inputs = Set::inputs(digits + digit * ROUNDED + tile * TILE_COLUMNS);
+                    const uint8_t* own = values + (tile * STEPS + first) * STEP_BYTES + part;
+                    for (int number = 0; number < WIDTH; ++number)
+                        sums[number] = Set::template multiply<WIDE>(sums[number], Set::load(own + number * STEP_BYTES), inputs);
+                }
+                for (int number = 0; number < WIDTH; ++number) {
+                    const auto own = Set::to_float(sums[number]);
+                    whole[number] = digit == COUNT - 1 ? own : Set::plus_product(own, whole[number], 256.0f);
+                }
+            }
+            float* place = totals + (first * STEP_BYTES + part) / 4;
+            for (int number = 0; number < WIDTH; ++number, place += STEP_BYTES / 4)
+                Set::store(place, Set::plus_product(Set::load_floats(place), whole[number], step));
+        }
+    }
+}
+
+// The factors of the rows of a group: their sizes before, and their scales after they are turned.
+struct RowFactors {
+    alignas(64) float sizes[GROUP_ROWS], scales[GROUP_ROWS];
+};
+
+inline void read_factors(const Trellis& matrix, const Tables& tables, int64_t group, RowFactors& factors) {
+    const int64_t first = group * GROUP_ROWS, left = matrix.rows - first;
+    const float common = matrix.scale / (UNIT * (matrix.rotated ? 8 : 1));
+    for (int row = 0; row < GROUP_ROWS; ++row) {
+        factors.sizes[row] = tables.row_size[matrix.row_size[(first + row) / 2] >> row % 2 * 4 & 15];
+        factors.scales[row] = row < left ? common * tables.row_scale[matrix.row_scale[first + row]] : 0.0f;
+    }
+}
+
+// Sums quads, turns the rows back, and writes them to one row of y.
+inline void write_rows(const TrellisProduct& job, int64_t group, int64_t row_of_x, const RowFactors& factors,
+                       const float* totals) {
+    const Trellis& matrix = job.matrix;
+    alignas(64) float sums[GROUP_ROWS];
+    for (int row = 0; row < GROUP_ROWS; ++row) {
+        const float* quads = totals + 4 * row;
+        sums[row] = ((quads[0] + quads[1]) + (quads[2] + quads[3])) * factors.sizes[row];
+    }
+    if (matrix.rotated) {
+        for (int apart = 1; apart < GROUP_ROWS; apart *= 2)
+            for (int block = 0; block < GROUP_ROWS; block += 2 * apart)
+                for (int row = block; row < block + apart; ++row) {
+                    const float low = sums[row], high = sums[row + apart];
+                    sums[row] = low + high;
+                    sums[row + apart] = low - high;
+                }
+    }
+    const float extra = job.activations.extras[row_of_x];
+    for (int row = 0; row < GROUP_ROWS; ++row) sums[row] = sums[row] * factors.scales[row] + extra;
+    const int64_t first = group * GROUP_ROWS;
+    const int64_t rows = matrix.rows - first < GROUP_ROWS ? matrix.rows - first : GROUP_ROWS;
+    float* y = job.y + row_of_x * matrix.rows;
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t place = matrix.row_at(first + row);
+        y[place] = job.bias ? sums[row] + job.bias[place] : sums[row];
+    }
+}
+
+// Writes the integers of one row of x.
+template <class Set, int COUNT>
+void round_row(const TrellisProduct& job, const Tables& tables, int64_t row) {
+    // Every digit stays within -128 … 127, even if rounding enlarges the largest activation by an eighth of a millionth.
+    constexpr float LEVELS = COUNT == 1 ? 127 : 127 * (1 + 256 + 65536) - 8;
+    const Trellis& matrix = job.matrix;
+    const int64_t rounded = matrix.rounded();
+    const float* x = job.x + row * matrix.columns;
+    bool all_finite = true;
+    for (int64_t number = 0; number < rounded; ++number) {
+        const int64_t begin = number * ROUNDED, side = row * rounded + number;
+        const int left = int(matrix.columns - begin < ROUNDED ? matrix.columns - begin : ROUNDED);
+        float values[ROUNDED] = {};
+        for (int place = 0; place < left; ++place)
+            values[place] = x[matrix.column_at(begin + place)] * tables.column_scale[matrix.column_scale[begin + place]];
+        int32_t bits[ROUNDED], pattern = 0;  // bit patterns of magnitudes: ordered like the floats, with nan above all
+        std::memcpy(bits, values, sizeof bits);
+        for (int place = 0; place < ROUNDED; ++place) {
+            const int32_t own = bits[place] & 0x7fffffff;
+            pattern = own > pattern ? own : pattern;
+        }
+        float largest;
+        std::memcpy(&largest, &pattern, sizeof largest);
+        const bool finite = pattern < 0x7f800000;
+        all_finite &= finite;
+        if (!finite || largest < LEAST) largest = LEAST;
+        if (!finite) std::memset(values, 0, sizeof values);
+        const float inverse = LEVELS / largest;
+        int32_t rest[ROUNDED];
+        for (int place = 0; place < ROUNDED; ++place) {
+            const float scaled = values[place] * inverse;
+            rest[place] = int32_t(scaled + std::copysign(0.5f, scaled));
+        }
+        for (int digit = 0; digit < COUNT; ++digit) {
+            int8_t* digits = job.activations.digits + (side * COUNT + digit) * ROUNDED;
+            for (int place = 0; place < ROUNDED; ++place) {
+                digits[place] = int8_t(rest[place]);
+                rest[place] = (rest[place] - digits[place]) / 256;
+            }
+            if (!Set::OFFSET) continue;
+            int32_t* bases = job.activations.bases + (side * COUNT + digit) * (ROUNDED / 4);
+            for (int quad = 0; quad < ROUNDED / 4; ++quad) {
+                const int8_t* own = digits + 4 * quad;
+                bases[quad] = -Set::OFFSET * (own[0] + own[1] + own[2] + own[3]);
+            }
+        }
+        job.activations.steps[side] = largest / LEVELS;
+    }
+    job.activations.extras[row] = all_finite ? 0.0f : NAN;
+}
+
+template <class Set>
+void multiply_single(const TrellisProduct& job, const Tables& tables, int64_t group) {
+    const Trellis& matrix = job.matrix;
+    alignas(64) float totals[PLANE] = {};
+    const int64_t rounded = matrix.rounded();
+    const uint8_t* rates = matrix.rates + group * matrix.pairs();
+    Tiles tiles;
+    tiles.payload = matrix.payload + matrix.starts[group];
+    for (int64_t number = 0; number < rounded; ++number) {
+        read_rates(matrix, rates, number, tiles);
+        multiply_rounded<Set>(tiles, tables, job.activations.digits + number * ROUNDED,
+                              job.activations.bases + number * (ROUNDED / 4), job.activations.steps[number], totals);
+        for (int rate : tiles.rates) tiles.payload += tile_bytes(rate);
+    }
+    RowFactors factors;
+    read_factors(matrix, tables, group, factors);
+    write_rows(job, group, 0, factors, totals);
+}
+
+template <class Set, int COUNT>
+void multiply_batch(const TrellisProduct& job, const Tables& tables, int64_t group) {
+    const Trellis& matrix = job.matrix;
+    alignas(64) float totals[BLOCK][PLANE];
+    alignas(64) uint8_t values[ROUNDED_TILES * STEPS * STEP_BYTES];
+    const int64_t rounded = matrix.rounded();
+    const uint8_t* rates = matrix.rates + group * matrix.pairs();
+    RowFactors factors;
+    read_factors(matrix, tables, group, factors);
+    for (int64_t first = 0; first < job.batch; first += BLOCK) {
+        const int64_t rows = job.batch - first < BLOCK ? job.batch - first : BLOCK;
+        std::memset(totals, 0, rows * sizeof totals[0]);
+        Tiles tiles;
+        tiles.payload = matrix.payload + matrix.starts[group];
+        for (int64_t number = 0; number < rounded; ++number) {
+            read_rates(matrix, rates, number, tiles);
+            bool wide = false;
+            for (int tile = 0; tile < ROUNDED_TILES; ++tile) {
+                decode<Set>(tiles.payload, tiles.rates[tile], tables, values + tile * STEPS * STEP_BYTES);
+                tiles.payload += tile_bytes(tiles.rates[tile]);
+                wide |= tiles.rates[tile] == RATES;
+            }
+            const auto multiply = wide ? multiply_values<Set, COUNT, true> : multiply_values<Set, COUNT, false>;
+            for (int64_t row = 0; row < rows; ++row) {
+                const int64_t side = (first + row) * rounded + number;
+                multiply(values, job.activations.digits + side * COUNT * ROUNDED,
+                         job.activations.bases + side * COUNT * (ROUNDED / 4), job.activations.steps[side], totals[row]);
+            }
+        }
+        for (int64_t row = 0; row < rows; ++row) write_rows(job, group, first + row, factors, totals[row]);
+    }
+}
+
+template <class Set, int COUNT>
+void multiply_digits(const TrellisProduct& job, const Tables& tables) {
+    const int64_t groups = job.matrix.groups();
+#pragma omp parallel num_threads(job.threads) if (job.threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < job.batch; ++row) round_row<Set, COUNT>(job, tables, row);
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < groups; ++group) {
+            if (COUNT == 1 && job.batch == 1) multiply_single<Set>(job, tables, group);
+            else multiply_batch<Set, COUNT>(job, tables, group);
+        }
+    }
+}
+
+template <class Set>
+void sum_group(const Trellis& matrix, const Tables& tables, int64_t group, const float* weights, int64_t count,
+               float* out) {
+    alignas(64) uint8_t values[STEPS * STEP_BYTES];
+    const uint8_t* rates = matrix.rates + group * matrix.pairs();
+    const uint8_t* payload = matrix.payload + matrix.starts[group];
+    const int64_t across = matrix.across();
+    for (int64_t tile = 0; tile < across; ++tile) {
+        const int rate = rate_at(rates, tile);
+        decode<Set>(payload, rate, tables, values);
+        payload += tile_bytes(rate);
+        for (int64_t number = 0; number < count; ++number) {
+            float sums[TILE_COLUMNS] = {};
+            for (int row = 0; rate && row < GROUP_ROWS; ++row) {
+                const float weight = weights[number * GROUP_ROWS + row];
+                if (weight == 0.0f) continue;
+                for (int column = 0; column < TILE_COLUMNS; ++column)
+                    sums[column] += weight * float(int8_t(values[row * TILE_COLUMNS + column] - Set::OFFSET));
+            }
+            std::memcpy(out + (number * across + tile) * TILE_COLUMNS, sums, sizeof sums);
+        }
+    }
+}
+
+// The functions of a path, whose tables are its own.
+template <class Set>
+struct PathOf {
+    static inline Tables tables;
+    static void prepare(const int8_t (*given)[LARGEST_TABLE]) {
+        arrange<Set>(given, tables, std::make_integer_sequence<int, RATES - 1>());
+    }
+    static void multiply(const TrellisProduct& job) {
+        if (job.count == 1) multiply_digits<Set, 1>(job, tables);
+        else multiply_digits<Set, 3>(job, tables);
+    }
+    static void sum_rows(const Trellis& matrix, int64_t group, const float* weights, int64_t count, float* out) {
+        sum_group<Set>(matrix, tables, group, weights, count, out);
+    }
+};
+
+}  // namespace
+}  // namespace nashswarm
