@@ -8,6 +8,7 @@ one column of the weights, ``stored_rows`` long.
 import ctypes
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from nashswarm.kernels import native
 from nashswarm.kernels.trellis_codes import INT8, STEPS, tables
 
 RATES = INT8 + 1
+GROUPS_AT_ONCE = 4  # of rows, that the library encodes together
+OFFSETS = (-4, -2, 0, 2, 4, 7)  # of a column's scale from its root mean square, in 1/16 octave
 KEEP = 255  # instead of a rate: the tile stays as it is
 
 
@@ -32,7 +35,8 @@ class _Encoder(ctypes.Structure):
 class Columns:
     """Some columns of a matrix that is being encoded, each a row of the tensors.
 
-    ``values``: the weights that ``codes`` stand for; both are changed in place.  ``scales``: of the columns.
+    ``values``: the weights that ``codes`` stand for; both are changed in place.  ``scales``: of the columns, which
+    error feedback chooses.
     ``size``: of the stored rows.  A weight is expected to be about as large as the size of its row times the scale of
     its column.
     """
@@ -62,19 +66,24 @@ def feedback(
     targets: Float[Tensor, "columns stored_rows"],
     factor: Float[Tensor, "columns columns"],
     rates: UInt8[Tensor, "columns groups"],
+    offsets: Sequence[int] = OFFSETS,
 ) -> Float[Tensor, "columns stored_rows"]:
     """Encode a block of columns one after another; each error moves to the later columns, whose ``targets`` change.
 
-    ``factor``: the block of ``curvature.inverse_cholesky``.  Returns the errors that columns after the block have to
-    compensate for: they lose ``factor`` times the errors.
+    The scale of a column is its root mean square times a power of two: the one of least error among ``offsets``, in
+    steps of 1/16 octave.  ``factor``: the block of ``curvature.inverse_cholesky``.  Returns the errors that columns
+    after the block have to compensate for: they lose ``factor`` times the errors.
     """
     if not _has_library():
-        return reference.feedback(columns, targets, factor, rates)
+        return reference.feedback(columns, targets, factor, rates, offsets)
     errors = torch.empty_like(targets)
     factor, rates = factor.contiguous(), rates.contiguous()
+    choices = torch.tensor(offsets, dtype=torch.int32)
+    costs = torch.empty(-(-rates.shape[1] // GROUPS_AT_ONCE), len(offsets), dtype=torch.float64)
     _library().nashswarm_trellis_feedback(
-        _encoder(columns, targets), len(targets), targets.data_ptr(), factor.data_ptr(), columns.scales.data_ptr(),
-        rates.data_ptr(), columns.codes.data_ptr(), columns.values.data_ptr(), errors.data_ptr(), _threads(),
+        _encoder(columns, targets), len(targets), targets.data_ptr(), factor.data_ptr(), choices.data_ptr(),
+        len(offsets), rates.data_ptr(), columns.codes.data_ptr(), columns.values.data_ptr(),
+        columns.scales.data_ptr(), errors.data_ptr(), costs.data_ptr(), _threads(),
     )  # fmt: skip
     return errors
 
@@ -172,7 +181,7 @@ def _library() -> ctypes.CDLL:
     assert not isinstance(library, str)
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.nashswarm_trellis_paths.argtypes = [pointer, int32, pointer, pointer, int64, pointer, int32]
-    library.nashswarm_trellis_feedback.argtypes = [pointer, int64, *[pointer] * 7, int32]
+    library.nashswarm_trellis_feedback.argtypes = [pointer, int64, *[pointer] * 3, int64, *[pointer] * 6, int32]
     library.nashswarm_trellis_sweep.argtypes = [pointer, int64, *[pointer] * 8, int32]
     library.nashswarm_trellis_deviations.argtypes = [pointer, int64, *[pointer] * 3, int32, *[pointer] * 5, int32]
     library.nashswarm_trellis_sweep.restype = int64

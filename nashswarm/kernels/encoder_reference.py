@@ -1,5 +1,6 @@
 """The encoder of trellis tiles in torch: slow, for machines without the C++ library, which is tested against it."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,8 @@ from nashswarm.kernels.trellis_codes import INT8, LANES, MEMORY, ROWS, STEPS, UN
 
 if TYPE_CHECKING:
     from nashswarm.kernels.encoder import Columns
+
+LOWEST, HIGHEST = -128, 127  # logarithms of scales, in 1/16 octave
 
 
 def best_codes(
@@ -59,12 +62,21 @@ def encode_column(
     return rows[0], rows[1]
 
 
-def feedback(columns: "Columns", targets: Tensor, factor: Tensor, rates: Tensor) -> Tensor:
+def feedback(columns: "Columns", targets: Tensor, factor: Tensor, rates: Tensor, offsets: Sequence[int]) -> Tensor:
     """Compute ``encoder.feedback``."""
     errors = torch.empty_like(targets)
     for column, target in enumerate(targets):
-        size = columns.size * columns.scales[column]
-        columns.codes[column], columns.values[column] = encode_column(target, size, rates[column])
+        coded = (rates[column] > 0).repeat_interleave(ROWS)
+        square = (target / columns.size)[coded].double().square()
+        middle = (16 * square.mean().sqrt().log2()).round() if square.any() else torch.tensor(float(LOWEST))
+        least = torch.inf
+        for offset in offsets:
+            scale = torch.exp2((middle.double() + offset).clamp(LOWEST, HIGHEST) / 16).float()
+            codes, values = encode_column(target, columns.size * scale, rates[column])
+            cost = float((target - values).double().square().sum())
+            if cost < least:
+                least, columns.scales[column] = cost, scale
+                columns.codes[column], columns.values[column] = codes, values
         errors[column] = (target - columns.values[column]) / factor[column, column]
         targets[column + 1 :] -= torch.outer(factor[column, column + 1 :], errors[column])
     return errors

@@ -142,7 +142,7 @@ def test_a_sweep_never_raises_the_damage(problem):
 def test_feedback_encodes_every_corrected_column_best(problem, implementation):
     columns, weights, curvature, rates = problem
     factor = torch.linalg.cholesky(curvature.inverse().double(), upper=True).float()
-    errors = implementation.feedback(columns, weights.clone(), factor, rates)
+    errors = implementation.feedback(columns, weights.clone(), factor, rates, encoder.OFFSETS)
     torch.testing.assert_close(columns.values, _values(columns, rates))
     for column, weight in enumerate(weights):
         target = weight - factor[:column, column] @ errors[:column]

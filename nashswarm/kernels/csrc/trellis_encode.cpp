@@ -3,6 +3,7 @@
 // A batch is up to four groups of 64 rows: sixteen sequences of 16 steps, one in each lane of a vector.  Lane 4i + q and
 // step t belong to row 64 g_i + 4t + q.  Path costs are weighted squared errors; the best path is exact, over all start
 // states, since a path must end in the state that it starts from.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -10,6 +11,7 @@ namespace {
 
 constexpr int ROWS = 64, COLUMNS = 16, STEPS = 16, LANES = 16, GROUPS = 4, RATES = 9, INT8 = 8, SIDE = 4;
 constexpr float UNIT = 36.0f, FAR = 1e30f;
+constexpr double LOWEST = -128, HIGHEST = 127;  // logarithms of scales, in 1/16 octave
 constexpr int MEMORY[] = {0, 5, 4, 3, 3, 2, 1, 0};
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -210,22 +212,63 @@ EXPORTED void nashswarm_trellis_paths(const float* tables, int rate, const float
 }
 
 // One block of columns of error feedback.  targets[columns][rows] are corrected in place; errors[columns][rows] receive
-// what later columns have to compensate for: the later block subtracts factor · errors.  rates[columns][groups].
+// what later columns have to compensate for: the later block subtracts factor · errors.  rates[columns][groups].  The scale
+// of each column is the one of least error among `count` offsets, in 1/16 octave, from its root mean square.
 EXPORTED void nashswarm_trellis_feedback(const Encoder* encoder, int64_t columns, float* targets, const float* factor,
-                                         const float* scales, const uint8_t* rates, uint8_t* codes, float* values,
-                                         float* errors, int threads) {
-    const int64_t rows = encoder->rows, groups = rows / ROWS;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
-    for (int64_t group = 0; group < groups; group += GROUPS) {
-        const int count = groups - group < GROUPS ? int(groups - group) : GROUPS;
-        const int64_t begin = group * ROWS, size = count * ROWS;
-        for (int64_t column = 0; column < columns; ++column) {
-            float* target = targets + column * rows;
-            float* value = values + column * rows;
-            encode_column(*encoder, target, scales[column], rates + column * groups + group, group, count,
+                                         const int32_t* offsets, int64_t count, const uint8_t* rates, uint8_t* codes,
+                                         float* values, float* scales, float* errors, double* costs, int threads) {
+    const int64_t rows = encoder->rows, groups = rows / ROWS, batches = (groups + GROUPS - 1) / GROUPS;
+    const auto members = [&](int64_t batch) { return int(groups - batch * GROUPS < GROUPS ? groups - batch * GROUPS : GROUPS); };
+    for (int64_t column = 0; column < columns; ++column) {
+        float *target = targets + column * rows, *error = errors + column * rows, *value = values + column * rows;
+        const uint8_t* rate = rates + column * groups;
+        double sum = 0;
+        int64_t coded = 0;
+        for (int64_t row = 0; row < rows; ++row) {
+            if (!rate[row / ROWS]) continue;
+            const float unit = target[row] / encoder->size[row];
+            sum += double(unit) * unit;
+            ++coded;
+        }
+        const double middle = coded && sum > 0 ? std::round(16 * std::log2(std::sqrt(sum / coded))) : LOWEST;
+        const auto scale_at = [&](int64_t choice) {
+            const double code = middle + offsets[choice];
+            return float(std::exp2((code < LOWEST ? LOWEST : code > HIGHEST ? HIGHEST : code) / 16));
+        };
+        int64_t best = 0;
+        if (count > 1 && coded) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && batches * count > 2) schedule(dynamic)
+            for (int64_t task = 0; task < batches * count; ++task) {
+                const int64_t batch = task / count, begin = batch * GROUPS * ROWS, size = members(batch) * ROWS;
+                float reply[GROUPS * ROWS];
+                uint8_t code[GROUPS * ROWS];
+                const Encoder part{size, encoder->tables, encoder->size + begin};
+                encode_column(part, target + begin, scale_at(task % count), rate + batch * GROUPS, 0, members(batch), code,
+                              reply);
+                double cost = 0;
+                for (int64_t row = 0; row < size; ++row) {
+                    const double left = double(target[begin + row]) - reply[row];
+                    cost += left * left;
+                }
+                costs[task] = cost;
+            }
+            double least = 0;
+            for (int64_t choice = 0; choice < count; ++choice) {
+                double total = 0;
+                for (int64_t batch = 0; batch < batches; ++batch) total += costs[batch * count + choice];
+                if (choice == 0 || total < least) {
+                    least = total;
+                    best = choice;
+                }
+            }
+        }
+        scales[column] = scale_at(best);
+        const float diagonal = 1.0f / factor[column * columns + column];
+#pragma omp parallel for num_threads(threads) if (threads > 1 && batches > 1) schedule(dynamic)
+        for (int64_t batch = 0; batch < batches; ++batch) {
+            const int64_t begin = batch * GROUPS * ROWS, size = members(batch) * ROWS;
+            encode_column(*encoder, target, scales[column], rate + batch * GROUPS, batch * GROUPS, members(batch),
                           codes + column * rows, value);
-            float* error = errors + column * rows;
-            const float diagonal = 1.0f / factor[column * columns + column];
             for (int64_t row = begin; row < begin + size; ++row) error[row] = (target[row] - value[row]) * diagonal;
             for (int64_t later = column + 1; later < columns; ++later)
                 add_product(targets + later * rows + begin, error + begin, -factor[column * columns + later], size);

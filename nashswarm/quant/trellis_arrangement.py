@@ -1,0 +1,191 @@
+"""How a matrix is arranged before it is cut into trellis tiles: weighted, grouped, rotated, and sized.
+
+Rows are multiplied by the square root of their sensitivity, so that an error costs the same in every row.  Rows of like
+weight form groups of 64, columns of like weight tiles of 16: this is the flock, which decides who shares a rate and a
+rotation.  A Hadamard rotation over the rows of a group makes their weights nearly normal, and leaves H, which couples
+columns, as it is (QuaRot, Ashkboos et al. 2024, rotates columns instead).
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer, UInt8
+from torch import Tensor
+
+from nashswarm.kernels.trellis import (
+    MIDDLE,
+    ROW_STEPS,
+    SIZE_STEPS,
+    groups_of,
+    hadamard,
+    tiles_across,
+)
+from nashswarm.kernels.trellis_codes import COLUMNS, ROWS
+from nashswarm.quant.curvature import Curvature, inverse_cholesky
+
+Grouping = Literal["weight", "features", "stored", "random"]
+SMALLEST = 1e-30
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """A matrix of ``rows`` × ``columns``, arranged.  Columns are in the order in which they are encoded.
+
+    ``weights``: arranged weights, transposed: a row of the tensor is a column of the matrix, ``stored_rows`` long.
+    ``inputs``: the damped H.  ``pivots``: what an error of a column costs once later columns have compensated for it.
+    ``places``: where each column is stored.  ``row_order``, ``column_order``: the row or column at each place; None for
+    the order of the matrix.  ``row_scale``, ``row_size``: codes of the file, and ``scale`` its common factor.
+    ``size``: of each stored row, as weights are arranged.
+    """
+
+    rows: int
+    columns: int
+    rotated: bool
+    weights: Float[Tensor, "columns stored_rows"]
+    inputs: Float[Tensor, "columns columns"]
+    pivots: Float[Tensor, " columns"]
+    places: Integer[Tensor, " columns"]
+    row_order: Integer[Tensor, " rows"] | None
+    column_order: Integer[Tensor, " columns"] | None
+    scale: float
+    row_scale: UInt8[Tensor, " rows"]
+    row_size: UInt8[Tensor, " stored_rows"]
+    size: Float[Tensor, " stored_rows"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the number of groups of rows and of tiles across the columns."""
+        return groups_of(self.rows), tiles_across(self.columns)
+
+    @functools.cached_property
+    def tiles(self) -> Integer[Tensor, " columns"]:
+        """Return the number of the tile that each column belongs to."""
+        return self.places // COLUMNS
+
+    def energies(self) -> Float[Tensor, "groups tiles"]:
+        """Return the damage of each tile if its weights were zero: rate 0, to first order in later compensation."""
+        by_row = self.weights.double().square() * self.pivots[:, None].double() / 2
+        by_group = by_row.view(self.columns, -1, ROWS).sum(2)
+        across = torch.zeros(self.shape[1], self.shape[0], dtype=torch.float64)
+        return across.index_add_(0, self.tiles, by_group).T.contiguous()
+
+
+def arrange(
+    weight: Float[Tensor, "out in"],
+    curvature: Curvature,
+    grouping: Grouping = "weight",
+    rotated: bool = True,
+    seed: int = 0,
+) -> tuple[Arrangement, Float[Tensor, "in in"]]:
+    """Arrange a matrix; also return the factor of its H for error feedback, in the order of encoding.
+
+    ``grouping``: who forms a group of rows or a tile of columns: those of like ``weight``, of like ``features`` (weight,
+    kurtosis, and direction), neighbours as ``stored``, or a ``random`` choice, which ``seed`` decides.
+    """
+    rows, columns = weight.shape
+    sensitivity, inputs = _one_curvature(curvature.damped())
+    encoding_order = inputs.diagonal().argsort(descending=True, stable=True)
+    inputs = inputs[encoding_order[:, None], encoding_order].contiguous()
+    factor = inverse_cholesky(inputs)
+    pivots = 1 / factor.diagonal().square()
+    matrix = weight[:, encoding_order]
+
+    row_codes, scale = _row_codes(sensitivity)
+    root = 1 / (scale * _row_factors(row_codes))  # the square root of the sensitivity, as the file can hold it
+    weighted = matrix * root[:, None]
+    generator = torch.Generator().manual_seed(seed)
+    row_order = _order(weighted.square() @ pivots, weighted, grouping, generator)
+    if row_order is not None:
+        weighted, row_codes = weighted[row_order], row_codes[row_order]
+    stored = groups_of(rows) * ROWS
+    weighted = torch.nn.functional.pad(weighted, (0, 0, 0, stored - rows))
+    if rotated:
+        weighted = (hadamard() @ weighted.view(-1, ROWS, columns)).view(stored, columns)
+    size, row_size, octaves = _sizes(((weighted.square() @ pivots) / columns).sqrt())
+    row_scale = (row_codes.long() + octaves.repeat_interleave(ROWS)[:rows]).clamp(0, 255)
+    likeness = pivots * (weighted / size[:, None]).square().mean(0)
+    column_order = _order(likeness, (weighted / size[:, None]).T, grouping, generator)
+    places = torch.empty(columns, dtype=torch.int64)
+    if column_order is None:
+        places[:] = encoding_order
+    else:
+        places[column_order] = torch.arange(columns)
+        column_order = encoding_order[column_order]
+    arrangement = Arrangement(
+        rows, columns, rotated, weighted.T.contiguous(), inputs, pivots, places, row_order, column_order,
+        scale, row_scale.to(torch.uint8), row_size, size,
+    )  # fmt: skip
+    return arrangement, factor
+
+
+def _one_curvature(curvature: Curvature) -> tuple[Float[Tensor, " out"], Float[Tensor, "in in"]]:
+    """Return row sensitivities and one H for all rows; for a matrix that is only looked up, H is diagonal."""
+    if curvature.inputs is not None:
+        return curvature.mean_row_curvature()
+    diagonal = curvature.diagonal()
+    columns = diagonal.mean(0).clamp(min=SMALLEST)
+    return diagonal.mean(1) / columns.mean(), torch.diag(columns)
+
+
+def _order(
+    weights: Float[Tensor, " n"], members: Float[Tensor, "n others"], grouping: Grouping, generator: torch.Generator
+) -> Integer[Tensor, " n"] | None:
+    """Return the order in which rows or columns are stored; None for the order that they have."""
+    if grouping == "stored" or len(weights) <= COLUMNS:
+        return None
+    if grouping == "random":
+        return torch.randperm(len(weights), generator=generator)
+    if grouping == "weight":
+        return weights.argsort(descending=True, stable=True)
+    return _feature_order(weights, members)
+
+
+def _feature_order(weights: Float[Tensor, " n"], members: Float[Tensor, "n others"]) -> Integer[Tensor, " n"]:
+    """Return an order in which neighbours are alike in weight, kurtosis and direction.
+
+    The standardised features are the logarithms of the weight, which counts twice, and of the kurtosis, and the
+    projections on two principal components.  The order is that along the first principal axis of the features.
+    """
+    norm = members.square().mean(1).clamp(min=SMALLEST)
+    kurtosis = members.square().square().mean(1) / norm.square()
+    unit = members / norm.sqrt()[:, None]
+    directions = torch.pca_lowrank(unit, q=min(2, *unit.shape), niter=4)[0]
+    features = torch.column_stack(
+        [2 * _standard(weights.clamp(min=SMALLEST).log()), _standard(kurtosis.log()), directions]
+    )
+    features[:, 2:] = torch.column_stack([_standard(part) for part in features[:, 2:].T])
+    _, _, axes = torch.linalg.svd(features - features.mean(0), full_matrices=False)
+    return (features @ axes[0] * axes[0, 0].sign()).argsort(descending=True, stable=True)
+
+
+def _standard(feature: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    return (feature - feature.mean()) / feature.std().clamp(min=SMALLEST)
+
+
+def _row_codes(sensitivity: Float[Tensor, " out"]) -> tuple[UInt8[Tensor, " out"], float]:
+    """Return codes of 1 / √sensitivity, and the power of two that their scales are multiplied by."""
+    octaves = -sensitivity.double().clamp(min=SMALLEST).log2() / 2
+    scale = float(2.0 ** np.round(float(octaves.median())))
+    codes = (ROW_STEPS * (octaves - np.log2(scale))).round() + MIDDLE
+    return codes.clamp(0, 255).to(torch.uint8), scale
+
+
+def _row_factors(codes: UInt8[Tensor, " n"]) -> Float[Tensor, " n"]:
+    return torch.exp2((codes.double() - MIDDLE) / ROW_STEPS).float()
+
+
+def _sizes(
+    size: Float[Tensor, " stored_rows"],
+) -> tuple[Float[Tensor, " stored_rows"], UInt8[Tensor, " stored_rows"], Integer[Tensor, " groups"]]:
+    """Round the sizes of rows: the largest of a group to a step of ``row_scale``, the others to steps below it.
+
+    Returns the rounded sizes, their codes, and by how many steps the scale of the group rises.
+    """
+    by_group = size.double().clamp(min=SMALLEST).log2().view(-1, ROWS)
+    largest = (ROW_STEPS * by_group.max(1).values).round().clamp(-MIDDLE, MIDDLE - 1)
+    codes = (SIZE_STEPS * (largest[:, None] / ROW_STEPS - by_group)).round().clamp(0, 15)
+    rounded = torch.exp2(largest[:, None] / ROW_STEPS - codes / SIZE_STEPS)
+    return rounded.flatten().float(), codes.flatten().to(torch.uint8), largest.long()
