@@ -82,8 +82,8 @@ def arrange(
 ) -> tuple[Arrangement, Float[Tensor, "in in"]]:
     """Arrange a matrix; also return the factor of its H for error feedback, in the order of encoding.
 
-    ``grouping``: who forms a group of rows or a tile of columns: those of like ``weight``, of like ``features`` (weight,
-    kurtosis, and direction), neighbours as ``stored``, or a ``random`` choice, which ``seed`` decides.
+    ``grouping``: who forms a group of rows or a tile of columns: those of like ``weight``, of like ``features``
+    (weight, kurtosis, and direction), neighbours as ``stored``, or a ``random`` choice, which ``seed`` decides.
     """
     rows, columns = weight.shape
     sensitivity, inputs = _one_curvature(curvature.damped())
