@@ -7,7 +7,6 @@ the damage.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Float64, Integer, UInt8
@@ -21,6 +20,8 @@ from nashswarm.quant.trellis_arrangement import Arrangement
 
 BLOCK = 64  # columns
 ALL_RATES = (1 << RATES) - 1
+# Mean squared errors of the rates 0 to 8 for normal weights of variance 1.
+DISTORTIONS = (1.0, 0.30757, 0.0816, 0.02165, 0.00568, 0.0016, 0.00054, 0.00025, 0.00012)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,17 @@ def adopt(state: State, tile: int, rates: UInt8[Tensor, " groups"]) -> None:
     state.rates[:, tile] = torch.where(rates == KEEP, state.rates[:, tile], rates)
 
 
+def path_regret(state: State) -> float:
+    """Return the most that a group of rows could gain: the sum over its columns, each changing alone."""
+    total = torch.zeros(state.arrangement.shape[0], dtype=torch.float64)
+    by_column, inputs = state.rates_by_column, state.arrangement.inputs
+    for start in range(0, len(inputs), BLOCK):
+        block = torch.arange(start, min(start + BLOCK, len(inputs)))  # copies: nothing moves
+        alone = torch.diag(inputs.diagonal()[block])
+        total += encoder.sweep(_select(state.columns, block), state.slopes[block], alone, by_column[block])[1]
+    return float(total.max())
+
+
 def finish(arrangement: Arrangement, encoded: Encoded) -> Trellis:
     """Return the matrix in the form that is stored and multiplied."""
     by_place = torch.zeros(encoded.rates.shape[1] * COLUMNS, encoded.codes.shape[1], dtype=torch.uint8)
@@ -138,11 +150,6 @@ def finish(arrangement: Arrangement, encoded: Encoded) -> Trellis:
         arrangement.scale, arrangement.row_size, arrangement.row_scale, column_scale,
         arrangement.row_order, arrangement.column_order,
     )  # fmt: skip
-
-
-def distortions() -> Sequence[float]:
-    """Return the mean squared error of each rate for normal weights of variance 1, from rate 0 to 8."""
-    return DISTORTIONS
 
 
 def scale_codes(scales: Float[Tensor, " n"]) -> UInt8[Tensor, " n"]:
@@ -163,6 +170,3 @@ def _select(columns: Columns, chosen: slice | Integer[Tensor, " some"]) -> Colum
 
 def _columns_of(state: State, tile: int) -> Integer[Tensor, " some"]:
     return (state.arrangement.tiles == tile).nonzero()[:, 0]
-
-
-DISTORTIONS = (1.0, 0.30757, 0.0816, 0.02165, 0.00568, 0.0016, 0.00054, 0.00025, 0.00012)

@@ -1,0 +1,44 @@
+"""Assemble the compressed model from a solved game: packed bytes, weights, allocation, metrics."""
+
+import numpy as np
+
+from nashswarm.methods.method import Compressed, store_trellis
+from nashswarm.methods.nash_swarm.solver import RateGame, SolvedGame, potential, rate_regret
+from nashswarm.quant import trellis
+
+
+def report(game: RateGame, solved: SolvedGame) -> Compressed:
+    """Return the model of a solved game as every method reports its own.
+
+    Damages are those of the curvature that the game was played with, in nats per token.  Without a price nobody plays:
+    there are no regrets of rates.
+    """
+    matrices = {}
+    for layer in game.context.track(game.layers, "packing"):
+        matrices[layer.name] = trellis.finish(game.arrange(layer)[0], solved.played[layer.name].encoded)
+    rates = np.concatenate([part.rates.ravel() for part in solved.played.values()])
+    weights = sum(layer.parameters for layer in game.layers)
+    metrics: dict[str, float] = {
+        "bits_per_weight_resident": 8 * sum(matrix.nbytes for matrix in matrices.values()) / weights,
+        "players": len(rates),
+        "side_bits": 8 * game.side_bytes() / weights,
+        "rate_mean": float(rates.mean()),
+        **{f"tiles_at_{rate}_bits": int((rates == rate).sum()) for rate in range(len(trellis.DISTORTIONS))},
+        "regret_of_codes": max(part.code_regret for part in solved.played.values()),
+    }
+    if solved.price:
+        largest, mean = rate_regret(solved.played, solved.price, game.allowed)
+        metrics |= {
+            "price": solved.price,
+            "potential_start": solved.history["potential"][0],
+            "potential_end": potential(solved.played, solved.price),
+            "regret_of_rates": largest,
+            "regret_mean": mean,
+            "regret_max": max(largest, metrics["regret_of_codes"]),
+        }
+    return store_trellis(
+        matrices,
+        {name: part.damage for name, part in solved.played.items()},
+        metrics,
+        {f"{name}_of_round": values for name, values in solved.history.items()},
+    )

@@ -1,0 +1,74 @@
+"""Settings of the method ``nash_swarm``, and its entry ``NashSwarm.compress``."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from nashswarm.calibration.context import CalibrationContext
+from nashswarm.kernels.trellis_codes import INT8
+from nashswarm.methods.method import Compressed
+from nashswarm.methods.nash_swarm.report import report
+from nashswarm.methods.nash_swarm.solver import RateGame
+from nashswarm.quant.trellis_arrangement import Grouping
+
+RateRule = Literal["equilibrium", "uniform"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NashSwarm:
+    """Tiles of 64 × 16 weights that choose their rates under one price of a byte; the flock decides who shares a tile.
+
+    ``bits``: stored bits per parameter of the whole model, everything counted; a loaded model holds the same bytes.
+    ``rates``: bits per weight that a tile can take, 0 to 7, or 8 for int8.  ``rate_rule``: ``equilibrium``, the game;
+    or ``uniform``, the same rate everywhere, as nearly as the budget allows.  ``grouping``: who forms a tile: rows and
+    columns of like ``weight``, of like ``features``, neighbours as ``stored``, or ``random`` ones; the last two are
+    controls.  ``rotation``: of the rows of a group by a Hadamard matrix.  ``sweeps``: of best replies by all columns,
+    at most, after error feedback and after every round of the game; 0 for error feedback alone.  ``rounds``: of the
+    game, at most.  ``floor``: share of a layer's mean sensitivity that is added to that of each row.  ``cache``: reuse
+    statistics of earlier runs.
+
+    Raises ValueError for a setting without a meaning.
+    """
+
+    bits: float = 3.0
+    rates: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7, 8)
+    rate_rule: RateRule = "equilibrium"
+    grouping: Grouping = "weight"
+    rotation: bool = True
+    sweeps: int = 12
+    rounds: int = 5
+    floor: float = 0.5
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name, known in (("rate_rule", RateRule), ("grouping", Grouping)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"unknown method.{name} {getattr(self, name)!r}: choose {', '.join(get_args(known))}")
+        if self.bits is None or not 0 < self.bits < math.inf:
+            raise ValueError(f"method.bits={self.bits} must be a positive number")
+        if list(self.rates) != sorted(set(self.rates) & set(range(INT8 + 1))) or not self.rates:
+            raise ValueError(f"method.rates {list(self.rates)} must be ascending whole numbers from 0 to {INT8}")
+        if self.sweeps < 0 or self.rounds < 1 or self.floor < 0:
+            raise ValueError("method.sweeps and method.floor must not be negative, and method.rounds at least 1")
+
+    def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
+        """Return the model compressed to ``bits`` per parameter, with the certificate of its game.
+
+        Raises ValueError if the model is larger even with every tile at the lowest rate.
+        """
+        budget = int(self.bits * context.parameters / 8) - context.fixed_bytes
+        game = RateGame(
+            context, self.rates, self.grouping, self.rotation, self.sweeps, self.floor, int(rng.integers(2**31))
+        )
+        smallest = game.smallest_bytes()
+        if budget < smallest:
+            least = 8 * (smallest + context.fixed_bytes) / context.parameters
+            raise ValueError(
+                f"method.bits={self.bits} is below the smallest possible size of this model, {least:.3f} bits per "
+                f"parameter with every tile at {self.rates[0]} bits; raise method.bits"
+            )
+        solved = game.uniform(budget) if self.rate_rule == "uniform" else game.solve(budget, self.rounds)
+        return report(game, solved)

@@ -1,0 +1,209 @@
+"""Encode the layers of a model in trellis tiles, and play the game of their rates under one price of a byte.
+
+A tile pays its damage, and its bytes times the price.  Tiles of different groups of rows do not interact; those of one
+group do, through the curvature of the inputs.  A move changes the sum of all damages and priced bytes by exactly the
+change of the mover's own cost, so best replies one after another end in an equilibrium (Monderer & Shapley 1996).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nashswarm import layers
+from nashswarm.calibration.context import CalibrationContext
+from nashswarm.kernels import trellis as form
+from nashswarm.kernels.encoder import KEEP
+from nashswarm.layers import Layer
+from nashswarm.memory import trim_heap
+from nashswarm.methods.nash_swarm import prices
+from nashswarm.methods.nash_swarm.prices import Damage, Rates
+from nashswarm.quant import trellis
+from nashswarm.quant.trellis import Encoded, State
+from nashswarm.quant.trellis_arrangement import Arrangement, Grouping, arrange
+
+SETTLED = 1e-8  # nats per token: sweeps end when no layer gains more
+
+
+@dataclasses.dataclass(frozen=True)
+class PlayedLayer:
+    """A layer after a round: its codes, its damage, and what its players could still gain.
+
+    ``at_rates``: the damage of each tile at each rate, if it alone took that rate and replied, minus its present
+    damage.  ``code_regret``: what the paths of a group of rows could gain, each changing alone, added up; the largest
+    of all groups.
+    """
+
+    encoded: Encoded
+    damage: float
+    at_rates: Damage
+    code_regret: float
+
+    @property
+    def rates(self) -> Rates:
+        """The rates of the tiles."""
+        return self.encoded.rates.numpy().astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class SolvedGame:
+    """The end of a game.  ``price``: of a byte in nats per token; 0 without a game.  ``history``: of each round."""
+
+    played: dict[str, PlayedLayer]
+    price: float
+    history: dict[str, list[float]]
+
+
+class RateGame:
+    """The layers of a model and their statistics.  ``allowed``: the rates that a tile can take."""
+
+    def __init__(
+        self,
+        context: CalibrationContext,
+        allowed: Sequence[int],
+        grouping: Grouping,
+        rotated: bool,
+        sweeps: int,
+        floor: float,
+        seed: int,
+    ) -> None:
+        self.context, self.layers, self.allowed = context, context.layers, tuple(allowed)
+        self.grouping, self.rotated, self.sweeps, self.floor, self.seed = grouping, rotated, sweeps, floor, seed
+        self.moments = context.moments()
+
+    # Sizes.
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Return the groups of rows and the tiles across of every layer."""
+        sizes = [layer.weight.shape for layer in self.layers]
+        return [(form.groups_of(rows), form.tiles_across(columns)) for rows, columns in sizes]
+
+    def side_bytes(self) -> int:
+        """Return the bytes of all layers beside their tiles."""
+        ordered = self.grouping != "stored"
+        sizes = [layer.weight.shape for layer in self.layers]
+        return sum(form.side_bytes(rows, columns, ordered, ordered) for rows, columns in sizes)
+
+    def smallest_bytes(self) -> int:
+        """Return the bytes of all layers with every tile at the lowest rate."""
+        tiles = sum(groups * across for groups, across in self.shapes())
+        return self.side_bytes() + tiles * self.allowed[0] * prices.BYTES_PER_BIT
+
+    # The game.
+
+    def solve(self, budget: int, rounds: int) -> SolvedGame:
+        """Play until no tile gains by another rate, at the price at which all layers take at most ``budget`` bytes.
+
+        The first rates come from estimates.  In each round the price is found again from the true damages, tiles that
+        gain by another rate take it one after another, and the columns sweep.  At the end the budget is closed: the
+        tiles that lose least by it move.
+        """
+        left = budget - self.side_bytes()
+        estimates = [self._estimate(layer) for layer in self.context.track(self.layers, "weighing tiles")]
+        price = prices.price_for(estimates, left, self.allowed)
+        played = self._encode([prices.best_rates(part, price, self.allowed) for part in estimates])
+        del estimates
+        history: dict[str, list[float]] = {"price": [], "potential": [], "regret": []}
+        for _ in range(rounds):
+            damage = [part.at_rates for part in played.values()]
+            price = prices.price_for(damage, left, self.allowed)
+            wanted = [prices.best_rates(part, price, self.allowed) for part in damage]
+            played = self._play(played, wanted, price)
+            history["price"].append(price)
+            history["potential"].append(potential(played, price))
+            history["regret"].append(rate_regret(played, price, self.allowed)[0])
+        closed = prices.close(
+            [part.at_rates for part in played.values()], [part.rates for part in played.values()], left, self.allowed
+        )
+        return SolvedGame(self._play(played, closed, None), price, history)
+
+    def uniform(self, budget: int) -> SolvedGame:
+        """Encode all tiles at one rate, or at two neighbouring ones dealt evenly, so that the budget is used up."""
+        rates = prices.spread(self.shapes(), budget - self.side_bytes(), self.allowed)
+        return SolvedGame(self._encode(rates), 0.0, {})
+
+    def arrange(self, layer: Layer) -> tuple[Arrangement, torch.Tensor]:
+        """Return the layer as its tiles are cut, and the factor of its curvature."""
+        curvature = layers.curvature(layer, self.moments, self.floor)
+        return arrange(layer.weight, curvature, self.grouping, self.rotated, self.seed)
+
+    # One layer.
+
+    def _estimate(self, layer: Layer) -> Damage:
+        """Return the expected damage of each tile at each rate, as if its weights were normal."""
+        energies = self.arrange(layer)[0].energies().numpy()
+        return energies[..., None] * np.array(trellis.DISTORTIONS)
+
+    def _encode(self, rates: Sequence[Rates]) -> dict[str, PlayedLayer]:
+        """Encode every layer at these rates: error feedback, then sweeps."""
+        played = {}
+        for layer, part in zip(self.context.track(self.layers, "encoding"), rates, strict=True):
+            state = trellis.feedback(*self.arrange(layer), torch.from_numpy(part.astype(np.uint8)))
+            played[layer.name] = self._settle(state)
+        trim_heap()
+        return played
+
+    def _play(
+        self, played: dict[str, PlayedLayer], wanted: Sequence[Rates], price: float | None
+    ) -> dict[str, PlayedLayer]:
+        """Let tiles take the rates that they want, as far as that lowers their cost (always, if ``price`` is None)."""
+        after = {}
+        for layer, rates in zip(self.context.track(self.layers, "playing"), wanted, strict=True):
+            before = played[layer.name]
+            if (rates == before.rates).all():
+                after[layer.name] = before
+                continue
+            state = trellis.reopen(self.arrange(layer)[0], before.encoded)
+            for tile in np.flatnonzero((rates != before.rates).any(0)):
+                _move(state, int(tile), rates[:, tile], price)
+            after[layer.name] = self._settle(state)
+        trim_heap()
+        return after
+
+    def _settle(self, state: State) -> PlayedLayer:
+        """Sweep until the columns are settled, and measure what each tile would gain by another rate."""
+        for _ in range(self.sweeps):
+            gain, changed = trellis.sweep(state)
+            if not changed or gain < SETTLED:
+                break
+        state.refresh()
+        groups, across = state.arrangement.shape
+        at_rates = np.zeros((groups, across, len(trellis.DISTORTIONS)))
+        mask = sum(1 << rate for rate in self.allowed)
+        for tile in range(across):
+            at_rates[:, tile] = trellis.deviations(state, tile, mask).numpy()
+        own = state.rates.numpy().astype(np.int64)[..., None]
+        np.put_along_axis(at_rates, own, np.minimum(np.take_along_axis(at_rates, own, 2), 0), 2)
+        return PlayedLayer(state.encoded(), state.damage, at_rates, trellis.path_regret(state))
+
+
+def _move(state: State, tile: int, wanted: Rates, price: float | None) -> None:
+    """Move the tiles in one place across to the rates that they want, those that gain by it."""
+    own = state.rates[:, tile].numpy().astype(np.int64)
+    moving = wanted != own
+    if price is not None:
+        mask = sum(1 << int(rate) for rate in set(wanted[moving]))
+        change = trellis.deviations(state, tile, mask).numpy()[np.arange(len(wanted)), wanted]
+        moving &= change + price * prices.BYTES_PER_BIT * (wanted - own) < 0
+    if moving.any():
+        trellis.adopt(state, tile, torch.from_numpy(np.where(moving, wanted, KEEP).astype(np.uint8)))
+
+
+def potential(played: dict[str, PlayedLayer], price: float) -> float:
+    """Return the sum of all damages and of all bytes of tiles times the price, in nats per token."""
+    damage = sum(part.damage for part in played.values())
+    return damage + price * prices.tile_bytes([part.rates for part in played.values()])
+
+
+def rate_regret(played: dict[str, PlayedLayer], price: float, allowed: Sequence[int]) -> tuple[float, float]:
+    """Return the most that a tile could gain by another rate, and the mean over tiles, in nats per token."""
+    gains = []
+    for part in played.values():
+        cost = part.at_rates + price * prices.BYTES_PER_BIT * np.arange(part.at_rates.shape[-1])
+        own = np.take_along_axis(cost, part.rates[..., None], 2)[..., 0]
+        # The present codes are worth 0; the reply at the present rate may be worth less than nothing, as a gain.
+        stay = price * prices.BYTES_PER_BIT * part.rates
+        gains.append((stay - np.minimum(own, cost[..., list(allowed)].min(-1))).ravel())
+    regret = np.maximum(np.concatenate(gains), 0)
+    return float(regret.max()), float(regret.mean())
