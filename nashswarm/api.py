@@ -19,12 +19,19 @@ from nashswarm.methods.fixed_width import FixedWidth
 from nashswarm.methods.gptq import Gptq
 from nashswarm.methods.method import Method
 from nashswarm.methods.nash_lattice.settings import NashLattice
+from nashswarm.methods.nash_swarm.settings import NashSwarm
 from nashswarm.methods.uniform import Uniform
 from nashswarm.models import matrices, sources
 from nashswarm.models.experts import unfuse
 from nashswarm.packed import checkpoint
 
-METHODS = {"nash_lattice": NashLattice, "fixed_width": FixedWidth, "gptq": Gptq, "uniform": Uniform}
+METHODS = {
+    "nash_swarm": NashSwarm,
+    "nash_lattice": NashLattice,
+    "fixed_width": FixedWidth,
+    "gptq": Gptq,
+    "uniform": Uniform,
+}
 LONGEST_WINDOW = 512  # tokens; longer ones cost memory and teach little more
 
 
@@ -52,7 +59,7 @@ class Report:
 def compress(
     model: transformers.PreTrainedModel,
     tokenizer: Any = None,
-    method: str | Method = "nash_lattice",
+    method: str | Method = "nash_swarm",
     calibration: str | Integer[Tensor, "windows length"] | None = None,
     bits: float = 3.0,
     exclude: Sequence[str] = (),
@@ -62,10 +69,11 @@ def compress(
 
     The model itself stays as it is.  On a CPU the copy computes in float32, elsewhere in the model's dtype.
 
-    ``tokenizer``: by default the one that the model came with.  ``method``: ``nash_lattice``, ``fixed_width``,
-    ``gptq``, ``uniform``, or an instance of any method, which then has its own ``bits``.  ``calibration``: text, or
-    token windows; by default the embedded English text.  ``bits``: stored bits per parameter of the whole model (for
-    ``gptq`` and ``uniform`` the nominal width).  ``exclude``: names or patterns of matrices to leave at 16 bits.
+    ``tokenizer``: by default the one that the model came with.  ``method``: ``nash_swarm``, ``nash_lattice``,
+    ``fixed_width``, ``gptq``, ``uniform``, or an instance of any method, which then has its own ``bits``.
+    ``calibration``: text, or token windows; by default the embedded English text.  ``bits``: stored bits per parameter
+    of the whole model (for ``gptq`` and ``uniform`` the nominal width).  ``exclude``: names or patterns of matrices to
+    leave at 16 bits.
 
     Raises ValueError in one sentence for anything that does not fit together.
     """

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     into.add_argument("model", metavar="MODEL", help="folder or hub name; 'default' is the one that comes along")
     into.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="new or empty")
     into.add_argument("--bits", type=float, default=3.0, help="stored bits per parameter, everything counted (3.0)")
-    into.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_lattice")
+    into.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
     into.add_argument("--calibration", type=pathlib.Path, metavar="TEXT", help="a text file; default: embedded prose")
     into.add_argument(
         "--windows", type=int, help="of calibration text (48 if it has them, by layer 4); a third more is held out"
@@ -242,7 +242,7 @@ def _compress(arguments: argparse.Namespace) -> int:
     folder = pathlib.Path(arguments.model)
     path = None if arguments.model == "default" else str(folder.resolve()) if folder.is_dir() else arguments.model
     source = sources.ModelSource(path, exclude=list(arguments.exclude))
-    method = arguments.method or "nash_lattice"
+    method = arguments.method or "nash_swarm"
     held_out = None if arguments.windows is None else max(-(-arguments.windows // 3), 1)
     length = api.window_length(path or str(sources.EMBEDDED)) if arguments.length is None else arguments.length
     dataset = _text(arguments, calibration_windows=arguments.windows, holdout_windows=held_out, sequence_length=length)
