@@ -11,10 +11,9 @@ from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from nashswarm import kernels
 from nashswarm.kernels import tiles as layout
 from nashswarm.kernels import trellis
 from nashswarm.kernels.tiles import Tiles
@@ -70,16 +69,6 @@ class PackedMatrix(nn.Module):
         """Return the bits per weight of every tile, its scales not counted."""
         raise NotImplementedError
 
-    def product(
-        self, x: Float[Tensor, "*batch in"], activations: str, bias: Float[Tensor, " out"] | None
-    ) -> Float[Tensor, "*batch out"]:
-        """Return x Wᵀ + bias; ``activations`` is the type that x is rounded to inside the product."""
-        raise NotImplementedError
-
-    def rows(self, ids: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
-        """Return the rows ``ids`` in float32."""
-        raise NotImplementedError
-
     def encode(self) -> UInt8[np.ndarray, " bytes"]:
         """Return its bytes in a file: the same bytes that it was decoded from."""
         raise NotImplementedError
@@ -130,14 +119,6 @@ class TileMatrix(PackedMatrix):
     def tile_widths(self) -> UInt8[Tensor, "row_groups column_groups"]:
         return self.tiles.widths
 
-    def product(
-        self, x: Float[Tensor, "*batch in"], activations: str, bias: Float[Tensor, " out"] | None
-    ) -> Float[Tensor, "*batch out"]:
-        return kernels.matmul(x, self.tiles, activations, bias)
-
-    def rows(self, ids: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
-        return kernels.rows_of(self.tiles, ids)
-
     def tensor(self) -> Packable:
         """Return the quantized tensor that it was made from, on the CPU."""
         held = Tiles(*self.shape, self.group_size, *(getattr(self, name).cpu() for name in BUFFERS))
@@ -182,14 +163,6 @@ class TrellisMatrix(PackedMatrix):
 
     def tile_widths(self) -> UInt8[Tensor, "row_groups column_groups"]:
         return trellis.tile_rates(self.tiles)
-
-    def product(
-        self, x: Float[Tensor, "*batch in"], activations: str, bias: Float[Tensor, " out"] | None
-    ) -> Float[Tensor, "*batch out"]:
-        return nn.functional.linear(x.float(), self.dequantize(), None if bias is None else bias.float()).to(x.dtype)
-
-    def rows(self, ids: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
-        return self.dequantize()[ids]
 
     def encode(self) -> UInt8[np.ndarray, " bytes"]:
         return self.content.cpu().numpy()

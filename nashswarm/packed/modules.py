@@ -11,6 +11,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from nashswarm import kernels
 from nashswarm.packed.matrix import PackedMatrix
 
 Activations = Literal["int8", "float32"]
@@ -36,7 +37,7 @@ class QuantizedLinear(nn.Linear):
         return _read_only(self.matrix)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return self.matrix.product(x, self.activations, self.bias)
+        return kernels.matmul(x, self.matrix.tiles, self.activations, self.bias)
 
 
 class QuantizedEmbedding(nn.Embedding):
@@ -54,7 +55,7 @@ class QuantizedEmbedding(nn.Embedding):
         return _read_only(self.matrix)
 
     def forward(self, ids: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
-        return self.matrix.rows(ids).to(self.like.dtype)
+        return kernels.rows_of(self.matrix.tiles, ids).to(self.like.dtype)
 
 
 def quantized(module: nn.Module, matrix: PackedMatrix, dtype: torch.dtype) -> QuantizedLinear | QuantizedEmbedding:

@@ -85,10 +85,10 @@ def check_exportable(model: Any, target: str, out: pathlib.Path, activations: st
         raise ValueError(f"--out {out} exists; name another file or delete it")
     if target == "onnx-qdq" and activations != "float32":
         raise ValueError(f"--to onnx-qdq leaves inputs of products as they are: take --to onnx for {activations}")
-    for module in model.modules():
-        if isinstance(module, PackedMatrix):
-            in_tiles(module)
     if target != "torch-export":
+        for module in model.modules():
+            if isinstance(module, PackedMatrix):
+                in_tiles(module)
         errors.require(f"--to {target}", PACKAGES, "onnx")
 
 

@@ -1,16 +1,16 @@
 """Lay packed matrices out for the operators of other runtimes, without changing a weight.
 
-``Native`` keeps the tiles and calls nashswarm's own operators.  ``Grouped`` is the layout of onnxruntime's MatMulNBits:
-one width of 2, 4 or 8 bits, and scales of groups.  ``Planes`` takes any widths: bit b of all codes of one width is
-stored in one array of bytes, eight columns to a byte, and sums of masked bytes give the codes.  ``qdq.Digits`` takes
-any widths, too, as integers that standard operators read.  Each layout has ``product``, x Wᵀ, and ``rows``, the rows of
-the dequantized matrix with given ids.
+``Native`` keeps the matrix as it is, and calls nashswarm's own operators.  ``Grouped`` is the layout of onnxruntime's
+MatMulNBits: one width of 2, 4 or 8 bits, and scales of groups.  ``Planes`` takes any widths: bit b of all codes of one
+width is stored in one array of bytes, eight columns to a byte, and sums of masked bytes give the codes.  ``qdq.Digits``
+takes any widths, too, as integers that standard operators read.  Each layout has ``product``, x Wᵀ, and ``rows``, the
+rows of the dequantized matrix with given ids.
 """
 
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nashswarm import kernels
 from nashswarm.kernels import tiles as layout
+from nashswarm.kernels.trellis import Trellis
 from nashswarm.packed.matrix import PackedMatrix, TileMatrix
 from nashswarm.packed.modules import QuantizedEmbedding, QuantizedLinear
 from nashswarm.quant.grid import QuantizedTensor
@@ -38,20 +39,23 @@ class Weight(Protocol):
 
 
 class Native(nn.Module):
-    """The tiles, for nashswarm's operators; a program that loads the export imports nashswarm first."""
+    """The matrix as it is held, for nashswarm's operators; a program that loads the export imports nashswarm first."""
 
-    def __init__(self, matrix: TileMatrix, activations: str) -> None:
+    def __init__(self, matrix: PackedMatrix, activations: str) -> None:
         super().__init__()
-        self.names = (*kernels.PARTS, "order")
+        in_trellis = isinstance(matrix.tiles, Trellis)
+        self.names = ("content", "starts") if in_trellis else (*kernels.PARTS, "order")
         for name in self.names:
             self.register_buffer(name, getattr(matrix.tiles, name))
-        self.sizes, self.activations = (*matrix.shape, matrix.group_size), activations
+        self.sizes = kernels.operator_arguments(matrix.tiles)[len(self.names) :]
+        self.prefix, self.activations = "trellis_" if in_trellis else "", activations
 
     def product(self, x: Tensor) -> Tensor:
-        return torch.ops.nashswarm.matmul(x, None, self.activations, *self._arguments())
+        multiply = getattr(torch.ops.nashswarm, f"{self.prefix}matmul")
+        return cast(Tensor, multiply(x, None, self.activations, *self._arguments()))
 
     def rows(self, ids: Tensor) -> Tensor:
-        return torch.ops.nashswarm.rows(ids, *self._arguments())
+        return cast(Tensor, getattr(torch.ops.nashswarm, f"{self.prefix}rows")(ids, *self._arguments()))
 
     def _arguments(self) -> tuple[Any, ...]:
         return *(getattr(self, name) for name in self.names), *self.sizes
@@ -204,7 +208,7 @@ class Rows(nn.Module):
 
 def for_torch(matrix: PackedMatrix, activations: str) -> Native:
     """Lay a matrix out for a program of torch.export."""
-    return Native(in_tiles(matrix), activations)
+    return Native(matrix, activations)
 
 
 def for_onnx(matrix: PackedMatrix, activations: str) -> Grouped | Planes:
@@ -219,8 +223,8 @@ def in_tiles(matrix: PackedMatrix) -> TileMatrix:
     """Return the matrix, whose tiles can be laid out anew.  Raises ValueError if it is trellis-coded."""
     if not isinstance(matrix, TileMatrix):
         raise ValueError(
-            "trellis-coded matrices cannot be exported, because no other runtime reads them: compress with "
-            "method=nash_lattice, or export the floats that the model's dequantize() gives"
+            "no operator of ONNX reads trellis-coded matrices: compress with method=nash_lattice, or take "
+            "--to torch-export"
         )
     return matrix
 

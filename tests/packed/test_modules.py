@@ -108,6 +108,15 @@ def layer_of(matrix: PackedMatrix, bias: bool = True) -> QuantizedLinear:
     return layer
 
 
+def equal_rows(matrix: PackedMatrix, found: Tensor, expected: Tensor) -> bool:
+    """Whether looked up rows are those of the floats: to the bit, or to a rounding if a kernel rotates them back."""
+    if isinstance(matrix, TileMatrix):
+        return torch.equal(found, expected)
+    step = max(torch.finfo(found.dtype).eps, 1e-6)
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    return bool((found - expected).abs().max() <= step * expected.abs().max())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_quantized_linear_matches_float_product(weight: Tensor, matrix: PackedMatrix, bias: bool) -> None:
     layer, x = layer_of(matrix, bias), torch.randn(2, 5, 64)
@@ -157,7 +166,7 @@ def test_quantized_embedding_returns_rows(weight: Tensor, matrix: PackedMatrix, 
     layer = quantized(nn.Embedding(40, 64, padding_idx=1), matrix, dtype)
     ids = torch.randint(40, (2, 3, 4))
     assert isinstance(layer, QuantizedEmbedding) and not list(layer.parameters())
-    assert layer(ids).dtype == dtype and torch.equal(layer(ids), weight[ids].to(dtype))
+    assert layer(ids).dtype == dtype and equal_rows(matrix, layer(ids), weight[ids].to(dtype))
     assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (40, 64, 1)
     with pytest.raises((IndexError, RuntimeError, ValueError)):
         layer(torch.tensor([40]))
@@ -172,8 +181,8 @@ def test_quantized_derived_embedding_keeps_its_forward(weight: Tensor, matrix: P
     assert isinstance(layer, QuantizedEmbedding) and isinstance(layer, OPTLearnedPositionalEmbedding)
     positions = torch.arange(5)[None]
     arguments = {"attention_mask": torch.ones(1, 5, dtype=torch.long), "position_ids": positions}
-    assert torch.equal(layer(**arguments), before(**arguments))
-    assert torch.equal(layer(**arguments)[0], weight[2:7])
+    assert equal_rows(matrix, layer(**arguments), before(**arguments))
+    assert equal_rows(matrix, layer(**arguments)[0], weight[2:7])
 
 
 def test_quantized_tied_head_shares_matrix(matrix: PackedMatrix) -> None:
@@ -210,7 +219,7 @@ def test_module_to_other_dtype_keeps_packed_buffers(matrix: PackedMatrix, dtype:
     ids = torch.arange(40)
     assert model[1].bias.dtype == dtype
     assert model[0](ids).dtype == dtype and model(ids).dtype == dtype
-    assert torch.equal(model.float()[0](ids), matrix.dequantize())
+    assert equal_rows(matrix, model.float()[0](ids), matrix.dequantize())
 
 
 def test_module_to_half_and_meta_works(matrix: PackedMatrix) -> None:
