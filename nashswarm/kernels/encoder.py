@@ -8,7 +8,7 @@ one column of the weights, ``stored_rows`` long.
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,15 +48,22 @@ class Columns:
 
 
 def best_codes(
-    targets: Float[Tensor, "sequences 16"], weights: Float[Tensor, "sequences 16"], rate: int
+    targets: Float[Tensor, "sequences 16"],
+    weights: Float[Tensor, "sequences 16"],
+    rate: int,
+    table: Float[Tensor, "windows plain"] | None = None,
 ) -> UInt8[Tensor, "sequences 16"]:
-    """Return the codes of least weighted squared error of sequences of 16 weights, in units of the tables."""
+    """Return the codes of least weighted squared error of sequences of 16 weights, in units of the tables.
+
+    ``table``: of the rate; by default the one of the form.
+    """
     if not _has_library():
-        return reference.best_codes(targets, weights, rate)
+        return reference.best_codes(targets, weights, rate, table)
     codes = torch.empty(targets.shape, dtype=torch.uint8)
     targets, weights = targets.contiguous(), weights.contiguous()
+    used = _tables() if table is None else _padded({rate: table})
     _library().nashswarm_trellis_paths(
-        _tables().data_ptr(), rate, targets.data_ptr(), weights.data_ptr(), len(targets), codes.data_ptr(), _threads()
+        used.data_ptr(), rate, targets.data_ptr(), weights.data_ptr(), len(targets), codes.data_ptr(), _threads()
     )
     return codes
 
@@ -155,9 +162,13 @@ def _deviate(
 @functools.cache
 def _tables() -> Float[Tensor, "7 128"]:
     """Return the tables of all rates as floats, each filled up to 128 entries."""
+    return _padded({rate: torch.from_numpy(table) for rate, table in tables().items()})
+
+
+def _padded(tables_by_rate: Mapping[int, Tensor]) -> Float[Tensor, "7 128"]:
     padded = torch.zeros(INT8 - 1, 128)
-    for rate, table in tables().items():
-        padded[rate - 1, : table.size] = torch.from_numpy(table.flatten()).float()
+    for rate, table in tables_by_rate.items():
+        padded[rate % INT8 - 1, : table.numel()] = table.flatten()
     return padded
 
 

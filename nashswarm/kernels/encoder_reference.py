@@ -16,12 +16,16 @@ LOWEST, HIGHEST = -128, 127  # logarithms of scales, in 1/16 octave
 
 
 def best_codes(
-    targets: Float[Tensor, "sequences 16"], weights: Float[Tensor, "sequences 16"], rate: int
+    targets: Float[Tensor, "sequences 16"],
+    weights: Float[Tensor, "sequences 16"],
+    rate: int,
+    table: Float[Tensor, "windows plain"] | None = None,
 ) -> UInt8[Tensor, "sequences 16"]:
     """Compute ``encoder.best_codes`` by Viterbi's algorithm from every start state (Forney 1973)."""
     if rate in (0, INT8):
         return (targets.round().clamp(-127, 127) * bool(rate)).to(torch.int8).view(torch.uint8)
-    table = torch.from_numpy(tables()[rate]).float()
+    if table is None:
+        table = torch.from_numpy(tables()[rate]).float()
     costs, plain = ((targets[:, :, None, None] - table).square()).min(3)
     costs = costs * weights[:, :, None]  # sequences, steps, windows
     states = 1 << MEMORY[rate]

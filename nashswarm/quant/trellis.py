@@ -20,8 +20,6 @@ from nashswarm.quant.trellis_arrangement import Arrangement
 
 BLOCK = 64  # columns
 ALL_RATES = (1 << RATES) - 1
-# Mean squared errors of the rates 0 to 8 for normal weights of variance 1.
-DISTORTIONS = (1.0, 0.30757, 0.0816, 0.02165, 0.00568, 0.0016, 0.00054, 0.00025, 0.00012)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from nashswarm.kernels.encoder import RATES
 from nashswarm.methods.method import Compressed, store_trellis
 from nashswarm.methods.nash_swarm.solver import RateGame, SolvedGame, potential, rate_regret
 from nashswarm.quant import trellis
@@ -19,11 +20,10 @@ def report(game: RateGame, solved: SolvedGame) -> Compressed:
     rates = np.concatenate([part.rates.ravel() for part in solved.played.values()])
     weights = sum(layer.parameters for layer in game.layers)
     metrics: dict[str, float] = {
-        "bits_per_weight_resident": 8 * sum(matrix.nbytes for matrix in matrices.values()) / weights,
         "players": len(rates),
         "side_bits": 8 * game.side_bytes() / weights,
         "rate_mean": float(rates.mean()),
-        **{f"tiles_at_{rate}_bits": int((rates == rate).sum()) for rate in range(len(trellis.DISTORTIONS))},
+        **{f"tiles_at_{rate}_bits": int((rates == rate).sum()) for rate in range(RATES)},
         "regret_of_codes": max(part.code_regret for part in solved.played.values()),
     }
     if solved.price:

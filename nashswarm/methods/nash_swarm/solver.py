@@ -14,7 +14,8 @@ import torch
 from nashswarm import layers
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.kernels import trellis as form
-from nashswarm.kernels.encoder import KEEP
+from nashswarm.kernels.encoder import KEEP, RATES
+from nashswarm.kernels.trellis_codes import distortions
 from nashswarm.layers import Layer
 from nashswarm.memory import trim_heap
 from nashswarm.methods.nash_swarm import prices
@@ -133,7 +134,7 @@ class RateGame:
     def _estimate(self, layer: Layer) -> Damage:
         """Return the expected damage of each tile at each rate, as if its weights were normal."""
         energies = self.arrange(layer)[0].energies().numpy()
-        return energies[..., None] * np.array(trellis.DISTORTIONS)
+        return energies[..., None] * np.array(distortions())
 
     def _encode(self, rates: Sequence[Rates]) -> dict[str, PlayedLayer]:
         """Encode every layer at these rates: error feedback, then sweeps."""
@@ -169,7 +170,7 @@ class RateGame:
                 break
         state.refresh()
         groups, across = state.arrangement.shape
-        at_rates = np.zeros((groups, across, len(trellis.DISTORTIONS)))
+        at_rates = np.zeros((groups, across, RATES))
         mask = sum(1 << rate for rate in self.allowed)
         for tile in range(across):
             at_rates[:, tile] = trellis.deviations(state, tile, mask).numpy()
