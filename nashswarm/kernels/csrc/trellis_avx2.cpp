@@ -6,7 +6,7 @@
 namespace nashswarm {
 namespace {
 
-struct TrellisAvx2 {
+struct TrellisAvx2 : AnyRows {
     static constexpr int BYTES = 32, HALVES = 1, OFFSET = 0;
     using Codes = __m256i;
     struct Inputs { __m256i digits, magnitudes; };
@@ -64,6 +64,8 @@ struct TrellisAvx2 {
         return add(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
 
+    static Sum load_sums(const int32_t* sums) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums)); }
+    static void store_sums(int32_t* sums, Sum sum) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sum); }
     static Value to_float(Sum sum) { return _mm256_cvtepi32_ps(sum); }
     static Value plus_product(Value sum, Value left, float right) {
         return _mm256_fmadd_ps(left, _mm256_set1_ps(right), sum);

@@ -57,50 +57,61 @@ ALWAYS_INLINE void decode_steps(const uint8_t* tile, int half, const Tables& tab
     }
 }
 
-template <class Set, int RATE, int HALVES>
-ALWAYS_INLINE void multiply_tile(const uint8_t* tile, int half, const Tables& tables, const int8_t* digits,
-                                 typename Set::Sum (&sums)[HALVES * HALF]) {
-    const auto inputs = Set::inputs(digits);
-    decode_steps<Set, RATE, HALVES>(
-        tile, half, tables,
-        [&](int step, auto values) { sums[step] = Set::template multiply<RATE == RATES>(sums[step], values, inputs); },
-        std::make_integer_sequence<int, HALF>());
+// Adds the products of `count` tiles of one rate, side by side, to the sums of a row group.
+template <class Set, int RATE>
+__attribute__((noinline)) void multiply_tiles(const uint8_t* tiles, int count, const Tables& tables, const int8_t* digits,
+                                              int32_t* sums) {
+    constexpr int HALVES = Set::HALVES;
+    for (int part = 0; part < STEP_BYTES; part += Set::BYTES) {
+        for (int half = 0; half < 2; half += HALVES) {
+            int32_t* place = sums + (half * HALF * STEP_BYTES + part) / 4;
+            typename Set::Sum own[HALVES * HALF];
+            for (int step = 0; step < HALVES * HALF; ++step) own[step] = Set::load_sums(place + step * STEP_BYTES / 4);
+            for (int tile = 0; tile < count; ++tile) {
+                const auto inputs = Set::inputs(digits + tile * TILE_COLUMNS);
+                decode_steps<Set, RATE, HALVES>(
+                    tiles + tile * tile_bytes(RATE) + part, half, tables,
+                    [&](int step, auto values) {
+                        own[step] = Set::template multiply<RATE == RATES>(own[step], values, inputs);
+                    },
+                    std::make_integer_sequence<int, HALF>());
+            }
+            for (int step = 0; step < HALVES * HALF; ++step) Set::store_sums(place + step * STEP_BYTES / 4, own[step]);
+        }
+    }
 }
 
 // Adds the products of 64 columns of a row group with one row of x to `totals`.
 template <class Set>
 ALWAYS_INLINE void multiply_rounded(const Tiles& tiles, const Tables& tables, const int8_t* digits, const int32_t* bases,
                                     float step, float* totals) {
-    constexpr int HALVES = Set::HALVES;
-    for (int part = 0; part < STEP_BYTES; part += Set::BYTES) {
-        for (int half = 0; half < 2; half += HALVES) {
-            auto base = Set::nothing();
-            if (Set::OFFSET)
-                for (int tile = 0; tile < ROUNDED_TILES; ++tile)
-                    if (tiles.rates[tile]) base = Set::add(base, Set::quads(bases + 4 * tile));
-            typename Set::Sum sums[HALVES * HALF];
-            for (auto& sum : sums) sum = base;
-            const uint8_t* payload = tiles.payload + part;
-            for (int tile = 0; tile < ROUNDED_TILES; ++tile) {
-                const int8_t* own = digits + tile * TILE_COLUMNS;
-                switch (tiles.rates[tile]) {
-                    case 1: multiply_tile<Set, 1, HALVES>(payload, half, tables, own, sums); break;
-                    case 2: multiply_tile<Set, 2, HALVES>(payload, half, tables, own, sums); break;
-                    case 3: multiply_tile<Set, 3, HALVES>(payload, half, tables, own, sums); break;
-                    case 4: multiply_tile<Set, 4, HALVES>(payload, half, tables, own, sums); break;
-                    case 5: multiply_tile<Set, 5, HALVES>(payload, half, tables, own, sums); break;
-                    case 6: multiply_tile<Set, 6, HALVES>(payload, half, tables, own, sums); break;
-                    case 7: multiply_tile<Set, 7, HALVES>(payload, half, tables, own, sums); break;
-                    case 8: multiply_tile<Set, 8, HALVES>(payload, half, tables, own, sums); break;
-                    default: break;
-                }
-                payload += tile_bytes(tiles.rates[tile]);
-            }
-            float* place = totals + (half * HALF * STEP_BYTES + part) / 4;
-            for (int number = 0; number < HALVES * HALF; ++number, place += STEP_BYTES / 4)
-                Set::store(place, Set::plus_product(Set::load_floats(place), Set::to_float(sums[number]), step));
+    auto base = Set::nothing();
+    if (Set::OFFSET)
+        for (int tile = 0; tile < ROUNDED_TILES; ++tile)
+            if (tiles.rates[tile]) base = Set::add(base, Set::quads(bases + 4 * tile));
+    alignas(64) int32_t sums[PLANE];
+    for (int place = 0; place < PLANE; place += Set::BYTES / 4) Set::store_sums(sums + place, base);
+    const uint8_t* payload = tiles.payload;
+    for (int tile = 0, count; tile < ROUNDED_TILES; tile += count) {
+        const int rate = tiles.rates[tile];
+        for (count = 1; tile + count < ROUNDED_TILES && tiles.rates[tile + count] == rate;) ++count;
+        const int8_t* own = digits + tile * TILE_COLUMNS;
+        switch (rate) {
+            case 1: multiply_tiles<Set, 1>(payload, count, tables, own, sums); break;
+            case 2: multiply_tiles<Set, 2>(payload, count, tables, own, sums); break;
+            case 3: multiply_tiles<Set, 3>(payload, count, tables, own, sums); break;
+            case 4: multiply_tiles<Set, 4>(payload, count, tables, own, sums); break;
+            case 5: multiply_tiles<Set, 5>(payload, count, tables, own, sums); break;
+            case 6: multiply_tiles<Set, 6>(payload, count, tables, own, sums); break;
+            case 7: multiply_tiles<Set, 7>(payload, count, tables, own, sums); break;
+            case 8: multiply_tiles<Set, 8>(payload, count, tables, own, sums); break;
+            default: break;
         }
+        payload += count * tile_bytes(rate);
     }
+    for (int place = 0; place < PLANE; place += Set::BYTES / 4)
+        Set::store(totals + place, Set::plus_product(Set::load_floats(totals + place),
+                                                     Set::to_float(Set::load_sums(sums + place)), step));
 }
 
 template <class Set, int RATE>
@@ -166,41 +177,69 @@ struct RowFactors {
     alignas(64) float sizes[GROUP_ROWS], scales[GROUP_ROWS];
 };
 
-inline void read_factors(const Trellis& matrix, const Tables& tables, int64_t group, RowFactors& factors) {
-    const int64_t first = group * GROUP_ROWS, left = matrix.rows - first;
-    const float common = matrix.scale / (UNIT * (matrix.rotated ? 8 : 1));
-    for (int row = 0; row < GROUP_ROWS; ++row) {
-        factors.sizes[row] = tables.row_size[matrix.row_size[(first + row) / 2] >> row % 2 * 4 & 15];
-        factors.scales[row] = row < left ? common * tables.row_scale[matrix.row_scale[first + row]] : 0.0f;
+// What a set does with the rows of a group, unless it knows better.
+struct AnyRows {
+    // Reads the factors of the first `left` rows of a group, from its codes.
+    static void read_factors(const uint8_t* sizes, const uint8_t* scales, int64_t left, float common, const Tables& tables,
+                             RowFactors& factors) {
+        for (int row = 0; row < GROUP_ROWS; ++row) {
+            factors.sizes[row] = tables.row_size[sizes[row / 2] >> row % 2 * 4 & 15];
+            factors.scales[row] = row < left ? common * tables.row_scale[scales[row]] : 0.0f;
+        }
     }
+    static void sum_quads(const float* totals, float* sums) {
+        for (int row = 0; row < GROUP_ROWS; ++row) {
+            const float* quads = totals + 4 * row;
+            sums[row] = (quads[0] + quads[2]) + (quads[1] + quads[3]);
+        }
+    }
+    template <int APART>
+    ALWAYS_INLINE static void turn_pairs(float* rows) {
+        for (int block = 0; block < GROUP_ROWS; block += 2 * APART)
+            for (int row = block; row < block + APART; ++row) {
+                const float low = rows[row], high = rows[row + APART];
+                rows[row] = low + high;
+                rows[row + APART] = low - high;
+            }
+    }
+    // The Hadamard transform, times 8.
+    static void turn(float* rows) {
+        turn_pairs<1>(rows);
+        turn_pairs<2>(rows);
+        turn_pairs<4>(rows);
+        turn_pairs<8>(rows);
+        turn_pairs<16>(rows);
+        turn_pairs<32>(rows);
+    }
+};
+
+template <class Set>
+ALWAYS_INLINE void read_factors(const Trellis& matrix, const Tables& tables, int64_t group, RowFactors& factors) {
+    const int64_t first = group * GROUP_ROWS;
+    const float common = matrix.scale / (UNIT * (matrix.rotated ? 8 : 1));
+    Set::read_factors(matrix.row_size + first / 2, matrix.row_scale + first, matrix.rows - first, common, tables, factors);
 }
 
 // Sums quads, turns the rows back, and writes them to one row of y.
-inline void write_rows(const TrellisProduct& job, int64_t group, int64_t row_of_x, const RowFactors& factors,
-                       const float* totals) {
+template <class Set>
+ALWAYS_INLINE void write_rows(const TrellisProduct& job, int64_t group, int64_t row_of_x, const RowFactors& factors,
+                              const float* totals) {
     const Trellis& matrix = job.matrix;
     alignas(64) float sums[GROUP_ROWS];
-    for (int row = 0; row < GROUP_ROWS; ++row) {
-        const float* quads = totals + 4 * row;
-        sums[row] = ((quads[0] + quads[1]) + (quads[2] + quads[3])) * factors.sizes[row];
-    }
-    if (matrix.rotated) {
-        for (int apart = 1; apart < GROUP_ROWS; apart *= 2)
-            for (int block = 0; block < GROUP_ROWS; block += 2 * apart)
-                for (int row = block; row < block + apart; ++row) {
-                    const float low = sums[row], high = sums[row + apart];
-                    sums[row] = low + high;
-                    sums[row + apart] = low - high;
-                }
-    }
+    Set::sum_quads(totals, sums);
+    for (int row = 0; row < GROUP_ROWS; ++row) sums[row] *= factors.sizes[row];
+    if (matrix.rotated) Set::turn(sums);
     const float extra = job.activations.extras[row_of_x];
     for (int row = 0; row < GROUP_ROWS; ++row) sums[row] = sums[row] * factors.scales[row] + extra;
     const int64_t first = group * GROUP_ROWS;
     const int64_t rows = matrix.rows - first < GROUP_ROWS ? matrix.rows - first : GROUP_ROWS;
     float* y = job.y + row_of_x * matrix.rows;
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t place = matrix.row_at(first + row);
-        y[place] = job.bias ? sums[row] + job.bias[place] : sums[row];
+    if (job.bias)
+        for (int64_t row = 0; row < rows; ++row) sums[row] += job.bias[matrix.row_at(first + row)];
+    if (matrix.row_order) {
+        for (int64_t row = 0; row < rows; ++row) y[matrix.row_at(first + row)] = sums[row];
+    } else {
+        std::memcpy(y + first, sums, rows * sizeof(float));
     }
 }
 
@@ -258,7 +297,8 @@ void round_row(const TrellisProduct& job, const Tables& tables, int64_t row) {
 template <class Set>
 void multiply_single(const TrellisProduct& job, const Tables& tables, int64_t group) {
     const Trellis& matrix = job.matrix;
-    alignas(64) float totals[PLANE] = {};
+    alignas(64) float totals[PLANE];
+    for (int place = 0; place < PLANE; place += Set::BYTES / 4) Set::store(totals + place, Set::to_float(Set::nothing()));
     const int64_t rounded = matrix.rounded();
     const uint8_t* rates = matrix.rates + group * matrix.pairs();
     Tiles tiles;
@@ -270,8 +310,8 @@ void multiply_single(const TrellisProduct& job, const Tables& tables, int64_t gr
         for (int rate : tiles.rates) tiles.payload += tile_bytes(rate);
     }
     RowFactors factors;
-    read_factors(matrix, tables, group, factors);
-    write_rows(job, group, 0, factors, totals);
+    read_factors<Set>(matrix, tables, group, factors);
+    write_rows<Set>(job, group, 0, factors, totals);
 }
 
 template <class Set, int COUNT>
@@ -282,7 +322,7 @@ void multiply_batch(const TrellisProduct& job, const Tables& tables, int64_t gro
     const int64_t rounded = matrix.rounded();
     const uint8_t* rates = matrix.rates + group * matrix.pairs();
     RowFactors factors;
-    read_factors(matrix, tables, group, factors);
+    read_factors<Set>(matrix, tables, group, factors);
     for (int64_t first = 0; first < job.batch; first += BLOCK) {
         const int64_t rows = job.batch - first < BLOCK ? job.batch - first : BLOCK;
         std::memset(totals, 0, rows * sizeof totals[0]);
@@ -303,7 +343,7 @@ void multiply_batch(const TrellisProduct& job, const Tables& tables, int64_t gro
                          job.activations.bases + side * COUNT * (ROUNDED / 4), job.activations.steps[side], totals[row]);
             }
         }
-        for (int64_t row = 0; row < rows; ++row) write_rows(job, group, first + row, factors, totals[row]);
+        for (int64_t row = 0; row < rows; ++row) write_rows<Set>(job, group, first + row, factors, totals[row]);
     }
 }
 

@@ -6,7 +6,7 @@
 namespace nashswarm {
 namespace {
 
-struct TrellisNeon {
+struct TrellisNeon : AnyRows {
     static constexpr int BYTES = 16, HALVES = 1, OFFSET = 0;
     using Codes = uint8x16_t;
     using Inputs = int8x16_t;
@@ -41,6 +41,8 @@ struct TrellisNeon {
     template <bool WIDE>
     static Sum multiply(Sum sum, Codes codes, Inputs inputs) { return vdotq_s32(sum, vreinterpretq_s8_u8(codes), inputs); }
 
+    static Sum load_sums(const int32_t* sums) { return vld1q_s32(sums); }
+    static void store_sums(int32_t* sums, Sum sum) { vst1q_s32(sums, sum); }
     static Value to_float(Sum sum) { return vcvtq_f32_s32(sum); }
     static Value plus_product(Value sum, Value left, float right) { return vfmaq_n_f32(sum, left, right); }
     static Value load_floats(const float* floats) { return vld1q_f32(floats); }

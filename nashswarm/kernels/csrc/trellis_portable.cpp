@@ -4,7 +4,7 @@
 namespace nashswarm {
 namespace {
 
-struct Portable {
+struct Portable : AnyRows {
     static constexpr int BYTES = 64, HALVES = 1, OFFSET = 0, LANES = BYTES / 4;
     struct Codes { uint8_t bytes[BYTES]; };
     struct Inputs { int8_t digits[TILE_COLUMNS]; };
@@ -61,6 +61,8 @@ struct Portable {
         });
     }
 
+    static Sum load_sums(const int32_t* sums) { return each<Sum>([&](int lane) { return sums[lane]; }); }
+    static void store_sums(int32_t* sums, const Sum& sum) { std::memcpy(sums, sum.lanes, sizeof sum.lanes); }
     static Value to_float(const Sum& sum) { return each<Value>([&](int lane) { return float(sum.lanes[lane]); }); }
     static Value plus_product(const Value& sum, const Value& left, float right) {
         return each<Value>([&](int lane) { return sum.lanes[lane] + left.lanes[lane] * right; });

@@ -22,6 +22,7 @@ struct Half {
     typename Set::Codes next;    // coded >> 2
     typename Set::Codes before;  // the same of the other half
     typename Set::Codes other;   // the coded bits of the other half
+    typename Set::Codes joined;  // the first three coded bits, and from bit 3 the last three of the other half
     typename Set::Codes plain[RATE > 1 ? RATE - 1 : 1];
 };
 
@@ -33,6 +34,7 @@ ALWAYS_INLINE Half<Set, RATE> read_half(const uint8_t* tile, int half) {
     read.other = Set::load(tile + (1 - half) * RATE * STEP_BYTES);
     read.next = Set::template right<2>(read.coded);
     read.before = Set::template right<2>(read.other);
+    read.joined = Set::template merge<0x07>(read.coded, read.before);
     for (int bit = 0; bit + 1 < RATE; ++bit) read.plain[bit] = Set::load(own + (bit + 1) * STEP_BYTES);
     return read;
 }
@@ -54,7 +56,7 @@ ALWAYS_INLINE constexpr typename Set::Codes append_plain(const Half<Set, RATE>& 
 // The index of a step, in its lowest bits.
 template <class Set, int RATE, int STEP>
 ALWAYS_INLINE constexpr typename Set::Codes index_of(const Half<Set, RATE>& half) {
-    [[maybe_unused]] const auto &coded = half.coded, &next = half.next, &before = half.before, &other = half.other;
+    [[maybe_unused]] const auto &coded = half.coded, &next = half.next, &before = half.before, &other = half.other, &joined = half.joined;
     [[maybe_unused]] const auto& plain = half.plain;
     [[maybe_unused]] const auto one = Set::template right<1>(coded);
     if constexpr (RATE == 1) {
@@ -65,8 +67,8 @@ ALWAYS_INLINE constexpr typename Set::Codes index_of(const Half<Set, RATE>& half
     }
     if constexpr (RATE == 2) {
         if constexpr (STEP == 0) return Set::template merge<0x02>(plain[0], Set::template merge<0x01>(coded, before));
-        if constexpr (STEP == 1) return Set::template merge<0x04>(plain[0], Set::template merge<0x07>(coded, before));
-        if constexpr (STEP == 2) return Set::template merge<0x08>(plain[0], Set::template merge<0x07>(coded, before));
+        if constexpr (STEP == 1) return Set::template merge<0x04>(plain[0], joined);
+        if constexpr (STEP == 2) return Set::template merge<0x08>(plain[0], joined);
         if constexpr (STEP == 3) return Set::template merge<0x10>(plain[0], Set::template merge<0x0f>(coded, before));
         if constexpr (STEP == 4) return Set::template merge<0x20>(plain[0], coded);
         if constexpr (STEP == 5) return Set::template merge<0x01>(plain[0], coded);
@@ -74,7 +76,6 @@ ALWAYS_INLINE constexpr typename Set::Codes index_of(const Half<Set, RATE>& half
         if constexpr (STEP == 7) return Set::template merge<0x01>(Set::template right<6>(plain[0]), next);
     }
     if constexpr (RATE == 3) {
-        [[maybe_unused]] const auto joined = Set::template merge<0x07>(coded, before);
         if constexpr (STEP == 0) return Set::template merge<0x06>(plain[0], joined);
         if constexpr (STEP == 1) return Set::template merge<0x0c>(plain[1], joined);
         if constexpr (STEP == 2) return Set::template merge<0x18>(plain[0], joined);
@@ -85,7 +86,6 @@ ALWAYS_INLINE constexpr typename Set::Codes index_of(const Half<Set, RATE>& half
         if constexpr (STEP == 7) return Set::template merge<0x03>(Set::template right<6>(plain[1]), next);
     }
     if constexpr (RATE == 4) {
-        [[maybe_unused]] const auto joined = Set::template merge<0x07>(coded, before);
         [[maybe_unused]] const auto half_0 = Set::template right<1>(plain[0]), half_1 = Set::template right<1>(plain[1]);
         if constexpr (STEP == 0)
             return Set::template merge<0x42>(half_0, Set::template merge<0x04>(half_1, joined));
@@ -168,6 +168,7 @@ constexpr Meanings meanings() {
     half.other = Names::each([](int bit) { return 8 + bit; });
     half.next = Names::right<2>(half.coded);
     half.before = Names::right<2>(half.other);
+    half.joined = Names::merge<0x07>(half.coded, half.before);
     for (int number = 0; number + 1 < RATE; ++number)
         half.plain[number] = Names::each([&](int bit) { return 16 + 8 * number + bit; });
     const Names::Codes index = index_of<Names, RATE, STEP>(half);
