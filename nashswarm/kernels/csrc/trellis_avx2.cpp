@@ -6,7 +6,21 @@
 namespace nashswarm {
 namespace {
 
-struct TrellisAvx2 : AnyRows {
+// Constants as operands in memory, written in assembly where compilers would make them in registers again and again.
+struct alignas(32) Bytes { uint8_t each[32]; };
+constexpr Bytes repeated(int even, int odd) {
+    Bytes bytes{};
+    for (int place = 0; place < 32; place += 2) {
+        bytes.each[place] = uint8_t(even);
+        bytes.each[place + 1] = uint8_t(odd);
+    }
+    return bytes;
+}
+template <int BYTE>
+constexpr Bytes EACH_BYTE = repeated(BYTE, BYTE);
+constexpr Bytes EACH_WORD = repeated(1, 0);
+
+struct TrellisAvx2 : AnySet<TrellisAvx2> {
     static constexpr int BYTES = 32, HALVES = 1, OFFSET = 0;
     using Codes = __m256i;
     struct Inputs { __m256i digits, magnitudes; };
@@ -25,19 +39,31 @@ struct TrellisAvx2 : AnyRows {
     template <int BY>
     static Codes left(Codes codes) { return BY ? _mm256_slli_epi16(codes, BY) : codes; }
     template <int MASK>
+    static Codes only(Codes codes) {
+        __asm__("vpand %1, %0, %0" : "+x"(codes) : "m"(EACH_BYTE<MASK>));
+        return codes;
+    }
+    static __m256i sixteen(const uint8_t* entries) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(entries)));
+    }
+    template <int MASK>
     static Codes merge(Codes chosen, Codes rest) {
-        const __m256i mask = _mm256_set1_epi8(char(MASK));
-        return _mm256_or_si256(_mm256_and_si256(chosen, mask), _mm256_andnot_si256(mask, rest));
+        return _mm256_or_si256(only<MASK>(chosen), only<0xff & ~MASK>(rest));
+    }
+    template <int BITS, int MASK>
+    static Codes index(Codes chosen, Codes rest) {
+        constexpr int ALL = (1 << BITS) - 1;
+        if constexpr ((MASK & ALL) == ALL) return only<ALL>(chosen);
+        else return _mm256_or_si256(only<MASK & ALL>(chosen), only<ALL & ~MASK>(rest));
     }
     // An index minus 16 k is negative, and finds nothing, unless it belongs to the k-th sixteen entries or later ones.
     template <int BITS>
     static Codes look(const uint8_t* table, Codes index) {
-        const __m256i place = _mm256_and_si256(index, _mm256_set1_epi8((1 << BITS) - 1));
-        __m256i values = _mm256_setzero_si256();
-        for (int first = 0; first < 1 << BITS; first += 16) {
-            const __m256i entries = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table + first)));
-            const __m256i found = _mm256_shuffle_epi8(entries, _mm256_sub_epi8(place, _mm256_set1_epi8(char(first))));
-            values = first ? _mm256_xor_si256(values, found) : found;
+        __asm__ volatile("" : "+r"(table));  // there are not enough registers to keep tables
+        __m256i values = _mm256_shuffle_epi8(sixteen(table), index);
+        for (int first = 16; first < 1 << BITS; first += 16) {
+            __asm__("vpsubb %1, %0, %0" : "+x"(index) : "m"(EACH_BYTE<16>));
+            values = _mm256_xor_si256(values, _mm256_shuffle_epi8(sixteen(table + first), index));
         }
         return values;
     }
@@ -60,8 +86,9 @@ struct TrellisAvx2 : AnyRows {
                                 _mm256_madd_epi16(high(codes), high(inputs.digits))));
         }
         // Values are at least -127, so that the sum of two products, at most 2 · 127 · 128, does not saturate.
-        const __m256i pairs = _mm256_maddubs_epi16(inputs.magnitudes, _mm256_sign_epi8(codes, inputs.digits));
-        return add(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        __m256i pairs = _mm256_maddubs_epi16(inputs.magnitudes, _mm256_sign_epi8(codes, inputs.digits));
+        __asm__("vpmaddwd %1, %0, %0" : "+x"(pairs) : "m"(EACH_WORD));
+        return add(sum, pairs);
     }
 
     static Sum load_sums(const int32_t* sums) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums)); }

@@ -4,7 +4,7 @@
 namespace nashswarm {
 namespace {
 
-struct TrellisWords : TrellisAvx512 {
+struct TrellisWords : TrellisAvx512<TrellisWords> {
     static __m512i sixteen(const uint8_t* entries) {
         return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(entries)));
     }

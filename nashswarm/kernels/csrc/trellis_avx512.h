@@ -8,14 +8,14 @@
 namespace nashswarm {
 namespace {
 
-struct TrellisAvx512 : AnyRows {
+template <class Set>
+struct TrellisAvx512 : AnySet<Set> {
     static constexpr int BYTES = 64, HALVES = 1, OFFSET = 128;  // vpdpbusd multiplies unsigned by signed bytes
     using Codes = __m512i;
     using Inputs = __m512i;
     using Sum = __m512i;
     using Value = __m512;
 
-    static void finish_table(uint8_t*, int) {}
     static Codes load(const uint8_t* bytes) {
         Codes codes = _mm512_loadu_si512(bytes);
         __asm__("" : "+v"(codes));  // loads once, instead of for every use: loads across cache lines are slow

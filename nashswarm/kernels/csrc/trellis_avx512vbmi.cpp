@@ -4,7 +4,7 @@
 namespace nashswarm {
 namespace {
 
-struct TrellisVbmi : TrellisAvx512 {
+struct TrellisVbmi : TrellisAvx512<TrellisVbmi> {
     template <int BITS>
     static Codes look(const uint8_t* table, Codes index) {
         if constexpr (BITS <= 6) return _mm512_permutexvar_epi8(index, _mm512_load_si512(table));

@@ -38,6 +38,13 @@ ALWAYS_INLINE void read_rates(const Trellis& matrix, const uint8_t* rates, int64
     }
 }
 
+// The rate of all tiles of 64 columns, or -1.
+ALWAYS_INLINE int uniform_rate(const Trellis& matrix, const uint8_t* rates, int64_t rounded) {
+    static_assert(ROUNDED_TILES == 4, "two bytes of rates");
+    const uint8_t* pair = rates + 2 * rounded;
+    return 4 * rounded + 4 <= matrix.across() && pair[0] == pair[1] && pair[0] % 16 == pair[0] / 16 ? pair[0] % 16 : -1;
+}
+
 constexpr int64_t tile_bytes(int rate) { return int64_t(rate) * 2 * STEP_BYTES; }
 
 // Calls take(step, values) for the HALVES halves from `half` on of a tile; `tile` points to BYTES of its first register.
@@ -78,6 +85,61 @@ __attribute__((noinline)) void multiply_tiles(const uint8_t* tiles, int count, c
             }
             for (int step = 0; step < HALVES * HALF; ++step) Set::store_sums(place + step * STEP_BYTES / 4, own[step]);
         }
+    }
+}
+
+// The activations of 64 columns.
+struct Rounded {
+    const int8_t* digits;
+    const int32_t* bases;
+    const float* step;
+};
+
+// Adds the products of whole 64 columns, all of whose tiles have one rate, to the totals of a row group: `count` times 64.
+template <class Set, int RATE>
+__attribute__((noinline)) void multiply_uniform(const uint8_t* tiles, int64_t count, const Tables& tables, Rounded rounded,
+                                                float* totals) {
+    constexpr int HALVES = Set::HALVES;
+    for (; count > 0; --count) {
+        auto base = Set::nothing();
+        if (Set::OFFSET)
+            for (int tile = 0; tile < ROUNDED_TILES; ++tile) base = Set::add(base, Set::quads(rounded.bases + 4 * tile));
+        for (int part = 0; part < STEP_BYTES; part += Set::BYTES) {
+            for (int half = 0; half < 2; half += HALVES) {
+                typename Set::Sum sums[HALVES * HALF];
+                for (auto& sum : sums) sum = base;
+                for (int tile = 0; tile < ROUNDED_TILES; ++tile) {
+                    const auto inputs = Set::inputs(rounded.digits + tile * TILE_COLUMNS);
+                    decode_steps<Set, RATE, HALVES>(
+                        tiles + tile * tile_bytes(RATE) + part, half, tables,
+                        [&](int step, auto values) {
+                            sums[step] = Set::template multiply<RATE == RATES>(sums[step], values, inputs);
+                        },
+                        std::make_integer_sequence<int, HALF>());
+                }
+                float* place = totals + (half * HALF * STEP_BYTES + part) / 4;
+                for (int step = 0; step < HALVES * HALF; ++step, place += STEP_BYTES / 4)
+                    Set::store(place, Set::plus_product(Set::load_floats(place), Set::to_float(sums[step]), *rounded.step));
+            }
+        }
+        tiles += ROUNDED_TILES * tile_bytes(RATE);
+        rounded = {rounded.digits + ROUNDED, rounded.bases + ROUNDED / 4, rounded.step + 1};
+    }
+}
+
+template <class Set>
+void multiply_uniform_rate(int rate, const uint8_t* tiles, int64_t count, const Tables& tables, const Rounded& rounded,
+                           float* totals) {
+    switch (rate) {
+        case 1: return multiply_uniform<Set, 1>(tiles, count, tables, rounded, totals);
+        case 2: return multiply_uniform<Set, 2>(tiles, count, tables, rounded, totals);
+        case 3: return multiply_uniform<Set, 3>(tiles, count, tables, rounded, totals);
+        case 4: return multiply_uniform<Set, 4>(tiles, count, tables, rounded, totals);
+        case 5: return multiply_uniform<Set, 5>(tiles, count, tables, rounded, totals);
+        case 6: return multiply_uniform<Set, 6>(tiles, count, tables, rounded, totals);
+        case 7: return multiply_uniform<Set, 7>(tiles, count, tables, rounded, totals);
+        case 8: return multiply_uniform<Set, 8>(tiles, count, tables, rounded, totals);
+        default: return;
     }
 }
 
@@ -177,8 +239,16 @@ struct RowFactors {
     alignas(64) float sizes[GROUP_ROWS], scales[GROUP_ROWS];
 };
 
-// What a set does with the rows of a group, unless it knows better.
-struct AnyRows {
+// What a set does with indices and with the rows of a group, unless it knows better.
+template <class Set>
+struct AnySet {
+    static void finish_table(uint8_t*, int) {}
+    template <int BITS, int MASK, class Codes>
+    ALWAYS_INLINE static Codes index(const Codes& chosen, const Codes& rest) {
+        if constexpr (MASK == 0xff) return chosen;
+        else return Set::template merge<MASK>(chosen, rest);
+    }
+
     // Reads the factors of the first `left` rows of a group, from its codes.
     static void read_factors(const uint8_t* sizes, const uint8_t* scales, int64_t left, float common, const Tables& tables,
                              RowFactors& factors) {
@@ -303,11 +373,21 @@ void multiply_single(const TrellisProduct& job, const Tables& tables, int64_t gr
     const uint8_t* rates = matrix.rates + group * matrix.pairs();
     Tiles tiles;
     tiles.payload = matrix.payload + matrix.starts[group];
-    for (int64_t number = 0; number < rounded; ++number) {
-        read_rates(matrix, rates, number, tiles);
-        multiply_rounded<Set>(tiles, tables, job.activations.digits + number * ROUNDED,
-                              job.activations.bases + number * (ROUNDED / 4), job.activations.steps[number], totals);
-        for (int rate : tiles.rates) tiles.payload += tile_bytes(rate);
+    const auto& [digits, bases, steps, extras] = job.activations;
+    for (int64_t number = 0, count; number < rounded; number += count) {
+        const int rate = uniform_rate(matrix, rates, number);
+        if (rate < 0) {
+            count = 1;
+            read_rates(matrix, rates, number, tiles);
+            multiply_rounded<Set>(tiles, tables, digits + number * ROUNDED, bases + number * (ROUNDED / 4), steps[number],
+                                  totals);
+            for (int own : tiles.rates) tiles.payload += tile_bytes(own);
+        } else {
+            for (count = 1; number + count < rounded && uniform_rate(matrix, rates, number + count) == rate;) ++count;
+            const Rounded first{digits + number * ROUNDED, bases + number * (ROUNDED / 4), steps + number};
+            multiply_uniform_rate<Set>(rate, tiles.payload, count, tables, first, totals);
+            tiles.payload += count * ROUNDED_TILES * tile_bytes(rate);
+        }
     }
     RowFactors factors;
     read_factors<Set>(matrix, tables, group, factors);

@@ -6,14 +6,13 @@
 namespace nashswarm {
 namespace {
 
-struct TrellisNeon : AnyRows {
+struct TrellisNeon : AnySet<TrellisNeon> {
     static constexpr int BYTES = 16, HALVES = 1, OFFSET = 0;
     using Codes = uint8x16_t;
     using Inputs = int8x16_t;
     using Sum = int32x4_t;
     using Value = float32x4_t;
 
-    static void finish_table(uint8_t*, int) {}
     static Codes load(const uint8_t* bytes) { return vld1q_u8(bytes); }
     static void store_codes(uint8_t* bytes, Codes codes) { vst1q_u8(bytes, codes); }
     static Codes from_signed(Codes codes) { return codes; }

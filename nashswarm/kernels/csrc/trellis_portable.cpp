@@ -4,7 +4,7 @@
 namespace nashswarm {
 namespace {
 
-struct Portable : AnyRows {
+struct Portable : AnySet<Portable> {
     static constexpr int BYTES = 64, HALVES = 1, OFFSET = 0, LANES = BYTES / 4;
     struct Codes { uint8_t bytes[BYTES]; };
     struct Inputs { int8_t digits[TILE_COLUMNS]; };
@@ -24,7 +24,6 @@ struct Portable : AnyRows {
         return result;
     }
 
-    static void finish_table(uint8_t*, int) {}
     static Codes load(const uint8_t* bytes) { return each_byte([&](int byte) { return bytes[byte]; }); }
     static void store_codes(uint8_t* bytes, const Codes& codes) { std::memcpy(bytes, codes.bytes, BYTES); }
     static Codes from_signed(const Codes& codes) { return codes; }

@@ -50,64 +50,66 @@ template <class Set, int RATE, int STEP, int... BIT>
 ALWAYS_INLINE constexpr typename Set::Codes append_plain(const Half<Set, RATE>& half, typename Set::Codes index,
                                                std::integer_sequence<int, BIT...>) {
     ((index = move_bit<Set, STEP, MEMORY[RATE] + 1 + BIT>(half.plain[BIT], index)), ...);
-    return index;
+    return Set::template index<index_bits(RATE), 0xff>(index, index);
 }
 
-// The index of a step, in its lowest bits.
+// The index of a step, in its lowest bits.  The last merge is an operation of its own: a set may clear the other bits.
 template <class Set, int RATE, int STEP>
 ALWAYS_INLINE constexpr typename Set::Codes index_of(const Half<Set, RATE>& half) {
-    [[maybe_unused]] const auto &coded = half.coded, &next = half.next, &before = half.before, &other = half.other, &joined = half.joined;
+    [[maybe_unused]] const auto &coded = half.coded, &next = half.next, &before = half.before;
+    [[maybe_unused]] const auto &other = half.other, &joined = half.joined;
     [[maybe_unused]] const auto& plain = half.plain;
     [[maybe_unused]] const auto one = Set::template right<1>(coded);
+    constexpr int BITS = index_bits(RATE);
     if constexpr (RATE == 1) {
-        if constexpr (STEP < 5) return Set::template merge<(2 << STEP) - 1>(coded, before);
-        if constexpr (STEP == 5) return coded;
-        if constexpr (STEP == 6) return one;
-        if constexpr (STEP == 7) return next;
+        if constexpr (STEP < 5) return Set::template index<BITS, (2 << STEP) - 1>(coded, before);
+        if constexpr (STEP == 5) return Set::template index<BITS, 0xff>(coded, coded);
+        if constexpr (STEP == 6) return Set::template index<BITS, 0xff>(one, one);
+        if constexpr (STEP == 7) return Set::template index<BITS, 0xff>(next, next);
     }
     if constexpr (RATE == 2) {
-        if constexpr (STEP == 0) return Set::template merge<0x02>(plain[0], Set::template merge<0x01>(coded, before));
-        if constexpr (STEP == 1) return Set::template merge<0x04>(plain[0], joined);
-        if constexpr (STEP == 2) return Set::template merge<0x08>(plain[0], joined);
-        if constexpr (STEP == 3) return Set::template merge<0x10>(plain[0], Set::template merge<0x0f>(coded, before));
-        if constexpr (STEP == 4) return Set::template merge<0x20>(plain[0], coded);
-        if constexpr (STEP == 5) return Set::template merge<0x01>(plain[0], coded);
-        if constexpr (STEP == 6) return Set::template merge<0x20>(Set::template right<2>(plain[0]), next);
-        if constexpr (STEP == 7) return Set::template merge<0x01>(Set::template right<6>(plain[0]), next);
+        if constexpr (STEP == 0) return Set::template index<BITS, 0x02>(plain[0], Set::template merge<0x01>(coded, before));
+        if constexpr (STEP == 1) return Set::template index<BITS, 0x04>(plain[0], joined);
+        if constexpr (STEP == 2) return Set::template index<BITS, 0x08>(plain[0], joined);
+        if constexpr (STEP == 3) return Set::template index<BITS, 0x10>(plain[0], Set::template merge<0x0f>(coded, before));
+        if constexpr (STEP == 4) return Set::template index<BITS, 0x20>(plain[0], coded);
+        if constexpr (STEP == 5) return Set::template index<BITS, 0x01>(plain[0], coded);
+        if constexpr (STEP == 6) return Set::template index<BITS, 0x20>(Set::template right<2>(plain[0]), next);
+        if constexpr (STEP == 7) return Set::template index<BITS, 0x01>(Set::template right<6>(plain[0]), next);
     }
     if constexpr (RATE == 3) {
-        if constexpr (STEP == 0) return Set::template merge<0x06>(plain[0], joined);
-        if constexpr (STEP == 1) return Set::template merge<0x0c>(plain[1], joined);
-        if constexpr (STEP == 2) return Set::template merge<0x18>(plain[0], joined);
-        if constexpr (STEP == 3) return Set::template merge<0x30>(plain[1], coded);
-        if constexpr (STEP == 4) return Set::template merge<0x30>(Set::template right<2>(plain[0]), one);
-        if constexpr (STEP == 5) return Set::template merge<0x03>(plain[1], coded);
-        if constexpr (STEP == 6) return Set::template merge<0x21>(plain[0], next);
-        if constexpr (STEP == 7) return Set::template merge<0x03>(Set::template right<6>(plain[1]), next);
+        if constexpr (STEP == 0) return Set::template index<BITS, 0x06>(plain[0], joined);
+        if constexpr (STEP == 1) return Set::template index<BITS, 0x0c>(plain[1], joined);
+        if constexpr (STEP == 2) return Set::template index<BITS, 0x18>(plain[0], joined);
+        if constexpr (STEP == 3) return Set::template index<BITS, 0x30>(plain[1], coded);
+        if constexpr (STEP == 4) return Set::template index<BITS, 0x30>(Set::template right<2>(plain[0]), one);
+        if constexpr (STEP == 5) return Set::template index<BITS, 0x03>(plain[1], coded);
+        if constexpr (STEP == 6) return Set::template index<BITS, 0x21>(plain[0], next);
+        if constexpr (STEP == 7) return Set::template index<BITS, 0x03>(Set::template right<6>(plain[1]), next);
     }
     if constexpr (RATE == 4) {
         [[maybe_unused]] const auto half_0 = Set::template right<1>(plain[0]), half_1 = Set::template right<1>(plain[1]);
         if constexpr (STEP == 0)
-            return Set::template merge<0x42>(half_0, Set::template merge<0x04>(half_1, joined));
+            return Set::template index<BITS, 0x42>(half_0, Set::template merge<0x04>(half_1, joined));
         if constexpr (STEP == 1)
-            return Set::template merge<0x44>(Set::template right<1>(plain[2]), Set::template merge<0x08>(half_1, joined));
-        if constexpr (STEP == 2) return Set::template merge<0x58>(Set::template left<3>(plain[0]), joined);
-        if constexpr (STEP == 3) return Set::template merge<0x70>(plain[0], coded);
-        if constexpr (STEP == 4) return Set::template merge<0x61>(plain[1], coded);
-        if constexpr (STEP == 5) return Set::template merge<0x70>(plain[2], next);
-        if constexpr (STEP == 6) return Set::template merge<0x07>(plain[2], coded);
-        if constexpr (STEP == 7) return Set::template merge<0x43>(half_1, next);
+            return Set::template index<BITS, 0x44>(Set::template right<1>(plain[2]), Set::template merge<0x08>(half_1, joined));
+        if constexpr (STEP == 2) return Set::template index<BITS, 0x58>(Set::template left<3>(plain[0]), joined);
+        if constexpr (STEP == 3) return Set::template index<BITS, 0x70>(plain[0], coded);
+        if constexpr (STEP == 4) return Set::template index<BITS, 0x61>(plain[1], coded);
+        if constexpr (STEP == 5) return Set::template index<BITS, 0x70>(plain[2], next);
+        if constexpr (STEP == 6) return Set::template index<BITS, 0x07>(plain[2], coded);
+        if constexpr (STEP == 7) return Set::template index<BITS, 0x43>(half_1, next);
     }
     if constexpr (RATE > 4) {
         constexpr int LAGS = MEMORY[RATE];
-        constexpr auto BITS = std::make_integer_sequence<int, RATE - 1>();
+        constexpr auto ALL = std::make_integer_sequence<int, RATE - 1>();
         if constexpr (STEP >= LAGS) {
-            return append_plain<Set, RATE, STEP>(half, Set::template right<STEP - LAGS>(coded), BITS);
+            return append_plain<Set, RATE, STEP>(half, Set::template right<STEP - LAGS>(coded), ALL);
         } else {  // the newest STEP + 1 coded bits are those of this half
             constexpr int OLDER = LAGS - STEP;
             const auto window = Set::template merge<(1 << OLDER) - 1>(Set::template right<HALF - OLDER>(other),
                                                                       Set::template left<OLDER>(coded));
-            return append_plain<Set, RATE, STEP>(half, window, BITS);
+            return append_plain<Set, RATE, STEP>(half, window, ALL);
         }
     }
 }
@@ -135,6 +137,8 @@ struct Names {
     static constexpr Codes merge(const Codes& chosen, const Codes& rest) {
         return each([&](int bit) { return MASK >> bit & 1 ? chosen.bits[bit] : rest.bits[bit]; });
     }
+    template <int BITS, int MASK>
+    static constexpr Codes index(const Codes& chosen, const Codes& rest) { return merge<MASK>(chosen, rest); }
 };
 
 constexpr int PLACES[3][HALF][3] = {  // of rates 2, 3, 4: 8 · register + bit of each plain bit of a step, as PLACES in Python
