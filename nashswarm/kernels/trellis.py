@@ -19,7 +19,8 @@ row and the column in the stored order, and let r run over the rows of the group
 T is the orthonormal Hadamard matrix of 64 rows (Sylvester's), or the identity if the matrix is not rotated.  Scales are
 powers of two: ``row_scale`` in steps of 1/8 octave, ``column_scale`` in steps of 1/16, ``row_size`` in steps of -1/4.
 
-The bytes are a header, the sections of ``_sections``, each aligned to 8 bytes, and the tiles, row group by row group.
+The bytes are a header, the sections of ``_sections``, each aligned to 8 bytes, and the tiles, row group by row group,
+aligned to 64 bytes, a cache line.  A matrix is a multiple of 64 bytes, so that matrices one after another stay aligned.
 A tile of R bits takes 2R registers of 64 bytes: R for its steps 0 to 7, and R for its steps 8 to 15.  Byte 16q + c of a
 register belongs to column c and to the rows 4t + q.  Bit s of the first register of a half is the coded bit of step s;
 the places of the plain bits are in ``trellis_codes.PLACES``, chosen so that kernels find most of them where a table
@@ -48,7 +49,7 @@ from nashswarm.kernels.trellis_codes import (
 
 MAGIC = b"NSr1"
 HEADER = struct.Struct("<4sBBHIIf")  # magic, rotated, orders, reserved, rows, columns, scale
-ALIGNMENT = 8
+ALIGNMENT, LINE = 8, 64  # bytes, of sections and of tiles
 ROW_ORDER, COLUMN_ORDER = 1, 2  # flags in the header
 MIDDLE, ROW_STEPS, COLUMN_STEPS, SIZE_STEPS = (
     128,
@@ -109,9 +110,10 @@ def tiles_across(columns: int) -> int:
 def side_bytes(rows: int, columns: int, row_order: bool, column_order: bool) -> int:
     """Return the bytes of everything but the tiles."""
     sections = _sections(rows, columns, ROW_ORDER * row_order | COLUMN_ORDER * column_order)
-    return _aligned(HEADER.size) + sum(
-        _aligned(int(np.prod(shape)) * dtype.itemsize) for shape, dtype in sections.values()
-    )
+    end = HEADER.size
+    for shape, dtype in sections.values():
+        end = _aligned(end) + int(np.prod(shape)) * dtype.itemsize
+    return _aligned(end, LINE)
 
 
 def build(
@@ -146,7 +148,7 @@ def build(
         part = parts[name]
         if part is not None and part.numel():
             content += part.reshape(shape).to(dtype).numpy().tobytes()
-    content += bytes(-len(content) % ALIGNMENT)
+    content += bytes(-len(content) % LINE)
     content += pack_codes(rates, codes).numpy().tobytes()
     return parse(torch.frombuffer(content, dtype=torch.uint8))
 
@@ -180,7 +182,7 @@ def parse(content: UInt8[Tensor, " bytes"]) -> Trellis:
         fields[name] = content[start:end].view(dtype).view(shape)
     trellis = Trellis(
         rows, columns, bool(rotated), scale, content, fields["rates"], fields["row_size"], fields["row_scale"],
-        fields["row_order"], fields["column_scale"], fields["column_order"], content[_aligned(end) :],
+        fields["row_order"], fields["column_scale"], fields["column_order"], content[_aligned(end, LINE) :],
     )  # fmt: skip
     _check(trellis)
     return trellis
@@ -261,8 +263,8 @@ def _check(trellis: Trellis) -> None:
             raise ValueError("an order in a trellis-coded matrix is no permutation: the file is damaged; copy it again")
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _aligned(size: int, alignment: int = ALIGNMENT) -> int:
+    return -(-size // alignment) * alignment
 
 
 def _pairs(values: UInt8[Tensor, "rows n"]) -> UInt8[Tensor, "rows pairs"]:

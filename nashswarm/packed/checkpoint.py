@@ -21,6 +21,7 @@ from nashswarm.models.experts import unfuse
 from nashswarm.models.matrices import MATRICES, round_to_stored, uncompressed_tensors
 from nashswarm.packed.file_format import (
     METHOD,
+    PADDING,
     TABLES,
     VERSION,
     Bytes,
@@ -70,8 +71,8 @@ class NashSwarmQuantizer(HfQuantizer):
         paths = [pathlib.Path(path) for path in checkpoint_files or ()]
         for key, size in verified_sizes(paths, self.quantization_config.checksum).items():
             empty = torch.empty(size, dtype=torch.uint8, device="meta")
-            if key == TABLES:
-                model.register_buffer(TABLES, empty)
+            if key in (TABLES, PADDING):
+                model.register_buffer(key, empty)
                 continue
             stem = key.removesuffix(".weight")
             name = next((name for name in (stem, stem.removeprefix(prefix), prefix + stem) if name in modules), None)
@@ -82,7 +83,7 @@ class NashSwarmQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         """Replace every module whose weight is a row of bytes."""
-        tables = model._buffers.pop(TABLES, None)
+        tables, _ = (model._buffers.pop(key, None) for key in (TABLES, PADDING))
         sharing: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, MATRICES) and module.weight.dtype == torch.uint8:

@@ -55,7 +55,7 @@ Trellis read(const uint8_t* content, const int64_t* starts) {
     matrix.row_order = section(ordered_rows ? matrix.rows * (Trellis::wide(rows) ? 4 : 2) : 0);
     matrix.column_scale = section(matrix.across() * TILE_COLUMNS);
     matrix.column_order = section(ordered_columns ? matrix.columns * (Trellis::wide(columns) ? 4 : 2) : 0);
-    matrix.payload = section(0);
+    matrix.payload = content + rounded_up(end);
     if (!ordered_rows) matrix.row_order = nullptr;
     if (!ordered_columns) matrix.column_order = nullptr;
     return matrix;
