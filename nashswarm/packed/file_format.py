@@ -40,6 +40,7 @@ METHOD = "nashswarm"
 VERSION = 1
 TABLES = "code_tables"  # the key of the code tables beside the packed matrices
 PADDING = "_padding"  # safetensors sorts by size of numbers, then by name: this is the first of all bytes
+PADDING_BYTES = 256  # that it may take, its entry in the header included
 FLOATS = {16: torch.float16, 32: torch.float32}
 Decoded = LatticeTensor | QuantizedTensor | ClassedTensor
 Bytes = UInt8[np.ndarray, " _"]

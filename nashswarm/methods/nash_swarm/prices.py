@@ -15,8 +15,8 @@ from nashswarm.kernels.trellis_codes import COLUMNS, ROWS
 BYTES_PER_BIT = ROWS * COLUMNS // 8  # of one more bit for every weight of a tile
 HALVINGS = 80  # of the interval of the price, on a logarithmic scale
 
-Damage = Float[np.ndarray, "groups tiles 9"]
-Rates = Integer[np.ndarray, "groups tiles"]
+Damage = Float[np.ndarray, "_groups _tiles 9"]
+Rates = Integer[np.ndarray, "_groups _tiles"]
 
 
 def best_rates(damage: Damage, price: float, allowed: Sequence[int]) -> Rates:

@@ -12,6 +12,7 @@ from nashswarm.kernels.trellis_codes import INT8
 from nashswarm.methods.method import Compressed
 from nashswarm.methods.nash_swarm.report import report
 from nashswarm.methods.nash_swarm.solver import RateGame
+from nashswarm.packed.file_format import PADDING_BYTES
 from nashswarm.quant.trellis_arrangement import Grouping
 
 RateRule = Literal["equilibrium", "uniform"]
@@ -59,13 +60,14 @@ class NashSwarm:
 
         Raises ValueError if the model is larger even with every tile at the lowest rate.
         """
-        budget = int(self.bits * context.parameters / 8) - context.fixed_bytes
+        fixed = context.fixed_bytes + PADDING_BYTES
+        budget = int(self.bits * context.parameters / 8) - fixed
         game = RateGame(
             context, self.rates, self.grouping, self.rotation, self.sweeps, self.floor, int(rng.integers(2**31))
         )
         smallest = game.smallest_bytes()
         if budget < smallest:
-            least = 8 * (smallest + context.fixed_bytes) / context.parameters
+            least = 8 * (smallest + fixed) / context.parameters
             raise ValueError(
                 f"method.bits={self.bits} is below the smallest possible size of this model, {least:.3f} bits per "
                 f"parameter with every tile at {self.rates[0]} bits; raise method.bits"
