@@ -148,6 +148,9 @@ def values_of_sequences(codes: UInt8[Tensor, "*sequences 16"], rate: int) -> Int
     """Return the values of sequences of codes at one rate, in units of 1 / UNIT."""
     if rate == INT8:
         return codes.view(torch.int8)
-    coded = (codes & 1).long()
-    window = torch.stack([coded.roll(lag, -1) << lag for lag in range(MEMORY[rate] + 1)]).sum(0)
-    return torch.from_numpy(tables()[rate]).flatten()[(window << rate - 1) + (codes >> 1)]
+    coded = codes & 1
+    window = coded.clone()
+    for lag in range(1, MEMORY[rate] + 1):
+        window |= coded.roll(lag, -1) << lag
+    entries = (window << rate - 1) + (codes >> 1)
+    return torch.from_numpy(np.take(tables()[rate], entries.cpu().numpy())).to(codes.device)

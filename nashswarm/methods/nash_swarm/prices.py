@@ -2,7 +2,7 @@
 
 An allocation that is best for every tile at one price has the least damage of all that take as many bytes (Everett
 1963; Shoham & Gersho 1988).  ``damage`` is always given as one array per layer, of shape (groups, tiles, 9): the damage
-of a tile at each rate, in nats per token, up to a constant per tile.
+of a tile at each rate, in nats per token, up to a constant per tile; infinite at rates that nobody tried.
 """
 
 from collections.abc import Sequence

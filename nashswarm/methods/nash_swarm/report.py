@@ -27,7 +27,7 @@ def report(game: RateGame, solved: SolvedGame) -> Compressed:
         "regret_of_codes": max(part.code_regret for part in solved.played.values()),
     }
     if solved.price:
-        largest, mean = rate_regret(solved.played, solved.price, game.allowed)
+        largest, mean = rate_regret(solved.played, solved.price)
         metrics |= {
             "price": solved.price,
             "potential_start": solved.history["potential"][0],

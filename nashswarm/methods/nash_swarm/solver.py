@@ -24,7 +24,7 @@ from nashswarm.quant import trellis
 from nashswarm.quant.trellis import Encoded, State
 from nashswarm.quant.trellis_arrangement import Arrangement, Grouping, arrange
 
-SETTLED = 1e-8  # nats per token: sweeps end when no layer gains more
+SETTLED = 2e-7  # nats per token: sweeps of a layer, and rounds of the game, end when they gain no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +113,13 @@ class RateGame:
             played = self._play(played, wanted, price)
             history["price"].append(price)
             history["potential"].append(potential(played, price))
-            history["regret"].append(rate_regret(played, price, self.allowed)[0])
+            history["regret"].append(rate_regret(played, price)[0])
+            if history["regret"][-1] < SETTLED:
+                break
         closed = prices.close(
             [part.at_rates for part in played.values()], [part.rates for part in played.values()], left, self.allowed
         )
-        return SolvedGame(self._play(played, closed, None), price, history)
+        return SolvedGame(self._play(played, closed, None, last=True), price, history)
 
     def uniform(self, budget: int) -> SolvedGame:
         """Encode all tiles at one rate, or at two neighbouring ones dealt evenly, so that the budget is used up."""
@@ -146,34 +148,43 @@ class RateGame:
         return played
 
     def _play(
-        self, played: dict[str, PlayedLayer], wanted: Sequence[Rates], price: float | None
+        self, played: dict[str, PlayedLayer], wanted: Sequence[Rates], price: float | None, last: bool = False
     ) -> dict[str, PlayedLayer]:
-        """Let tiles take the rates that they want, as far as that lowers their cost (always, if ``price`` is None)."""
+        """Let tiles take the rates that they want, as far as that lowers their cost (always, if ``price`` is None).
+
+        After the ``last`` moves every rate of every tile is tried.
+        """
         after = {}
         for layer, rates in zip(self.context.track(self.layers, "playing"), wanted, strict=True):
             before = played[layer.name]
-            if (rates == before.rates).all():
+            if (rates == before.rates).all() and not last:
                 after[layer.name] = before
                 continue
             state = trellis.reopen(self.arrange(layer)[0], before.encoded)
             for tile in np.flatnonzero((rates != before.rates).any(0)):
                 _move(state, int(tile), rates[:, tile], price)
-            after[layer.name] = self._settle(state)
+            after[layer.name] = self._settle(state, last)
         trim_heap()
         return after
 
-    def _settle(self, state: State) -> PlayedLayer:
-        """Sweep until the columns are settled, and measure what each tile would gain by another rate."""
+    def _settle(self, state: State, every_rate: bool = False) -> PlayedLayer:
+        """Sweep until the columns are settled, and measure what each tile would gain by another rate.
+
+        By default only rates next to those of a place across are tried; the damage at all others is infinite.
+        """
         for _ in range(self.sweeps):
             gain, changed = trellis.sweep(state)
             if not changed or gain < SETTLED:
                 break
         state.refresh()
         groups, across = state.arrangement.shape
-        at_rates = np.zeros((groups, across, RATES))
-        mask = sum(1 << rate for rate in self.allowed)
+        at_rates = np.full((groups, across, RATES), np.inf)
         for tile in range(across):
-            at_rates[:, tile] = trellis.deviations(state, tile, mask).numpy()
+            present = state.rates[:, tile]
+            near = range(RATES) if every_rate else range(int(present.min()) - 1, int(present.max()) + 2)
+            tried = [rate for rate in self.allowed if rate in near]
+            changes = trellis.deviations(state, tile, sum(1 << rate for rate in tried)).numpy()
+            at_rates[:, tile, tried] = changes[:, tried]
         own = state.rates.numpy().astype(np.int64)[..., None]
         np.put_along_axis(at_rates, own, np.minimum(np.take_along_axis(at_rates, own, 2), 0), 2)
         return PlayedLayer(state.encoded(), state.damage, at_rates, trellis.path_regret(state))
@@ -197,14 +208,12 @@ def potential(played: dict[str, PlayedLayer], price: float) -> float:
     return damage + price * prices.tile_bytes([part.rates for part in played.values()])
 
 
-def rate_regret(played: dict[str, PlayedLayer], price: float, allowed: Sequence[int]) -> tuple[float, float]:
+def rate_regret(played: dict[str, PlayedLayer], price: float) -> tuple[float, float]:
     """Return the most that a tile could gain by another rate, and the mean over tiles, in nats per token."""
     gains = []
     for part in played.values():
         cost = part.at_rates + price * prices.BYTES_PER_BIT * np.arange(part.at_rates.shape[-1])
-        own = np.take_along_axis(cost, part.rates[..., None], 2)[..., 0]
-        # The present codes are worth 0; the reply at the present rate may be worth less than nothing, as a gain.
-        stay = price * prices.BYTES_PER_BIT * part.rates
-        gains.append((stay - np.minimum(own, cost[..., list(allowed)].min(-1))).ravel())
+        stay = price * prices.BYTES_PER_BIT * part.rates  # with the present codes, whose damage counts as 0
+        gains.append((stay - cost.min(-1)).ravel())
     regret = np.maximum(np.concatenate(gains), 0)
     return float(regret.max()), float(regret.mean())
