@@ -36,7 +36,7 @@ def windows(text_file: pathlib.Path, tokenizer: Any) -> Tensor:
 
 @pytest.fixture(scope="module")
 def played(model_folder: pathlib.Path, text_file: pathlib.Path) -> tuple[Any, Any]:
-    """The tiny model as nash_lattice compressed it by default, and the report; not to be changed."""
+    """The tiny model as nash_swarm compressed it by default, and the report; not to be changed."""
     text = text_file.read_text()[:6000]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nashswarm.api.stdlib_docs, "text", {"calibration": text}.__getitem__)
@@ -113,7 +113,7 @@ def test_compress_leaves_the_model_unchanged(model: Any, windows: Tensor) -> Non
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_compress_every_method_reports_its_size(method: str, tiny: Any, windows: Tensor, played: Any) -> None:
     alone = {"method": method, "calibration": windows[:5], "bits": 4}
-    model, report = played if method == "nash_lattice" else compress(tiny, **alone)
+    model, report = played if method == "nash_swarm" else compress(tiny, **alone)
     names = set(packed_modules(model))
     assert names == {name for name, one in tiny.named_modules() if hasattr(one, "weight") and one.weight.ndim == 2}
     assert {"lm_head", "transformer.wte"} <= names and model.lm_head.matrix is model.transformer.wte.matrix
@@ -190,7 +190,8 @@ def test_compress_other_architectures_reload_equal(
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("bert", "gptq"), ("bert_encoder", "nash_lattice"), ("bert_classifier", "gptq")]
+    ("kind", "method"),
+    [("bert", "gptq"), ("bert_encoder", "nash_lattice"), ("bert_encoder", "nash_swarm"), ("bert_classifier", "gptq")],
 )
 def test_compress_encoders_and_classifiers_reload_equal(
     kind: str, method: str, random_model: Callable[[str], Any], token_windows: Tensor, tmp_path: pathlib.Path
@@ -208,7 +209,7 @@ def test_compress_encoders_and_classifiers_reload_equal(
     expected = answer(full, token_windows)
     assert (answer(model, token_windows) - expected).norm() < 0.2 * expected.norm()
     model.save_pretrained(tmp_path)
-    assert report.bits_per_weight_model <= (6 if method == "nash_lattice" else 12)
+    assert report.bits_per_weight_model <= (12 if method == "gptq" else 6)
     assert type(type(full).from_pretrained(tmp_path)) is type(full)
 
 
@@ -238,7 +239,7 @@ def test_compress_quantized_model_is_refused_until_dequantized(played: Any, wind
     [
         (
             {"method": "nash_latt"},
-            "unknown method 'nash_latt': choose nash_lattice, fixed_width, gptq, uniform, or give",
+            "unknown method 'nash_latt': choose nash_swarm, nash_lattice, fixed_width, gptq, uniform, or",
         ),
         ({"method": "gptq", "bits": 2.5}, "bits=2.5: gptq gives every weight the same whole number of bits"),
         ({"method": "uniform", "bits": 5}, "a uniform width is one of"),

@@ -24,8 +24,8 @@ from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
 from nashswarm.packed.matrix import PackedMatrix, TrellisMatrix
 
-FILES = ["config.json", "game.safetensors", "model.safetensors"]
-FILES = sorted([*FILES, "README.md", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"])
+FILES = ["config.json", "model.safetensors", "README.md", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"]
+GAME = "game.safetensors"  # the inputs of a certificate, of methods that keep them
 SIZES = {"bytes_file", "compression", "bits_per_weight_model", "bits_per_weight", "bytes_resident"}
 
 Command = Callable[..., tuple[int, str, str]]
@@ -58,17 +58,32 @@ def made(
     model_folder: pathlib.Path, options: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     """The tiny model, compressed by the command, and what it printed; not to be changed."""
-    folder = tmp_path_factory.mktemp("made") / "model"
+    return compressed(tmp_path_factory.mktemp("made") / "model", model_folder, options)
+
+
+@pytest.fixture(scope="module")
+def lattice(
+    model_folder: pathlib.Path, options: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The same, compressed by nash_lattice."""
+    words = ["--method", "nash_lattice", *options]
+    return compressed(tmp_path_factory.mktemp("lattice") / "model", model_folder, words)
+
+
+def compressed(folder: pathlib.Path, model: pathlib.Path, words: list[str]) -> tuple[pathlib.Path, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda text, **_: printed.append(text))
-        assert main(["compress", str(model_folder), "--out", str(folder), "--bits", "3.5", *options]) == 0
+        assert main(["compress", str(model), "--out", str(folder), "--bits", "3.5", *words]) == 0
     return folder, json.loads(printed[-1])
 
 
-def test_compress_writes_a_folder_that_transformers_loads(made: Any, tiny: Any) -> None:
-    folder, printed = made
-    assert sorted(path.name for path in folder.iterdir()) == FILES
+@pytest.mark.parametrize(("fixture", "files"), [("made", FILES), ("lattice", [*FILES, GAME])])
+def test_compress_writes_a_folder_that_transformers_loads(
+    fixture: str, files: list[str], tiny: Any, request: pytest.FixtureRequest
+) -> None:
+    folder, printed = request.getfixturevalue(fixture)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(files)
     assert set(printed) == SIZES | {"folder", "regret_max", "seconds"} and printed["folder"] == str(folder)
     assert printed["bytes_file"] == sum((folder / name).stat().st_size for name in ("config.json", "model.safetensors"))
     assert 3.4 < printed["bits_per_weight_model"] <= 3.5
@@ -82,8 +97,8 @@ def test_compress_writes_a_folder_that_transformers_loads(made: Any, tiny: Any) 
     assert f"{printed['bytes_file']:,}" in card and "import nashswarm" in card and "base_model" not in card
 
 
-def test_inspect_lists_every_matrix_and_its_bytes(made: Any, command: Command) -> None:
-    folder, printed = made
+def test_inspect_lists_every_matrix_and_its_bytes(lattice: Any, command: Command) -> None:
+    folder, printed = lattice
     status, table, _ = command("inspect", folder)
     assert status == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -147,13 +162,22 @@ def test_bench_prints_ratios_with_intervals(
     assert abs(found["kl_float32"]) < 1e-6 < found["kl_int8"]  # against its own weights
 
 
-def test_rebudget_uses_the_cache_and_certify_agrees(made: Any, command: Command, tmp_path: pathlib.Path) -> None:
-    status, printed, _ = command("rebudget", made[0], "--bits", 4.5, "--out", tmp_path / "larger")
+@pytest.mark.parametrize(("fixture", "files"), [("made", FILES), ("lattice", [*FILES, GAME])])
+def test_rebudget_uses_the_cache(
+    fixture: str, files: list[str], command: Command, tmp_path: pathlib.Path, request: pytest.FixtureRequest
+) -> None:
+    first = request.getfixturevalue(fixture)
+    status, printed, _ = command("rebudget", first[0], "--bits", 4.5, "--out", tmp_path / "larger")
     found = json.loads(printed)
-    assert status == 0 and 4.4 < found["bits_per_weight_model"] <= 4.5 and set(found) == set(made[1])
-    assert sorted(path.name for path in (tmp_path / "larger").iterdir()) == FILES
+    assert status == 0 and 4.4 < found["bits_per_weight_model"] <= 4.5 and set(found) == set(first[1])
+    assert sorted(path.name for path in (tmp_path / "larger").iterdir()) == sorted(files)
     about = json.loads((tmp_path / "larger/nashswarm.json").read_text())
     assert about["record"]["provenance"]["cache_hits"] and about["config"]["method"]["bits"] == 4.5
+
+
+def test_certify_of_a_rebudgeted_lattice_agrees(lattice: Any, command: Command, tmp_path: pathlib.Path) -> None:
+    status, printed, _ = command("rebudget", lattice[0], "--bits", 4.5, "--out", tmp_path / "larger")
+    found = json.loads(printed)
     status, printed, _ = command("certify", tmp_path / "larger")
     assert status == 0 and json.loads(printed)["agrees"] is True
     assert json.loads(printed)["recorded_regret_max"] == found["regret_max"]

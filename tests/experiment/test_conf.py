@@ -28,6 +28,14 @@ MANDATORY = {
 }
 CHANGED = {  # method → what it is made from, and what it changes of that
     "nash_lattice4": ("nash_lattice", {"bits"}),
+    "nash_swarm4": ("nash_swarm", {"bits"}),
+    "no_nash": ("nash_swarm", {"rate_rule"}),
+    "no_swarm": ("nash_swarm", {"grouping", "rotation"}),
+    "no_rotation": ("nash_swarm", {"rotation"}),
+    "no_sweeps": ("nash_swarm", {"sweeps"}),
+    "no_cache": ("nash_swarm", {"cache"}),
+    "random_groups": ("nash_swarm", {"grouping"}),
+    "feature_groups": ("nash_swarm", {"grouping"}),
     "baseline": ("uniform4", {"bits"}),
     "uniform3": ("uniform4", {"bits"}),
     "rtn": ("uniform4", {"search"}),
@@ -40,7 +48,7 @@ CHANGED = {  # method → what it is made from, and what it changes of that
     "lattice_no_offsets": ("nash_lattice", {"offsets"}),
     "lattice_no_sweeps": ("nash_lattice", {"code_game"}),
     "lattice_no_swarm": ("nash_lattice", {"swarm"}),
-    "fixed_no_quantization": ("fixed_width", {"bit_widths"}),
+    "no_quantization": ("fixed_width", {"bit_widths"}),
     "lattice_no_cache": ("nash_lattice", {"cache"}),
     "gptq_one_step": ("nash_lattice", {"bit_game", "code_game", "rate_in_codes", "strength", "swarm"}),
     "baq": ("fixed_width", {"bit_game", "swarm"}),
@@ -52,6 +60,7 @@ CHANGED = {  # method → what it is made from, and what it changes of that
 }
 SAID_TWICE = [  # the files whose values are the defaults of their dataclass
     "model/default",
+    "method/nash_swarm",
     "method/nash_lattice",
     "method/fixed_width",
     "method/gptq",
@@ -231,5 +240,5 @@ def test_labels_of_general_choices_name_what_they_were_given() -> None:
     words = ["model=hub", "model.path=facebook/opt-1.3b", "dataset=glue", "dataset.task=rte", "method.bits=2"]
     config = compose(*words, return_hydra_config=True)
     HydraConfig.instance().set_config(config)
-    labels = {"model": "opt-1.3b", "dataset": "rte", "method": "nash_lattice[bits=2]", "measure": "quality"}
+    labels = {"model": "opt-1.3b", "dataset": "rte", "method": "nash_swarm[bits=2]", "measure": "quality"}
     assert labels_of(config) == labels | {"experiment": "single"}

@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
     "rounding": FixedWidth(code_game=False),
     "alone": FixedWidth(swarm=None),
     "alone_coded": FixedWidth(swarm=None, coded=True),
-    "fixed_no_quantization": FixedWidth(bit_widths=(0, 16), bits=6.0),
+    "no_quantization": FixedWidth(bit_widths=(0, 16), bits=6.0),
     "low_resource": FixedWidth(bits=None, split=Split(2, 0.5), swarm=Flock(align=(4.0,), shrink=(0.25,))),
     "balanced": FixedWidth(bits=None, split=Split(4, 0.3), swarm=None),
     "high_accuracy": FixedWidth(bits=None, split=Split(8, 0.1), swarm=None),
@@ -263,7 +263,7 @@ def test_fixed_width_meets_and_never_exceeds_the_budget(
     assert 0.98 * budget <= size(result) <= budget  # the step from one width of a tile to the next is near 0.5 %
 
 
-@pytest.mark.parametrize("name", ["fixed_no_nash", "lot", "rounding", "fixed_no_quantization"])
+@pytest.mark.parametrize("name", ["fixed_no_nash", "lot", "rounding", "no_quantization"])
 def test_fixed_width_ablation_keeps_the_budget_and_its_widths(
     name: str, context: CalibrationContext, results: Callable[[str], Compressed]
 ) -> None:

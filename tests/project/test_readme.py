@@ -125,7 +125,7 @@ def test_presets_and_allocations_on_tiles_rank_as_told() -> None:
 def test_budgeted_game_beats_its_ablations() -> None:
     rows = frame.frame(records_of("ablation")).set_index("method")
     game = rows.loc["nash_lattice"]
-    for control in ("fixed_no_nash", "lattice_no_bit_game", "lattice_no_code_game", "fixed_no_quantization"):
+    for control in ("fixed_no_nash", "lattice_no_bit_game", "lattice_no_code_game", "no_quantization"):
         assert game["kl_high"] < rows.loc[control, "kl_low"], control
         assert abs(game["bytes_file"] / rows.loc[control, "bytes_file"] - 1) < 2e-3, control
     assert rows.loc["lattice_no_cache", "kl"] == game["kl"]

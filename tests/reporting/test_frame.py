@@ -27,7 +27,7 @@ from nashswarm.reporting.labels import ABLATIONS
 ROOT = pathlib.Path(__file__).parents[2]
 KL = {
     "baseline": 0.0, "uniform4": 0.031, "uniform3": 0.17, "as_published": 1.9, "nash_lattice": 0.0141, "gptq": 0.09,
-    "fixed_no_nash": 0.093, "fixed_no_quantization": 0.41, "lattice_no_swarm": 0.0143, "lattice_no_cache": 0.0141,
+    "fixed_no_nash": 0.093, "no_quantization": 0.41, "lattice_no_swarm": 0.0143, "lattice_no_cache": 0.0141,
     "lattice_no_bit_game": 0.062, "lattice_no_code_game": 0.0207,
 }  # fmt: skip
 MEGABYTES = dict.fromkeys(KL, 2.67) | {

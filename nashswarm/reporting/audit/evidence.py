@@ -16,7 +16,7 @@ from nashswarm.reporting.labels import CELL, REFERENCE
 from nashswarm.reporting.tables import equal_bytes
 
 EXPERIMENTS = ("ablation", "audit", "speed")  # the first one that has a model and text describes them
-REMOVED = ("fixed_no_nash", "fixed_no_quantization", "lattice_no_swarm")  # methods without one component each
+REMOVED = ("fixed_no_nash", "no_quantization", "lattice_no_swarm")  # methods without one component each
 MIXTURES = ("quick_validation", "performance_analysis")
 MISSES = pathlib.Path("results/benchmarks/misses.json")
 
