@@ -23,7 +23,7 @@ def main() -> None:
         for part in ("calibration", "test")
     )
     reference = evaluation.compute_reference(full, test, 8)
-    for method in ("gptq", "nash_lattice"):
+    for method in ("gptq", "nash_swarm"):
         small, report = nashswarm.compress(full, tokenizer, method, calibration, bits=3)
         metrics = evaluation.summarise(evaluation.evaluate(small, test, 8, reference))
         regret = "-" if report.regret_max is None else f"{report.regret_max:.1e}"

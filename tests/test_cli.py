@@ -178,6 +178,7 @@ def test_rebudget_uses_the_cache(
 def test_certify_of_a_rebudgeted_lattice_agrees(lattice: Any, command: Command, tmp_path: pathlib.Path) -> None:
     status, printed, _ = command("rebudget", lattice[0], "--bits", 4.5, "--out", tmp_path / "larger")
     found = json.loads(printed)
+    assert status == 0
     status, printed, _ = command("certify", tmp_path / "larger")
     assert status == 0 and json.loads(printed)["agrees"] is True
     assert json.loads(printed)["recorded_regret_max"] == found["regret_max"]

@@ -392,7 +392,7 @@ def test_quick_start_leads_to_a_table(tmp_path: pathlib.Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for words in ([*first, *added], [*second, "--records", f"{tmp_path}/records", "--out", f"{tmp_path}/tables"]):
         subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
-    assert re.search(r"^\| nash_lattice\[bits=2\.5\]‡? \|", (tmp_path / "tables/single.md").read_text(), re.M)
+    assert re.search(r"^\| nash_swarm\[bits=2\.5\]‡? \|", (tmp_path / "tables/single.md").read_text(), re.M)
 
 
 @pytest.mark.slow

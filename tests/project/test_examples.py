@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 PRINTED = {  # script → words that it must print
-    "quantize": ("gptq", "nash_lattice", "largest regret"),
+    "quantize": ("gptq", "nash_swarm", "largest regret"),
     "run_packed": ("bytes in memory", "times as fast", "int8 costs"),
     "route_tokens": ("top-k", "loss-free bias", "nash swarm"),
     "whole_system": ("$ nashswarm certify", '"equilibrium": true', "The function returns"),
