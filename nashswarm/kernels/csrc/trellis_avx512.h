@@ -49,21 +49,47 @@ struct TrellisAvx512 : AnySet<Set> {
     static Value plus_product(Value sum, Value left, float right) {
         return _mm512_fmadd_ps(left, _mm512_set1_ps(right), sum);
     }
-    static void read_factors(const uint8_t* sizes, const uint8_t* scales, int64_t left, float common, const Tables& tables,
+    // Scales by their codes, sixteen of which are one octave or two; `table` has sixteen from 1 on.
+    static __m512 scales(__m128i codes, __m512 table, int octaves) {
+        const __m512i code = _mm512_cvtepu8_epi32(codes);  // the index takes four bits
+        const __m512i doubled = _mm512_sub_epi32(_mm512_srli_epi32(code, 4), _mm512_set1_epi32(8));
+        const __m512i bits = _mm512_castps_si512(_mm512_permutexvar_ps(code, table));
+        return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_slli_epi32(doubled, 22 + octaves)));
+    }
+    static void read_inputs(const Trellis& matrix, const float* x, int64_t begin, int left, const Tables& tables,
+                            float* values) {
+        const __m512 table = _mm512_loadu_ps(tables.column_scale + 128);
+        for (int first = 0; first < ROUNDED; first += 16) {
+            const int64_t place = begin + first;
+            const __mmask16 mask = mask_of(left - first);
+            __m512 own;
+            if (!matrix.column_order) {
+                own = _mm512_maskz_loadu_ps(mask, x + place);
+            } else {
+                const __m512i index = Trellis::wide(matrix.columns)
+                                          ? _mm512_maskz_loadu_epi32(mask, matrix.column_order + 4 * place)
+                                          : _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, matrix.column_order + 2 * place));
+                own = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, x, 4);
+            }
+            const __m512 scale = scales(_mm_maskz_loadu_epi8(mask, matrix.column_scale + place), table, 1);
+            _mm512_store_ps(values + first, _mm512_maskz_mul_ps(mask, own, scale));
+        }
+    }
+    static void find_bases(const int8_t* digits, int32_t* bases) {
+        const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_loadu_si512(digits));
+        _mm512_storeu_si512(bases, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums, 7)));
+    }
+    static __mmask16 mask_of(int64_t left) { return left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0; }
+    static void read_factors(const uint8_t* sizes, const uint8_t* scale_codes, int64_t left, float common, const Tables& tables,
                              RowFactors& factors) {
         const __m512 size_by_code = _mm512_loadu_ps(tables.row_size), scale_by_code = _mm512_loadu_ps(tables.row_scale + 128);
         for (int first = 0; first < GROUP_ROWS; first += 16) {
             const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(sizes + first / 2));
             const __m128i codes = _mm_unpacklo_epi8(pairs, _mm_srli_epi16(pairs, 4));  // the index takes four bits
             _mm512_store_ps(factors.sizes + first, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), size_by_code));
-            const int64_t rest = left - first;
-            const __mmask16 mask = rest >= 16 ? 0xffff : rest > 0 ? (1 << rest) - 1 : 0;
-            const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, scales + first));
-            // Sixteen codes are two octaves.
-            const __m512i octaves = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_srli_epi32(code, 4), _mm512_set1_epi32(8)), 24);
-            const __m512i scale = _mm512_add_epi32(_mm512_castps_si512(_mm512_permutexvar_ps(code, scale_by_code)), octaves);
-            _mm512_store_ps(factors.scales + first,
-                            _mm512_maskz_mul_ps(mask, _mm512_castsi512_ps(scale), _mm512_set1_ps(common)));
+            const __mmask16 mask = mask_of(left - first);
+            const __m512 scale = scales(_mm_maskz_loadu_epi8(mask, scale_codes + first), scale_by_code, 2);
+            _mm512_store_ps(factors.scales + first, _mm512_maskz_mul_ps(mask, scale, _mm512_set1_ps(common)));
         }
     }
     static void sum_quads(const float* totals, float* sums) {

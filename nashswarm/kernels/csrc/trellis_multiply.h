@@ -249,6 +249,20 @@ struct AnySet {
         else return Set::template merge<MASK>(chosen, rest);
     }
 
+    // Reads `left` numbers of a row of x from a place of the stored order on, times the column scales.
+    static void read_inputs(const Trellis& matrix, const float* x, int64_t begin, int left, const Tables& tables,
+                            float* values) {
+        for (int place = 0; place < left; ++place)
+            values[place] = x[matrix.column_at(begin + place)] * tables.column_scale[matrix.column_scale[begin + place]];
+        for (int place = left; place < ROUNDED; ++place) values[place] = 0.0f;
+    }
+    // What sums of products with values plus OFFSET start from, for each quad of digits.
+    static void find_bases(const int8_t* digits, int32_t* bases) {
+        for (int quad = 0; quad < ROUNDED / 4; ++quad) {
+            const int8_t* own = digits + 4 * quad;
+            bases[quad] = -Set::OFFSET * (own[0] + own[1] + own[2] + own[3]);
+        }
+    }
     // Reads the factors of the first `left` rows of a group, from its codes.
     static void read_factors(const uint8_t* sizes, const uint8_t* scales, int64_t left, float common, const Tables& tables,
                              RowFactors& factors) {
@@ -325,9 +339,8 @@ void round_row(const TrellisProduct& job, const Tables& tables, int64_t row) {
     for (int64_t number = 0; number < rounded; ++number) {
         const int64_t begin = number * ROUNDED, side = row * rounded + number;
         const int left = int(matrix.columns - begin < ROUNDED ? matrix.columns - begin : ROUNDED);
-        float values[ROUNDED] = {};
-        for (int place = 0; place < left; ++place)
-            values[place] = x[matrix.column_at(begin + place)] * tables.column_scale[matrix.column_scale[begin + place]];
+        alignas(64) float values[ROUNDED];
+        Set::read_inputs(matrix, x, begin, left, tables, values);
         int32_t bits[ROUNDED], pattern = 0;  // bit patterns of magnitudes: ordered like the floats, with nan above all
         std::memcpy(bits, values, sizeof bits);
         for (int place = 0; place < ROUNDED; ++place) {
@@ -352,12 +365,7 @@ void round_row(const TrellisProduct& job, const Tables& tables, int64_t row) {
                 digits[place] = int8_t(rest[place]);
                 rest[place] = (rest[place] - digits[place]) / 256;
             }
-            if (!Set::OFFSET) continue;
-            int32_t* bases = job.activations.bases + (side * COUNT + digit) * (ROUNDED / 4);
-            for (int quad = 0; quad < ROUNDED / 4; ++quad) {
-                const int8_t* own = digits + 4 * quad;
-                bases[quad] = -Set::OFFSET * (own[0] + own[1] + own[2] + own[3]);
-            }
+            if (Set::OFFSET) Set::find_bases(digits, job.activations.bases + (side * COUNT + digit) * (ROUNDED / 4));
         }
         job.activations.steps[side] = largest / LEVELS;
     }
