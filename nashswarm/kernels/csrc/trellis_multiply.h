@@ -64,30 +64,6 @@ ALWAYS_INLINE void decode_steps(const uint8_t* tile, int half, const Tables& tab
     }
 }
 
-// Adds the products of `count` tiles of one rate, side by side, to the sums of a row group.
-template <class Set, int RATE>
-__attribute__((noinline)) void multiply_tiles(const uint8_t* tiles, int count, const Tables& tables, const int8_t* digits,
-                                              int32_t* sums) {
-    constexpr int HALVES = Set::HALVES;
-    for (int part = 0; part < STEP_BYTES; part += Set::BYTES) {
-        for (int half = 0; half < 2; half += HALVES) {
-            int32_t* place = sums + (half * HALF * STEP_BYTES + part) / 4;
-            typename Set::Sum own[HALVES * HALF];
-            for (int step = 0; step < HALVES * HALF; ++step) own[step] = Set::load_sums(place + step * STEP_BYTES / 4);
-            for (int tile = 0; tile < count; ++tile) {
-                const auto inputs = Set::inputs(digits + tile * TILE_COLUMNS);
-                decode_steps<Set, RATE, HALVES>(
-                    tiles + tile * tile_bytes(RATE) + part, half, tables,
-                    [&](int step, auto values) {
-                        own[step] = Set::template multiply<RATE == RATES>(own[step], values, inputs);
-                    },
-                    std::make_integer_sequence<int, HALF>());
-            }
-            for (int step = 0; step < HALVES * HALF; ++step) Set::store_sums(place + step * STEP_BYTES / 4, own[step]);
-        }
-    }
-}
-
 // The activations of 64 columns.
 struct Rounded {
     const int8_t* digits;
@@ -143,37 +119,72 @@ void multiply_uniform_rate(int rate, const uint8_t* tiles, int64_t count, const 
     }
 }
 
-// Adds the products of 64 columns of a row group with one row of x to `totals`.
-template <class Set>
-ALWAYS_INLINE void multiply_rounded(const Tiles& tiles, const Tables& tables, const int8_t* digits, const int32_t* bases,
-                                    float step, float* totals) {
-    auto base = Set::nothing();
-    if (Set::OFFSET)
-        for (int tile = 0; tile < ROUNDED_TILES; ++tile)
-            if (tiles.rates[tile]) base = Set::add(base, Set::quads(bases + 4 * tile));
-    alignas(64) int32_t sums[PLANE];
-    for (int place = 0; place < PLANE; place += Set::BYTES / 4) Set::store_sums(sums + place, base);
-    const uint8_t* payload = tiles.payload;
-    for (int tile = 0, count; tile < ROUNDED_TILES; tile += count) {
-        const int rate = tiles.rates[tile];
-        for (count = 1; tile + count < ROUNDED_TILES && tiles.rates[tile + count] == rate;) ++count;
-        const int8_t* own = digits + tile * TILE_COLUMNS;
-        switch (rate) {
-            case 1: multiply_tiles<Set, 1>(payload, count, tables, own, sums); break;
-            case 2: multiply_tiles<Set, 2>(payload, count, tables, own, sums); break;
-            case 3: multiply_tiles<Set, 3>(payload, count, tables, own, sums); break;
-            case 4: multiply_tiles<Set, 4>(payload, count, tables, own, sums); break;
-            case 5: multiply_tiles<Set, 5>(payload, count, tables, own, sums); break;
-            case 6: multiply_tiles<Set, 6>(payload, count, tables, own, sums); break;
-            case 7: multiply_tiles<Set, 7>(payload, count, tables, own, sums); break;
-            case 8: multiply_tiles<Set, 8>(payload, count, tables, own, sums); break;
-            default: break;
+// A tile among those that are processed together.
+struct Place {
+    int32_t start;   // in the payload, from that of the first
+    int32_t number;  // from the first
+};
+
+// Adds the products of tiles of one rate to the sums of their 64 columns.
+template <class Set, int RATE>
+__attribute__((noinline)) void multiply_tiles(const Place* place, int count, const uint8_t* payload, const Tables& tables,
+                                              const int8_t* digits, int32_t* sums_of_all) {
+    constexpr int HALVES = Set::HALVES;
+    for (; count > 0; --count, ++place) {
+        const auto inputs = Set::inputs(digits + place->number * TILE_COLUMNS);
+        const uint8_t* tile = payload + place->start;
+        for (int part = 0; part < STEP_BYTES; part += Set::BYTES) {
+            for (int half = 0; half < 2; half += HALVES) {
+                int32_t* sums = sums_of_all + place->number / ROUNDED_TILES * PLANE + (half * HALF * STEP_BYTES + part) / 4;
+                decode_steps<Set, RATE, HALVES>(
+                    tile + part, half, tables,
+                    [&](int step, auto values) {
+                        int32_t* own = sums + step * (STEP_BYTES / 4);
+                        Set::store_sums(own, Set::template multiply<RATE == RATES>(Set::load_sums(own), values, inputs));
+                    },
+                    std::make_integer_sequence<int, HALF>());
+            }
         }
-        payload += count * tile_bytes(rate);
     }
-    for (int place = 0; place < PLANE; place += Set::BYTES / 4)
-        Set::store(totals + place, Set::plus_product(Set::load_floats(totals + place),
-                                                     Set::to_float(Set::load_sums(sums + place)), step));
+}
+
+constexpr int MIXED = 8;  // times 64 columns whose tiles are processed together, rate by rate
+
+// Adds the products of `count` times 64 columns, of tiles of several rates, to the totals of a row group: all tiles of one
+// rate one after another, so that branches depend on few rates, not on every tile.  Returns the end of the tiles.
+template <class Set>
+const uint8_t* multiply_mixed(const Trellis& matrix, const uint8_t* rates, int64_t number, int count, const uint8_t* payload,
+                              const Tables& tables, const Rounded& rounded, float* totals) {
+    alignas(64) int32_t sums[MIXED * PLANE];
+    Place places[RATES + 1][MIXED * ROUNDED_TILES];
+    int counts[RATES + 1] = {};
+    int32_t start = 0;
+    for (int own = 0; own < count; ++own) {
+        Tiles tiles;
+        read_rates(matrix, rates, number + own, tiles);
+        auto base = Set::nothing();
+        for (int tile = 0; tile < ROUNDED_TILES; ++tile) {
+            const int rate = tiles.rates[tile], place = own * ROUNDED_TILES + tile;
+            if (Set::OFFSET && rate) base = Set::add(base, Set::quads(rounded.bases + 4 * place));
+            places[rate][counts[rate]++] = {start, place};
+            start += int32_t(tile_bytes(rate));
+        }
+        for (int place = 0; place < PLANE; place += Set::BYTES / 4) Set::store_sums(sums + own * PLANE + place, base);
+    }
+    multiply_tiles<Set, 1>(places[1], counts[1], payload, tables, rounded.digits, sums);
+    multiply_tiles<Set, 2>(places[2], counts[2], payload, tables, rounded.digits, sums);
+    multiply_tiles<Set, 3>(places[3], counts[3], payload, tables, rounded.digits, sums);
+    multiply_tiles<Set, 4>(places[4], counts[4], payload, tables, rounded.digits, sums);
+    multiply_tiles<Set, 5>(places[5], counts[5], payload, tables, rounded.digits, sums);
+    multiply_tiles<Set, 6>(places[6], counts[6], payload, tables, rounded.digits, sums);
+    multiply_tiles<Set, 7>(places[7], counts[7], payload, tables, rounded.digits, sums);
+    multiply_tiles<Set, 8>(places[8], counts[8], payload, tables, rounded.digits, sums);
+    for (int own = 0; own < count; ++own)
+        for (int place = 0; place < PLANE; place += Set::BYTES / 4) {
+            const auto part = Set::to_float(Set::load_sums(sums + own * PLANE + place));
+            Set::store(totals + place, Set::plus_product(Set::load_floats(totals + place), part, rounded.step[own]));
+        }
+    return payload + start;
 }
 
 template <class Set, int RATE>
@@ -379,22 +390,18 @@ void multiply_single(const TrellisProduct& job, const Tables& tables, int64_t gr
     for (int place = 0; place < PLANE; place += Set::BYTES / 4) Set::store(totals + place, Set::to_float(Set::nothing()));
     const int64_t rounded = matrix.rounded();
     const uint8_t* rates = matrix.rates + group * matrix.pairs();
-    Tiles tiles;
-    tiles.payload = matrix.payload + matrix.starts[group];
+    const uint8_t* payload = matrix.payload + matrix.starts[group];
     const auto& [digits, bases, steps, extras] = job.activations;
     for (int64_t number = 0, count; number < rounded; number += count) {
         const int rate = uniform_rate(matrix, rates, number);
+        const Rounded first{digits + number * ROUNDED, bases + number * (ROUNDED / 4), steps + number};
+        for (count = 1; number + count < rounded && (rate >= 0 || count < MIXED); ++count)
+            if (uniform_rate(matrix, rates, number + count) != rate) break;
         if (rate < 0) {
-            count = 1;
-            read_rates(matrix, rates, number, tiles);
-            multiply_rounded<Set>(tiles, tables, digits + number * ROUNDED, bases + number * (ROUNDED / 4), steps[number],
-                                  totals);
-            for (int own : tiles.rates) tiles.payload += tile_bytes(own);
+            payload = multiply_mixed<Set>(matrix, rates, number, int(count), payload, tables, first, totals);
         } else {
-            for (count = 1; number + count < rounded && uniform_rate(matrix, rates, number + count) == rate;) ++count;
-            const Rounded first{digits + number * ROUNDED, bases + number * (ROUNDED / 4), steps + number};
-            multiply_uniform_rate<Set>(rate, tiles.payload, count, tables, first, totals);
-            tiles.payload += count * ROUNDED_TILES * tile_bytes(rate);
+            multiply_uniform_rate<Set>(rate, payload, count, tables, first, totals);
+            payload += count * ROUNDED_TILES * tile_bytes(rate);
         }
     }
     RowFactors factors;
