@@ -6,8 +6,8 @@ that ``torch.compile`` and ``torch.export`` accept them.  Gradients flow from pr
 
 ``tiles`` defines the layout of a packed matrix; ``trellis`` and ``trellis_codes`` define the form of trellis-coded
 matrices.  ``native``, ``trellis_native`` and ``encoder`` call the C++ library (``csrc``), which computes on the CPU;
-``triton_kernels`` computes products on CUDA; ``reference``, ``trellis_reference`` and ``encoder_reference`` are what
-they are tested against.  ``python -m nashswarm.kernels`` measures the speed of products.
+``triton_kernels`` and ``triton_trellis`` compute products on CUDA; ``reference``, ``trellis_reference`` and
+``encoder_reference`` are what they are tested against.  ``python -m nashswarm.kernels`` measures the speed of products.
 """
 
 import dataclasses
@@ -125,12 +125,14 @@ def direct(
             product = native.matmul(floats, matrix, activations, offset)
         return product if x.dtype is torch.float32 else product.to(x.dtype)
     flat = floats.view(-1, matrix.columns)
-    if isinstance(matrix, Trellis):
-        product = trellis_reference.matmul(flat, matrix, activations)
-    elif x.is_cuda and TRITON:
-        from nashswarm.kernels import triton_kernels
+    if x.is_cuda and TRITON:
+        from nashswarm.kernels import triton_kernels, triton_trellis
 
-        product = triton_kernels.matmul(flat, matrix)
+        product = (
+            triton_trellis.matmul(flat, matrix) if isinstance(matrix, Trellis) else triton_kernels.matmul(flat, matrix)
+        )
+    elif isinstance(matrix, Trellis):
+        product = trellis_reference.matmul(flat, matrix, activations)
     else:
         product = reference.matmul(flat, matrix, activations)
     if offset is not None:
