@@ -16,7 +16,7 @@ from nashswarm.kernels import encoder, trellis
 from nashswarm.kernels.encoder import KEEP, RATES, Columns
 from nashswarm.kernels.trellis import COLUMN_STEPS, MIDDLE, Trellis
 from nashswarm.kernels.trellis_codes import COLUMNS, UNIT, values_of
-from nashswarm.quant.trellis_arrangement import Arrangement
+from nashswarm.quant.trellis_arrangement import Arrangement, Layout
 
 BLOCK = 64  # columns
 ALL_RATES = (1 << RATES) - 1
@@ -45,7 +45,7 @@ class State:
 
     @property
     def rates_by_column(self) -> UInt8[Tensor, "columns groups"]:
-        return self.rates[:, self.arrangement.tiles].T.contiguous()
+        return self.rates[:, self.arrangement.layout.tiles].T.contiguous()
 
     @property
     def damage(self) -> float:
@@ -66,7 +66,7 @@ def feedback(
     arrangement: Arrangement, factor: Float[Tensor, "columns columns"], rates: UInt8[Tensor, "groups tiles"]
 ) -> State:
     """Encode a matrix at these rates by one pass of error feedback (GPTQ, Frantar et al. 2023), scales included."""
-    weights, count = arrangement.weights, arrangement.columns
+    weights, count = arrangement.weights, arrangement.layout.columns
     corrected = weights.clone()
     state = State(arrangement, rates, _empty(arrangement), torch.empty_like(weights))
     columns, by_column = state.columns, state.rates_by_column
@@ -80,12 +80,12 @@ def feedback(
 
 def reopen(arrangement: Arrangement, encoded: Encoded) -> State:
     """Return the state of a matrix that was encoded before."""
-    scales = trellis.scales(encoded.column_scale, COLUMN_STEPS)
-    columns = Columns(encoded.codes, torch.empty(encoded.codes.shape), scales, arrangement.size)
+    layout, scales = arrangement.layout, trellis.scales(encoded.column_scale, COLUMN_STEPS)
+    columns = Columns(encoded.codes, torch.empty(encoded.codes.shape), scales, layout.size)
     by_place = torch.zeros(encoded.rates.shape[1] * COLUMNS, encoded.codes.shape[1], dtype=torch.uint8)
-    by_place[arrangement.places] = encoded.codes
-    values = values_of(encoded.rates, by_place.T.contiguous()).T[arrangement.places]
-    torch.mul(values, (arrangement.size / UNIT)[None], out=columns.values)
+    by_place[layout.places] = encoded.codes
+    values = values_of(encoded.rates, by_place.T.contiguous()).T[layout.places]
+    torch.mul(values, (layout.size / UNIT)[None], out=columns.values)
     columns.values.mul_(scales[:, None])
     state = State(arrangement, encoded.rates.clone(), columns, torch.empty(encoded.codes.shape))
     state.refresh()
@@ -128,7 +128,7 @@ def adopt(state: State, tile: int, rates: UInt8[Tensor, " groups"]) -> None:
 
 def path_regret(state: State) -> float:
     """Return the most that a group of rows could gain: the sum over its columns, each changing alone."""
-    total = torch.zeros(state.arrangement.shape[0], dtype=torch.float64)
+    total = torch.zeros(state.arrangement.layout.shape[0], dtype=torch.float64)
     by_column, inputs = state.rates_by_column, state.arrangement.inputs
     for start in range(0, len(inputs), BLOCK):
         block = torch.arange(start, min(start + BLOCK, len(inputs)))  # copies: nothing moves
@@ -137,16 +137,15 @@ def path_regret(state: State) -> float:
     return float(total.max())
 
 
-def finish(arrangement: Arrangement, encoded: Encoded) -> Trellis:
+def finish(layout: Layout, encoded: Encoded) -> Trellis:
     """Return the matrix in the form that is stored and multiplied."""
     by_place = torch.zeros(encoded.rates.shape[1] * COLUMNS, encoded.codes.shape[1], dtype=torch.uint8)
-    by_place[arrangement.places] = encoded.codes
+    by_place[layout.places] = encoded.codes
     column_scale = torch.zeros(len(by_place), dtype=torch.uint8)
-    column_scale[arrangement.places] = encoded.column_scale
+    column_scale[layout.places] = encoded.column_scale
     return trellis.build(
-        encoded.rates, by_place.T.contiguous(), arrangement.rows, arrangement.columns, arrangement.rotated,
-        arrangement.scale, arrangement.row_size, arrangement.row_scale, column_scale,
-        arrangement.row_order, arrangement.column_order,
+        encoded.rates, by_place.T.contiguous(), layout.rows, layout.columns, layout.rotated, layout.scale,
+        layout.row_size, layout.row_scale, column_scale, layout.row_order, layout.column_order,
     )  # fmt: skip
 
 
@@ -158,7 +157,9 @@ def scale_codes(scales: Float[Tensor, " n"]) -> UInt8[Tensor, " n"]:
 
 def _empty(arrangement: Arrangement) -> Columns:
     shape = arrangement.weights.shape
-    return Columns(torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape), torch.ones(shape[0]), arrangement.size)
+    return Columns(
+        torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape), torch.ones(shape[0]), arrangement.layout.size
+    )
 
 
 def _select(columns: Columns, chosen: slice | Integer[Tensor, " some"]) -> Columns:
@@ -167,4 +168,4 @@ def _select(columns: Columns, chosen: slice | Integer[Tensor, " some"]) -> Colum
 
 
 def _columns_of(state: State, tile: int) -> Integer[Tensor, " some"]:
-    return (state.arrangement.tiles == tile).nonzero()[:, 0]
+    return (state.arrangement.layout.tiles == tile).nonzero()[:, 0]

@@ -31,25 +31,24 @@ SMALLEST = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrangement:
-    """A matrix of ``rows`` × ``columns``, arranged.  Columns are in the order in which they are encoded.
+class Layout:
+    """Where the rows and columns of a matrix are stored, and how they are scaled: all that the file says but its codes.
 
-    ``weights``: arranged weights, transposed: a row of the tensor is a column of the matrix, ``stored_rows`` long.
-    ``inputs``: the damped H.  ``pivots``: what an error of a column costs once later columns have compensated for it.
-    ``places``: where each column is stored.  ``row_order``, ``column_order``: the row or column at each place; None for
-    the order of the matrix.  ``row_scale``, ``row_size``: codes of the file, and ``scale`` its common factor.
-    ``size``: of each stored row, as weights are arranged.
+    ``encoding_order``: the columns from the largest curvature to the smallest, which is the order of encoding.
+    ``places``: where each of them is stored.  ``row_order``, ``column_order``: the row or column at each place; None
+    for the order of the matrix.  ``root``: the square root of the sensitivity of each stored row, as the file can hold
+    it.  ``row_scale``, ``row_size``: codes of the file, and ``scale`` its common factor.  ``size``: of each stored row,
+    once weighted and rotated.
     """
 
     rows: int
     columns: int
     rotated: bool
-    weights: Float[Tensor, "columns stored_rows"]
-    inputs: Float[Tensor, "columns columns"]
-    pivots: Float[Tensor, " columns"]
+    encoding_order: Integer[Tensor, " columns"]
     places: Integer[Tensor, " columns"]
     row_order: Integer[Tensor, " rows"] | None
     column_order: Integer[Tensor, " columns"] | None
+    root: Float[Tensor, " rows"]
     scale: float
     row_scale: UInt8[Tensor, " rows"]
     row_size: UInt8[Tensor, " stored_rows"]
@@ -62,15 +61,29 @@ class Arrangement:
 
     @functools.cached_property
     def tiles(self) -> Integer[Tensor, " columns"]:
-        """Return the number of the tile that each column belongs to."""
+        """Return the number of the tile that each column belongs to, in the order of encoding."""
         return self.places // COLUMNS
 
-    def energies(self) -> Float[Tensor, "groups tiles"]:
-        """Return the damage of each tile if its weights were zero: rate 0, to first order in later compensation."""
-        by_row = self.weights.double().square() * self.pivots[:, None].double() / 2
-        by_group = by_row.view(self.columns, -1, ROWS).sum(2)
-        across = torch.zeros(self.shape[1], self.shape[0], dtype=torch.float64)
-        return across.index_add_(0, self.tiles, by_group).T.contiguous()
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """A matrix as its tiles are cut, columns in the order of encoding.
+
+    ``weights``: weighted, grouped and rotated; transposed: a row of the tensor is a column of the matrix,
+    ``stored_rows`` long.  ``inputs``: the damped H.
+    """
+
+    layout: Layout
+    weights: Float[Tensor, "columns stored_rows"]
+    inputs: Float[Tensor, "columns columns"]
+
+    def energies(self, factor: Float[Tensor, "columns columns"]) -> Float[Tensor, "groups tiles"]:
+        """Return the damage of each tile at rate 0, if later columns compensate for it as the ``factor`` of H says."""
+        pivots = 1 / factor.diagonal().double().square()
+        by_row = self.weights.double().square() * pivots[:, None] / 2
+        by_group = by_row.view(self.layout.columns, -1, ROWS).sum(2)
+        across = torch.zeros(self.layout.shape[1], self.layout.shape[0], dtype=torch.float64)
+        return across.index_add_(0, self.layout.tiles, by_group).T.contiguous()
 
 
 def arrange(
@@ -91,19 +104,14 @@ def arrange(
     inputs = inputs[encoding_order[:, None], encoding_order].contiguous()
     factor = inverse_cholesky(inputs)
     pivots = 1 / factor.diagonal().square()
-    matrix = weight[:, encoding_order]
-
     row_codes, scale = _row_codes(sensitivity)
-    root = 1 / (scale * _row_factors(row_codes))  # the square root of the sensitivity, as the file can hold it
-    weighted = matrix * root[:, None]
+    root = 1 / (scale * _row_factors(row_codes))
+    weighted = weight[:, encoding_order] * root[:, None]
     generator = torch.Generator().manual_seed(seed)
     row_order = _order(weighted.square() @ pivots, weighted, grouping, generator)
     if row_order is not None:
-        weighted, row_codes = weighted[row_order], row_codes[row_order]
-    stored = groups_of(rows) * ROWS
-    weighted = torch.nn.functional.pad(weighted, (0, 0, 0, stored - rows))
-    if rotated:
-        weighted = (hadamard() @ weighted.view(-1, ROWS, columns)).view(stored, columns)
+        weighted, row_codes, root = weighted[row_order], row_codes[row_order], root[row_order]
+    weighted = _rotate(weighted, rotated)
     size, row_size, octaves = _sizes(((weighted.square() @ pivots) / columns).sqrt())
     row_scale = (row_codes.long() + octaves.repeat_interleave(ROWS)[:rows]).clamp(0, 255)
     likeness = pivots * (weighted / size[:, None]).square().mean(0)
@@ -114,11 +122,28 @@ def arrange(
     else:
         places[column_order] = torch.arange(columns)
         column_order = encoding_order[column_order]
-    arrangement = Arrangement(
-        rows, columns, rotated, weighted.T.contiguous(), inputs, pivots, places, row_order, column_order,
+    layout = Layout(
+        rows, columns, rotated, encoding_order, places, row_order, column_order, root,
         scale, row_scale.to(torch.uint8), row_size, size,
     )  # fmt: skip
-    return arrangement, factor
+    return Arrangement(layout, weighted.T.contiguous(), inputs), factor
+
+
+def arrange_again(weight: Float[Tensor, "out in"], curvature: Curvature, layout: Layout) -> Arrangement:
+    """Arrange a matrix by the layout that it had before."""
+    order = layout.encoding_order
+    _, inputs = _one_curvature(curvature.damped())
+    weighted = weight[:, order] if layout.row_order is None else weight[layout.row_order[:, None], order]
+    weighted = _rotate(weighted * layout.root[:, None], layout.rotated)
+    return Arrangement(layout, weighted.T.contiguous(), inputs[order[:, None], order].contiguous())
+
+
+def _rotate(weighted: Float[Tensor, "rows columns"], rotated: bool) -> Float[Tensor, "stored_rows columns"]:
+    """Fill the last group up with rows of zeros, and rotate every group."""
+    rows, columns = weighted.shape
+    stored = groups_of(rows) * ROWS
+    weighted = torch.nn.functional.pad(weighted, (0, 0, 0, stored - rows))
+    return (hadamard() @ weighted.view(-1, ROWS, columns)).view(stored, columns) if rotated else weighted
 
 
 def _one_curvature(curvature: Curvature) -> tuple[Float[Tensor, " out"], Float[Tensor, "in in"]]:

@@ -4,24 +4,23 @@ import numpy as np
 
 from nashswarm.kernels.encoder import RATES
 from nashswarm.methods.method import Compressed, store_trellis
-from nashswarm.methods.nash_swarm.solver import RateGame, SolvedGame, potential, rate_regret
+from nashswarm.methods.nash_swarm.solver import SolvedGame, potential, rate_regret
 from nashswarm.quant import trellis
 
 
-def report(game: RateGame, solved: SolvedGame) -> Compressed:
+def report(solved: SolvedGame) -> Compressed:
     """Return the model of a solved game as every method reports its own.
 
     Damages are those of the curvature that the game was played with, in nats per token.  Without a price nobody plays:
     there are no regrets of rates.
     """
-    matrices = {}
-    for layer in game.context.track(game.layers, "packing"):
-        matrices[layer.name] = trellis.finish(game.arrange(layer)[0], solved.played[layer.name].encoded)
+    matrices = {name: trellis.finish(part.layout, part.encoded) for name, part in solved.played.items()}
     rates = np.concatenate([part.rates.ravel() for part in solved.played.values()])
-    weights = sum(layer.parameters for layer in game.layers)
+    weights = sum(matrix.rows * matrix.columns for matrix in matrices.values())
+    side_bytes = sum(matrix.nbytes - matrix.payload.nbytes for matrix in matrices.values())
     metrics: dict[str, float] = {
         "players": len(rates),
-        "side_bits": 8 * game.side_bytes() / weights,
+        "side_bits": 8 * side_bytes / weights,
         "rate_mean": float(rates.mean()),
         **{f"tiles_at_{rate}_bits": int((rates == rate).sum()) for rate in range(RATES)},
         "regret_of_codes": max(part.code_regret for part in solved.played.values()),

@@ -73,4 +73,5 @@ class NashSwarm:
                 f"parameter with every tile at {self.rates[0]} bits; raise method.bits"
             )
         solved = game.uniform(budget) if self.rate_rule == "uniform" else game.solve(budget, self.rounds)
-        return report(game, solved)
+        del game  # its statistics are larger than the model
+        return report(solved)

@@ -22,7 +22,7 @@ from nashswarm.methods.nash_swarm import prices
 from nashswarm.methods.nash_swarm.prices import Damage, Rates
 from nashswarm.quant import trellis
 from nashswarm.quant.trellis import Encoded, State
-from nashswarm.quant.trellis_arrangement import Arrangement, Grouping, arrange
+from nashswarm.quant.trellis_arrangement import Arrangement, Grouping, Layout, arrange, arrange_again
 
 SETTLED = 2e-7  # nats per token: sweeps of a layer, and rounds of the game, end when they gain no more
 
@@ -36,6 +36,7 @@ class PlayedLayer:
     of all groups.
     """
 
+    layout: Layout
     encoded: Encoded
     damage: float
     at_rates: Damage
@@ -126,23 +127,23 @@ class RateGame:
         rates = prices.spread(self.shapes(), budget - self.side_bytes(), self.allowed)
         return SolvedGame(self._encode(rates), 0.0, {})
 
-    def arrange(self, layer: Layer) -> tuple[Arrangement, torch.Tensor]:
-        """Return the layer as its tiles are cut, and the factor of its curvature."""
-        curvature = layers.curvature(layer, self.moments, self.floor)
-        return arrange(layer.weight, curvature, self.grouping, self.rotated, self.seed)
-
     # One layer.
 
     def _estimate(self, layer: Layer) -> Damage:
         """Return the expected damage of each tile at each rate, as if its weights were normal."""
-        energies = self.arrange(layer)[0].energies().numpy()
-        return energies[..., None] * np.array(distortions())
+        arrangement, factor = self._arrange(layer)
+        return arrangement.energies(factor).numpy()[..., None] * np.array(distortions())
+
+    def _arrange(self, layer: Layer) -> tuple[Arrangement, torch.Tensor]:
+        """Return the layer as its tiles are cut, and the factor of its curvature."""
+        curvature = layers.curvature(layer, self.moments, self.floor)
+        return arrange(layer.weight, curvature, self.grouping, self.rotated, self.seed)
 
     def _encode(self, rates: Sequence[Rates]) -> dict[str, PlayedLayer]:
         """Encode every layer at these rates: error feedback, then sweeps."""
         played = {}
         for layer, part in zip(self.context.track(self.layers, "encoding"), rates, strict=True):
-            state = trellis.feedback(*self.arrange(layer), torch.from_numpy(part.astype(np.uint8)))
+            state = trellis.feedback(*self._arrange(layer), torch.from_numpy(part.astype(np.uint8)))
             played[layer.name] = self._settle(state)
         trim_heap()
         return played
@@ -160,7 +161,8 @@ class RateGame:
             if (rates == before.rates).all() and not last:
                 after[layer.name] = before
                 continue
-            state = trellis.reopen(self.arrange(layer)[0], before.encoded)
+            curvature = layers.curvature(layer, self.moments, self.floor)
+            state = trellis.reopen(arrange_again(layer.weight, curvature, before.layout), before.encoded)
             for tile in np.flatnonzero((rates != before.rates).any(0)):
                 _move(state, int(tile), rates[:, tile], price)
             after[layer.name] = self._settle(state, last)
@@ -177,7 +179,8 @@ class RateGame:
             if not changed or gain < SETTLED:
                 break
         state.refresh()
-        groups, across = state.arrangement.shape
+        layout = state.arrangement.layout
+        groups, across = layout.shape
         at_rates = np.full((groups, across, RATES), np.inf)
         for tile in range(across):
             present = state.rates[:, tile]
@@ -187,7 +190,7 @@ class RateGame:
             at_rates[:, tile, tried] = changes[:, tried]
         own = state.rates.numpy().astype(np.int64)[..., None]
         np.put_along_axis(at_rates, own, np.minimum(np.take_along_axis(at_rates, own, 2), 0), 2)
-        return PlayedLayer(state.encoded(), state.damage, at_rates, trellis.path_regret(state))
+        return PlayedLayer(layout, state.encoded(), state.damage, at_rates, trellis.path_regret(state))
 
 
 def _move(state: State, tile: int, wanted: Rates, price: float | None) -> None:
