@@ -79,7 +79,7 @@ def feedback(
 
 
 def reopen(arrangement: Arrangement, encoded: Encoded) -> State:
-    """Return the state of a matrix that was encoded before."""
+    """Return the state of a matrix that was encoded before.  The state holds its codes, which change with it."""
     layout, scales = arrangement.layout, trellis.scales(encoded.column_scale, COLUMN_STEPS)
     columns = Columns(encoded.codes, torch.empty(encoded.codes.shape), scales, layout.size)
     by_place = torch.zeros(encoded.rates.shape[1] * COLUMNS, encoded.codes.shape[1], dtype=torch.uint8)

@@ -177,7 +177,9 @@ def _feature_order(weights: Float[Tensor, " n"], members: Float[Tensor, "n other
     norm = members.square().mean(1).clamp(min=SMALLEST)
     kurtosis = members.square().square().mean(1) / norm.square()
     unit = members / norm.sqrt()[:, None]
-    directions = torch.pca_lowrank(unit, q=min(2, *unit.shape), niter=4)[0]
+    with torch.random.fork_rng(devices=[]):  # the same order at every call
+        torch.manual_seed(0)
+        directions = torch.pca_lowrank(unit, q=min(2, *unit.shape), niter=4)[0]
     features = torch.column_stack(
         [2 * _standard(weights.clamp(min=SMALLEST).log()), _standard(kurtosis.log()), directions]
     )

@@ -42,6 +42,8 @@ COST = {"seconds", "peak_bytes", "quantize_seconds", "quantize_peak_bytes"}
 GAME = {"regret_max", "regret_mean", "potential_end", "price", "players", "damage"}
 SOLVED = {"potential_start", "sweeps", "flock_moves", "flock_align", "flock_shrink", "heldout_passes", "pruned"}
 UNPLAYED = {"damage", "price", "players", "potential_end", "sweeps", "unsettled"}
+TILES = {"damage", "players", "side_bits", "rate_mean", "regret_of_codes", "bits_per_weight_resident"}
+PLAYED = {"price", "potential_start", "potential_end", "regret_of_rates", "regret_mean", "regret_max"}
 FLOCK = {"strength", "flock_moves", "flock_align", "flock_shrink", "heldout_passes"}
 METHODS = {
     "baseline": set[str](),
@@ -53,6 +55,14 @@ METHODS = {
     "lattice_no_bit_game": {"damage", "players", "sweeps", "unsettled"},
     "lattice_no_swarm": GAME | UNPLAYED | FLOCK | {"regret_of_steps", "regret_of_codes", "damage_correlation"},
     "nash_lattice": GAME | UNPLAYED | FLOCK | {"regret_of_steps", "regret_of_codes", "damage_correlation"},
+    "no_nash": TILES,
+    "no_swarm": TILES | PLAYED,
+    "no_rotation": TILES | PLAYED,
+    "no_sweeps": TILES | PLAYED,
+    "no_cache": TILES | PLAYED,
+    "random_groups": TILES | PLAYED,
+    "feature_groups": TILES | PLAYED,
+    "nash_swarm": TILES | PLAYED,
 }
 
 
@@ -123,6 +133,9 @@ def test_run_every_method_leaves_a_record_with_all_its_metrics(
     if method in ("nash_lattice", "lattice_no_swarm", "lattice_no_bit_game"):
         assert 0.995 * 3 < found.metrics["bits_per_weight_model"] <= 3
         assert len(found.series["moves"]) == found.metrics["sweeps"]
+    if METHODS[method] >= TILES:
+        assert 0.98 * 3 < found.metrics["bits_per_weight_model"] <= 3
+        assert any((tmp_path / "cache").rglob("*.safetensors")) == (method != "no_cache"), "what is kept"
 
 
 @pytest.mark.usefixtures("gguf_package")
@@ -413,8 +426,9 @@ WRONG = {
     "method=fixed_width method.group_size=0": "group_size",
     "method.bits=0.1": "method.bits=0.1 is below the smallest possible size",
     "method=fixed_width method.bits=null": "give either method.bits or method.split",
-    "method.strength=[2]": "method.strength [2] must hold numbers between 0 and 1",
-    "method.offsets=[1,2]": "method.offsets [1, 2] must be ascending small integers, 0 among them",
+    "method=nash_lattice method.strength=[2]": "method.strength [2] must hold numbers between 0 and 1",
+    "method=nash_lattice method.offsets=[1,2]": "method.offsets [1, 2] must be ascending small integers, 0 among them",
+    "method.rates=[2,1]": "method.rates [2, 1] must be ascending whole numbers from 0 to 8",
     "device=gpu": "unknown device=gpu: choose one of auto, cpu, cuda, mps",
     "device=mps": "device=mps is not available on this machine",
     "dtype=float8": "unknown dtype=float8",
@@ -596,9 +610,8 @@ def test_viewer_is_fed_once_and_opens_no_connection(
 def test_sweep_outlives_failing_jobs(small_run: list[str], tmp_path: pathlib.Path) -> None:
     """Choices misspelt inside a method; not in this process, where the type checker of the tests would answer first."""
     misspelt = ["method.swarm.graph=features,featurs", "method.bit_game=equilibrium,equilibrum"]
-    process = start(
-        tmp_path, *small_run, "wandb=disabled", "method.swarm.align=[0]", "method.swarm.shrink=[0]", *misspelt
-    )
+    lattice = ["method=nash_lattice", "method.swarm.align=[0]", "method.swarm.shrink=[0]"]
+    process = start(tmp_path, *small_run, "wandb=disabled", *lattice, *misspelt)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in printed
     assert "4 jobs: 1 finished, 0 skipped, 3 failed" in printed, printed

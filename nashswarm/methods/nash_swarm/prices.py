@@ -43,32 +43,45 @@ def price_for(damage: Sequence[Damage], budget: int, allowed: Sequence[int]) -> 
 
 
 def close(damage: Sequence[Damage], rates: Sequence[Rates], budget: int, allowed: Sequence[int]) -> list[Rates]:
-    """Return rates that take at most ``budget`` bytes and leave no byte that another bit in a tile could use well.
+    """Return rates that take at most ``budget`` bytes, and at which no tile gains by more bits that still fit.
 
     Tiles lower their rate at the least damage per byte until the budget is met; then tiles raise theirs at the best
     gain per byte as long as it fits.
     """
     shapes, choices = [part.shape for part in rates], np.array(allowed)
-    flat = np.concatenate([part.reshape(-1, part.shape[-1]) for part in damage])
-    own = np.concatenate([part.ravel() for part in rates])
+    flat = np.concatenate([part.reshape(-1, part.shape[-1]) for part in damage])[:, choices]
+    own = np.concatenate([np.searchsorted(choices, part.ravel()) for part in rates])
     for down in (True, False):
-        left = budget - BYTES_PER_BIT * int(own.sum())
-        if down and left >= 0:
-            continue
-        change = flat[:, choices] - np.take_along_axis(flat, own[:, None], 1)
-        steps = choices - own[:, None]
-        usable = steps < 0 if down else (steps > 0) & (change < 0)
-        slope = np.where(usable, change / np.where(steps == 0, 1, np.abs(steps)), np.inf)
-        best = slope.argmin(1)
-        chosen = np.take_along_axis(slope, best[:, None], 1)[:, 0]
-        for tile in np.argsort(chosen, kind="stable"):
-            if not np.isfinite(chosen[tile]) or (down and left >= 0) or (not down and left < BYTES_PER_BIT):
-                break
-            step = int(steps[tile, best[tile]])
-            if down or step * BYTES_PER_BIT <= left:
-                own[tile] += step
-                left -= step * BYTES_PER_BIT
-    return _split(own, shapes)
+        while _closer(flat, own, choices, budget, down):
+            pass
+    return _split(choices[own], shapes)
+
+
+def _closer(
+    damage: Float[np.ndarray, "all_tiles choices"],
+    own: Integer[np.ndarray, " all_tiles"],
+    choices: Integer[np.ndarray, " choices"],
+    budget: int,
+    down: bool,
+) -> bool:
+    """Let every tile change its choice at most once toward the budget, the best first; return whether one did."""
+    left = budget - BYTES_PER_BIT * int(choices[own].sum())
+    if down == (left >= 0):
+        return False
+    change = damage - np.take_along_axis(damage, own[:, None], 1)
+    added = BYTES_PER_BIT * (choices - choices[own][:, None])
+    usable = added < 0 if down else (added > 0) & (added <= left) & (change < 0)
+    slope = np.where(usable, change / np.where(added == 0, 1, np.abs(added)), np.inf)
+    best = slope.argmin(1)
+    chosen = np.take_along_axis(slope, best[:, None], 1)[:, 0]
+    moved = False
+    for tile in np.argsort(chosen, kind="stable"):
+        if not np.isfinite(chosen[tile]) or (down and left >= 0) or (not down and left < BYTES_PER_BIT):
+            break
+        step = int(added[tile, best[tile]])
+        if down or step <= left:
+            own[tile], left, moved = best[tile], left - step, True
+    return moved
 
 
 def spread(shapes: Sequence[tuple[int, int]], budget: int, allowed: Sequence[int]) -> list[Rates]:

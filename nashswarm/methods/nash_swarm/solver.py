@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Integer
 
 from nashswarm import layers
 from nashswarm.calibration.context import CalibrationContext
@@ -193,7 +194,7 @@ class RateGame:
         return PlayedLayer(layout, state.encoded(), state.damage, at_rates, trellis.path_regret(state))
 
 
-def _move(state: State, tile: int, wanted: Rates, price: float | None) -> None:
+def _move(state: State, tile: int, wanted: Integer[np.ndarray, " groups"], price: float | None) -> None:
     """Move the tiles in one place across to the rates that they want, those that gain by it."""
     own = state.rates[:, tile].numpy().astype(np.int64)
     moving = wanted != own
