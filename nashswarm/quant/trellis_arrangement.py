@@ -165,7 +165,9 @@ def _order(
         return torch.randperm(len(weights), generator=generator)
     if grouping == "weight":
         return weights.argsort(descending=True, stable=True)
-    return _feature_order(weights, members)
+    with torch.random.fork_rng(devices=[]):  # a matrix is arranged more than once, and must be arranged alike
+        torch.manual_seed(generator.initial_seed())
+        return _feature_order(weights, members)
 
 
 def _feature_order(weights: Float[Tensor, " n"], members: Float[Tensor, "n others"]) -> Integer[Tensor, " n"]:
