@@ -192,6 +192,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_folder(checked)
     _add_paths(checked)
+    checked.add_argument(
+        "--tiles", type=int, metavar="N", help="try the rates of N trellis tiles alone, drawn by lot (all)"
+    )
     return parser
 
 
@@ -281,7 +284,7 @@ def _rebudget(arguments: argparse.Namespace) -> int:
 
 
 def _certify(arguments: argparse.Namespace) -> int:
-    certificate = certify(arguments.folder, arguments.model, arguments.dataset)
+    certificate = certify(arguments.folder, arguments.model, arguments.dataset, arguments.tiles)
     _print(certificate)
     return 0 if certificate["agrees"] is not False and certificate["equilibrium"] else 1
 

@@ -2,7 +2,8 @@
 
 ``run`` executes a run and writes its record; start there.  ``plan`` turns a config into checked values, ``compression``
 holds the stages of a compression run, ``identity`` the names that records keep when code moves.  ``certify`` computes a
-saved model's certificate again, by a second implementation of the game: ``decoded_costs`` says what weights cost,
-``enumeration`` what players would gain.  ``streaming`` is the road for folders larger than memory.  Only this package
+saved model's certificate again, by second implementations of the games: ``decoded_costs`` says what weights cost,
+``enumeration`` what players would gain.  Of trellis tiles ``tile_deviations`` says it, with ``best_paths``.
+``streaming`` is the road for folders larger than memory.  Only this package
 knows Hydra.
 """

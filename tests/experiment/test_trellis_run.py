@@ -69,7 +69,7 @@ def test_folder_is_inspected_and_generates(made: Any, capsys: pytest.CaptureFixt
 
 
 def test_certify_of_trellis_refused(made: Any) -> None:
-    with pytest.raises(ValueError, match="is trellis-coded: certify enumerates the codes of lattices and groups alone"):
+    with pytest.raises(ValueError, match="is trellis-coded, but not by method=nash_swarm: there is no game to certify"):
         certify(made[1])
 
 

@@ -185,8 +185,8 @@ class RateGame:
         at_rates = np.full((groups, across, RATES), np.inf)
         for tile in range(across):
             present = state.rates[:, tile]
-            near = range(RATES) if every_rate else range(int(present.min()) - 1, int(present.max()) + 2)
-            tried = [rate for rate in self.allowed if rate in near]
+            low, high = (self.allowed.index(int(rate)) for rate in (present.min(), present.max()))
+            tried = self.allowed if every_rate else self.allowed[max(low - 1, 0) : high + 2]
             changes = trellis.deviations(state, tile, sum(1 << rate for rate in tried)).numpy()
             at_rates[:, tile, tried] = changes[:, tried]
         own = state.rates.numpy().astype(np.int64)[..., None]
