@@ -176,9 +176,8 @@ def _feature_order(weights: Float[Tensor, " n"], members: Float[Tensor, "n other
     The standardised features are the logarithms of the weight, which counts twice, and of the kurtosis, and the
     projections on two principal components.  The order is that along the first principal axis of the features.
     """
-    norm = members.square().mean(1).clamp(min=SMALLEST)
-    kurtosis = members.square().square().mean(1) / norm.square()
-    unit = members / norm.sqrt()[:, None]
+    unit = members / members.square().mean(1).clamp(min=SMALLEST).sqrt()[:, None]
+    kurtosis = unit.square().square().mean(1).clamp(min=1)  # no vector has less, but for zeros
     with torch.random.fork_rng(devices=[]):  # the same order at every call
         torch.manual_seed(0)
         directions = torch.pca_lowrank(unit, q=min(2, *unit.shape), niter=4)[0]
