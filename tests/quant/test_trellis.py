@@ -92,8 +92,10 @@ def test_finish_decodes_to_the_values_of_the_state(state: State) -> None:
     matrix = form.dequantize(trellis.finish(layout, state.encoded())).double()
     expected = restored(state, state.columns.values)
     assert matrix.shape == (layout.rows, layout.columns)
-    # Scales of zeros end where the file's do, about 1e-7 below a weight of 1.
-    assert torch.allclose(matrix, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-7)
+    if state.arrangement.weights.any():
+        assert torch.allclose(matrix, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    else:  # the smallest scale of the file is larger than that of nothing
+        assert matrix.abs().max() <= 1e-5
 
 
 @few_examples
