@@ -88,11 +88,11 @@ def sums_between(costs: Float[Array, "steps windows sequences"]) -> Float[Array,
 
 def advance(
     total: Float[Array, "*starts states sequences"], costs: Float[Array, "windows sequences"]
-) -> Float[Array, "2 *starts states sequences"]:
+) -> tuple[Float[Array, "*starts states sequences"], Float[Array, "*starts states sequences"]]:
     """Return the cost of entering each state by a window whose oldest bit is 0, and by one whose oldest bit is 1."""
     *starts, states, count = total.shape
-    options = total[..., None, :] + costs.reshape(states, 2, count)
-    return np.moveaxis(options.reshape(*starts, 2, states, count), -3, 0)
+    options = (total[..., None, :] + costs.reshape(states, 2, count)).reshape(*starts, 2, states, count)
+    return options[..., 0, :, :], options[..., 1, :, :]
 
 
 def best_windows(
@@ -105,9 +105,9 @@ def best_windows(
     total[start, everyone] = 0
     oldest: list[Bool[Array, "states sequences"]] = []
     for step in costs:
-        options = advance(total, step)
-        oldest.append(options[1] < options[0])
-        total = np.minimum(*options)
+        zero, one = advance(total, step)
+        oldest.append(one < zero)
+        total = np.minimum(zero, one)
     path, at = np.zeros((STEPS, count), np.int64), start
     for number in reversed(range(STEPS)):
         path[number] = at + states * oldest[number][at, everyone]
