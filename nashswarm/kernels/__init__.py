@@ -4,10 +4,10 @@
 that ``torch.compile`` and ``torch.export`` accept them.  Gradients flow from products to x, and from gates to scores.
 ``direct`` is the same product without torch's dispatcher, for calls that take microseconds.
 
-``tiles`` defines the layout of a packed matrix; ``trellis`` and ``trellis_codes`` define the form of trellis-coded
-matrices.  ``native``, ``trellis_native`` and ``encoder`` call the C++ library (``csrc``), which computes on the CPU;
-``triton_kernels`` and ``triton_trellis`` compute products on CUDA; ``reference``, ``trellis_reference`` and
-``encoder_reference`` are what they are tested against.  ``python -m nashswarm.kernels`` measures the speed of products.
+``tiles`` defines the layout of a packed matrix, ``trellis`` and ``trellis_codes`` that of a trellis-coded one.
+``native``, ``trellis_native`` and ``encoder`` call the C++ library (``csrc``) on the CPU; ``triton_kernels`` and
+``triton_trellis`` compute on CUDA; ``reference``, ``trellis_reference`` and ``encoder_reference`` are what they are
+tested against.  ``python -m nashswarm.kernels`` measures the speed of products.
 """
 
 import dataclasses
@@ -126,11 +126,10 @@ def direct(
         return product if x.dtype is torch.float32 else product.to(x.dtype)
     flat = floats.view(-1, matrix.columns)
     if x.is_cuda and TRITON:
-        from nashswarm.kernels import triton_kernels, triton_trellis
+        from nashswarm.kernels import triton_kernels as tiled
+        from nashswarm.kernels import triton_trellis as coded
 
-        product = (
-            triton_trellis.matmul(flat, matrix) if isinstance(matrix, Trellis) else triton_kernels.matmul(flat, matrix)
-        )
+        product = coded.matmul(flat, matrix) if isinstance(matrix, Trellis) else tiled.matmul(flat, matrix)
     elif isinstance(matrix, Trellis):
         product = trellis_reference.matmul(flat, matrix, activations)
     else:

@@ -25,6 +25,7 @@ from nashswarm.quant import trellis
 from nashswarm.quant.trellis import Encoded, State
 from nashswarm.quant.trellis_arrangement import Arrangement, Grouping, Layout, arrange, arrange_again
 
+ROUGHLY = 2e-3  # share of the damage that a sweep has to gain to be followed by another, before the last round
 SETTLED = 2e-7  # nats per token: sweeps of a layer, and rounds of the game, end when they gain no more
 
 
@@ -126,7 +127,7 @@ class RateGame:
     def uniform(self, budget: int) -> SolvedGame:
         """Encode all tiles at one rate, or at two neighbouring ones dealt evenly, so that the budget is used up."""
         rates = prices.spread(self.shapes(), budget - self.side_bytes(), self.allowed)
-        return SolvedGame(self._encode(rates), 0.0, {})
+        return SolvedGame(self._encode(rates, last=True), 0.0, {})
 
     # One layer.
 
@@ -140,12 +141,12 @@ class RateGame:
         curvature = layers.curvature(layer, self.moments, self.floor)
         return arrange(layer.weight, curvature, self.grouping, self.rotated, self.seed)
 
-    def _encode(self, rates: Sequence[Rates]) -> dict[str, PlayedLayer]:
+    def _encode(self, rates: Sequence[Rates], last: bool = False) -> dict[str, PlayedLayer]:
         """Encode every layer at these rates: error feedback, then sweeps."""
         played = {}
         for layer, part in zip(self.context.track(self.layers, "encoding"), rates, strict=True):
             state = trellis.feedback(*self._arrange(layer), torch.from_numpy(part.astype(np.uint8)))
-            played[layer.name] = self._settle(state)
+            played[layer.name] = self._settle(state, last)
         trim_heap()
         return played
 
@@ -170,14 +171,16 @@ class RateGame:
         trim_heap()
         return after
 
-    def _settle(self, state: State, every_rate: bool = False) -> PlayedLayer:
+    def _settle(self, state: State, last: bool = False) -> PlayedLayer:
         """Sweep until the columns are settled, and measure what each tile would gain by another rate.
 
-        By default only rates next to those of a place across are tried; the damage at all others is infinite.
+        By default the sweeps end early, and only rates next to those of a place across are tried; the damage at all
+        others is infinite.
         """
+        enough = SETTLED if last else max(SETTLED, ROUGHLY * state.damage)
         for _ in range(self.sweeps):
             gain, changed = trellis.sweep(state)
-            if not changed or gain < SETTLED:
+            if not changed or gain < enough:
                 break
         state.refresh()
         layout = state.arrangement.layout
@@ -186,7 +189,7 @@ class RateGame:
         for tile in range(across):
             present = state.rates[:, tile]
             low, high = (self.allowed.index(int(rate)) for rate in (present.min(), present.max()))
-            tried = self.allowed if every_rate else self.allowed[max(low - 1, 0) : high + 2]
+            tried = self.allowed if last else self.allowed[max(low - 1, 0) : high + 2]
             changes = trellis.deviations(state, tile, sum(1 << rate for rate in tried)).numpy()
             at_rates[:, tile, tried] = changes[:, tried]
         own = state.rates.numpy().astype(np.int64)[..., None]
