@@ -5,8 +5,10 @@ group do, through the curvature of the inputs.  A move changes the sum of all da
 change of the mover's own cost, so best replies one after another end in an equilibrium (Monderer & Shapley 1996).
 """
 
+import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,13 +31,16 @@ ROUGHLY = 2e-3  # share of the damage that a sweep has to gain to be followed by
 SETTLED = 2e-7  # nats per token: sweeps of a layer, and rounds of the game, end when they gain no more
 
 
+Result = TypeVar("Result")
+
+
 @dataclasses.dataclass(frozen=True)
 class PlayedLayer:
     """A layer after a round: its codes, its damage, and what its players could still gain.
 
     ``at_rates``: the damage of each tile at each rate, if it alone took that rate and replied, minus its present
-    damage.  ``code_regret``: what the paths of a group of rows could gain, each changing alone, added up; the largest
-    of all groups.
+    damage.  ``every_rate``: whether all rates were tried, or only those near the present ones.  ``code_regret``: what
+    the paths of a group of rows could gain, each changing alone, added up; the largest of all groups.
     """
 
     layout: Layout
@@ -43,6 +48,7 @@ class PlayedLayer:
     damage: float
     at_rates: Damage
     code_regret: float
+    every_rate: bool
 
     @property
     def rates(self) -> Rates:
@@ -101,10 +107,10 @@ class RateGame:
 
         The first rates come from estimates.  In each round the price is found again from the true damages, tiles that
         gain by another rate take it one after another, and the columns sweep.  At the end the budget is closed: the
-        tiles that lose least by it move.
+        tiles that lose least by it move, and every rate of every tile is tried once more.
         """
         left = budget - self.side_bytes()
-        estimates = [self._estimate(layer) for layer in self.context.track(self.layers, "weighing tiles")]
+        estimates = list(self._of_layers(self._estimate, "weighing tiles"))
         price = prices.price_for(estimates, left, self.allowed)
         played = self._encode([prices.best_rates(part, price, self.allowed) for part in estimates])
         del estimates
@@ -119,10 +125,14 @@ class RateGame:
             history["regret"].append(rate_regret(played, price)[0])
             if history["regret"][-1] < SETTLED:
                 break
-        closed = prices.close(
-            [part.at_rates for part in played.values()], [part.rates for part in played.values()], left, self.allowed
-        )
-        return SolvedGame(self._play(played, closed, None, last=True), price, history)
+        wanted = [part.rates for part in played.values()]
+        for _ in range(rounds):
+            closed = prices.close([part.at_rates for part in played.values()], wanted, left, self.allowed)
+            played = self._play(played, closed, None, last=True)
+            if rate_regret(played, price)[0] < SETTLED:
+                break
+            wanted = [prices.best_rates(part.at_rates, price, self.allowed) for part in played.values()]
+        return SolvedGame(played, price, history)
 
     def uniform(self, budget: int) -> SolvedGame:
         """Encode all tiles at one rate, or at two neighbouring ones dealt evenly, so that the budget is used up."""
@@ -143,12 +153,13 @@ class RateGame:
 
     def _encode(self, rates: Sequence[Rates], last: bool = False) -> dict[str, PlayedLayer]:
         """Encode every layer at these rates: error feedback, then sweeps."""
-        played = {}
-        for layer, part in zip(self.context.track(self.layers, "encoding"), rates, strict=True):
+
+        def encode(layer: Layer, part: Rates) -> PlayedLayer:
             state = trellis.feedback(*self._arrange(layer), torch.from_numpy(part.astype(np.uint8)))
-            played[layer.name] = self._settle(state, last)
-        trim_heap()
-        return played
+            return self._settle(state, last)
+
+        encoded = self._of_layers(encode, "encoding", rates)
+        return {layer.name: part for layer, part in zip(self.layers, encoded, strict=True)}
 
     def _play(
         self, played: dict[str, PlayedLayer], wanted: Sequence[Rates], price: float | None, last: bool = False
@@ -157,19 +168,34 @@ class RateGame:
 
         After the ``last`` moves every rate of every tile is tried.
         """
-        after = {}
-        for layer, rates in zip(self.context.track(self.layers, "playing"), wanted, strict=True):
+
+        def play(layer: Layer, rates: Rates) -> PlayedLayer:
             before = played[layer.name]
-            if (rates == before.rates).all() and not last:
-                after[layer.name] = before
-                continue
+            if (rates == before.rates).all() and (before.every_rate or not last):
+                return before
             curvature = layers.curvature(layer, self.moments, self.floor)
             state = trellis.reopen(arrange_again(layer.weight, curvature, before.layout), before.encoded)
             for tile in np.flatnonzero((rates != before.rates).any(0)):
                 _move(state, int(tile), rates[:, tile], price)
-            after[layer.name] = self._settle(state, last)
-        trim_heap()
-        return after
+            return self._settle(state, last)
+
+        after = self._of_layers(play, "playing", wanted)
+        return {layer.name: part for layer, part in zip(self.layers, after, strict=True)}
+
+    def _of_layers(
+        self, function: Callable[..., Result], description: str, *arguments: Sequence[Any]
+    ) -> Iterator[Result]:
+        """Yield the function's result for each layer; several layers are computed at a time, with one thread each."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+                results = pool.map(function, self.layers, *arguments)
+                for _, result in zip(self.context.track(self.layers, description), results, strict=True):
+                    yield result
+        finally:
+            torch.set_num_threads(threads)
+            trim_heap()
 
     def _settle(self, state: State, last: bool = False) -> PlayedLayer:
         """Sweep until the columns are settled, and measure what each tile would gain by another rate.
@@ -194,7 +220,7 @@ class RateGame:
             at_rates[:, tile, tried] = changes[:, tried]
         own = state.rates.numpy().astype(np.int64)[..., None]
         np.put_along_axis(at_rates, own, np.minimum(np.take_along_axis(at_rates, own, 2), 0), 2)
-        return PlayedLayer(layout, state.encoded(), state.damage, at_rates, trellis.path_regret(state))
+        return PlayedLayer(layout, state.encoded(), state.damage, at_rates, trellis.path_regret(state), last)
 
 
 def _move(state: State, tile: int, wanted: Integer[np.ndarray, " groups"], price: float | None) -> None:
