@@ -50,8 +50,8 @@ class State:
     @property
     def damage(self) -> float:
         """The damage in nats per token."""
-        error = self.arrangement.weights - self.columns.values
-        return float((error * self.slopes).sum(dtype=torch.float64) / 2)
+        parts = zip(self.arrangement.weights, self.columns.values, self.slopes, strict=True)
+        return sum(float(((weight - value) * slope).sum(dtype=torch.float64)) for weight, value, slope in parts) / 2
 
     def refresh(self) -> None:
         """Compute the slopes anew, without the rounding errors of many updates."""
@@ -66,14 +66,13 @@ def feedback(
     arrangement: Arrangement, factor: Float[Tensor, "columns columns"], rates: UInt8[Tensor, "groups tiles"]
 ) -> State:
     """Encode a matrix at these rates by one pass of error feedback (GPTQ, Frantar et al. 2023), scales included."""
-    weights, count = arrangement.weights, arrangement.layout.columns
-    corrected = weights.clone()
-    state = State(arrangement, rates, _empty(arrangement), torch.empty_like(weights))
-    columns, by_column = state.columns, state.rates_by_column
-    for start in range(0, count, BLOCK):
-        block = slice(start, min(start + BLOCK, count))
+    corrected, columns = arrangement.weights.clone(), _empty(arrangement)
+    by_column = rates[:, arrangement.layout.tiles].T.contiguous()
+    for start in range(0, len(corrected), BLOCK):
+        block = slice(start, min(start + BLOCK, len(corrected)))
         errors = encoder.feedback(_select(columns, block), corrected[block], factor[block, block], by_column[block])
         corrected[block.stop :].addmm_(factor[block, block.stop :].T, errors, alpha=-1)
+    state = State(arrangement, rates, columns, corrected)  # whose memory the slopes take
     state.refresh()
     return state
 

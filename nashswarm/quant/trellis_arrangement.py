@@ -80,10 +80,11 @@ class Arrangement:
     def energies(self, factor: Float[Tensor, "columns columns"]) -> Float[Tensor, "groups tiles"]:
         """Return the damage of each tile at rate 0, if later columns compensate for it as the ``factor`` of H says."""
         pivots = 1 / factor.diagonal().double().square()
-        by_row = self.weights.double().square() * pivots[:, None] / 2
-        by_group = by_row.view(self.layout.columns, -1, ROWS).sum(2)
         across = torch.zeros(self.layout.shape[1], self.layout.shape[0], dtype=torch.float64)
-        return across.index_add_(0, self.layout.tiles, by_group).T.contiguous()
+        for block in torch.arange(self.layout.columns).split(COLUMNS):  # the squares of all weights would take memory
+            squares = self.weights[block].square().view(len(block), -1, ROWS).sum(2, dtype=torch.float64)
+            across.index_add_(0, self.layout.tiles[block], squares * pivots[block, None] / 2)
+        return across.T.contiguous()
 
 
 def arrange(

@@ -39,7 +39,7 @@ class NashSwarm:
     rate_rule: RateRule = "equilibrium"
     grouping: Grouping = "weight"
     rotation: bool = True
-    sweeps: int = 12
+    sweeps: int = 30
     rounds: int = 5
     floor: float = 0.5
     cache: bool = True

@@ -106,8 +106,8 @@ class RateGame:
         """Play until no tile gains by another rate, at the price at which all layers take at most ``budget`` bytes.
 
         The first rates come from estimates.  In each round the price is found again from the true damages, tiles that
-        gain by another rate take it one after another, and the columns sweep.  At the end the budget is closed: the
-        tiles that lose least by it move, and every rate of every tile is tried once more.
+        gain by another rate take it one after another, and the columns sweep.  In the last rounds the price stays,
+        every rate of every tile is tried, and the budget is closed: the tiles that lose least by it move.
         """
         left = budget - self.side_bytes()
         estimates = list(self._of_layers(self._estimate, "weighing tiles"))
@@ -127,7 +127,9 @@ class RateGame:
                 break
         wanted = [part.rates for part in played.values()]
         for _ in range(rounds):
-            closed = prices.close([part.at_rates for part in played.values()], wanted, left, self.allowed)
+            played = self._play(played, wanted, price, last=True)
+            rates = [part.rates for part in played.values()]
+            closed = prices.close([part.at_rates for part in played.values()], rates, left, self.allowed)
             played = self._play(played, closed, None, last=True)
             if rate_regret(played, price)[0] < SETTLED:
                 break
@@ -192,10 +194,10 @@ class RateGame:
             with concurrent.futures.ThreadPoolExecutor(threads) as pool:
                 results = pool.map(function, self.layers, *arguments)
                 for _, result in zip(self.context.track(self.layers, description), results, strict=True):
+                    trim_heap()  # each thread has a heap of its own, which keeps what is freed
                     yield result
         finally:
             torch.set_num_threads(threads)
-            trim_heap()
 
     def _settle(self, state: State, last: bool = False) -> PlayedLayer:
         """Sweep until the columns are settled, and measure what each tile would gain by another rate.

@@ -197,7 +197,7 @@ def played_layer(at_rates: np.ndarray, rates: np.ndarray) -> solver.PlayedLayer:
     encoded = trellis.Encoded(torch.from_numpy(rates.astype(np.uint8)), codes, torch.zeros(1, dtype=torch.uint8))
     flat = Curvature(torch.ones(1), torch.eye(1), None)
     layout = arrange(torch.ones(1, 1), flat)[0].layout
-    return solver.PlayedLayer(layout, encoded, 0.0, at_rates, 0.0)
+    return solver.PlayedLayer(layout, encoded, 0.0, at_rates, 0.0, every_rate=True)
 
 
 def test_regrets_in_the_metrics_are_small_and_potential_falls() -> None:
