@@ -84,6 +84,7 @@ NOT_HERE = {  # what a command begins with → why it is not run here
 }
 BY_HAND = {  # benchmarks → what they take; their committed reports tell the code that was measured
     "encoder": "the model of a package",
+    "entropy_trellis": "a real model, and minutes for a matrix",
     "export": "GPT-2 at its own size",
     "flock_dynamics": "the embedded model at its own size",
     "kernels": "an idle machine",
