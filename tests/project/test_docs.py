@@ -198,7 +198,6 @@ def test_reference_has_every_public_module_once() -> None:
 
 SETTINGS = {"2.5", "3.0", "4.3", "7.0", "95 %", "3.11", "3.12"}  # budgets, sizes of models, the level, versions
 SETTINGS |= {"2,5", "3,0", "4,3", "7,0", "%95"}  # in Turkish
-BY_HAND = {"README.md": {"0.41", "0.88"}, "README.tr.md": {"0,41", "0,88"}}  # the pages say that they are not on record
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -206,7 +205,7 @@ def test_page_prose_holds_no_typed_result(page: str) -> None:
     """Tables are included, figures are drawn from records; what is left are settings, versions and the level."""
     prose = re.sub(r"<!-- rows of .*?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)", "", PAGES[page], flags=re.S)
     typed = set(re.findall(r"\d+[.,]\d+|(?<![-\d])\d+ ?%|%\d+|\d+×", prose))
-    assert typed <= SETTINGS | BY_HAND.get(page, set())
+    assert typed <= SETTINGS
 
 
 @pytest.mark.parametrize("name", ["quantize_nash_swarm_adaptive", "NashSuruMoE", "DinamikKuantizasyon", "CPUOptimizer"])

@@ -30,7 +30,6 @@ from nashswarm.quant.trellis_arrangement import Arrangement, Grouping, Layout, a
 ROUGHLY = 2e-3  # share of the damage that a sweep has to gain to be followed by another, before the last round
 SETTLED = 2e-7  # nats per token: sweeps of a layer, and rounds of the game, end when they gain no more
 
-
 Result = TypeVar("Result")
 
 
