@@ -201,19 +201,22 @@ def row_factors(
     octaves = -np.log2(np.maximum(sensitivity, SMALLEST)) / 2
     if not matrix.scale > 0:
         raise ValueError(f"{name} has the scale {matrix.scale}, which no matrix has; compress the model again")
-    own = (np.rint(ROW_STEPS * (octaves - np.log2(matrix.scale))) + MIDDLE).clip(0, 255)
+    # Codes are rounded, and bounded, around the median; the common factor of the file moves all of them alike.
+    median = np.rint(median_low(octaves))
+    codes = (np.rint(ROW_STEPS * (octaves - median)) + MIDDLE).clip(0, 255)
+    own = codes + ROW_STEPS * (median - np.log2(matrix.scale))
     stored = matrix.row_scale.numpy().astype(float)
     group = np.arange(matrix.rows) // ROWS
     inside = (stored > 0) & (stored < 255)
     rises = np.array([median_low((stored - own)[group == number]) for number in range(form.groups_of(matrix.rows))])
     difference = stored - own - rises[group]
-    if (np.abs(difference[inside]) > 1).any():
+    if (np.abs(difference[inside & (codes > 0) & (codes < 255)]) > 1).any():
         raise ValueError(
             f"the scales of the rows of {name} do not follow from their sensitivities: the file was changed, or it "
             "belongs to another text; compress the model again"
         )
-    codes = own + np.where(inside, difference, 0)
-    root = 1 / (matrix.scale * 2.0 ** ((codes - MIDDLE) / ROW_STEPS))
+    own += np.where(inside, difference, 0)
+    root = 1 / (matrix.scale * 2.0 ** ((own - MIDDLE) / ROW_STEPS))
     packed = matrix.row_size.numpy()
     size = 0.5 ** (np.stack([packed & 15, packed >> 4], 1).ravel() / SIZE_STEPS)
     return root, size * 2.0 ** (np.repeat(rises, ROWS) / ROW_STEPS)

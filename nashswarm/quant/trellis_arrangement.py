@@ -28,6 +28,7 @@ from nashswarm.quant.curvature import Curvature, inverse_cholesky
 
 Grouping = Literal["weight", "features", "stored", "random"]
 SMALLEST = 1e-30
+LARGEST_SCALE = 254  # code of a row, below the largest byte
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,10 @@ def arrange(
         weighted, row_codes, root = weighted[row_order], row_codes[row_order], root[row_order]
     weighted = _rotate(weighted, rotated)
     size, row_size, octaves = _sizes(((weighted.square() @ pivots) / columns).sqrt())
-    row_scale = (row_codes.long() + octaves.repeat_interleave(ROWS)[:rows]).clamp(0, 255)
+    row_scale = row_codes.long() + octaves.repeat_interleave(ROWS)[:rows]
+    # The common factor makes room for the largest; what is clamped then is 2^31 times smaller.
+    shift = -((LARGEST_SCALE - int(row_scale.max())) // ROW_STEPS)
+    scale, row_scale = scale * 2.0**shift, (row_scale - ROW_STEPS * shift).clamp(min=0)
     likeness = pivots * (weighted / size[:, None]).square().mean(0)
     column_order = _order(likeness, (weighted / size[:, None]).T, grouping, generator)
     places = torch.empty(columns, dtype=torch.int64)

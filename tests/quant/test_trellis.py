@@ -98,6 +98,15 @@ def test_finish_decodes_to_the_values_of_the_state(state: State) -> None:
         assert matrix.abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("factor", [1e-7, 1e-3, 1e3, 1e7])
+def test_finish_decodes_matrices_of_any_size(factor: float) -> None:
+    arrangement, inverse = arranged(70, 33, matrix=factor * weights(70, 33, 0))
+    state = trellis.feedback(arrangement, inverse, torch.full(arrangement.layout.shape, 4, dtype=torch.uint8))
+    matrix = form.dequantize(trellis.finish(arrangement.layout, state.encoded())).double()
+    expected = restored(state, state.columns.values)
+    assert torch.allclose(matrix, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 @few_examples
 @given(states())
 def test_orders_are_permutations(state: State) -> None:
