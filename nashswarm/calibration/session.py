@@ -82,13 +82,18 @@ class CalibrationSession:
         )
 
     def store(
-        self, packed: Mapping[str, Any], weights: Mapping[str, Tensor], float_bits: int
+        self,
+        packed: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        float_bits: int,
+        file_bytes: int | None = None,
     ) -> tuple[dict[str, bytes], dict[str, float]]:
         """Put compressed layers on the candidate model: the files of its checkpoint, and their sizes.
 
         Every road that compresses a model in memory ends here: the API, the command line and the experiments.
         ``packed``: bytes by layer, ``weights``: what they stand for.  Everything else in the model is rounded to
-        ``float_bits``, as it is stored.
+        ``float_bits``, as it is stored.  ``file_bytes``: the size of another library's own file, which counts instead
+        of the checkpoint's.
         """
         model = self.candidate_model
         others = matrices.uncompressed_tensors(model, self.layers)
@@ -96,7 +101,7 @@ class CalibrationSession:
         matrices.round_to_stored(others, float_bits)
         files = file_format.checkpoint_files(model, packed, others, float_bits)
         return files, file_format.sizes_of(
-            file_bytes=sum(len(content) for content in files.values()),
+            file_bytes=sum(len(content) for content in files.values()) if file_bytes is None else file_bytes,
             packed_bytes=sum(len(content) for content in packed.values()),
             packed_weights=sum(layer.parameters for layer in self.layers),
             parameters=self.parameters,

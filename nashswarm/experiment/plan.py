@@ -25,6 +25,7 @@ from nashswarm.measures.size import Size
 from nashswarm.methods import distillation
 from nashswarm.methods.method import Method
 from nashswarm.methods.peers import peer
+from nashswarm.methods.peers.llama_cpp import LlamaCpp
 from nashswarm.methods.prototype import AsPublished
 from nashswarm.models import sources
 from nashswarm.moe.model import MoeSource
@@ -203,8 +204,8 @@ def choose_task(config: DictConfig, method: Method) -> distillation.Recovery | N
         raise ValueError(f"task={config.task} is not a choice of the group task: {', '.join(TASKS)}")
     if settings is None:
         return None
-    if isinstance(method, peer.Peer | AsPublished):
-        whose = method.library if isinstance(method, peer.Peer) else "as_published"
+    if isinstance(method, peer.Peer | LlamaCpp | AsPublished):
+        whose = "as_published" if isinstance(method, AsPublished) else method.library
         raise Unsupported(f"task=finetune cannot train what {whose} packs; use task=compress")
     if config.dtype != "float32":
         raise ValueError(f"task=finetune trains in float32; leave dtype={config.dtype} out")

@@ -24,6 +24,7 @@ from nashswarm.measures import measure
 from nashswarm.measures.moe.target import CALIBRATION_WINDOWS, MoeTarget
 from nashswarm.memory import peak_bytes, reset_peak
 from nashswarm.methods.peers import peer
+from nashswarm.methods.peers.llama_cpp import LlamaCpp
 from nashswarm.models import sources
 from nashswarm.moe import training
 from nashswarm.packed import model_folder
@@ -117,7 +118,7 @@ def _check(planned: Plan | MoePlan, target: pathlib.Path | None) -> None:
     """Raise ValueError for what is missing or in the way, before any work."""
     if isinstance(planned, Plan):
         measure.require(planned.measure)
-        if target is not None and isinstance(planned.method, peer.Peer):
+        if target is not None and isinstance(planned.method, peer.Peer | LlamaCpp):
             raise ValueError(f"save={target}: what {planned.method.library} packs cannot be loaded again; leave it out")
     if target is not None:
         model_folder.check_free(target)
@@ -133,7 +134,7 @@ def _compress(config: DictConfig, planned: Plan) -> RunResult:
     if planned.finetune is not None:
         result, (before, training_series) = compression.finetune(loaded, result, planned.finetune, planned.measure)
         series |= training_series
-    files, sizes = session.store(result.packed, result.weights, result.float_bits)
+    files, sizes = session.store(result.packed, result.weights, result.float_bits, result.file_bytes)
     measured, windows = planned.measure.measure(compression.evaluation_target(loaded, result))
     nominal = {"nominal_bits": result.code_bits / sum(layer.parameters for layer in session.layers)}
     metrics = dict(result.metrics) | sizes | nominal | before | measured | cost

@@ -25,7 +25,8 @@ class Compressed:
     in nats per token.  ``metrics`` and ``series``: recorded with the result.  ``float_bits``: width of everything
     outside the layers.  ``game``: inputs of the game from which its certificate can be computed again; a saved model
     keeps them in a separate file, which no decoder needs and which does not count toward the model's size.
-    ``foreign``: the library whose packed form this is, None for the formats of nashswarm.
+    ``foreign``: the library whose packed form this is, None for the formats of nashswarm.  ``file_bytes``: the size of
+    the library's own file, None if the bytes of ``packed`` are stored in a checkpoint of nashswarm.
     """
 
     packed: Mapping[str, Any]
@@ -38,6 +39,7 @@ class Compressed:
     float_bits: int = 16
     game: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     foreign: str | None = None
+    file_bytes: int | None = None
 
 
 @runtime_checkable

@@ -1,8 +1,9 @@
 """Language models and classifiers of transformers: where they come from, their weight matrices, and their quality.
 
 ``sources`` loads a model with its tokenizer; the embedded one lies in ``default_model``.  ``packaged_gguf`` finds the
-GGUF file of a Python package.  ``matrices`` finds the weight matrices of a model and replaces them.  ``experts``
-executes mixtures of experts and splits fused ones into linear layers.  ``classifier`` fine-tunes classifiers once and
-caches them.  ``evaluation`` computes the negative log-likelihood of text and the distance to the full model.
-``shapes`` counts the parameters of well-known architectures without their weights.
+GGUF file of a Python package; ``gguf_file`` writes and reads such files, and ``gguf_tokenizer`` adds the tokenizer.
+``matrices`` finds the weight matrices of a model and replaces them.  ``experts`` executes mixtures of experts and
+splits fused ones into linear layers.  ``classifier`` fine-tunes classifiers once and caches them.  ``evaluation``
+computes the negative log-likelihood of text and the distance to the full model.  ``shapes`` counts the parameters of
+well-known architectures without their weights.
 """

@@ -2,5 +2,6 @@
 
 ``library`` defines what a library can do.  Each of ``hqq``, ``bitsandbytes``, ``quanto``, ``torchao``, ``onnxruntime``,
 ``nncf``, ``auto_round`` and ``gguf`` wraps the library of that name; ``peer`` holds the table of all eight and the
-method ``Peer``.  The libraries are optional and are imported only when a method uses them.
+method ``Peer``.  ``llama_cpp`` is a method of its own: it quantizes whole models, by the file types of a real
+llama.cpp.  The libraries are optional and are imported only when a method uses them.
 """
