@@ -125,8 +125,8 @@ class Ggml:
 
         llama_cpp.llama_backend_init()
         folder = pathlib.Path(llama_cpp.__file__).parent / "lib"
-        suffix = next(file.suffix for file in folder.iterdir() if "ggml-cpu." in file.name)
-        self.base, self.cpu = (ctypes.CDLL(str(folder / f"libggml-{part}{suffix}")) for part in ("base", "cpu"))
+        path = next(folder / name for name in ("libllama.so", "libllama.dylib") if (folder / name).exists())
+        self.library = ctypes.CDLL(str(path))  # loaded already; it gives the functions of ggml as well
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
         signatures: dict[str, tuple[Any, Sequence[Any]]] = {
             "ggml_init": (pointer, [_Parameters]),
@@ -149,17 +149,17 @@ class Ggml:
             "ggml_backend_cpu_set_n_threads": (None, [pointer, ctypes.c_int]),
         }
         for name, (result, arguments) in signatures.items():
-            function = getattr(self.cpu if "_cpu_" in name and "buffer" not in name else self.base, name)
+            function = getattr(self.library, name)
             function.restype, function.argtypes = result, arguments
-        self.backend = self.cpu.ggml_backend_cpu_init()
-        self.cpu.ggml_backend_cpu_set_n_threads(self.backend, 1)
-        register = self.cpu.ggml_backend_cpu_reg()
-        self.device = self.base.ggml_backend_reg_dev_get(register, 0)
-        self.buffers = {"rows": self.base.ggml_backend_cpu_buffer_type()}
-        address = self.base.ggml_backend_reg_get_proc_address(register, b"ggml_backend_dev_get_extra_bufts")
+        self.backend = self.library.ggml_backend_cpu_init()
+        self.library.ggml_backend_cpu_set_n_threads(self.backend, 1)
+        register = self.library.ggml_backend_cpu_reg()
+        self.device = self.library.ggml_backend_reg_dev_get(register, 0)
+        self.buffers = {"rows": self.library.ggml_backend_cpu_buffer_type()}
+        address = self.library.ggml_backend_reg_get_proc_address(register, b"ggml_backend_dev_get_extra_bufts")
         listed = ctypes.CFUNCTYPE(ctypes.POINTER(pointer), pointer)(address)(self.device)
         for buffer_type in itertools.takewhile(bool, (listed[number] for number in itertools.count())):
-            self.buffers[self.base.ggml_backend_buft_name(buffer_type).decode()] = buffer_type
+            self.buffers[self.library.ggml_backend_buft_name(buffer_type).decode()] = buffer_type
 
     def forms(self) -> list[str]:
         """Return the names of the forms in which weights can be held: as rows, and those for this machine."""
@@ -169,7 +169,7 @@ class Ggml:
         """Return the bytes of the matrix in a type, and what they decode to."""
         number = gguf.GGMLQuantizationType[kind]
         content = np.empty(gguf.quant_shape_to_byte_shape(tuple(weight.shape), number), np.uint8)
-        self.base.ggml_quantize_chunk(int(number), weight.data_ptr(), content.ctypes.data, 0, *weight.shape, None)
+        self.library.ggml_quantize_chunk(int(number), weight.data_ptr(), content.ctypes.data, 0, *weight.shape, None)
         return content, torch.from_numpy(gguf.dequantize(content, number))
 
     def product(
@@ -179,28 +179,28 @@ class Ggml:
 
         None if the form is not for this type.
         """
-        base, (rows, columns) = self.base, shape
-        weights, others = (base.ggml_init(_Parameters(1 << 20, None, True)) for _ in range(2))
-        matrix = base.ggml_new_tensor_2d(weights, int(gguf.GGMLQuantizationType[kind]), columns, rows)
-        base.ggml_backend_alloc_ctx_tensors_from_buft(weights, self.buffers[form])
-        inputs = base.ggml_new_tensor_2d(others, int(gguf.GGMLQuantizationType.F32), columns, len(x))
-        products = [base.ggml_mul_mat(others, matrix, inputs) for _ in range(PRODUCTS)]
-        if not base.ggml_backend_dev_supports_op(self.device, products[0]):
+        ggml, (rows, columns) = self.library, shape
+        weights, others = (ggml.ggml_init(_Parameters(1 << 20, None, True)) for _ in range(2))
+        matrix = ggml.ggml_new_tensor_2d(weights, int(gguf.GGMLQuantizationType[kind]), columns, rows)
+        ggml.ggml_backend_alloc_ctx_tensors_from_buft(weights, self.buffers[form])
+        inputs = ggml.ggml_new_tensor_2d(others, int(gguf.GGMLQuantizationType.F32), columns, len(x))
+        products = [ggml.ggml_mul_mat(others, matrix, inputs) for _ in range(PRODUCTS)]
+        if not ggml.ggml_backend_dev_supports_op(self.device, products[0]):
             return None
-        graph = base.ggml_new_graph(others)
+        graph = ggml.ggml_new_graph(others)
         for product in products:
-            base.ggml_build_forward_expand(graph, product)
-        base.ggml_backend_alloc_ctx_tensors_from_buft(others, self.buffers["rows"])
-        base.ggml_backend_tensor_set(matrix, content.ctypes.data, 0, content.nbytes)
-        base.ggml_backend_tensor_set(inputs, x.data_ptr(), 0, x.nbytes)
+            ggml.ggml_build_forward_expand(graph, product)
+        ggml.ggml_backend_alloc_ctx_tensors_from_buft(others, self.buffers["rows"])
+        ggml.ggml_backend_tensor_set(matrix, content.ctypes.data, 0, content.nbytes)
+        ggml.ggml_backend_tensor_set(inputs, x.data_ptr(), 0, x.nbytes)
 
         def result() -> Tensor:
-            base.ggml_backend_graph_compute(self.backend, graph)
+            ggml.ggml_backend_graph_compute(self.backend, graph)
             values = torch.empty(len(x), rows)
-            base.ggml_backend_tensor_get(products[-1], values.data_ptr(), 0, values.nbytes)
+            ggml.ggml_backend_tensor_get(products[-1], values.data_ptr(), 0, values.nbytes)
             return values
 
-        return functools.partial(base.ggml_backend_graph_compute, self.backend, graph), result
+        return functools.partial(ggml.ggml_backend_graph_compute, self.backend, graph), result
 
 
 if __name__ == "__main__":

@@ -58,22 +58,34 @@ def model(request: pytest.FixtureRequest) -> Any:
     return build(CONFIGS[request.param]())
 
 
-def load_in_llama_cpp(path: pathlib.Path, **options: Any) -> Any:
-    """Load a file in a real llama.cpp, whose cache and arithmetic are in 32 bits."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    return llama_cpp.Llama(
-        str(path), n_ctx=64, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, flash_attn=False, verbose=False,
-        **options,
-    )  # fmt: skip
-
-
 def llama_cpp_log_probabilities(path: pathlib.Path, tokens: Tensor) -> Tensor:
-    """Return the log-probabilities of a real llama.cpp at every position of a text, (tokens, vocabulary)."""
-    loaded = load_in_llama_cpp(path, logits_all=True)
-    loaded.eval(tokens.tolist())
-    logits = torch.from_numpy(np.array(loaded.scores[: len(tokens)], np.float32))
-    loaded.close()
-    return logits.log_softmax(-1)
+    """Return the log-probabilities of a real llama.cpp at every position of a text, (tokens, vocabulary).
+
+    Its cache is in 32 bits, and it multiplies by the rows of the file as they are stored.
+    """
+    library = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    library.llama_backend_init()
+    loading = library.llama_model_default_params()
+    loading.use_extra_bufts = False
+    model = library.llama_model_load_from_file(str(path).encode(), loading)
+    running = library.llama_context_default_params()
+    running.n_ctx = running.n_batch = 64
+    running.n_threads = running.n_threads_batch = 1
+    running.type_k = running.type_v = int(gguf.GGMLQuantizationType.F32)
+    running.flash_attn_type = 0  # off
+    context = library.llama_init_from_model(model, running)
+    batch = library.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for place, token in enumerate(tokens.tolist()):
+        batch.token[place], batch.pos[place], batch.logits[place] = token, place, True
+        batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+    assert library.llama_decode(context, batch) == 0
+    rows = next(int(tensor.shape[1]) for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+    logits = np.ctypeslib.as_array(library.llama_get_logits(context), (len(tokens) * rows,)).copy()
+    library.llama_batch_free(batch)
+    library.llama_free(context)
+    library.llama_model_free(model)
+    return torch.from_numpy(logits).view(len(tokens), rows).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -180,7 +192,7 @@ def with_digits(tokenizer: Any) -> Any:
 def test_write_tokenizer_cuts_text_in_llama_cpp_as_before(
     kind: str, tmp_path: pathlib.Path, tokenizer: Any, text_folder: pathlib.Path
 ) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    library = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     if kind == "sentencepiece":
         tokenizer = sentencepiece_like((text_folder / "train.txt").read_text())
     elif kind == "digits apart":
@@ -190,7 +202,7 @@ def test_write_tokenizer_cuts_text_in_llama_cpp_as_before(
     tokenizer.chat_template = "{{ messages[0].content }}"
     model = build(transformers.LlamaConfig(**SHARED | {"vocab_size": len(tokenizer) + 3}))
     gguf_file.write(model, tmp_path / "model.gguf", "float32", tokenizer)
-    loaded = load_in_llama_cpp(tmp_path / "model.gguf", vocab_only=True)
+    loaded = library.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
     tokens = loaded.tokenize(TEXT.encode(), add_bos=True)
     assert tokens == tokenizer(TEXT)["input_ids"] and len(set(tokens)) > 20
     assert loaded.metadata["tokenizer.chat_template"] == tokenizer.chat_template

@@ -172,7 +172,7 @@ def _library() -> tuple[Any, list[str], Any]:
     import llama_cpp
 
     errors: list[str] = []
-    error_level = 3  # GGML_LOG_LEVEL_ERROR
+    error_level = 4  # GGML_LOG_LEVEL_ERROR
 
     @llama_cpp.llama_log_callback
     def receive(level: int, text: bytes, _: Any) -> None:
