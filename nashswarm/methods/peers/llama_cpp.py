@@ -174,13 +174,13 @@ def _library() -> tuple[Any, list[str], Any]:
     errors: list[str] = []
     error_level = 4  # GGML_LOG_LEVEL_ERROR
 
-    @llama_cpp.llama_log_callback
     def receive(level: int, text: bytes, _: Any) -> None:
         line = text.decode(errors="replace")
         if level == error_level:
             errors.append(line)
         log.debug("%s", line.rstrip())
 
+    callback = llama_cpp.llama_log_callback(receive)
     llama_cpp.llama_backend_init()
-    llama_cpp.llama_log_set(receive, ctypes.c_void_p(0))
-    return llama_cpp, errors, receive
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    return llama_cpp, errors, callback
