@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"nashswarm {parsed.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"nashswarm {parsed.command}: interrupted; the same command goes on from what is cached", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)  # ends at once, although threads may still encode layers
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,88 +20,132 @@ position, provided that the expected squared change of the score is twice the da
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
-from torch.nn import functional
 
+from nashswarm.calibration.moments_table import MomentsTable, PackedMoments, SymmetricMatrix
+from nashswarm.calibration.nll import Labels, summed_nll
 from nashswarm.layers import Moments
 from nashswarm.progress import Track, no_track
 
-Labels = Literal["model", "text"]
 Score = Callable[[Any, Tensor, torch.Generator], Tensor]
-SAMPLED_AT_ONCE = 128  # positions
 
 
 class _MomentSums:
-    """Running sums of one module, updated by hooks, on the CPU: matrices in float32, vectors in float64."""
+    """Running sums of one module, updated by hooks, on the CPU: matrices in float32, vectors in float64.
+
+    ``calls``: its inputs in the present window.  Modules that had the same inputs in all windows share ``inputs``.
+    """
 
     def __init__(self, module: nn.Module, head: bool) -> None:
         self.module, self.head = module, head
+        self.routed: bool = getattr(module, "routed", False)  # a matrix of one expert
         self.positions = 0
-        self.inputs: Tensor | None = None
+        self.calls: list[Tensor] = []
+        self.inputs: SymmetricMatrix | None = None
+        self.counts: Tensor | None = None
         self.outputs: Tensor | None = None
         self.rows: Tensor | None = None
-        self.columns: Tensor | None = None
+        self.columns: SymmetricMatrix | None = None
 
     def add_inputs(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook: add the inputs, and register a hook on the gradient of the output."""
-        outputs = output.shape[-1]
-        inputs = None
+        """Forward hook: keep the inputs, and register a hook on the gradient of the output."""
+        if not torch.is_grad_enabled():
+            return output
+        held: list[Tensor] = []
         if isinstance(module, nn.Embedding):
             output = output.detach().requires_grad_()
-            rows, positions = module.num_embeddings, output.numel() // outputs
+            rows, positions = module.num_embeddings, output.numel() // output.shape[-1]
             if type(module).forward is nn.Embedding.forward:
-                window_inputs = torch.bincount(arguments[0].flatten().cpu(), minlength=rows).double()
+                counts = torch.bincount(arguments[0].flatten().cpu(), minlength=rows).double()
             else:  # a position table that computes its own indices: count all rows alike
-                window_inputs = torch.full((rows,), positions / rows, dtype=torch.float64)
+                counts = torch.full((rows,), positions / rows, dtype=torch.float64)
+            self.counts = counts if self.counts is None else self.counts.add_(counts)
         else:
-            inputs = arguments[0].detach().float().flatten(0, -2)
-            positions = len(inputs)
-            window_inputs = (inputs.T @ inputs).cpu()
+            inputs = arguments[0].detach()
+            positions = inputs.numel() // inputs.shape[-1]
+            self.calls.append(inputs)
+            if not self.head:
+                held.append(inputs)
         self.positions += positions
-        self.inputs = _add(self.inputs, window_inputs)
-        output.register_hook(functools.partial(self.add_gradient, inputs))
+        output.register_hook(functools.partial(self.add_gradient, held))
         return output
 
-    def add_gradient(self, inputs: Tensor | None, gradient: Tensor) -> None:
-        """Backward hook: add the squared gradients of the outputs, and of the rows and columns of the weight."""
-        gradients = gradient.detach().float().flatten(0, -2)
-        self.outputs = _add(self.outputs, gradients.square().sum(0).cpu().double())
-        if inputs is not None and not self.head:
-            weight_gradient = gradients.T @ inputs
-            self.rows = _add(self.rows, weight_gradient.square().sum(1).cpu().double())
-            self.columns = _add(self.columns, (weight_gradient.T @ weight_gradient).cpu())
+    def add_gradient(self, held: list[Tensor], gradient: Tensor) -> None:
+        """Backward hook: add the squared gradients of the outputs, and of the rows and columns of the weight.
 
-    def moments(self) -> Moments:
-        """Return the means over positions.
+        ``held``: the inputs, which are let go.
+        """
+        gradients = _by_position(gradient.detach())
+        self.outputs = _add(self.outputs, gradients.square().sum(0))
+        if held:
+            weight_gradient = gradients.T @ _by_position(held.pop())
+            self.rows = _add(self.rows, weight_gradient.square().sum(1))
+            if self.columns is None:
+                self.columns = SymmetricMatrix.zeros(weight_gradient.shape[1])
+            self.columns.add_gram(weight_gradient)
+
+    def moments(self, divisor: int) -> PackedMoments:
+        """Return the means over positions, of an expert over all ``divisor`` of them; ``inputs`` are a mean already.
 
         The counts of an embedding and the squared gradients of the output head get add-one smoothing: otherwise errors
         in tokens that calibration text does not contain would cost nothing.
         """
-        assert self.inputs is not None and self.outputs is not None
-        inputs, outputs = self.inputs.div_(self.positions), self.outputs / self.positions
-        if self.inputs.ndim == 1:
-            inputs = (inputs * self.positions + 1) / (self.positions + len(inputs))
+        assert self.outputs is not None
+        outputs = (self.outputs / self.positions).float()
         if self.head:
-            outputs = (self.outputs + 1) / (self.positions + len(outputs))
-        trace = float(inputs.diagonal().double().sum()) if inputs.ndim == 2 else 0.0
-        inputs = inputs.float()
+            outputs = ((self.outputs + 1) / (self.positions + len(outputs))).float()
+        if self.inputs is None:
+            assert self.counts is not None
+            shares = ((self.counts + 1) / (self.positions + len(self.counts))).float()
+            return PackedMoments(shares, outputs, outputs, shares)
         if self.rows is None or self.columns is None:
-            return Moments(inputs, outputs.float(), outputs.float(), inputs.clone())
-        gradient = float(self.columns.diagonal().double().sum())
+            return PackedMoments(self.inputs, outputs, outputs, self.inputs)
+        trace, gradient = self.inputs.trace(), self.columns.trace()
         if not trace or not gradient:  # no inputs, or no gradients
-            return Moments(inputs, outputs.float(), torch.zeros_like(outputs).float(), inputs.clone())
-        coupled = self.rows / (self.positions * trace)
-        return Moments(inputs, outputs.float(), coupled.float(), self.columns.mul_(trace / gradient))
+            return PackedMoments(self.inputs, outputs, torch.zeros_like(outputs), self.inputs)
+        self.columns.entries.mul_(trace / gradient)
+        return PackedMoments(self.inputs, outputs, (self.rows / (divisor * trace)).float(), self.columns)
+
+
+def _by_position(values: Tensor) -> Float[Tensor, "positions width"]:
+    return values.float().flatten(0, -2)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
-    """Add ``part`` to ``total`` in place, because a second copy of all sums may not fit into memory."""
-    return part if total is None else total.add_(part)
+    return part.cpu().double() if total is None else total.add_(part.cpu())
+
+
+def _add_inputs(sums: Iterable[_MomentSums]) -> None:
+    """Add the inputs of a window, once for all modules that always had the same ones."""
+    groups: dict[tuple[Any, ...], list[_MomentSums]] = {}
+    for part in sums:
+        if part.calls or part.inputs is not None:
+            seen = (
+                id(part.inputs),
+                part.routed,
+                *((call.data_ptr(), call.shape, call.stride()) for call in part.calls),
+            )
+            groups.setdefault(seen, []).append(part)
+    shared: set[int] = set()
+    for (before, *_), group in groups.items():
+        total = group[0].inputs
+        if total is None:
+            total = SymmetricMatrix.zeros(group[0].calls[0].shape[-1])
+        elif before in shared:  # no longer the same inputs
+            total = total.clone()
+        shared.add(before)
+        for part in group:
+            part.inputs = total
+    for group in groups.values():
+        for call in group[0].calls:
+            group[0].inputs.add_gram(_by_position(call))
+        for part in group:
+            part.calls.clear()
 
 
 @contextlib.contextmanager
@@ -124,31 +168,6 @@ def _moment_hooks(model: Any, names: Sequence[str]) -> Iterator[dict[str, _Momen
             parameter.requires_grad_()
 
 
-def summed_nll(
-    model: Any, window: Integer[Tensor, " length"], generator: torch.Generator, labels: Labels = "model"
-) -> Float[Tensor, ""]:
-    """Compute the summed NLL of a window in nats, with labels sampled from the model or taken from the text."""
-    logits = model(input_ids=window.unsqueeze(0)).logits[0, :-1]
-    targets = sample_tokens(logits.detach(), generator).to(logits.device) if labels == "model" else window[1:]
-    return functional.cross_entropy(logits.float(), targets, reduction="sum")
-
-
-def sample_tokens(
-    logits: Float[Tensor, "positions vocabulary"], generator: torch.Generator
-) -> Integer[Tensor, " positions"]:
-    """Sample one token for each position, on the CPU.
-
-    A uniform number is looked up in the cumulative distribution.  (``torch.multinomial`` would draw a number for every
-    token of the vocabulary.)
-    """
-    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
-    tokens = [
-        torch.searchsorted(part.cpu().double().softmax(-1).cumsum_(-1), numbers, right=True)
-        for part, numbers in zip(logits.split(SAMPLED_AT_ONCE), uniform.split(SAMPLED_AT_ONCE), strict=True)
-    ]
-    return torch.cat(tokens)[:, 0].clamp(max=logits.shape[1] - 1)  # rounding may leave the last sum below 1
-
-
 def calibrate(
     model: Any,
     names: Sequence[str],
@@ -157,7 +176,7 @@ def calibrate(
     labels: Labels = "model",
     track: Track = no_track,
     score: Score | None = None,
-) -> dict[str, Moments]:
+) -> MomentsTable:
     """Compute the moments of the modules in ``names``, averaged over all positions of ``windows``.
 
     ``labels`` are sampled from the model (``"model"``, for the true Fisher information) or taken from the text
@@ -168,38 +187,40 @@ def calibrate(
     model.eval()
     with _moment_hooks(model, names) as sums:
         for window in track(list(windows), "calibrating"):
-            score(model, window, generator).backward()
-    moments = {name: part.moments() for name, part in sums.items() if part.positions and part.outputs is not None}
-    traffic = {name: sums[name].positions / windows.numel() for name in moments if _routed(sums[name].module)}
+            scalar = score(model, window, generator)
+            _add_inputs(sums.values())
+            scalar.backward()
+            del scalar  # and its graph, before the next one grows
+    table, means = MomentsTable(), set[int]()
+    used = {name: part for name, part in sums.items() if part.positions and part.outputs is not None}
+    for name, part in used.items():
+        divisor = windows.numel() if part.routed else part.positions
+        if part.inputs is not None and id(part.inputs) not in means:
+            part.inputs.entries.div_(divisor)
+            means.add(id(part.inputs))
+        table.data[name] = part.moments(divisor)
     for name, part in sums.items():
-        if _routed(part.module) and name not in moments:
-            moments[name] = _mean_of_siblings(name, moments, windows.numel())
-    moments |= {name: _scale_inputs(moments[name], share) for name, share in traffic.items()}
-    if unused := [name for name in names if name not in moments]:
+        if part.routed and name not in used:
+            table[name] = _mean_of_siblings(name, table, used)
+    if unused := [name for name in names if name not in table]:
         raise ValueError(f"the model never uses {', '.join(unused)}: leave them out by model.exclude, or exclude=")
-    return moments
+    return table
 
 
-def _routed(module: nn.Module) -> bool:
-    """Return whether the module is a matrix of one expert."""
-    return getattr(module, "routed", False)
-
-
-def _scale_inputs(moments: Moments, share: float) -> Moments:
-    """Return the mean over all positions, given the mean over the ``share`` of them that the module saw."""
-    return dataclasses.replace(moments, inputs=share * moments.inputs, coupled_inputs=share * moments.coupled_inputs)
-
-
-def _mean_of_siblings(name: str, moments: dict[str, Moments], positions: int) -> Moments:
-    """Return moments for an expert that no token was routed to: the mean of the other experts of its layer.
+def _mean_of_siblings(name: str, table: MomentsTable, used: Mapping[str, _MomentSums]) -> Moments:
+    """Return moments for an expert that no token was routed to: the mean of the used experts of its layer.
 
     They count as seen at one position, so that errors in the expert cost little but not nothing.
     """
     stem, _, role = name.rpartition(".")
     layer = stem.rpartition(".")[0]
-    others = [part for other, part in moments.items() if other.startswith(f"{layer}.") and other.endswith(f".{role}")]
-    if not others:
+    names = [other for other in used if other.startswith(f"{layer}.") and other.endswith(f".{role}")]
+    if not names:
         raise ValueError(f"no expert of {layer} was ever used: give more calibration text")
-    fields = (field.name for field in dataclasses.fields(Moments))
-    mean = Moments(*(torch.stack([getattr(other, field) for other in others]).mean(0) for field in fields))
-    return _scale_inputs(mean, 1 / positions)
+    mean = [torch.zeros(())] * len(dataclasses.fields(Moments))
+    for other in names:
+        moments, share = table[other], 1 / used[other].positions
+        for number, field in enumerate(dataclasses.fields(Moments)):
+            scale = share if field.name in ("inputs", "coupled_inputs") else 1
+            mean[number] = mean[number] + scale * getattr(moments, field.name) / len(names)
+    return Moments(*mean)

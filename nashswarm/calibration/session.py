@@ -14,9 +14,11 @@ from torch import Tensor
 
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.context import CalibrationContext
-from nashswarm.calibration.moments import calibrate, summed_nll
+from nashswarm.calibration.moments import calibrate
+from nashswarm.calibration.moments_table import MomentsTable
+from nashswarm.calibration.nll import summed_nll
 from nashswarm.calibration.prefix_replay import PrefixReplay
-from nashswarm.layers import Layer, Moments
+from nashswarm.layers import Layer
 from nashswarm.memory import trim_heap
 from nashswarm.models import evaluation, matrices
 from nashswarm.packed import file_format
@@ -107,20 +109,18 @@ class CalibrationSession:
             parameters=self.parameters,
         )
 
-    def moments(self) -> dict[str, Moments]:
+    def moments(self) -> MomentsTable:
         """Return the calibration statistics of all modules of the layers, computed or read from the cache."""
         names = [module for layer in self.layers for module in layer.modules]
-        fields = [field.name for field in dataclasses.fields(Moments)]
         score = summed_nll if self.causal else evaluation.projection
 
         def compute() -> dict[str, Tensor]:
             generator = torch.Generator().manual_seed(self.seed)
             moments = calibrate(self.full, names, self.calibration, generator, track=self.track, score=score)
             trim_heap()
-            return {f"{name}/{field}": getattr(part, field) for name, part in moments.items() for field in fields}
+            return moments.tensors()
 
-        tensors = self.cache("moments", {}, compute)
-        return {name: Moments(*(tensors[f"{name}/{field}"] for field in fields)) for name in names}
+        return MomentsTable.from_tensors(self.cache("moments", {}, compute))
 
     @torch.no_grad()
     def inputs_after(self, weights: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class Gptq:
         """
         scheme = Scheme(self.group_size, search=True)
         check_divisible(context.layers, self.group_size)
-        moments = dict(context.moments())
+        moments, after = context.moments(), dict[str, Moments]()
         tensors: dict[str, QuantizedTensor] = {}
         damage, bits = {}, {}
         depth = context.layers[0].depth
@@ -57,8 +57,9 @@ class Gptq:
             if self.sequential and layer.depth > depth:
                 depth = layer.depth
                 same_depth = [other for other in context.layers if other.depth == depth]
-                moments |= _moments_after(tensors, same_depth, moments, context)
-            layer_curvature = curvature(layer, moments)
+                after = _moments_after(tensors, same_depth, moments, context)
+            own = {name: after[name] if name in after else moments[name] for name in layer.modules}
+            layer_curvature = curvature(layer, own)
             tensor = quantize_layer(
                 layer.weight, self.bits, scheme, layer_curvature, self.sweeps, self.damping, self.act_order
             )

@@ -11,8 +11,9 @@ import transformers
 from torch import Tensor, nn
 
 from nashswarm.calibration import moments as calibration
-from nashswarm.calibration.moments import calibrate, sample_tokens
-from nashswarm.layers import Moments
+from nashswarm.calibration.moments import calibrate
+from nashswarm.calibration.moments_table import MomentsTable
+from nashswarm.calibration.nll import sample_tokens
 from nashswarm.models.matrices import find_layers
 
 KINDS = ("gpt2", "opt", "llama", "gpt_neox")
@@ -22,7 +23,7 @@ def module_names(model: Any) -> list[str]:
     return [name for layer in find_layers(model) for name in layer.modules]
 
 
-def moments(model: Any, windows: Tensor, names: list[str] | None = None) -> dict[str, Moments]:
+def moments(model: Any, windows: Tensor, names: list[str] | None = None) -> MomentsTable:
     """The moments with the labels of the text."""
     return calibrate(model, names or module_names(model), windows, torch.Generator(), labels="text")
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from nashswarm import layers
 from nashswarm.calibration.context import CalibrationContext
+from nashswarm.calibration.moments_table import MomentsTable
 from nashswarm.memory import trim_heap
 from nashswarm.methods.bit_allocation import blocks
 from nashswarm.methods.method import Compressed
@@ -84,7 +85,7 @@ class NashLattice:
     def solver(self, context: CalibrationContext, rng: np.random.Generator) -> RateGameSolver:
         """Return the solver of this game on the layers of ``context``, their curvature factored."""
         flock_seed = int(rng.integers(2**31))
-        moments = dict(context.moments())
+        moments = MomentsTable.of(context.moments())
         features = blocks.features(context.layers, moments, None) if self.swarm else None
         curvatures: dict[str, FactoredCurvature] = {}
         for layer in context.track(context.layers, "factoring"):

@@ -189,13 +189,14 @@ class RateGame:
         """Yield the function's result for each layer; several layers are computed at a time, with one thread each."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
+        pool = concurrent.futures.ThreadPoolExecutor(threads)
         try:
-            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-                results = pool.map(function, self.layers, *arguments)
-                for _, result in zip(self.context.track(self.layers, description), results, strict=True):
-                    trim_heap()  # each thread has a heap of its own, which keeps what is freed
-                    yield result
+            results = pool.map(function, self.layers, *arguments)
+            for _, result in zip(self.context.track(self.layers, description), results, strict=True):
+                trim_heap()  # each thread has a heap of its own, which keeps what is freed
+                yield result
         finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for the layers in work
             torch.set_num_threads(threads)
 
     def _settle(self, state: State, last: bool = False) -> PlayedLayer:
