@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import pathlib
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from nashswarm.measures.size import Size
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.models import shapes, sources
 from nashswarm.packed import model_folder
+from nashswarm.progress import end_interrupted
 from nashswarm.records.record import Record
 from nashswarm.runtime import export
 
@@ -39,10 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nashswarm {parsed.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"nashswarm {parsed.command}: interrupted; the same command goes on from what is cached", file=sys.stderr)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)  # ends at once, although threads may still encode layers
-        return 130
+        return end_interrupted(f"nashswarm {parsed.command}: interrupted; the same command goes on from what is cached")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -236,16 +233,14 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
 
 def _compress(arguments: argparse.Namespace) -> int:
     if arguments.plan:
-        settings = _by_layer(arguments)
-        return _print(streaming.forecast_by_layer(arguments.model, settings, arguments.windows, arguments.length))
+        by_layer = _by_layer(arguments)  # which also sets the windows
+        return _print(streaming.forecast_by_layer(arguments.model, by_layer, arguments.windows, arguments.length))
     if arguments.out is None:
         raise ValueError("say with --out where the compressed model is to go")
     if arguments.by_layer:
-        settings = _by_layer(arguments)
-        model, out, windows = pathlib.Path(arguments.model), arguments.out, arguments.windows
-        text = _text(arguments)
-        metrics = streaming.compress_by_layer(model, out, text, settings, windows, arguments.length, arguments.seed)
-        return _print({"folder": str(out)} | metrics)
+        full, out, settings, text = pathlib.Path(arguments.model), arguments.out, _by_layer(arguments), _text(arguments)
+        numbers = (arguments.windows, arguments.length, arguments.seed)
+        return _print({"folder": str(out)} | streaming.compress_by_layer(full, out, text, settings, *numbers))
     if arguments.head_bits is not None or arguments.sweeps:
         raise ValueError("--head-bits and --sweeps go with --by-layer")
     folder = pathlib.Path(arguments.model)
@@ -290,8 +285,7 @@ def _rebudget(arguments: argparse.Namespace) -> int:
 
 
 def _certify(arguments: argparse.Namespace) -> int:
-    certificate = certify(arguments.folder, arguments.model, arguments.dataset, arguments.tiles)
-    _print(certificate)
+    _print(certificate := certify(arguments.folder, arguments.model, arguments.dataset, arguments.tiles))
     return 0 if certificate["agrees"] is not False and certificate["equilibrium"] else 1
 
 

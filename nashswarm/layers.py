@@ -1,6 +1,7 @@
 """Weight matrices of a model, the calibration statistics of their modules, and the curvature of the loss."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -69,5 +70,5 @@ def curvature(layer: Layer, moments: Mapping[str, Moments], floor: float = 0.0) 
     return Curvature(
         rows=products[0].coupled if products else torch.zeros(len(layer.weight)),
         inputs=(products[0].inputs + products[0].coupled_inputs) / 2 if products else None,
-        lookups=torch.stack(lookups).sum(0) if lookups else None,
+        lookups=functools.reduce(torch.add, lookups) if lookups else None,
     ).with_row_floor(floor)

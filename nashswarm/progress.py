@@ -1,6 +1,8 @@
 """Iteration with progress: a bar in a terminal, lines in a log elsewhere, or nothing."""
 
 import logging
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,6 +59,14 @@ def _with_lines(items: Sequence[Any], description: str) -> Iterator[Any]:
     finally:
         ended.set()
         writer.join()
+
+
+def end_interrupted(sentence: str) -> int:
+    """Print a sentence and end the process as Ctrl-C asks, without waiting for threads that still compute."""
+    print(sentence, file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)
+    return 128 + signal.SIGINT
 
 
 def describe(description: str, share: float, seconds: float) -> str:

@@ -144,6 +144,7 @@ def _add_inputs(sums: Iterable[_MomentSums]) -> None:
             part.inputs = total
     for group in groups.values():
         for call in group[0].calls:
+            assert group[0].inputs is not None
             group[0].inputs.add_gram(_by_position(call))
         for part in group:
             part.calls.clear()

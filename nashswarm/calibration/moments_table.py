@@ -31,10 +31,8 @@ class SymmetricMatrix:
         It has pages of its own: sums that live long, between activations that do not, would leave holes in the heap.
         """
         entries = sum(min(BLOCK, size - start) * (size - start) for start in range(0, size, BLOCK))
-        return cls(
-            size,
-            torch.frombuffer(mmap.mmap(-1, 4 * entries, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.float32),
-        )
+        pages = mmap.mmap(-1, 4 * entries, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return cls(size, torch.frombuffer(pages, dtype=torch.float32))
 
     @classmethod
     def of(cls, matrix: Float[Tensor, "size size"]) -> "SymmetricMatrix":

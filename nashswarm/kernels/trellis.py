@@ -206,13 +206,14 @@ def scales(codes: UInt8[Tensor, " n"], steps: int) -> Float[Tensor, " n"]:
 def dequantize(trellis: Trellis) -> Float[Tensor, "rows columns"]:
     """Return the weights as floats."""
     rates = tile_rates(trellis)
-    values = values_of(rates, unpack_codes(trellis.payload, rates)).float() / UNIT * row_sizes(trellis)[:, None]
+    values = values_of(rates, unpack_codes(trellis.payload, rates)).float()
+    values.div_(UNIT).mul_(row_sizes(trellis)[:, None])
     values = values.view(len(rates), ROWS, -1)
     if trellis.rotated:
         values = hadamard() @ values
     stored = values.reshape(len(rates) * ROWS, -1)[: trellis.rows, : trellis.columns]
     rows = trellis.scale * scales(trellis.row_scale, ROW_STEPS)
-    stored = stored * rows[:, None] * scales(trellis.column_scale, COLUMN_STEPS)[: trellis.columns]
+    stored = (stored * rows[:, None]).mul_(scales(trellis.column_scale, COLUMN_STEPS)[: trellis.columns])
     matrix = torch.empty_like(stored)
     row_order, column_order = orders_of(trellis)
     matrix[row_order[:, None], column_order] = stored

@@ -1,7 +1,7 @@
 """The interface of compression methods: the protocol, its result, and the result in trellis tiles, tiles or groups."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -40,6 +40,22 @@ class Compressed:
     game: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     foreign: str | None = None
     file_bytes: int | None = None
+
+
+class DecodedWeights(Mapping[str, Tensor]):
+    """The weights of trellis-coded matrices, decoded when one is asked for: all at a time are as large as the model."""
+
+    def __init__(self, trellises: Mapping[str, Trellis]) -> None:
+        self.trellises = trellises
+
+    def __getitem__(self, name: str) -> Tensor:
+        return trellis.dequantize(self.trellises[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.trellises)
+
+    def __len__(self) -> int:
+        return len(self.trellises)
 
 
 @runtime_checkable
@@ -100,7 +116,7 @@ def store_trellis(
     weights = sum(matrix.rows * matrix.columns for matrix in trellises.values())
     return Compressed(
         packed={name: matrix.content.numpy() for name, matrix in trellises.items()},
-        weights={name: trellis.dequantize(matrix) for name, matrix in trellises.items()},
+        weights=DecodedWeights(trellises),
         allocation="".join(f"{name} {describe_rates(matrix)}\n" for name, matrix in trellises.items()),
         code_bits=8 * sum(matrix.payload.nbytes for matrix in trellises.values()),
         damage=damage or {},

@@ -102,13 +102,14 @@ def arrange(
     """
     rows, columns = weight.shape
     sensitivity, inputs = _one_curvature(curvature.damped())
+    del curvature  # whose lookups are as large as the weights
     encoding_order = inputs.diagonal().argsort(descending=True, stable=True)
     inputs = inputs[encoding_order[:, None], encoding_order].contiguous()
     factor = inverse_cholesky(inputs)
     pivots = 1 / factor.diagonal().square()
     row_codes, scale = _row_codes(sensitivity)
     root = 1 / (scale * _row_factors(row_codes))
-    weighted = weight[:, encoding_order] * root[:, None]
+    weighted = weight[:, encoding_order].mul_(root[:, None])
     generator = torch.Generator().manual_seed(seed)
     row_order = _order(weighted.square() @ pivots, weighted, grouping, generator)
     if row_order is not None:
@@ -119,8 +120,10 @@ def arrange(
     # The common factor makes room for the largest; what is clamped then is 2^31 times smaller.
     shift = -((LARGEST_SCALE - int(row_scale.max())) // ROW_STEPS)
     scale, row_scale = scale * 2.0**shift, (row_scale - ROW_STEPS * shift).clamp(min=0)
-    likeness = pivots * (weighted / size[:, None]).square().mean(0)
-    column_order = _order(likeness, (weighted / size[:, None]).T, grouping, generator)
+    unit = weighted / size[:, None]
+    members = unit.T.clone() if grouping == "features" else unit.T
+    column_order = _order(pivots * unit.square_().mean(0), members, grouping, generator)
+    del unit, members
     places = torch.empty(columns, dtype=torch.int64)
     if column_order is None:
         places[:] = encoding_order
@@ -138,8 +141,9 @@ def arrange_again(weight: Float[Tensor, "out in"], curvature: Curvature, layout:
     """Arrange a matrix by the layout that it had before."""
     order = layout.encoding_order
     _, inputs = _one_curvature(curvature.damped())
+    del curvature
     weighted = weight[:, order] if layout.row_order is None else weight[layout.row_order[:, None], order]
-    weighted = _rotate(weighted * layout.root[:, None], layout.rotated)
+    weighted = _rotate(weighted.mul_(layout.root[:, None]), layout.rotated)
     return Arrangement(layout, weighted.T.contiguous(), inputs[order[:, None], order].contiguous())
 
 
@@ -147,7 +151,8 @@ def _rotate(weighted: Float[Tensor, "rows columns"], rotated: bool) -> Float[Ten
     """Fill the last group up with rows of zeros, and rotate every group."""
     rows, columns = weighted.shape
     stored = groups_of(rows) * ROWS
-    weighted = torch.nn.functional.pad(weighted, (0, 0, 0, stored - rows))
+    if stored > rows:
+        weighted = torch.nn.functional.pad(weighted, (0, 0, 0, stored - rows))
     return (hadamard() @ weighted.view(-1, ROWS, columns)).view(stored, columns) if rotated else weighted
 
 

@@ -20,10 +20,11 @@ from nashswarm.kernels import trellis as form
 from nashswarm.kernels.encoder import KEEP, RATES
 from nashswarm.kernels.trellis_codes import distortions
 from nashswarm.layers import Layer
-from nashswarm.memory import trim_heap
+from nashswarm.memory import pages_of_their_own, trim_heap
 from nashswarm.methods.nash_swarm import prices
 from nashswarm.methods.nash_swarm.prices import Damage, Rates
 from nashswarm.quant import trellis
+from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.trellis import Encoded, State
 from nashswarm.quant.trellis_arrangement import Arrangement, Grouping, Layout, arrange, arrange_again
 
@@ -149,8 +150,10 @@ class RateGame:
 
     def _arrange(self, layer: Layer) -> tuple[Arrangement, torch.Tensor]:
         """Return the layer as its tiles are cut, and the factor of its curvature."""
-        curvature = layers.curvature(layer, self.moments, self.floor)
-        return arrange(layer.weight, curvature, self.grouping, self.rotated, self.seed)
+        return arrange(layer.weight, self._curvature(layer), self.grouping, self.rotated, self.seed)
+
+    def _curvature(self, layer: Layer) -> Curvature:
+        return layers.curvature(layer, self.moments, self.floor)
 
     def _encode(self, rates: Sequence[Rates], last: bool = False) -> dict[str, PlayedLayer]:
         """Encode every layer at these rates: error feedback, then sweeps."""
@@ -174,8 +177,8 @@ class RateGame:
             before = played[layer.name]
             if (rates == before.rates).all() and (before.every_rate or not last):
                 return before
-            curvature = layers.curvature(layer, self.moments, self.floor)
-            state = trellis.reopen(arrange_again(layer.weight, curvature, before.layout), before.encoded)
+            arrangement = arrange_again(layer.weight, self._curvature(layer), before.layout)
+            state = trellis.reopen(arrangement, before.encoded)
             for tile in np.flatnonzero((rates != before.rates).any(0)):
                 _move(state, int(tile), rates[:, tile], price)
             return self._settle(state, last)
@@ -192,9 +195,10 @@ class RateGame:
         pool = concurrent.futures.ThreadPoolExecutor(threads)
         try:
             results = pool.map(function, self.layers, *arguments)
-            for _, result in zip(self.context.track(self.layers, description), results, strict=True):
-                trim_heap()  # each thread has a heap of its own, which keeps what is freed
-                yield result
+            with pages_of_their_own():
+                for _, result in zip(self.context.track(self.layers, description), results, strict=True):
+                    trim_heap()  # each thread has a heap of its own, which keeps what is freed
+                    yield result
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for the layers in work
             torch.set_num_threads(threads)
