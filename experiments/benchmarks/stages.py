@@ -4,8 +4,8 @@
 
 The run is that of ``nashswarm compress``: load, calibrate, compress, store, write, and then ``certify``.  Stages of a
 method are those of its progress; the same stage again, as in rounds of a game, adds to its row.  Work between stages
-counts to the stage before.  Memory is the resident set: the peak of the stage, and what is left at its end.  Calibration
-is also compared with plain forward and backward passes over the first windows, of frozen weights and of all.
+counts to the stage before.  Memory is the resident set: the peak of the stage, and what is left at its end.
+Calibration is also compared with plain forward and backward passes over a window, of frozen weights and of all.
 """
 
 import argparse
@@ -170,8 +170,9 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 def as_sentence(times: dict[str, float]) -> str:
     """Return what calibration took, against plain passes."""
     return (
-        f"Processor seconds of a window: {times['moments']:.2f} with moments, of {times['windows']}; a plain forward and "
-        f"backward pass {times['frozen']:.2f} with frozen weights and {times['trained']:.2f} with gradients of weights.\n"
+        f"Processor seconds of a window: {times['moments']:.2f} with moments ({times['windows']} windows); a plain "
+        f"forward and backward pass takes {times['frozen']:.2f} with frozen weights, and {times['trained']:.2f} with "
+        "gradients of all weights.\n"
     )
 
 

@@ -118,28 +118,29 @@ class MomentsTable(collections.UserDict[str, Moments]):
         """Return the table of ``tensors()``."""
         fields: dict[str, dict[str, SymmetricMatrix | Tensor]] = {}
         for key, tensor in tensors.items():
-            names, field, size = key.rsplit("/", 2)
+            uses, size = key.rsplit("/", 1)
             part = SymmetricMatrix(int(size), tensor) if size else tensor
-            for name in names.split():
+            for use in uses.split():
+                name, field = use.rsplit(":", 1)
                 fields.setdefault(name, {})[field] = part
         table = cls()
         table.data = {name: PackedMoments(**parts) for name, parts in fields.items()}  # type: ignore[arg-type]
         return table
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all moments as tensors to store, shared ones once: ``names/field/size`` → entries.
+        """Return all moments as tensors to store, shared ones once: ``name:field name:field …/size`` → entries.
 
         ``size`` is that of a symmetric matrix, and empty for a vector.
         """
-        stored: dict[tuple[int, str], tuple[list[str], SymmetricMatrix | Tensor]] = {}
+        stored: dict[int, tuple[list[str], SymmetricMatrix | Tensor]] = {}
         for name, moments in self.data.items():
             for field in dataclasses.fields(PackedMoments):
                 part = getattr(moments, field.name)
-                stored.setdefault((id(part), field.name), ([], part))[0].append(name)
+                stored.setdefault(id(part), ([], part))[0].append(f"{name}:{field.name}")
         tensors: dict[str, Tensor] = {}
-        for (_, field_name), (names, part) in stored.items():
+        for uses, part in stored.values():
             size, tensor = (part.size, part.entries) if isinstance(part, SymmetricMatrix) else ("", part)
-            tensors[f"{' '.join(names)}/{field_name}/{size}"] = tensor
+            tensors[f"{' '.join(uses)}/{size}"] = tensor
         return tensors
 
     def __getitem__(self, name: str) -> Moments:

@@ -64,6 +64,7 @@ BENCHMARKS = {  # what makes them small
     "entropy_trellis": [*LITTLE, "--layers", "transformer.h.0.attn.c_proj"],
     "equal_bytes": [*LITTLE, "model.path=wide", "--widths", "3"],
     "flock": [*LITTLE, "--seeds", "2", "--test-windows", "2"],
+    "stages": [*LITTLE, "method.sweeps=1"],
 }
 NOT_HERE = {  # what a command begins with → why it is not run here
     "apt-get install ": "needs a download",
