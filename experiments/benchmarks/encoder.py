@@ -30,9 +30,10 @@ from torch import Tensor
 from experiments.config import CONF, compose
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.calibration.moments import calibrate
+from nashswarm.calibration.moments_table import MomentsTable
 from nashswarm.data import corpus
 from nashswarm.experiment.plan import build
-from nashswarm.layers import Layer, Moments
+from nashswarm.layers import Layer
 from nashswarm.methods.method import Method
 from nashswarm.models import matrices, sources
 from nashswarm.models.evaluation import embed, projection
@@ -160,7 +161,7 @@ class Trial:
         }
 
     @functools.cached_property
-    def moments(self) -> dict[str, Moments]:
+    def moments(self) -> MomentsTable:
         """Calibration statistics of every layer; their damages are the 1 − cosine of a window."""
         generator = torch.Generator().manual_seed(self.seed)
         names = [layer.name for layer in self.layers]
