@@ -65,6 +65,7 @@ BENCHMARKS = {  # what makes them small
     "equal_bytes": [*LITTLE, "model.path=wide", "--widths", "3"],
     "flock": [*LITTLE, "--seeds", "2", "--test-windows", "2"],
     "stages": [*LITTLE, "method.sweeps=1"],
+    "trellis_and_lattice": [*LITTLE, "dataset.test_windows=4", "--bits", "6"],
 }
 NOT_HERE = {  # what a command begins with → why it is not run here
     "apt-get install ": "needs a download",
