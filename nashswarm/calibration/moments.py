@@ -35,15 +35,18 @@ from nashswarm.progress import Track, no_track
 
 Score = Callable[[Any, Tensor, torch.Generator], Tensor]
 
+FIRST_RANKS = 50  # tokens at the start of a vocabulary that are about equally frequent
+
 
 class _MomentSums:
     """Running sums of one module, updated by hooks, on the CPU: matrices in float32, vectors in float64.
 
-    ``calls``: its inputs in the present window.  Modules that had the same inputs in all windows share ``inputs``.
+    ``head``: whether its outputs are the logits of tokens.  ``tokens``: whether it is looked up by tokens.  ``calls``:
+    its inputs in the present window.  Modules that had the same inputs in all windows share ``inputs``.
     """
 
-    def __init__(self, module: nn.Module, head: bool) -> None:
-        self.module, self.head = module, head
+    def __init__(self, module: nn.Module, head: bool, tokens: bool) -> None:
+        self.module, self.head, self.tokens = module, head, tokens
         self.routed: bool = getattr(module, "routed", False)  # a matrix of one expert
         self.positions = 0
         self.calls: list[Tensor] = []
@@ -93,16 +96,16 @@ class _MomentSums:
     def moments(self, divisor: int) -> PackedMoments:
         """Return the means over positions, of an expert over all ``divisor`` of them; ``inputs`` are a mean already.
 
-        The counts of an embedding and the squared gradients of the output head get add-one smoothing: otherwise errors
-        in tokens that calibration text does not contain would cost nothing.
+        The counts of an embedding and the squared gradients of the output head are smoothed by ``expected_shares``:
+        otherwise errors in tokens that calibration text does not contain would cost nothing.
         """
         assert self.outputs is not None
         outputs = (self.outputs / self.positions).float()
         if self.head:
-            outputs = ((self.outputs + 1) / (self.positions + len(outputs))).float()
+            outputs = _smoothed(self.outputs, self.positions).float()
         if self.inputs is None:
             assert self.counts is not None
-            shares = ((self.counts + 1) / (self.positions + len(self.counts))).float()
+            shares = _smoothed(self.counts, self.positions, self.tokens).float()
             return PackedMoments(shares, outputs, outputs, shares)
         if self.rows is None or self.columns is None:
             return PackedMoments(self.inputs, outputs, outputs, self.inputs)
@@ -111,6 +114,26 @@ class _MomentSums:
             return PackedMoments(self.inputs, outputs, torch.zeros_like(outputs), self.inputs)
         self.columns.entries.mul_(trace / gradient)
         return PackedMoments(self.inputs, outputs, (self.rows / (divisor * trace)).float(), self.columns)
+
+
+def expected_shares(rows: int) -> Float[Tensor, " rows"]:
+    """Return how often each of so many tokens is expected in any text, as shares that add up to 1.
+
+    Tokenizers number their tokens in the order in which they were merged, the most frequent ones first, so that the
+    frequency falls as one over the number (Zipf's law, with Mandelbrot's shift for the first ranks).
+    """
+    shares = 1 / (torch.arange(rows, dtype=torch.float64) + FIRST_RANKS)
+    return shares / shares.sum()
+
+
+def _smoothed(sums: Float[Tensor, " rows"], positions: int, tokens: bool = True) -> Float[Tensor, " rows"]:
+    """Return the mean of each row over the positions, and over as many others as there are rows.
+
+    The others have the same total, spread as ``tokens`` are expected, or evenly.
+    """
+    rows = len(sums)
+    shares = expected_shares(rows) if tokens else torch.full((rows,), 1 / rows, dtype=torch.float64)
+    return (sums + rows * shares * sums.sum() / positions) / (positions + rows)
 
 
 def _by_position(values: Tensor) -> Float[Tensor, "positions width"]:
@@ -155,9 +178,10 @@ def _moment_hooks(model: Any, names: Sequence[str]) -> Iterator[dict[str, _Momen
     """Collect the sums of these modules during the context, with the gradients of all parameters switched off."""
     head = model.get_output_embeddings()
     modules = {name: model.get_submodule(name) for name in names}
-    sums = {name: _MomentSums(module, module is head) for name, module in modules.items()}
+    embedding = model.get_input_embeddings()
+    sums = {name: _MomentSums(module, module is head, module is embedding) for name, module in modules.items()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())]
+    handles = [embedding.register_forward_hook(lambda *call: call[-1].requires_grad_())]
     handles += [part.module.register_forward_hook(part.add_inputs) for part in sums.values()]
     for parameter in trainable:
         parameter.requires_grad_(False)

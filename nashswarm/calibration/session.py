@@ -13,7 +13,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from nashswarm.calibration.cache import Cache
-from nashswarm.calibration.context import CalibrationContext
+from nashswarm.calibration.context import CalibrationContext, Quantize
 from nashswarm.calibration.moments import calibrate
 from nashswarm.calibration.moments_table import MomentsTable
 from nashswarm.calibration.nll import summed_nll
@@ -25,6 +25,7 @@ from nashswarm.packed import file_format
 from nashswarm.progress import Track, show_progress
 
 HELDOUT_LOGITS = 1 << 26  # logits in a batch of held-out windows, which bounds the memory of the divergence
+FIRST_SHARE = 8  # one in so many windows calibrates the quantization that the rest is calibrated after
 ReferenceOutputs = evaluation.Reference | Float[Tensor, "some width"]  # of the full-precision model on some text
 
 
@@ -79,6 +80,7 @@ class CalibrationSession:
             heldout_kl=self.heldout_kl,
             cached=self.cache,
             track=self.track,
+            moments_after=self.moments_after,
             inputs_after=self.inputs_after,
             calibration=(self.full, self.calibration),
         )
@@ -111,16 +113,34 @@ class CalibrationSession:
 
     def moments(self) -> MomentsTable:
         """Return the calibration statistics of all modules of the layers, computed or read from the cache."""
-        names = [module for layer in self.layers for module in layer.modules]
-        score = summed_nll if self.causal else evaluation.projection
+        tensors = self.cache("moments", {}, lambda: self._calibrate(self.full, self.calibration).tensors())
+        return MomentsTable.from_tensors(tensors)
+
+    def moments_after(self, key: Mapping[str, Any], quantize: Quantize) -> MomentsTable:
+        """Return the statistics of the model with weights that are quantized already, computed or read from the cache.
+
+        ``quantize`` makes these weights from the statistics of the full model on the first windows, an eighth of all.
+        ``key``: the settings that its weights depend on.  A gradient that vanishes in the full model, as that of a
+        saturated attention head does, need not vanish there, and errors of the size that is made are what counts.
+        """
 
         def compute() -> dict[str, Tensor]:
-            generator = torch.Generator().manual_seed(self.seed)
-            moments = calibrate(self.full, names, self.calibration, generator, track=self.track, score=score)
-            trim_heap()
-            return moments.tensors()
+            few = self.calibration[: max(len(self.calibration) // FIRST_SHARE, 1)]
+            weights = quantize(self._calibrate(self.full, few))
+            with self._candidate(weights) as model:
+                del weights
+                return self._calibrate(model, self.calibration).tensors()
 
-        return MomentsTable.from_tensors(self.cache("moments", {}, compute))
+        return MomentsTable.from_tensors(self.cache("moments_after", key, compute))
+
+    def _calibrate(self, model: Any, windows: Integer[Tensor, "windows length"]) -> MomentsTable:
+        """Compute the statistics of all modules of the layers."""
+        names = [module for layer in self.layers for module in layer.modules]
+        score = summed_nll if self.causal else evaluation.projection
+        generator = torch.Generator().manual_seed(self.seed)
+        moments = calibrate(model, names, windows, generator, track=self.track, score=score)
+        trim_heap()
+        return moments
 
     @torch.no_grad()
     def inputs_after(self, weights: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Certify a saved model: reopen its run, decode its bytes, enumerate all deviations and compare with the record.
 
-Of the program that compressed the model, only decoders and calibration are used.  The sums are those of
+Of the program that compressed the model, only decoders and calibration are used.  (Calibration may be that of a model
+that was quantized once: then the same single pass is made again.)  The sums are those of
 ``enumeration`` (lattices and groups) and of ``tile_deviations`` (trellis tiles), second implementations of the games.
 """
 
@@ -17,10 +18,12 @@ from jaxtyping import Float
 from nashswarm.experiment import compression
 from nashswarm.experiment.decoded_costs import Quadratic, float64, make_quadratic, place_codes, symbol_bits
 from nashswarm.experiment.enumeration import by_block, gain_of_codes, gain_of_steps
+from nashswarm.experiment.identity import TARGET
 from nashswarm.experiment.tile_deviations import gain_of_tiles
 from nashswarm.kernels import trellis
 from nashswarm.kernels.trellis import Trellis
-from nashswarm.layers import Layer
+from nashswarm.layers import Layer, Moments
+from nashswarm.methods.nash_swarm.settings import NashSwarm
 from nashswarm.packed import file_format, model_folder
 from nashswarm.packed.model_folder import SavedModel
 from nashswarm.progress import show_progress
@@ -76,7 +79,7 @@ def certify(
     layers = loaded.session.layers
     decoded = decode(saved.tensors, layers)
     settings = saved.about["config"]["method"]
-    moments = loaded.session.moments()
+    moments = _moments(loaded, settings)
     quadratics = {layer.name: make_quadratic(layer, moments, settings) for layer in layers}
     coded = any(isinstance(tensor, Trellis) for tensor in decoded.values())
     regrets = (
@@ -106,6 +109,14 @@ def certify(
         "equilibrium": largest <= LIMIT,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _moments(loaded: compression.LoadedRun, settings: Mapping[str, Any]) -> Mapping[str, Moments]:
+    """Return the statistics that the method with these settings took its damages from."""
+    if settings.get("gradients_at", "full") == "full":
+        return loaded.session.moments()
+    method = NashSwarm(**{name: value for name, value in settings.items() if name != TARGET})
+    return method.game(loaded.session.context(), loaded.rng).moments
 
 
 def _regrets_of_blocks(

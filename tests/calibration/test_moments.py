@@ -94,14 +94,20 @@ def test_coupled_equals_squared_gradients_of_weight_rows(
             torch.testing.assert_close(part.coupled.double(), expected, rtol=1e-3, atol=1e-12)
 
 
+def zipf(rank: int, ranks: int) -> float:
+    """The share of one of so many tokens, by Zipf's law with the shift that the calibration has."""
+    return 1 / (rank + 50) / sum(1 / (other + 50) for other in range(ranks))
+
+
 def test_calibrate_smooths_counts_of_embeddings(model: Any, token_windows: Tensor) -> None:
     by_module = moments(model, token_windows)
-    counts = [(token_windows == token).sum().item() + 1 for token in range(512)]
-    torch.testing.assert_close(
-        by_module["transformer.wte"].inputs, torch.tensor(counts) / (token_windows.numel() + 512)
-    )
-    used = [len(token_windows) + 1 if position < token_windows.shape[1] else 1 for position in range(64)]
-    torch.testing.assert_close(by_module["transformer.wpe"].inputs, torch.tensor(used) / (token_windows.numel() + 64))
+    positions = token_windows.numel()
+    counts = [(token_windows == token).sum().item() for token in range(512)]
+    smoothed = [(counts[token] + 512 * zipf(token, 512)) / (positions + 512) for token in range(512)]
+    torch.testing.assert_close(by_module["transformer.wte"].inputs, torch.tensor(smoothed))
+    used = [len(token_windows) if position < token_windows.shape[1] else 0 for position in range(64)]
+    smoothed = [(used[position] + 1) / (positions + 64) for position in range(64)]
+    torch.testing.assert_close(by_module["transformer.wpe"].inputs, torch.tensor(smoothed))
     assert by_module["transformer.wte"].inputs.sum().item() == pytest.approx(1)
     assert torch.equal(by_module["transformer.wte"].coupled, by_module["transformer.wte"].outputs)
 
@@ -112,7 +118,8 @@ def test_calibrate_smooths_gradients_of_head(model: Any, token_windows: Tensor) 
         chances = model(input_ids=window[None]).logits[0, :-1].double().softmax(-1)
         chances[torch.arange(len(window) - 1), window[1:]] -= 1  # the gradient of −log p with respect to the logits
         squared += chances.square().sum(0).detach()
-    expected = (squared + 1) / (token_windows.numel() + 512)
+    others = torch.tensor([zipf(token, 512) for token in range(512)]) * squared.sum() / token_windows.numel()
+    expected = (squared + 512 * others) / (token_windows.numel() + 512)
     torch.testing.assert_close(moments(model, token_windows)["lm_head"].outputs.double(), expected, rtol=1e-4, atol=0)
 
 
@@ -152,7 +159,9 @@ def test_calibrate_with_sampled_labels_estimates_true_fisher(model: Any) -> None
         model.lm_head.weight.mul_(3)  # far from uniform
     windows = torch.randint(512, (40, 48), generator=torch.Generator().manual_seed(2))
     by_module = calibrate(model, ["transformer.wte", "lm_head"], windows, torch.Generator().manual_seed(3))
-    total = by_module["lm_head"].outputs.double() * (windows.numel() + 512) - 1  # without the smoothing
+    smoothed, positions = by_module["lm_head"].outputs.double(), windows.numel()
+    prior = torch.tensor([zipf(token, 512) for token in range(512)], dtype=torch.float64)
+    total = smoothed * (positions + 512) - 512 * prior * smoothed.sum()  # without the smoothing, which keeps the mean
     with torch.no_grad():
         chances = model(input_ids=windows).logits[:, :-1].double().softmax(-1)
     expected = (chances * (1 - chances)).sum((0, 1))  # the variance of an indicator

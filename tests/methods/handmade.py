@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nashswarm.calibration.context import CalibrationContext
+from nashswarm.calibration.context import CalibrationContext, Quantize
 from nashswarm.layers import Layer, Moments, curvature
 
 FIXED_BYTES = 100
@@ -71,4 +71,11 @@ def context_of(
         return {part: tensor.clone() for part, tensor in store[name].items()}
 
     parameters = sum(layer.parameters for layer in layers)
-    return CalibrationContext(layers, FIXED_BYTES, parameters, lambda: moments, heldout_kl, cached)
+
+    def moments_after(key: Mapping[str, Any], quantize: Quantize) -> Mapping[str, Moments]:
+        quantize(moments)
+        return moments  # which do not depend on the weights
+
+    return CalibrationContext(
+        layers, FIXED_BYTES, parameters, lambda: moments, heldout_kl, cached, moments_after=moments_after
+    )

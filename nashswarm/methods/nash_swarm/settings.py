@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
 
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.kernels.trellis_codes import INT8
+from nashswarm.layers import Moments
 from nashswarm.methods.method import Compressed
 from nashswarm.methods.nash_swarm.report import report
 from nashswarm.methods.nash_swarm.solver import RateGame
@@ -16,6 +17,7 @@ from nashswarm.packed.file_format import PADDING_BYTES
 from nashswarm.quant.trellis_arrangement import Grouping
 
 RateRule = Literal["equilibrium", "uniform"]
+GradientsAt = Literal["compressed", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,8 @@ class NashSwarm:
     columns of like ``weight``, of like ``features``, neighbours as ``stored``, or ``random`` ones; the last two are
     controls.  ``rotation``: of the rows of a group by a Hadamard matrix.  ``sweeps``: of best replies by all columns,
     at most, after error feedback and after every round of the game; 0 for error feedback alone.  ``rounds``: of the
-    game, at most.  ``floor``: share of a layer's mean sensitivity that is added to that of each row.  ``cache``: reuse
+    game, at most.  ``floor``: share of a layer's mean sensitivity that is added to that of each row.  ``gradients_at``:
+    where sensitivities are taken, at the ``full`` model or at one ``compressed`` by a single pass.  ``cache``: reuse
     statistics of earlier runs.
 
     Raises ValueError for a setting without a meaning.
@@ -41,11 +44,12 @@ class NashSwarm:
     rotation: bool = True
     sweeps: int = 30
     rounds: int = 5
-    floor: float = 0.5
+    floor: float = 0.1
+    gradients_at: GradientsAt = "compressed"
     cache: bool = True
 
     def __post_init__(self) -> None:
-        for name, known in (("rate_rule", RateRule), ("grouping", Grouping)):
+        for name, known in (("rate_rule", RateRule), ("grouping", Grouping), ("gradients_at", GradientsAt)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"unknown method.{name} {getattr(self, name)!r}: choose {', '.join(get_args(known))}")
         if self.bits is None or not 0 < self.bits < math.inf:
@@ -60,18 +64,39 @@ class NashSwarm:
 
         Raises ValueError if the model is larger even with every tile at the lowest rate.
         """
-        fixed = context.fixed_bytes + PADDING_BYTES
-        budget = int(self.bits * context.parameters / 8) - fixed
-        game = RateGame(
-            context, self.rates, self.grouping, self.rotation, self.sweeps, self.floor, int(rng.integers(2**31))
-        )
-        smallest = game.smallest_bytes()
+        game = self.game(context, rng)
+        budget = self._budget(context)
+        solved = game.uniform(budget) if self.rate_rule == "uniform" else game.solve(budget, self.rounds)
+        del game  # its statistics are larger than the model
+        return report(solved)
+
+    def game(self, context: CalibrationContext, rng: np.random.Generator) -> RateGame:
+        """Return the game before its first move, with the statistics that its damages come from.
+
+        Raises ValueError if the model is larger even with every tile at the lowest rate.
+        """
+        seed, budget = int(rng.integers(2**31)), self._budget(context)
+
+        def game_on(moments: Mapping[str, Moments]) -> RateGame:
+            return RateGame(context, moments, self.rates, self.grouping, self.rotation, self.sweeps, self.floor, seed)
+
+        smallest = game_on({}).smallest_bytes()
         if budget < smallest:
-            least = 8 * (smallest + fixed) / context.parameters
+            least = self.bits + 8 * (smallest - budget) / context.parameters
             raise ValueError(
                 f"method.bits={self.bits} is below the smallest possible size of this model, {least:.3f} bits per "
                 f"parameter with every tile at {self.rates[0]} bits; raise method.bits"
             )
-        solved = game.uniform(budget) if self.rate_rule == "uniform" else game.solve(budget, self.rounds)
-        del game  # its statistics are larger than the model
-        return report(solved)
+        if self.gradients_at == "full":
+            return game_on(context.moments())
+        assert context.moments_after is not None
+        uniform = self.rate_rule == "uniform"
+        fields = dataclasses.asdict(self).items()
+        key = {name: value for name, value in fields if name not in ("sweeps", "rounds", "gradients_at", "cache")}
+        return game_on(
+            context.moments_after(key | {"seed": seed}, lambda moments: game_on(moments).first_weights(budget, uniform))
+        )
+
+    def _budget(self, context: CalibrationContext) -> int:
+        """Return the bytes that all layers may take."""
+        return int(self.bits * context.parameters / 8) - context.fixed_bytes - PADDING_BYTES

@@ -7,19 +7,19 @@ change of the mover's own cost, so best replies one after another end in an equi
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Integer
+from jaxtyping import Float, Integer
 
 from nashswarm import layers
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.kernels import trellis as form
 from nashswarm.kernels.encoder import KEEP, RATES
 from nashswarm.kernels.trellis_codes import distortions
-from nashswarm.layers import Layer
+from nashswarm.layers import Layer, Moments
 from nashswarm.memory import pages_of_their_own, trim_heap
 from nashswarm.methods.nash_swarm import prices
 from nashswarm.methods.nash_swarm.prices import Damage, Rates
@@ -71,6 +71,7 @@ class RateGame:
     def __init__(
         self,
         context: CalibrationContext,
+        moments: Mapping[str, Moments],
         allowed: Sequence[int],
         grouping: Grouping,
         rotated: bool,
@@ -80,7 +81,7 @@ class RateGame:
     ) -> None:
         self.context, self.layers, self.allowed = context, context.layers, tuple(allowed)
         self.grouping, self.rotated, self.sweeps, self.floor, self.seed = grouping, rotated, sweeps, floor, seed
-        self.moments = context.moments()
+        self.moments = moments
 
     # Sizes.
 
@@ -110,10 +111,7 @@ class RateGame:
         every rate of every tile is tried, and the budget is closed: the tiles that lose least by it move.
         """
         left = budget - self.side_bytes()
-        estimates = list(self._of_layers(self._estimate, "weighing tiles"))
-        price = prices.price_for(estimates, left, self.allowed)
-        played = self._encode([prices.best_rates(part, price, self.allowed) for part in estimates])
-        del estimates
+        played = self._encode(self._first_rates(left))
         history: dict[str, list[float]] = {"price": [], "potential": [], "regret": []}
         for _ in range(rounds):
             damage = [part.at_rates for part in played.values()]
@@ -138,8 +136,28 @@ class RateGame:
 
     def uniform(self, budget: int) -> SolvedGame:
         """Encode all tiles at one rate, or at two neighbouring ones dealt evenly, so that the budget is used up."""
-        rates = prices.spread(self.shapes(), budget - self.side_bytes(), self.allowed)
-        return SolvedGame(self._encode(rates, last=True), 0.0, {})
+        return SolvedGame(self._encode(self._spread_rates(budget - self.side_bytes()), last=True), 0.0, {})
+
+    def first_weights(self, budget: int, uniform: bool) -> dict[str, Float[torch.Tensor, "out in"]]:
+        """Return the weights after one pass of error feedback, at the first rates, or ``uniform`` ones."""
+        left = budget - self.side_bytes()
+        rates = self._spread_rates(left) if uniform else self._first_rates(left)
+
+        def weights(layer: Layer, part: Rates) -> torch.Tensor:
+            state = trellis.feedback(*self._arrange(layer), torch.from_numpy(part.astype(np.uint8)))
+            return form.dequantize(trellis.finish(state.arrangement.layout, state.encoded()))
+
+        quantized = self._of_layers(weights, "quantizing once", rates)
+        return {layer.name: part for layer, part in zip(self.layers, quantized, strict=True)}
+
+    def _first_rates(self, left: int) -> list[Rates]:
+        """Return the rates at which the tiles take at most ``left`` bytes at one price, by their estimated damages."""
+        estimates = list(self._of_layers(self._estimate, "weighing tiles"))
+        price = prices.price_for(estimates, left, self.allowed)
+        return [prices.best_rates(part, price, self.allowed) for part in estimates]
+
+    def _spread_rates(self, left: int) -> Sequence[Rates]:
+        return prices.spread(self.shapes(), left, self.allowed)
 
     # One layer.
 

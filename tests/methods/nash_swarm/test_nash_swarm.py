@@ -63,8 +63,7 @@ def size(result: Compressed) -> int:
 
 
 def game_of(context: CalibrationContext, **changed: Any) -> RateGame:
-    method = dataclasses.replace(SMALL, **changed)
-    return RateGame(context, method.rates, method.grouping, method.rotation, method.sweeps, method.floor, 0)
+    return dataclasses.replace(SMALL, **changed).game(context, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
