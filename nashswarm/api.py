@@ -12,9 +12,10 @@ import transformers
 from jaxtyping import Integer
 from torch import Tensor
 
+from nashswarm.calibration import texts
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import CalibrationSession
-from nashswarm.data import corpus, hub, stdlib_docs
+from nashswarm.data import corpus, hub
 from nashswarm.methods.fixed_width import FixedWidth
 from nashswarm.methods.gptq import Gptq
 from nashswarm.methods.method import Method
@@ -60,7 +61,7 @@ def compress(
     model: transformers.PreTrainedModel,
     tokenizer: Any = None,
     method: str | Method = "nash_swarm",
-    calibration: str | Integer[Tensor, "windows length"] | None = None,
+    calibration: str | pathlib.Path | Integer[Tensor, "windows length"] | None = None,
     bits: float = 3.0,
     exclude: Sequence[str] = (),
     seed: int = 0,
@@ -71,9 +72,11 @@ def compress(
 
     ``tokenizer``: by default the one that the model came with.  ``method``: ``nash_swarm``, ``nash_lattice``,
     ``fixed_width``, ``gptq``, ``uniform``, or an instance of any method, which then has its own ``bits``.
-    ``calibration``: text, or token windows; by default the embedded English text.  ``bits``: stored bits per parameter
-    of the whole model (for ``gptq`` and ``uniform`` the nominal width).  ``exclude``: names or patterns of matrices to
-    leave at 16 bits.
+    ``calibration``: text, a path of a text file or folder, token windows, or the name of a source (``embedded``,
+    ``code``, ``own``, ``hub``, or several joined by ``+``); by default the hub's text if it can be reached, else text
+    that the model samples itself, with the embedded one in both cases (``calibration.texts``).  ``bits``: stored bits
+    per parameter of the whole model (for ``gptq`` and ``uniform`` the nominal width).  ``exclude``: names or patterns
+    of matrices to leave at 16 bits.
 
     Raises ValueError in one sentence for anything that does not fit together.
     """
@@ -83,10 +86,12 @@ def compress(
         raise ValueError(f"nashswarm compresses models of transformers, not a {type(model).__name__}")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantized already; call model.dequantize() first or start from the full model")
-    windows = _windows(model, tokenizer, calibration).to(model.device)
+    windows, about = _windows(model, tokenizer, calibration)
     rng = np.random.default_rng(seed)
-    drawn = corpus.draw_windows(windows, None, None, rng)
+    drawn = corpus.draw_windows(windows.to(model.device), None, None, rng)
     full = copy.deepcopy(model).float().eval()
+    if about is not None:
+        full.config.calibration = texts.about(*about, drawn[0])
     unfuse(full)
     layers = matrices.find_layers(full, exclude)
     session = CalibrationSession(full, layers, *drawn, int(rng.integers(2**31)), Cache(None, {}))
@@ -139,21 +144,35 @@ def window_length(path: str) -> int | None:
     return min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
 
 
-def _windows(model: Any, tokenizer: Any, calibration: str | Tensor | None) -> Integer[Tensor, "windows length"]:
-    """Token windows to calibrate with."""
+def _windows(
+    model: Any, tokenizer: Any, calibration: str | pathlib.Path | Tensor | None
+) -> tuple[Integer[Tensor, "windows length"], tuple[str, str] | None]:
+    """Token windows to calibrate with, and the source and text that they were cut from, if there is one."""
     if isinstance(calibration, Tensor):
         _check(calibration, model)
-        return calibration
-    if calibration is not None and not isinstance(calibration, str):
+        return calibration, None
+    if not isinstance(calibration, str | pathlib.Path | None):
         raise ValueError(f"calibration must be text or token windows, not a {type(calibration).__name__}")
     if tokenizer is None:
         if not model.name_or_path:
             raise ValueError("the model does not say where it comes from: give its tokenizer, or token windows")
         tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
     longest = sources.LoadedModel(model, tokenizer).window_length(None)
-    length = min(longest, LONGEST_WINDOW)
-    text = stdlib_docs.text("calibration") if calibration is None else calibration
-    return corpus.cut_windows(text, tokenizer, length, "calibration")
+    source, text = _text(model, tokenizer, calibration)
+    return corpus.begun_windows(text, tokenizer, min(longest, LONGEST_WINDOW), "calibration"), (source, text)
+
+
+def _text(model: Any, tokenizer: Any, calibration: str | pathlib.Path | None) -> tuple[str, str]:
+    """Name of the source of a calibration text, and the text."""
+    if isinstance(calibration, str) and not set(texts.parts_of(calibration)) <= set(texts.KNOWN):
+        return "text", calibration
+    own = None
+    if model.get_output_embeddings() is not None and model.can_generate():
+        own = texts.own_of(model, tokenizer)
+    asked = texts.AUTO if calibration is None else str(calibration)
+    source = texts.resolve(texts.checked(asked, "calibration="), own is not None)
+    texts.announce(source, asked, "calibration=")
+    return source, texts.read(source, own)
 
 
 def _check(windows: Tensor, model: Any) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from nashswarm import __version__, api, inference
-from nashswarm.data import corpus
-from nashswarm.experiment import plan, run, streaming
+from nashswarm.experiment import plan, run, streaming, texts
 from nashswarm.experiment.certify import LIMIT, certify
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.measures.contestants import CONTESTANTS
@@ -70,7 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     into.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="new or empty")
     into.add_argument("--bits", type=float, default=3.0, help="stored bits per parameter, everything counted (3.0)")
     into.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
-    into.add_argument("--calibration", type=pathlib.Path, metavar="TEXT", help="a text file; default: embedded prose")
+    into.add_argument(
+        "--calibration", metavar="TEXT", help="a text file or folder, or embedded, code, own (sampled by the model), "
+        "hub, or several joined by +; default: the hub's text if it can be reached, else own, code and embedded"
+    )  # fmt: skip
     into.add_argument(
         "--windows", type=int, help="of calibration text (48 if it has them, by layer 4); a third more is held out"
     )
@@ -238,7 +240,8 @@ def _compress(arguments: argparse.Namespace) -> int:
     if arguments.out is None:
         raise ValueError("say with --out where the compressed model is to go")
     if arguments.by_layer:
-        full, out, settings, text = pathlib.Path(arguments.model), arguments.out, _by_layer(arguments), _text(arguments)
+        full, out, settings = pathlib.Path(arguments.model), arguments.out, _by_layer(arguments)
+        text = texts.choose(arguments.calibration, arguments.model, own=False)
         numbers = (arguments.windows, arguments.length, arguments.seed)
         return _print({"folder": str(out)} | streaming.compress_by_layer(full, out, text, settings, *numbers))
     if arguments.head_bits is not None or arguments.sweeps:
@@ -249,7 +252,10 @@ def _compress(arguments: argparse.Namespace) -> int:
     method = arguments.method or "nash_swarm"
     held_out = None if arguments.windows is None else max(-(-arguments.windows // 3), 1)
     length = api.window_length(path or str(sources.EMBEDDED)) if arguments.length is None else arguments.length
-    dataset = _text(arguments, calibration_windows=arguments.windows, holdout_windows=held_out, sequence_length=length)
+    dataset = texts.choose(
+        arguments.calibration, path, calibration_windows=arguments.windows, holdout_windows=held_out,
+        sequence_length=length,
+    )  # fmt: skip
     cache = arguments.cache.expanduser().resolve()
     config = plan.config_of(
         source, api.method_of(method, arguments.bits), dataset, Size(), seed=arguments.seed, save=str(arguments.out),
@@ -257,15 +263,6 @@ def _compress(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     labels = {"model": source.label, "method": method, "dataset": dataset.label, "measure": "size"}
     return _print_record(run.run(config, labels).record, arguments.out)
-
-
-def _text(arguments: argparse.Namespace, **windows: Any) -> corpus.StdlibDocs | corpus.HubText:
-    """Return the text that --calibration names."""
-    if arguments.calibration is None:
-        return corpus.StdlibDocs(**windows)
-    if not arguments.calibration.is_file():
-        raise ValueError(f"--calibration {arguments.calibration} is not a file; give a text file")
-    return corpus.HubText(str(arguments.calibration.resolve()), **windows)
 
 
 def _by_layer(arguments: argparse.Namespace) -> ByLayer:

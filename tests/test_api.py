@@ -15,6 +15,8 @@ from torch import Tensor
 
 import nashswarm
 from nashswarm.api import METHODS
+from nashswarm.calibration import texts
+from nashswarm.data import corpus, stdlib_docs, stdlib_source
 from nashswarm.methods.fixed_width import FixedWidth
 from nashswarm.methods.gptq import Gptq
 from nashswarm.methods.uniform import Uniform
@@ -39,7 +41,8 @@ def played(model_folder: pathlib.Path, text_file: pathlib.Path) -> tuple[Any, An
     """The tiny model as nash_swarm compressed it by default, and the report; not to be changed."""
     text = text_file.read_text()[:6000]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nashswarm.api.stdlib_docs, "text", {"calibration": text}.__getitem__)
+        for module in (stdlib_docs, stdlib_source):
+            patch.setattr(module, "text", {"calibration": text}.__getitem__)
         return compress(transformers.AutoModelForCausalLM.from_pretrained(model_folder), bits=3.5)
 
 
@@ -47,7 +50,8 @@ def played(model_folder: pathlib.Path, text_file: pathlib.Path) -> tuple[Any, An
 def short_text(text_file: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Instead of the embedded text, which takes seconds to read."""
     text = text_file.read_text()[:6000]
-    monkeypatch.setattr(nashswarm.api.stdlib_docs, "text", {"calibration": text}.__getitem__)
+    for module in (stdlib_docs, stdlib_source):
+        monkeypatch.setattr(module, "text", {"calibration": text}.__getitem__)
     return text
 
 
@@ -139,17 +143,34 @@ def test_compress_format_without_kernels_has_the_reported_size(
     assert kl(tiny, model, windows[:4]) < 1e-5
 
 
-def test_compress_calibration_text_equals_its_windows(tiny: Any, tokenizer: Any, short_text: str) -> None:
-    """By default the text that comes along, in windows of the model's length, by the tokenizer that the model had."""
+def test_compress_calibration_text_equals_its_windows(
+    tiny: Any, tokenizer: Any, short_text: str, tmp_path: pathlib.Path
+) -> None:
+    """In windows of the model's length, by the tokenizer that the model had; the text may have a name or be a file."""
     tokens = torch.tensor(tokenizer(short_text)["input_ids"])
     cut = tokens[: len(tokens) // 64 * 64].view(-1, 64)
-    by_text, *others = (compress(tiny, calibration=given, method="gptq", bits=3) for given in (short_text, cut, None))
+    (tmp_path / "story.txt").write_text(short_text, encoding="utf-8")
+    givens = (short_text, cut, "embedded", tmp_path / "story.txt")
+    by_text, *others = (compress(tiny, calibration=given, method="gptq", bits=3) for given in givens)
     for other in others:
         assert torch.equal(answer(by_text[0], cut[:2]), answer(other[0], cut[:2]))
     nameless = copy.deepcopy(tiny)
     nameless.name_or_path = nameless.config._name_or_path = ""
     by_hand, _ = compress(nameless, tokenizer, calibration=short_text, method="gptq", bits=3)
     assert torch.equal(answer(by_hand, cut[:2]), answer(by_text[0], cut[:2]))
+
+
+def test_compress_by_default_calibrates_on_what_auto_stands_for(
+    tiny: Any, tokenizer: Any, short_text: str, windows: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = texts.read(texts.OFFLINE, texts.own_of(tiny, tokenizer))
+    named, default = (compress(tiny, calibration=given, method="gptq", bits=3) for given in (text, None))
+    assert torch.equal(answer(named[0], windows), answer(default[0], windows))
+    found = default[0].config.calibration
+    assert found["source"] == texts.OFFLINE and found["sha256"] == corpus.sha256(text) and found["positions"] == 48 * 64
+    assert any("out of reach" in said and said.endswith("by calibration=") for said in caplog.messages)
+    with pytest.raises(ValueError, match=r"calibration=/nowhere\.txt is not a file, a folder or a source of text"):
+        compress(tiny, calibration=pathlib.Path("/nowhere.txt"))
 
 
 def test_compress_same_seed_gives_the_same_bytes(tiny: Any, windows: Tensor, tmp_path: pathlib.Path) -> None:

@@ -17,8 +17,9 @@ import transformers
 
 import nashswarm
 from nashswarm.api import window_length
+from nashswarm.calibration import texts
 from nashswarm.cli import main
-from nashswarm.data import stdlib_docs
+from nashswarm.data import stdlib_docs, stdlib_source
 from nashswarm.experiment.plan import config_again
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
@@ -220,8 +221,9 @@ def test_compress_same_folder_again_does_nothing(
 def test_compress_command_and_api_write_the_same_bytes(
     model_folder: pathlib.Path, text_file: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both doors draw the same windows from the embedded text, and go on by the same functions."""
-    monkeypatch.setattr(stdlib_docs, "text", lambda purpose: text_file.read_text())
+    """Both doors draw the same windows from the same texts, and go on by the same functions."""
+    for module in (stdlib_docs, stdlib_source):
+        monkeypatch.setattr(module, "text", lambda purpose: text_file.read_text())
     words = ("--method", "gptq", "--bits", "3", "--out", tmp_path / "command", "--cache", tmp_path / "cache")
     assert main(["compress", str(model_folder), *map(str, words)]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
@@ -232,6 +234,11 @@ def test_compress_command_and_api_write_the_same_bytes(
     )
     assert by_command.keys() == by_api.keys()
     assert all(torch.equal(tensor, by_api[name]) for name, tensor in by_command.items())
+    configs = [json.loads((tmp_path / door / "config.json").read_text())["calibration"] for door in ("command", "api")]
+    assert configs[0] == configs[1] and configs[0]["source"] == texts.OFFLINE
+    about = json.loads((tmp_path / "command/nashswarm.json").read_text())
+    assert about["config"]["dataset"]["source"] == texts.OFFLINE  # not auto, which may stand for another one tomorrow
+    assert about["record"]["config"]["dataset"]["calibration_sha256"] == configs[0]["sha256"]
 
 
 def test_compress_long_context_model_needs_no_option(

@@ -140,11 +140,16 @@ def read_rows(
     return rows
 
 
-def _part_of_file(path: pathlib.Path, purpose: Purpose) -> str:
+def read_file(path: pathlib.Path) -> str:
+    """Return the text of a file.  Raises ValueError if it is not UTF-8."""
     try:
-        content = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
+
+
+def _part_of_file(path: pathlib.Path, purpose: Purpose) -> str:
+    content = read_file(path)
     cut = int(len(content) * FILE_CALIBRATION_SHARE)
     return content[:cut] if purpose == "calibration" else content[cut:]
 
@@ -164,16 +169,41 @@ def cut_windows(text: str, tokenizer: Any, length: int, purpose: str) -> Int[Ten
     enclosed = None not in special
     options = {"add_special_tokens": False} if enclosed else {}
     tokens = torch.tensor(tokenizer(text, verbose=False, **options)["input_ids"], dtype=torch.long)
-    inner = length - 2 if enclosed else length
+    windows = _rows(tokens, length - 2 if enclosed else length, length, purpose)
+    if not enclosed:
+        return windows
+    return functional.pad(functional.pad(windows, (1, 0), value=special[0]), (0, 1), value=special[1])
+
+
+def begun_windows(text: str, tokenizer: Any, length: int, purpose: str) -> Int[Tensor, "windows length"]:
+    """Cut ``text`` as ``cut_windows`` does, but begin every window as the tokenizer begins a text.
+
+    A model whose texts begin with the token BOS (beginning of sequence) is used to it at the first position, which
+    attention treats unlike all others.  Raises ValueError as ``cut_windows`` does.
+    """
+    if not begins_with_bos(tokenizer):
+        return cut_windows(text, tokenizer, length, purpose)
+    tokens = torch.tensor(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"], dtype=torch.long)
+    return functional.pad(_rows(tokens, length - 1, length, purpose), (1, 0), value=tokenizer.bos_token_id)
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Check whether ``tokenizer`` begins a text with the token BOS and does not end it with another special token."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and tokenizer("a")["input_ids"] == [
+        bos,
+        *tokenizer("a", add_special_tokens=False)["input_ids"],
+    ]
+
+
+def _rows(tokens: Int[Tensor, " tokens"], inner: int, length: int, purpose: str) -> Int[Tensor, "windows inner"]:
+    """Rows of ``inner`` tokens; an incomplete tail is dropped.  Raises ValueError if there are none."""
     if len(tokens) < inner:
         raise ValueError(
             f"the {purpose} text has {len(tokens)} tokens, too short for one window of {length}; "
             "give more text or a smaller dataset.sequence_length"
         )
-    windows = tokens[: len(tokens) // inner * inner].view(-1, inner)
-    if not enclosed:
-        return windows
-    return functional.pad(functional.pad(windows, (1, 0), value=special[0]), (0, 1), value=special[1])
+    return tokens[: len(tokens) // inner * inner].view(-1, inner)
 
 
 def first_windows(

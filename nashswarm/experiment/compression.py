@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import CalibrationSession
+from nashswarm.calibration.texts import CalibrationText, about
 from nashswarm.data import corpus, glue
 from nashswarm.experiment.plan import Plan, config_again, plan
 from nashswarm.layers import Layer
@@ -82,6 +83,8 @@ def load(config: DictConfig, planned: Plan) -> LoadedRun:
         )
     else:
         loaded = sources.load(source, planned.device, planned.dtype)
+    if isinstance(dataset, CalibrationText):
+        cut = corpus.begun_windows
     layers = matrices.find_layers(loaded.model, source.exclude)
     length = loaded.window_length(dataset.sequence_length)
     pool, test = (
@@ -90,6 +93,8 @@ def load(config: DictConfig, planned: Plan) -> LoadedRun:
     test = corpus.first_windows(test, dataset.test_windows, "test")
     check(planned.measure, test)
     calibration, holdout = corpus.draw_windows(pool, dataset.calibration_windows, dataset.holdout_windows, rng)
+    if isinstance(dataset, CalibrationText):
+        loaded.model.config.calibration = about(dataset.source, texts["calibration"], calibration)
     label_seed = int(rng.integers(2**31))
     key = {name: planned.identity[name] for name in ("model", "dataset", "dtype", "device", "threads")}
     key |= {"length": length, "torch": torch.__version__, "code": code_digest()}

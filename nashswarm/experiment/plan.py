@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nashswarm.data import corpus, glue
 from nashswarm.errors import Unsupported
+from nashswarm.experiment import texts
 from nashswarm.experiment.identity import to_importable, to_recorded
 from nashswarm.measures.measure import Measure
 from nashswarm.measures.moe.target import MoeMeasure
@@ -31,7 +32,6 @@ from nashswarm.models import sources
 from nashswarm.moe.model import MoeSource
 from nashswarm.moe.router.router import RouterSettings
 from nashswarm.moe.training import Training
-from nashswarm.packed import model_folder
 from nashswarm.records.record import fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,12 +112,11 @@ def plan(config: DictConfig) -> Plan:
         raise ValueError(f"{dataset.task} is a task, not a text: choose measure=official or measure=size")
     if isinstance(measure, Official) and not isinstance(dataset, glue.Glue):
         raise ValueError("measure=official needs labels: choose a task of GLUE, for example dataset=sst2")
-    texts = {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
+    read = texts.read(dataset, source, config.cache)
     if not isinstance(measure, Size):
-        refuse_training_text(source, texts["test"])
-    return Plan(
-        source, method, dataset, measure, device, dtype, texts, identify(config, device, source, texts), finetune
-    )
+        texts.refuse_training_text(source, read["test"])
+    identity = identify(config, device, source, read)
+    return Plan(source, method, dataset, measure, device, dtype, read, identity, finetune)
 
 
 def plan_moe(config: DictConfig) -> MoePlan:
@@ -141,8 +140,8 @@ def plan_moe(config: DictConfig) -> MoePlan:
     if config.dtype != "float32":
         raise ValueError(f"task=train_moe trains in float32; leave dtype={config.dtype} out")
     training = build(config.train_moe)
-    texts = {purpose: dataset.text(purpose) for purpose in ("train", "calibration")}
-    return MoePlan(source, router, dataset, measure, device, texts, identify(config, device, source, texts), training)
+    read = {purpose: dataset.text(purpose) for purpose in ("train", "calibration")}
+    return MoePlan(source, router, dataset, measure, device, read, identify(config, device, source, read), training)
 
 
 def config_again(about: Mapping[str, Any], paths: Mapping[str, str | None], **changed: Any) -> DictConfig:
@@ -158,9 +157,10 @@ def config_again(about: Mapping[str, Any], paths: Mapping[str, str | None], **ch
         raise ValueError("the saved model was trained, not compressed: compress it first, for example by model=local")
     for group, path in paths.items():
         if path is not None:
-            if "path" not in config[group]:
+            key = next((key for key in ("path", "source") if key in config[group]), None)
+            if key is None:
                 raise ValueError(f"--{group} {path}: {config[group]._target_} comes with the package; leave it out")
-            config[group].path = path
+            config[group][key] = path
     bits = changed.pop("bits", None)
     if bits is not None:
         if config.method.get("bits") is None:
@@ -214,16 +214,6 @@ def choose_task(config: DictConfig, method: Method) -> distillation.Recovery | N
     return recovery
 
 
-def refuse_training_text(source: sources.Source, text: str) -> None:
-    """Raise ValueError if the model was trained on the text that is to test it, as where both are one file."""
-    path = getattr(source, "path", None)
-    if path is not None and model_folder.training_text(pathlib.Path(path)) == corpus.sha256(text):
-        raise ValueError(
-            f"the model in {path} was trained on this very test text: choose another dataset, or train and test with a "
-            "folder of train, validation and test files"
-        )
-
-
 def choose_device(config: DictConfig) -> tuple[str, torch.dtype]:
     """Return the device and dtype to compute in.  Raises ValueError for an unknown one and for an absent device."""
     if config.device not in DEVICES:
@@ -250,11 +240,10 @@ def build(config: DictConfig) -> Any:
 
 
 def identify(
-    config: DictConfig, device: str, source: sources.Source | MoeSource, texts: Mapping[str, str]
+    config: DictConfig, device: str, source: sources.Source | MoeSource, read: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return everything that can move a number; paths count by their content."""
     groups: dict[str, Any] = {name: to_recorded(OmegaConf.to_container(config[name], resolve=True)) for name in GROUPS}
-    dataset = {key: value for key, value in groups["dataset"].items() if key not in ("path", "name")}
     model = {key: value for key, value in groups["model"].items() if key not in ("path", "revision")}
     settings: dict[str, Any] = {
         name: to_recorded(OmegaConf.to_container(config[name], resolve=True))
@@ -267,7 +256,7 @@ def identify(
         **settings,
         "model": model | {"content": source.label if isinstance(source, MoeSource) else sources.content_digest(source)},
         "method": groups["method"],
-        "dataset": dataset | {f"{purpose}_sha256": corpus.sha256(text) for purpose, text in texts.items()},
+        "dataset": texts.identify(groups["dataset"], read),
         "measure": by_content(groups["measure"]),
         "seed": config.seed,
         "device": device,

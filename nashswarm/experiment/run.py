@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nashswarm.data import corpus, glue
-from nashswarm.experiment import compression
+from nashswarm.experiment import compression, texts
 from nashswarm.experiment.identity import to_recorded
 from nashswarm.experiment.plan import MoePlan, Plan, plan, plan_moe
 from nashswarm.measures import measure
@@ -68,6 +68,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
     Raises ValueError or OSError in one sentence for anything the user can mend; no record is left behind then.
     """
     started, origin = time.monotonic(), provenance(datetime.datetime.now(datetime.UTC))
+    config = texts.resolved(config)
     planned = plan_moe(config) if config.task == "train_moe" else plan(config)
     identity = dict(planned.identity)
     run_labels = dict(labels) | {"seed": str(config.seed)}

@@ -18,7 +18,7 @@ from nashswarm.progress import show_progress
 def compress_by_layer(
     model: pathlib.Path,
     out: pathlib.Path,
-    text: corpus.StdlibDocs | corpus.HubText,
+    text: corpus.Dataset,
     settings: ByLayer,
     windows: int,
     length: int | None,
@@ -32,7 +32,7 @@ def compress_by_layer(
     source = shards.open_source(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     window_length = sources.LoadedModel(source.model, tokenizer).window_length(length)
-    pool = corpus.cut_windows(text.text("calibration"), tokenizer, window_length, "calibration")
+    pool = corpus.begun_windows(text.text("calibration"), tokenizer, window_length, "calibration")
     drawn, _ = corpus.draw_windows(pool, windows, 1, np.random.default_rng(seed))
     try:
         return compress.compress(source, tokenizer, drawn, out, settings, show_progress)

@@ -4,6 +4,6 @@
 GGUF file of a Python package; ``gguf_file`` writes and reads such files, and ``gguf_tokenizer`` adds the tokenizer.
 ``matrices`` finds the weight matrices of a model and replaces them.  ``experts`` executes mixtures of experts and
 splits fused ones into linear layers.  ``classifier`` fine-tunes classifiers once and caches them.  ``evaluation``
-computes the negative log-likelihood of text and the distance to the full model.  ``shapes`` counts the parameters of
-well-known architectures without their weights.
+computes the negative log-likelihood of text and the distance to the full model.  ``sampled_text`` samples text from a
+model to calibrate it with.  ``shapes`` counts the parameters of well-known architectures without their weights.
 """
