@@ -169,7 +169,8 @@ def _text(model: Any, tokenizer: Any, calibration: str | pathlib.Path | None) ->
     own = None
     if model.get_output_embeddings() is not None and model.can_generate():
         own = texts.own_of(model, tokenizer)
-    asked = texts.AUTO if calibration is None else str(calibration)
+    default = "embedded" if sources.is_own(model.name_or_path) else texts.AUTO
+    asked = default if calibration is None else str(calibration)
     source = texts.resolve(texts.checked(asked, "calibration="), own is not None)
     texts.announce(source, asked, "calibration=")
     return source, texts.read(source, own)

@@ -110,6 +110,17 @@ def max_tokens(config: Any) -> int | None:
     return next((int(tokens) for name in names if (tokens := getattr(config, name, None))), None)
 
 
+def is_own(path: str) -> bool:
+    """Check whether ``path`` is a model of this project, the embedded one or one that `make family` trained.
+
+    They were trained on the embedded text, and are calibrated on it.
+
+    >>> is_own(str(EMBEDDED)), is_own("models/default_xs"), is_own("openai-community/gpt2")
+    (True, True, False)
+    """
+    return pathlib.Path(path).name.startswith(FAMILY)
+
+
 def may_be_on_hub(path: str) -> bool:
     """Check whether ``path`` has the form of a name on the hub, and not of a path on this machine.
 
