@@ -20,8 +20,8 @@ COMMAND, CONFIG = "--calibration ", "dataset.source="  # how the doors call the 
 def choose(named: str | None, model: str | None, own: bool = True, **windows: Any) -> corpus.Dataset:
     """Return the text that ``--calibration`` names; None stands for the best one for ``model``, a path.
 
-    The model that comes along (None) and its family are calibrated on the embedded text, as they were trained.  ``own``: whether the model
-    can sample text.  Raises ValueError for a name that is no source, file or folder.
+    The model that comes along (None) and its family are calibrated on the embedded text, as they were trained.
+    ``own``: whether the model can sample text.  Raises ValueError for a name that is no source, file or folder.
     """
     if named is None and (model is None or sources.is_own(model)):
         return corpus.StdlibDocs(**windows)
