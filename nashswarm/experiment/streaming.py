@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import transformers
 
+from nashswarm.calibration.texts import CalibrationText
 from nashswarm.data import corpus
 from nashswarm.methods.streaming import compress, forecast, shards
 from nashswarm.methods.streaming.settings import ByLayer
@@ -18,7 +19,7 @@ from nashswarm.progress import show_progress
 def compress_by_layer(
     model: pathlib.Path,
     out: pathlib.Path,
-    text: corpus.Dataset,
+    text: corpus.StdlibDocs | CalibrationText,
     settings: ByLayer,
     windows: int,
     length: int | None,

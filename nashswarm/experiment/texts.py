@@ -17,7 +17,9 @@ CALIBRATION_TEXT = f"{CalibrationText.__module__}.{CalibrationText.__qualname__}
 COMMAND, CONFIG = "--calibration ", "dataset.source="  # how the doors call the source
 
 
-def choose(named: str | None, model: str | None, own: bool = True, **windows: Any) -> corpus.Dataset:
+def choose(
+    named: str | None, model: str | None, own: bool = True, **windows: Any
+) -> corpus.StdlibDocs | CalibrationText:
     """Return the text that ``--calibration`` names; None stands for the best one for ``model``, a path.
 
     The model that comes along (None) and its family are calibrated on the embedded text, as they were trained.
@@ -42,7 +44,7 @@ def resolved(config: DictConfig) -> DictConfig:
     return DictConfig(OmegaConf.merge(config, {"dataset": {"source": source}}))
 
 
-def read(dataset: corpus.Dataset, source: Any, cache: str) -> dict[str, str]:
+def read(dataset: Any, source: Any, cache: str) -> dict[str, str]:
     """Return the texts that calibrate and test; text of the model's own is sampled, or read from the ``cache``."""
     if isinstance(dataset, CalibrationText):
         own = texts.cached_own(source, pathlib.Path(cache))
