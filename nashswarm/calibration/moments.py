@@ -88,7 +88,7 @@ class _MomentSums:
         self.outputs = _add(self.outputs, gradients.square().sum(0))
         if held:
             weight_gradient = gradients.T @ _by_position(held.pop())
-            self.rows = _add(self.rows, weight_gradient.square().sum(1))
+            self.rows = _add(self.rows, torch.linalg.vector_norm(weight_gradient, dim=1).square())
             if self.columns is None:
                 self.columns = SymmetricMatrix.zeros(weight_gradient.shape[1])
             self.columns.add_gram(weight_gradient)

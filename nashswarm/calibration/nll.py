@@ -56,7 +56,9 @@ def _invert(
     vocabulary = logits.shape[1]
     chances = logits.cpu().float()
     chances = (chances - chances.amax(1, keepdim=True)).exp_()
-    groups = functional.pad(chances, (0, -vocabulary % TOKENS_AT_ONCE)).unflatten(1, (-1, TOKENS_AT_ONCE))
+    if missing := -vocabulary % TOKENS_AT_ONCE:
+        chances = functional.pad(chances, (0, missing))
+    groups = chances.unflatten(1, (-1, TOKENS_AT_ONCE))
     sums = groups.sum(2).double().cumsum(1)
     wanted = uniform * sums[:, -1:]
     group = torch.searchsorted(sums, wanted, right=True).clamp(max=sums.shape[1] - 1)
