@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from nashswarm.calibration.moments_table import MomentsTable, PackedMoments, SymmetricMatrix
 from nashswarm.calibration.nll import Labels, summed_nll
 from nashswarm.layers import Moments
-from nashswarm.memory import pages_of_their_own
+from nashswarm.memory import pages_of_their_own, trim_heap
 from nashswarm.progress import Track, no_track
 
 Score = Callable[[Any, Tensor, torch.Generator], Tensor]
@@ -217,6 +217,7 @@ def calibrate(
             _add_inputs(sums.values())
             scalar.backward()
             del scalar  # and its graph, before the next one grows
+            trim_heap()
     table, means = MomentsTable(), set[int]()
     used = {name: part for name, part in sums.items() if part.positions and part.outputs is not None}
     for name, part in used.items():

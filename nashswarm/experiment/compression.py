@@ -26,7 +26,7 @@ from nashswarm.experiment.plan import Plan, config_again, plan
 from nashswarm.layers import Layer
 from nashswarm.measures.measure import EvaluationTarget, Measure, MeasureResult, check
 from nashswarm.measures.quality import of_quality
-from nashswarm.memory import peak_bytes
+from nashswarm.memory import peak_bytes, trim_heap
 from nashswarm.methods import distillation
 from nashswarm.methods.method import Compressed, Method
 from nashswarm.models import classifier, evaluation, matrices, sources
@@ -83,6 +83,7 @@ def load(config: DictConfig, planned: Plan) -> LoadedRun:
         )
     else:
         loaded = sources.load(source, planned.device, planned.dtype)
+    trim_heap()  # files that were read and converted
     if isinstance(dataset, CalibrationText):
         cut = corpus.begun_windows
     layers = matrices.find_layers(loaded.model, source.exclude)
@@ -153,11 +154,13 @@ def evaluation_target(loaded: LoadedRun, result: Compressed) -> EvaluationTarget
     """Return what is measured: the candidate model, on which ``session.store`` has put the result."""
     session = loaded.session
     compressed, layers = session.candidate_model, session.layers
+    names = [name for layer in layers for name in layer.modules]
 
     def pack() -> Any:
         if result.foreign is not None:
             raise ValueError(f"what {result.foreign} packs does not run here: only measure=quality is for it")
-        model = copy.deepcopy(compressed)
+        shared = {id(module.weight): module.weight for module in map(compressed.get_submodule, names)}
+        model = copy.deepcopy(compressed, shared)  # whose matrices are replaced, not copied
         checkpoint.adopt(model, layers, result.packed, result.float_bits)
         return model
 

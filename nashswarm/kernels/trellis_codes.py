@@ -20,6 +20,7 @@ REGISTER = 64  # bytes: 4 rows of 16 columns
 UNIT = 36  # table values are multiples of 1 / UNIT of the standard deviation that a code expects
 MEMORY = (0, 5, 4, 3, 3, 2, 1, 0)  # coded bits of earlier steps that a value depends on, by rate
 INT8 = 8  # the rate of plain int8
+TILES_AT_ONCE = 4096  # whose values are looked up
 # rate → for each step of a half, the (register, bit) of each plain bit, lowest first
 PLACES: dict[int, list[list[tuple[int, int]]]] = {
     1: [[]] * HALF,
@@ -140,7 +141,8 @@ def values_of(
     steps = codes.view(groups, STEPS, LANES, across, COLUMNS).permute(0, 3, 2, 4, 1)  # the steps last
     values = torch.zeros(steps.shape, dtype=torch.int8)
     for rate in set(rates.unique().tolist()) - {0}:
-        values[rates == rate] = values_of_sequences(steps[rates == rate], rate)
+        parts = steps[rates == rate].split(TILES_AT_ONCE)  # the indices of a table take 8 bytes each
+        values[rates == rate] = torch.cat([values_of_sequences(part, rate) for part in parts])
     return values.permute(0, 4, 2, 1, 3).reshape(codes.shape)
 
 
