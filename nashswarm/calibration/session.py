@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,26 @@ class CalibrationSession:
         finally:
             full = {layer.name: layer.weight for layer in self.layers if layer.name in weights}
             matrices.set_weights(self.candidate_model, full)
+
+    @contextlib.contextmanager
+    def _replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give the full model itself these layer weights, during the context.
+
+        Its own ones wait in a file: calibration needs the memory that another model would take.
+        """
+        layers = [layer for layer in self.layers if layer.name in weights]
+        with tempfile.TemporaryFile(dir=self.cache.folder) as file:
+            for layer in layers:
+                layer.weight.numpy().tofile(file)
+            try:
+                matrices.set_weights(self.full, weights)
+                yield
+            finally:
+                file.seek(0)
+                for layer in layers:  # whose weights may be those of the model
+                    own = torch.from_numpy(np.fromfile(file, np.float32, layer.parameters))
+                    layer.weight.copy_(own.view_as(layer.weight))
+                    matrices.set_weights(self.full, {layer.name: layer.weight})
 
     def context(self) -> CalibrationContext:
         """Return what a compression method may know of the model."""
@@ -127,9 +148,9 @@ class CalibrationSession:
         def compute() -> dict[str, Tensor]:
             few = self.calibration[: max(len(self.calibration) // FIRST_SHARE, 1)]
             weights = quantize(self._calibrate(self.full, few))
-            with self._candidate(weights) as model:
+            with self._replaced(weights):
                 del weights
-                return self._calibrate(model, self.calibration).tensors()
+                return self._calibrate(self.full, self.calibration).tensors()
 
         return MomentsTable.from_tensors(self.cache("moments_after", key, compute))
 

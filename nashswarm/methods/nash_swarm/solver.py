@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Integer
 
 from nashswarm import layers
 from nashswarm.calibration.context import CalibrationContext
@@ -21,6 +21,7 @@ from nashswarm.kernels.encoder import KEEP, RATES
 from nashswarm.kernels.trellis_codes import distortions
 from nashswarm.layers import Layer, Moments
 from nashswarm.memory import pages_of_their_own, trim_heap
+from nashswarm.methods.method import DecodedWeights
 from nashswarm.methods.nash_swarm import prices
 from nashswarm.methods.nash_swarm.prices import Damage, Rates
 from nashswarm.quant import trellis
@@ -138,17 +139,17 @@ class RateGame:
         """Encode all tiles at one rate, or at two neighbouring ones dealt evenly, so that the budget is used up."""
         return SolvedGame(self._encode(self._spread_rates(budget - self.side_bytes()), last=True), 0.0, {})
 
-    def first_weights(self, budget: int, uniform: bool) -> dict[str, Float[torch.Tensor, "out in"]]:
+    def first_weights(self, budget: int, uniform: bool) -> DecodedWeights:
         """Return the weights after one pass of error feedback, at the first rates, or ``uniform`` ones."""
         left = budget - self.side_bytes()
         rates = self._spread_rates(left) if uniform else self._first_rates(left)
 
-        def weights(layer: Layer, part: Rates) -> torch.Tensor:
+        def quantize(layer: Layer, part: Rates) -> form.Trellis:
             state = trellis.feedback(*self._arrange(layer), torch.from_numpy(part.astype(np.uint8)))
-            return form.dequantize(trellis.finish(state.arrangement.layout, state.encoded()))
+            return trellis.finish(state.arrangement.layout, state.encoded())
 
-        quantized = self._of_layers(weights, "quantizing once", rates)
-        return {layer.name: part for layer, part in zip(self.layers, quantized, strict=True)}
+        quantized = self._of_layers(quantize, "quantizing once", rates)
+        return DecodedWeights({layer.name: part for layer, part in zip(self.layers, quantized, strict=True)})
 
     def _first_rates(self, left: int) -> list[Rates]:
         """Return the rates at which the tiles take at most ``left`` bytes at one price, by their estimated damages."""
