@@ -1,6 +1,9 @@
 """Progress outside of a terminal, and where nobody waits long enough to ask for it."""
 
 import logging
+import signal
+import subprocess
+import sys
 import time
 from typing import NamedTuple
 
@@ -45,3 +48,12 @@ def test_show_progress_of_short_stage_is_silent(
     with caplog.at_level(logging.INFO):
         assert list(show_progress("abc", "weighing")) == ["a", "b", "c"]
     assert not caplog.records and capsys.readouterr() == ("", "")
+
+
+def test_end_interrupted_prints_a_sentence_and_ends_by_the_signal() -> None:
+    program = "import threading, time; from nashswarm.progress import end_interrupted; "
+    program += "threading.Thread(target=time.sleep, args=(60,)).start(); end_interrupted('interrupted; go on')"
+    started = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGINT and ended.stderr == "interrupted; go on\n"
+    assert time.monotonic() - started < 50  # it did not wait for the thread
