@@ -3,11 +3,11 @@
     python -m experiments.benchmarks.ggml_kernels
 
 One row of activations, one thread; ours rounds it to int8, ggml to the type that it pairs with a format.  All take
-turns in one process, weights in cache; medians of rounds, and the ratio of ggml's time to ours with its 95 % interval:
-above 1 ours is faster.  ggml computes graphs of several products, as a model's are, so that they share the overhead of
-a call; ours is called from Python for each.  A format is run on plain rows and, where ggml has such a form for this
-machine, as llama.cpp holds it after loading.  Where rows are no multiple of its blocks, llama.cpp takes the type that
-is named.
+turns in one process, weights in cache.  Times are CPU time of that thread, which other work on the machine does not
+add to; medians of rounds, and the ratio of ggml's time to ours with its 95 % interval: above 1 ours is faster.  ggml
+computes graphs of several products, as a model's are, so that they share the overhead of a call; ours is called from
+Python for each.  A format is run on plain rows and, where ggml has such a form for this machine, as llama.cpp holds it
+after loading.  Where rows are no multiple of its blocks, llama.cpp takes the type that is named.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import functools
 import itertools
 import pathlib
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,11 +27,10 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from experiments.benchmarks.kernels import as_table
 from nashswarm import kernels
 from nashswarm.errors import require
 from nashswarm.kernels import native, trellis
-from nashswarm.kernels.__main__ import example_trellis, fastest_call, interleaved
+from nashswarm.kernels.__main__ import example_trellis, fastest_call
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
 from nashswarm.records.statistics import median_interval
@@ -42,6 +42,7 @@ NARROW = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ3_S": "IQ4_NL", "Q4_K": "Q5_0"}  # 
 BLOCK = 256  # weights
 ROUNDS = 41
 PRODUCTS = 8  # in a graph
+SECONDS = 2e-3  # that each call is repeated for in a round
 
 
 def main() -> None:
@@ -55,9 +56,10 @@ def main() -> None:
     torch.set_num_threads(1)
     ggml = Ggml()
     rows = [row for shape in track(SHAPES, "products") for row in measured(ggml, shape, options.rounds)]
-    content = {"path": native.path(), "rows": rows, "provenance": provenance(started)}
-    files.write_report(options.out, content, as_table(rows))
-    print(as_table(rows))
+    table = f"{as_table(rows)}\nOurs: {native.path()}.  ggml: {ggml.features}.\n"
+    content = {"path": native.path(), "ggml": ggml.features, "rows": rows, "provenance": provenance(started)}
+    files.write_report(options.out, content, table)
+    print(table)
 
 
 def measured(ggml: "Ggml", shape: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
@@ -84,7 +86,7 @@ def measured(ggml: "Ggml", shape: tuple[int, int], rounds: int) -> list[dict[str
                 continue
             calls[kind, form], result = product
             errors[kind, form], stored[kind, form] = error(result(), x, decoded), 8 * content.nbytes / weight.numel()
-    times = dict(zip(calls, interleaved(list(calls.values()), rounds), strict=True))
+    times = dict(zip(calls, cpu_seconds(list(calls.values()), rounds), strict=True))
     rows = []
     for bits, nearest in NEAREST.items():
         mine = times[f"{bits} bits", ""]
@@ -105,10 +107,36 @@ def measured(ggml: "Ggml", shape: tuple[int, int], rounds: int) -> list[dict[str
     return rows
 
 
+def cpu_seconds(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Return the CPU seconds of each call in each round, in which the calls take turns for about equal times."""
+
+    def seconds(call: Callable[[], Any], count: int) -> float:
+        started = time.thread_time()
+        for _ in range(count):
+            call()
+        return (time.thread_time() - started) / count
+
+    with torch.inference_mode():
+        counts = [max(1, round(SECONDS / min(seconds(call, 3) for _ in range(5)))) for call in calls]
+        times: list[list[float]] = [[] for _ in calls]
+        for _ in range(rounds):
+            for call, count, by_round in zip(calls, counts, times, strict=True):
+                seconds(call, 2)  # loads the weights into the CPU cache
+                by_round.append(seconds(call, count))
+    return times
+
+
 def error(product: Tensor, x: Tensor, weight: Tensor) -> float:
     """Return the error of a product relative to the one in 64 bits."""
     exact = x.double() @ weight.double().T
     return float((product.double() - exact).norm() / exact.norm())
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    lines = [list(rows[0]), ["--:"] * len(rows[0]), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 class _Parameters(ctypes.Structure):
@@ -127,6 +155,7 @@ class Ggml:
         folder = pathlib.Path(llama_cpp.__file__).parent / "lib"
         path = next(folder / name for name in ("libllama.so", "libllama.dylib") if (folder / name).exists())
         self.library = ctypes.CDLL(str(path))  # loaded already; it gives the functions of ggml as well
+        self.features = llama_cpp.llama_print_system_info().decode().replace(" = 1", "").strip(" |")
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
         signatures: dict[str, tuple[Any, Sequence[Any]]] = {
             "ggml_init": (pointer, [_Parameters]),
