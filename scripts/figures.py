@@ -2,11 +2,12 @@
 
     python scripts/figures.py --experiment ablation --paper paper/generated
 
-Writes ``<experiment>_pareto``, ``_perplexity``, ``_accuracy``, ``_ablation``, ``_convergence``, ``_settling``,
-``_bits``, ``_decisions``, ``_sensitivity``, ``_speed``, ``_memory``, ``_latency``, ``_crowding`` and ``_routing`` as
-PDF and PNG where the records have the values that a figure shows, and prints the reason for each one left out.  Without
-``--experiment`` it also writes ``flock``, a still and an animation from ``experiments.benchmarks.flock_dynamics``, and
-``roofline`` from ``experiments.benchmarks.kernels``.  Git keeps the figures that a document or the paper shows.
+Writes ``<experiment>_pareto``, ``_resident``, ``_perplexity``, ``_accuracy``, ``_ablation``, ``_convergence``,
+``_settling``, ``_bits``, ``_decisions``, ``_sensitivity``, ``_speed``, ``_memory``, ``_latency``, ``_crowding`` and
+``_routing`` as PDF and PNG where the records have the values that a figure shows, and prints the reason for each one
+left out.  Without ``--experiment`` it also writes ``flock``, a still and an animation from
+``experiments.benchmarks.flock_dynamics``, and ``roofline`` from ``experiments.benchmarks.kernels``.  Git keeps the
+figures that a document or the paper shows.
 """
 
 import argparse
@@ -101,6 +102,7 @@ def drawings(points: pd.DataFrame, runs: list[record.Record], layer: str | None)
     tiled.sort(key=lambda run: (rank(run.labels["method"])[0], run.labels["seed"]))
     return {
         "pareto": lambda: quality.pareto(points),
+        "resident": lambda: quality.pareto(frame.with_resident(points, runs), size="bytes_resident"),
         "perplexity": lambda: quality.pareto(points, "perplexity"),
         "accuracy": lambda: quality.accuracy(points),
         "ablation": lambda: quality.ablation(runs),

@@ -75,6 +75,25 @@ def with_perplexity(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{name: np.exp(nll) for name, nll in derived.items()})
 
 
+def with_resident(table: pd.DataFrame, records: Iterable[Record]) -> pd.DataFrame:
+    """Return the rows with ``bytes_resident``, bytes in memory of the loaded weights, as far as their runs tell it.
+
+    A run either measured them, or tells the bits in memory of its matrices; all other bytes of its file are held as
+    they are stored.
+    """
+    resident = {one.fingerprint: bytes_resident(one) for one in records}
+    means = [np.mean([resident[run] for run in runs.split()]) for runs in table["fingerprint"]]
+    return table.assign(bytes_resident=means)
+
+
+def bytes_resident(record: Record) -> float:
+    """Return the bytes in memory of a run's loaded weights, NaN if its record does not tell them."""
+    if "bits_per_weight_resident" not in record.metrics:
+        return record.metrics.get("bytes_resident", np.nan)
+    held = record.metrics["bits_per_weight_resident"] * sum(layer["parameters"] for layer in record.layers) / 8
+    return record.metrics["bytes_file"] - sum(layer["bytes"] for layer in record.layers) + held
+
+
 def ordered(table: pd.DataFrame) -> pd.DataFrame:
     """Sort rows by ``rank`` of their method and columns as in ``FORMATS``, unknown metrics after them by name."""
     known = [*WORDS, *FORMATS, *ORIGIN, "identity"]

@@ -28,12 +28,14 @@ ORIGIN: dict[str, Any] = {  # of runs → of their row
 
 
 def family_of(method: str) -> str:
-    """Return the method without its size, if the size is its only override.
+    """Return the method without its size, if the size is its only override, and without the file type of llama.cpp.
 
     >>> family_of("gptq[bits=3]"), family_of("nash_lattice[bits=3.0,code_game=pass]")
     ('gptq', 'nash_lattice[bits=3.0,code_game=pass]')
+    >>> family_of("peer_llama_cpp[imatrix=True,type=Q2_K]"), family_of("peer_llama_cpp[type=Q2_K]")
+    ('peer_llama_cpp[imatrix=True]', 'peer_llama_cpp')
     """
-    return re.sub(r"\[bits=[^],]*\]$", "", method)
+    return re.sub(r"\[bits=[^],]*\]$|\[type=[^],]*\]$|,type=[^],]*(?=\]$)", "", method)
 
 
 def rank(method: str) -> tuple[int, int, str]:

@@ -25,6 +25,7 @@ from nashswarm.reporting.frame import paired
 from nashswarm.reporting.labels import ABLATIONS, REFERENCE, family_of, rank
 
 AXES = {"kl": "KL to full precision (nats per token)", "perplexity": "perplexity"}
+SIZES = {"bytes_file": "file size (MB)", "bytes_resident": "weights in memory (MB)"}
 
 
 def frontier(sizes: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -42,11 +43,12 @@ def refuse_mixed(points: pd.DataFrame) -> None:
         raise ValueError(f"one figure shows one {', one '.join(mixed)}; select it first")
 
 
-def pareto(points: pd.DataFrame, metric: str = "kl") -> Figure:
-    """Draw ``metric`` (``kl`` or ``perplexity``) against file size, one point a configuration, both axes logarithmic.
+def pareto(points: pd.DataFrame, metric: str = "kl", size: str = "bytes_file") -> Figure:
+    """Draw ``metric`` (``kl`` or ``perplexity``) against a size, one point a configuration, both axes logarithmic.
 
-    The sizes of one method (``[bits=...]``) are joined by a line and named once; the grey steps are the Pareto front.
-    ``points``: rows from ``frame.points`` or ``frame.average``, of one model, dataset and measure.
+    The sizes of one method (``[bits=...]``, ``[type=...]``) are joined by a line and named once; the grey steps are the
+    Pareto front.  ``points``: rows from ``frame.points`` or ``frame.average``, of one model, dataset and measure.
+    ``size``: ``bytes_file``, or ``bytes_resident``, bytes of the loaded weights, which not every record tells.
 
     Raises NothingToDraw if no row has both numbers, ValueError if rows of several models, datasets or measures are
     mixed.
@@ -54,15 +56,15 @@ def pareto(points: pd.DataFrame, metric: str = "kl") -> Figure:
     if metric not in AXES:
         raise ValueError(f"{metric!r} cannot be drawn against size; choose among {', '.join(AXES)}")
     refuse_mixed(points)
-    shown = points.dropna(subset=[name for name in (metric, "bytes_file") if name in points])
-    if shown.empty or not {metric, "bytes_file"} <= set(points):
-        raise NothingToDraw(f"no record has both bytes_file and {metric}; measure quality and size first")
-    sizes = shown["bytes_file"].to_numpy(float) * 1e-6
+    shown = points.dropna(subset=[name for name in (metric, size) if name in points])
+    if shown.empty or not {metric, size} <= set(points):
+        raise NothingToDraw(f"no record has both {size} and {metric}; measure quality and size first")
+    sizes = shown[size].to_numpy(float) * 1e-6
     values, raised, floor = floored(shown[metric].to_numpy(float), NEGLIGIBLE[metric])
     methods = list(map(str, shown["method"]))
 
     figure = Figure()
-    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="file size (MB)", ylabel=AXES[metric])
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel=SIZES[size], ylabel=AXES[metric])
     best = frontier(sizes, values)
     axes.plot(sizes[best], values[best], drawstyle="steps-post", color="#BBBBBB", linewidth=0.8, zorder=0)
     families = np.array(list(map(family_of, methods)))

@@ -29,6 +29,7 @@ COLOURS = {  # by the beginning of a method's name
     "fixed_width": "#56B4E9",
     "baq": "#882255",
     "radio": "#332288",
+    "peer_llama_cpp": "#AA4499",
 }
 OTHER_COLOUR = "#777777"
 MARKERS = "osD^vP*X<>"

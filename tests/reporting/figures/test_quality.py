@@ -80,3 +80,32 @@ def test_pareto_of_a_search_draws_points_without_names() -> None:
     assert len(games.convergence(records[1:]).legends) == 1
     with pytest.raises(style.NothingToDraw, match="25 methods"):
         games.settling(records)
+
+
+def test_bytes_resident_of_records_is_measured_or_follows_from_the_matrices() -> None:
+    """A file of 1,000 bytes, 300 of which are a matrix of 800 weights."""
+    one = synthetic("nash_swarm")
+    layers = [{"name": "wte", "parameters": 800, "bytes": 300}]
+    told = one.metrics | {"bytes_file": 1000.0, "bits_per_weight_resident": 4.0}
+    assert frame.bytes_resident(dataclasses.replace(one, metrics=told, layers=layers)) == 1000 - 300 + 400
+    measured = {name: value for name, value in one.metrics.items() if name != "bits_per_weight_resident"}
+    assert frame.bytes_resident(dataclasses.replace(one, metrics=measured | {"bytes_resident": 7.0})) == 7
+    assert np.isnan(frame.bytes_resident(dataclasses.replace(one, metrics=measured)))
+
+
+def test_pareto_against_memory_leaves_out_runs_that_do_not_tell_it() -> None:
+    runs = [synthetic(method) for method in ("gptq", "nash_swarm", "peer_llama_cpp[type=Q2_K]")]
+    layers = [{"name": "wte", "parameters": 8_000_000, "bytes": 0}]
+    held = [
+        dataclasses.replace(run, metrics=run.metrics | {"bits_per_weight_resident": bits}, layers=layers)
+        for run, bits in zip(runs[1:], (3.0, 4.0), strict=True)
+    ]
+    points = frame.points(frame.frame([runs[0], *held]))
+    axes = quality.pareto(frame.with_resident(points, [runs[0], *held]), size="bytes_resident").axes[0]
+    assert axes.get_xlabel() == "weights in memory (MB)"
+    assert {label.get_text() for label in axes.texts if label.get_text()} == {"nash_swarm", "peer_llama_cpp"}
+    dots = [line.get_xdata()[0] for line in axes.lines if line.get_marker() not in ("None", "")]
+    expected = [1e-6 * run.metrics["bytes_file"] + bits for run, bits in zip(held, (3.0, 4.0), strict=True)]
+    assert np.allclose(sorted(dots), sorted(expected))
+    with pytest.raises(style.NothingToDraw, match="no record has both bytes_resident and kl"):
+        quality.pareto(points, size="bytes_resident")
