@@ -5,12 +5,14 @@
 Compresses the model in ``folder`` once for each calibration text, as ``nashswarm.compress`` does, and measures the KL
 to the full model on four kinds of text: Wikipedia (WikiText-2), Python's documentation, source code of its standard
 library, and sentences of SST-2 and CoLA, each read alone.  A calibration text is the calibration part of one of the
-kinds, or a source that ``nashswarm.compress`` knows.  The report is written after every row; the same command goes on
-where it was interrupted.
+kinds, or a source that ``nashswarm.compress`` knows; several numbers of ``--windows`` show how much of it is needed.
+The report is written after every row; the same command goes on where it was interrupted.
 """
 
 import argparse
 import datetime
+import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -46,7 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wikipedia", metavar="PATH", help="a text file or folder in place of the hub's WikiText-2")
     parser.add_argument("--method", default="nash_swarm", help="a name that nashswarm.compress knows")
     parser.add_argument("--bits", type=float, default=3.0)
-    parser.add_argument("--windows", type=int, default=64, help="of calibration text; a quarter of them is held out")
+    parser.add_argument(
+        "--windows",
+        nargs="+",
+        type=int,
+        default=[64],
+        help="of calibration text, a quarter held out; each number a row",
+    )
     parser.add_argument("--length", type=int, default=512, help="tokens of a window, the model's maximum at most")
     parser.add_argument("--test-windows", type=int, default=12, help="of each kind, evenly spread over its test text")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/calibration_text"))
@@ -75,19 +83,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "length": length,
         "texts": {kind: [corpus.sha256(text) for text in both] for kind, both in kinds.items()},
-    } | {name: getattr(options, name) for name in ("method", "bits", "windows", "test_windows")}
+    } | {name: getattr(options, name) for name in ("method", "bits", "test_windows")}
     rows = rows_before(options.out, identity)
     report = {"identity": identity, "rows": rows, "provenance": provenance(started)}
-    for name in show_progress(options.calibration, "calibration texts"):
-        if name not in rows:
-            own = texts.own_of(model, tokenizer)
-            text = kinds[name][0] if name in kinds else texts.read(texts.checked(name, "--calibration "), own)
-            pool = corpus.begun_windows(text, tokenizer, length, "calibration")
-            chosen = pool[torch.linspace(0, len(pool) - 1, min(options.windows, len(pool))).long()]
+
+    @functools.cache
+    def read(name: str) -> str:
+        own = texts.own_of(model, tokenizer)
+        return kinds[name][0] if name in kinds else texts.read(texts.checked(name, "--calibration "), own)
+
+    for name, windows in show_progress(list(itertools.product(options.calibration, options.windows)), "calibrations"):
+        if (row := f"{name}, {windows} windows") not in rows:
+            pool = corpus.begun_windows(read(name), tokenizer, length, "calibration")
+            chosen = pool[torch.linspace(0, len(pool) - 1, min(windows, len(pool))).long()]
             small, made = nashswarm.compress(model, tokenizer, options.method, calibration=chosen, bits=options.bits)
-            rows[name] = {"bytes": made.bytes_file, "seconds": made.seconds, "windows": len(chosen)}
+            rows[row] = {"bytes": made.bytes_file, "seconds": made.seconds, "positions": chosen.numel()}
             kl = {kind: divergences(model, small, tests[kind]) for kind in KINDS}
-            rows[name] |= {"sha256": corpus.sha256(text), "kl": kl}
+            rows[row] |= {"sha256": corpus.sha256(read(name)), "kl": kl}
             files.write_report(options.out, report, table(rows))
     return report
 

@@ -60,7 +60,18 @@ SMALLER = {  # where the configuration has such a key and the command does not s
 LITTLE = ["model=local", "model.path=your-model", "dataset=wikitext2", "dataset.sequence_length=32"]
 LITTLE += ["dataset.calibration_windows=6", "dataset.holdout_windows=2"]
 BENCHMARKS = {  # what makes them small
-    "calibration_text": ["your-model", "--method", "gptq", "--length", "32", "--windows", "8", "--test-windows", "2"],
+    "calibration_text": [
+        "your-model",
+        "--method",
+        "gptq",
+        "--length",
+        "32",
+        "--windows",
+        "6",
+        "8",
+        "--test-windows",
+        "2",
+    ],
     "code_game": [*LITTLE, "--widths", "3"],
     "entropy_trellis": [*LITTLE, "--layers", "transformer.h.0.attn.c_proj"],
     "equal_bytes": [*LITTLE, "model.path=wide", "--widths", "3"],
