@@ -26,7 +26,7 @@ from nashswarm.records.provenance import code_digest
 
 log = logging.getLogger(__name__)
 AUTO, OWN = "auto", "own"
-ONLINE, OFFLINE, WITHOUT_MODEL = "hub+code+embedded", "own+code+embedded", "embedded"  # what AUTO stands for
+ONLINE, OFFLINE, WITHOUT_MODEL = "hub+embedded", "own+embedded", "embedded"  # what AUTO stands for
 CHARACTERS = 160_000  # of a mixture, about 40,000 tokens
 CHARACTERS_OF_TOKEN = 4  # of English text
 PIECE = 2_000  # characters of a text that are taken together
