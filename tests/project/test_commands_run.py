@@ -76,6 +76,7 @@ BENCHMARKS = {  # what makes them small
     "entropy_trellis": [*LITTLE, "--layers", "transformer.h.0.attn.c_proj"],
     "equal_bytes": [*LITTLE, "model.path=wide", "--widths", "3"],
     "flock": [*LITTLE, "--seeds", "2", "--test-windows", "2"],
+    "sensitivities": [*LITTLE, "dataset.test_windows=4", "--bits", "6"],
     "stages": [*LITTLE, "method.sweeps=1"],
     "trellis_and_lattice": [*LITTLE, "dataset.test_windows=4", "--bits", "6"],
 }

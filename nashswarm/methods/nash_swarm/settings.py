@@ -65,7 +65,7 @@ class NashSwarm:
         Raises ValueError if the model is larger even with every tile at the lowest rate.
         """
         game = self.game(context, rng)
-        budget = self._budget(context)
+        budget = self.budget(context)
         solved = game.uniform(budget) if self.rate_rule == "uniform" else game.solve(budget, self.rounds)
         del game  # its statistics are larger than the model
         return report(solved)
@@ -75,7 +75,7 @@ class NashSwarm:
 
         Raises ValueError if the model is larger even with every tile at the lowest rate.
         """
-        seed, budget = int(rng.integers(2**31)), self._budget(context)
+        seed, budget = int(rng.integers(2**31)), self.budget(context)
 
         def game_on(moments: Mapping[str, Moments]) -> RateGame:
             return RateGame(context, moments, self.rates, self.grouping, self.rotation, self.sweeps, self.floor, seed)
@@ -97,6 +97,6 @@ class NashSwarm:
             context.moments_after(key | {"seed": seed}, lambda moments: game_on(moments).first_weights(budget, uniform))
         )
 
-    def _budget(self, context: CalibrationContext) -> int:
+    def budget(self, context: CalibrationContext) -> int:
         """Return the bytes that all layers may take."""
         return int(self.bits * context.parameters / 8) - context.fixed_bytes - PADDING_BYTES
