@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import CalibrationSession
 from nashswarm.errors import MissingPackage, Unsupported
+from nashswarm.experiment import plan
 from nashswarm.methods.method import Compressed, Method
 from nashswarm.methods.peers import llama_cpp
 from nashswarm.methods.peers.llama_cpp import IMATRIX_ONLY, TYPES, LlamaCpp
@@ -188,3 +190,9 @@ def test_column_importance_of_a_lookup_is_even(wide: Any) -> None:
     assert torch.equal(llama_cpp.column_importance(embedding, moments), torch.ones(256))
     expected: Tensor = moments["lm_head"].inputs.diagonal()
     assert head.name == "lm_head" and torch.equal(llama_cpp.column_importance(head, moments), expected)
+
+
+def test_finetune_of_what_llama_cpp_packs_is_refused() -> None:
+    config = OmegaConf.create({"task": "finetune", "finetune": {}, "dtype": "float32"})
+    with pytest.raises(Unsupported, match=r"task=finetune cannot train what llama\.cpp packs"):
+        plan.choose_task(config, LlamaCpp())
