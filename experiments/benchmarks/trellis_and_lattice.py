@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.trellis_and_lattice model=smollm2_135m dataset=wikitext2 --bits 3
 
-Both methods are given the same moments, with the same floor under the sensitivities of rows, and no method looks at
-held-out text: what is left is the form of the weights.  A loaded trellis takes the bytes of its file; the lattice takes
-more.
+Both methods are given the moments that ``nash_swarm`` takes by default, with the same floor under the sensitivities of
+rows, and neither looks at held-out text: what is left is the form of the weights.  A loaded trellis takes the bytes of
+its file; the lattice takes more.
 """
 
 import argparse
@@ -34,17 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="overrides of the configuration, as for experiments.run")
     parser.add_argument("--bits", type=float, default=3.0, help="per parameter, everything counted")
-    parser.add_argument("--floor", type=float, default=0.5, help="share of the mean sensitivity added to each row")
     parser.add_argument("--sweeps", type=int, default=4, help="of the lattice's codes, at most")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/trellis_and_lattice"))
     options = parser.parse_args(arguments)
     started = datetime.datetime.now(datetime.UTC)
     config = compose("wandb=disabled", *options.overrides)
     loaded = compression.load(config, plan(config))
-    moments = {name: with_floor(part, options.floor) for name, part in loaded.session.moments().items()}
+    own = NashSwarm(bits=options.bits)
+    taken = own.game(loaded.session.context(), np.random.default_rng(loaded.seed)).moments
+    moments = {name: with_floor(taken[name], own.floor) for name in taken}
     context = dataclasses.replace(loaded.session.context(), moments=lambda: moments)
     methods: dict[str, Method] = {
-        "nash_swarm": NashSwarm(bits=options.bits, floor=0.0),
+        "nash_swarm": dataclasses.replace(own, floor=0.0, gradients_at="full"),
         "nash_lattice": NashLattice(bits=options.bits, sweeps=options.sweeps, strength=(0.0,), swarm=None),
     }
     rows = [measure(name, method, loaded, context) for name, method in methods.items()]
