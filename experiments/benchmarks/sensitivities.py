@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loaded = compression.load(config, plan(config))
     method = NashSwarm(bits=options.bits)
     compressed = method.game(loaded.session.context(), np.random.default_rng(loaded.seed)).moments
-    full = loaded.session.moments()
+    full = loaded.session.moments_after({"weights": "full"}, None)
     rows: list[dict[str, Any]] = []
     for name, changed, moments, change in (
         ("as they are", method, compressed, None),
@@ -86,7 +86,7 @@ def changed_by(moments: Table, change: Callable[[Moments], Moments] | None) -> T
 def measure(loaded: compression.LoadedRun, method: NashSwarm, moments: Table) -> dict[str, Any]:
     """Return the KL on each test window after one pass with these moments, in nats per token."""
     session = loaded.session
-    context = dataclasses.replace(session.context(), moments=lambda: moments)
+    context = dataclasses.replace(session.context(), moments_after=lambda key, quantize: moments)
     game = dataclasses.replace(method, gradients_at="full").game(context, np.random.default_rng(loaded.seed))
     weights = game.first_weights(method.budget(context), uniform=False)
     matrices.set_weights(session.candidate_model, weights)

@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = NashSwarm(bits=options.bits)
     taken = own.game(loaded.session.context(), np.random.default_rng(loaded.seed)).moments
     moments = {name: with_floor(taken[name], own.floor) for name in taken}
-    context = dataclasses.replace(loaded.session.context(), moments=lambda: moments)
+    context = dataclasses.replace(
+        loaded.session.context(), moments=lambda: moments, moments_after=lambda key, quantize: moments
+    )
     methods: dict[str, Method] = {
         "nash_swarm": dataclasses.replace(own, floor=0.0, gradients_at="full"),
         "nash_lattice": NashLattice(bits=options.bits, sweeps=options.sweeps, strength=(0.0,), swarm=None),

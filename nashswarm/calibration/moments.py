@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Integer
@@ -33,6 +33,7 @@ from nashswarm.layers import Moments
 from nashswarm.memory import pages_of_their_own, trim_heap
 from nashswarm.progress import Track, no_track
 
+Expected = Literal["even", "zipf"]
 Score = Callable[[Any, Tensor, torch.Generator], Tensor]
 
 FIRST_RANKS = 50  # tokens at the start of a vocabulary that are about equally frequent
@@ -41,12 +42,12 @@ FIRST_RANKS = 50  # tokens at the start of a vocabulary that are about equally f
 class _MomentSums:
     """Running sums of one module, updated by hooks, on the CPU: matrices in float32, vectors in float64.
 
-    ``head``: whether its outputs are the logits of tokens.  ``tokens``: whether it is looked up by tokens.  ``calls``:
+    ``head``: whether its outputs are the logits of tokens.  ``zipf``: whether its rows are of tokens.  ``calls``:
     its inputs in the present window.  Modules that had the same inputs in all windows share ``inputs``.
     """
 
-    def __init__(self, module: nn.Module, head: bool, tokens: bool) -> None:
-        self.module, self.head, self.tokens = module, head, tokens
+    def __init__(self, module: nn.Module, head: bool, zipf: bool) -> None:
+        self.module, self.head, self.zipf = module, head, zipf
         self.routed: bool = getattr(module, "routed", False)  # a matrix of one expert
         self.positions = 0
         self.calls: list[Tensor] = []
@@ -96,16 +97,16 @@ class _MomentSums:
     def moments(self, divisor: int) -> PackedMoments:
         """Return the means over positions, of an expert over all ``divisor`` of them; ``inputs`` are a mean already.
 
-        The counts of an embedding and the squared gradients of the output head are smoothed by ``expected_shares``:
-        otherwise errors in tokens that calibration text does not contain would cost nothing.
+        The counts of an embedding and the squared gradients of the output head are smoothed: otherwise
+        errors in tokens that calibration text does not contain would cost nothing.
         """
         assert self.outputs is not None
         outputs = (self.outputs / self.positions).float()
         if self.head:
-            outputs = _smoothed(self.outputs, self.positions).float()
+            outputs = _smoothed(self.outputs, self.positions, self.zipf).float()
         if self.inputs is None:
             assert self.counts is not None
-            shares = _smoothed(self.counts, self.positions, self.tokens).float()
+            shares = _smoothed(self.counts, self.positions, self.zipf).float()
             return PackedMoments(shares, outputs, outputs, shares)
         if self.rows is None or self.columns is None:
             return PackedMoments(self.inputs, outputs, outputs, self.inputs)
@@ -126,14 +127,14 @@ def expected_shares(rows: int) -> Float[Tensor, " rows"]:
     return shares / shares.sum()
 
 
-def _smoothed(sums: Float[Tensor, " rows"], positions: int, tokens: bool = True) -> Float[Tensor, " rows"]:
+def _smoothed(sums: Float[Tensor, " rows"], positions: int, zipf: bool) -> Float[Tensor, " rows"]:
     """Return the mean of each row over the positions, and over as many others as there are rows.
 
-    The others have the same total, spread as ``tokens`` are expected, or evenly.
+    The others add one to each row, or the mean of a position, spread as tokens are expected.
     """
     rows = len(sums)
-    shares = expected_shares(rows) if tokens else torch.full((rows,), 1 / rows, dtype=torch.float64)
-    return (sums + rows * shares * sums.sum() / positions) / (positions + rows)
+    others = rows * expected_shares(rows) * sums.sum() / positions if zipf else 1
+    return (sums + others) / (positions + rows)
 
 
 def _by_position(values: Tensor) -> Float[Tensor, "positions width"]:
@@ -174,12 +175,15 @@ def _add_inputs(sums: Iterable[_MomentSums]) -> None:
 
 
 @contextlib.contextmanager
-def _moment_hooks(model: Any, names: Sequence[str]) -> Iterator[dict[str, _MomentSums]]:
+def _moment_hooks(model: Any, names: Sequence[str], zipf: bool) -> Iterator[dict[str, _MomentSums]]:
     """Collect the sums of these modules during the context, with the gradients of all parameters switched off."""
     head = model.get_output_embeddings()
     modules = {name: model.get_submodule(name) for name in names}
     embedding = model.get_input_embeddings()
-    sums = {name: _MomentSums(module, module is head, module is embedding) for name, module in modules.items()}
+    sums = {
+        name: _MomentSums(module, module is head, zipf and module in (head, embedding))
+        for name, module in modules.items()
+    }
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [embedding.register_forward_hook(lambda *call: call[-1].requires_grad_())]
     handles += [part.module.register_forward_hook(part.add_inputs) for part in sums.values()]
@@ -202,16 +206,19 @@ def calibrate(
     labels: Labels = "model",
     track: Track = no_track,
     score: Score | None = None,
+    expected: Expected = "even",
 ) -> MomentsTable:
     """Compute the moments of the modules in ``names``, averaged over all positions of ``windows``.
 
     ``labels`` are sampled from the model (``"model"``, for the true Fisher information) or taken from the text
     (``"text"``, for the empirical one).  ``score``, a function of model, window and generator, replaces the NLL as the
-    scalar whose gradient is taken.  Raises ValueError for a module that the model never uses.
+    scalar whose gradient is taken.  ``expected``: how frequent tokens are of which the windows say nothing, ``even`` as
+    in records of older methods, or by Zipf's law (``expected_shares``).  Raises ValueError for a module that the model
+    never uses.
     """
     score = score or functools.partial(summed_nll, labels=labels)
     model.eval()
-    with _moment_hooks(model, names) as sums, pages_of_their_own():
+    with _moment_hooks(model, names, expected == "zipf") as sums, pages_of_their_own():
         for window in track(list(windows), "calibrating"):
             scalar = score(model, window, generator)
             _add_inputs(sums.values())

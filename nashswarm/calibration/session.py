@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.context import CalibrationContext, Quantize
-from nashswarm.calibration.moments import calibrate
+from nashswarm.calibration.moments import Expected, calibrate
 from nashswarm.calibration.moments_table import MomentsTable
 from nashswarm.calibration.nll import summed_nll
 from nashswarm.calibration.prefix_replay import PrefixReplay
@@ -134,32 +134,35 @@ class CalibrationSession:
 
     def moments(self) -> MomentsTable:
         """Return the calibration statistics of all modules of the layers, computed or read from the cache."""
-        tensors = self.cache("moments", {}, lambda: self._calibrate(self.full, self.calibration).tensors())
+        tensors = self.cache("moments", {}, lambda: self._calibrate(self.calibration, "even").tensors())
         return MomentsTable.from_tensors(tensors)
 
-    def moments_after(self, key: Mapping[str, Any], quantize: Quantize) -> MomentsTable:
+    def moments_after(self, key: Mapping[str, Any], quantize: Quantize | None) -> MomentsTable:
         """Return the statistics of the model with weights that are quantized already, computed or read from the cache.
 
-        ``quantize`` makes these weights from the statistics of the full model on the first windows, an eighth of all.
-        ``key``: the settings that its weights depend on.  A gradient that vanishes in the full model, as that of a
-        saturated attention head does, need not vanish there, and errors of the size that is made are what counts.
+        ``quantize`` makes these weights from the statistics of the full model on the first windows, an eighth of all;
+        None stands for full precision.  ``key``: the settings that the weights depend on.  A gradient that vanishes in
+        the full model, as that of a saturated attention head does, need not vanish there, and errors of the size that
+        is made are what counts.
         """
 
         def compute() -> dict[str, Tensor]:
+            if quantize is None:
+                return self._calibrate(self.calibration, "zipf").tensors()
             few = self.calibration[: max(len(self.calibration) // FIRST_SHARE, 1)]
-            weights = quantize(self._calibrate(self.full, few))
+            weights = quantize(self._calibrate(few, "zipf"))
             with self._replaced(weights):
                 del weights
-                return self._calibrate(self.full, self.calibration).tensors()
+                return self._calibrate(self.calibration, "zipf").tensors()
 
         return MomentsTable.from_tensors(self.cache("moments_after", key, compute))
 
-    def _calibrate(self, model: Any, windows: Integer[Tensor, "windows length"]) -> MomentsTable:
-        """Compute the statistics of all modules of the layers."""
+    def _calibrate(self, windows: Integer[Tensor, "windows length"], expected: Expected) -> MomentsTable:
+        """Compute the statistics of all modules of the layers, with the weights that the model has now."""
         names = [module for layer in self.layers for module in layer.modules]
         score = summed_nll if self.causal else evaluation.projection
         generator = torch.Generator().manual_seed(self.seed)
-        moments = calibrate(model, names, windows, generator, track=self.track, score=score)
+        moments = calibrate(self.full, names, windows, generator, track=self.track, score=score, expected=expected)
         trim_heap()
         return moments
 

@@ -113,7 +113,7 @@ def certify(
 
 def _moments(loaded: compression.LoadedRun, settings: Mapping[str, Any]) -> Mapping[str, Moments]:
     """Return the statistics that the method with these settings took its damages from."""
-    if settings.get("gradients_at", "full") == "full":
+    if "gradients_at" not in settings:
         return loaded.session.moments()
     method = NashSwarm(**{name: value for name, value in settings.items() if name != TARGET})
     return method.game(loaded.session.context(), loaded.rng).moments

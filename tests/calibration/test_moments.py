@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from nashswarm.calibration import moments as calibration
-from nashswarm.calibration.moments import calibrate
+from nashswarm.calibration.moments import Expected, calibrate
 from nashswarm.calibration.moments_table import MomentsTable
 from nashswarm.calibration.nll import sample_tokens
 from nashswarm.models.matrices import find_layers
@@ -23,9 +23,10 @@ def module_names(model: Any) -> list[str]:
     return [name for layer in find_layers(model) for name in layer.modules]
 
 
-def moments(model: Any, windows: Tensor, names: list[str] | None = None) -> MomentsTable:
+def moments(model: Any, windows: Tensor, expected: Expected = "even", names: list[str] | None = None) -> MomentsTable:
     """The moments with the labels of the text."""
-    return calibrate(model, names or module_names(model), windows, torch.Generator(), labels="text")
+    names = names or module_names(model)
+    return calibrate(model, names, windows, torch.Generator(), labels="text", expected=expected)
 
 
 def summed_nll(model: Any, window: Tensor) -> Tensor:
@@ -99,11 +100,13 @@ def zipf(rank: int, ranks: int) -> float:
     return 1 / (rank + 50) / sum(1 / (other + 50) for other in range(ranks))
 
 
-def test_calibrate_smooths_counts_of_embeddings(model: Any, token_windows: Tensor) -> None:
-    by_module = moments(model, token_windows)
+@pytest.mark.parametrize("expected", ["even", "zipf"])
+def test_calibrate_smooths_counts_of_embeddings(expected: Expected, model: Any, token_windows: Tensor) -> None:
+    by_module = moments(model, token_windows, expected)
     positions = token_windows.numel()
     counts = [(token_windows == token).sum().item() for token in range(512)]
-    smoothed = [(counts[token] + 512 * zipf(token, 512)) / (positions + 512) for token in range(512)]
+    others = [512 * zipf(token, 512) if expected == "zipf" else 1 for token in range(512)]
+    smoothed = [(counts[token] + others[token]) / (positions + 512) for token in range(512)]
     torch.testing.assert_close(by_module["transformer.wte"].inputs, torch.tensor(smoothed))
     used = [len(token_windows) if position < token_windows.shape[1] else 0 for position in range(64)]
     smoothed = [(used[position] + 1) / (positions + 64) for position in range(64)]
@@ -112,15 +115,18 @@ def test_calibrate_smooths_counts_of_embeddings(model: Any, token_windows: Tenso
     assert torch.equal(by_module["transformer.wte"].coupled, by_module["transformer.wte"].outputs)
 
 
-def test_calibrate_smooths_gradients_of_head(model: Any, token_windows: Tensor) -> None:
+@pytest.mark.parametrize("expected", ["even", "zipf"])
+def test_calibrate_smooths_gradients_of_head(expected: Expected, model: Any, token_windows: Tensor) -> None:
     squared = torch.zeros(512, dtype=torch.float64)
     for window in token_windows:
         chances = model(input_ids=window[None]).logits[0, :-1].double().softmax(-1)
         chances[torch.arange(len(window) - 1), window[1:]] -= 1  # the gradient of −log p with respect to the logits
         squared += chances.square().sum(0).detach()
-    others = torch.tensor([zipf(token, 512) for token in range(512)]) * squared.sum() / token_windows.numel()
-    expected = (squared + 512 * others) / (token_windows.numel() + 512)
-    torch.testing.assert_close(moments(model, token_windows)["lm_head"].outputs.double(), expected, rtol=1e-4, atol=0)
+    share = squared.sum() / token_windows.numel()
+    others = [512 * zipf(token, 512) * share if expected == "zipf" else 1 for token in range(512)]
+    smoothed = (squared + torch.tensor(others)) / (token_windows.numel() + 512)
+    outputs = moments(model, token_windows, expected)["lm_head"].outputs.double()
+    torch.testing.assert_close(outputs, smoothed, rtol=1e-4, atol=0)
 
 
 def test_calibrate_tied_head_and_embedding_get_moments_each(model: Any, token_windows: Tensor) -> None:
@@ -159,9 +165,7 @@ def test_calibrate_with_sampled_labels_estimates_true_fisher(model: Any) -> None
         model.lm_head.weight.mul_(3)  # far from uniform
     windows = torch.randint(512, (40, 48), generator=torch.Generator().manual_seed(2))
     by_module = calibrate(model, ["transformer.wte", "lm_head"], windows, torch.Generator().manual_seed(3))
-    smoothed, positions = by_module["lm_head"].outputs.double(), windows.numel()
-    prior = torch.tensor([zipf(token, 512) for token in range(512)], dtype=torch.float64)
-    total = smoothed * (positions + 512) - 512 * prior * smoothed.sum()  # without the smoothing, which keeps the mean
+    total = by_module["lm_head"].outputs.double() * (windows.numel() + 512) - 1  # without the smoothing
     with torch.no_grad():
         chances = model(input_ids=windows).logits[:, :-1].double().softmax(-1)
     expected = (chances * (1 - chances)).sum((0, 1))  # the variance of an indicator
@@ -194,7 +198,7 @@ def test_calibrate_leaves_model_unchanged(model: Any, token_windows: Tensor, fai
 def test_calibrate_with_unused_module_raises(model: Any, token_windows: Tensor) -> None:
     model.spare, model.spare_table = nn.Linear(4, 4), nn.Embedding(4, 4)
     with pytest.raises(ValueError, match=re.escape("never uses spare, spare_table")):
-        moments(model, token_windows, [*module_names(model)])
+        moments(model, token_windows, names=[*module_names(model)])
 
 
 def test_calibrate_position_table_with_own_indices_is_uniform(
@@ -217,7 +221,7 @@ def test_calibrate_without_embeddings_gives_same_moments(
     model = random_model(kind)
     full = moments(model, token_windows)
     names = [name for name in module_names(model) if not isinstance(model.get_submodule(name), nn.Embedding)]
-    partial = moments(model, token_windows, names)
+    partial = moments(model, token_windows, names=names)
     for name in names:
         torch.testing.assert_close(partial[name].outputs, full[name].outputs)
 

@@ -72,8 +72,9 @@ def context_of(
 
     parameters = sum(layer.parameters for layer in layers)
 
-    def moments_after(key: Mapping[str, Any], quantize: Quantize) -> Mapping[str, Moments]:
-        quantize(moments)
+    def moments_after(key: Mapping[str, Any], quantize: Quantize | None) -> Mapping[str, Moments]:
+        if quantize is not None:
+            quantize(moments)
         return moments  # which do not depend on the weights
 
     return CalibrationContext(

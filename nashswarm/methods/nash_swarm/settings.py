@@ -87,9 +87,9 @@ class NashSwarm:
                 f"method.bits={self.bits} is below the smallest possible size of this model, {least:.3f} bits per "
                 f"parameter with every tile at {self.rates[0]} bits; raise method.bits"
             )
-        if self.gradients_at == "full":
-            return game_on(context.moments())
         assert context.moments_after is not None
+        if self.gradients_at == "full":
+            return game_on(context.moments_after({"weights": "full"}, None))
         uniform = self.rate_rule == "uniform"
         fields = dataclasses.asdict(self).items()
         key = {name: value for name, value in fields if name not in ("sweeps", "rounds", "gradients_at", "cache")}
