@@ -18,6 +18,8 @@ from nashswarm.quant.trellis_arrangement import Grouping
 
 RateRule = Literal["equilibrium", "uniform"]
 GradientsAt = Literal["compressed", "full"]
+FIRST_FLOOR = 0.5  # of the pass before sensitivities are taken, whose own come from few windows of the full model
+NOT_OF_FIRST_PASS = ("sweeps", "rounds", "floor", "gradients_at", "cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +79,8 @@ class NashSwarm:
         """
         seed, budget = int(rng.integers(2**31)), self.budget(context)
 
-        def game_on(moments: Mapping[str, Moments]) -> RateGame:
-            return RateGame(context, moments, self.rates, self.grouping, self.rotation, self.sweeps, self.floor, seed)
+        def game_on(moments: Mapping[str, Moments], floor: float = self.floor) -> RateGame:
+            return RateGame(context, moments, self.rates, self.grouping, self.rotation, self.sweeps, floor, seed)
 
         smallest = game_on({}).smallest_bytes()
         if budget < smallest:
@@ -90,11 +92,13 @@ class NashSwarm:
         assert context.moments_after is not None
         if self.gradients_at == "full":
             return game_on(context.moments_after({"weights": "full"}, None))
-        uniform = self.rate_rule == "uniform"
         fields = dataclasses.asdict(self).items()
-        key = {name: value for name, value in fields if name not in ("sweeps", "rounds", "gradients_at", "cache")}
+        key = {name: value for name, value in fields if name not in NOT_OF_FIRST_PASS}
+        uniform = self.rate_rule == "uniform"
         return game_on(
-            context.moments_after(key | {"seed": seed}, lambda moments: game_on(moments).first_weights(budget, uniform))
+            context.moments_after(
+                key | {"seed": seed}, lambda first: game_on(first, FIRST_FLOOR).first_weights(budget, uniform)
+            )
         )
 
     def budget(self, context: CalibrationContext) -> int:
