@@ -18,7 +18,7 @@ from rich.text import Text
 from nashswarm.records import statistics
 from nashswarm.records.record import Record
 from nashswarm.reporting.formats import FORMATS
-from nashswarm.reporting.labels import CELL, LABELS, ORIGIN, REFERENCE, TESTED, WORDS, padded, rank
+from nashswarm.reporting.labels import CELL, LABELS, ORIGIN, TESTED, TESTED_AGAINST, WORDS, padded, rank
 from nashswarm.reporting.typeset import terminal
 
 
@@ -223,16 +223,17 @@ def paired(
 
 
 def tested(means: pd.DataFrame, records: Iterable[Record]) -> pd.DataFrame:
-    """Add ``kl_p`` and ``nll_delta_p``: p-values of sign-flip tests against ``nash_lattice`` on paired windows.
+    """Add ``kl_p`` and ``nll_delta_p``: p-values of sign-flip tests against the main method on paired windows.
 
-    Each method is tested against the ``nash_lattice`` of the same overrides.  The p-values are adjusted for all tests
-    of the table (Holm).  A column is absent where nothing can be paired.
+    Each method is tested against the ``nash_swarm`` of the same overrides, or ``nash_lattice`` if there is none.  The
+    p-values are adjusted for all tests of the table (Holm).  A column is absent where nothing can be paired.
     """
     groups = by_cell(records)
     p_values: dict[tuple[int, str], float] = {}
     for row, labels in enumerate(means[CELL].itertuples(index=False, name=None)):
         _, *overrides = labels[-1].partition("[")
-        runs, reference = groups[labels], groups.get((*labels[:-1], REFERENCE + "".join(overrides)), [])
+        main = [(*labels[:-1], method + "".join(overrides)) for method in TESTED_AGAINST]
+        runs, reference = groups[labels], next((groups[name] for name in main if name in groups), [])
         if not reference or circumstances(runs[0]) != circumstances(reference[0]):
             continue
         for metric, series in TESTED.items():

@@ -5,7 +5,8 @@ from typing import Any
 
 CELL = ["experiment", "model", "dataset", "measure", "method"]
 LABELS = [*CELL, "seed"]
-REFERENCE = "nash_lattice"  # the method that the others are tested against
+REFERENCE = "nash_lattice"  # the method whose curve the others are compared with at equal bytes
+TESTED_AGAINST = ("nash_swarm", REFERENCE)  # the first of them that a table has
 ABLATIONS = ("no_", "lattice_no_", "fixed_no_")  # beginnings of the names of methods that leave one part out
 KINDS: tuple[str | tuple[str, ...], ...] = (
     "baseline",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
+from torch import Tensor
 
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.kernels.trellis_codes import INT8
@@ -18,7 +19,8 @@ from nashswarm.quant.trellis_arrangement import Grouping
 
 RateRule = Literal["equilibrium", "uniform"]
 GradientsAt = Literal["compressed", "full"]
-FIRST_FLOOR = 0.5  # of the pass before sensitivities are taken, whose own come from few windows of the full model
+FIRST_BITS = 3.0  # at least, of the pass before sensitivities are taken: a model that it breaks teaches nothing
+FIRST_FLOOR = 0.5  # of that pass, whose own sensitivities come from few windows of the full model
 NOT_OF_FIRST_PASS = ("sweeps", "rounds", "floor", "gradients_at", "cache")
 
 
@@ -92,14 +94,15 @@ class NashSwarm:
         assert context.moments_after is not None
         if self.gradients_at == "full":
             return game_on(context.moments_after({"weights": "full"}, None))
-        fields = dataclasses.asdict(self).items()
-        key = {name: value for name, value in fields if name not in NOT_OF_FIRST_PASS}
-        uniform = self.rate_rule == "uniform"
-        return game_on(
-            context.moments_after(
-                key | {"seed": seed}, lambda first: game_on(first, FIRST_FLOOR).first_weights(budget, uniform)
-            )
-        )
+        first = dataclasses.replace(self, bits=max(self.bits, FIRST_BITS))
+        first_budget, uniform = first.budget(context), self.rate_rule == "uniform"
+        fields = dataclasses.asdict(first).items()
+        key = {name: value for name, value in fields if name not in NOT_OF_FIRST_PASS} | {"seed": seed}
+
+        def quantize(moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
+            return game_on(moments, FIRST_FLOOR).first_weights(first_budget, uniform)
+
+        return game_on(context.moments_after(key, quantize))
 
     def budget(self, context: CalibrationContext) -> int:
         """Return the bytes that all layers may take."""
