@@ -74,6 +74,7 @@ class _HeadInputs(nn.Module):
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.weight = head.weight  # whose dtype and device some models ask for
+        self.bias = getattr(head, "bias", None)  # which some models tie to one of their own
         self.states: Tensor | None = None
 
     def forward(self, states: Tensor) -> Tensor:

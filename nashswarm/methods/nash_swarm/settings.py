@@ -19,9 +19,11 @@ from nashswarm.quant.trellis_arrangement import Grouping
 
 RateRule = Literal["equilibrium", "uniform"]
 GradientsAt = Literal["compressed", "full"]
-FIRST_BITS = 3.0  # at least, of the pass before sensitivities are taken: a model that it breaks teaches nothing
+FIRST_BITS = (
+    3.0  # of the pass before sensitivities are taken, whatever the budget: other budgets find them in the cache
+)
 FIRST_FLOOR = 0.5  # of that pass, whose own sensitivities come from few windows of the full model
-NOT_OF_FIRST_PASS = ("sweeps", "rounds", "floor", "gradients_at", "cache")
+NOT_OF_FIRST_PASS = ("bits", "sweeps", "rounds", "floor", "gradients_at", "cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +96,9 @@ class NashSwarm:
         assert context.moments_after is not None
         if self.gradients_at == "full":
             return game_on(context.moments_after({"weights": "full"}, None))
-        first = dataclasses.replace(self, bits=max(self.bits, FIRST_BITS))
-        first_budget, uniform = first.budget(context), self.rate_rule == "uniform"
-        fields = dataclasses.asdict(first).items()
+        first_budget = max(dataclasses.replace(self, bits=FIRST_BITS).budget(context), smallest)
+        uniform = self.rate_rule == "uniform"
+        fields = dataclasses.asdict(self).items()
         key = {name: value for name, value in fields if name not in NOT_OF_FIRST_PASS} | {"seed": seed}
 
         def quantize(moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
