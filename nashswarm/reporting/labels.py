@@ -1,6 +1,7 @@
 """Labels: what identifies a run and a row of a table, and the order in which methods appear everywhere."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 CELL = ["experiment", "model", "dataset", "measure", "method"]
@@ -26,6 +27,16 @@ ORIGIN: dict[str, Any] = {  # of runs → of their row
     "dirty": any,
     "dequantized_from": max,  # the same for all runs of one model
 }
+
+
+def tested_against(methods: Iterable[str]) -> str:
+    """Return the method that the other methods of a table are tested against.
+
+    >>> tested_against(["gptq", "nash_lattice[bits=2]"]), tested_against(["nash_lattice", "nash_swarm"])
+    ('nash_lattice', 'nash_swarm')
+    """
+    names = {method.partition("[")[0] for method in methods}
+    return next((method for method in TESTED_AGAINST if method in names), REFERENCE)
 
 
 def family_of(method: str) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nashswarm.reporting.formats import FORMATS, MARK, MISSING, OFFICIAL, UNCLEAN, fixed
-from nashswarm.reporting.labels import CELL, REFERENCE, TESTED, WORDS
+from nashswarm.reporting.labels import CELL, REFERENCE, TESTED, WORDS, tested_against
 from nashswarm.reporting.latex import tex, tex_heading
 
 LEVEL = 0.05  # of all tests of a table together
@@ -83,7 +83,7 @@ def _note_on_tests(table: pd.DataFrame) -> str:
     if not tests:
         return ""
     return (
-        f"{MARK} differs from {REFERENCE} on the same windows: sign-flip test, "
+        f"{MARK} differs from {tested_against(table['method'])} on the same windows: sign-flip test, "
         f"{LEVEL} for the {tests} tests of this table together (Holm)."
     )
 
@@ -135,10 +135,11 @@ def terminal(table: pd.DataFrame, title: str | None = None, columns: Sequence[Co
     """Return a table for the terminal."""
     content = cells(table, columns)
     view = Table(title=title, caption=note(table) or None, header_style="bold", pad_edge=False)
+    main = tested_against(table["method"]) if "method" in table else REFERENCE
     for heading in content:
         view.add_column(str(heading), justify="left" if heading in WORDS else "right", overflow="fold")
     for row in content.itertuples(index=False):
-        view.add_row(*map(Text, row), style="bold" if {REFERENCE, REFERENCE + UNCLEAN} & set(row) else None)
+        view.add_row(*map(Text, row), style="bold" if {main, main + UNCLEAN} & set(row) else None)
     return view
 
 

@@ -51,13 +51,13 @@ def rows_of(markdown: str) -> list[list[str]]:
 # the tables
 
 
-def test_readme_table_has_six_rows_of_the_derived_ablation() -> None:
+def test_readme_table_has_rows_of_the_derived_table_of_the_real_model() -> None:
     ((path, shown),) = re.findall(r"<!-- rows of (results/[\w./]+\.md) -->\n(.*?)<!-- end -->", README, re.S)
     heading, *rows = rows_of(shown)
     derived_heading, *derived = rows_of((ROOT / path).read_text())
     places = [derived_heading.index(column) for column in heading]
     derived_rows = {row[0]: [row[place] for place in places] for row in derived}
-    assert path == "results/tables/ablation.md" and len(rows) == 6
+    assert path == "results/tables/real_model.md" and len(rows) >= 3
     for row in rows:
         assert row == derived_rows[row[0]]
 
