@@ -19,9 +19,7 @@ from nashswarm.quant.trellis_arrangement import Grouping
 
 RateRule = Literal["equilibrium", "uniform"]
 GradientsAt = Literal["compressed", "full"]
-FIRST_BITS = (
-    3.0  # of the pass before sensitivities are taken, whatever the budget: other budgets find them in the cache
-)
+FIRST_BITS = 3.0  # of the pass before sensitivities are taken, at every budget: rebudget finds them in the cache
 FIRST_FLOOR = 0.5  # of that pass, whose own sensitivities come from few windows of the full model
 NOT_OF_FIRST_PASS = ("bits", "sweeps", "rounds", "floor", "gradients_at", "cache")
 
