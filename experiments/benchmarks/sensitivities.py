@@ -86,9 +86,7 @@ def changed_by(moments: Table, change: Callable[[Moments], Moments] | None) -> T
 def measure(loaded: compression.LoadedRun, method: NashSwarm, moments: Table) -> dict[str, Any]:
     """Return the KL on each test window after one pass with these moments, in nats per token."""
     session = loaded.session
-    context = dataclasses.replace(session.context(), moments_after=lambda key, quantize: moments)
-    game = dataclasses.replace(method, gradients_at="full").game(context, np.random.default_rng(loaded.seed))
-    weights = game.first_weights(method.budget(context), uniform=False)
+    weights = method.first_weights(session.context(), moments)
     matrices.set_weights(session.candidate_model, weights)
     full = loaded.reference(session.batch)
     windows = evaluation.evaluate(session.candidate_model, loaded.test, session.batch, full, session.track)

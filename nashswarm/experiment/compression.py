@@ -34,7 +34,7 @@ from nashswarm.packed import checkpoint
 from nashswarm.progress import show_progress
 from nashswarm.records.provenance import code_digest
 
-CONSTANT = ("tokens", "examples")  # metrics that no training moves
+CONSTANT = ("tokens", "unseen_tokens", "examples")  # metrics that no training moves
 FINETUNE_STREAM = 1  # of random numbers, so that those of the method stay as they are without it
 
 
@@ -166,7 +166,7 @@ def evaluation_target(loaded: LoadedRun, result: Compressed) -> EvaluationTarget
 
     return EvaluationTarget(
         session.full, compressed, functools.cache(pack), loaded.test, loaded.reference, show_progress,
-        loaded.tokenizer, layers, result.weights, result.damage, loaded.test_text, loaded.truth,
+        loaded.tokenizer, layers, result.weights, result.damage, loaded.test_text, loaded.truth, session.calibration,
     )  # fmt: skip
 
 

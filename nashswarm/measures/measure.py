@@ -25,7 +25,7 @@ class EvaluationTarget:
     on packed weights.  ``reference``: the full model's predictions for the windows, given a batch size.  ``layers``:
     the full model's matrices.  ``weights``: the decompressed matrices by layer name.  ``damage``: nats per token that
     the method predicted for each layer, if it predicts any.  ``text``, ``tokenizer``: what the windows were cut from.
-    ``truth``: labels, where each window is an example of a task.
+    ``truth``: labels, where each window is an example of a task.  ``calibration``: the windows of calibration.
     """
 
     full: Any
@@ -40,6 +40,7 @@ class EvaluationTarget:
     damage: Mapping[str, float] = dataclasses.field(default_factory=dict)
     text: str = ""
     truth: Truth | None = None
+    calibration: Int[Tensor, "calibration length"] | None = None
 
 
 @runtime_checkable

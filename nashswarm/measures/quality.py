@@ -12,16 +12,23 @@ from nashswarm.records import statistics
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """NLL and KL in nats per token and top-1 agreement on the test windows, with bootstrap intervals over windows."""
+    """NLL and KL in nats per token and top-1 agreement on the test windows, with bootstrap intervals over windows.
+
+    KL also as median and 99th percentile over tokens, and as mean over those that calibration never saw.
+    """
 
     batch_size: int = BATCH
 
     def measure(self, target: EvaluationTarget) -> MeasureResult:
         full = target.reference(self.batch_size)
-        windows = evaluation.evaluate(target.compressed, target.windows, self.batch_size, full, target.track)
+        positions = evaluation.evaluate_positions(
+            target.compressed, target.windows, self.batch_size, full, target.track
+        )
+        windows = evaluation.window_means(positions)
         if not np.isfinite(windows["kl"]).all():
             raise ValueError("the compressed model's logits are not finite on the test text; raise method.bits")
         metrics = evaluation.summarise(windows)
+        metrics |= evaluation.distribution(positions["kl"], target.windows, target.calibration)
         deltas = [nll - nll_full for nll, nll_full in zip(windows["nll"], windows["nll_full"], strict=True)]
         for name, values in (("kl", windows["kl"]), ("nll_delta", deltas)):
             metrics[f"{name}_low"], metrics[f"{name}_high"] = statistics.interval(values)

@@ -20,6 +20,7 @@ from nashswarm.progress import Track, no_track
 LOGITS_AT_ONCE = 1 << 23  # compared in one step: with a large vocabulary, those of a window are as large as a model
 
 PerWindow = dict[str, list[float]]
+PerPosition = dict[str, Float[Tensor, "windows predicted"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,6 @@ def compute_reference(
     return Reference(torch.cat(states), head)
 
 
-@torch.no_grad()
 def evaluate(
     model: Any,
     windows: Int[Tensor, "windows length"],
@@ -80,9 +80,19 @@ def evaluate(
 
     Values are means over the predicted tokens of the window.
     """
-    values: PerWindow = {"nll": [], "tokens": []}
-    if full is not None:
-        values |= {"nll_full": [], "kl": [], "top1_agreement": []}
+    return window_means(evaluate_positions(model, windows, batch_size, full, track))
+
+
+@torch.no_grad()
+def evaluate_positions(
+    model: Any,
+    windows: Int[Tensor, "windows length"],
+    batch_size: int,
+    full: Reference | None = None,
+    track: Track = no_track,
+) -> PerPosition:
+    """Compute ``nll`` at each position but the last; with ``full`` also ``nll_full``, ``kl`` and ``top1_agreement``."""
+    rows: dict[str, list[Tensor]] = {}
     predicted = windows.shape[1] - 1
     for number, batch in enumerate(track(windows.split(batch_size), "evaluating")):
         for offset, (window, logits) in enumerate(zip(batch, model(input_ids=batch).logits, strict=True)):
@@ -92,10 +102,35 @@ def evaluate(
                 positions = slice(start, min(start + size, predicted))
                 full_logits = None if full is None else full.logits(number * batch_size + offset, positions)
                 parts.append(_by_position(logits[positions], window[1:][positions], full_logits))
-            values["tokens"].append(predicted)
             for name in parts[0]:
-                values[name].append(torch.cat([part[name] for part in parts]).mean().item())
-    return values
+                rows.setdefault(name, []).append(torch.cat([part[name] for part in parts]))
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def window_means(positions: PerPosition) -> PerWindow:
+    """Return the mean of each value over the positions of a window, and how many these are, as ``tokens``."""
+    means = {name: [row.mean().item() for row in values] for name, values in positions.items()}
+    windows, predicted = positions["nll"].shape
+    return means | {"tokens": [predicted] * windows}
+
+
+def distribution(
+    kl: Float[Tensor, "windows predicted"],
+    windows: Int[Tensor, "windows length"],
+    calibration: Int[Tensor, "calibration length"] | None,
+) -> dict[str, float]:
+    """Return median and 99th percentile of the KL at single positions, in nats.
+
+    With the windows of ``calibration`` also ``kl_unseen``, the mean where the model reads or predicts a token that
+    does not occur in them, and ``unseen_tokens``, how many positions these are; neither if there are none.
+    """
+    metrics = {"kl_median": float(kl.median()), "kl_p99": float(kl.flatten().kthvalue(-(-99 * kl.numel() // 100))[0])}
+    if calibration is not None:
+        unseen = ~torch.isin(windows.cpu(), calibration.cpu())
+        at = unseen[:, :-1] | unseen[:, 1:]
+        if at.any():
+            metrics |= {"kl_unseen": float(kl[at].mean()), "unseen_tokens": float(at.sum())}
+    return metrics
 
 
 def _by_position(

@@ -19,9 +19,7 @@ from nashswarm.quant.trellis_arrangement import Grouping
 
 RateRule = Literal["equilibrium", "uniform"]
 GradientsAt = Literal["compressed", "full"]
-FIRST_BITS = 3.0  # of the pass before sensitivities are taken, at every budget: rebudget finds them in the cache
-FIRST_FLOOR = 0.5  # of that pass, whose own sensitivities come from few windows of the full model
-NOT_OF_FIRST_PASS = ("bits", "sweeps", "rounds", "floor", "gradients_at", "cache")
+FIRST_BITS = 3.0  # of the pass before sensitivities are taken, whatever the budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +79,8 @@ class NashSwarm:
         """
         seed, budget = int(rng.integers(2**31)), self.budget(context)
 
-        def game_on(moments: Mapping[str, Moments], floor: float = self.floor) -> RateGame:
-            return RateGame(context, moments, self.rates, self.grouping, self.rotation, self.sweeps, floor, seed)
+        def game_on(moments: Mapping[str, Moments]) -> RateGame:
+            return RateGame(context, moments, self.rates, self.grouping, self.rotation, self.sweeps, self.floor, seed)
 
         smallest = game_on({}).smallest_bytes()
         if budget < smallest:
@@ -94,15 +92,20 @@ class NashSwarm:
         assert context.moments_after is not None
         if self.gradients_at == "full":
             return game_on(context.moments_after({"weights": "full"}, None))
-        first_budget = max(dataclasses.replace(self, bits=FIRST_BITS).budget(context), smallest)
-        uniform = self.rate_rule == "uniform"
-        fields = dataclasses.asdict(self).items()
-        key = {name: value for name, value in fields if name not in NOT_OF_FIRST_PASS} | {"seed": seed}
 
         def quantize(moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
-            return game_on(moments, FIRST_FLOOR).first_weights(first_budget, uniform)
+            return NashSwarm(bits=FIRST_BITS).first_weights(context, moments)
 
-        return game_on(context.moments_after(key, quantize))
+        return game_on(context.moments_after({"bits": FIRST_BITS}, quantize))
+
+    def first_weights(self, context: CalibrationContext, moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
+        """Return the weights after a single pass, of which sensitivities are taken.
+
+        It is the pass of the default settings, also for an ablation and at another budget: all find the same
+        statistics in the cache, and differ by what they do with them.
+        """
+        game = RateGame(context, moments, self.rates, self.grouping, self.rotation, 0, self.floor, 0)
+        return game.first_weights(max(self.budget(context), game.smallest_bytes()))
 
     def budget(self, context: CalibrationContext) -> int:
         """Return the bytes that all layers may take."""

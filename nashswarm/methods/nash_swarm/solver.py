@@ -137,12 +137,12 @@ class RateGame:
 
     def uniform(self, budget: int) -> SolvedGame:
         """Encode all tiles at one rate, or at two neighbouring ones dealt evenly, so that the budget is used up."""
-        return SolvedGame(self._encode(self._spread_rates(budget - self.side_bytes()), last=True), 0.0, {})
+        rates = prices.spread(self.shapes(), budget - self.side_bytes(), self.allowed)
+        return SolvedGame(self._encode(rates, last=True), 0.0, {})
 
-    def first_weights(self, budget: int, uniform: bool) -> DecodedWeights:
-        """Return the weights after one pass of error feedback, at the first rates, or ``uniform`` ones."""
-        left = budget - self.side_bytes()
-        rates = self._spread_rates(left) if uniform else self._first_rates(left)
+    def first_weights(self, budget: int) -> DecodedWeights:
+        """Return the weights after one pass of error feedback at the first rates."""
+        rates = self._first_rates(budget - self.side_bytes())
 
         def quantize(layer: Layer, part: Rates) -> form.Trellis:
             state = trellis.feedback(*self._arrange(layer), torch.from_numpy(part.astype(np.uint8)))
@@ -156,9 +156,6 @@ class RateGame:
         estimates = list(self._of_layers(self._estimate, "weighing tiles"))
         price = prices.price_for(estimates, left, self.allowed)
         return [prices.best_rates(part, price, self.allowed) for part in estimates]
-
-    def _spread_rates(self, left: int) -> Sequence[Rates]:
-        return prices.spread(self.shapes(), left, self.allowed)
 
     # One layer.
 
