@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from nashswarm.calibration.moments_table import MomentsTable, PackedMoments, SymmetricMatrix
 from nashswarm.calibration.nll import Labels, summed_nll
 from nashswarm.layers import Moments
-from nashswarm.memory import pages_of_their_own, trim_heap
+from nashswarm.memory import trim_heap
 from nashswarm.progress import Track, no_track
 
 Expected = Literal["even", "zipf"]
@@ -218,7 +218,7 @@ def calibrate(
     """
     score = score or functools.partial(summed_nll, labels=labels)
     model.eval()
-    with _moment_hooks(model, names, expected == "zipf") as sums, pages_of_their_own():
+    with _moment_hooks(model, names, expected == "zipf") as sums:
         for window in track(list(windows), "calibrating"):
             scalar = score(model, window, generator)
             _add_inputs(sums.values())

@@ -60,6 +60,7 @@ SMALLER = {  # where the configuration has such a key and the command does not s
 LITTLE = ["model=local", "model.path=your-model", "dataset=wikitext2", "dataset.sequence_length=32"]
 LITTLE += ["dataset.calibration_windows=6", "dataset.holdout_windows=2"]
 BENCHMARKS = {  # what makes them small
+    "alone": [*LITTLE, "--bits", "6", "--tokens", "32"],
     "calibration_text": [
         "your-model",
         "--method",
