@@ -20,7 +20,7 @@ from nashswarm.methods.fixed_width import FixedWidth
 from nashswarm.methods.gptq import Gptq
 from nashswarm.methods.method import Method
 from nashswarm.methods.nash_lattice.settings import NashLattice
-from nashswarm.methods.nash_swarm.settings import NashSwarm
+from nashswarm.methods.nash_swarm.settings import Effort, NashSwarm
 from nashswarm.methods.uniform import Uniform
 from nashswarm.models import matrices, sources
 from nashswarm.models.experts import unfuse
@@ -65,6 +65,7 @@ def compress(
     bits: float = 3.0,
     exclude: Sequence[str] = (),
     seed: int = 0,
+    effort: Effort = "default",
 ) -> tuple[Any, Report]:
     """Return a compressed copy of ``model`` that computes on packed weights, and a report of it.
 
@@ -76,12 +77,13 @@ def compress(
     ``code``, ``own``, ``hub``, or several joined by ``+``); by default the hub's text if it can be reached, else text
     that the model samples itself, with the embedded one in both cases (``calibration.texts``).  ``bits``: stored bits
     per parameter of the whole model (for ``gptq`` and ``uniform`` the nominal width).  ``exclude``: names or patterns
-    of matrices to leave at 16 bits.
+    of matrices to leave at 16 bits.  ``effort``: of ``nash_swarm``, ``quick`` for a single pass without a game,
+    ``best`` for sensitivities that are taken twice.
 
     Raises ValueError in one sentence for anything that does not fit together.
     """
     started = time.monotonic()
-    chosen = method_of(method, bits)
+    chosen = method_of(method, bits, effort)
     if not isinstance(model, transformers.PreTrainedModel):
         raise ValueError(f"nashswarm compresses models of transformers, not a {type(model).__name__}")
     if getattr(model, "hf_quantizer", None) is not None:
@@ -113,11 +115,15 @@ def compress(
     )
 
 
-def method_of(method: str | Method, bits: float) -> Method:
+def method_of(method: str | Method, bits: float, effort: Effort = "default") -> Method:
     """Return the method of that name at ``bits``; an instance of a method is returned as it is.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, and for an effort of another method than ``nash_swarm``.
     """
+    if effort != "default":
+        if method != "nash_swarm":
+            raise ValueError(f"effort={effort} is for nash_swarm alone, by its name; leave it out")
+        return NashSwarm(bits=bits, effort=effort)
     if not isinstance(method, str):
         return method
     if method not in METHODS:

@@ -8,7 +8,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -18,6 +18,7 @@ from nashswarm.experiment.certify import LIMIT, certify
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.measures.contestants import CONTESTANTS
 from nashswarm.measures.size import Size
+from nashswarm.methods.nash_swarm.settings import Effort
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.models import shapes, sources
 from nashswarm.packed import model_folder
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status: 2 for a mistake, which one sentence on stderr names."""
     parsed = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("nashswarm").setLevel(logging.WARNING if parsed.quiet else logging.NOTSET)
     try:
         return int(parsed.run(parsed))
     except (ValueError, OSError) as error:
@@ -56,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=does, description=description, epilog=epilog)
         subparser.set_defaults(run=run)
+        subparser.add_argument("--quiet", action="store_true", help="no progress, only warnings and the result")
         return subparser
 
     into = command(
@@ -69,6 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     into.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="new or empty")
     into.add_argument("--bits", type=float, default=3.0, help="stored bits per parameter, everything counted (3.0)")
     into.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
+    into.add_argument(
+        "--effort", choices=get_args(Effort), default="default", help="of nash_swarm: quick, a single pass after a "
+        "third of the windows; default, the game; best, sensitivities taken twice before it"
+    )  # fmt: skip
     into.add_argument(
         "--calibration", metavar="TEXT", help="a text file or folder, or embedded, code, own (sampled by the model), "
         "hub, or several joined by +; default: the hub's text if it can be reached, else own, with embedded"
@@ -258,8 +265,8 @@ def _compress(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     cache = arguments.cache.expanduser().resolve()
     config = plan.config_of(
-        source, api.method_of(method, arguments.bits), dataset, Size(), seed=arguments.seed, save=str(arguments.out),
-        cache=str(cache), records=str(cache / "records"),
+        source, api.method_of(method, arguments.bits, arguments.effort), dataset, Size(), seed=arguments.seed,
+        save=str(arguments.out), cache=str(cache), records=str(cache / "records"),
     )  # fmt: skip
     labels = {"model": source.label, "method": method, "dataset": dataset.label, "measure": "size"}
     return _print_record(run.run(config, labels).record, arguments.out)

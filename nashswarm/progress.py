@@ -27,8 +27,11 @@ def show_progress(items: Sequence[Any], description: str) -> Iterable[Any]:
     """Iterate over ``items`` and show the share that is done, with an estimate of the time left.
 
     In a terminal that is a bar.  Elsewhere it is a line in the log every ten seconds, if all of it takes longer than
-    five.  Layers count by their parameters, everything else alike.
+    five.  Layers count by their parameters, everything else alike.  A logger ``nashswarm`` that is set to WARNING keeps
+    both away.
     """
+    if logging.getLogger("nashswarm").level > logging.INFO:
+        return items
     console = Console(stderr=True)
     return _with_bar(items, description, console) if console.is_terminal else _with_lines(items, description)
 

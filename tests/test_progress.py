@@ -42,6 +42,12 @@ def test_show_progress_of_long_first_item_writes_lines_without_estimate(
     assert [record.getMessage() for record in caplog.records] == ["weighing: 0 % after 0 s"]
 
 
+def test_show_progress_is_silent_for_whoever_wants_warnings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("nashswarm"), "level", logging.WARNING)
+    items = [1, 2]
+    assert show_progress(items, "weighing") is items
+
+
 def test_show_progress_of_short_stage_is_silent(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,25 +137,30 @@ class CalibrationSession:
         tensors = self.cache("moments", {}, lambda: self._calibrate(self.calibration, "even").tensors())
         return MomentsTable.from_tensors(tensors)
 
-    def moments_after(self, key: Mapping[str, Any], quantize: Quantize | None) -> MomentsTable:
+    def moments_after(self, key: Mapping[str, Any], quantize: Quantize | None, share: int = 1) -> MomentsTable:
         """Return the statistics of the model with weights that are quantized already, computed or read from the cache.
 
         ``quantize`` makes these weights from the statistics of the full model on the first windows, an eighth of all;
-        None stands for full precision.  ``key``: the settings that the weights depend on.  A gradient that vanishes in
+        None stands for full precision.  ``key``: the settings that the weights depend on.  ``share``: one in so many
+        windows counts.  A gradient that vanishes in
         the full model, as that of a saturated attention head does, need not vanish there, and errors of the size that
         is made are what counts.
         """
 
+        windows = self._one_in(share)
+
         def compute() -> dict[str, Tensor]:
             if quantize is None:
-                return self._calibrate(self.calibration, "zipf").tensors()
-            few = self.calibration[: max(len(self.calibration) // FIRST_SHARE, 1)]
-            weights = quantize(self._calibrate(few, "zipf"))
+                return self._calibrate(windows, "zipf").tensors()
+            weights = quantize(self._calibrate(self._one_in(FIRST_SHARE), "zipf"))
             with self._replaced(weights):
                 del weights
-                return self._calibrate(self.calibration, "zipf").tensors()
+                return self._calibrate(windows, "zipf").tensors()
 
-        return MomentsTable.from_tensors(self.cache("moments_after", key, compute))
+        return MomentsTable.from_tensors(self.cache("moments_after", {**key, "windows": len(windows)}, compute))
+
+    def _one_in(self, share: int) -> Integer[Tensor, "some length"]:
+        return self.calibration[: max(len(self.calibration) // share, 1)]
 
     def _calibrate(self, windows: Integer[Tensor, "windows length"], expected: Expected) -> MomentsTable:
         """Compute the statistics of all modules of the layers, with the weights that the model has now."""

@@ -45,13 +45,16 @@ def test_moments_after_are_those_of_the_model_with_these_weights(model: Any, win
         return weights
 
     after = session.moments_after({}, quantize)
+    part = session.moments_after({"weights": "full"}, None, share=4)
     other = copy.deepcopy(model)
     names = [module for layer in session.layers for module in layer.modules]
+    quarter = calibrate(model, names, windows[:4], torch.Generator().manual_seed(5), expected="zipf")
     few = calibrate(model, names, windows[:2], torch.Generator().manual_seed(5), expected="zipf")
     matrices.set_weights(other, weights)
     expected = calibrate(other, names, windows, torch.Generator().manual_seed(5), expected="zipf")
     for name in names:
         assert torch.equal(seen[0][name].inputs, few[name].inputs)
+        assert torch.equal(part[name].coupled, quarter[name].coupled)
         for field in ("inputs", "outputs", "coupled", "coupled_inputs"):
             assert torch.equal(getattr(after[name], field), getattr(expected[name], field))
     for layer in matrices.find_layers(session.candidate_model):  # it is restored

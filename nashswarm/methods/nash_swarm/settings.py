@@ -19,6 +19,8 @@ from nashswarm.quant.trellis_arrangement import Grouping
 
 RateRule = Literal["equilibrium", "uniform"]
 GradientsAt = Literal["compressed", "full"]
+Effort = Literal["quick", "default", "best"]
+QUICK_SHARE = 3  # one in so many windows calibrates by quick effort
 FIRST_BITS = 3.0  # of the pass before sensitivities are taken, whatever the budget
 
 
@@ -33,8 +35,10 @@ class NashSwarm:
     controls.  ``rotation``: of the rows of a group by a Hadamard matrix.  ``sweeps``: of best replies by all columns,
     at most, after error feedback and after every round of the game; 0 for error feedback alone.  ``rounds``: of the
     game, at most.  ``floor``: share of a layer's mean sensitivity that is added to that of each row.  ``gradients_at``:
-    where sensitivities are taken, at the ``full`` model or at one ``compressed`` by a single pass.  ``cache``: reuse
-    statistics of earlier runs.
+    where sensitivities are taken, at the ``full`` model or at one ``compressed`` by a single pass.  ``effort``:
+    ``quick`` for a single pass of error feedback at the rates that estimates advise, with gradients at the full model
+    from a third of the windows; nobody plays, so there is no certificate.  ``best`` to take sensitivities twice, the
+    second time at a model compressed by the first ones.  ``cache``: reuse statistics of earlier runs.
 
     Raises ValueError for a setting without a meaning.
     """
@@ -48,10 +52,12 @@ class NashSwarm:
     rounds: int = 5
     floor: float = 0.1
     gradients_at: GradientsAt = "compressed"
+    effort: Effort = "default"
     cache: bool = True
 
     def __post_init__(self) -> None:
-        for name, known in (("rate_rule", RateRule), ("grouping", Grouping), ("gradients_at", GradientsAt)):
+        choices = {"rate_rule": RateRule, "grouping": Grouping, "gradients_at": GradientsAt, "effort": Effort}
+        for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"unknown method.{name} {getattr(self, name)!r}: choose {', '.join(get_args(known))}")
         if self.bits is None or not 0 < self.bits < math.inf:
@@ -68,7 +74,12 @@ class NashSwarm:
         """
         game = self.game(context, rng)
         budget = self.budget(context)
-        solved = game.uniform(budget) if self.rate_rule == "uniform" else game.solve(budget, self.rounds)
+        if self.rate_rule == "uniform":
+            solved = game.uniform(budget)
+        elif self.effort == "quick":
+            solved = game.once(budget)
+        else:
+            solved = game.solve(budget, self.rounds)
         del game  # its statistics are larger than the model
         return report(solved)
 
@@ -80,7 +91,8 @@ class NashSwarm:
         seed, budget = int(rng.integers(2**31)), self.budget(context)
 
         def game_on(moments: Mapping[str, Moments]) -> RateGame:
-            return RateGame(context, moments, self.rates, self.grouping, self.rotation, self.sweeps, self.floor, seed)
+            sweeps = 0 if self.effort == "quick" else self.sweeps
+            return RateGame(context, moments, self.rates, self.grouping, self.rotation, sweeps, self.floor, seed)
 
         smallest = game_on({}).smallest_bytes()
         if budget < smallest:
@@ -90,13 +102,18 @@ class NashSwarm:
                 f"parameter with every tile at {self.rates[0]} bits; raise method.bits"
             )
         assert context.moments_after is not None
+        if self.effort == "quick":
+            return game_on(context.moments_after({"weights": "full"}, None, QUICK_SHARE))
         if self.gradients_at == "full":
             return game_on(context.moments_after({"weights": "full"}, None))
 
-        def quantize(moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
-            return NashSwarm(bits=FIRST_BITS).first_weights(context, moments)
-
-        return game_on(context.moments_after({"bits": FIRST_BITS}, quantize))
+        first = NashSwarm(bits=FIRST_BITS)
+        key = {"bits": FIRST_BITS}
+        moments = context.moments_after(key, lambda few: first.first_weights(context, few))
+        if self.effort == "best":
+            once = moments
+            moments = context.moments_after(key | {"taken": 2}, lambda few: first.first_weights(context, once))
+        return game_on(moments)
 
     def first_weights(self, context: CalibrationContext, moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
         """Return the weights after a single pass, of which sensitivities are taken.

@@ -140,6 +140,10 @@ class RateGame:
         rates = prices.spread(self.shapes(), budget - self.side_bytes(), self.allowed)
         return SolvedGame(self._encode(rates, last=True), 0.0, {})
 
+    def once(self, budget: int) -> SolvedGame:
+        """Encode all tiles at the first rates, and leave it at that."""
+        return SolvedGame(self._encode(self._first_rates(budget - self.side_bytes())), 0.0, {})
+
     def first_weights(self, budget: int) -> DecodedWeights:
         """Return the weights after one pass of error feedback at the first rates."""
         rates = self._first_rates(budget - self.side_bytes())

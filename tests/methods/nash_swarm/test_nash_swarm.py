@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from nashswarm.calibration.context import CalibrationContext
+from nashswarm.calibration.context import CalibrationContext, Quantize
 from nashswarm.kernels import trellis as form
-from nashswarm.layers import curvature
+from nashswarm.layers import Moments, curvature
 from nashswarm.methods.method import Compressed
 from nashswarm.methods.nash_swarm import prices, solver
-from nashswarm.methods.nash_swarm.settings import NashSwarm
+from nashswarm.methods.nash_swarm.settings import QUICK_SHARE, NashSwarm
 from nashswarm.methods.nash_swarm.solver import RateGame
 from nashswarm.quant import trellis
 from nashswarm.quant.curvature import Curvature
@@ -35,6 +35,7 @@ VARIANTS: dict[str, NashSwarm] = {
     "feature_groups": dataclasses.replace(SMALL, grouping="features"),
     "few_rates": dataclasses.replace(SMALL, rates=(2, 4)),
     "prune": dataclasses.replace(SMALL, rates=(0, 8)),
+    "quick": dataclasses.replace(SMALL, effort="quick"),
 }
 
 
@@ -107,9 +108,45 @@ def test_no_nash_gives_one_rate_or_two_neighbours_and_more_damage() -> None:
     assert "regret_max" not in uniform.metrics and "price" not in uniform.metrics
 
 
+def test_quick_is_one_pass_at_the_full_model_and_claims_no_equilibrium() -> None:
+    context, taken = context_with(SHAPES), []
+
+    def moments_after(key: Mapping[str, Any], quantize: Quantize | None, share: int = 1) -> Mapping[str, Moments]:
+        taken.append((dict(key), quantize, share))
+        return context.moments()
+
+    told = dataclasses.replace(context, moments_after=moments_after)
+    metrics = VARIANTS["quick"].compress(told, np.random.default_rng(0)).metrics
+    assert taken == [({"weights": "full"}, None, QUICK_SHARE)]
+    assert not {"price", "regret_max", "potential_end"} & set(metrics)
+
+
+def test_best_takes_sensitivities_again_at_a_model_compressed_by_the_first_ones() -> None:
+    context = context_with(SHAPES)
+    few, first, second = ({name: part} for name, part in zip("abc", context.moments().values(), strict=False))
+    asked, quantized = [], []
+
+    def moments_after(key: Mapping[str, Any], quantize: Quantize | None, share: int = 1) -> Mapping[str, Moments]:
+        assert quantize is not None
+        quantize(few)
+        asked.append(tuple(key.items()))
+        return [first, second][len(asked) - 1]
+
+    def first_weights(self: NashSwarm, context: CalibrationContext, moments: Mapping[str, Moments]) -> dict[str, Any]:
+        quantized.append(moments)
+        return {}
+
+    told = dataclasses.replace(context, moments_after=moments_after)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NashSwarm, "first_weights", first_weights)
+        game = dataclasses.replace(SMALL, effort="best").game(told, np.random.default_rng(0))
+    assert quantized == [few, first] and game.moments is second
+    assert len(set(asked)) == 2
+
+
 def test_each_part_lowers_the_damage() -> None:
     whole = compressed("nash_swarm").metrics["damage"]
-    for name in ("no_nash", "no_swarm", "no_sweeps", "few_rates", "prune"):
+    for name in ("no_nash", "no_swarm", "no_sweeps", "few_rates", "prune", "quick"):
         assert whole < compressed(name).metrics["damage"], name
 
 
