@@ -25,7 +25,8 @@ def labels_of(config: DictConfig) -> dict[str, str]:
     """Name the run by Hydra's choices, with the overrides of the method and the calibration size in brackets.
 
     A choice that stands for many is named by what it was given: a folder or a model of the hub by the last part of its
-    path, a task of GLUE by its name.
+    path, a task of GLUE by its name.  The experiment is the name of the job, which two experiments may share: their
+    records stand in one table.
     """
     choices = HydraConfig.get().runtime.choices
     overrides = [
@@ -42,7 +43,7 @@ def labels_of(config: DictConfig) -> dict[str, str]:
         labels["dataset"] = config.dataset.task
     if sizes:
         labels["dataset"] += f"[{sizes[-1].removeprefix('dataset.')}]"
-    return labels | {"experiment": str(choices.get("experiment") or "single")}
+    return labels | {"experiment": HydraConfig.get().job.name}
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
