@@ -88,8 +88,8 @@ def measure(loaded: compression.LoadedRun, method: NashSwarm, moments: Table) ->
     session = loaded.session
     weights = method.first_weights(session.context(), moments)
     matrices.set_weights(session.candidate_model, weights)
-    full = loaded.reference(session.batch)
-    windows = evaluation.evaluate(session.candidate_model, loaded.test, session.batch, full, session.track)
+    full = loaded.reference(evaluation.BATCH)
+    windows = evaluation.evaluate(session.candidate_model, loaded.test, evaluation.BATCH, full, session.track)
     return {**evaluation.summarise(windows), "kl_windows": windows["kl"]}
 
 

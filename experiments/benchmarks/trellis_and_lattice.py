@@ -68,8 +68,8 @@ def measure(name: str, method: Method, loaded: compression.LoadedRun, context: C
     result = method.compress(context, np.random.default_rng(loaded.seed))
     session = loaded.session
     _, sizes = session.store(result.packed, result.weights, result.float_bits)
-    full = loaded.reference(session.batch)
-    windows = evaluation.evaluate(session.candidate_model, loaded.test, session.batch, full, session.track)
+    full = loaded.reference(evaluation.BATCH)
+    windows = evaluation.evaluate(session.candidate_model, loaded.test, evaluation.BATCH, full, session.track)
     print(name, sizes["bytes_file"], evaluation.summarise(windows)["kl"], flush=True)
     return {
         "method": name,

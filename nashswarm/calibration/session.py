@@ -25,7 +25,6 @@ from nashswarm.models import evaluation, matrices
 from nashswarm.packed import file_format
 from nashswarm.progress import Track, show_progress
 
-HELDOUT_LOGITS = 1 << 26  # logits in a batch of held-out windows, which bounds the memory of the divergence
 FIRST_SHARE = 8  # one in so many windows calibrates the quantization that the rest is calibrated after
 ReferenceOutputs = evaluation.Reference | Float[Tensor, "some width"]  # of the full-precision model on some text
 
@@ -205,24 +204,18 @@ class CalibrationSession:
     @functools.cached_property
     def reference(self) -> evaluation.Reference:
         """Predictions of the full-precision model on the held-out windows."""
-        return evaluation.compute_reference(self.full, self.holdout, self.batch)
+        return evaluation.compute_reference(self.full, self.holdout, evaluation.BATCH)
 
     @functools.cached_property
     def embeddings(self) -> Float[Tensor, "holdout width"]:
         """Embeddings of the held-out windows by a full-precision model without an output vocabulary."""
-        return evaluation.embed_all(self.full, self.holdout, self.batch)
+        return evaluation.embed_all(self.full, self.holdout)
 
     @functools.cached_property
     def mean_length(self) -> int:
         """Mean number of tokens in a held-out window, without padding."""
         lengths = [len(evaluation.without_padding(self.full, window)) for window in self.holdout]
         return max(sum(lengths) // len(lengths), 1)
-
-    @property
-    def batch(self) -> int:
-        """Number of held-out windows in a batch: 8, or fewer if windows are long and the vocabulary is large."""
-        rows = len(self.full.get_output_embeddings().weight) if self.causal else 1
-        return min(max(HELDOUT_LOGITS // (rows * self.holdout.shape[1]), 1), 8)
 
     def heldout_kl(self, weights: Mapping[str, Tensor], tokens: int | None) -> float:
         """Compute how far these layer weights move the model on held-out calibration text.
@@ -241,7 +234,7 @@ class CalibrationSession:
 
     def _subset(self, windows: Integer[Tensor, "some length"]) -> "_HeldoutSubset":
         run = functools.partial(
-            evaluation.evaluate if self.causal else evaluation.embed_all, self.candidate_model, windows, self.batch
+            evaluation.evaluate if self.causal else evaluation.embed_all, self.candidate_model, windows
         )
         reference = self.reference.with_cached_logits(len(windows)) if self.causal else self.embeddings[: len(windows)]
         return _HeldoutSubset(windows, reference, PrefixReplay(self.candidate_model, run))
@@ -252,10 +245,10 @@ class CalibrationSession:
         """Compute the divergence of the model with these layer weights from its ``reference`` outputs."""
         with self._candidate(weights) as model:
             if isinstance(reference, evaluation.Reference):
-                metrics = evaluation.summarise(evaluation.evaluate(model, windows, self.batch, reference))
+                metrics = evaluation.summarise(evaluation.evaluate(model, windows, full=reference))
                 divergence = metrics["kl"]
             else:
-                divergence = evaluation.embedding_distance(reference, evaluation.embed_all(model, windows, self.batch))
+                divergence = evaluation.embedding_distance(reference, evaluation.embed_all(model, windows))
         trim_heap()
         return divergence
 

@@ -136,9 +136,9 @@ class _Training:
         ]
         self.byte_limit = int((1 + TOLERANCE) * packed_bytes(result.packed))
         self.teacher: Any = (
-            evaluation.compute_reference(session.full, windows, session.batch)
+            evaluation.compute_reference(session.full, windows, evaluation.BATCH)
             if session.causal
-            else evaluation.embed_all(session.full, windows, session.batch)
+            else evaluation.embed_all(session.full, windows, evaluation.BATCH)
         )
 
     def run(self, rng: np.random.Generator) -> Recovered:

@@ -17,7 +17,9 @@ from torch.nn import functional
 
 from nashswarm.progress import Track, no_track
 
-LOGITS_AT_ONCE = 1 << 23  # compared in one step: with a large vocabulary, those of a window are as large as a model
+BATCH = 8  # windows
+LOGITS_AT_ONCE = 1 << 21  # compared in one step: what fits the processor's caches
+LOGITS_IN_A_BATCH = 1 << 25  # with a large vocabulary, those of a few windows are as large as a model
 
 PerWindow = dict[str, list[float]]
 PerPosition = dict[str, Float[Tensor, "windows predicted"]]
@@ -60,7 +62,7 @@ def compute_reference(
     states: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0].detach()))
     try:
-        for batch in track(windows.split(batch_size), "full model"):
+        for batch in track(_batches(model, windows, batch_size), "full model"):
             logits = model(input_ids=batch).logits
     finally:
         handle.remove()
@@ -72,7 +74,7 @@ def compute_reference(
 def evaluate(
     model: Any,
     windows: Int[Tensor, "windows length"],
-    batch_size: int,
+    batch_size: int = BATCH,
     full: Reference | None = None,
     track: Track = no_track,
 ) -> PerWindow:
@@ -87,24 +89,33 @@ def evaluate(
 def evaluate_positions(
     model: Any,
     windows: Int[Tensor, "windows length"],
-    batch_size: int,
+    batch_size: int = BATCH,
     full: Reference | None = None,
     track: Track = no_track,
 ) -> PerPosition:
     """Compute ``nll`` at each position but the last; with ``full`` also ``nll_full``, ``kl`` and ``top1_agreement``."""
     rows: dict[str, list[Tensor]] = {}
     predicted = windows.shape[1] - 1
-    for number, batch in enumerate(track(windows.split(batch_size), "evaluating")):
-        for offset, (window, logits) in enumerate(zip(batch, model(input_ids=batch).logits, strict=True)):
+    for batch in track(_batches(model, windows, batch_size), "evaluating"):
+        for window, logits in zip(batch, model(input_ids=batch).logits, strict=True):
+            number = len(rows.get("nll", ()))
             size = max(LOGITS_AT_ONCE // logits.shape[1], 1)
             parts = []
             for start in range(0, predicted, size):
                 positions = slice(start, min(start + size, predicted))
-                full_logits = None if full is None else full.logits(number * batch_size + offset, positions)
+                full_logits = None if full is None else full.logits(number, positions)
                 parts.append(_by_position(logits[positions], window[1:][positions], full_logits))
             for name in parts[0]:
                 rows.setdefault(name, []).append(torch.cat([part[name] for part in parts]))
     return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def _batches(
+    model: Any, windows: Int[Tensor, "windows length"], batch_size: int
+) -> tuple[Int[Tensor, "some length"], ...]:
+    """Split windows into batches of ``batch_size``, or smaller ones where their logits would be too many."""
+    logits = len(model.get_output_embeddings().weight) * windows.shape[1]
+    return windows.split(min(batch_size, max(LOGITS_IN_A_BATCH // logits, 1)))
 
 
 def window_means(positions: PerPosition) -> PerWindow:
@@ -196,7 +207,9 @@ def embed(model: Any, windows: Int[Tensor, "windows length"]) -> Float[Tensor, "
 
 
 @torch.no_grad()
-def embed_all(model: Any, windows: Int[Tensor, "windows length"], batch_size: int) -> Float[Tensor, "windows width"]:
+def embed_all(
+    model: Any, windows: Int[Tensor, "windows length"], batch_size: int = BATCH
+) -> Float[Tensor, "windows width"]:
     """Compute ``embed`` of all windows, batch by batch."""
     return torch.cat([embed(model, batch) for batch in windows.split(batch_size)])
 

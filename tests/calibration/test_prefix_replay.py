@@ -26,12 +26,12 @@ def test_heldout_kl_of_subset_equals_full_passes(kind: str, random_model: Callab
         matrices.set_weights(changed, weights)
         if session.causal:
             metrics = evaluation.evaluate(
-                changed, windows, session.batch, evaluation.compute_reference(model, windows, session.batch)
+                changed, windows, evaluation.BATCH, evaluation.compute_reference(model, windows, evaluation.BATCH)
             )
             by_hand = evaluation.summarise(metrics)["kl"]
         else:
             by_hand = evaluation.embedding_distance(
-                *(evaluation.embed_all(each, windows, session.batch) for each in (model, changed))
+                *(evaluation.embed_all(each, windows, evaluation.BATCH) for each in (model, changed))
             )
         assert session.heldout_kl(weights, windows.numel()) == by_hand == session.heldout_kl(weights, None)
         assert by_hand > 0 or "pooler" in layer.name
