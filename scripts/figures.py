@@ -102,7 +102,7 @@ def drawings(points: pd.DataFrame, runs: list[record.Record], layer: str | None)
     tiled.sort(key=lambda run: (rank(run.labels["method"])[0], run.labels["seed"]))
     return {
         "pareto": lambda: quality.pareto(points),
-        "resident": lambda: quality.pareto(frame.with_resident(points, runs), size="bytes_resident"),
+        "resident": lambda: quality.pareto(points, size="bytes_resident"),
         "perplexity": lambda: quality.pareto(points, "perplexity"),
         "accuracy": lambda: quality.accuracy(points),
         "ablation": lambda: quality.ablation(runs),

@@ -25,6 +25,8 @@ from nashswarm.reporting.typeset import terminal
 def frame(records: Iterable[Record]) -> pd.DataFrame:
     """Return one row per record: labels, metrics, perplexity, ``origin`` and ``identity`` (the config without seed).
 
+    ``bytes_resident`` are the bytes in memory of the loaded weights, as far as the record tells them.
+
     A record that is given twice counts once; a configuration of two experiments has a row in each.
 
     Raises ValueError if there is no record, or if one lacks a label.
@@ -39,6 +41,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
         rows[record.fingerprint, *labels.values()] = {
             **labels,
             **record.metrics,
+            **({} if (held := bytes_resident(record)) is None else {"bytes_resident": held}),
             **({"windows": len(record.series["nll"])} if "nll" in record.series else {}),
             **({"threads": record.config["threads"]} if "threads" in record.config else {}),
             **origin([record]),
@@ -75,21 +78,14 @@ def with_perplexity(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{name: np.exp(nll) for name, nll in derived.items()})
 
 
-def with_resident(table: pd.DataFrame, records: Iterable[Record]) -> pd.DataFrame:
-    """Return the rows with ``bytes_resident``, bytes in memory of the loaded weights, as far as their runs tell it.
+def bytes_resident(record: Record) -> float | None:
+    """Return the bytes in memory of a run's loaded weights, None if its record does not tell them.
 
     A run either measured them, or tells the bits in memory of its matrices; all other bytes of its file are held as
     they are stored.
     """
-    resident = {one.fingerprint: bytes_resident(one) for one in records}
-    means = [np.mean([resident[run] for run in runs.split()]) for runs in table["fingerprint"]]
-    return table.assign(bytes_resident=means)
-
-
-def bytes_resident(record: Record) -> float:
-    """Return the bytes in memory of a run's loaded weights, NaN if its record does not tell them."""
-    if "bits_per_weight_resident" not in record.metrics:
-        return record.metrics.get("bytes_resident", np.nan)
+    if "bytes_resident" in record.metrics or "bits_per_weight_resident" not in record.metrics:
+        return record.metrics.get("bytes_resident")
     held = record.metrics["bits_per_weight_resident"] * sum(layer["parameters"] for layer in record.layers) / 8
     return record.metrics["bytes_file"] - sum(layer["bytes"] for layer in record.layers) + held
 
