@@ -26,6 +26,7 @@ COLOURS = {  # by the beginning of a method's name
     "as_published": "#CC79A7",
     **dict.fromkeys(ABLATIONS, "#D55E00"),
     REFERENCE: "#009E73",
+    "nash_swarm": "#117733",
     "fixed_width": "#56B4E9",
     "baq": "#882255",
     "radio": "#332288",
@@ -34,6 +35,7 @@ COLOURS = {  # by the beginning of a method's name
 OTHER_COLOUR = "#777777"
 MARKERS = "osD^vP*X<>"
 CROWD = 8  # from this number of joined methods on, a legend replaces the names in the plot
+LONGEST = 40  # characters of a name in the plot; longer ones need a legend as well
 READABLE = 24  # a figure with more methods than this names none of them; a table does
 
 
@@ -101,21 +103,25 @@ def refuse_crowd(methods: Collection[str]) -> None:
 def name_families(
     figure: Figure, x: NDArray[np.float64], y: NDArray[np.float64], families: Sequence[str], names: list[str]
 ) -> None:
-    """Write each name beside its point, or draw a legend where the lines of many families would cross names.
+    """Write each name beside its point, or draw a legend where the lines of many families would cross names or
+    a name is too long.
 
     A figure with more than ``READABLE`` families gets neither.
     """
     if len(set(families)) > READABLE:
         return
     joined = [family for family in dict.fromkeys(families) if list(families).count(family) > 1]
-    if len(joined) < CROWD:
+    long = max(map(len, names)) > LONGEST
+    if len(joined) < CROWD and not long:
         return place_labels(figure, x, y, names, [colour(family) for family in families])
     name_of = {family: name for family, name in zip(families, names, strict=True) if name}
     handles = [
         Line2D([], [], color=colour(family), marker=marker, label=name_of[family], linewidth=0.8)
         for family, marker in markers(families).items()
     ]
-    figure.legend(handles=handles, loc="outside right center")
+    figure.legend(
+        handles=handles, loc="outside lower center" if long else "outside right center", ncols=2 if long else 1
+    )
 
 
 def place_labels(
