@@ -72,10 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     into.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="new or empty")
     into.add_argument("--bits", type=float, default=3.0, help="stored bits per parameter, everything counted (3.0)")
     into.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
-    into.add_argument(
-        "--effort", choices=get_args(Effort), default="default", help="of nash_swarm: quick, a single pass after a "
-        "third of the windows; default, the game; best, sensitivities taken twice before it"
-    )  # fmt: skip
+    into.add_argument("--effort", choices=get_args(Effort), default="default", help="of nash_swarm; quick is one pass")
     into.add_argument(
         "--calibration", metavar="TEXT", help="a text file or folder, or embedded, code, own (sampled by the model), "
         "hub, or several joined by +; default: the hub's text if it can be reached, else own, with embedded"
@@ -300,5 +297,5 @@ def _print(content: Mapping[str, Any]) -> int:
 
 def _print_record(record: Record, folder: pathlib.Path) -> int:
     names = ("bytes_file", "compression", "bits_per_weight_model", "bits_per_weight", "bytes_resident", "regret_max")
-    metrics = {name: record.metrics[name] for name in names if name in record.metrics}
-    return _print({"folder": str(folder)} | metrics | {"seconds": round(record.metrics["quantize_seconds"], 1)})
+    told = {name: record.metrics[name] for name in names if name in record.metrics}
+    return _print({"folder": str(folder)} | told | {"seconds": round(record.metrics["quantize_seconds"], 1)})
