@@ -252,8 +252,7 @@ def _compress(arguments: argparse.Namespace) -> int:
         raise ValueError("--head-bits and --sweeps go with --by-layer")
     folder = pathlib.Path(arguments.model)
     path = None if arguments.model == "default" else str(folder.resolve()) if folder.is_dir() else arguments.model
-    source = sources.ModelSource(path, exclude=list(arguments.exclude))
-    method = arguments.method or "nash_swarm"
+    source, method = sources.ModelSource(path, exclude=list(arguments.exclude)), arguments.method or "nash_swarm"
     held_out = None if arguments.windows is None else max(-(-arguments.windows // 3), 1)
     length = api.window_length(path or str(sources.EMBEDDED)) if arguments.length is None else arguments.length
     dataset = texts.choose(
