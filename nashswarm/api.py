@@ -122,7 +122,7 @@ def method_of(method: str | Method, bits: float, effort: Effort = "default") -> 
     """
     if effort != "default":
         if method != "nash_swarm":
-            raise ValueError(f"effort={effort} is for nash_swarm alone, by its name; leave it out")
+            raise ValueError(f"the effort {effort} is of nash_swarm alone, given by its name: leave the effort out")
         return NashSwarm(bits=bits, effort=effort)
     if not isinstance(method, str):
         return method

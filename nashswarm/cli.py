@@ -269,8 +269,8 @@ def _compress(arguments: argparse.Namespace) -> int:
 
 
 def _by_layer(arguments: argparse.Namespace) -> ByLayer:
-    if arguments.method not in (None, "gptq") or arguments.exclude:
-        raise ValueError("--by-layer knows neither --exclude nor another --method than gptq")
+    if arguments.method not in (None, "gptq") or arguments.exclude or arguments.effort != "default":
+        raise ValueError("--by-layer knows neither --exclude, --effort nor another --method than gptq")
     arguments.windows = 4 if arguments.windows is None else arguments.windows
     if arguments.windows < 1 or arguments.bits != int(arguments.bits):
         raise ValueError("--windows must be at least 1, and --bits by layer the whole number of bits of a weight")

@@ -266,7 +266,7 @@ def test_compress_long_context_model_needs_no_option(
         (["compress", "MODEL", "--bits", "2.5", "--method", "gptq"], "gptq gives every weight the same whole number"),
         (["compress", "MODEL", "--bits", "inf", "--method", "gptq"], "gptq gives every weight the same whole number"),
         (["compress", "MODEL", "--bits", "inf", "--method", "fixed_width"], "method.bits=inf must be a finite number"),
-        (["compress", "MODEL", "--effort", "best", "--method", "gptq"], "effort=best is for nash_swarm alone"),
+        (["compress", "MODEL", "--effort", "best", "--method", "gptq"], "the effort best is of nash_swarm alone"),
         (["compress", "MODEL", "--exclude", "nothing"], "names no matrix of this model: nothing"),
         (["compress", "MODEL", "--calibration", "/nowhere.txt"], "--calibration /nowhere.txt is not a file"),
         (["compress", "MODEL", "--length", "65"], "=65 is not between 2 and the model's maximum of 64"),

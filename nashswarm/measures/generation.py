@@ -9,8 +9,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nashswarm.measures import harness
-from nashswarm.measures.measure import BATCH, EvaluationTarget, MeasureResult, check_length, check_number
+from nashswarm.measures.measure import EvaluationTarget, MeasureResult, check_length, check_number
 from nashswarm.models import evaluation
+from nashswarm.models.evaluation import BATCH
 from nashswarm.records import statistics
 
 

@@ -6,8 +6,9 @@ import dataclasses
 from jaxtyping import Int
 from torch import Tensor
 
-from nashswarm.measures.measure import BATCH, EvaluationTarget, MeasureResult, check_number
+from nashswarm.measures.measure import EvaluationTarget, MeasureResult, check_number
 from nashswarm.models import evaluation, matrices
+from nashswarm.models.evaluation import BATCH
 from nashswarm.records import statistics
 
 

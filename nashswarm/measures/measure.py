@@ -13,7 +13,6 @@ from nashswarm.layers import Layer
 from nashswarm.models import evaluation
 from nashswarm.progress import Track
 
-BATCH = evaluation.BATCH
 MeasureResult = tuple[dict[str, float], dict[str, list[float]]]  # metrics and series of the record
 
 

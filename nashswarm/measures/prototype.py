@@ -19,9 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nashswarm.games.potential import Game, best_response
-from nashswarm.measures.measure import BATCH, EvaluationTarget, MeasureResult
+from nashswarm.measures.measure import EvaluationTarget, MeasureResult
 from nashswarm.measures.timing import seconds
 from nashswarm.models import evaluation
+from nashswarm.models.evaluation import BATCH
 from nashswarm.quant.prototype import QUANTILES, quantize_by_magnitude
 from nashswarm.records.statistics import interval
 

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 
 from nashswarm.measures import glue
-from nashswarm.measures.measure import BATCH, EvaluationTarget, Measure, MeasureResult, parts_of
+from nashswarm.measures.measure import EvaluationTarget, Measure, MeasureResult, parts_of
 from nashswarm.models import evaluation
+from nashswarm.models.evaluation import BATCH
 from nashswarm.records import statistics
 
 

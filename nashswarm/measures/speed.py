@@ -11,9 +11,10 @@ from torch import Tensor
 from nashswarm import errors
 from nashswarm.measures import timing
 from nashswarm.measures.contestants import CONTESTANTS
-from nashswarm.measures.measure import BATCH, EvaluationTarget, MeasureResult
+from nashswarm.measures.measure import EvaluationTarget, MeasureResult
 from nashswarm.measures.size import resident_bytes
 from nashswarm.models import evaluation
+from nashswarm.models.evaluation import BATCH
 from nashswarm.packed.modules import Activations, set_activations
 
 log = logging.getLogger(__name__)

@@ -107,6 +107,8 @@ class NashSwarm:
         if self.gradients_at == "full":
             return game_on(context.moments_after({"weights": "full"}, None))
 
+        # The first pass has the default settings, also for an ablation and at another budget: all take the same
+        # statistics, from the cache, and differ by what they do with them.
         first = NashSwarm(bits=FIRST_BITS)
         key = {"bits": FIRST_BITS}
         moments = context.moments_after(key, lambda few: first.first_weights(context, few))
@@ -116,11 +118,7 @@ class NashSwarm:
         return game_on(moments)
 
     def first_weights(self, context: CalibrationContext, moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
-        """Return the weights after a single pass, of which sensitivities are taken.
-
-        It is the pass of the default settings, also for an ablation and at another budget: all find the same
-        statistics in the cache, and differ by what they do with them.
-        """
+        """Return the weights after a single pass of error feedback with these statistics."""
         game = RateGame(context, moments, self.rates, self.grouping, self.rotation, 0, self.floor, 0)
         return game.first_weights(max(self.budget(context), game.smallest_bytes()))
 

@@ -389,6 +389,7 @@ def test_command_plan_compress_and_inspect_agree(
     for more, message in (
         (["--by-layer"], "--out"),
         (["--by-layer", "--out", "x", "--method", "uniform"], "knows neither"),
+        (["--by-layer", "--out", "x", "--effort", "quick"], "knows neither --exclude, --effort"),
         (["--by-layer", "--out", "x", "--bits", "2.5"], "whole number"),
         (["--sweeps", "2", "--out", "x"], "go with --by-layer"),
     ):
