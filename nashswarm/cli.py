@@ -2,28 +2,23 @@
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
 
 from nashswarm import __version__, api, inference
-from nashswarm.experiment import plan, run, streaming, texts
-from nashswarm.experiment.certify import LIMIT, certify
+from nashswarm.experiment import commands
+from nashswarm.experiment.certify import LIMIT
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.measures.contestants import CONTESTANTS
-from nashswarm.measures.size import Size
 from nashswarm.methods.nash_swarm.settings import Effort
-from nashswarm.methods.streaming.settings import ByLayer
-from nashswarm.models import shapes, sources
-from nashswarm.packed import model_folder
+from nashswarm.models import shapes
 from nashswarm.progress import end_interrupted
-from nashswarm.records.record import Record
 from nashswarm.runtime import export
 
 CACHE = pathlib.Path("~/.cache/nashswarm")
@@ -51,19 +46,19 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Sweeps, ablations and records: python -m experiments.run --help in a checkout of the repository.",
     )
     parser.add_argument("--version", action="version", version=f"nashswarm {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(
         name: str, run: Callable[[argparse.Namespace], int], does: str, description: str, epilog: str | None = None
     ) -> argparse.ArgumentParser:
-        subparser = commands.add_parser(name, help=does, description=description, epilog=epilog)
+        subparser = subparsers.add_parser(name, help=does, description=description, epilog=epilog)
         subparser.set_defaults(run=run)
         subparser.add_argument("--quiet", action="store_true", help="no progress, only warnings and the result")
         return subparser
 
     into = command(
         "compress",
-        _compress,
+        commands.compress,
         "compress a model into a folder that transformers loads",
         "Compress MODEL, a folder in Hugging Face layout or a name on the hub, into FOLDER: packed "
         "weights, tokenizer, model card, and what certifies it. Prints one JSON object.",
@@ -100,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     rebudgeted = command(
         "rebudget",
-        _rebudget,
+        commands.rebudget,
         "compress the same model again to another size, from the remembered game",
         "Compress the model that FOLDER was made of to another number of bits. Statistics and games that "
         "the cache remembers are not computed again. Prints one JSON object.",
@@ -191,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     checked = command(
         "certify",
-        _certify,
+        commands.certify,
         "compute a compressed model's regret again from its file",
         "Decode the compressed model in FOLDER, calibrate the full model as it was calibrated then, and "
         "enumerate what every player could still gain by changing alone, with code that shares no sum with the "
@@ -235,66 +230,3 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 def _add_paths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help="the full model, if it no longer lies where it lay")
     parser.add_argument("--dataset", metavar="PATH", help="its calibration text, if it no longer lies where it lay")
-
-
-def _compress(arguments: argparse.Namespace) -> int:
-    if arguments.plan:
-        by_layer = _by_layer(arguments)  # which also sets the windows
-        return _print(streaming.forecast_by_layer(arguments.model, by_layer, arguments.windows, arguments.length))
-    if arguments.out is None:
-        raise ValueError("say with --out where the compressed model is to go")
-    if arguments.by_layer:
-        full, out, settings = pathlib.Path(arguments.model), arguments.out, _by_layer(arguments)
-        text = texts.choose(arguments.calibration, arguments.model, own=False)
-        numbers = (arguments.windows, arguments.length, arguments.seed)
-        return _print({"folder": str(out)} | streaming.compress_by_layer(full, out, text, settings, *numbers))
-    if arguments.head_bits is not None or arguments.sweeps:
-        raise ValueError("--head-bits and --sweeps go with --by-layer")
-    folder = pathlib.Path(arguments.model)
-    path = None if arguments.model == "default" else str(folder.resolve()) if folder.is_dir() else arguments.model
-    source, method = sources.ModelSource(path, exclude=list(arguments.exclude)), arguments.method or "nash_swarm"
-    held_out = None if arguments.windows is None else max(-(-arguments.windows // 3), 1)
-    length = api.window_length(path or str(sources.EMBEDDED)) if arguments.length is None else arguments.length
-    dataset = texts.choose(
-        arguments.calibration, path, calibration_windows=arguments.windows, holdout_windows=held_out,
-        sequence_length=length,
-    )  # fmt: skip
-    cache = arguments.cache.expanduser().resolve()
-    config = plan.config_of(
-        source, api.method_of(method, arguments.bits, arguments.effort), dataset, Size(), seed=arguments.seed,
-        save=str(arguments.out), cache=str(cache), records=str(cache / "records"),
-    )  # fmt: skip
-    labels = {"model": source.label, "method": method, "dataset": dataset.label, "measure": "size"}
-    return _print_record(run.run(config, labels).record, arguments.out)
-
-
-def _by_layer(arguments: argparse.Namespace) -> ByLayer:
-    if arguments.method not in (None, "gptq") or arguments.exclude or arguments.effort != "default":
-        raise ValueError("--by-layer knows neither --exclude, --effort nor another --method than gptq")
-    arguments.windows = 4 if arguments.windows is None else arguments.windows
-    if arguments.windows < 1 or arguments.bits != int(arguments.bits):
-        raise ValueError("--windows must be at least 1, and --bits by layer the whole number of bits of a weight")
-    return ByLayer(int(arguments.bits), arguments.head_bits, sweeps=arguments.sweeps)
-
-
-def _rebudget(arguments: argparse.Namespace) -> int:
-    about = model_folder.read(arguments.folder).about
-    paths = {"model": arguments.model, "dataset": arguments.dataset}
-    config = plan.config_again(about, paths, bits=arguments.bits, save=str(arguments.out), rerun=False)
-    return _print_record(run.run(config, about["record"]["labels"]).record, arguments.out)
-
-
-def _certify(arguments: argparse.Namespace) -> int:
-    _print(certificate := certify(arguments.folder, arguments.model, arguments.dataset, arguments.tiles))
-    return 0 if certificate["agrees"] is not False and certificate["equilibrium"] else 1
-
-
-def _print(content: Mapping[str, Any]) -> int:
-    print(json.dumps(content, indent=1))
-    return 0
-
-
-def _print_record(record: Record, folder: pathlib.Path) -> int:
-    names = ("bytes_file", "compression", "bits_per_weight_model", "bits_per_weight", "bytes_resident", "regret_max")
-    told = {name: record.metrics[name] for name in names if name in record.metrics}
-    return _print({"folder": str(folder)} | told | {"seconds": round(record.metrics["quantize_seconds"], 1)})

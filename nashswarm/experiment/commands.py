@@ -1,0 +1,86 @@
+"""The commands that make compressed models or check them: compress, rebudget and certify.
+
+Each function takes the parsed command line, prints one JSON object and returns the exit status.  All raise ValueError
+or OSError in one sentence for what the user can mend.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from nashswarm import api
+from nashswarm.experiment import certify as certificates
+from nashswarm.experiment import plan, run, streaming, texts
+from nashswarm.measures.size import Size
+from nashswarm.methods.streaming.settings import ByLayer
+from nashswarm.models import sources
+from nashswarm.packed import model_folder
+from nashswarm.records.record import Record
+
+
+def compress(arguments: argparse.Namespace) -> int:
+    """Compress a model into a folder, or forecast what ``--by-layer`` takes, and print the result."""
+    if arguments.plan:
+        by_layer = _by_layer(arguments)  # which also sets the windows
+        return _print(streaming.forecast_by_layer(arguments.model, by_layer, arguments.windows, arguments.length))
+    if arguments.out is None:
+        raise ValueError("say with --out where the compressed model is to go")
+    if arguments.by_layer:
+        full, out, settings = pathlib.Path(arguments.model), arguments.out, _by_layer(arguments)
+        text = texts.choose(arguments.calibration, arguments.model, own=False)
+        numbers = (arguments.windows, arguments.length, arguments.seed)
+        return _print({"folder": str(out)} | streaming.compress_by_layer(full, out, text, settings, *numbers))
+    if arguments.head_bits is not None or arguments.sweeps:
+        raise ValueError("--head-bits and --sweeps go with --by-layer")
+    folder = pathlib.Path(arguments.model)
+    path = None if arguments.model == "default" else str(folder.resolve()) if folder.is_dir() else arguments.model
+    source, method = sources.ModelSource(path, exclude=list(arguments.exclude)), arguments.method or "nash_swarm"
+    held_out = None if arguments.windows is None else max(-(-arguments.windows // 3), 1)
+    length = api.window_length(path or str(sources.EMBEDDED)) if arguments.length is None else arguments.length
+    dataset = texts.choose(
+        arguments.calibration, path, calibration_windows=arguments.windows, holdout_windows=held_out,
+        sequence_length=length,
+    )  # fmt: skip
+    cache = arguments.cache.expanduser().resolve()
+    config = plan.config_of(
+        source, api.method_of(method, arguments.bits, arguments.effort), dataset, Size(), seed=arguments.seed,
+        save=str(arguments.out), cache=str(cache), records=str(cache / "records"),
+    )  # fmt: skip
+    labels = {"model": source.label, "method": method, "dataset": dataset.label, "measure": "size"}
+    return _print_record(run.run(config, labels).record, arguments.out)
+
+
+def _by_layer(arguments: argparse.Namespace) -> ByLayer:
+    if arguments.method not in (None, "gptq") or arguments.exclude or arguments.effort != "default":
+        raise ValueError("--by-layer knows neither --exclude, --effort nor another --method than gptq")
+    arguments.windows = 4 if arguments.windows is None else arguments.windows
+    if arguments.windows < 1 or arguments.bits != int(arguments.bits):
+        raise ValueError("--windows must be at least 1, and --bits by layer the whole number of bits of a weight")
+    return ByLayer(int(arguments.bits), arguments.head_bits, sweeps=arguments.sweeps)
+
+
+def rebudget(arguments: argparse.Namespace) -> int:
+    """Compress the model that a folder was made of to another size, and print the result."""
+    about = model_folder.read(arguments.folder).about
+    paths = {"model": arguments.model, "dataset": arguments.dataset}
+    config = plan.config_again(about, paths, bits=arguments.bits, save=str(arguments.out), rerun=False)
+    return _print_record(run.run(config, about["record"]["labels"]).record, arguments.out)
+
+
+def certify(arguments: argparse.Namespace) -> int:
+    """Compute the regret of a compressed model again, print it, and return 1 if it does not agree."""
+    _print(certificate := certificates.certify(arguments.folder, arguments.model, arguments.dataset, arguments.tiles))
+    return 0 if certificate["agrees"] is not False and certificate["equilibrium"] else 1
+
+
+def _print(content: Mapping[str, Any]) -> int:
+    print(json.dumps(content, indent=1))
+    return 0
+
+
+def _print_record(record: Record, folder: pathlib.Path) -> int:
+    names = ("bytes_file", "compression", "bits_per_weight_model", "bits_per_weight", "bytes_resident", "regret_max")
+    told = {name: record.metrics[name] for name in names if name in record.metrics}
+    return _print({"folder": str(folder)} | told | {"seconds": round(record.metrics["quantize_seconds"], 1)})
