@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     taken = own.game(loaded.session.context(), np.random.default_rng(loaded.seed)).moments
     moments = {name: with_floor(taken[name], own.floor) for name in taken}
     context = dataclasses.replace(
-        loaded.session.context(), moments=lambda: moments, moments_after=lambda key, quantize, share=1: moments
+        loaded.session.context(),
+        moments=lambda: moments,
+        moments_after=lambda key, quantize, share=1, first=None: moments,
     )
     methods: dict[str, Method] = {
         "nash_swarm": dataclasses.replace(own, floor=0.0, gradients_at="full"),

@@ -198,6 +198,22 @@ def _moment_hooks(model: Any, names: Sequence[str], zipf: bool) -> Iterator[dict
             parameter.requires_grad_()
 
 
+@contextlib.contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Round the factors of matrix products to bfloat16 during the context, where the processor has tiles for them.
+
+    With AMX a product takes a third of the time.  Sums stay in float32, so that a moment moves by far less than from
+    one sample of text to the next.  On other processors products stay as they are.
+    """
+    before = torch.get_float32_matmul_precision()
+    if torch.cpu._is_amx_tile_supported():
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def calibrate(
     model: Any,
     names: Sequence[str],
@@ -207,24 +223,27 @@ def calibrate(
     track: Track = no_track,
     score: Score | None = None,
     expected: Expected = "even",
+    rounded: bool = False,
 ) -> MomentsTable:
     """Compute the moments of the modules in ``names``, averaged over all positions of ``windows``.
 
     ``labels`` are sampled from the model (``"model"``, for the true Fisher information) or taken from the text
     (``"text"``, for the empirical one).  ``score``, a function of model, window and generator, replaces the NLL as the
     scalar whose gradient is taken.  ``expected``: how frequent tokens are of which the windows say nothing, ``even`` as
-    in records of older methods, or by Zipf's law (``expected_shares``).  Raises ValueError for a module that the model
-    never uses.
+    in records of older methods, or by Zipf's law (``expected_shares``).  ``rounded``: whether the factors of products
+    may be rounded to bfloat16 (``_bfloat16_products``).  Raises ValueError for a module that the model never uses.
     """
     score = score or functools.partial(summed_nll, labels=labels)
     model.eval()
-    with _moment_hooks(model, names, expected == "zipf") as sums:
-        for window in track(list(windows), "calibrating"):
+    fast = _bfloat16_products() if rounded and windows.device.type == "cpu" else contextlib.nullcontext()
+    with _moment_hooks(model, names, expected == "zipf") as sums, fast:
+        for number, window in enumerate(track(list(windows), "calibrating")):
             scalar = score(model, window, generator)
             _add_inputs(sums.values())
             scalar.backward()
             del scalar  # and its graph, before the next one grows
-            trim_heap()
+            if not number:  # later windows take the memory of the one before; new pages would take a third of the time
+                trim_heap()
     table, means = MomentsTable(), set[int]()
     used = {name: part for name, part in sums.items() if part.positions and part.outputs is not None}
     for name, part in used.items():

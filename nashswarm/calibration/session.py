@@ -19,7 +19,7 @@ from nashswarm.calibration.moments import Expected, calibrate
 from nashswarm.calibration.moments_table import MomentsTable
 from nashswarm.calibration.nll import summed_nll
 from nashswarm.calibration.prefix_replay import PrefixReplay
-from nashswarm.layers import Layer
+from nashswarm.layers import Layer, Moments
 from nashswarm.memory import trim_heap
 from nashswarm.models import evaluation, matrices
 from nashswarm.packed import file_format
@@ -136,14 +136,19 @@ class CalibrationSession:
         tensors = self.cache("moments", {}, lambda: self._calibrate(self.calibration, "even").tensors())
         return MomentsTable.from_tensors(tensors)
 
-    def moments_after(self, key: Mapping[str, Any], quantize: Quantize | None, share: int = 1) -> MomentsTable:
+    def moments_after(
+        self,
+        key: Mapping[str, Any],
+        quantize: Quantize | None,
+        share: int = 1,
+        first: Mapping[str, Moments] | None = None,
+    ) -> MomentsTable:
         """Return the statistics of the model with weights that are quantized already, computed or read from the cache.
 
-        ``quantize`` makes these weights from the statistics of the full model on the first windows, an eighth of all;
-        None stands for full precision.  ``key``: the settings that the weights depend on.  ``share``: one in so many
-        windows counts.  A gradient that vanishes in
-        the full model, as that of a saturated attention head does, need not vanish there, and errors of the size that
-        is made are what counts.
+        ``quantize`` makes these weights from the statistics ``first``, by default those of the full model on the first
+        windows, an eighth of all; None stands for full precision.  ``key``: the settings that the weights depend on.
+        ``share``: one in so many windows counts.  A gradient that vanishes in the full model, as that of a saturated
+        attention head does, need not vanish there, and errors of the size that is made are what counts.
         """
 
         windows = self._one_in(share)
@@ -151,7 +156,7 @@ class CalibrationSession:
         def compute() -> dict[str, Tensor]:
             if quantize is None:
                 return self._calibrate(windows, "zipf").tensors()
-            weights = quantize(self._calibrate(self._one_in(FIRST_SHARE), "zipf"))
+            weights = quantize(self._calibrate(self._one_in(FIRST_SHARE), "zipf") if first is None else first)
             with self._replaced(weights):
                 del weights
                 return self._calibrate(windows, "zipf").tensors()
@@ -166,7 +171,10 @@ class CalibrationSession:
         names = [module for layer in self.layers for module in layer.modules]
         score = summed_nll if self.causal else evaluation.projection
         generator = torch.Generator().manual_seed(self.seed)
-        moments = calibrate(self.full, names, windows, generator, track=self.track, score=score, expected=expected)
+        moments = calibrate(
+            self.full, names, windows, generator, track=self.track, score=score, expected=expected,
+            rounded=expected == "zipf",
+        )  # fmt: skip
         trim_heap()
         return moments
 

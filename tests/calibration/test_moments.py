@@ -195,6 +195,17 @@ def test_calibrate_leaves_model_unchanged(model: Any, token_windows: Tensor, fai
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_calibrate_with_rounded_factors_gives_nearly_the_same_moments(model: Any, token_windows: Tensor) -> None:
+    names = module_names(model)
+    exact = calibrate(model, names, token_windows, torch.Generator(), labels="text")
+    rounded = calibrate(model, names, token_windows, torch.Generator(), labels="text", rounded=True)
+    assert torch.get_float32_matmul_precision() == "highest"
+    for name in names:
+        for field in ("inputs", "outputs", "coupled", "coupled_inputs"):
+            one, other = getattr(exact[name], field), getattr(rounded[name], field)
+            assert (one - other).norm() <= 0.03 * one.norm(), (name, field)
+
+
 def test_calibrate_with_unused_module_raises(model: Any, token_windows: Tensor) -> None:
     model.spare, model.spare_table = nn.Linear(4, 4), nn.Embedding(4, 4)
     with pytest.raises(ValueError, match=re.escape("never uses spare, spare_table")):

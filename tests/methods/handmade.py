@@ -72,7 +72,9 @@ def context_of(
 
     parameters = sum(layer.parameters for layer in layers)
 
-    def moments_after(key: Mapping[str, Any], quantize: Quantize | None, share: int = 1) -> Mapping[str, Moments]:
+    def moments_after(
+        key: Mapping[str, Any], quantize: Quantize | None, share: int = 1, first: Any = None
+    ) -> Mapping[str, Moments]:
         if quantize is not None:
             quantize(moments)
         return moments  # which do not depend on the weights

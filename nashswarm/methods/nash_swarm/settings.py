@@ -111,10 +111,13 @@ class NashSwarm:
         # statistics, from the cache, and differ by what they do with them.
         first = NashSwarm(bits=FIRST_BITS)
         key = {"bits": FIRST_BITS}
-        moments = context.moments_after(key, lambda few: first.first_weights(context, few))
+
+        def once(moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
+            return first.first_weights(context, moments)
+
+        moments = context.moments_after(key, once)
         if self.effort == "best":
-            once = moments
-            moments = context.moments_after(key | {"taken": 2}, lambda few: first.first_weights(context, once))
+            moments = context.moments_after(key | {"taken": 2}, once, first=moments)
         return game_on(moments)
 
     def first_weights(self, context: CalibrationContext, moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:

@@ -111,7 +111,9 @@ def test_no_nash_gives_one_rate_or_two_neighbours_and_more_damage() -> None:
 def test_quick_is_one_pass_at_the_full_model_and_claims_no_equilibrium() -> None:
     context, taken = context_with(SHAPES), []
 
-    def moments_after(key: Mapping[str, Any], quantize: Quantize | None, share: int = 1) -> Mapping[str, Moments]:
+    def moments_after(
+        key: Mapping[str, Any], quantize: Quantize | None, share: int = 1, first: Any = None
+    ) -> Mapping[str, Moments]:
         taken.append((dict(key), quantize, share))
         return context.moments()
 
@@ -123,14 +125,16 @@ def test_quick_is_one_pass_at_the_full_model_and_claims_no_equilibrium() -> None
 
 def test_best_takes_sensitivities_again_at_a_model_compressed_by_the_first_ones() -> None:
     context = context_with(SHAPES)
-    few, first, second = ({name: part} for name, part in zip("abc", context.moments().values(), strict=False))
+    few, once, twice = ({name: part} for name, part in zip("abc", context.moments().values(), strict=False))
     asked, quantized = [], []
 
-    def moments_after(key: Mapping[str, Any], quantize: Quantize | None, share: int = 1) -> Mapping[str, Moments]:
+    def moments_after(
+        key: Mapping[str, Any], quantize: Quantize | None, share: int = 1, first: Any = None
+    ) -> Mapping[str, Moments]:
         assert quantize is not None
-        quantize(few)
+        quantize(few if first is None else first)
         asked.append(tuple(key.items()))
-        return [first, second][len(asked) - 1]
+        return [once, twice][len(asked) - 1]
 
     def first_weights(self: NashSwarm, context: CalibrationContext, moments: Mapping[str, Moments]) -> dict[str, Any]:
         quantized.append(moments)
@@ -140,7 +144,7 @@ def test_best_takes_sensitivities_again_at_a_model_compressed_by_the_first_ones(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NashSwarm, "first_weights", first_weights)
         game = dataclasses.replace(SMALL, effort="best").game(told, np.random.default_rng(0))
-    assert quantized == [few, first] and game.moments is second
+    assert quantized == [few, once] and game.moments is twice
     assert len(set(asked)) == 2
 
 
