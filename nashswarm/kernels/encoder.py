@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, UInt8
+from jaxtyping import Float, Float64, Int32, UInt8
 from torch import Tensor
 
 from nashswarm.kernels import encoder_reference as reference
@@ -87,10 +87,11 @@ def feedback(
     factor, rates = factor.contiguous(), rates.contiguous()
     choices = torch.tensor(offsets, dtype=torch.int32)
     costs = torch.empty(-(-rates.shape[1] // GROUPS_AT_ONCE), len(offsets), dtype=torch.float64)
+    codes, values = (torch.empty(len(offsets), targets.shape[1], dtype=kind) for kind in (torch.uint8, torch.float32))
     _library().nashswarm_trellis_feedback(
         _encoder(columns, targets), len(targets), targets.data_ptr(), factor.data_ptr(), choices.data_ptr(),
         len(offsets), rates.data_ptr(), columns.codes.data_ptr(), columns.values.data_ptr(),
-        columns.scales.data_ptr(), errors.data_ptr(), costs.data_ptr(), _threads(),
+        columns.scales.data_ptr(), errors.data_ptr(), costs.data_ptr(), codes.data_ptr(), values.data_ptr(), _threads(),
     )  # fmt: skip
     return errors
 
@@ -122,14 +123,14 @@ def deviations(
     columns: Columns,
     slopes: Float[Tensor, "columns stored_rows"],
     curvature: Float[Tensor, "columns columns"],
-    mask: int,
+    masks: Int32[Tensor, " groups"],
 ) -> Float64[Tensor, "groups 9"]:
     """Return how much the damage would change if a tile took another rate, for each group of rows and each rate.
 
     The columns are those of one tile.  They reply one after another at the other rate while everything else stays.
-    Bit r of ``mask`` says whether rate r is tried; others have a change of 0.
+    Bit r of its mask says whether a group tries rate r; others have a change of 0.
     """
-    return _deviate(columns, slopes, curvature, mask, None)[1]
+    return _deviate(columns, slopes, curvature, masks, adopted=False)[1]
 
 
 def adopt(
@@ -139,22 +140,22 @@ def adopt(
     rates: UInt8[Tensor, " groups"],
 ) -> Float[Tensor, "columns stored_rows"]:
     """Let the tiles of one tile column take these rates (``KEEP``: stay), and return the moves of the values."""
-    mask = sum(1 << rate for rate in set(rates.tolist()) - {KEEP})
-    return _deviate(columns, slopes, curvature, mask, rates)[0]
+    masks = torch.where(rates == KEEP, 0, 1 << rates.int().clamp(max=INT8)).int()
+    return _deviate(columns, slopes, curvature, masks, adopted=True)[0]
 
 
 def _deviate(
-    columns: Columns, slopes: Tensor, curvature: Tensor, mask: int, chosen: Tensor | None
+    columns: Columns, slopes: Tensor, curvature: Tensor, masks: Tensor, adopted: bool
 ) -> tuple[Tensor, Tensor]:
     if not _has_library():
-        return reference.deviate(columns, slopes, curvature, mask, chosen)
-    moves = torch.zeros_like(slopes) if chosen is not None else slopes.new_empty(0)
-    changes = torch.zeros(slopes.shape[1] // 64, RATES, dtype=torch.float64)
-    curvature = curvature.contiguous()
+        return reference.deviate(columns, slopes, curvature, masks, adopted)
+    moves = torch.zeros_like(slopes) if adopted else slopes.new_empty(0)
+    changes = torch.zeros(len(masks), RATES, dtype=torch.float64)
+    curvature, masks = curvature.contiguous(), masks.int().contiguous()
     _library().nashswarm_trellis_deviations(
         _encoder(columns, slopes), len(slopes), slopes.data_ptr(), curvature.data_ptr(), columns.scales.data_ptr(),
-        mask, None if chosen is None else chosen.data_ptr(), columns.codes.data_ptr(), columns.values.data_ptr(),
-        moves.data_ptr(), changes.data_ptr(), _threads(),
+        masks.data_ptr(), adopted, columns.codes.data_ptr(), columns.values.data_ptr(), moves.data_ptr(),
+        changes.data_ptr(), _threads(),
     )  # fmt: skip
     return moves, changes
 
@@ -192,9 +193,9 @@ def _library() -> ctypes.CDLL:
     assert not isinstance(library, str)
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.nashswarm_trellis_paths.argtypes = [pointer, int32, pointer, pointer, int64, pointer, int32]
-    library.nashswarm_trellis_feedback.argtypes = [pointer, int64, *[pointer] * 3, int64, *[pointer] * 6, int32]
+    library.nashswarm_trellis_feedback.argtypes = [pointer, int64, *[pointer] * 3, int64, *[pointer] * 8, int32]
     library.nashswarm_trellis_sweep.argtypes = [pointer, int64, *[pointer] * 8, int32]
-    library.nashswarm_trellis_deviations.argtypes = [pointer, int64, *[pointer] * 3, int32, *[pointer] * 5, int32]
+    library.nashswarm_trellis_deviations.argtypes = [pointer, int64, *[pointer] * 4, int32, *[pointer] * 4, int32]
     library.nashswarm_trellis_sweep.restype = int64
     for name in ("paths", "feedback", "deviations"):
         getattr(library, f"nashswarm_trellis_{name}").restype = None

@@ -107,25 +107,23 @@ def sweep(columns: "Columns", slopes: Tensor, curvature: Tensor, rates: Tensor) 
 
 
 def deviate(
-    columns: "Columns", slopes: Tensor, curvature: Tensor, mask: int, chosen: Tensor | None
+    columns: "Columns", slopes: Tensor, curvature: Tensor, masks: Tensor, adopted: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``encoder.deviations`` or, given the rates ``chosen``, ``encoder.adopt``."""
-    groups = slopes.shape[1] // ROWS
-    changes, moves = torch.zeros(groups, INT8 + 1, dtype=torch.float64), torch.zeros_like(slopes)
+    """Compute ``encoder.deviations`` or, if they are ``adopted``, ``encoder.adopt``."""
+    changes, moves = torch.zeros(len(masks), INT8 + 1, dtype=torch.float64), torch.zeros_like(slopes)
     for rate in range(INT8 + 1):
-        if not mask >> rate & 1:
+        takes = (masks >> rate & 1).bool()
+        if not takes.any():
             continue
-        takes = torch.ones(groups, dtype=torch.bool) if chosen is None else chosen == rate
         rows = takes.repeat_interleave(ROWS)
         left = slopes.clone()
         for column in range(len(slopes)):
-            rates = torch.full((groups,), rate, dtype=torch.uint8)
-            codes, reply = _reply(columns, left, curvature, column, rates)
+            codes, reply = _reply(columns, left, curvature, column, torch.full(masks.shape, rate, dtype=torch.uint8))
             step = (reply - columns.values[column]) * rows
             change = step * (curvature[column, column] / 2 * step - left[column])
-            changes[:, rate] += change.double().view(groups, ROWS).sum(1)
+            changes[:, rate] += change.double().view(-1, ROWS).sum(1)
             left -= torch.outer(curvature[column], step)
-            if chosen is not None:
+            if adopted:
                 columns.codes[column] = torch.where(rows, codes, columns.codes[column])
                 columns.values[column] = torch.where(rows, reply, columns.values[column])
                 moves[column] += step

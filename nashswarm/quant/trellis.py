@@ -9,13 +9,13 @@ the damage.
 import dataclasses
 
 import torch
-from jaxtyping import Float, Float64, Integer, UInt8
+from jaxtyping import Float, Float64, Int32, Integer, UInt8
 from torch import Tensor
 
 from nashswarm.kernels import encoder, trellis
 from nashswarm.kernels.encoder import KEEP, RATES, Columns
 from nashswarm.kernels.trellis import COLUMN_STEPS, MIDDLE, Trellis
-from nashswarm.kernels.trellis_codes import COLUMNS, UNIT, values_of
+from nashswarm.kernels.trellis_codes import COLUMNS, ROWS, UNIT, values_of
 from nashswarm.quant.trellis_arrangement import Arrangement, Layout
 
 BLOCK = 64  # columns
@@ -107,11 +107,27 @@ def sweep(state: State) -> tuple[float, int]:
     return total, changed
 
 
-def deviations(state: State, tile: int, mask: int = ALL_RATES) -> Float64[Tensor, "groups 9"]:
-    """Return the change of damage if the tiles in one place across replied at each other rate, all others staying."""
+def deviations(state: State, tile: int, masks: Int32[Tensor, " groups"] | None = None) -> Float64[Tensor, "groups 9"]:
+    """Return the change of damage if the tiles in one place across replied at each other rate, all others staying.
+
+    Bit r of its mask says whether a tile tries rate r; by default all are tried.
+    """
+    if masks is None:
+        masks = torch.full((len(state.rates),), ALL_RATES, dtype=torch.int32)
     chosen = _columns_of(state, tile)
     inputs = state.arrangement.inputs[chosen[:, None], chosen]
-    return encoder.deviations(_select(state.columns, chosen), state.slopes[chosen], inputs, mask)
+    return encoder.deviations(_select(state.columns, chosen), state.slopes[chosen], inputs, masks)
+
+
+def most_gain(state: State, tile: int) -> Float64[Tensor, " groups"]:
+    """Return the most by which the damage could fall if the tiles in one place across had any weights at all.
+
+    That is ½ sᵀ H⁻¹ s, of the slopes s of a tile and the part of H between its columns.  No rate can gain more.
+    """
+    chosen = _columns_of(state, tile)
+    slopes = state.slopes[chosen].double()
+    inputs = state.arrangement.inputs[chosen[:, None], chosen].double()
+    return (slopes * torch.linalg.solve(inputs, slopes)).sum(0).view(-1, ROWS).sum(1) / 2
 
 
 def adopt(state: State, tile: int, rates: UInt8[Tensor, " groups"]) -> None:

@@ -171,10 +171,11 @@ def test_deviations_are_the_changes_of_damage_that_adopting_them_makes(problem, 
     columns, weights, curvature, rates = problem
     encoder.sweep(columns, curvature @ (weights - columns.values), curvature, rates)
     slopes = curvature @ (weights - columns.values)
+    masks = torch.full((rates.shape[1],), (1 << INT8 + 1) - 1, dtype=torch.int32)
     if implementation is encoder:
-        changes = encoder.deviations(columns, slopes.clone(), curvature, (1 << INT8 + 1) - 1)
+        changes = encoder.deviations(columns, slopes.clone(), curvature, masks)
     else:
-        changes = reference.deviate(columns, slopes.clone(), curvature, (1 << INT8 + 1) - 1, None)[1]
+        changes = reference.deviate(columns, slopes.clone(), curvature, masks, adopted=False)[1]
     before = _damage(weights, columns, curvature)
     for rate in (0, 2, 3, INT8):
         moved = _copy(columns)

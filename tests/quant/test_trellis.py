@@ -214,10 +214,25 @@ def test_deviations_equal_what_adopting_changes() -> None:
             assert torch.allclose(moved.slopes, moved.arrangement.inputs @ error, atol=1e-4 * float(error.abs().max()))
 
 
-def test_deviations_try_the_rates_of_the_mask_alone() -> None:
-    state = encoded(64, 33)
-    every, some = trellis.deviations(state, 1), trellis.deviations(state, 1, 0b1001)
-    assert torch.equal(some[:, [0, 3]], every[:, [0, 3]]) and not some[:, [1, 2, 4, 5, 6, 7, 8]].any()
+def test_deviations_try_the_rates_of_each_mask_alone() -> None:
+    state = encoded(6 * 64, 33)
+    masks = torch.tensor([0b1001, 0, 0b110, 0b1001, 0b1010, 0b111111111], dtype=torch.int32)
+    every, some = trellis.deviations(state, 1), trellis.deviations(state, 1, masks)
+    tried = (masks[:, None] >> torch.arange(RATES) & 1).bool()
+    assert torch.equal(some, every * tried)
+
+
+def test_most_gain_bounds_every_rate_and_is_reached_by_the_best_weights() -> None:
+    state = encoded(130, 40, seed=4)
+    for tile in range(3):
+        most = trellis.most_gain(state, tile)
+        assert (trellis.deviations(state, tile) >= -1.0001 * most[:, None]).all()
+        best = copy.deepcopy(state)
+        columns = (best.arrangement.layout.tiles == tile).nonzero()[:, 0]
+        inputs = best.arrangement.inputs[columns[:, None], columns]
+        best.columns.values[columns] += torch.linalg.solve(inputs, best.slopes[columns])
+        best.refresh()
+        assert damage_of(state) - damage_of(best) == pytest.approx(float(most.sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize("rate", range(RATES))

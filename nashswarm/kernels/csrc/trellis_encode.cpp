@@ -6,10 +6,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace {
 
-constexpr int ROWS = 64, COLUMNS = 16, STEPS = 16, LANES = 16, GROUPS = 4, RATES = 9, INT8 = 8, SIDE = 4;
+constexpr int ROWS = 64, COLUMNS = 16, STEPS = 16, LANES = 16, GROUPS = 4, RATES = 9, INT8 = 8, SIDE = 4, ENTRIES = 128;
 constexpr float UNIT = 36.0f, FAR = 1e30f;
 constexpr double LOWEST = -128, HIGHEST = 127;  // logarithms of scales, in 1/16 octave
 constexpr int MEMORY[] = {0, 5, 4, 3, 3, 2, 1, 0};
@@ -34,69 +35,126 @@ struct Batch {
     Floats value[STEPS];
 };
 
-// Finds the plain bits that are best after each window of coded bits: their costs and codes.
-template <int RATE, int WINDOWS>
-INLINE void branches(const Batch& batch, const float* table, Floats (*cost)[WINDOWS], Ints (*plain)[WINDOWS]) {
-    constexpr int PLAIN = 1 << (RATE - 1);
-    for (int step = 0; step < STEPS; ++step)
-        for (int window = 0; window < WINDOWS; ++window) {
-            const float* values = table + window * PLAIN;
-            Floats least = batch.target[step] - values[0];
-            least *= least;
-            Ints best = {};
-            for (int bits = 1; bits < PLAIN; ++bits) {
-                Floats other = batch.target[step] - values[bits];
-                other *= other;
-                const Ints better = other < least;
-                least = better ? other : least;
-                best = better ? Ints{} + bits : best;
+// The values after each window of coded bits in ascending order, with the plain bits of each, and what lies half-way between
+// a value and the next one.
+struct Book {
+    float value[ENTRIES], middle[ENTRIES];
+    uint8_t plain[ENTRIES];
+};
+
+// The books of rates 1 … 7, from their tables.
+struct Books {
+    Book by_rate[INT8 - 1];
+
+    explicit Books(const float* tables) {
+        for (int rate = 1; rate < INT8; ++rate) {
+            Book& book = by_rate[rate - 1];
+            const float* table = tables + ENTRIES * (rate - 1);
+            const int width = 1 << (rate - 1), size = 2 * width << MEMORY[rate];
+            for (int entry = 0; entry < size; ++entry) {
+                const int first = entry / width * width;
+                int place = entry;
+                for (; place > first && book.value[place - 1] > table[entry]; --place) {
+                    book.value[place] = book.value[place - 1];
+                    book.plain[place] = book.plain[place - 1];
+                }
+                book.value[place] = table[entry];
+                book.plain[place] = uint8_t(entry - first);
             }
-            cost[step][window] = least * batch.weight[step];
-            plain[step][window] = best;
+            for (int entry = 0; entry + 1 < size; ++entry) book.middle[entry] = (book.value[entry] + book.value[entry + 1]) / 2;
         }
+    }
+
+    const Book& of(int rate) const { return by_rate[rate > 0 && rate < INT8 ? rate - 1 : 0]; }
+};
+
+// Finds the value that is nearest after each window of coded bits: what it costs, and its number among those of the window.
+template <int RATE, int WINDOWS>
+INLINE void branches(const Batch& batch, const Book& book, Floats (*cost)[WINDOWS], Ints (*rank)[WINDOWS]) {
+    constexpr int PLAIN = 1 << (RATE - 1);
+    for (int window = 0; window < WINDOWS; ++window) {
+        const float *values = book.value + window * PLAIN, *middles = book.middle + window * PLAIN;
+        for (int step = 0; step < STEPS; ++step) {
+            Floats nearest = fill(values[0]);
+            Ints number = {};
+            for (int bits = 1; bits < PLAIN; ++bits) {
+                const Ints above = batch.target[step] > middles[bits - 1];
+                nearest = above ? values[bits] : nearest;
+                number = above ? Ints{} + bits : number;
+            }
+            const Floats error = batch.target[step] - nearest;
+            cost[step][window] = error * error * batch.weight[step];
+            rank[step][window] = number;
+        }
+    }
+}
+
+// Takes the better of the two ways into a state, and returns whether it is the one whose window begins with a one.
+template <int STATES>
+INLINE Ints best_way(const Floats* state, const Floats* cost, int at, Floats& total) {
+    const Floats zero = state[at >> 1] + cost[at], one = state[(at | STATES) >> 1] + cost[at | STATES];
+    const Ints better = one < zero;
+    total = better ? one : zero;
+    return better;
+}
+
+// Returns the cost of the best path from a state back to itself.  A state is the last `BITS` coded bits: in as many steps one
+// way leads from the start to each state, and in the last ones only states matter that can still become the start.
+template <int BITS, int WINDOWS>
+INLINE Floats best_circle(const Floats (*cost)[WINDOWS], int start) {
+    constexpr int STATES = 1 << BITS;
+    Floats one[STATES], other[STATES], *state = one, *next = other;
+    state[0] = Floats{};
+    for (int step = 0; step < BITS; ++step) {
+        const Floats* first = cost[step] + (start << (step + 1) & (WINDOWS - 1));  // of the first of 2^step states and a zero
+        for (int after = 0; after < 2 << step; ++after) next[after] = state[after >> 1] + first[after];
+        std::swap(state, next);
+    }
+    for (int step = BITS; step < STEPS - BITS; ++step) {
+        for (int at = 0; at < STATES; ++at) best_way<STATES>(state, cost[step], at, next[at]);
+        std::swap(state, next);
+    }
+    // From here on state[n] is that of the state start >> left | n << (BITS - left), where `left` steps are left.
+    for (int left = BITS - 1; left >= 0; --left) {
+        const Floats* costs = cost[STEPS - 1 - left] + (start >> left);
+        for (int number = 0; number < 1 << left; ++number) {
+            const Floats low = state[number] + costs[number << (BITS - left)];
+            const Floats high = state[number | 1 << left] + costs[number << (BITS - left) | STATES];
+            next[number] = high < low ? high : low;
+        }
+        std::swap(state, next);
+    }
+    return state[0];
 }
 
 template <int RATE>
-INLINE void best_paths(Batch& batch, const float* table) {
+INLINE void best_paths(Batch& batch, const Book& book) {
     constexpr int BITS = MEMORY[RATE], STATES = 1 << BITS, WINDOWS = 2 * STATES, PLAIN = 1 << (RATE - 1);
     Floats cost[STEPS][WINDOWS];
-    Ints plain[STEPS][WINDOWS];
-    branches<RATE, WINDOWS>(batch, table, cost, plain);
+    Ints rank[STEPS][WINDOWS];
+    branches<RATE, WINDOWS>(batch, book, cost, rank);
     Floats state[STATES], next[STATES], least = fill(FAR);
     Ints first = {};
-    for (int start = 0; start < STATES && STATES > 1; ++start) {  // the cost of the best circle through each start
-        for (int at = 0; at < STATES; ++at) state[at] = fill(at == start ? 0.0f : FAR);
-        for (int step = 0; step < STEPS; ++step) {
-            for (int at = 0; at < STATES; ++at) {
-                const Floats zero = state[at >> 1] + cost[step][at];
-                const Floats one = state[(at | STATES) >> 1] + cost[step][at | STATES];
-                next[at] = one < zero ? one : zero;
-            }
-            std::memcpy(state, next, sizeof state);
-        }
-        const Ints better = state[start] < least;
-        least = better ? state[start] : least;
+    for (int start = 0; start < STATES && STATES > 1; ++start) {
+        const Floats circle = best_circle<BITS, WINDOWS>(cost, start);
+        const Ints better = circle < least;
+        least = better ? circle : least;
         first = better ? Ints{} + start : first;
     }
     Ints high[STEPS][STATES];  // whether the oldest bit of the window of the best path into a state is one
     for (int at = 0; at < STATES; ++at) state[at] = first == at ? fill(0.0f) : fill(FAR);
     for (int step = 0; step < STEPS; ++step) {
-        for (int at = 0; at < STATES; ++at) {
-            const Floats zero = state[at >> 1] + cost[step][at];
-            const Floats one = state[(at | STATES) >> 1] + cost[step][at | STATES];
-            high[step][at] = one < zero;
-            next[at] = one < zero ? one : zero;
-        }
+        for (int at = 0; at < STATES; ++at) high[step][at] = best_way<STATES>(state, cost[step], at, next[at]);
         std::memcpy(state, next, sizeof state);
     }
     for (int lane = 0; lane < LANES; ++lane) {
         int at = first[lane];
         for (int step = STEPS - 1; step >= 0; --step) {
-            const int window = high[step][at][lane] ? at | STATES : at;
-            const int bits = plain[step][window][lane];
+            const int window = at | (high[step][at][lane] & STATES);  // without a branch, which nobody could predict
+            const int entry = window * PLAIN + rank[step][window][lane];
             // A window of one bit (no memory) is its own coded bit; otherwise the coded bit is the newest of the window.
-            batch.code[step][lane] = bits << 1 | (window & 1);
-            batch.value[step][lane] = table[window * PLAIN + bits];
+            batch.code[step][lane] = book.plain[entry] << 1 | (window & 1);
+            batch.value[step][lane] = book.value[entry];
             at = window >> 1;
         }
     }
@@ -112,15 +170,15 @@ INLINE void nearest_bytes(Batch& batch) {
         }
 }
 
-WIDENED void encode(Batch& batch, int rate, const float* table) {
+WIDENED void encode(Batch& batch, int rate, const Book& book) {
     switch (rate) {
-        case 1: return best_paths<1>(batch, table);
-        case 2: return best_paths<2>(batch, table);
-        case 3: return best_paths<3>(batch, table);
-        case 4: return best_paths<4>(batch, table);
-        case 5: return best_paths<5>(batch, table);
-        case 6: return best_paths<6>(batch, table);
-        case 7: return best_paths<7>(batch, table);
+        case 1: return best_paths<1>(batch, book);
+        case 2: return best_paths<2>(batch, book);
+        case 3: return best_paths<3>(batch, book);
+        case 4: return best_paths<4>(batch, book);
+        case 5: return best_paths<5>(batch, book);
+        case 6: return best_paths<6>(batch, book);
+        case 7: return best_paths<7>(batch, book);
         case INT8: return nearest_bytes(batch);
         default:
             std::memset(batch.code, 0, sizeof batch.code);
@@ -140,18 +198,16 @@ extern "C" {
 // What all functions share.  Matrices are columns of `rows` floats, rows being a multiple of 64.
 struct Encoder {
     int64_t rows;
-    const float* tables;      // of rates 1 … 7, 128 floats each
-    const float* size;        // [rows]: a weight is expected to be as large as size · scale
+    const float* tables;  // of rates 1 … 7, 128 floats each
+    const float* size;    // [rows]: a weight is expected to be as large as size · scale
 };
 
 }  // extern "C"
 
 namespace {
 
-const float* table_of(const Encoder& encoder, int rate) { return encoder.tables + 128 * (rate > 0 && rate < INT8 ? rate - 1 : 0); }
-
-// Encodes the rows of up to four groups of one column, at the rates of the groups.  `column` receives codes and values.
-WIDENED void encode_column(const Encoder& encoder, const float* target, float scale, const uint8_t* rates, int64_t group,
+// Encodes `count` groups of rows of one column, up to four, at their rates; `sizes` of the rows.
+WIDENED void encode_column(const Books& books, const float* sizes, const float* target, float scale, const uint8_t* rates,
                            int count, uint8_t* codes, float* values) {
     Batch batch;
     bool done[GROUPS] = {};
@@ -166,22 +222,22 @@ WIDENED void encode_column(const Encoder& encoder, const float* target, float sc
             }
         for (int slot = found; slot < GROUPS; ++slot) members[slot] = lead;
         for (int slot = 0; slot < GROUPS; ++slot) {
-            const int64_t first = (group + members[slot]) * ROWS;
+            const int64_t first = members[slot] * ROWS;
             for (int step = 0; step < STEPS; ++step)
                 for (int lane = 0; lane < SIDE; ++lane) {
-                    const float size = encoder.size[first + SIDE * step + lane];
+                    const float size = sizes[first + SIDE * step + lane];
                     batch.target[step][SIDE * slot + lane] = target[first + SIDE * step + lane] * UNIT / (size * scale);
                     batch.weight[step][SIDE * slot + lane] = size * size;
                 }
         }
-        encode(batch, rate, table_of(encoder, rate));
+        encode(batch, rate, books.of(rate));
         for (int slot = 0; slot < found; ++slot) {
-            const int64_t first = (group + members[slot]) * ROWS;
+            const int64_t first = members[slot] * ROWS;
             for (int step = 0; step < STEPS; ++step)
                 for (int lane = 0; lane < SIDE; ++lane) {
                     const int64_t row = first + SIDE * step + lane;
                     codes[row] = uint8_t(batch.code[step][SIDE * slot + lane]);
-                    values[row] = batch.value[step][SIDE * slot + lane] * encoder.size[row] * scale / UNIT;
+                    values[row] = batch.value[step][SIDE * slot + lane] * sizes[row] * scale / UNIT;
                 }
         }
     }
@@ -194,7 +250,7 @@ extern "C" {
 // Finds the best codes of `count` sequences of 16 steps at one rate: targets[count][16] in units of the table.
 EXPORTED void nashswarm_trellis_paths(const float* tables, int rate, const float* targets, const float* weights, int64_t count,
                                       uint8_t* codes, int threads) {
-    const float* table = tables + 128 * (rate > 0 && rate < INT8 ? rate - 1 : 0);
+    const Books books(tables);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t first = 0; first < count; first += LANES) {
         Batch batch;
@@ -205,7 +261,7 @@ EXPORTED void nashswarm_trellis_paths(const float* tables, int rate, const float
                 batch.weight[step][lane] = weights[sequence * STEPS + step];
             }
         }
-        encode(batch, rate, table);
+        encode(batch, rate, books.of(rate));
         for (int lane = 0; lane < LANES && first + lane < count; ++lane)
             for (int step = 0; step < STEPS; ++step) codes[(first + lane) * STEPS + step] = uint8_t(batch.code[step][lane]);
     }
@@ -213,10 +269,13 @@ EXPORTED void nashswarm_trellis_paths(const float* tables, int rate, const float
 
 // One block of columns of error feedback.  targets[columns][rows] are corrected in place; errors[columns][rows] receive
 // what later columns have to compensate for: the later block subtracts factor · errors.  rates[columns][groups].  The scale
-// of each column is the one of least error among `count` offsets, in 1/16 octave, from its root mean square.
+// of each column is the one of least error among `count` offsets, in 1/16 octave, from its root mean square.  Costs and codes
+// of the offsets are kept in costs[batches][count], tried_codes[count][rows] and tried_values[count][rows].
 EXPORTED void nashswarm_trellis_feedback(const Encoder* encoder, int64_t columns, float* targets, const float* factor,
                                          const int32_t* offsets, int64_t count, const uint8_t* rates, uint8_t* codes,
-                                         float* values, float* scales, float* errors, double* costs, int threads) {
+                                         float* values, float* scales, float* errors, double* costs, uint8_t* tried_codes,
+                                         float* tried_values, int threads) {
+    const Books books(encoder->tables);
     const int64_t rows = encoder->rows, groups = rows / ROWS, batches = (groups + GROUPS - 1) / GROUPS;
     const auto members = [&](int64_t batch) { return int(groups - batch * GROUPS < GROUPS ? groups - batch * GROUPS : GROUPS); };
     for (int64_t column = 0; column < columns; ++column) {
@@ -235,40 +294,38 @@ EXPORTED void nashswarm_trellis_feedback(const Encoder* encoder, int64_t columns
             const double code = middle + offsets[choice];
             return float(std::exp2((code < LOWEST ? LOWEST : code > HIGHEST ? HIGHEST : code) / 16));
         };
-        int64_t best = 0;
-        if (count > 1 && coded) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && batches * count > 2) schedule(dynamic)
-            for (int64_t task = 0; task < batches * count; ++task) {
-                const int64_t batch = task / count, begin = batch * GROUPS * ROWS, size = members(batch) * ROWS;
-                float reply[GROUPS * ROWS];
-                uint8_t code[GROUPS * ROWS];
-                const Encoder part{size, encoder->tables, encoder->size + begin};
-                encode_column(part, target + begin, scale_at(task % count), rate + batch * GROUPS, 0, members(batch), code,
-                              reply);
-                double cost = 0;
-                for (int64_t row = 0; row < size; ++row) {
-                    const double left = double(target[begin + row]) - reply[row];
-                    cost += left * left;
-                }
-                costs[task] = cost;
+        const int64_t choices = coded ? count : 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && batches * choices > 1) schedule(dynamic)
+        for (int64_t task = 0; task < batches * choices; ++task) {
+            const int64_t batch = task / choices, choice = task % choices, begin = batch * GROUPS * ROWS;
+            const int64_t size = members(batch) * ROWS;
+            float* reply = tried_values + choice * rows + begin;
+            encode_column(books, encoder->size + begin, target + begin, scale_at(choice), rate + batch * GROUPS,
+                          members(batch), tried_codes + choice * rows + begin, reply);
+            double cost = 0;
+            for (int64_t row = 0; row < size; ++row) {
+                const double left = double(target[begin + row]) - reply[row];
+                cost += left * left;
             }
-            double least = 0;
-            for (int64_t choice = 0; choice < count; ++choice) {
-                double total = 0;
-                for (int64_t batch = 0; batch < batches; ++batch) total += costs[batch * count + choice];
-                if (choice == 0 || total < least) {
-                    least = total;
-                    best = choice;
-                }
+            costs[batch * count + choice] = cost;
+        }
+        int64_t best = 0;
+        double least = 0;
+        for (int64_t choice = 0; choice < choices; ++choice) {
+            double total = 0;
+            for (int64_t batch = 0; batch < batches; ++batch) total += costs[batch * count + choice];
+            if (choice == 0 || total < least) {
+                least = total;
+                best = choice;
             }
         }
         scales[column] = scale_at(best);
+        std::memcpy(codes + column * rows, tried_codes + best * rows, rows);
+        std::memcpy(value, tried_values + best * rows, rows * sizeof(float));
         const float diagonal = 1.0f / factor[column * columns + column];
 #pragma omp parallel for num_threads(threads) if (threads > 1 && batches > 1) schedule(dynamic)
         for (int64_t batch = 0; batch < batches; ++batch) {
             const int64_t begin = batch * GROUPS * ROWS, size = members(batch) * ROWS;
-            encode_column(*encoder, target, scales[column], rate + batch * GROUPS, batch * GROUPS, members(batch),
-                          codes + column * rows, value);
             for (int64_t row = begin; row < begin + size; ++row) error[row] = (target[row] - value[row]) * diagonal;
             for (int64_t later = column + 1; later < columns; ++later)
                 add_product(targets + later * rows + begin, error + begin, -factor[column * columns + later], size);
@@ -282,6 +339,7 @@ EXPORTED void nashswarm_trellis_feedback(const Encoder* encoder, int64_t columns
 EXPORTED int64_t nashswarm_trellis_sweep(const Encoder* encoder, int64_t columns, float* slopes, const float* curvature,
                                          const float* scales, const uint8_t* rates, uint8_t* codes, float* values,
                                          float* moves, double* gains, int threads) {
+    const Books books(encoder->tables);
     const int64_t rows = encoder->rows, groups = rows / ROWS;
     int64_t changed = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic) reduction(+ : changed)
@@ -295,8 +353,8 @@ EXPORTED int64_t nashswarm_trellis_sweep(const Encoder* encoder, int64_t columns
             uint8_t* own = codes + column * rows + begin;
             const float stiffness = curvature[column * columns + column], inverse = 1.0f / stiffness;
             for (int64_t row = 0; row < size; ++row) target[row] = value[row] + slope[row] * inverse;
-            const Encoder part{size, encoder->tables, encoder->size + begin};
-            encode_column(part, target, scales[column], rates + column * groups + group, 0, count, code, reply);
+            encode_column(books, encoder->size + begin, target, scales[column], rates + column * groups + group, count, code,
+                          reply);
             bool moved = false;
             for (int64_t first = 0; first < size; first += ROWS)
                 for (int lane = 0; lane < SIDE; ++lane) {  // one sequence: rows first + lane, + 4, …
@@ -327,56 +385,52 @@ EXPORTED int64_t nashswarm_trellis_sweep(const Encoder* encoder, int64_t columns
     return changed;
 }
 
-// What each tile of one tile column would gain in damage by each rate: its 16 (or fewer) columns reply one after another at
-// the other rate, all other tiles staying.  slopes, values: [columns][rows]; changes[groups][9] receives damage after − before;
-// rates not in `mask` are left out.  With `chosen`, the rates of the groups (255: keep), the replies are adopted instead:
-// codes, values and moves change.
+// What each tile of one tile column would gain in damage by other rates: its 16 (or fewer) columns reply one after another at
+// the other rate, all other tiles staying.  slopes, values: [columns][rows]; changes[groups][9] receives damage after − before
+// at the rates whose bits are set in masks[groups].  If `adopted`, the replies are kept: codes, values and moves change, and a
+// mask has one bit at most.
 EXPORTED void nashswarm_trellis_deviations(const Encoder* encoder, int64_t columns, const float* slopes, const float* curvature,
-                                           const float* scales, int mask, const uint8_t* chosen, uint8_t* codes,
+                                           const float* scales, const int32_t* masks, int adopted, uint8_t* codes,
                                            float* values, float* moves, double* changes, int threads) {
+    const Books books(encoder->tables);
     const int64_t rows = encoder->rows, groups = rows / ROWS;
+    // A task is a rate and four of the groups that try it, which share a batch.
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
-    for (int64_t group = 0; group < groups; group += GROUPS) {
-        const int count = groups - group < GROUPS ? int(groups - group) : GROUPS;
-        const int64_t begin = group * ROWS, size = count * ROWS;
-        float slope[COLUMNS][GROUPS * ROWS], target[GROUPS * ROWS], reply[GROUPS * ROWS], step[GROUPS * ROWS];
+    for (int64_t task = 0; task < RATES * ((groups + GROUPS - 1) / GROUPS); ++task) {
+        const int rate = int(task % RATES);
+        int64_t skipped = task / RATES * GROUPS, group[GROUPS];
+        int count = 0;
+        for (int64_t one = 0; one < groups && count < GROUPS; ++one)
+            if (masks[one] >> rate & 1 && skipped-- <= 0) group[count++] = one;
+        if (!count) continue;
+        float slope[COLUMNS][GROUPS * ROWS], sizes[GROUPS * ROWS], target[GROUPS * ROWS], reply[GROUPS * ROWS];
+        float step[GROUPS * ROWS];
         uint8_t code[GROUPS * ROWS], rates[GROUPS];
-        const Encoder part{size, encoder->tables, encoder->size + begin};
-        for (int rate = 0; rate < RATES; ++rate) {
-            if (!(mask >> rate & 1)) continue;
-            bool any = !chosen;
-            for (int member = 0; member < count; ++member) {
-                rates[member] = uint8_t(rate);
-                any |= chosen && chosen[group + member] == rate;
-            }
-            if (!any) continue;
+        double change[GROUPS] = {};
+        for (int member = 0; member < count; ++member) {
+            rates[member] = uint8_t(rate);
+            std::memcpy(sizes + member * ROWS, encoder->size + group[member] * ROWS, ROWS * sizeof(float));
             for (int64_t column = 0; column < columns; ++column)
-                std::memcpy(slope[column], slopes + column * rows + begin, size * sizeof(float));
-            double change[GROUPS] = {};
-            for (int64_t column = 0; column < columns; ++column) {
-                float* value = values + column * rows + begin;
-                const float stiffness = curvature[column * columns + column], inverse = 1.0f / stiffness;
-                for (int64_t row = 0; row < size; ++row) target[row] = value[row] + slope[column][row] * inverse;
-                encode_column(part, target, scales[column], rates, 0, count, code, reply);
-                for (int member = 0; member < count; ++member) {
-                    const bool takes = !chosen || chosen[group + member] == rate;
-                    for (int64_t row = member * ROWS; row < (member + 1) * ROWS; ++row) {
-                        const float by = takes ? reply[row] - value[row] : 0.0f;
-                        change[member] -= double(by) * (slope[column][row] - 0.5 * double(stiffness) * by);
-                        step[row] = by;
-                    }
-                    if (!chosen || !takes) continue;
-                    for (int64_t row = member * ROWS; row < (member + 1) * ROWS; ++row) {
-                        codes[column * rows + begin + row] = code[row];
-                        value[row] = reply[row];
-                        moves[column * rows + begin + row] += step[row];
-                    }
-                }
-                for (int64_t other = column + 1; other < columns; ++other)
-                    add_product(slope[other], step, -curvature[column * columns + other], size);
-            }
-            for (int member = 0; member < count; ++member) changes[(group + member) * RATES + rate] = change[member];
+                std::memcpy(slope[column] + member * ROWS, slopes + column * rows + group[member] * ROWS, ROWS * sizeof(float));
         }
+        for (int64_t column = 0; column < columns; ++column) {
+            const float stiffness = curvature[column * columns + column], inverse = 1.0f / stiffness;
+            const auto place = [&](int row) { return column * rows + group[row / ROWS] * ROWS + row % ROWS; };
+            for (int row = 0; row < count * ROWS; ++row) target[row] = values[place(row)] + slope[column][row] * inverse;
+            encode_column(books, sizes, target, scales[column], rates, count, code, reply);
+            for (int row = 0; row < count * ROWS; ++row) {
+                const float by = reply[row] - values[place(row)];
+                change[row / ROWS] -= double(by) * (slope[column][row] - 0.5 * double(stiffness) * by);
+                step[row] = by;
+                if (!adopted) continue;
+                codes[place(row)] = code[row];
+                values[place(row)] = reply[row];
+                moves[place(row)] += by;
+            }
+            for (int64_t other = column + 1; other < columns; ++other)
+                add_product(slope[other], step, -curvature[column * columns + other], count * ROWS);
+        }
+        for (int member = 0; member < count; ++member) changes[group[member] * RATES + rate] = change[member];
     }
 }
 

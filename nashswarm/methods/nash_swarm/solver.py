@@ -30,6 +30,8 @@ from nashswarm.quant.trellis import Encoded, State
 from nashswarm.quant.trellis_arrangement import Arrangement, Grouping, Layout, arrange, arrange_again
 
 ROUGHLY = 2e-3  # share of the damage that a sweep has to gain to be followed by another, before the last round
+NEXT = (-1, 1)  # steps from the present rate of a tile: all that is tried before the last round
+ROUNDED_UP = 1.001  # the most that a tile can gain, with room for rounding
 SETTLED = 2e-7  # nats per token: sweeps of a layer, and rounds of the game, end when they gain no more
 
 Result = TypeVar("Result")
@@ -40,8 +42,9 @@ class PlayedLayer:
     """A layer after a round: its codes, its damage, and what its players could still gain.
 
     ``at_rates``: the damage of each tile at each rate, if it alone took that rate and replied, minus its present
-    damage.  ``every_rate``: whether all rates were tried, or only those near the present ones.  ``code_regret``: what
-    the paths of a group of rows could gain, each changing alone, added up; the largest of all groups.
+    damage; infinite at rates that were not tried or cannot gain.  ``code_regret``: what the paths of a group of rows
+    could gain, each changing alone, added up; the largest of all groups.  ``every_rate``: whether all rates were tried,
+    or only those next to the present one.
     """
 
     layout: Layout
@@ -129,7 +132,7 @@ class RateGame:
             played = self._play(played, wanted, price, last=True)
             rates = [part.rates for part in played.values()]
             closed = prices.close([part.at_rates for part in played.values()], rates, left, self.allowed)
-            played = self._play(played, closed, None, last=True)
+            played = self._play(played, closed, price, last=True, forced=True)
             if rate_regret(played, price)[0] < SETTLED:
                 break
             wanted = [prices.best_rates(part.at_rates, price, self.allowed) for part in played.values()]
@@ -138,11 +141,11 @@ class RateGame:
     def uniform(self, budget: int) -> SolvedGame:
         """Encode all tiles at one rate, or at two neighbouring ones dealt evenly, so that the budget is used up."""
         rates = prices.spread(self.shapes(), budget - self.side_bytes(), self.allowed)
-        return SolvedGame(self._encode(rates, last=True), 0.0, {})
+        return SolvedGame(self._encode(rates, last=True, alone=True), 0.0, {})
 
     def once(self, budget: int) -> SolvedGame:
         """Encode all tiles at the first rates, and leave it at that."""
-        return SolvedGame(self._encode(self._first_rates(budget - self.side_bytes())), 0.0, {})
+        return SolvedGame(self._encode(self._first_rates(budget - self.side_bytes()), alone=True), 0.0, {})
 
     def first_weights(self, budget: int) -> DecodedWeights:
         """Return the weights after one pass of error feedback at the first rates."""
@@ -175,20 +178,25 @@ class RateGame:
     def _curvature(self, layer: Layer) -> Curvature:
         return layers.curvature(layer, self.moments, self.floor)
 
-    def _encode(self, rates: Sequence[Rates], last: bool = False) -> dict[str, PlayedLayer]:
-        """Encode every layer at these rates: error feedback, then sweeps."""
+    def _encode(self, rates: Sequence[Rates], last: bool = False, alone: bool = False) -> dict[str, PlayedLayer]:
+        """Encode every layer at these rates: error feedback, then sweeps.  ``alone``: no other rates are tried."""
 
         def encode(layer: Layer, part: Rates) -> PlayedLayer:
             state = trellis.feedback(*self._arrange(layer), torch.from_numpy(part.astype(np.uint8)))
-            return self._settle(state, last)
+            return self._settle(state, last, tried=() if alone else NEXT)
 
         encoded = self._of_layers(encode, "encoding", rates)
         return {layer.name: part for layer, part in zip(self.layers, encoded, strict=True)}
 
     def _play(
-        self, played: dict[str, PlayedLayer], wanted: Sequence[Rates], price: float | None, last: bool = False
+        self,
+        played: dict[str, PlayedLayer],
+        wanted: Sequence[Rates],
+        price: float,
+        last: bool = False,
+        forced: bool = False,
     ) -> dict[str, PlayedLayer]:
-        """Let tiles take the rates that they want, as far as that lowers their cost (always, if ``price`` is None).
+        """Let tiles take the rates that they want, as far as that lowers their cost (always, if they are ``forced``).
 
         After the ``last`` moves every rate of every tile is tried.
         """
@@ -200,8 +208,8 @@ class RateGame:
             arrangement = arrange_again(layer.weight, self._curvature(layer), before.layout)
             state = trellis.reopen(arrangement, before.encoded)
             for tile in np.flatnonzero((rates != before.rates).any(0)):
-                _move(state, int(tile), rates[:, tile], price)
-            return self._settle(state, last)
+                _move(state, int(tile), rates[:, tile], None if forced else price)
+            return self._settle(state, last, self.allowed if last else NEXT, price)
 
         after = self._of_layers(play, "playing", wanted)
         return {layer.name: part for layer, part in zip(self.layers, after, strict=True)}
@@ -223,11 +231,12 @@ class RateGame:
             pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for the layers in work
             torch.set_num_threads(threads)
 
-    def _settle(self, state: State, last: bool = False) -> PlayedLayer:
-        """Sweep until the columns are settled, and measure what each tile would gain by another rate.
+    def _settle(self, state: State, last: bool, tried: Sequence[int], price: float = 0.0) -> PlayedLayer:
+        """Sweep until the columns are settled, and measure what each tile would gain by the rates that are ``tried``.
 
-        By default the sweeps end early, and only rates next to those of a place across are tried; the damage at all
-        others is infinite.
+        Unless it is the ``last`` time, the sweeps end early.  ``NEXT`` stands for the rates next to that of each tile.
+        The damage at rates that are not tried is infinite, and so is that at rates that cannot be worth their bytes,
+        because no weights at all would gain as much.
         """
         enough = SETTLED if last else max(SETTLED, ROUGHLY * state.damage)
         for _ in range(self.sweeps):
@@ -235,18 +244,24 @@ class RateGame:
             if not changed or gain < enough:
                 break
         state.refresh()
-        layout = state.arrangement.layout
-        groups, across = layout.shape
-        at_rates = np.full((groups, across, RATES), np.inf)
-        for tile in range(across):
-            present = state.rates[:, tile]
-            low, high = (self.allowed.index(int(rate)) for rate in (present.min(), present.max()))
-            tried = self.allowed if last else self.allowed[max(low - 1, 0) : high + 2]
-            changes = trellis.deviations(state, tile, sum(1 << rate for rate in tried)).numpy()
-            at_rates[:, tile, tried] = changes[:, tried]
-        own = state.rates.numpy().astype(np.int64)[..., None]
-        np.put_along_axis(at_rates, own, np.minimum(np.take_along_axis(at_rates, own, 2), 0), 2)
-        return PlayedLayer(layout, state.encoded(), state.damage, at_rates, trellis.path_regret(state), last)
+        layout, own = state.arrangement.layout, state.rates.numpy().astype(np.int64)
+        at_rates = np.full((*layout.shape, RATES), np.inf)
+        choices = np.array(self.allowed)
+        for tile in range(layout.shape[1]) if len(tried) else ():
+            rates = own[:, tile, None]
+            if tried is NEXT:
+                place = np.searchsorted(choices, rates)
+                usable = np.abs(np.arange(len(choices)) - place) == 1
+            else:
+                costs = price * prices.BYTES_PER_BIT * (choices - rates)
+                usable = costs < ROUNDED_UP * trellis.most_gain(state, tile).numpy()[:, None]
+            masks = torch.from_numpy((usable << choices).sum(1).astype(np.int32))
+            changes = trellis.deviations(state, tile, masks).numpy()
+            at_rates[:, tile, choices] = np.where(usable, changes[:, choices], np.inf)
+        at_own = np.take_along_axis(at_rates, own[..., None], 2)
+        np.put_along_axis(at_rates, own[..., None], np.minimum(at_own, 0), 2)
+        every_rate = len(tried) == len(self.allowed) and tried is not NEXT
+        return PlayedLayer(layout, state.encoded(), state.damage, at_rates, trellis.path_regret(state), every_rate)
 
 
 def _move(state: State, tile: int, wanted: Integer[np.ndarray, " groups"], price: float | None) -> None:
@@ -254,8 +269,8 @@ def _move(state: State, tile: int, wanted: Integer[np.ndarray, " groups"], price
     own = state.rates[:, tile].numpy().astype(np.int64)
     moving = wanted != own
     if price is not None:
-        mask = sum(1 << int(rate) for rate in set(wanted[moving]))
-        change = trellis.deviations(state, tile, mask).numpy()[np.arange(len(wanted)), wanted]
+        masks = torch.from_numpy(np.where(moving, 1 << wanted, 0).astype(np.int32))
+        change = trellis.deviations(state, tile, masks).numpy()[np.arange(len(wanted)), wanted]
         moving &= change + price * prices.BYTES_PER_BIT * (wanted - own) < 0
     if moving.any():
         trellis.adopt(state, tile, torch.from_numpy(np.where(moving, wanted, KEEP).astype(np.uint8)))

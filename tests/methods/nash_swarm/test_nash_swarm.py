@@ -172,7 +172,8 @@ def test_random_groups_hang_on_the_seed_alone() -> None:
 
 def test_potential_never_rises_when_tiles_move_at_a_fixed_price(context: CalibrationContext) -> None:
     game = game_of(context)
-    played = game.uniform(int(5.5 * context.parameters / 8)).played
+    budget = int(5.5 * context.parameters / 8) - game.side_bytes()
+    played = game._encode(prices.spread(game.shapes(), budget, game.allowed))
     price = prices.price_for(
         [part.at_rates for part in played.values()],
         prices.tile_bytes([part.rates for part in played.values()]),
