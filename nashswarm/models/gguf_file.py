@@ -1,13 +1,13 @@
-"""Write a model of the LLaMA family as a GGUF file, as llama.cpp's own converter does, and read such a file back.
+"""Write a language model as a GGUF file, as llama.cpp's own converter does, and read such a file back.
 
-Tensors get the names of llama.cpp.  Rows of queries and keys are reordered where llama.cpp rotates neighbours instead
-of halves.  A head that is tied to the embedding is stored once: llama.cpp then multiplies by the embedding.
-``gguf_tokenizer`` adds the tokenizer.
+``gguf_architectures`` says where its tensors lie and which hyperparameters it has, ``gguf_tokenizer`` adds the
+tokenizer.  A head that is tied to the embedding is stored once: llama.cpp then multiplies by the embedding.
 """
 
+import collections
 import dataclasses
-import functools
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,38 +18,31 @@ from torch import Tensor
 
 from nashswarm.errors import require
 from nashswarm.models import gguf_tokenizer
+from nashswarm.models.gguf_architectures import (
+    ARCHITECTURES,
+    Layout,
+    add_hyperparameters,
+    check_writable,
+    frequency_factors,
+    layout,
+    neighbours,
+)
 from nashswarm.records.files import write_by
 
-INTERLEAVED = ("q_proj", "k_proj")  # their rows are reordered in architectures that rotate neighbours
-STATIC_ROPE = ("default", "linear", "llama3")  # frequencies that do not depend on the length of the text
-SUFFIXES = (".weight", ".bias")
+ALIGNMENT = 32  # bytes to whose multiples tensors are padded
+FILE_TYPES: Mapping[str, str] = {  # a type of ggml → the file type of llama.cpp whose tensors mostly have it
+    "Q2_K": "MOSTLY_Q2_K", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M",
+    "Q6_K": "MOSTLY_Q6_K", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1", "Q5_0": "MOSTLY_Q5_0",
+    "Q5_1": "MOSTLY_Q5_1", "IQ4_NL": "MOSTLY_IQ4_NL", "IQ4_XS": "MOSTLY_IQ4_XS", "F16": "MOSTLY_F16",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
-    """An architecture of llama.cpp: its ``name``, and whether it rotates neighbouring rows of a head, not halves."""
+class PackedTensor:
+    """A matrix in a type of ggml, ``F16`` or a type of blocks: the bytes of its rows, in the order of the model."""
 
-    name: str
-    rotates_neighbours: bool
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {  # by the model_type of transformers
-    "llama": Architecture("llama", True),
-    "mistral": Architecture("llama", True),
-    "qwen2": Architecture("qwen2", False),
-    "qwen3": Architecture("qwen3", False),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where the parameters of a model lie in its GGUF file.
-
-    ``names``: parameter → tensor of the file.  ``heads``: parameter whose rows are reordered → its number of heads.
-    """
-
-    names: Mapping[str, str]
-    heads: Mapping[str, int]
+    type: str
+    content: UInt8[np.ndarray, "rows bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,56 +54,46 @@ class StoredTensor:
     values: Float[Tensor, "..."]
 
 
-def check_writable(model: Any) -> None:
-    """Raise ValueError in one sentence if the model cannot be written as a GGUF file, before any work."""
-    config, kind = model.config, model.config.model_type
-    if kind not in ARCHITECTURES or model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} cannot be written as GGUF: only language models of {', '.join(ARCHITECTURES)}"
-        )
-    if config.hidden_act != "silu":
-        raise ValueError(f"GGUF files of {kind} imply the activation silu, and this model has {config.hidden_act}")
-    rope = _rope_parameters(config)
-    scaling = rope.get("rope_type", "default")
-    scaled = STATIC_ROPE if ARCHITECTURES[kind].name == "llama" else STATIC_ROPE[:1]
-    if scaling not in scaled or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"rotary embeddings of {scaling} cannot be written as GGUF for {kind}: only {', '.join(scaled)}"
-        )
-
-
-def layout(model: Any) -> Layout:
-    """Return where the parameters of a model lie in its file.  Raises ValueError for one that the file cannot hold."""
-    import gguf
-
-    config, architecture = model.config, ARCHITECTURES[model.config.model_type]
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    names = {name: table.get_name(name, SUFFIXES) for name, _ in model.named_parameters()}
-    if unknown := [name for name, tensor in names.items() if tensor is None]:
-        raise ValueError(f"GGUF files of {architecture.name} have no place for {', '.join(unknown)}")
-    counts = dict(zip(INTERLEAVED, (config.num_attention_heads, config.num_key_value_heads), strict=True))
-    roles = {name: name.split(".")[-2] for name in names}
-    heads = {name: counts[role] for name, role in roles.items() if role in counts and architecture.rotates_neighbours}
-    return Layout(names, heads)
-
-
 def write(
     model: Any,
     out: pathlib.Path,
     dtype: Literal["float16", "float32"] = "float16",
     tokenizer: Any = None,
     name: str | None = None,
+    packed: Mapping[str, PackedTensor] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model to ``out``, its matrices in ``dtype`` and all other tensors in 32 bits.
 
     Without a ``tokenizer`` the file holds what a checkpoint holds, weights and hyperparameters, and llama.cpp reads and
-    writes token ids alone.  ``name``: of the model, for people.  Raises ValueError in one sentence for an architecture
-    or a tokenizer that is not known, or for a weight that 16-bit floats cannot hold; then no file is written.
+    writes token ids alone.  ``name``: of the model, for people.  ``packed``: parameters that are written as they are
+    packed.  ``metadata``: further keys, each with a string, a number or a list of these.  Raises ValueError in one
+    sentence for an architecture or a tokenizer that is not known, or for a weight that 16-bit floats cannot hold; then
+    no file is written.
     """
     require("a GGUF file", ["gguf"], "models")
     check_writable(model)
-    write_by(out, functools.partial(_write, model, dtype, tokenizer, name))
+    contents = _Contents(model, dtype, tokenizer, name, packed or {}, metadata or {})
+    write_by(out, lambda path: (_write(contents, True, path), None)[1])
+
+
+def file_bytes(
+    model: Any, tokenizer: Any, name: str | None, packed: Mapping[str, PackedTensor], metadata: Mapping[str, Any]
+) -> int:
+    """Return the bytes of the file that ``write`` would write with these arguments and 16-bit floats."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "header.gguf"
+        sizes = _write(_Contents(model, "float16", tokenizer, name, packed, metadata), False, path)
+        return padded(path.stat().st_size) + sum(map(padded, sizes))
+
+
+def padded(size: int) -> int:
+    """Return the bytes that a tensor of ``size`` bytes takes in a file.
+
+    >>> padded(32), padded(33)
+    (32, 64)
+    """
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def read(path: pathlib.Path, layout: Layout) -> dict[str, StoredTensor]:
@@ -123,84 +106,94 @@ def read(path: pathlib.Path, layout: Layout) -> dict[str, StoredTensor]:
         tensor = stored[tensor_name]
         values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
         content = np.frombuffer(tensor.data.tobytes(), np.uint8)
-        tensors[name] = StoredTensor(tensor.tensor_type.name, content, halves(values, layout.heads.get(name)))
+        tensors[name] = StoredTensor(tensor.tensor_type.name, content, layout.to_model(name, values))
     return tensors
 
 
-def neighbours(rows: Float[Tensor, "rows ..."], heads: int | None) -> Float[Tensor, "rows ..."]:
-    """Order the rows of each head as llama.cpp rotates them: both halves by turns.  No ``heads``: rows as they are."""
-    return rows if heads is None else rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+    """All that a file is made of; see ``write``."""
+
+    model: Any
+    dtype: str
+    tokenizer: Any
+    name: str | None
+    packed: Mapping[str, PackedTensor]
+    metadata: Mapping[str, Any]
 
 
-def halves(rows: Float[Tensor, "rows ..."], heads: int | None) -> Float[Tensor, "rows ..."]:
-    """Order the rows of each head as transformers rotates them; undoes ``neighbours``."""
-    return rows if heads is None else rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _write(model: Any, dtype: str, tokenizer: Any, name: str | None, path: pathlib.Path) -> None:
+def _write(contents: _Contents, tensors: bool, path: pathlib.Path) -> list[int]:
+    """Write a file, or without ``tensors`` its header alone; return the bytes of all tensors."""
     import gguf
 
-    config, where = model.config, layout(model)
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type].name)
+    model = contents.model
+    where = layout(model)
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[model.config.model_type].name)
     try:
-        _add_hyperparameters(writer, model, dtype, name)
-        if tokenizer is None:
+        if contents.name is not None:
+            writer.add_name(contents.name)
+        writer.add_type("model")
+        add_hyperparameters(writer, model)
+        _add_types(writer, contents)
+        for key, value in contents.metadata.items():
+            _add_value(writer, key, value)
+        if contents.tokenizer is None:
             writer.add_tokenizer_model("none")
         else:
-            gguf_tokenizer.add_tokenizer(writer, tokenizer, len(model.get_input_embeddings().weight))
-        factors = _frequency_factors(model)
+            gguf_tokenizer.add_tokenizer(writer, contents.tokenizer, len(model.get_input_embeddings().weight))
+        factors = frequency_factors(model)
         if factors is not None:
             writer.add_tensor("rope_freqs.weight", factors.numpy())
-        for parameter_name, parameter in model.named_parameters():
-            values = neighbours(parameter.detach().float().cpu(), where.heads.get(parameter_name))
-            if values.ndim > 1 and dtype == "float16":
-                values = values.half()
-                if not values.isfinite().all():
-                    raise ValueError(f"{parameter_name} does not fit 16-bit floats: write the file in float32")
-            writer.add_tensor(where.names[parameter_name], values.contiguous().numpy())
+        for name, parameter in model.named_parameters():
+            content, kind = _stored(name, parameter, contents, where, tensors)
+            writer.add_tensor(where.names[name], content, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        sizes = [tensor.nbytes for tensor in writer.tensors[0].values()]
+        (writer.write_tensors_to_file if tensors else writer.write_ti_data_to_file)()
+        return sizes
     finally:
         writer.close()
 
 
-def _add_hyperparameters(writer: Any, model: Any, dtype: str, name: str | None) -> None:
-    """Add what llama.cpp reads of the config, with the file's type."""
+def _stored(name: str, parameter: Tensor, contents: _Contents, where: Layout, ordered: bool) -> tuple[np.ndarray, Any]:
+    """Return what is written of a parameter, and its type where that is not a float's.
+
+    ``ordered``: whether the rows of packed tensors are put in llama.cpp's order, which takes memory.
+    """
     import gguf
 
-    config = model.config
-    width = _head_width(config)
-    if name is not None:
-        writer.add_name(name)
-    writer.add_type("model")
-    writer.add_file_type({"float32": gguf.LlamaFileType.ALL_F32, "float16": gguf.LlamaFileType.MOSTLY_F16}[dtype])
-    writer.add_vocab_size(len(model.get_input_embeddings().weight))
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(width)
-    writer.add_rope_freq_base(float(_rope_parameters(config).get("rope_theta", 10000.0)))
+    if name in contents.packed:
+        packed = contents.packed[name]
+        heads, rows = where.heads.get(name), packed.content
+        if ordered and heads is not None:
+            rows = neighbours(torch.from_numpy(rows), heads).contiguous().numpy()
+        return rows, gguf.GGMLQuantizationType[packed.type]
+    values = where.to_file(name, parameter.detach().float().cpu())
+    if values.ndim > 1 and contents.dtype == "float16":
+        values = values.half()
+        if not values.isfinite().all():
+            raise ValueError(f"{name} does not fit 16-bit floats: write the file in float32")
+    return values.contiguous().numpy(), None
 
 
-def _frequency_factors(model: Any) -> Float[Tensor, " half"] | None:
-    """Return by how much the model's rotary frequencies are below those of its base, None if they are the same."""
-    config, actual = model.config, model.base_model.rotary_emb.inv_freq.float().cpu()
-    exponents = torch.arange(0, _head_width(config), 2).double() / _head_width(config)
-    base = float(_rope_parameters(config).get("rope_theta", 10000.0)) ** -exponents
-    factors = (base / actual.double()).float()
-    return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
+def _add_types(writer: Any, contents: _Contents) -> None:
+    """Add the file's type, that of most weights, which llama.cpp shows to people."""
+    import gguf
+
+    weights: collections.Counter[str] = collections.Counter()
+    for packed in contents.packed.values():
+        weights[packed.type] += packed.content.nbytes
+    kind = (
+        FILE_TYPES[weights.most_common(1)[0][0]]
+        if weights
+        else {"float32": "ALL_F32"}.get(contents.dtype, "MOSTLY_F16")
+    )
+    writer.add_file_type(gguf.LlamaFileType[kind])
+    if weights:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _head_width(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _rope_parameters(config: Any) -> Mapping[str, Any]:
-    return getattr(config, "rope_parameters", None) or {}
+def _add_value(writer: Any, key: str, value: Any) -> None:
+    kinds = {str: writer.add_string, float: writer.add_float64, int: writer.add_uint64, list: writer.add_array}
+    kinds[type(value)](key, value)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from nashswarm.models import gguf_file, sources
+from nashswarm.models import gguf_architectures, gguf_file, sources
 from tests.models.gguf_file import interleave
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -38,6 +38,25 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: transformers.MistralConfig(**SHARED),
     "qwen2": lambda: transformers.Qwen2Config(**SHARED, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**SHARED, head_dim=16),
+    "gemma": lambda: transformers.GemmaConfig(**SHARED, head_dim=24, pad_token_id=0),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SHARED, head_dim=16, query_pre_attn_scalar=16, sliding_window=20, attn_logit_softcapping=1.0, pad_token_id=0
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SHARED | {"num_hidden_layers": 6},
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=20,
+        pad_token_id=0,
+        rope_parameters={
+            f"{kind}_attention": {"rope_type": "default", "rope_theta": theta}
+            for kind, theta in (("sliding", 500.0), ("full", 20000.0))
+        },
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SHARED, pad_token_id=0, original_max_position_embeddings=64),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1
+    ),
 }
 
 
@@ -98,23 +117,31 @@ def divergence(full: Tensor, other: Tensor) -> float:
     return float((full.exp() * (full - other)).sum(-1).mean())
 
 
+def as_layers_have(model: Any, name: str, parameter: Tensor) -> Tensor:
+    """Return a parameter as it is read back: matrices as (out, in), norms of Gemma rounded with one added."""
+    kind, values = model.config.model_type, parameter.detach()
+    if kind.startswith("gemma") and name.endswith("norm.weight"):
+        return (values + 1) - 1
+    return values.T if kind == "gpt2" and ".h." in name and values.ndim > 1 else values
+
+
 def test_write_in_32_bits_reads_back_every_parameter(model: Any, tmp_path: pathlib.Path) -> None:
     gguf_file.write(model, tmp_path / "model.gguf", "float32")
-    stored = gguf_file.read(tmp_path / "model.gguf", gguf_file.layout(model))
+    stored = gguf_file.read(tmp_path / "model.gguf", gguf_architectures.layout(model))
     parameters = dict(model.named_parameters())
     assert list(stored) == list(parameters)
     for name, parameter in parameters.items():
-        assert stored[name].type == "F32" and torch.equal(stored[name].values, parameter.detach())
+        assert stored[name].type == "F32" and torch.equal(stored[name].values, as_layers_have(model, name, parameter))
         assert stored[name].content.nbytes == 4 * parameter.numel()
 
 
 def test_write_in_16_bits_rounds_matrices_alone(model: Any, tmp_path: pathlib.Path) -> None:
     gguf_file.write(model, tmp_path / "model.gguf")
-    stored = gguf_file.read(tmp_path / "model.gguf", gguf_file.layout(model))
+    stored = gguf_file.read(tmp_path / "model.gguf", gguf_architectures.layout(model))
     for name, parameter in model.named_parameters():
-        expected = parameter.half().float() if parameter.ndim > 1 else parameter
+        values = as_layers_have(model, name, parameter)
         assert stored[name].type == ("F16" if parameter.ndim > 1 else "F32")
-        assert torch.equal(stored[name].values, expected.detach())
+        assert torch.equal(stored[name].values, values.half().float() if parameter.ndim > 1 else values)
 
 
 def test_write_llama_puts_both_halves_of_a_head_by_turns(tmp_path: pathlib.Path) -> None:
@@ -149,7 +176,7 @@ def test_write_loads_in_llama_cpp_with_the_same_logits(model: Any, tmp_path: pat
     tokens = torch.randint(512, (48,), generator=torch.Generator().manual_seed(0))
     expected = log_probabilities(model, tokens)
     found = llama_cpp_log_probabilities(tmp_path / "model.gguf", tokens)
-    assert (found - expected).abs().max() < 2e-3  # its exponentials are rounded
+    assert (found - expected).abs().max() < 4e-3  # its exponentials are rounded
     assert abs(divergence(expected, found)) < 1e-6
     wrong = log_probabilities(build(model.config), tokens.flip(0))
     assert divergence(expected, wrong) > 1e-2
@@ -210,9 +237,9 @@ def test_write_tokenizer_cuts_text_in_llama_cpp_as_before(
     loaded.close()
 
 
-def test_write_other_architecture_raises_before_any_file(tiny: Any, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be written as GGUF: only language models of llama, "):
-        gguf_file.write(tiny, tmp_path / "model.gguf")
+def test_write_other_architecture_raises_before_any_file(random_model: Any, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="OPTForCausalLM cannot be written as GGUF: only language models of llama, "):
+        gguf_file.write(random_model("opt"), tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
 
 

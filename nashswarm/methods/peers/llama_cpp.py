@@ -26,7 +26,7 @@ from nashswarm.calibration.context import CalibrationContext
 from nashswarm.errors import Unsupported, require
 from nashswarm.layers import Layer, Moments
 from nashswarm.methods.method import Compressed
-from nashswarm.models import gguf_file
+from nashswarm.models import gguf_architectures, gguf_file
 
 TYPES: Mapping[str, str] = {  # a file type of llama.cpp → the type of most of its tensors
     "IQ1_S": "IQ1_S", "IQ1_M": "IQ1_M", "IQ2_XXS": "IQ2_XXS", "IQ2_XS": "IQ2_XS", "IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S",
@@ -73,8 +73,8 @@ class LlamaCpp:
         require(f"method.type={self.type}", ["gguf", "llama-cpp-python"], "llamacpp")
         assert context.calibration is not None
         model, _ = context.calibration
-        gguf_file.check_writable(model)
-        layout = gguf_file.layout(model)
+        gguf_architectures.check_writable(model)
+        layout = gguf_architectures.layout(model)
         names = {layer.name: layout.names[f"{layer.name}.weight"] for layer in context.layers}
         matrices = [layout.names[name] for name, parameter in model.named_parameters() if parameter.ndim > 1]
         types = {name: "F32" for name in matrices if name not in names.values()}

@@ -17,7 +17,7 @@ from nashswarm.experiment import plan
 from nashswarm.methods.method import Compressed, Method
 from nashswarm.methods.peers import llama_cpp
 from nashswarm.methods.peers.llama_cpp import IMATRIX_ONLY, TYPES, LlamaCpp
-from nashswarm.models import gguf_file, matrices
+from nashswarm.models import gguf_architectures, gguf_file, matrices
 from tests.models.test_gguf_file import build, divergence, llama_cpp_log_probabilities, log_probabilities
 
 WIDE = {  # of which every type of llama.cpp can pack every row
@@ -95,9 +95,9 @@ def test_compress_without_the_library_says_how_to_install_it(wide: Any, monkeypa
 
 
 @pytest.mark.usefixtures("installed")
-def test_compress_model_of_another_architecture_raises(tiny: Any) -> None:
-    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be written as GGUF"):
-        compress(LlamaCpp("Q4_0"), tiny)
+def test_compress_model_of_another_architecture_raises(random_model: Any) -> None:
+    with pytest.raises(ValueError, match="OPTForCausalLM cannot be written as GGUF"):
+        compress(LlamaCpp("Q4_0"), random_model("opt"))
 
 
 @pytest.mark.usefixtures("installed")
@@ -128,7 +128,7 @@ def test_compress_weights_are_those_that_llama_cpp_multiplies_by(kind: str, wide
     tokens = torch.randint(300, (48,), generator=torch.Generator().manual_seed(2))
     full = log_probabilities(wide, tokens)
     session = session_of(wide)
-    context, names = session.context(), gguf_file.layout(wide).names
+    context, names = session.context(), gguf_architectures.layout(wide).names
     importance = {
         names[f"{layer.name}.weight"]: llama_cpp.column_importance(layer, context.moments()) for layer in session.layers
     }
