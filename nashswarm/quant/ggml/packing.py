@@ -31,7 +31,7 @@ def _pack(matrix: BlockMatrix) -> UInt8[np.ndarray, "rows bytes"]:
     kind, scales = matrix.scales.kind, matrix.scales
 
     def by_block(part: Tensor | None, width: int) -> Part:
-        return np.empty((0, width)) if part is None else part.numpy().reshape(-1, width)
+        return np.empty((scales.scale.numel(), 0)) if part is None else part.numpy().reshape(-1, width)
 
     groups = kind.block // kind.group
     codes, steps = by_block(matrix.codes, kind.block), by_block(scales.scale, 1).view(np.uint8)
