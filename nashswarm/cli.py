@@ -12,10 +12,11 @@ from typing import get_args
 import torch
 
 from nashswarm import __version__, api, inference
-from nashswarm.experiment import commands
+from nashswarm.experiment import commands, gguf_export
 from nashswarm.experiment.certify import LIMIT
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.measures.contestants import CONTESTANTS
+from nashswarm.methods.gguf_types.type_game import ALL_TYPES
 from nashswarm.methods.nash_swarm.settings import Effort
 from nashswarm.models import shapes
 from nashswarm.progress import end_interrupted
@@ -64,8 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         "weights, tokenizer, model card, and what certifies it. Prints one JSON object.",
     )
     into.add_argument("model", metavar="MODEL", help="folder or hub name; 'default' is the one that comes along")
-    into.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="new or empty")
-    into.add_argument("--bits", type=float, default=3.0, help="stored bits per parameter, everything counted (3.0)")
+    into.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="new or empty; of --to gguf a new .gguf file")
+    into.add_argument(
+        "--bits", "--target-bits", type=float, help="stored bits per parameter, everything counted (3.0)"
+    )  # fmt: skip
+    into.add_argument("--to", choices=["gguf"], help="one file for llama.cpp, whose tensors choose their types")
+    _add_target(into)
     into.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
     into.add_argument("--effort", choices=get_args(Effort), default="default", help="of nash_swarm; quick is one pass")
     into.add_argument(
@@ -171,12 +176,15 @@ def build_parser() -> argparse.ArgumentParser:
         "a compressed model as one file for onnxruntime, or as a program of torch.export",
         "Write the compressed model in FOLDER, weights packed, cache in and out, to FILE, and compare its "
         "logits with the model's own on real text. onnx: MatMulNBits of onnxruntime, and bit planes; onnx-qdq: INT4 "
-        "and INT8 codes in standard operators, four bits of a weight or more; torch-export: this package's kernels. "
-        "Prints one JSON object.",
+        "and INT8 codes in standard operators, four bits of a weight or more; torch-export: this package's kernels; "
+        "gguf: the full model again, in types of llama.cpp. Prints one JSON object.",
     )
     _add_folder(exported)
-    exported.add_argument("--to", choices=sorted(export.TARGETS), required=True)
-    exported.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new .onnx or .pt2")
+    exported.add_argument("--to", choices=sorted([*export.TARGETS, "gguf"]), required=True)
+    exported.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new .onnx, .pt2 or .gguf")
+    exported.add_argument("--target-bits", type=float, help="of --to gguf: bits per parameter of the whole file")
+    _add_target(exported)
+    _add_paths(exported)
     exported.add_argument(
         "--activations", choices=ACTIVATIONS, default="float32", help="what inputs of products are rounded to (float32)"
     )
@@ -204,6 +212,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="of a model that compress or save= made")
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target-size", type=_size, metavar="SIZE", help="of --to gguf: the whole file at most, such as 4.2GB or 90MiB"
+    )
+    parser.add_argument(
+        "--types", nargs="+", choices=ALL_TYPES, metavar="TYPE", help=f"of --to gguf ({' '.join(ALL_TYPES)})"
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return gguf_export.parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:

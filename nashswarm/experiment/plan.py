@@ -182,16 +182,16 @@ def config_of(source: sources.Source, method: Method, dataset: Any, measure: Mea
     """Return the config of a run that Hydra did not compose; ``root``: keys that differ from the root's defaults."""
     groups = {"model": source, "method": method, "dataset": dataset, "measure": measure}
     plain = dataclasses.asdict(Root()) | {"wandb": "disabled"} | root
-    return OmegaConf.create(plain | {name: _described(value) for name, value in groups.items()})
+    return OmegaConf.create(plain | {name: described(value) for name, value in groups.items()})
 
 
-def _described(value: Any) -> Any:
+def described(value: Any) -> Any:
     """Return a value as a config that builds it."""
     if dataclasses.is_dataclass(value):
         kind = type(value)
-        fields = {field.name: _described(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: described(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"_target_": f"{kind.__module__}.{kind.__qualname__}"} | fields
-    return [_described(item) for item in value] if isinstance(value, list | tuple) else value
+    return [described(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def choose_task(config: DictConfig, method: Method) -> distillation.Recovery | None:

@@ -1,7 +1,8 @@
 """Language models and classifiers of transformers: where they come from, their weight matrices, and their quality.
 
 ``sources`` loads a model with its tokenizer; the embedded one lies in ``default_model``.  ``packaged_gguf`` finds the
-GGUF file of a Python package; ``gguf_file`` writes and reads such files, and ``gguf_tokenizer`` adds the tokenizer.
+GGUF file of a Python package; ``gguf_file`` writes and reads such files, as ``gguf_architectures`` and
+``gguf_tokenizer`` say.
 ``matrices`` finds the weight matrices of a model and replaces them.  ``experts`` executes mixtures of experts and
 splits fused ones into linear layers.  ``classifier`` fine-tunes classifiers once and caches them.  ``evaluation``
 computes the negative log-likelihood of text and the distance to the full model.  ``sampled_text`` samples text from a

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -135,7 +135,7 @@ def layout(model: Any) -> Layout:
     return Layout(names, heads, frozenset(transposed), frozenset(norms))
 
 
-def neighbours(rows: Float[Tensor, "rows ..."], heads: int | None) -> Float[Tensor, "rows ..."]:
+def neighbours(rows: Shaped[Tensor, "rows ..."], heads: int | None) -> Shaped[Tensor, "rows ..."]:
     """Order the rows of each head as llama.cpp rotates them: both halves by turns.  No ``heads``: rows as they are."""
     return rows if heads is None else rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 

@@ -6,6 +6,7 @@ tokenizer.  A head that is tied to the embedding is stored once: llama.cpp then 
 
 import collections
 import dataclasses
+import logging
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -126,6 +127,7 @@ def _write(contents: _Contents, tensors: bool, path: pathlib.Path) -> list[int]:
     """Write a file, or without ``tensors`` its header alone; return the bytes of all tensors."""
     import gguf
 
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it logs every file
     model = contents.model
     where = layout(model)
     writer = gguf.GGUFWriter(path, ARCHITECTURES[model.config.model_type].name)

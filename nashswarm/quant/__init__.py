@@ -6,5 +6,6 @@ grouped ones, with an entropy coder, in the checksummed bytes of ``container``. 
 derivatives of the loss.  ``error_feedback`` is one pass of GPTQ, ``coordinate_descent`` improves its codes until no
 weight can, ``lattice_codes`` does both on a lattice, and ``trainable_codes`` trains codes by gradient descent.
 ``trellis_arrangement`` weights, groups and rotates a matrix for trellis tiles, ``trellis`` encodes it, and
-``codebooks`` trains the tables of its values.  ``prototype`` is the quantizer of the published prototype.
+``codebooks`` trains the tables of its values.  ``prototype`` is the quantizer of the published prototype, and
+``ggml`` rounds to the block types of llama.cpp.
 """
