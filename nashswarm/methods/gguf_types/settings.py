@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ class GgufTypes:
     earlier runs.
     """
 
+    library: ClassVar[str] = "llama.cpp"
     bits: float = 4.5
     types: Sequence[str] = ALL_TYPES
     sweeps: int = 3
@@ -86,7 +87,7 @@ class GgufTypes:
             metrics=rounded.game.metrics()
             | {"bits_per_weight_resident": 8 * stored / weights, "damage": sum(rounded.damage.values())},
             float_bits=32,
-            foreign="llama.cpp",
+            foreign=self.library,
             file_bytes=total - rounded.game.room,
         )
 
