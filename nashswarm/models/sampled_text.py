@@ -5,14 +5,16 @@ passages.  Each passage begins as text of some kind does (article, story, code, 
 word of the model's vocabulary, so that the passages have many tokens.  Passages that repeat themselves are left out.
 """
 
+import itertools
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from nashswarm.data.corpus import begins_with_bos
 from nashswarm.models.sources import max_tokens
@@ -54,8 +56,12 @@ def sample_text(model: Any, tokenizer: Any, tokens: int, seed: int = 0, track: T
     passages: list[str] = []
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
-        for batch in track(batches, "sampling text to calibrate with"):
-            passages += continue_passages(model, tokenizer, batch, length)
+        longest = [max(map(len, batch)) for batch in batches]
+        steps = iter(track(range(sum(length - already for already in longest)), "sampling text to calibrate with"))
+        for batch, already in zip(batches, longest, strict=True):
+            done = _Steps(steps)
+            passages += continue_passages(model, tokenizer, batch, length, done)
+            done.advance(length - already - done.count)  # a batch may end early
     random.Random(seed).shuffle(passages)
     varied = [passage for passage in passages if repetition(passage) <= MOST_REPETITIVE]
     return "\n\n".join(varied or passages)
@@ -92,8 +98,32 @@ def beginnings(tokenizer: Any, count: int, seed: int) -> list[list[int]]:
     return begun
 
 
-def continue_passages(model: Any, tokenizer: Any, begun: Sequence[Sequence[int]], length: int) -> list[str]:
-    """Return passages of at most ``length`` tokens with these beginnings."""
+class _Steps(transformers.StoppingCriteria):
+    """Advances ``steps`` by one for every token of a batch, and never stops its generation; ``count``: so far."""
+
+    def __init__(self, steps: Iterator[Any]) -> None:
+        self.steps, self.count = steps, 0
+
+    def __call__(self, tokens: Tensor, scores: Any, **options: Any) -> Tensor:
+        self.advance(1)
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+    def advance(self, count: int) -> None:
+        for _ in itertools.islice(self.steps, count):
+            self.count += 1
+
+
+def continue_passages(
+    model: Any,
+    tokenizer: Any,
+    begun: Sequence[Sequence[int]],
+    length: int,
+    at_every_token: transformers.StoppingCriteria | None = None,
+) -> list[str]:
+    """Return passages of at most ``length`` tokens with these beginnings.
+
+    ``at_every_token`` is called whenever each of them has another token.
+    """
     longest = max(map(len, begun))
     end = tokenizer.eos_token_id
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end or 0
@@ -102,10 +132,13 @@ def continue_passages(model: Any, tokenizer: Any, begun: Sequence[Sequence[int]]
     settings = transformers.GenerationConfig(
         do_sample=True, temperature=TEMPERATURE, top_k=LIKELIEST, top_p=1.0, max_length=length, min_new_tokens=1,
         eos_token_id=end, pad_token_id=padding, repetition_penalty=1.0,
+        # A cache that grows is copied at every token: a third of the time.
+        cache_implementation="static" if getattr(model, "_can_compile_fullgraph", False) else None,
     )  # fmt: skip
     found = model.generate(
-        tokens.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-    ).cpu()
+        tokens.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
+        stopping_criteria=None if at_every_token is None else transformers.StoppingCriteriaList([at_every_token]),
+    ).cpu()  # fmt: skip
     passages = []
     for row, part in zip(found.tolist(), begun, strict=True):
         new = row[longest:]

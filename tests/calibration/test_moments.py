@@ -206,6 +206,21 @@ def test_calibrate_with_rounded_factors_gives_nearly_the_same_moments(model: Any
             assert (one - other).norm() <= 0.03 * one.norm(), (name, field)
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+def test_calibrate_with_another_number_of_threads_gives_the_same_moments(
+    rounded: bool, model: Any, token_windows: Tensor
+) -> None:
+    before, names, tables = torch.get_num_threads(), module_names(model), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            tables.append(calibrate(model, names, token_windows, torch.Generator().manual_seed(0), rounded=rounded))
+    finally:
+        torch.set_num_threads(before)
+    one, two = (table.tensors() for table in tables)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_calibrate_with_unused_module_raises(model: Any, token_windows: Tensor) -> None:
     model.spare, model.spare_table = nn.Linear(4, 4), nn.Embedding(4, 4)
     with pytest.raises(ValueError, match=re.escape("never uses spare, spare_table")):

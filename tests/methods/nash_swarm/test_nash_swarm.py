@@ -161,6 +161,17 @@ def test_compress_same_seed_gives_the_same_bytes() -> None:
     assert first.metrics == again.metrics and first.allocation == again.allocation
 
 
+def test_compress_with_another_number_of_threads_gives_the_same_bytes() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 - min(before, 2))
+    try:
+        again = SMALL.compress(context_with(SHAPES), np.random.default_rng(0))
+    finally:
+        torch.set_num_threads(before)
+    first = compressed("nash_swarm")
+    assert all(np.array_equal(first.packed[name], again.packed[name]) for name in first.packed)
+
+
 def test_random_groups_hang_on_the_seed_alone() -> None:
     orders = [
         form.parse(torch.from_numpy(compressed("random_groups", seed).packed["h.0.up"])).row_order for seed in (0, 1)
