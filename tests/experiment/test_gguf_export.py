@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from nashswarm.cli import main
-from nashswarm.models import gguf_architectures, gguf_file, matrices
+from nashswarm.models import gguf_architectures, gguf_file, matrices, sources
 from tests.models.test_gguf_file import divergence, llama_cpp_log_probabilities, log_probabilities
 
 pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -128,3 +128,18 @@ def test_compress_into_a_file_that_exists_raises(
     assert main(["compress", str(model_folder), "--to", "gguf", "--bits", "8", "--out", str(made[0])]) == 2
     assert "tiny.gguf exists; name another file or delete it" in capsys.readouterr().err
     assert made[0].read_bytes() == before
+
+
+@pytest.mark.slow
+def test_llama_cpp_writes_the_greedy_text_of_the_decoded_model(options: list[str], tmp_path: pathlib.Path) -> None:
+    library = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    out = tmp_path / "default.gguf"
+    assert main(["compress", "default", "--to", "gguf", "--bits", "6", *TYPES, "--out", str(out), *options]) == 0
+    full = transformers.AutoModelForCausalLM.from_pretrained(sources.EMBEDDED, dtype=torch.float32).eval()
+    model, tokenizer, prompt = decoded(out, full), _tokenizer(sources.EMBEDDED), "The function returns a list of"
+    tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    expected = model.generate(tokens, do_sample=False, max_new_tokens=16)[0, tokens.shape[1] :]
+    loaded = library.Llama(str(out), n_ctx=64, verbose=False)
+    said = loaded(prompt, max_tokens=16, temperature=0.0)["choices"][0]["text"]
+    loaded.close()
+    assert said == tokenizer.decode(expected)
