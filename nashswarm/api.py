@@ -22,8 +22,8 @@ from nashswarm.methods.method import Method
 from nashswarm.methods.nash_lattice.settings import NashLattice
 from nashswarm.methods.nash_swarm.settings import Effort, NashSwarm
 from nashswarm.methods.uniform import Uniform
-from nashswarm.models import matrices, sources
-from nashswarm.models.experts import unfuse
+from nashswarm.models import architecture, matrices, sources
+from nashswarm.models.split_experts import unfuse
 from nashswarm.packed import checkpoint
 
 METHODS = {
@@ -88,6 +88,8 @@ def compress(
         raise ValueError(f"nashswarm compresses models of transformers, not a {type(model).__name__}")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantized already; call model.dequantize() first or start from the full model")
+    architecture.check(type(model), model.config)
+    architecture.check_embedding(model)
     windows, about = _windows(model, tokenizer, calibration)
     rng = np.random.default_rng(seed)
     drawn = corpus.draw_windows(windows.to(model.device), None, None, rng)
@@ -102,7 +104,7 @@ def compress(
     if model.device.type != "cpu":
         compressed.to(model.dtype)
     _, sizes = session.store(result.packed, result.weights, result.float_bits)
-    checkpoint.adopt(compressed, layers, result.packed, result.float_bits)
+    checkpoint.adopt(compressed, session.layers, result.packed, result.float_bits)
     return compressed, Report(
         bytes_file=int(sizes["bytes_file"]),
         compression=sizes["compression"],
@@ -191,7 +193,7 @@ def _check(windows: Tensor, model: Any) -> None:
         )
     if windows.shape[1] < 2:
         raise ValueError("a window needs at least 2 tokens, the second to be predicted from the first")
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = architecture.max_window(model)
     if longest is not None and windows.shape[1] > longest:
         raise ValueError(f"windows of {windows.shape[1]} tokens are longer than the model's maximum of {longest}")
     size = len(model.get_input_embeddings().weight)

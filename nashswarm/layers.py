@@ -57,18 +57,19 @@ class Layer:
 def curvature(layer: Layer, moments: Mapping[str, Moments], floor: float = 0.0) -> Curvature:
     """Return the second derivatives of the loss in the weights of a layer, summed over the modules that share it.
 
-    ``moments`` are by module name.  ``floor``: the share of the layer's mean row sensitivity that every row gets on top
-    of its own (see ``Curvature.with_row_floor``).  Raises ValueError if two modules multiply by the same matrix.
+    ``moments`` are by module name.  Where several modules multiply by the matrix, the sum of their f ⊗ H is replaced by
+    the one product of an f and an H with the same sums over rows and over columns.  ``floor``: the share of the layer's
+    mean row sensitivity that every row gets on top of its own (see ``Curvature.with_row_floor``).
     """
-    products = [moments[module] for module in layer.modules if not moments[module].lookup]
-    embeddings = [moments[module] for module in layer.modules if moments[module].lookup]
-    lookups = [torch.outer(part.inputs, part.outputs) for part in embeddings]
+    parts = [moments[module] for module in layer.modules]
+    lookups = [torch.outer(part.inputs, part.outputs) for part in parts if part.lookup]
+    products = [(part.coupled, (part.inputs + part.coupled_inputs) / 2) for part in parts if not part.lookup]
+    rows, inputs = (torch.zeros(len(layer.weight)), None) if not products else products[0]
     if len(products) > 1:
-        raise ValueError(
-            f"{' and '.join(layer.modules)} share a matrix and both multiply: leave it out by model.exclude"
-        )
+        rows = functools.reduce(torch.add, [f * h.trace() for f, h in products])
+        inputs = functools.reduce(torch.add, [f.sum() * h for f, h in products])
+        total = rows.sum()
+        inputs = inputs / total if total > 0 else products[0][1]
     return Curvature(
-        rows=products[0].coupled if products else torch.zeros(len(layer.weight)),
-        inputs=(products[0].inputs + products[0].coupled_inputs) / 2 if products else None,
-        lookups=functools.reduce(torch.add, lookups) if lookups else None,
+        rows=rows, inputs=inputs, lookups=functools.reduce(torch.add, lookups) if lookups else None
     ).with_row_floor(floor)

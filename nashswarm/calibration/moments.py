@@ -11,7 +11,8 @@ of a window of T tokens in row o of the weight.  It equals f if positions are in
 same for H: ``E[GᵀG]``, scaled to the trace of H.
 
 An expert of a mixture sees only the tokens routed to it, and an error in it costs nothing elsewhere.  Its H is
-therefore multiplied by its traffic, the share of positions that it saw.
+therefore multiplied by its traffic, the share of positions that it saw.  Likewise a block that is applied several times
+counts as often, and the gradients of a window in its weight are added up before they are squared.
 
 A model that is not judged by the NLL brings its own score, a scalar function of a window.  D is then the damage per
 position, provided that the expected squared change of the score is twice the damage.
@@ -26,11 +27,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from nashswarm.calibration.moments_table import MomentsTable, PackedMoments, SymmetricMatrix
 from nashswarm.calibration.nll import Labels, summed_nll
 from nashswarm.layers import Moments
 from nashswarm.memory import trim_heap
+from nashswarm.models.evaluation import without_cache, without_padding
 from nashswarm.progress import Track, no_track
 
 Expected = Literal["even", "zipf"]
@@ -56,14 +59,17 @@ class _MomentSums:
         self.outputs: Tensor | None = None
         self.rows: Tensor | None = None
         self.columns: SymmetricMatrix | None = None
+        self.awaited = 0
+        self.weight_gradient: Tensor | None = None
 
     def add_inputs(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook: keep the inputs, and register a hook on the gradient of the output."""
         if not torch.is_grad_enabled():
             return output
         held: list[Tensor] = []
+        if isinstance(module, nn.Embedding) or not output.requires_grad:
+            output = start_gradients(output)
         if isinstance(module, nn.Embedding):
-            output = output.detach().requires_grad_()
             rows, positions = module.num_embeddings, output.numel() // output.shape[-1]
             if type(module).forward is nn.Embedding.forward:
                 counts = torch.bincount(arguments[0].flatten().cpu(), minlength=rows).double()
@@ -76,26 +82,39 @@ class _MomentSums:
             self.calls.append(inputs)
             if not self.head:
                 held.append(inputs)
+                self.awaited += 1
         self.positions += positions
         output.register_hook(functools.partial(self.add_gradient, held))
         return output
 
     def add_gradient(self, held: list[Tensor], gradient: Tensor) -> None:
-        """Backward hook: add the squared gradients of the outputs, and of the rows and columns of the weight.
+        """Backward hook: add the squared gradients of the outputs, and the gradient of the weight.
 
         ``held``: the inputs, which are let go.
         """
         gradients = _by_position(gradient.detach())
         self.outputs = _add(self.outputs, gradients.square().sum(0))
         if held:
-            weight_gradient = gradients.T @ _by_position(held.pop())
-            self.rows = _add(self.rows, torch.linalg.vector_norm(weight_gradient, dim=1).square())
-            if self.columns is None:
-                self.columns = SymmetricMatrix.zeros(weight_gradient.shape[1])
-            self.columns.add_gram(weight_gradient)
+            part = gradients.T @ _by_position(held.pop())
+            self.weight_gradient = part if self.weight_gradient is None else self.weight_gradient.add_(part)
+            self.awaited -= 1
+            if not self.awaited:
+                self.end_window()
 
-    def moments(self, divisor: int) -> PackedMoments:
-        """Return the means over positions, of an expert over all ``divisor`` of them; ``inputs`` are a mean already.
+    def end_window(self) -> None:
+        """Add the squared gradients of the rows and columns of the weight, over all calls in the window."""
+        if self.weight_gradient is not None:
+            self.rows = _add(self.rows, torch.linalg.vector_norm(self.weight_gradient, dim=1).square())
+            if self.columns is None:
+                self.columns = SymmetricMatrix.zeros(self.weight_gradient.shape[1])
+            self.columns.add_gram(self.weight_gradient)
+        self.awaited, self.weight_gradient = 0, None
+
+    def moments(self, tokens: int) -> PackedMoments:
+        """Return the means, of inputs over all ``tokens`` and of squared gradients over the positions of the module.
+
+        A module that is called several times for each token, or for one token of a window, therefore counts as often as
+        an error in it acts.  ``inputs`` are a mean already.
 
         The counts of an embedding and the squared gradients of the output head are smoothed: otherwise
         errors in tokens that calibration text does not contain would cost nothing.
@@ -106,7 +125,7 @@ class _MomentSums:
             outputs = _smoothed(self.outputs, self.positions, self.zipf).float()
         if self.inputs is None:
             assert self.counts is not None
-            shares = _smoothed(self.counts, self.positions, self.zipf).float()
+            shares = (_smoothed(self.counts, self.positions, self.zipf) * (self.positions / tokens)).float()
             return PackedMoments(shares, outputs, outputs, shares)
         if self.rows is None or self.columns is None:
             return PackedMoments(self.inputs, outputs, outputs, self.inputs)
@@ -114,7 +133,12 @@ class _MomentSums:
         if not trace or not gradient:  # no inputs, or no gradients
             return PackedMoments(self.inputs, outputs, torch.zeros_like(outputs), self.inputs)
         self.columns.entries.mul_(trace / gradient)
-        return PackedMoments(self.inputs, outputs, (self.rows / (divisor * trace)).float(), self.columns)
+        return PackedMoments(self.inputs, outputs, (self.rows / (tokens * trace)).float(), self.columns)
+
+
+def start_gradients(output: Tensor) -> Tensor:
+    """Return the values of ``output`` as a tensor from which gradients are taken, and which may be changed in place."""
+    return output.detach().requires_grad_().clone()
 
 
 def expected_shares(rows: int) -> Float[Tensor, " rows"]:
@@ -185,12 +209,13 @@ def _moment_hooks(model: Any, names: Sequence[str], zipf: bool) -> Iterator[dict
         for name, module in modules.items()
     }
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [embedding.register_forward_hook(lambda *call: call[-1].requires_grad_())]
+    handles = [embedding.register_forward_hook(lambda *call: start_gradients(call[-1]))]
     handles += [part.module.register_forward_hook(part.add_inputs) for part in sums.values()]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield sums
+        with without_cache(model):
+            yield sums
     finally:
         for handle in handles:
             handle.remove()
@@ -242,22 +267,36 @@ def calibrate(
             _add_inputs(sums.values())
             scalar.backward()
             del scalar  # and its graph, before the next one grows
+            for part in sums.values():
+                part.end_window()
             if not number:  # later windows take the memory of the one before; new pages would take a third of the time
                 trim_heap()
     table, means = MomentsTable(), set[int]()
+    tokens = sum(len(without_padding(model, window)) for window in windows)
     used = {name: part for name, part in sums.items() if part.positions and part.outputs is not None}
     for name, part in used.items():
-        divisor = windows.numel() if part.routed else part.positions
         if part.inputs is not None and id(part.inputs) not in means:
-            part.inputs.entries.div_(divisor)
+            part.inputs.entries.div_(tokens)
             means.add(id(part.inputs))
-        table.data[name] = part.moments(divisor)
+        table.data[name] = part.moments(tokens)
     for name, part in sums.items():
         if part.routed and name not in used:
             table[name] = _mean_of_siblings(name, table, used)
+    for name in [name for name in names if name not in table]:
+        module = model.get_submodule(name)
+        if any(sums[other].module.weight is module.weight for other in used):
+            table[name] = _no_moments(module)  # the matrix is used under other names
     if unused := [name for name in names if name not in table]:
         raise ValueError(f"the model never uses {', '.join(unused)}: leave them out by model.exclude, or exclude=")
     return table
+
+
+def _no_moments(module: Any) -> Moments:
+    """Return moments by which an error in a module costs nothing."""
+    rows, columns = (module.nf, module.nx) if isinstance(module, Conv1D) else module.weight.shape
+    inputs = torch.zeros(rows) if isinstance(module, nn.Embedding) else torch.zeros(columns, columns)
+    outputs = torch.zeros(columns if isinstance(module, nn.Embedding) else rows)
+    return Moments(inputs, outputs, outputs, inputs)
 
 
 def _mean_of_siblings(name: str, table: MomentsTable, used: Mapping[str, _MomentSums]) -> Moments:

@@ -103,9 +103,11 @@ def _before_head(
     """
     head = model.get_output_embeddings()
     with _without_head(model) as inputs:
-        with torch.no_grad():
+        bare = False
+        with torch.no_grad(), contextlib.suppress(Exception):  # a bias, for example, does not fit the states
             logits = model(input_ids=window[None, :1]).logits
-        if inputs.states is not None and logits.data_ptr() == inputs.states.data_ptr():
+            bare = inputs.states is not None and logits.data_ptr() == inputs.states.data_ptr()
+        if bare:
             return model(input_ids=window[None]).logits[0], head
     return model(input_ids=window[None]).logits[0], nn.Identity()
 

@@ -17,8 +17,8 @@ from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.context import CalibrationContext, Quantize
 from nashswarm.calibration.moments import Expected, calibrate
 from nashswarm.calibration.moments_table import MomentsTable
-from nashswarm.calibration.nll import summed_nll
 from nashswarm.calibration.prefix_replay import PrefixReplay
+from nashswarm.calibration.reach import keep_unreached, score_of
 from nashswarm.layers import Layer, Moments
 from nashswarm.memory import trim_heap
 from nashswarm.models import evaluation, matrices
@@ -33,6 +33,7 @@ class CalibrationSession:
     """A model, its layers, its calibration windows and its held-out windows.
 
     Methods see a session only through its ``context()``.  ``seed`` is that of the labels sampled from the model.
+    ``layers``: those that calibration reaches.  ``unreached``: why the others stay at 16 bits, by name.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class CalibrationSession:
         cache: Cache,
         track: Track = show_progress,
     ) -> None:
-        self.full, self.layers, self.calibration, self.holdout = model, layers, calibration, holdout
+        self.full, self.calibration, self.holdout = model, calibration, holdout
+        self.layers, self.unreached = keep_unreached(model, layers, calibration)
         self.seed, self.cache, self.track = seed, cache, track
         self.subsets: dict[int, _HeldoutSubset] = {}
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -169,10 +171,9 @@ class CalibrationSession:
     def _calibrate(self, windows: Integer[Tensor, "windows length"], expected: Expected) -> MomentsTable:
         """Compute the statistics of all modules of the layers, with the weights that the model has now."""
         names = [module for layer in self.layers for module in layer.modules]
-        score = summed_nll if self.causal else evaluation.projection
         generator = torch.Generator().manual_seed(self.seed)
         moments = calibrate(
-            self.full, names, windows, generator, track=self.track, score=score, expected=expected,
+            self.full, names, windows, generator, track=self.track, score=score_of(self.full), expected=expected,
             rounded=expected == "zipf",
         )  # fmt: skip
         trim_heap()

@@ -50,8 +50,8 @@ def compress(arguments: argparse.Namespace) -> int:
     held_out = None if arguments.windows is None else max(-(-arguments.windows // 3), 1)
     length = api.window_length(path or str(sources.EMBEDDED)) if arguments.length is None else arguments.length
     dataset = texts.choose(
-        arguments.calibration, path, calibration_windows=arguments.windows, holdout_windows=held_out,
-        sequence_length=length,
+        arguments.calibration, path, sources.writes_text(source), calibration_windows=arguments.windows,
+        holdout_windows=held_out, sequence_length=length,
     )  # fmt: skip
     cache = arguments.cache.expanduser().resolve()
     chosen = _types(arguments) if to_gguf else api.method_of(method, arguments.bits, arguments.effort)

@@ -30,6 +30,7 @@ from nashswarm.memory import peak_bytes, trim_heap
 from nashswarm.methods import distillation
 from nashswarm.methods.method import Compressed, Method
 from nashswarm.models import classifier, evaluation, matrices, sources
+from nashswarm.models.output_head import OutputHead
 from nashswarm.packed import checkpoint
 from nashswarm.progress import show_progress
 from nashswarm.records.provenance import code_digest
@@ -65,7 +66,7 @@ class LoadedRun:
             return {"states": evaluation.compute_reference(full, self.test, batch_size, show_progress).states.cpu()}
 
         states = self.cache("baseline", {"batch_size": batch_size}, compute)["states"].to(self.test.device)
-        return evaluation.Reference(states, full.get_output_embeddings())
+        return evaluation.Reference(states, OutputHead(full))
 
 
 def load(config: DictConfig, planned: Plan) -> LoadedRun:

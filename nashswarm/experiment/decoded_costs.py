@@ -101,14 +101,18 @@ class DecodedMatrix:
 def make_quadratic(layer: Layer, moments: Mapping[str, Moments], settings: Mapping[str, Any]) -> Quadratic:
     """Return the layer's curvature as the method's ``settings`` define it: damped, and sparse with a local reply."""
     rows, inputs, lookups = np.zeros(len(layer.weight)), None, None
+    products = []
     for module_moments in (moments[module] for module in layer.modules):
         if module_moments.lookup:
             outer = np.outer(float64(module_moments.inputs), float64(module_moments.outputs))
             lookups = outer if lookups is None else lookups + outer
         else:
-            rows = float64(module_moments.coupled)
-            inputs = (float64(module_moments.inputs) + float64(module_moments.coupled_inputs)) / 2
-    if inputs is not None:
+            both = (float64(module_moments.inputs) + float64(module_moments.coupled_inputs)) / 2
+            products.append((float64(module_moments.coupled), both))
+    if products:
+        size = sum(f.sum() * np.trace(h) for f, h in products)
+        rows = sum(f * np.trace(h) for f, h in products) if len(products) > 1 else products[0][0]
+        inputs = sum(f.sum() * h for f, h in products) / size if len(products) > 1 and size else products[0][1]
         neighbours = (settings.get("swarm") or {}).get("local_reply")
         inputs = inputs if neighbours is None else _keep_top_correlations(inputs, neighbours)
         inputs = inputs + settings.get("damping", DAMPING) * inputs.diagonal().mean() * np.eye(len(inputs))

@@ -5,9 +5,10 @@ first.  ``nll`` is the mean negative log-likelihood in nats per token, perplexit
 KL(full ‖ compressed) in nats per token.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nashswarm.models.output_head import OutputHead
 from nashswarm.progress import Track, no_track
 
 BATCH = 8  # windows
@@ -27,7 +29,7 @@ PerPosition = dict[str, Float[Tensor, "windows predicted"]]
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The full model's predictions for some windows, kept as the inputs of its output head.
+    """The full model's predictions for some windows, kept as the last states of the model.
 
     The logits are computed from ``states`` by ``head`` when they are needed: they are many times larger.
     ``cached_logits``: those of the first windows, or None.
@@ -54,20 +56,9 @@ class Reference:
 def compute_reference(
     model: Any, windows: Int[Tensor, "windows length"], batch_size: int, track: Track = no_track
 ) -> Reference:
-    """Run the full model once over ``windows`` and keep what its predictions follow from.
-
-    Raises ValueError if the model's logits are not the output of its head, so that they cannot be computed again.
-    """
-    head = model.get_output_embeddings()
-    states: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0].detach()))
-    try:
-        for batch in track(_batches(model, windows, batch_size), "full model"):
-            logits = model(input_ids=batch).logits
-    finally:
-        handle.remove()
-    if not torch.allclose(head(states[-1]), logits, atol=1e-3):
-        raise ValueError("the logits of this architecture are not its head's output: KL cannot be measured")
+    """Run the full model once over ``windows`` and keep what its predictions follow from."""
+    head = OutputHead(model)
+    states = [head.run(batch)[0] for batch in track(_batches(model, windows, batch_size), "full model")]
     return Reference(torch.cat(states), head)
 
 
@@ -176,9 +167,31 @@ def continue_greedily(
     return torch.cat(batches)
 
 
+@contextlib.contextmanager
+def without_cache(model: Any) -> Iterator[None]:
+    """Let forward passes over whole windows keep no keys, values or states for later tokens, during the context.
+
+    States that modules keep all the same lose their graphs after it.
+    """
+    config = getattr(model, "config", None)
+    parts = [] if config is None else [config, config.get_text_config()]
+    caching = [part for part in parts if getattr(part, "use_cache", False)]
+    for part in caching:
+        part.use_cache = False
+    try:
+        yield
+    finally:
+        for part in caching:
+            part.use_cache = True
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    setattr(module, name, value.detach())
+
+
 def without_padding(model: Any, window: Int[Tensor, " length"]) -> Int[Tensor, " tokens"]:
     """Remove the padding of a window; windows of a model that predicts tokens have none and are returned unchanged."""
-    pad = getattr(model.config, "pad_token_id", None)
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     if pad is None or model.get_output_embeddings() is not None:
         return window
     return window[window != pad]
@@ -210,7 +223,9 @@ def embed(model: Any, windows: Int[Tensor, "windows length"]) -> Float[Tensor, "
 def embed_all(
     model: Any, windows: Int[Tensor, "windows length"], batch_size: int = BATCH
 ) -> Float[Tensor, "windows width"]:
-    """Compute ``embed`` of all windows, batch by batch."""
+    """Compute ``embed`` of all windows, batch by batch; one by one for a model without a token for padding."""
+    if getattr(model.config, "pad_token_id", None) is None:  # some classifiers find the last token of each row by it
+        batch_size = 1
     return torch.cat([embed(model, batch) for batch in windows.split(batch_size)])
 
 

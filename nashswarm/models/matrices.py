@@ -10,23 +10,38 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm.layers import Layer
-from nashswarm.models.experts import ExpertLinear
+from nashswarm.models.split_experts import ExpertLinear
 
 MATRICES = (nn.Linear, Conv1D, nn.Embedding)
+ROUTER = re.compile(r"(^|\.)(router|router_mlp|shared_expert_gate)(\.|$)")
+FLOATS = {16: torch.float16, 32: torch.float32}
+
+
+def is_router(name: str) -> bool:
+    """Check whether a module chooses or weighs experts: it is small, and an error in it moves tokens to other experts.
+
+    >>> is_router("layers.0.mlp.router.gate"), is_router("layers.0.mlp.gate_proj")
+    (True, False)
+    """
+    return bool(ROUTER.search(name))
 
 
 def find_layers(model: Any, exclude: Sequence[str] = ()) -> tuple[Layer, ...]:
-    """Find every Linear, Conv1D and Embedding matrix, in the order of the model; tied matrices are listed once.
+    """Find every Linear, Conv1D and Embedding matrix but routers, in the order of the model; tied ones are listed once.
 
     Raises ValueError for a pattern of ``exclude`` that matches nothing and for a model without matrices.
     """
     sharing: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, MATRICES):
+        if isinstance(module, MATRICES) and module.weight.numel():
             sharing.setdefault(module.weight.data_ptr(), []).append(name)
     if unmatched := [p for p in exclude if not any(fnmatch.fnmatch(n, p) for names in sharing.values() for n in names)]:
         raise ValueError(f"model.exclude names no matrix of this model: {', '.join(unmatched)}")
-    included = [names for names in sharing.values() if not any(fnmatch.fnmatch(n, p) for n in names for p in exclude)]
+    included = [
+        names
+        for names in sharing.values()
+        if not any(fnmatch.fnmatch(n, p) for n in names for p in exclude) and not any(map(is_router, names))
+    ]
     if not included:
         raise ValueError("nothing to compress: the model has no Linear, Conv1D or Embedding matrix left")
     indices = [int(number) for names in included for number in re.findall(r"\.(\d+)\.", names[0])[:1]]
@@ -81,17 +96,21 @@ def uncompressed_tensors(model: nn.Module, layers: Sequence[Layer]) -> dict[str,
 
 
 def round_to_stored(others: Mapping[str, Tensor], float_bits: int) -> None:
-    """Round the tensors beside the layers in place to the precision that they are stored in.
+    """Round the tensors beside the layers in place to the precision that they are stored in (``as_stored``)."""
+    for tensor in others.values():
+        tensor.copy_(as_stored(tensor, float_bits))
 
-    Raises ValueError for numbers that 16-bit floats cannot hold.
+
+def as_stored(tensor: Tensor, float_bits: int) -> Tensor:
+    """Return a tensor as a checkpoint stores it: floats of ``float_bits``, of 32 bits where those of 16 cannot hold it.
+
+    Integers stay as they are.
     """
-    if float_bits == 16:
-        for name, tensor in others.items():
-            if tensor.is_floating_point():
-                rounded = tensor.half()
-                if not rounded.isfinite().all():
-                    raise ValueError(f"{name} does not fit 16-bit floats; use method.bits=32")
-                tensor.copy_(rounded)
+    if not tensor.is_floating_point():
+        return tensor
+    rounded = tensor.to(FLOATS[float_bits])
+    lost = rounded.isinf() & tensor.isfinite()
+    return tensor.float() if lost.any() else rounded
 
 
 def _kind(module: nn.Module) -> str:

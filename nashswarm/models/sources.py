@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import logging
 import pathlib
 import struct
 from collections.abc import Sequence
@@ -13,13 +14,17 @@ import torch
 import transformers
 
 from nashswarm.data import hub
-from nashswarm.models.experts import unfuse
+from nashswarm.models import architecture
+from nashswarm.models.architecture import FALLBACK, max_window
+from nashswarm.models.architecture import max_tokens as max_tokens
 from nashswarm.models.packaged_gguf import PackagedGguf
+from nashswarm.models.split_experts import unfuse
 
 LONGEST_WINDOW = 2048  # tokens; the protocol for models that read longer texts
 EMBEDDED = pathlib.Path(__file__).parent / "default_model"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of a checkpoint
 RANDOM = ("gpt2", "llama", "opt")
+log = logging.getLogger(__name__)
 FAMILY = "default_"  # prefix of the folders of models that `make family` trains
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -27,7 +32,7 @@ transformers.utils.logging.set_verbosity_error()
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A causal language model on the Hugging Face hub or in a local folder of its layout.
+    """A model of text on the Hugging Face hub or in a local folder of its layout.
 
     Without a ``path`` it is the model that ships with this package.  ``exclude``: names or patterns of matrices that
     stay at 16 bits.
@@ -94,20 +99,12 @@ class LoadedModel:
     def window_length(self, wanted: int | None) -> int:
         """Return the tokens in a window: ``wanted``, or if that is None the model's maximum, 2048 at most.
 
-        Raises ValueError if the model cannot read so many tokens, or if neither number is known.
+        A model without a maximum gets windows of 512.  Raises ValueError if the model cannot read so many tokens.
         """
-        maximum = max_tokens(self.model.config)
-        if wanted is None and maximum is None:
-            raise ValueError("the model's config names no maximum length; set dataset.sequence_length")
+        maximum = max_window(self.model)
         if wanted is not None and (wanted < 2 or wanted > (maximum or wanted)):
             raise ValueError(f"dataset.sequence_length={wanted} is not between 2 and the model's maximum of {maximum}")
-        return wanted or min(maximum or 0, LONGEST_WINDOW)
-
-
-def max_tokens(config: Any) -> int | None:
-    """Return how many tokens a model of this config reads at once, or None if the config does not say."""
-    names = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len")
-    return next((int(tokens) for name in names if (tokens := getattr(config, name, None))), None)
+        return wanted or min(maximum or FALLBACK, LONGEST_WINDOW)
 
 
 def is_own(path: str) -> bool:
@@ -154,6 +151,18 @@ def content_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
+def writes_text(source: Source) -> bool:
+    """Check whether the model can generate text, without loading it; also true if its config cannot be read."""
+    if isinstance(source, RandomModel | PackagedGguf):
+        return True
+    path, revision = _location(source)
+    try:
+        kind = architecture.class_of(transformers.AutoConfig.from_pretrained(path, revision=revision))
+    except (OSError, ValueError, KeyError):
+        return True  # whoever loads the model says what is wrong
+    return not hasattr(kind, "can_generate") or bool(kind.can_generate())
+
+
 def dequantized_from(source: Source) -> list[str]:
     """Return the types of ggml that the full model was dequantized from, the one of most weights first, if any."""
     return source.quantized_types() if isinstance(source, PackagedGguf) else []
@@ -162,9 +171,9 @@ def dequantized_from(source: Source) -> list[str]:
 def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = None) -> LoadedModel:
     """Load the model, ready to evaluate, and its tokenizer.
 
-    ``classes``: load a classifier with so many classes instead of a language model; a head that the checkpoint lacks is
-    drawn at random.  Raises ValueError in one sentence for a missing folder, an unreachable hub, or a checkpoint of
-    another kind.
+    The class is the one that the checkpoint names.  ``classes``: load a classifier with so many classes instead; a
+    head that the checkpoint lacks is drawn at random.  Raises ValueError in one sentence for a missing folder, an
+    unreachable hub, or a checkpoint of another kind.
     """
     if isinstance(source, RandomModel):
         if classes is not None:
@@ -181,11 +190,12 @@ def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = 
         _check_path(path)
     if not folder.is_dir():
         hub.use_cache_if_unreachable()
-    kind: Any = transformers.AutoModelForCausalLM
-    if classes is not None:
-        kind, options = transformers.AutoModelForSequenceClassification, options | {"num_labels": classes}
-    kind_name = "causal language model" if classes is None else "classifier"
+    kind_name = "language model" if classes is None else "classifier"
     try:
+        if classes is None:
+            kind = architecture.class_of(transformers.AutoConfig.from_pretrained(path, **location))
+        else:
+            kind, options = transformers.AutoModelForSequenceClassification, options | {"num_labels": classes}
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **location)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for a head that the checkpoint lacks
@@ -201,12 +211,15 @@ def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = 
     missing = sorted(loading["missing_keys"])
     if missing and (classes is None or any(name.startswith(model.base_model_prefix) for name in missing)):
         raise ValueError(f"the checkpoint in {path} lacks {len(missing)} of the model's tensors: {', '.join(missing)}")
+    if unused := sorted(loading["unexpected_keys"]):
+        log.warning("%s does not use %d tensors of %s: %s", kind.__name__, len(unused), path, ", ".join(unused[:3]))
     if not tokenizer("some text")["input_ids"]:
         raise ValueError(f"the checkpoint in {path} has no usable tokenizer; add the tokenizer's files to the folder")
     if classes is not None:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
+    architecture.check_embedding(model)
     unfuse(model)
     return LoadedModel(model.eval().to(device), tokenizer)
 

@@ -5,21 +5,24 @@ they are first used, and never copied.  All other rows of bytes are turned into 
 module registers the format (``file_format``) with transformers.
 """
 
+import functools
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from nashswarm.layers import Layer
-from nashswarm.models.experts import unfuse
 from nashswarm.models.matrices import MATRICES, round_to_stored, uncompressed_tensors
+from nashswarm.models.split_experts import unfuse
 from nashswarm.packed.file_format import (
+    EMPTY,
     METHOD,
     PADDING,
     TABLES,
@@ -66,6 +69,7 @@ class NashSwarmQuantizer(HfQuantizer):
         """Check the files, and give every matrix that is stored as bytes an empty tensor of that many bytes."""
         unfuse(model)  # compressed experts are stored matrix by matrix
         self.shapes: dict[str, tuple[int, int]] = {}
+        self.plain: dict[nn.Module, Any] = {}  # the weights, without values, whose place bytes have taken
         modules = dict(model.named_modules())
         prefix = f"{model.base_model_prefix}."
         paths = [pathlib.Path(path) for path in checkpoint_files or ()]
@@ -78,11 +82,30 @@ class NashSwarmQuantizer(HfQuantizer):
             name = next((name for name in (stem, stem.removeprefix(prefix), prefix + stem) if name in modules), None)
             if name is not None:  # transformers reports a matrix that this architecture does not have
                 self.shapes[name] = _shape(modules[name])
+                self.plain[modules[name]] = modules[name].weight
                 modules[name].weight = nn.Parameter(empty, requires_grad=False)
+        for module in modules.values():
+            if isinstance(module, PreTrainedModel):
+                module.__dict__["_init_weights"] = functools.partial(self._initialize, module._init_weights)
         return model
+
+    def _initialize(self, initialize: Callable[[nn.Module], None], module: nn.Module) -> None:
+        """Initialize what a module holds beside packed weights, as ``initialize`` does.
+
+        Some architectures write into weights of any dtype, into those of the module's children, or ask for shapes.
+        """
+        held = {part: part.weight for part in (module, *module.children()) if part in self.plain}
+        for part in held:
+            part.weight = self.plain[part]
+        initialize(module)
+        for part, weight in held.items():
+            part.weight = weight
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         """Replace every module whose weight is a row of bytes."""
+        self.plain = {}
+        for module in model.modules():
+            module.__dict__.pop("_init_weights", None)
         tables, _ = (model._buffers.pop(key, None) for key in (TABLES, PADDING))
         sharing: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -118,6 +141,7 @@ class NashSwarmQuantizer(HfQuantizer):
                     weights[module.matrix] = nn.Parameter(module.matrix.dequantize().to(dtype or model.dtype))
                 model.set_submodule(name, dequantized(module, weights[module.matrix]))
         model.__dict__.pop("_weight_conversions", None)
+        model._parameters.pop(EMPTY, None)
         return model
 
     def is_serializable(self) -> bool:
@@ -157,7 +181,8 @@ def _replace_matrices(
     are those that the model expects.
     """
     tables = None if packed_tables is None else CodeTables.unpack(packed_tables)
-    dtype, kept_as_floats = model.dtype, []
+    floats = (part.dtype for part in model.parameters() if part.is_floating_point())
+    dtype, kept_as_floats = next(floats, model.config.dtype or torch.get_default_dtype()), []
     for names, content in packed.items():
         tensor = decode(names[0], content, tables)
         if shape_of(tensor) != shapes[names[0]]:
@@ -177,6 +202,8 @@ def _replace_matrices(
         matrix.to(modules[0].weight.device)
         for name, module in zip(names, modules, strict=True):
             model.set_submodule(name, quantized(module, matrix, dtype))
+    if not any(part.is_floating_point() for part in model.parameters()):  # transformers asks them for dtype and device
+        model.register_parameter(EMPTY, nn.Parameter(torch.zeros(0, dtype=dtype), requires_grad=False))
     if kept_as_floats:
         log.warning(
             "kernels cannot read the format of %d matrices, kept as floats: %s",

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nashswarm.kernels import trellis
 from nashswarm.kernels.trellis import Trellis
+from nashswarm.models.matrices import FLOATS, as_stored
 from nashswarm.models.sources import CONFIG, WEIGHTS
 from nashswarm.packed.matrix import PackedMatrix
 from nashswarm.packed.modules import Activations, QuantizedEmbedding, QuantizedLinear
@@ -40,8 +41,8 @@ METHOD = "nashswarm"
 VERSION = 1
 TABLES = "code_tables"  # the key of the code tables beside the packed matrices
 PADDING = "_padding"  # safetensors sorts by size of numbers, then by name: this is the first of all bytes
+EMPTY = "packed_dtype"  # a parameter without numbers, of a model whose matrices are all packed and which has no others
 PADDING_BYTES = 256  # that it may take, its entry in the header included
-FLOATS = {16: torch.float16, 32: torch.float32}
 Decoded = LatticeTensor | QuantizedTensor | ClassedTensor
 Bytes = UInt8[np.ndarray, " _"]
 
@@ -50,7 +51,8 @@ class NashSwarmConfig(QuantizationConfigMixin):
     """The section ``quantization_config`` of a checkpoint's ``config.json``.
 
     ``checksum``: crc32 over all tensors, in hexadecimal digits.  ``float_bits``: of every tensor that is not a
-    compressed matrix.  ``activations``: the type that inputs are rounded to inside products.
+    compressed matrix; 32 where 16 cannot hold its numbers.  ``activations``: the type that inputs are rounded to inside
+    products.
 
     Raises ValueError for ``float_bits`` that the format does not have.
     """
@@ -110,7 +112,7 @@ def stored_tensors(model: Any, float_bits: int) -> dict[str, Tensor]:
         tensors[TABLES] = _as_tensor(tables[0].pack())
     others: dict[int, tuple[str, Tensor]] = {}  # each shared tensor once
     for name, tensor in model.state_dict().items():
-        if not name.startswith(tuple(packed_names)):
+        if not name.startswith(tuple(packed_names)) and name != EMPTY:
             others.setdefault(tensor.data_ptr(), (name, tensor))
     return with_padding(tensors | to_stored_floats(dict(others.values()), float_bits))
 
@@ -224,15 +226,8 @@ def sizes_of(file_bytes: int, packed_bytes: int, packed_weights: int, parameters
 
 
 def to_stored_floats(tensors: Mapping[str, Tensor], float_bits: int) -> dict[str, Tensor]:
-    """Return the tensors with floats of ``float_bits`` bits; integers stay as they are.
-
-    Raises ValueError for a tensor with finite numbers that 16-bit floats cannot hold.
-    """
-    dtype = FLOATS[float_bits]
-    rounded = {name: (part.to(dtype) if part.is_floating_point() else part).detach() for name, part in tensors.items()}
-    if lost := [name for name, part in rounded.items() if not part.isfinite().all() and tensors[name].isfinite().all()]:
-        raise ValueError(f"{', '.join(lost)} does not fit {float_bits}-bit floats")
-    return rounded
+    """Return the tensors with floats of ``float_bits`` bits, as ``matrices.as_stored`` does."""
+    return {name: as_stored(part, float_bits).detach() for name, part in tensors.items()}
 
 
 def _plain_header(path: pathlib.Path) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nashswarm.models import evaluation
+from tests.models.tiny_configs import tiny_model
 
 
 def slow(model: Any, windows: Tensor) -> list[float]:
@@ -80,23 +81,43 @@ def test_compute_reference_reproduces_logits(tiny: Any, token_windows: Tensor) -
     assert not tiny.lm_head._forward_pre_hooks
 
 
-class Scaled(nn.Module):
-    """A model that scales what its head says, as some architectures do."""
+class TwoHeads(nn.Module):
+    """Its logits are the sum of two heads, so they do not follow from what the first one reads."""
+
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.head = nn.Embedding(512, 8), nn.Linear(8, 512)
+        self.table, self.head, self.other = nn.Embedding(512, 8), nn.Linear(8, 512), nn.Linear(8, 512)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def forward(self, input_ids: Tensor) -> types.SimpleNamespace:
-        return types.SimpleNamespace(logits=self.head(self.table(input_ids)) * 2)
+    def forward(self, input_ids: Tensor, **options: Any) -> types.SimpleNamespace:
+        states = self.table(input_ids)
+        return types.SimpleNamespace(logits=self.head(states) + self.other(states))
 
 
-def test_compute_reference_scaled_logits_refused(token_windows: Tensor) -> None:
-    with pytest.raises(ValueError, match="not its head's output: KL cannot be measured"):
-        evaluation.compute_reference(Scaled(), token_windows, 2)
+MODELS = {  # whose logits are not the output of their heads
+    "soft cap": lambda: tiny_model("gemma2", final_logit_softcapping=0.5),
+    "scale": lambda: tiny_model("cohere", logit_scale=0.3),
+    "divisor": lambda: tiny_model("granite", logits_scaling=3.0),
+    "another head": TwoHeads,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_reference_of_other_heads_gives_the_models_logits(name: str, token_windows: Tensor) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    full = evaluation.compute_reference(model, token_windows, 2)
+    logits = model(input_ids=token_windows).logits
+    for window in range(len(token_windows)):
+        for positions in (slice(0, 24), slice(5, 9)):
+            assert torch.allclose(full.logits(window, positions), logits[window, positions], atol=1e-5)
+    assert torch.allclose(full.with_cached_logits(3).logits(1, slice(4)), logits[1, :4], atol=1e-5)
+    assert max(evaluation.evaluate(model, token_windows, 4, full)["kl"]) < 1e-6
 
 
 def test_summarise_weighs_windows_by_tokens() -> None:

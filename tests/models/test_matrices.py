@@ -109,7 +109,7 @@ def test_uncompressed_tensors_and_layers_cover_parameters_once(
     assert counted == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_round_to_stored_rounds_or_refuses(model: Any) -> None:
+def test_round_to_stored_rounds_what_16_bits_can_hold(model: Any) -> None:
     others = uncompressed_tensors(model, find_layers(model))
     before = {name: tensor.clone() for name, tensor in others.items()}
     round_to_stored(others, 32)
@@ -118,5 +118,5 @@ def test_round_to_stored_rounds_or_refuses(model: Any) -> None:
     assert all(torch.equal(tensor, before[name].half().float()) for name, tensor in others.items())
     assert torch.equal(model.transformer.ln_f.weight, before["transformer.ln_f.weight"].half().float())
     others["transformer.ln_f.bias"].fill_(1e6)
-    with pytest.raises(ValueError, match=r"transformer\.ln_f\.bias does not fit 16-bit floats"):
-        round_to_stored(others, 16)
+    round_to_stored(others, 16)
+    assert (model.transformer.ln_f.bias == 1e6).all()  # 16 bits cannot hold it

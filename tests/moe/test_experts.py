@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor
 
 import nashswarm
-from nashswarm.models.experts import Experts, SplitExperts, unfuse
+from nashswarm.models.experts import Experts
+from nashswarm.models.split_experts import SplitExperts, unfuse
 from nashswarm.moe.router.nash_swarm import NashSwarmRouter
 from tests.moe.cases import VOCABULARY, WIDTH, K, model_of
 

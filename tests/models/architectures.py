@@ -1,0 +1,184 @@
+"""Compress a tiny random model of each architecture of transformers as users do, and see what becomes of it.
+
+``python -m tests.models.architectures`` writes docs/architectures.md from what it finds.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+import nashswarm
+from nashswarm import cli
+from nashswarm.models import architecture
+from tests.models.tiny_configs import tiny_model
+
+NEW_TOKENS, PROMPT, LENGTH = 5, 8, 24
+BITS = 9.0  # so that towers at 16 bits leave room
+MAPPINGS = {
+    "causal": ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "classifier": ("AutoModelForSequenceClassification", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    "masked": ("AutoModelForMaskedLM", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+}
+CANNOT_RUN = {  # in transformers itself, from a config of this kind
+    "blt": "its hashed embeddings have a fixed size of millions of rows, or its own patcher has no config",
+    "dbrx": "its configs name no rope_theta, which its attention asks for",
+    "dots3_note": "its settings by layer are of 42 layers, however many it has",
+    "gemma3n": "its vision tower needs the package timm",
+    "gemma4_assistant": "it drafts for another model, whose states it needs",
+    "gemma4_unified_assistant": "it drafts for another model, whose states it needs",
+    "layoutlmv2": "it needs the package detectron2",
+    "musicgen": "it has no config of its own: it is made from those of three models",
+    "musicgen_melody": "it has no config of its own: it is made from those of three models",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What became of an architecture: ``compressed``, ``refused`` or ``cannot run``, and why."""
+
+    kind: str
+    purpose: str
+    name: str
+    result: str
+    reason: str = ""
+
+
+def all_kinds() -> list[tuple[str, str]]:
+    """Return architecture and purpose of every model of transformers that reads text."""
+    return [(kind, purpose) for purpose, (_, names) in MAPPINGS.items() for kind in names]
+
+
+def try_all(
+    kinds: Sequence[tuple[str, str]], folder: pathlib.Path, command_line: CommandLine | None
+) -> Iterator[Trial]:
+    """Compress models, save them, and open them all again in one new process.
+
+    ``command_line``: also compress and certify them by it.
+    """
+    waiting: dict[str, tuple[Trial, Any]] = {}
+    for kind, purpose in kinds:
+        if kind in CANNOT_RUN:
+            yield Trial(kind, purpose, kind, "cannot run", CANNOT_RUN[kind])
+            continue
+        trial = Trial(kind, purpose, kind, "failed")
+        try:
+            model = tiny_model(kind, getattr(transformers, MAPPINGS[purpose][0]))
+            trial = dataclasses.replace(trial, name=type(model).__name__)
+            path = folder / f"{kind}-{purpose}"
+            waiting[str(path)] = trial, _compress(model, path)
+            if command_line is not None:
+                command_line.check(model, folder / f"{kind}-{purpose}-command")
+        except Exception as error:  # whatever it is, it is told beside the others
+            refused = isinstance(error, ValueError) and "\n" not in str(error)
+            reason = str(error) if refused else f"{type(error).__name__}: {error}"
+            waiting.pop(str(folder / f"{kind}-{purpose}"), None)
+            yield dataclasses.replace(trial, result="refused" if refused else "failed", reason=reason)
+    opened = open_in_new_process(list(waiting)) if waiting else {}
+    for path, (trial, expected) in waiting.items():
+        again = opened[path]
+        reason = again if isinstance(again, str) else "" if _equal(again, expected) else "opens with other values"
+        yield dataclasses.replace(trial, result="failed" if reason else "compressed", reason=reason)
+
+
+def _compress(model: Any, path: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Compress a model, save it, and return what it answers."""
+    tokens = torch.randint(3, 300, (3, LENGTH), generator=torch.Generator().manual_seed(2))
+    small, report = nashswarm.compress(model, calibration=tokens, bits=BITS, effort="quick")
+    small.save_pretrained(path)
+    size = sum(file.stat().st_size for file in (path / "model.safetensors", path / "config.json"))
+    assert type(small) is type(model) and report.bytes_file == size, "has other bytes than it says"
+    return answer(small)
+
+
+def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """The command line with a tokenizer and a text to calibrate on."""
+
+    tokenizer: Any
+    text: pathlib.Path
+
+    def check(self, model: Any, path: pathlib.Path) -> None:
+        """Compress a model, certify it and open it.  Raises AssertionError if one of these fails."""
+        full = path.with_name(f"{path.name}-full")
+        model.save_pretrained(full)
+        self.tokenizer.save_pretrained(full)
+        windows = ["--windows", "4", "--length", str(LENGTH), "--calibration", self.text, "--cache", path / "cache"]
+        out = path / "small"
+        status, said = command("compress", full, "--out", out, "--effort", "quick", "--bits", str(BITS), *windows)
+        assert status == 0, f"the command line: {said[-300:]}"
+        assert type(opened := open_model(out)) is type(model), f"the command line makes a {type(opened).__name__}"
+        status, said = command("certify", out)
+        assert json.loads(said[said.index("{") :])["agrees"], f"is not certified: {said[-300:]}"
+
+
+def command(*words: Any) -> tuple[int, str]:
+    """Run nashswarm with these words: exit status, and what it prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            status = cli.main([str(word) for word in words] + ["--quiet"])
+        except Exception as error:  # what a shell would show
+            status = 1
+            said.write(f"{type(error).__name__}: {error}")
+    return status, said.getvalue().strip()
+
+
+def open_model(folder: str | pathlib.Path) -> Any:
+    """Open a compressed model by the class that its config names."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model, loading = architecture.class_of(config).from_pretrained(folder, output_loading_info=True)
+    lost = {name: keys for name, keys in loading.items() if keys}
+    assert not lost, f"opens with {lost}"
+    return model
+
+
+@torch.no_grad()
+def answer(model: Any) -> dict[str, torch.Tensor]:
+    """Return a model's logits after a few tokens, and if it writes text, its greedy continuation."""
+    tokens = torch.randint(3, 300, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    found = {"logits": model(input_ids=tokens).logits}
+    if model.can_generate():
+        settings = transformers.GenerationConfig(
+            max_new_tokens=NEW_TOKENS, do_sample=False, bos_token_id=0, pad_token_id=0, eos_token_id=None
+        )
+        found["text"] = model.generate(tokens, generation_config=settings)
+    return found
+
+
+def open_in_new_process(folders: Sequence[str]) -> dict[str, Any]:
+    """Return ``answer`` of each model as another process finds them, or what it failed with."""
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        script = (
+            f"from tests.models import architectures; architectures.write_answers({list(folders)!r}, {file.name!r})"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found: dict[str, Any] = torch.load(file.name)
+        return found
+
+
+def write_answers(folders: Sequence[str], file: str) -> None:
+    """Write ``answer`` of the model in each folder to a file."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for folder in folders:
+        try:
+            found[folder] = answer(open_model(folder))
+        except Exception as error:
+            found[folder] = f"{type(error).__name__}: {error}"
+    torch.save(found, file)
