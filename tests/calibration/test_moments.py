@@ -1,5 +1,6 @@
 """Calibration statistics against plain autograd, position by position."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from nashswarm.calibration import moments as calibration
 from nashswarm.calibration.moments import Expected, calibrate
 from nashswarm.calibration.moments_table import MomentsTable
 from nashswarm.calibration.nll import sample_tokens
+from nashswarm.experiment.decoded_costs import make_quadratic
+from nashswarm.layers import Layer, curvature
 from nashswarm.models.matrices import find_layers
 
 KINDS = ("gpt2", "opt", "llama", "gpt_neox")
@@ -341,3 +344,63 @@ def test_coupled_predicts_damage_of_error_at_all_positions() -> None:
         moved = encoder.table(windows).mean(1) @ error.T
     torch.testing.assert_close(product.coupled @ by_row / 2, moved.square().sum(1).mean() / 2)
     torch.testing.assert_close(product.outputs, product.coupled / length)  # as if positions could cancel
+
+
+class Twice(nn.Module):
+    """Applies one layer twice, and another matrix of equal weight once: Zamba's and ALBERT's ways of sharing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.table, self.shared, self.alias = nn.Embedding(16, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.alias.weight = self.shared.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def forward(self, window: Tensor) -> Tensor:
+        states = self.table(window)
+        for module in (self.shared, self.alias, self.shared):
+            states = torch.tanh(module(states))
+        return states
+
+
+def test_calibrate_layer_called_twice_adds_up_gradients_and_inputs() -> None:
+    model, windows = Twice(), torch.randint(16, (4, 5), generator=torch.Generator().manual_seed(0))
+
+    def score(model: Any, window: Tensor, generator: torch.Generator) -> Tensor:
+        return model(window).square().sum()
+
+    table = calibrate(model, ["shared", "alias"], windows, torch.Generator(), score=score)
+    rows, inputs = torch.zeros(6), torch.zeros(6, 6)
+    for window in windows:
+        x = [model.table(window)]
+        for module in (model.shared, model.alias, model.shared):
+            x.append(torch.tanh(module(x[-1])))
+        copies = [model.shared.weight.detach().clone().requires_grad_() for _ in range(3)]
+        states = x[0].detach()
+        biases = (model.shared.bias, model.alias.bias, model.shared.bias)
+        for weight, bias in zip(copies, biases, strict=True):
+            states = torch.tanh(states @ weight.T + bias.detach())
+        first, _, last = torch.autograd.grad(states.square().sum(), copies)
+        rows += (first + last).square().sum(1)
+        inputs += (x[0].T @ x[0] + x[2].T @ x[2]).detach()
+    torch.testing.assert_close(table["shared"].inputs, inputs / windows.numel())
+    assert torch.allclose(table["shared"].coupled * inputs.trace(), rows, rtol=1e-4)
+
+
+def test_curvature_of_two_products_keeps_sums_over_rows_and_columns() -> None:
+    model, windows = Twice(), torch.randint(16, (4, 5), generator=torch.Generator().manual_seed(0))
+    score = lambda model, window, generator: model(window).square().sum()  # noqa: E731
+    table = calibrate(model, ["shared", "alias"], windows, torch.Generator(), score=score)
+    layer = Layer("shared", "shared", 0.0, ("shared", "alias"), ("Linear", "Linear"), model.shared.weight.detach())
+    both = curvature(layer, table)
+    parts = [curvature(dataclasses.replace(layer, modules=(name,)), table) for name in layer.modules]
+    torch.testing.assert_close(both.diagonal().sum(1), sum(part.diagonal().sum(1) for part in parts))
+    torch.testing.assert_close(both.diagonal().sum(0), sum(part.diagonal().sum(0) for part in parts))
+    second = make_quadratic(layer, table, {"damping": 0.0})
+    torch.testing.assert_close(both.rows.double(), torch.from_numpy(second.rows), rtol=1e-5, atol=0)
+    torch.testing.assert_close(both.inputs.double(), torch.from_numpy(second.inputs), rtol=1e-5, atol=1e-12)

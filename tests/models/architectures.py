@@ -54,6 +54,27 @@ class Trial:
     reason: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """The command line with a tokenizer and a text to calibrate on."""
+
+    tokenizer: Any
+    text: pathlib.Path
+
+    def check(self, model: Any, path: pathlib.Path) -> None:
+        """Compress a model, certify it and open it.  Raises AssertionError if one of these fails."""
+        full = path.with_name(f"{path.name}-full")
+        model.save_pretrained(full)
+        self.tokenizer.save_pretrained(full)
+        windows = ["--windows", "4", "--length", str(LENGTH), "--calibration", self.text, "--cache", path / "cache"]
+        out = path / "small"
+        status, said = command("compress", full, "--out", out, "--effort", "quick", "--bits", str(BITS), *windows)
+        assert status == 0, f"the command line: {said[-300:]}"
+        assert type(opened := open_model(out)) is type(model), f"the command line makes a {type(opened).__name__}"
+        status, said = command("certify", out)
+        assert json.loads(said[said.index("{") :])["agrees"], f"is not certified: {said[-300:]}"
+
+
 def all_kinds() -> list[tuple[str, str]]:
     """Return architecture and purpose of every model of transformers that reads text."""
     return [(kind, purpose) for purpose, (_, names) in MAPPINGS.items() for kind in names]
@@ -103,27 +124,6 @@ def _compress(model: Any, path: pathlib.Path) -> dict[str, torch.Tensor]:
 
 def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-@dataclasses.dataclass(frozen=True)
-class CommandLine:
-    """The command line with a tokenizer and a text to calibrate on."""
-
-    tokenizer: Any
-    text: pathlib.Path
-
-    def check(self, model: Any, path: pathlib.Path) -> None:
-        """Compress a model, certify it and open it.  Raises AssertionError if one of these fails."""
-        full = path.with_name(f"{path.name}-full")
-        model.save_pretrained(full)
-        self.tokenizer.save_pretrained(full)
-        windows = ["--windows", "4", "--length", str(LENGTH), "--calibration", self.text, "--cache", path / "cache"]
-        out = path / "small"
-        status, said = command("compress", full, "--out", out, "--effort", "quick", "--bits", str(BITS), *windows)
-        assert status == 0, f"the command line: {said[-300:]}"
-        assert type(opened := open_model(out)) is type(model), f"the command line makes a {type(opened).__name__}"
-        status, said = command("certify", out)
-        assert json.loads(said[said.index("{") :])["agrees"], f"is not certified: {said[-300:]}"
 
 
 def command(*words: Any) -> tuple[int, str]:

@@ -10,7 +10,6 @@ import transformers
 from torch import Tensor
 
 import nashswarm
-from nashswarm.models.experts import Experts
 from nashswarm.models.split_experts import SplitExperts, unfuse
 from nashswarm.moe.router.nash_swarm import NashSwarmRouter
 from tests.moe.cases import VOCABULARY, WIDTH, K, model_of
@@ -49,9 +48,8 @@ def test_fused_experts_compressed_model_opens_the_same(name: str, tokens: Tensor
         assert torch.equal(opened(input_ids=tokens).logits, compressed(input_ids=tokens).logits)
 
 
-def test_unfuse_experts_with_bias_are_named() -> None:
+def test_unfuse_unknown_layout_stays() -> None:
     layer = torch.nn.Module()
-    layer.experts = Experts(2, 4, 4)
-    layer.experts.has_bias = True
-    with pytest.raises(ValueError, match="the experts of experts are fused"):
-        unfuse(layer)
+    layer.experts = torch.nn.Module()
+    layer.experts.weights = torch.nn.Parameter(torch.zeros(2, 4, 4))
+    assert unfuse(layer) == [] and layer.experts.weights.shape == (2, 4, 4)
