@@ -19,19 +19,17 @@ position, provided that the expected squared change of the score is twice the da
 """
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from nashswarm.calibration.missing_moments import mean_of_siblings, no_moments
 from nashswarm.calibration.moments_table import MomentsTable, PackedMoments, SymmetricMatrix
 from nashswarm.calibration.nll import Labels, summed_nll
-from nashswarm.layers import Moments
 from nashswarm.memory import trim_heap
 from nashswarm.models.evaluation import without_cache, without_padding
 from nashswarm.progress import Track, no_track
@@ -281,38 +279,11 @@ def calibrate(
         table.data[name] = part.moments(tokens)
     for name, part in sums.items():
         if part.routed and name not in used:
-            table[name] = _mean_of_siblings(name, table, used)
+            table[name] = mean_of_siblings(name, table, {name: part.positions for name, part in used.items()})
     for name in [name for name in names if name not in table]:
         module = model.get_submodule(name)
         if any(sums[other].module.weight is module.weight for other in used):
-            table[name] = _no_moments(module)  # the matrix is used under other names
+            table[name] = no_moments(module)  # the matrix is used under other names
     if unused := [name for name in names if name not in table]:
         raise ValueError(f"the model never uses {', '.join(unused)}: leave them out by model.exclude, or exclude=")
     return table
-
-
-def _no_moments(module: Any) -> Moments:
-    """Return moments by which an error in a module costs nothing."""
-    rows, columns = (module.nf, module.nx) if isinstance(module, Conv1D) else module.weight.shape
-    inputs = torch.zeros(rows) if isinstance(module, nn.Embedding) else torch.zeros(columns, columns)
-    outputs = torch.zeros(columns if isinstance(module, nn.Embedding) else rows)
-    return Moments(inputs, outputs, outputs, inputs)
-
-
-def _mean_of_siblings(name: str, table: MomentsTable, used: Mapping[str, _MomentSums]) -> Moments:
-    """Return moments for an expert that no token was routed to: the mean of the used experts of its layer.
-
-    They count as seen at one position, so that errors in the expert cost little but not nothing.
-    """
-    stem, _, role = name.rpartition(".")
-    layer = stem.rpartition(".")[0]
-    names = [other for other in used if other.startswith(f"{layer}.") and other.endswith(f".{role}")]
-    if not names:
-        raise ValueError(f"no expert of {layer} was ever used: give more calibration text")
-    mean = [torch.zeros(())] * len(dataclasses.fields(Moments))
-    for other in names:
-        moments, share = table[other], 1 / used[other].positions
-        for number, field in enumerate(dataclasses.fields(Moments)):
-            scale = share if field.name in ("inputs", "coupled_inputs") else 1
-            mean[number] = mean[number] + scale * getattr(moments, field.name) / len(names)
-    return Moments(*mean)
