@@ -21,7 +21,7 @@ class OutputHead(nn.Module):
         self.model = [model]  # in a list, so that it is no part of this module
         self.head: nn.Module | None = model.get_output_embeddings()
         self.bare = True
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        tokens = torch.arange(1, 9, device=model.device)[None]  # none of them padding, whose states may be zero
         with torch.no_grad():
             states, logits = self.run(tokens)
             for self.bare in (True, False):

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import shutil
-import types
 from typing import Any
 
 import pytest
@@ -11,8 +10,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from nashswarm.models.architecture import FALLBACK
 from nashswarm.models.matrices import find_layers
 from nashswarm.models.sources import LoadedModel, ModelSource, content_digest, load
+from tests.models.tiny_configs import tiny_model
 
 
 def test_load_folder_returns_model_and_tokenizer(model_folder: pathlib.Path, tiny: Any, token_windows: Tensor) -> None:
@@ -31,9 +32,8 @@ def test_window_length_is_maximum_capped_at_2048(model: Any) -> None:
     assert loaded.window_length(None) == 2048 and loaded.window_length(4096) == 4096
     with pytest.raises(ValueError, match="maximum of 4096"):
         loaded.window_length(4097)
-    silent = LoadedModel(types.SimpleNamespace(config=object()), None)
-    with pytest.raises(ValueError, match=r"set dataset\.sequence_length"):
-        silent.window_length(None)
+    recurrent = LoadedModel(tiny_model("mamba2"), None)  # has no maximum
+    assert recurrent.window_length(None) == FALLBACK and recurrent.window_length(4097) == 4097
 
 
 def test_load_without_path_returns_embedded_model() -> None:
