@@ -156,19 +156,37 @@ def build_parser() -> argparse.ArgumentParser:
     served = command(
         "serve",
         inference.serve,
-        "answer HTTP requests in the words of OpenAI's completions",
-        "Serve the compressed model in FOLDER: POST /v1/completions, GET /v1/models, GET /health. One "
-        "request is computed at a time; a full queue answers 429, too long a wait 503.",
+        "answer HTTP requests in the words of OpenAI's API",
+        "Serve the compressed model in FOLDER: POST /v1/completions and /v1/chat/completions, streamed or whole, GET "
+        "/v1/models and /health. Requests are computed together; a full queue answers 429, too long a wait 503.",
     )
     _add_folder(served)
     _add_threads(served)
     served.add_argument("--host", default="127.0.0.1", help="127.0.0.1: for this machine alone")
     served.add_argument("--port", type=int, default=8000)
+    served.add_argument("--batch", type=int, default=16, help="requests computed at once (16)")
     served.add_argument("--queue", type=int, default=16, help="requests that may wait (16)")
     served.add_argument("--patience", type=float, default=60.0, help="seconds that one may wait (60)")
     served.add_argument("--name", help="of the model in requests; default: the folder's")
     _add_memory(served)
     served.add_argument("--pin", action="store_true", help="keep the weights in memory, whatever else runs (mlock)")
+
+    talked = command(
+        "chat",
+        inference.chat,
+        "talk with a compressed model in the terminal",
+        "Talk with the compressed model in FOLDER in the words of its chat template, one line a message. Answers come "
+        "as they are written; Ctrl-C stops one, Ctrl-D leaves.",
+    )
+    _add_folder(talked)
+    _add_threads(talked)
+    talked.add_argument("--system", metavar="TEXT", help="what the model is told first; default: as its template says")
+    talked.add_argument("--temperature", type=float, default=0.7, help="0 takes the most probable token (0.7)")
+    talked.add_argument(
+        "--top-p", type=float, default=0.95, help="probability of the tokens that are drawn from (0.95)"
+    )
+    talked.add_argument("--max-tokens", type=int, help="of an answer; default: as many as the model can read")
+    talked.add_argument("--seed", type=int, help="the same answers each time")
 
     exported = command(
         "export",

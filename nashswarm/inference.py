@@ -1,16 +1,18 @@
-"""The commands on compressed models: inspect, bench, profile, serve and export.
+"""The commands on compressed models: inspect, bench, profile, serve, chat and export.
 
 Each function takes the parsed command line and returns the exit status.  All raise ValueError in one sentence for
 arguments or models that they cannot use.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
 import sys
-from typing import TYPE_CHECKING, Any
+import traceback
+from typing import Any
 
 import torch
 import transformers
@@ -34,9 +36,10 @@ from nashswarm.runtime import cache_misses, gguf_table, memory_limit
 from nashswarm.runtime import export as exporter
 from nashswarm.runtime import profile as profiler
 from nashswarm.runtime.machine import Machine, read_machine
-
-if TYPE_CHECKING:
-    from nashswarm.runtime.server import Limits
+from nashswarm.runtime.serving import chat as talk
+from nashswarm.runtime.serving.engine import Engine, Limits
+from nashswarm.runtime.serving.steps import ModuleStepper
+from nashswarm.runtime.serving.text import end_tokens, longest_text
 
 LOADING_TIMEOUT = 600  # seconds after which a process that does not answer is restarted
 PIPE_WIDTH = 160  # columns of a table that is written to a file or a pipe, so that no cell is cut
@@ -192,26 +195,20 @@ def _print_misses(
 def serve(args: argparse.Namespace) -> int:
     """Answer HTTP requests until interrupted, in a process that is restarted if it dies."""
     errors.require("serve", load.Load.NEEDS, load.Load.EXTRA)
-    if args.threads < 1 or args.queue < 0 or args.patience <= 0 or not 0 <= args.port < 65536:
-        raise ValueError("--threads must be at least 1, --queue 0, --patience above 0 and --port below 65536")
+    if min(args.threads, args.batch) < 1 or args.queue < 0 or args.patience <= 0 or not 0 <= args.port < 65536:
+        raise ValueError("--threads and --batch must be at least 1, --queue 0, --patience above 0, --port below 65536")
     import uvicorn
     from uvicorn.config import STARTUP_FAILURE
 
-    from nashswarm.runtime.server import Limits, Supervisor
+    from nashswarm.runtime.serving.host import Supervisor
 
     _check_language_model(args.folder, "there is nothing to serve")
-    build = functools.partial(
-        _build_app,
-        args.folder,
-        args.name or args.folder.resolve().name,
-        args.threads,
-        Limits(args.queue, args.patience),
-        args.memory_mb,
-        args.pin,
-    )
+    name, limits = args.name or args.folder.resolve().name, Limits(args.queue, args.batch, args.patience)
+    build = functools.partial(_build_app, args.folder, name, args.threads, limits, args.memory_mb, args.pin)
     config = uvicorn.Config(
-        build, factory=True, host=args.host, port=args.port, lifespan="off", timeout_worker_healthcheck=LOADING_TIMEOUT
-    )
+        build, factory=True, host=args.host, port=args.port, lifespan="off", timeout_worker_healthcheck=LOADING_TIMEOUT,
+        timeout_graceful_shutdown=5,  # seconds that answers may still take once the server is to end
+    )  # fmt: skip
     with config.bind_socket() as listening:
         supervisor = Supervisor(config, [listening])
         supervisor.run()
@@ -219,12 +216,12 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def _build_app(
-    folder: pathlib.Path, name: str, threads: int, limits: "Limits", memory_mb: float | None, pinned: bool
+    folder: pathlib.Path, name: str, threads: int, limits: Limits, memory_mb: float | None, pinned: bool
 ) -> Any:
     """Load the model and build the server's application, in the process that answers requests."""
     from uvicorn.config import STARTUP_FAILURE
 
-    from nashswarm.runtime import server
+    from nashswarm.runtime.serving import server
 
     torch.set_num_threads(threads)
     try:
@@ -232,14 +229,30 @@ def _build_app(
         if pinned:
             print(f"{memory_limit.pin(model):,} bytes of weights are pinned", file=sys.stderr)
         if memory_mb is not None:
-            window = sources.LoadedModel(model, tokenizer).window_length(None)
-            tokens, peak = memory_limit.longest_text(model, int(1e6 * memory_mb), window)
+            tokens, peak = memory_limit.longest_text(model, int(1e6 * memory_mb), longest_text(model))
             print(f"texts of up to {tokens} tokens are answered: {1e-6 * peak:.0f} MB at the peak", file=sys.stderr)
             limits = dataclasses.replace(limits, tokens=tokens)
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: torch got no memory
-        print(error, file=sys.stderr)
-        sys.exit(STARTUP_FAILURE)  # a new process would fail in the same way
-    return server.build_app(model, tokenizer, name, limits)
+        return server.build_app(model, tokenizer, name, limits)
+    except Exception as error:  # whatever a model raises: a new process would fail in the same way
+        told = isinstance(error, ValueError | OSError | RuntimeError)  # RuntimeError: torch got no memory
+        print(error if told else traceback.format_exc(), file=sys.stderr)
+        sys.exit(STARTUP_FAILURE)
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Talk with the model in the terminal until the input ends."""
+    if args.threads < 1 or not 0 <= args.temperature <= 2 or not 0 <= args.top_p <= 1 or (args.max_tokens or 1) < 1:
+        raise ValueError("--threads and --max-tokens are 1 or more, --temperature between 0 and 2, --top-p 0 and 1")
+    _check_language_model(args.folder, "there is nobody to talk with")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer in {args.folder} has no chat template: serve completes texts without one")
+    torch.set_num_threads(args.threads)
+    model = _load(args.folder)
+    settings = talk.Settings(args.system, args.temperature, args.top_p, args.max_tokens, args.seed)
+    with contextlib.closing(Engine(ModuleStepper(model), tokenizer, end_tokens(model, tokenizer), Limits())) as engine:
+        talk.talk(engine, tokenizer, longest_text(model), settings)
+    return 0
 
 
 def export(args: argparse.Namespace) -> int:

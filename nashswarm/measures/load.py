@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nashswarm.measures.measure import EvaluationTarget, MeasureResult, check_length
+from nashswarm.runtime.serving.engine import Limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Load:
 
     def measure(self, target: EvaluationTarget) -> MeasureResult:
         self.check(target.windows)
-        from nashswarm.runtime import load, server
+        from nashswarm.runtime import load
+        from nashswarm.runtime.serving import host, server
 
         prompts = target.windows[:, : self.prompt_tokens].tolist()
         answers: dict[str, list[load.Response]] = {"_full": [], "": []}
@@ -54,8 +56,8 @@ class Load:
         with contextlib.ExitStack() as stack:
             urls = {}
             for suffix, model in (("_full", target.full), ("", target.packed())):
-                app = server.build_app(model, target.tokenizer, "model", server.Limits(self.queue))
-                urls[suffix] = stack.enter_context(server.serve_in_thread(app))
+                app = server.build_app(model, target.tokenizer, "model", Limits(self.queue))
+                urls[suffix] = stack.enter_context(host.serve_in_thread(app))
                 load.send_requests(urls[suffix], prompts, self.new_tokens, 1, 1)  # warms up
             turns = [(number, suffix) for number in range(rounds) for suffix in urls]
             for number, suffix in target.track(turns, "load"):

@@ -96,6 +96,7 @@ NOT_HERE = {  # what a command begins with → why it is not run here
     "grep -rl _owner_": "has a test below",
     "python scripts/": "runs on the committed records in tests/reporting/test_derive.py, on runs of its own below",
     "python -m experiments.mirror ": "runs in tests/experiment/test_run.py",
+    "nashswarm chat ": "waits for somebody to type; tests/runtime/serving/test_chat.py talks",
     "nashswarm profile your-model-3bit --misses": "simulates for minutes; tests/runtime/test_cache_misses.py counts",
     "nashswarm profile folder --misses": "simulates for minutes; tests/runtime/test_cache_misses.py counts",
 }

@@ -16,6 +16,7 @@ from nashswarm.measures.size import resident_bytes
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
 from nashswarm.runtime import memory_limit, profile
+from nashswarm.runtime.serving.engine import Limits
 
 Packed = Callable[..., dict[str, np.ndarray]]
 BASE, TOKEN = 1_000_000, 500  # bytes of a process that is made up
@@ -142,15 +143,15 @@ def test_server_with_limit_answers_texts_that_fit(
 ) -> None:
     pytest.importorskip("fastapi", reason="not installed")
     httpx = pytest.importorskip("httpx", reason="not installed")
-    from nashswarm.runtime import server
+    from nashswarm.runtime.serving import host
 
     pinned: list[int] = []
     monkeypatch.setattr(memory, "pin", lambda address, size: pinned.append(size))
     limit = 1e-6 * (BASE + 12 * TOKEN + 200)  # between the needs of 12 and of 13
-    app = inference._build_app(folder, "small", 1, server.Limits(), limit, True)
+    app = inference._build_app(folder, "small", 1, Limits(), limit, True)
     log = capsys.readouterr().err
     assert f"{sum(pinned):,} bytes of weights are pinned" in log and "texts of up to 12 tokens are answered" in log
-    with server.serve_in_thread(app) as url:
+    with host.serve_in_thread(app) as url:
         for tokens, status in ((9, 200), (10, 400)):
             body = {"prompt": [1, 2, 3], "max_tokens": tokens}
             assert httpx.post(f"{url}/v1/completions", json=body).status_code == status
@@ -162,10 +163,8 @@ def test_server_with_low_limit_does_not_start(
     pytest.importorskip("fastapi", reason="not installed")
     from uvicorn.config import STARTUP_FAILURE
 
-    from nashswarm.runtime import server
-
     with pytest.raises(SystemExit) as stopped:
-        inference._build_app(folder, "small", 1, server.Limits(), 0.5, False)
+        inference._build_app(folder, "small", 1, Limits(), 0.5, False)
     assert stopped.value.code == STARTUP_FAILURE and "more than the limit of 0 MB" in capsys.readouterr().err
 
 
