@@ -34,6 +34,7 @@ ROWS, COLUMNS, LANES = 64, 16, 4  # of a tile; rows r, r + 4, … are one sequen
 UNIT, MIDDLE, ROW_STEPS, COLUMN_STEPS, SIZE_STEPS = 36, 128, 8, 16, 4  # fixed by the format
 SMALLEST = 1e-30
 GROUPS = 64  # of rows that are arranged at once
+ROUNDED_UP = 1 + 1e-6  # the most that a tile can gain, with room for rounding
 COSTS = 1 << 13  # costs of paths that are held at once, for each step
 
 
@@ -71,6 +72,14 @@ class Tiles:
         best = best_values((target / unit).reshape(STEPS, -1), (self.size**2).reshape(STEPS, -1), rate)
         change = best.reshape(unit.shape) * unit - self.values[column]
         return change, change * (slope - stiffness / 2 * change)
+
+    def most_gain(self) -> Float[Array, " tiles"]:
+        """Return by how much each tile's damage would fall with the best weights there are: ½ sᵀ H⁻¹ s of slopes s."""
+        inputs, slopes = self.inputs.transpose(2, 0, 1).copy(), self.slopes.transpose(2, 0, 1, 3)
+        lacking = np.einsum("tii->ti", inputs) == 0
+        np.einsum("tii->ti", inputs)[lacking] = 1  # of columns whose slopes are zero
+        slopes = slopes.reshape(len(slopes), COLUMNS, -1)
+        return (slopes * np.linalg.solve(inputs, slopes)).sum((1, 2)) / 2 * ROUNDED_UP
 
     def gain_of_rate(self, rate: int) -> Float[Array, " tiles"]:
         """Return by how much the damage of each tile would fall at another rate, in nats per token."""
@@ -113,10 +122,14 @@ def gain_of_tiles(
             np.add.at(paths, tiles.groups[same], _in_batches(tiles, same, Tiles.gain_of_paths, rate, workers))
         by_group.append(paths)
         best = np.zeros(len(wanted))
+        most = tiles.select(wanted).most_gain()
         for rate in allowed:
-            damage = _in_batches(tiles, wanted, Tiles.gain_of_rate, rate, workers)
-            bytes_saved = ROWS * COLUMNS // 8 * (tiles.rates[wanted] - rate)
-            np.maximum(best, damage + price * bytes_saved, out=best)
+            saved = price * (ROWS * COLUMNS // 8) * (tiles.rates[wanted] - rate)
+            worth = np.flatnonzero(
+                most + saved > best
+            )  # others would gain no more at this rate with any weights at all
+            gain = _in_batches(tiles, wanted[worth], Tiles.gain_of_rate, rate, workers)
+            best[worth] = np.maximum(best[worth], gain + saved[worth])
         gains.append(best)
     return np.concatenate(gains), np.concatenate(by_group)
 

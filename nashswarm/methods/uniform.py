@@ -36,7 +36,7 @@ class Uniform:
             )
 
     def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
-        """Round all layers and report the regret that their players have in the bit game.
+        """Round all layers and report the regret that their players have in the bit game, by estimated damages.
 
         Raises ValueError if ``group_size`` does not divide the columns of a layer.
         """
@@ -45,7 +45,7 @@ class Uniform:
         bits = {layer.name: np.full(grid_shape(layer, scheme), self.bits, np.uint8) for layer in context.layers}
         if self.bits in FLOATS:
             return store_groups(bits, quantize_layers(context.layers, bits, scheme), float_bits=self.bits)
-        blocks = block_damages(context, context.moments(), PLAYED_WIDTHS, scheme, code_game=False)
+        blocks = block_damages(context, context.moments(), PLAYED_WIDTHS, scheme, code_game=False, probed=False)
         profile = np.full(len(blocks.damage), PLAYED_WIDTHS.index(self.bits))
         tensors = quantize_layers(context.layers, bits, scheme)
         damage, metrics = blocks.damage_by_layer(profile), regret_metrics(blocks, profile)

@@ -22,7 +22,12 @@ PROBE_TOKENS = 1024
 
 
 def block_damages(
-    context: CalibrationContext, moments: Mapping[str, Moments], widths: Sequence[int], scheme: Scheme, code_game: bool
+    context: CalibrationContext,
+    moments: Mapping[str, Moments],
+    widths: Sequence[int],
+    scheme: Scheme,
+    code_game: bool,
+    probed: bool = True,
 ) -> Blocks:
     """Return all blocks of the model with their damage, in nats per token, at each of ``widths``.
 
@@ -30,12 +35,13 @@ def block_damages(
 
     The second-order estimate holds for small errors and misleads for large ones.  Below 8 bits, each layer is therefore
     compressed alone, the KL of that model is measured on held-out calibration text, and the damages of the layer's
-    blocks are scaled to add up to it.
+    blocks are scaled to add up to it.  That takes passes through the model for every layer; unless the damages are
+    ``probed``, the estimate has to do.
     """
 
     def damages_at(width: int) -> dict[str, Tensor]:
         damage_by_layer: dict[str, Tensor] = {}
-        for layer in context.track(context.layers, f"probing at {width} bits"):
+        for layer in context.track(context.layers, f"{'prob' if probed else 'estimat'}ing at {width} bits"):
             layer_curvature = curvature(layer, moments)
             if code_game:
                 quantized = quantize_layer(layer.weight, width, scheme, layer_curvature).dequantize()
@@ -43,7 +49,7 @@ def block_damages(
                 quantized = quantize(layer.weight, width, scheme).dequantize()
             predicted = damage(layer, quantized, layer_curvature, scheme)
             damage_by_layer[layer.name] = predicted
-            if width in PROBED_WIDTHS and (total := float(predicted.sum())) > 0:
+            if probed and width in PROBED_WIDTHS and (total := float(predicted.sum())) > 0:
                 measured = context.heldout_kl({layer.name: quantized}, PROBE_TOKENS)
                 damage_by_layer[layer.name] = predicted * (measured / total)
         return damage_by_layer
@@ -51,7 +57,8 @@ def block_damages(
     columns = []
     for width in widths:
         compute = functools.partial(damages_at, width)
-        damage_by_layer = context.cached("damage", cache_key(width, scheme, code_game), compute)
+        key = cache_key(width, scheme, code_game) if probed else cache_key(width, scheme, code_game) | {"probed": []}
+        damage_by_layer = context.cached("damage", key, compute)
         columns.append(torch.cat([damage_by_layer[layer.name] for layer in context.layers]).numpy())
     return Blocks(
         context.layers,
