@@ -78,7 +78,7 @@ class Tiles:
         inputs, slopes = self.inputs.transpose(2, 0, 1).copy(), self.slopes.transpose(2, 0, 1, 3)
         lacking = np.einsum("tii->ti", inputs) == 0
         np.einsum("tii->ti", inputs)[lacking] = 1  # of columns whose slopes are zero
-        slopes = slopes.reshape(len(slopes), COLUMNS, -1)
+        slopes = slopes.reshape(len(slopes), COLUMNS, STEPS * LANES)
         return (slopes * np.linalg.solve(inputs, slopes)).sum((1, 2)) / 2 * ROUNDED_UP
 
     def gain_of_rate(self, rate: int) -> Float[Array, " tiles"]:
