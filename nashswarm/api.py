@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from jaxtyping import Integer
 from torch import Tensor
 
+from nashswarm import errors
 from nashswarm.calibration import texts
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import CalibrationSession
@@ -22,7 +24,7 @@ from nashswarm.methods.method import Method
 from nashswarm.methods.nash_lattice.settings import NashLattice
 from nashswarm.methods.nash_swarm.settings import Effort, NashSwarm
 from nashswarm.methods.uniform import Uniform
-from nashswarm.models import architecture, matrices, sources
+from nashswarm.models import architecture, checks, matrices, sources
 from nashswarm.models.split_experts import unfuse
 from nashswarm.packed import checkpoint
 
@@ -34,6 +36,15 @@ METHODS = {
     "uniform": Uniform,
 }
 LONGEST_WINDOW = 512  # tokens; longer ones cost memory and teach little more
+MOST_BITS = 16  # of a game; those that round to one width know which they have
+OPTIONS = {  # what messages call by its key in a configuration
+    "method.bits": "bits=",
+    "model.exclude": "exclude=",
+    "dataset.source": "calibration=",
+    "dataset.path": "calibration=",
+    "dataset.sequence_length": "windows of tokens as calibration=",
+}
+Windows = Integer[Tensor, "windows length"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +72,7 @@ def compress(
     model: transformers.PreTrainedModel,
     tokenizer: Any = None,
     method: str | Method = "nash_swarm",
-    calibration: str | pathlib.Path | Integer[Tensor, "windows length"] | None = None,
+    calibration: str | pathlib.Path | Windows | Mapping[str, Windows] | None = None,
     bits: float = 3.0,
     exclude: Sequence[str] = (),
     seed: int = 0,
@@ -75,19 +86,31 @@ def compress(
     ``fixed_width``, ``gptq``, ``uniform``, or an instance of any method, which then has its own ``bits``.
     ``calibration``: text, a path of a text file or folder, token windows, or the name of a source (``embedded``,
     ``code``, ``own``, ``hub``, or several joined by ``+``); by default the hub's text if it can be reached, else text
-    that the model samples itself, with the embedded one in both cases (``calibration.texts``).  ``bits``: stored bits
+    that the model samples itself, with the embedded one in both cases (``calibration.texts``).  Padded windows are a
+    mapping of ``input_ids`` and ``attention_mask``, as tokenizers return it; a model that predicts tokens then reads
+    the real tokens joined, in windows as long as the longest row.  ``bits``: stored bits
     per parameter of the whole model (for ``gptq`` and ``uniform`` the nominal width).  ``exclude``: names or patterns
     of matrices to leave at 16 bits.  ``effort``: of ``nash_swarm``, ``quick`` for a single pass without a game,
     ``best`` for sensitivities that are taken twice.
 
     Raises ValueError in one sentence for anything that does not fit together.
     """
+    with errors.in_words_of(OPTIONS), checks.plain_torch():
+        return _compress(model, tokenizer, method_of(method, bits, effort), calibration, exclude, seed)
+
+
+def _compress(
+    model: Any, tokenizer: Any, chosen: Method, calibration: Any, exclude: Sequence[str], seed: int
+) -> tuple[Any, Report]:
     started = time.monotonic()
-    chosen = method_of(method, bits, effort)
     if not isinstance(model, transformers.PreTrainedModel):
-        raise ValueError(f"nashswarm compresses models of transformers, not a {type(model).__name__}")
+        raise ValueError(
+            f"nashswarm compresses models of transformers, not a {type(model).__name__}; of a PeftModel, what "
+            "merge_and_unload() returns"
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantized already; call model.dequantize() first or start from the full model")
+    checks.check_model(model)
     architecture.check(type(model), model.config)
     architecture.check_embedding(model)
     windows, about = _windows(model, tokenizer, calibration)
@@ -122,17 +145,21 @@ def method_of(method: str | Method, bits: float, effort: Effort = "default") -> 
 
     Raises ValueError for an unknown name, and for an effort of another method than ``nash_swarm``.
     """
-    if effort != "default":
-        if method != "nash_swarm":
-            raise ValueError(f"the effort {effort} is of nash_swarm alone, given by its name: leave the effort out")
-        return NashSwarm(bits=bits, effort=effort)
+    if effort != "default" and method != "nash_swarm":
+        raise ValueError(f"the effort {effort} is of nash_swarm alone, given by its name: leave the effort out")
     if not isinstance(method, str):
         return method
+    if isinstance(bits, bool) or not isinstance(bits, int | float):
+        raise ValueError(f"method.bits={bits!r} is no number")
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose {', '.join(METHODS)}, or give a method's value")
     whole = method in ("gptq", "uniform")
     if whole and not float(bits).is_integer():
-        raise ValueError(f"bits={bits}: {method} gives every weight the same whole number of bits")
+        raise ValueError(f"method.bits={bits}: {method} gives every weight the same whole number of bits")
+    if not whole and not 0 < bits <= MOST_BITS:
+        raise ValueError(f"method.bits={bits} must be above 0 and at most {MOST_BITS}, as many as the full model has")
+    if method == "nash_swarm":
+        return NashSwarm(bits=bits, effort=effort)
     return METHODS[method](bits=int(bits) if whole else bits)
 
 
@@ -141,23 +168,25 @@ def window_length(path: str) -> int | None:
 
     None if its config cannot be read; whoever loads the model then says why.
     """
-    if not pathlib.Path(path).is_dir():
+    if not pathlib.Path(path).exists():
         if not sources.may_be_on_hub(path):
             return None
         hub.use_cache_if_unreachable()
     try:
-        longest = sources.max_tokens(transformers.AutoConfig.from_pretrained(path))
+        longest = sources.max_tokens(sources.read_config(path))
     except (OSError, ValueError):
         return None
     return min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
 
 
-def _windows(
-    model: Any, tokenizer: Any, calibration: str | pathlib.Path | Tensor | None
-) -> tuple[Integer[Tensor, "windows length"], tuple[str, str] | None]:
+def _windows(model: Any, tokenizer: Any, calibration: Any) -> tuple[Windows, tuple[str, str] | None]:
     """Token windows to calibrate with, and the source and text that they were cut from, if there is one."""
+    if isinstance(calibration, Mapping):
+        if missing := {"input_ids", "attention_mask"} - set(calibration):
+            raise ValueError(f"calibration lacks {' and '.join(sorted(missing))}, which padded windows have")
+        calibration = _without_padding(calibration["input_ids"], calibration["attention_mask"], model)
     if isinstance(calibration, Tensor):
-        _check(calibration, model)
+        _check(calibration, model, tokenizer)
         return calibration, None
     if not isinstance(calibration, str | pathlib.Path | None):
         raise ValueError(f"calibration must be text or token windows, not a {type(calibration).__name__}")
@@ -167,7 +196,30 @@ def _windows(
         tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
     longest = sources.LoadedModel(model, tokenizer).window_length(None)
     source, text = _text(model, tokenizer, calibration)
-    return corpus.begun_windows(text, tokenizer, min(longest, LONGEST_WINDOW), "calibration"), (source, text)
+    windows = corpus.begun_windows(text, tokenizer, min(longest, LONGEST_WINDOW), "calibration")
+    checks.check_tokens(windows, model, tokenizer)
+    return windows, (source, text)
+
+
+def _without_padding(tokens: Any, mask: Any, model: Any) -> Windows:
+    """Return padded windows without their padding, or with it on the right where the model reads one text at a time.
+
+    Raises ValueError for a mask that does not fit the tokens, and for a model that needs padding but names none.
+    """
+    if not isinstance(tokens, Tensor) or not isinstance(mask, Tensor) or tokens.ndim != 2 or mask.shape != tokens.shape:
+        raise ValueError("calibration: input_ids and attention_mask must be tensors of one shape (windows, length)")
+    real = mask.bool()
+    if real.all():
+        return tokens
+    lengths = real.sum(1).tolist()
+    if model.get_output_embeddings() is not None:
+        joined, width = tokens[real], max(lengths)
+        return joined[: len(joined) // width * width].view(-1, width) if width else tokens[:0]
+    pad = getattr(model.config, "pad_token_id", None)
+    if pad is None:
+        raise ValueError("the model's config names no pad_token_id: set it, or give windows without padding")
+    rows = [row[kept] for row, kept in zip(tokens, real, strict=True) if kept.any()]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
 
 def _text(model: Any, tokenizer: Any, calibration: str | pathlib.Path | None) -> tuple[str, str]:
@@ -184,7 +236,7 @@ def _text(model: Any, tokenizer: Any, calibration: str | pathlib.Path | None) ->
     return source, texts.read(source, own)
 
 
-def _check(windows: Tensor, model: Any) -> None:
+def _check(windows: Tensor, model: Any, tokenizer: Any) -> None:
     """Raises ValueError unless the model can read these windows, and one of them can be held out."""
     if windows.ndim != 2 or windows.is_floating_point() or len(windows) < 2:
         raise ValueError(
@@ -196,7 +248,4 @@ def _check(windows: Tensor, model: Any) -> None:
     longest = architecture.max_window(model)
     if longest is not None and windows.shape[1] > longest:
         raise ValueError(f"windows of {windows.shape[1]} tokens are longer than the model's maximum of {longest}")
-    size = len(model.get_input_embeddings().weight)
-    wrong = windows[(windows < 0) | (windows >= size)]
-    if len(wrong):
-        raise ValueError(f"calibration holds the token {int(wrong[0])}, the model's vocabulary has {size}")
+    checks.check_tokens(windows, model, tokenizer)

@@ -11,18 +11,34 @@ from typing import get_args
 
 import torch
 
-from nashswarm import __version__, api, inference
+from nashswarm import __version__, api, errors, inference
 from nashswarm.experiment import commands, gguf_export
 from nashswarm.experiment.certify import LIMIT
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.measures.contestants import CONTESTANTS
 from nashswarm.methods.gguf_types.type_game import ALL_TYPES
 from nashswarm.methods.nash_swarm.settings import Effort
-from nashswarm.models import shapes
+from nashswarm.models import checks, shapes
 from nashswarm.progress import end_interrupted
 from nashswarm.runtime import export
 
 CACHE = pathlib.Path("~/.cache/nashswarm")
+OPTIONS = {  # what messages call by its key in a configuration
+    "method.bits": "--bits",
+    "model.exclude": "--exclude",
+    "model.path": "MODEL",
+    "dataset.source": "--calibration",
+    "dataset.path": "--calibration",
+    "dataset.columns": "--column",
+    "dataset.sequence_length": "--length",
+    "dataset.calibration_windows": "--windows",
+    "dataset.holdout_windows": "--windows",
+    "measure.prompt_tokens": "--prompt-tokens",
+    "measure.context_tokens": "--context-tokens",
+    "measure.new_tokens": "--new-tokens",
+    "measure.repeats": "--repeats",
+    "save": "--out",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("nashswarm").setLevel(logging.WARNING if parsed.quiet else logging.NOTSET)
     try:
-        return int(parsed.run(parsed))
+        with errors.in_words_of(OPTIONS), checks.quiet_transformers():
+            return int(parsed.run(parsed))
     except (ValueError, OSError) as error:
         print(f"nashswarm {parsed.command}: {error}", file=sys.stderr)
         return 2

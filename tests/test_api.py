@@ -273,7 +273,11 @@ def test_compress_quantized_model_is_refused_until_dequantized(played: Any, wind
         ({"method": "uniform", "bits": 5}, "a uniform width is one of"),
         ({"method": "gptq", "bits": 3, "effort": "quick"}, "the effort quick is of nash_swarm alone"),
         ({"bits": 0.01}, "is below the smallest possible size of this model"),
-        ({"bits": -1.0}, "must be a positive number"),
+        ({"bits": -1.0}, "^bits=-1.0 must be above 0 and at most 16"),
+        ({"bits": 32}, "^bits=32 must be above 0 and at most 16"),
+        ({"bits": float("nan")}, "^bits=nan must be above 0"),
+        ({"bits": "3"}, "^bits='3' is no number"),
+        ({"exclude": ["nothing"]}, "^exclude=.* names no matrix|^exclude= names no matrix"),
         (
             {"calibration": torch.zeros(64)},
             r"of shape \(windows, length\) with at least 2 windows, not \(64,\) of torch",
@@ -282,8 +286,14 @@ def test_compress_quantized_model_is_refused_until_dequantized(played: Any, wind
         ({"calibration": torch.zeros(4, 64)}, r"calibration must be token ids of shape .* of torch.float32"),
         ({"calibration": torch.zeros(4, 1).long()}, "a window needs at least 2 tokens"),
         ({"calibration": torch.zeros(4, 65).long()}, "windows of 65 tokens are longer than the model's maximum of 64"),
-        ({"calibration": torch.full((4, 8), 512)}, "calibration holds the token 512, the model's vocabulary has 512"),
-        ({"calibration": -torch.ones(4, 8).long()}, "calibration holds the token -1, the model's vocabulary has 512"),
+        (
+            {"calibration": torch.full((4, 8), 512)},
+            "calibration holds the token 512, the model's embedding has 512 rows",
+        ),
+        (
+            {"calibration": -torch.ones(4, 8).long()},
+            "calibration holds the token -1, the model's embedding has 512 rows",
+        ),
         ({"calibration": "too short"}, "tokens, too short for one window of 64"),
         (
             {"calibration": "the a one every no old new small large quiet " * 9},

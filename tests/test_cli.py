@@ -25,7 +25,8 @@ from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
 from nashswarm.packed.matrix import PackedMatrix, TrellisMatrix
 
-FILES = ["config.json", "model.safetensors", "README.md", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"]
+FILES = ["config.json", "generation_config.json", "model.safetensors", "README.md", "nashswarm.json"]
+FILES += ["tokenizer.json", "tokenizer_config.json"]
 GAME = "game.safetensors"  # the inputs of a certificate, of methods that keep them
 SIZES = {"bytes_file", "compression", "bits_per_weight_model", "bits_per_weight", "bytes_resident"}
 

@@ -285,5 +285,5 @@ def calibrate(
         if any(sums[other].module.weight is module.weight for other in used):
             table[name] = no_moments(module)  # the matrix is used under other names
     if unused := [name for name in names if name not in table]:
-        raise ValueError(f"the model never uses {', '.join(unused)}: leave them out by model.exclude, or exclude=")
+        raise ValueError(f"the model never uses {', '.join(unused)}: leave them out by model.exclude")
     return table

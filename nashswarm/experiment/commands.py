@@ -44,9 +44,10 @@ def compress(arguments: argparse.Namespace) -> int:
         return _print({"folder": str(out)} | streaming.compress_by_layer(full, out, text, settings, *numbers))
     if arguments.head_bits is not None or arguments.sweeps:
         raise ValueError("--head-bits and --sweeps go with --by-layer")
-    folder = pathlib.Path(arguments.model)
-    path = None if arguments.model == "default" else str(folder.resolve()) if folder.is_dir() else arguments.model
+    given = pathlib.Path(arguments.model)
+    path = None if arguments.model == "default" else str(given.resolve()) if given.exists() else arguments.model
     source, method = sources.ModelSource(path, exclude=list(arguments.exclude)), arguments.method or "nash_swarm"
+    sources.check_location(source)
     held_out = None if arguments.windows is None else max(-(-arguments.windows // 3), 1)
     length = api.window_length(path or str(sources.EMBEDDED)) if arguments.length is None else arguments.length
     dataset = texts.choose(

@@ -29,7 +29,7 @@ from nashswarm.measures.quality import of_quality
 from nashswarm.memory import peak_bytes, trim_heap
 from nashswarm.methods import distillation
 from nashswarm.methods.method import Compressed, Method
-from nashswarm.models import classifier, evaluation, matrices, sources
+from nashswarm.models import checks, classifier, evaluation, matrices, sources
 from nashswarm.models.output_head import OutputHead
 from nashswarm.packed import checkpoint
 from nashswarm.progress import show_progress
@@ -92,6 +92,8 @@ def load(config: DictConfig, planned: Plan) -> LoadedRun:
     pool, test = (
         cut(texts[purpose], loaded.tokenizer, length, purpose).to(planned.device) for purpose in ("calibration", "test")
     )
+    for windows in (pool, test):
+        checks.check_tokens(windows, loaded.model, loaded.tokenizer)
     test = corpus.first_windows(test, dataset.test_windows, "test")
     check(planned.measure, test)
     calibration, holdout = corpus.draw_windows(pool, dataset.calibration_windows, dataset.holdout_windows, rng)

@@ -143,13 +143,20 @@ def _compress(config: DictConfig, planned: Plan) -> RunResult:
 
     def save(target: pathlib.Path, about: dict[str, Any]) -> None:
         game = {name: part.numpy() for name, part in result.game.items()}
-        model_folder.write(target, files, about, game, loaded.tokenizer)
+        model_folder.write(target, files | _generation(session.full), about, game, loaded.tokenizer)
 
     origin: dict[str, Any] = {"parameters": session.parameters, "cache_hits": loaded.cache.hits}
     if types := sources.dequantized_from(planned.source):
         origin["dequantized_from"] = types
     table = compression.layer_table(session.layers, result)
     return RunResult(metrics, series | windows, table, result.allocation, origin, save)
+
+
+def _generation(model: Any) -> dict[str, bytes]:
+    """Return the file that says how the full model generates: its end tokens and how it samples."""
+    if not model.can_generate():
+        return {}
+    return {"generation_config.json": model.generation_config.to_json_string().encode()}
 
 
 def _train_moe(config: DictConfig, planned: MoePlan) -> RunResult:

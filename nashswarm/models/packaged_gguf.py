@@ -54,9 +54,14 @@ class PackagedGguf:
 
     def quantized_types(self) -> list[str]:
         """Return the types of ggml that the weights are stored in, the one of most weights first, floats left out."""
-        import gguf
+        return quantized_types(self.path)
 
-        weights: Counter[str] = Counter()
-        for tensor in gguf.GGUFReader(self.path).tensors:
-            weights[tensor.tensor_type.name] += int(tensor.n_elements)
-        return [name for name, _ in weights.most_common() if name not in FLOATS]
+
+def quantized_types(path: pathlib.Path) -> list[str]:
+    """Return the types of ggml in a GGUF file, the one of most weights first, floats left out."""
+    import gguf
+
+    weights: Counter[str] = Counter()
+    for tensor in gguf.GGUFReader(path).tensors:
+        weights[tensor.tensor_type.name] += int(tensor.n_elements)
+    return [name for name, _ in weights.most_common() if name not in FLOATS]

@@ -14,25 +14,28 @@ import torch
 import transformers
 
 from nashswarm.data import hub
-from nashswarm.models import architecture
+from nashswarm.errors import require
+from nashswarm.models import architecture, checks
 from nashswarm.models.architecture import FALLBACK, max_window
 from nashswarm.models.architecture import max_tokens as max_tokens
-from nashswarm.models.packaged_gguf import PackagedGguf
+from nashswarm.models.packaged_gguf import PackagedGguf, quantized_types
 from nashswarm.models.split_experts import unfuse
 
 LONGEST_WINDOW = 2048  # tokens; the protocol for models that read longer texts
 EMBEDDED = pathlib.Path(__file__).parent / "default_model"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of a checkpoint
 RANDOM = ("gpt2", "llama", "opt")
+GGUF = ".gguf"
+LOADING_ERRORS = (
+    OSError, ValueError, KeyError, ImportError, RuntimeError, struct.error, safetensors.SafetensorError
+)  # fmt: skip
 log = logging.getLogger(__name__)
 FAMILY = "default_"  # prefix of the folders of models that `make family` trains
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model of text on the Hugging Face hub or in a local folder of its layout.
+    """A model of text on the Hugging Face hub, in a local folder of its layout, or in a GGUF file.
 
     Without a ``path`` it is the model that ships with this package.  ``exclude``: names or patterns of matrices that
     stay at 16 bits.
@@ -44,7 +47,7 @@ class ModelSource:
 
     @property
     def label(self) -> str:
-        return "default" if self.path is None else pathlib.Path(self.path).name
+        return "default" if self.path is None else pathlib.Path(self.path).name.removesuffix(GGUF)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +138,8 @@ def content_digest(source: Source) -> str:
     """
     if isinstance(source, RandomModel):
         return source.label
-    if isinstance(source, PackagedGguf):
-        with source.path.open("rb") as stream:
+    if file := _gguf_file(source):
+        with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     path, revision = _location(source)
     folder = pathlib.Path(path)
@@ -153,7 +156,7 @@ def content_digest(source: Source) -> str:
 
 def writes_text(source: Source) -> bool:
     """Check whether the model can generate text, without loading it; also true if its config cannot be read."""
-    if isinstance(source, RandomModel | PackagedGguf):
+    if isinstance(source, RandomModel) or _gguf_file(source):
         return True
     path, revision = _location(source)
     try:
@@ -165,7 +168,8 @@ def writes_text(source: Source) -> bool:
 
 def dequantized_from(source: Source) -> list[str]:
     """Return the types of ggml that the full model was dequantized from, the one of most weights first, if any."""
-    return source.quantized_types() if isinstance(source, PackagedGguf) else []
+    file = _gguf_file(source)
+    return [] if file is None else quantized_types(file)
 
 
 def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = None) -> LoadedModel:
@@ -179,15 +183,14 @@ def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = 
         if classes is not None:
             raise ValueError("a model of random weights cannot be fine-tuned; choose another model")
         return _random_model(source, device, dtype)
+    check_location(source)
     path, revision = _location(source)
     folder = pathlib.Path(path)
     location: dict[str, Any] = {"revision": revision}
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if isinstance(source, PackagedGguf):
-        location["gguf_file"] = source.file
+    if file := _gguf_file(source):
+        location["gguf_file"] = file.name
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    else:
-        _check_path(path)
     if not folder.is_dir():
         hub.use_cache_if_unreachable()
     kind_name = "language model" if classes is None else "classifier"
@@ -197,10 +200,10 @@ def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = 
         else:
             kind, options = transformers.AutoModelForSequenceClassification, options | {"num_labels": classes}
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **location)
-        with torch.random.fork_rng(devices=[]):
+        with checks.quiet_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for a head that the checkpoint lacks
             model, loading = kind.from_pretrained(path, **location, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, struct.error, safetensors.SafetensorError) as error:
+    except LOADING_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
         if folder.is_dir():
             raise ValueError(f"the checkpoint in {path} cannot be loaded as a {kind_name}: {reason}") from error
@@ -219,6 +222,7 @@ def load(source: Source, device: str, dtype: torch.dtype, classes: int | None = 
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
+    checks.check_model(model)
     architecture.check_embedding(model)
     unfuse(model)
     return LoadedModel(model.eval().to(device), tokenizer)
@@ -234,22 +238,59 @@ def _random_model(source: RandomModel, device: str, dtype: torch.dtype) -> Loade
     return LoadedModel(model.eval().to(device), tokenizer)
 
 
-def _check_path(path: str) -> None:
-    """Raise ValueError for a path that is neither a checkpoint's folder nor a possible name on the hub."""
+def check_location(source: Source) -> None:
+    """Raise ValueError for a model that is neither a checkpoint's folder, a GGUF file, nor a possible name on the hub.
+
+    Nothing is loaded: a folder of adapters, or of a model that is quantized already, is told by its config.
+    """
+    if isinstance(source, RandomModel):
+        return
+    if file := _gguf_file(source):
+        return require(f"the model {file}", ["gguf"], "models")
+    path, _ = _location(source)
     folder = pathlib.Path(path)
+    if folder.is_file():
+        raise ValueError(f"{path} is no GGUF file; set model.path to one, or to a folder in Hugging Face layout")
     if not folder.is_dir() and not may_be_on_hub(path):
         first = "run make family, or " if folder.name.startswith(FAMILY) else ""
         raise ValueError(
             f"the model folder {path} does not exist; {first}set model.path to a folder in Hugging Face layout"
         )
-    if folder.is_dir() and not (folder / CONFIG).exists():
-        raise ValueError(f"the folder {path} holds no config.json, so it is not a checkpoint in Hugging Face layout")
+    if folder.is_dir():
+        checks.check_folder(folder)
+        if not (folder / CONFIG).exists():
+            raise ValueError(
+                f"the folder {path} holds no config.json, so it is not a checkpoint in Hugging Face layout"
+            )
+
+
+def read_config(path: str) -> Any:
+    """Return the config of a folder, a GGUF file or a name on the hub.
+
+    Raises OSError or ValueError if it cannot be read.
+    """
+    if file := _gguf_file(ModelSource(path)):
+        return transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    return transformers.AutoConfig.from_pretrained(path)
+
+
+def _gguf_file(source: Source) -> pathlib.Path | None:
+    """Return the GGUF file that holds the model, or None if it is not in one."""
+    if isinstance(source, PackagedGguf):
+        return source.path
+    if isinstance(source, ModelSource) and source.path is not None:
+        path = pathlib.Path(source.path)
+        if path.is_file():
+            with path.open("rb") as file:
+                return path if file.read(4) == b"GGUF" else None
+    return None
 
 
 def _location(source: ModelSource | PackagedModel | PackagedGguf) -> tuple[str, str | None]:
     """Return a folder or a name on the hub, and the revision there."""
-    if isinstance(source, PackagedGguf):
-        return str(source.path.parent), None
+    if file := _gguf_file(source):
+        return str(file.parent), None
     if isinstance(source, PackagedModel):
         return str(source.folder), None
+    assert isinstance(source, ModelSource)
     return str(EMBEDDED) if source.path is None else source.path, source.revision

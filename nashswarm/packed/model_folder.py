@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,9 +36,14 @@ class SavedModel:
 
 
 def check_free(folder: pathlib.Path) -> None:
-    """Raise ValueError if ``folder`` exists and is not an empty folder."""
+    """Raise ValueError if ``folder`` exists and is not an empty folder, OSError if it cannot be written."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"save={folder} is not an empty folder; name another one or delete it")
+    above = next(path for path in folder.absolute().parents if path.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".nashswarm-", dir=above).cleanup()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {folder}: {error.strerror}") from error
 
 
 def holds(folder: pathlib.Path, name: str) -> bool:

@@ -19,11 +19,13 @@ def claim(path: pathlib.Path) -> Iterator[None]:
     """Hold ``path`` alone among all processes that see its folder, on any machine; a later process waits.
 
     Partial files of ``path`` that a killed process left are removed.  The claim is a kernel lock on a hidden file
-    beside ``path``.  It ends with its process, so no claim is ever stale.
+    beside ``path``.  It ends with its process, so no claim is ever stale.  Folders that it made and that are empty in
+    the end are removed: a refused run leaves nothing.
 
     Raises OSError with the path in its message, for example if the file system has no locks.
     """
     lock = path.with_name(f".{path.name}.lock")
+    absent = [folder for folder in lock.parents if not folder.exists()]
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = _locked(lock)
@@ -36,11 +38,15 @@ def claim(path: pathlib.Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+            for folder in absent:
+                with contextlib.suppress(OSError):  # it holds something by now
+                    folder.rmdir()
 
 
 def _locked(path: pathlib.Path) -> IO[str]:
     """Open and lock the file at ``path``, again if its last holder removed it meanwhile."""
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)  # another worker may have removed it, empty
         file = path.open("a")
         try:
             try:

@@ -105,8 +105,7 @@ def check_divisible(layers: Sequence[Layer], group_size: int) -> None:
     if indivisible:
         raise ValueError(
             f"the columns of {len(indivisible)} layers are not divisible by group_size {group_size}: "
-            f"{', '.join(indivisible)}; "
-            "choose another method.group_size or name them in model.exclude"
+            f"{', '.join(indivisible)}; leave them out by model.exclude"
         )
 
 
