@@ -287,13 +287,22 @@ def _check_language_model(folder: pathlib.Path, reason: str) -> None:
 
 
 def _architecture(folder: pathlib.Path) -> Any:
-    """Return the class of the compressed model in ``folder``.  Raises ValueError if there is none."""
+    """Return the class of the compressed model in ``folder``.
+
+    Raises ValueError if there is none, and for a model with code of its own, which is not run.
+    """
     if not (folder / sources.CONFIG).is_file():
         raise ValueError(f"{folder} holds no {sources.CONFIG}: name a folder that nashswarm compress made")
     config = json.loads((folder / sources.CONFIG).read_text())
     if "quantization_config" not in config:
         raise ValueError(f"the model in {folder} is not compressed: use nashswarm compress first")
-    return getattr(transformers, config["architectures"][0])
+    if "auto_map" in config:
+        raise ValueError(
+            f"the model in {folder} needs code of its own, which this command does not run: load it in Python by "
+            "from_pretrained with trust_remote_code=True"
+        )
+    known = getattr(transformers, config["architectures"][0], None)
+    return known or transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers.AutoConfig.from_pretrained(folder))]
 
 
 def _weights(folder: pathlib.Path) -> list[str]:

@@ -18,7 +18,8 @@ import nashswarm
 from nashswarm.cli import main
 from nashswarm.data import corpus
 from nashswarm.models import checks, sources
-from nashswarm.packed import model_folder
+from nashswarm.moe.model import MoeConfig, MoeForCausalLM
+from nashswarm.packed.model_folder import check_free
 from nashswarm.records.files import claim
 
 QUICK = {"method": "gptq", "bits": 4}
@@ -180,12 +181,9 @@ def test_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: path
     (tmp_path / "file").write_text("")
     for folder in (pathlib.Path("/proc/none/model"), tmp_path / "file" / "model"):
         with pytest.raises(OSError, match=f"cannot write {folder}"):
-            model_folder_check(folder)
-    model_folder_check(tmp_path / "new" / "model")
+            check_free(folder)
+    check_free(tmp_path / "new" / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-model_folder_check = model_folder.check_free
 
 
 def test_claim_of_a_refused_run_leaves_no_folder(tmp_path: pathlib.Path) -> None:
@@ -195,3 +193,14 @@ def test_claim_of_a_refused_run_leaves_no_folder(tmp_path: pathlib.Path) -> None
     with claim(tmp_path / "records" / "a.json"):
         (tmp_path / "records" / "a.json").write_text("{}")
     assert [path.name for path in tmp_path.rglob("*")] == ["records", "a.json"]
+
+
+def test_inspect_takes_our_mixture_and_refuses_code_of_a_models_own(
+    tmp_path: pathlib.Path, token_windows: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = MoeConfig(vocab_size=512, hidden_size=64, num_hidden_layers=1, num_experts=2, moe_intermediate_size=64)
+    nashswarm.compress(MoeForCausalLM(config), calibration=token_windows, **QUICK)[0].save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0 and "blocks.0.attention.qkv" in capsys.readouterr().out
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"auto_map": {"AutoConfig": "own.Config"}}))
+    assert main(["inspect", str(tmp_path)]) == 2 and "code of its own" in capsys.readouterr().err
