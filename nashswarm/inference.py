@@ -28,7 +28,7 @@ from nashswarm.measures import load
 from nashswarm.measures.measure import EvaluationTarget
 from nashswarm.measures.size import resident_bytes
 from nashswarm.measures.speed import Speed
-from nashswarm.models import evaluation, sources
+from nashswarm.models import checks, evaluation, sources
 from nashswarm.packed.matrix import PackedMatrix, TileMatrix
 from nashswarm.packed.modules import Activations, QuantizedLinear
 from nashswarm.progress import show_progress
@@ -271,7 +271,7 @@ def export(args: argparse.Namespace) -> int:
 
 def _load(folder: pathlib.Path) -> Any:
     """Load the compressed model in ``folder`` with float32."""
-    return _architecture(folder).from_pretrained(folder, dtype=torch.float32)
+    return checks.compressed_class(folder).from_pretrained(folder, dtype=torch.float32)
 
 
 def _load_language_model(folder: pathlib.Path, reason: str) -> Any:
@@ -281,28 +281,9 @@ def _load_language_model(folder: pathlib.Path, reason: str) -> Any:
 
 
 def _check_language_model(folder: pathlib.Path, reason: str) -> None:
-    architecture = _architecture(folder)
+    architecture = checks.compressed_class(folder)
     if not architecture.can_generate():
         raise ValueError(f"{folder} holds a {architecture.__name__}, which writes no text: {reason}")
-
-
-def _architecture(folder: pathlib.Path) -> Any:
-    """Return the class of the compressed model in ``folder``.
-
-    Raises ValueError if there is none, and for a model with code of its own, which is not run.
-    """
-    if not (folder / sources.CONFIG).is_file():
-        raise ValueError(f"{folder} holds no {sources.CONFIG}: name a folder that nashswarm compress made")
-    config = json.loads((folder / sources.CONFIG).read_text())
-    if "quantization_config" not in config:
-        raise ValueError(f"the model in {folder} is not compressed: use nashswarm compress first")
-    if "auto_map" in config:
-        raise ValueError(
-            f"the model in {folder} needs code of its own, which this command does not run: load it in Python by "
-            "from_pretrained with trust_remote_code=True"
-        )
-    known = getattr(transformers, config["architectures"][0], None)
-    return known or transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers.AutoConfig.from_pretrained(folder))]
 
 
 def _weights(folder: pathlib.Path) -> list[str]:

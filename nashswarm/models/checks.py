@@ -81,6 +81,25 @@ def _has_tensors(folder: pathlib.Path, suffix: str) -> bool:
     return False
 
 
+def compressed_class(folder: pathlib.Path) -> Any:
+    """Return the class of the compressed model in ``folder``.
+
+    Raises ValueError if there is none, and for a model with code of its own, which is not run.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds no {CONFIG}: name a folder that nashswarm compress made")
+    config = json.loads((folder / CONFIG).read_text())
+    if "quantization_config" not in config:
+        raise ValueError(f"the model in {folder} is not compressed: use nashswarm compress first")
+    if "auto_map" in config:
+        raise ValueError(
+            f"the model in {folder} needs code of its own, which this command does not run: load it in Python by "
+            "from_pretrained with trust_remote_code=True"
+        )
+    known = getattr(transformers, config["architectures"][0], None)
+    return known or transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers.AutoConfig.from_pretrained(folder))]
+
+
 def check_model(model: Any) -> None:
     """Raise ValueError for a model with adapters, without values in memory, or with values that are not finite.
 
