@@ -26,7 +26,7 @@ def matmul(
     """
     batch = x.numel() // trellis.columns
     product = torch.empty(*x.shape[:-1], trellis.rows)
-    failed = _library().nashswarm_trellis_matmul(
+    failed = library_with_tables().nashswarm_trellis_matmul(
         trellis.content.data_ptr(),
         trellis.starts.data_ptr(),
         x.data_ptr(),
@@ -48,7 +48,7 @@ def rows_of(trellis: Trellis, ids: Int64[Tensor, "*shape"]) -> Float32[Tensor, "
     Raises IndexError for a row that does not exist, and MemoryError if there is no memory for the order of the rows.
     """
     rows = torch.empty(*ids.shape, trellis.columns)
-    invalid = _library().nashswarm_trellis_rows(
+    invalid = library_with_tables().nashswarm_trellis_rows(
         trellis.content.data_ptr(), trellis.starts.data_ptr(), ids.data_ptr(), rows.data_ptr(), ids.numel(),
         torch.get_num_threads(), native.PATHS[native.path()],
     )  # fmt: skip
@@ -59,7 +59,8 @@ def rows_of(trellis: Trellis, ids: Int64[Tensor, "*shape"]) -> Float32[Tensor, "
     return rows
 
 
-def _library() -> ctypes.CDLL:
+def library_with_tables() -> ctypes.CDLL:
+    """Return the C++ library, which holds the tables that codes index."""
     return _with_tables(cast(ctypes.CDLL, native.library()))
 
 
@@ -74,4 +75,5 @@ def _with_tables(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.nashswarm_trellis_matmul.argtypes = [*[ctypes.c_void_p] * 5, ctypes.c_int64, *[ctypes.c_int] * 3]
     loaded.nashswarm_trellis_rows.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.c_int] * 2]
     loaded.nashswarm_trellis_rows.restype = ctypes.c_int64
+    loaded.nashswarm_decoder_pass.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int] * 3]
     return loaded

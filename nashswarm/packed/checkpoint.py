@@ -44,6 +44,7 @@ from nashswarm.packed.modules import (
     quantized,
     set_activations,
 )
+from nashswarm.packed.native_forward import by_modules, natively
 from nashswarm.quant.entropy import CodeTables
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class NashSwarmQuantizer(HfQuantizer):
         shapes = {names[0]: self.shapes[names[0]] for names in groups}
         _replace_matrices(model, packed, shapes, None if tables is None else tables.cpu().numpy())
         set_activations(model, self.quantization_config.activations)
-        return model
+        return natively(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = stored_tensors(model, self.quantization_config.float_bits)
@@ -134,6 +135,7 @@ class NashSwarmQuantizer(HfQuantizer):
         return super().dequantize(model, dtype).to(dtype)  # type: ignore[no-untyped-call]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        by_modules(model)
         weights: dict[PackedMatrix, nn.Parameter] = {}
         for name, module in list(model.named_modules(remove_duplicate=False)):
             if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
@@ -167,6 +169,7 @@ def adopt(model: Any, layers: Sequence[Layer], packed: Mapping[str, Bytes], floa
     _replace_matrices(model, {layer.modules: packed[layer.name] for layer in layers}, shapes, packed.get(TABLES))
     model.hf_quantizer = NashSwarmQuantizer(NashSwarmConfig(float_bits=float_bits))
     model.hf_quantizer.postprocess_model(model)
+    natively(model)
 
 
 def _replace_matrices(

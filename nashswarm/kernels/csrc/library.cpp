@@ -91,7 +91,7 @@ inline float gelu(float x) { return x / (1 + std::exp(-1.5957691216f * (x + 0.04
 
 extern "C" {
 
-EXPORTED int nashswarm_interface() { return 9; }
+EXPORTED int nashswarm_interface() { return 10; }
 
 // Returns whether this processor supports a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI and GFNI, 3 the same with VBMI,
 // 4 NEON with products of bytes.

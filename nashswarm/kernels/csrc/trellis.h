@@ -63,10 +63,10 @@ struct TrellisProduct {
     const Trellis& matrix;
     const float* x;     // [batch][columns]
     const float* bias;  // [rows], or null
-    float* y;           // [batch][rows]
+    float* y;           // [batch][stride], of which rows are written
+    int64_t stride;
     int64_t batch;
     int count;  // digits of an activation: 1 for int8, 3 for float32
-    int threads;
     Activations activations;
 };
 
@@ -74,7 +74,8 @@ struct TrellisProduct {
 struct TrellisPath {
     // Makes the tables of this path from those of the form, [rate][window · plain].
     void (*prepare)(const int8_t (*tables)[LARGEST_TABLE]);
-    void (*multiply)(const TrellisProduct&);
+    // Computes products that share their batch and count.  Called by all threads of a parallel region, or outside of one.
+    void (*multiply)(const TrellisProduct* jobs, int64_t number);
     // Writes sums of the values of a row group down its rows, for each column in the stored order: one row of `out` (whole
     // tiles wide) for each 64 weights.
     void (*sum_rows)(const Trellis&, int64_t group, const float* weights, int64_t count, float* out);
@@ -87,5 +88,17 @@ extern const TrellisPath trellis_avx2, trellis_avx512, trellis_avx512vbmi;
 #if defined(__aarch64__)
 extern const TrellisPath trellis_neon;
 #endif
+
+extern const TrellisPath* const trellis_paths[];  // by number, as in native.py
+
+// Finds the sections of the bytes of a matrix, which Python has checked.
+Trellis read_trellis(const uint8_t* content, const int64_t* starts);
+
+// The bytes of the activations of a product, a multiple of 64, and their parts in so many bytes.
+int64_t activation_bytes(const Trellis& matrix, int64_t batch, int count);
+Activations place_activations(const Trellis& matrix, int64_t batch, int count, int8_t* bytes);
+
+// Writes the rows `ids` of the dequantized matrix, as nashswarm_trellis_rows.
+int64_t look_up_rows(const Trellis& matrix, const int64_t* ids, float* out, int64_t count, int threads, int path);
 
 }  // namespace nashswarm

@@ -11,10 +11,17 @@ namespace {
 
 constexpr int64_t ENOUGH = 1 << 20;  // weights times rows of x that justify one more thread
 constexpr int64_t FEW = 8;           // rows that are found by a search in the order instead of inverting it
+constexpr int64_t AT_ONCE = 16;      // places in an order that are compared together
 constexpr int HEADER = 20;           // bytes
 
-// By number, as in native.py.
-const TrellisPath* const PATHS[] = {
+int64_t aligned(int64_t bytes) { return (bytes + 7) / 8 * 8; }
+int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+namespace nashswarm {
+
+const TrellisPath* const trellis_paths[] = {
     &trellis_portable,
 #if defined(__x86_64__)
     &trellis_avx2,
@@ -28,11 +35,7 @@ const TrellisPath* const PATHS[] = {
 #endif
 };
 
-int64_t aligned(int64_t bytes) { return (bytes + 7) / 8 * 8; }
-int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-// Finds the sections of the bytes of a matrix, which Python has checked.
-Trellis read(const uint8_t* content, const int64_t* starts) {
+Trellis read_trellis(const uint8_t* content, const int64_t* starts) {
     uint32_t rows, columns;
     Trellis matrix;
     std::memcpy(&rows, content + 8, 4);
@@ -61,6 +64,38 @@ Trellis read(const uint8_t* content, const int64_t* starts) {
     return matrix;
 }
 
+int64_t activation_bytes(const Trellis& matrix, int64_t batch, int count) {
+    const int64_t numbers = batch * matrix.rounded();
+    return 2 * numbers * count * ROUNDED + rounded_up(numbers * sizeof(float)) + rounded_up(batch * sizeof(float));
+}
+
+Activations place_activations(const Trellis& matrix, int64_t batch, int count, int8_t* bytes) {
+    const int64_t numbers = batch * matrix.rounded(), digits = numbers * count * ROUNDED;
+    int8_t* const steps = bytes + 2 * digits;
+    return {bytes, reinterpret_cast<int32_t*>(bytes + digits), reinterpret_cast<float*>(steps),
+            reinterpret_cast<float*>(steps + rounded_up(numbers * sizeof(float)))};
+}
+
+}  // namespace nashswarm
+
+namespace {
+
+// Returns the place of a row in an order.
+template <class Index>
+int64_t find_place(const uint8_t* order, int64_t rows, Index row) {
+    int64_t place = 0;
+    for (; place + AT_ONCE <= rows; place += AT_ONCE) {
+        Index some[AT_ONCE], found = 0;
+        std::memcpy(some, order + place * sizeof(Index), sizeof some);
+        for (const Index own : some) found |= own == row;
+        if (found) break;
+    }
+    for (Index own;; ++place) {
+        std::memcpy(&own, order + place * sizeof(Index), sizeof own);
+        if (own == row) return place;
+    }
+}
+
 // Writes the places of the rows `ids` in the stored order.  Returns false if there is no memory.
 bool find_places(const Trellis& matrix, const int64_t* ids, int64_t count, int64_t* places) {
     if (!matrix.row_order) {
@@ -69,7 +104,8 @@ bool find_places(const Trellis& matrix, const int64_t* ids, int64_t count, int64
     }
     if (count <= FEW) {
         for (int64_t number = 0; number < count; ++number)
-            for (places[number] = 0; matrix.row_at(places[number]) != ids[number]; ++places[number]) {}
+            places[number] = Trellis::wide(matrix.rows) ? find_place(matrix.row_order, matrix.rows, uint32_t(ids[number]))
+                                                        : find_place(matrix.row_order, matrix.rows, uint16_t(ids[number]));
         return true;
     }
     auto* inverse = static_cast<int64_t*>(std::malloc(matrix.rows * sizeof(int64_t)));
@@ -93,42 +129,9 @@ void weigh(const Trellis& matrix, int64_t place, float* weights) {
 
 }  // namespace
 
-#define EXPORTED __attribute__((visibility("default")))
+namespace nashswarm {
 
-extern "C" {
-
-int nashswarm_supports(int path);
-
-// Makes the tables of every path that this processor supports from those of the form: 128 entries for each rate from 0 to 7.
-EXPORTED void nashswarm_trellis_tables(const int8_t* tables) {
-    const auto given = reinterpret_cast<const int8_t(*)[LARGEST_TABLE]>(tables);
-    for (int path = 0; path < int(sizeof PATHS / sizeof PATHS[0]); ++path)
-        if (nashswarm_supports(path)) PATHS[path]->prepare(given);
-}
-
-// Computes y = x Wᵀ + bias.  Returns 1 if there is no memory, else 0.
-EXPORTED int nashswarm_trellis_matmul(const uint8_t* content, const int64_t* starts, const float* x, const float* bias,
-                                      float* y, int64_t batch, int count, int threads, int path) {
-    const Trellis matrix = read(content, starts);
-    const int64_t numbers = batch * matrix.rounded(), digits = numbers * count * ROUNDED;
-    const int64_t steps = rounded_up(numbers * sizeof(float)), extras = rounded_up(batch * sizeof(float) + 1);
-    auto* scratch = static_cast<int8_t*>(std::aligned_alloc(64, 2 * digits + steps + extras));
-    if (!scratch) return 1;
-    const Activations activations{scratch, reinterpret_cast<int32_t*>(scratch + digits),
-                                  reinterpret_cast<float*>(scratch + 2 * digits),
-                                  reinterpret_cast<float*>(scratch + 2 * digits + steps)};
-    const int64_t work = matrix.rows * matrix.columns * batch / ENOUGH;
-    const int woken = work < threads ? (work < 1 ? 1 : int(work)) : threads;
-    PATHS[path]->multiply(TrellisProduct{matrix, x, bias, y, batch, count, woken, activations});
-    std::free(scratch);
-    return 0;
-}
-
-// Writes the rows `ids` of the dequantized matrix.  Returns the place of the first id that does not exist, -1 if all do, or
-// -2 if there is no memory.
-EXPORTED int64_t nashswarm_trellis_rows(const uint8_t* content, const int64_t* starts, const int64_t* ids, float* out,
-                                        int64_t count, int threads, int path) {
-    const Trellis matrix = read(content, starts);
+int64_t look_up_rows(const Trellis& matrix, const int64_t* ids, float* out, int64_t count, int threads, int path) {
     for (int64_t number = 0; number < count; ++number)
         if (ids[number] < 0 || ids[number] >= matrix.rows) return number;
     if (!count) return -1;
@@ -158,7 +161,7 @@ EXPORTED int64_t nashswarm_trellis_rows(const uint8_t* content, const int64_t* s
             const int64_t group = places[sorted[first]] / GROUP_ROWS;
             for (end = first; end < last && end < first + FEW && places[sorted[end]] / GROUP_ROWS == group; ++end)
                 weigh(matrix, places[sorted[end]], weights + (end - first) * GROUP_ROWS);
-            PATHS[path]->sum_rows(matrix, group, weights, end - first, sums);
+            trellis_paths[path]->sum_rows(matrix, group, weights, end - first, sums);
             for (int64_t number = first; number < end; ++number) {
                 float* row = out + sorted[number] * matrix.columns;
                 const float* own = sums + (number - first) * width;
@@ -169,6 +172,43 @@ EXPORTED int64_t nashswarm_trellis_rows(const uint8_t* content, const int64_t* s
     }
     std::free(scratch);
     return -1;
+}
+
+}  // namespace nashswarm
+
+#define EXPORTED __attribute__((visibility("default")))
+
+extern "C" {
+
+int nashswarm_supports(int path);
+
+// Makes the tables of every path that this processor supports from those of the form: 128 entries for each rate from 0 to 7.
+EXPORTED void nashswarm_trellis_tables(const int8_t* tables) {
+    const auto given = reinterpret_cast<const int8_t(*)[LARGEST_TABLE]>(tables);
+    for (int path = 0; path < int(sizeof trellis_paths / sizeof trellis_paths[0]); ++path)
+        if (nashswarm_supports(path)) trellis_paths[path]->prepare(given);
+}
+
+// Computes y = x Wᵀ + bias.  Returns 1 if there is no memory, else 0.
+EXPORTED int nashswarm_trellis_matmul(const uint8_t* content, const int64_t* starts, const float* x, const float* bias,
+                                      float* y, int64_t batch, int count, int threads, int path) {
+    const Trellis matrix = read_trellis(content, starts);
+    auto* scratch = static_cast<int8_t*>(std::aligned_alloc(64, activation_bytes(matrix, batch, count) + 64));
+    if (!scratch) return 1;
+    const int64_t work = matrix.rows * matrix.columns * batch / ENOUGH;
+    const int woken = work < threads ? (work < 1 ? 1 : int(work)) : threads;
+    const TrellisProduct job{matrix, x, bias, y, matrix.rows, batch, count, place_activations(matrix, batch, count, scratch)};
+#pragma omp parallel num_threads(woken) if (woken > 1)
+    trellis_paths[path]->multiply(&job, 1);
+    std::free(scratch);
+    return 0;
+}
+
+// Writes the rows `ids` of the dequantized matrix.  Returns the place of the first id that does not exist, -1 if all do, or
+// -2 if there is no memory.
+EXPORTED int64_t nashswarm_trellis_rows(const uint8_t* content, const int64_t* starts, const int64_t* ids, float* out,
+                                        int64_t count, int threads, int path) {
+    return look_up_rows(read_trellis(content, starts), ids, out, count, threads, path);
 }
 
 }  // extern "C"

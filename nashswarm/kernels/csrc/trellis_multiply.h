@@ -304,18 +304,21 @@ void multiply_batch(const TrellisProduct& job, const Tables& tables, int64_t gro
     }
 }
 
+// The loops are shared by the threads of the region that the function is called in.
 template <class Set, int COUNT>
-void multiply_digits(const TrellisProduct& job, const Tables& tables) {
-    const int64_t groups = job.matrix.groups();
-#pragma omp parallel num_threads(job.threads) if (job.threads > 1)
-    {
+void multiply_digits(const TrellisProduct* jobs, int64_t number, const Tables& tables) {
+    const int64_t batch = jobs[0].batch;
+    int64_t groups = 0;
+    for (int64_t job = 0; job < number; ++job) groups += jobs[job].matrix.groups();
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < job.batch; ++row) round_row<Set, COUNT>(job, tables, row);
+    for (int64_t row = 0; row < number * batch; ++row) round_row<Set, COUNT>(jobs[row / batch], tables, row % batch);
 #pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups; ++group) {
-            if (COUNT == 1 && job.batch == 1) multiply_single<Set>(job, tables, group);
-            else multiply_batch<Set, COUNT>(job, tables, group);
-        }
+    for (int64_t place = 0; place < groups; ++place) {
+        const TrellisProduct* job = jobs;
+        int64_t group = place;
+        for (; group >= job->matrix.groups(); ++job) group -= job->matrix.groups();
+        if (COUNT == 1 && batch == 1) multiply_single<Set>(*job, tables, group);
+        else multiply_batch<Set, COUNT>(*job, tables, group);
     }
 }
 
@@ -350,9 +353,9 @@ struct PathOf {
     static void prepare(const int8_t (*given)[LARGEST_TABLE]) {
         arrange<Set>(given, tables, std::make_integer_sequence<int, RATES - 1>());
     }
-    static void multiply(const TrellisProduct& job) {
-        if (job.count == 1) multiply_digits<Set, 1>(job, tables);
-        else multiply_digits<Set, 3>(job, tables);
+    static void multiply(const TrellisProduct* jobs, int64_t number) {
+        if (jobs[0].count == 1) multiply_digits<Set, 1>(jobs, number, tables);
+        else multiply_digits<Set, 3>(jobs, number, tables);
     }
     static void sum_rows(const Trellis& matrix, int64_t group, const float* weights, int64_t count, float* out) {
         sum_group<Set>(matrix, tables, group, weights, count, out);

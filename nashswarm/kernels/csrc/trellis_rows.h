@@ -89,7 +89,7 @@ ALWAYS_INLINE void write_rows(const TrellisProduct& job, int64_t group, int64_t 
     for (int row = 0; row < GROUP_ROWS; ++row) sums[row] = sums[row] * factors.scales[row] + extra;
     const int64_t first = group * GROUP_ROWS;
     const int64_t rows = matrix.rows - first < GROUP_ROWS ? matrix.rows - first : GROUP_ROWS;
-    float* y = job.y + row_of_x * matrix.rows;
+    float* y = job.y + row_of_x * job.stride;
     if (job.bias)
         for (int64_t row = 0; row < rows; ++row) sums[row] += job.bias[matrix.row_at(first + row)];
     if (matrix.row_order) {

@@ -1,0 +1,159 @@
+"""A forward pass through the blocks of a language model in the C++ library, without Python between its products.
+
+The structs are those of csrc/decoder.h, with addresses as integers.  Whoever fills them keeps the tensors alive and
+checks that their shapes fit; ``nashswarm.packed.decoder`` does so for models of transformers.
+"""
+
+import ctypes
+import dataclasses
+from typing import cast
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from nashswarm.kernels import native, trellis_native
+
+TOKENS = 64  # of a pass, at most; a longer text takes several
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+NO_MEMORY, NO_TOKEN = 1, 2  # what the library returns
+
+
+def _fields(integers: str = "", addresses: str = "") -> list[tuple[str, type]]:
+    return [
+        *((name, ctypes.c_int64) for name in integers.split()),
+        *((name, ctypes.c_uint64) for name in addresses.split()),
+    ]
+
+
+class Matrix(ctypes.Structure):
+    """A trellis-coded matrix; without ``content`` there is none."""
+
+    _fields_ = _fields(addresses="content starts bias")
+
+
+class Norm(ctypes.Structure):
+    """A layer norm or a norm of root mean squares; without ``weight`` there is none."""
+
+    _fields_ = _fields(addresses="weight bias")
+
+
+class Table(ctypes.Structure):
+    """An embedding of so many ``rows``, trellis-coded or as floats."""
+
+    _fields_ = [("matrix", Matrix), *_fields("rows", "floats")]
+
+
+class Block(ctypes.Structure):
+    """Attention and two layers after it.  ``window``: 0 if a token attends to all before it."""
+
+    _fields_ = [
+        ("attention", Matrix * 3),
+        ("output", Matrix),
+        ("inner", Matrix * 2),
+        ("down", Matrix),
+        *((name, Norm) for name in ("before_attention", "before_inner", "query", "key")),
+        ("window", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("reserved", ctypes.c_float),
+    ]
+
+
+class Model(ctypes.Structure):
+    """A model: its sizes, its embeddings, its blocks and its head."""
+
+    _fields_ = [
+        *_fields("blocks hidden heads key_heads head_size rotated inner vocabulary gated activation layer_norm"),
+        ("epsilon", ctypes.c_float),
+        ("head_epsilon", ctypes.c_float),
+        ("tokens", Table),
+        ("places", Table),
+        ("norm", Norm),
+        ("head", Matrix),
+        ("block", ctypes.c_uint64),
+    ]
+
+
+class Pass(ctypes.Structure):
+    """The tokens of a pass, the cache, and where logits go."""
+
+    _fields_ = [
+        *_fields("count", "ids sequences places firsts positions cosines sines keys values capacities shifts"),
+        *_fields("wanted", "wanted_tokens logits"),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Addresses of the keys and values of every block: [sequence][key head][capacity][head size].
+
+    ``shifts``: the place in the sequence of the first key that a block holds.
+    """
+
+    keys: Int64[Tensor, " blocks"]
+    values: Int64[Tensor, " blocks"]
+    capacities: Int64[Tensor, " blocks"]
+    shifts: Int64[Tensor, " blocks"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Tokens, those of a sequence side by side and in their order.
+
+    ``places``: in their sequences, of which the cache holds all before.  ``firsts``: the first place of the sequence
+    that is no padding.  ``positions``: which rotations and embeddings of positions take.
+    """
+
+    ids: Int64[Tensor, " tokens"]
+    sequences: Int64[Tensor, " tokens"]
+    places: Int64[Tensor, " tokens"]
+    firsts: Int64[Tensor, " tokens"]
+    positions: Int64[Tensor, " tokens"]
+
+
+def forward(
+    model: Model,
+    tokens: Tokens,
+    cache: Cache,
+    turns: tuple[Float32[Tensor, "positions half"], Float32[Tensor, "positions half"]] | None,
+    wanted: Int64[Tensor, " wanted"],
+    activations: str,
+) -> Float32[Tensor, "wanted vocabulary"]:
+    """Return the logits of the ``wanted`` tokens, and append the keys and values of all tokens to the cache.
+
+    ``turns``: cosines and sines of the rotations, for every position.  Raises IndexError for a token or a position that
+    the model does not have, and MemoryError.
+    """
+    logits = torch.empty(len(wanted), model.vocabulary)
+    parts = [getattr(tokens, field.name).data_ptr() for field in dataclasses.fields(Tokens)]
+    cosines, sines = (0, 0) if turns is None else (part.data_ptr() for part in turns)
+    held = [part.data_ptr() for part in (cache.keys, cache.values, cache.capacities, cache.shifts)]
+    count, done = len(tokens.ids), 0
+    step = _step()
+    for first in range(0, count, TOKENS):
+        number = min(TOKENS, count - first)
+        own = wanted
+        if count > TOKENS:
+            own = wanted[(wanted >= first) & (wanted < first + number)] - first
+        job = Pass(
+            number, *(part + 8 * first for part in parts), cosines, sines, *held, len(own), own.data_ptr(),
+            logits.data_ptr() + 4 * done * model.vocabulary,
+        )  # fmt: skip
+        failed = step(
+            ctypes.byref(model), ctypes.byref(job), native.DIGITS[activations], torch.get_num_threads(),
+            native.PATHS[native.path()],
+        )  # fmt: skip
+        if failed == NO_MEMORY:
+            raise MemoryError(f"no memory is left for a pass of {number} tokens")
+        if failed:
+            what, table, ids = (
+                ("token", model.tokens, tokens.ids) if failed == NO_TOKEN else ("position", model.places, tokens.positions)
+            )
+            raise IndexError(f"there is no {what} {int(ids.max())}: the model has {table.rows}, numbered from 0")
+        done += len(own)
+    return logits
+
+
+def _step() -> "ctypes._FuncPointer":  # type: ignore[name-defined]
+    library = cast(ctypes.CDLL, trellis_native.library_with_tables())
+    return library.nashswarm_decoder_pass

@@ -1,0 +1,173 @@
+"""The native pass as the ``forward`` of a model of transformers.
+
+``natively`` gives a model with trellis-coded matrices a class of the same name, whose ``forward`` computes in the C++
+library (``kernels.decoder``) what it knows, and leaves everything else to the modules.  The first time that it leaves
+something to them, a warning says why.
+"""
+
+import functools
+import inspect
+import logging
+import weakref
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.nn.modules import module as torch_modules
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
+
+from nashswarm.kernels import decoder, native
+from nashswarm.packed.blocks import Description, UnknownPart
+from nashswarm.packed.cache import Storage, storage_of
+from nashswarm.packed.matrix import TrellisMatrix
+
+KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+
+log = logging.getLogger(__name__)
+_descriptions: "weakref.WeakKeyDictionary[Any, Description]" = weakref.WeakKeyDictionary()
+_said: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
+
+
+class NativeForward:
+    """What ``natively`` adds to the class of a model, which comes after it among the bases."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*arguments, **options)  # type: ignore[misc]
+        given = dict(zip(_parameters(type(self)), arguments, strict=False)) | options
+        try:
+            return _forward(self, {name: value for name, value in given.items() if value is not None})
+        except UnknownPart as unknown:
+            said = _said.setdefault(self, set())
+            if (reason := str(unknown)) and reason not in said:
+                said.add(reason)
+                log.warning("computed module by module, which is slower: %s", reason)
+        return super().forward(*arguments, **options)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restored, (type(self).__bases__[1],), self.__dict__
+
+
+def natively(model: Any) -> Any:
+    """Let the C++ library compute the passes of a model that generates text and holds trellis-coded matrices."""
+    plain = type(model)
+    if not isinstance(model, NativeForward) and getattr(plain, "can_generate", bool)():
+        if any(isinstance(module, TrellisMatrix) for module in model.modules()):
+            model.__class__ = _class_of(plain)
+    return model
+
+
+def by_modules(model: Any) -> Any:
+    """Undo ``natively``."""
+    if isinstance(model, NativeForward):
+        model.__class__ = type(model).__bases__[1]
+    return model
+
+
+@functools.cache
+def _class_of(plain: type) -> type:
+    names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    made = type(plain.__name__, (NativeForward, plain), names)
+    made.forward = functools.wraps(plain.forward)(_unbound())  # type: ignore[attr-defined]
+    return made
+
+
+def _unbound() -> Any:
+    """Return a new function, whose signature can be set."""
+
+    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        return NativeForward.forward(self, *arguments, **options)
+
+    return forward
+
+
+def _restored(plain: type) -> Any:
+    made = _class_of(plain)
+    return made.__new__(made)
+
+
+@functools.cache
+def _parameters(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def describe(model: Any) -> Description:
+    """Describe a model to the library; the description is kept until the model changes.  Raises UnknownPart."""
+    known = _descriptions.get(model)
+    if known is not None and known.unchanged():
+        return known
+    found = _descriptions[model] = Description(model)
+    return found
+
+
+def _forward(model: Any, given: dict[str, Any]) -> Any:
+    """Compute a pass.  Raises UnknownPart for whatever only the modules know."""
+    if native.path() == native.SLOW or model.training:
+        raise UnknownPart("")  # which the path has said, and training implies
+    description = describe(model)
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in description.weights):
+        raise UnknownPart("gradients are wanted; call the model under torch.no_grad() if they are not")
+    if any(description.hooks) or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        raise UnknownPart("there are hooks on its modules")
+    for name, value in given.items():
+        if name not in KNOWN and value is not False:
+            raise UnknownPart(f"{name} is given")
+    ids, keep = given.get("input_ids"), given.get("logits_to_keep", 0)
+    if not (type(ids) is Tensor and ids.dim() == 2 and ids.dtype == torch.int64 and ids.is_cpu and ids.numel()):
+        raise UnknownPart("the tokens are no matrix of integers on the CPU")
+    if not isinstance(keep, int) or given.get("return_dict") is False:
+        raise UnknownPart("logits of chosen positions, or a tuple, are asked for")
+    config = model.config
+    if config.output_attentions or config.output_hidden_states or not config.return_dict:
+        raise UnknownPart("the config asks for attentions, hidden states or a tuple")
+    activations = {linear.activations for linear in description.linears}
+    if len(activations) > 1:
+        raise UnknownPart("its matrices round their inputs differently")
+    cache, batch = given.get("past_key_values"), len(ids)
+    if cache is None and given.get("use_cache", config.use_cache):
+        cache = DynamicCache(config=config)
+    sizes = batch, description.struct.key_heads, description.struct.head_size, description.windows
+    storage = Storage(*sizes) if cache is None else storage_of(cache, *sizes)
+    if isinstance(storage, str):
+        raise UnknownPart(storage)
+    tokens = _tokens(ids, storage.length, given)
+    length = ids.shape[1]
+    last = min(keep, length) if keep else length
+    wanted = torch.arange(batch * length).view(batch, length)[:, length - last :].flatten()
+    turns = description.turns_of(int(tokens.positions.max()) + 1)
+    logits = decoder.forward(
+        description.struct, tokens, storage.reserve(length), turns, wanted, activations.pop()
+    ).view(batch, last, -1)  # fmt: skip
+    storage.append(length)
+    output = CausalLMOutputWithPast if description.rotary is not None else CausalLMOutputWithCrossAttentions
+    return output(logits=cast(Any, logits), past_key_values=cache)
+
+
+def _tokens(ids: Int64[Tensor, "batch length"], past: int, given: dict[str, Any]) -> decoder.Tokens:
+    """Describe tokens after ``past`` others.  Raises UnknownPart for masks that hide more than padding on the left."""
+    batch, length = ids.shape
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    places = torch.arange(past, past + length)
+    firsts = torch.zeros(batch, dtype=torch.int64)
+    if mask is not None:
+        if type(mask) is not Tensor or mask.shape != (batch, past + length):
+            raise UnknownPart("the attention mask has another shape than the text")
+        if not (seen := mask != 0).all():
+            firsts = (past + length) - seen.sum(1)
+            if not torch.equal(seen, torch.arange(past + length) >= firsts[:, None]):
+                raise UnknownPart("the attention mask hides more than padding on the left")
+    if positions is None:
+        positions = places
+    elif type(positions) is not Tensor or positions.shape[-1] != length:
+        raise UnknownPart("the positions have another shape than the tokens")
+    elif mask is None and not torch.equal(positions.expand(batch, length), places.expand(batch, length)):
+        raise UnknownPart("the positions do not count the tokens")  # transformers takes these for several texts
+    if batch > 1:
+        places, sequences = places.repeat(batch), torch.arange(batch).repeat_interleave(length)
+        firsts = firsts.repeat_interleave(length)
+    else:
+        sequences, firsts = torch.zeros(length, dtype=torch.int64), firsts.expand(length).contiguous()
+    positions = positions.long().expand(batch, length).reshape(-1)
+    return decoder.Tokens(ids.reshape(-1).contiguous(), sequences, places, firsts, positions.contiguous())
