@@ -6,7 +6,6 @@ checks that their shapes fit; ``nashswarm.packed.decoder`` does so for models of
 
 import ctypes
 import dataclasses
-from typing import cast
 
 import torch
 from jaxtyping import Float32, Int64
@@ -129,7 +128,7 @@ def forward(
     cosines, sines = (0, 0) if turns is None else (part.data_ptr() for part in turns)
     held = [part.data_ptr() for part in (cache.keys, cache.values, cache.capacities, cache.shifts)]
     count, done = len(tokens.ids), 0
-    step = _step()
+    step = trellis_native.library_with_tables().nashswarm_decoder_pass
     for first in range(0, count, TOKENS):
         number = min(TOKENS, count - first)
         own = wanted
@@ -147,13 +146,10 @@ def forward(
             raise MemoryError(f"no memory is left for a pass of {number} tokens")
         if failed:
             what, table, ids = (
-                ("token", model.tokens, tokens.ids) if failed == NO_TOKEN else ("position", model.places, tokens.positions)
+                ("token", model.tokens, tokens.ids)
+                if failed == NO_TOKEN
+                else ("position", model.places, tokens.positions)
             )
             raise IndexError(f"there is no {what} {int(ids.max())}: the model has {table.rows}, numbered from 0")
         done += len(own)
     return logits
-
-
-def _step() -> "ctypes._FuncPointer":  # type: ignore[name-defined]
-    library = cast(ctypes.CDLL, trellis_native.library_with_tables())
-    return library.nashswarm_decoder_pass

@@ -64,6 +64,7 @@ class Description:
         self.turns = self.turns_of(1)
         self.struct.rotated = 0 if self.turns is None else 2 * self.turns[0].shape[1]
         modules = list(model.modules())
+        self.links += [(parent._modules, *child) for parent in modules for child in parent._modules.items()]
         self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         if patched := [type(module).__name__ for module in modules if "forward" in module.__dict__]:
             raise UnknownPart(f"the forward of {patched[0]} was replaced")
@@ -76,7 +77,9 @@ class Description:
             weight.data_ptr() for weight in self.weights
         ]
 
-    def turns_of(self, positions: int) -> tuple[Float32[Tensor, "positions half"], ...] | None:
+    def turns_of(
+        self, positions: int
+    ) -> tuple[Float32[Tensor, "positions half"], Float32[Tensor, "positions half"]] | None:
         """Return cosines and sines of the rotations, at least for so many positions; None for a model without."""
         if self.rotary is None:
             return None
@@ -84,22 +87,23 @@ class Description:
         if known is None or len(known[0]) < positions:
             longer = max(positions, 2 * len(known[0]) if known else 0)
             cosines, sines = self.rotary(torch.zeros(1), torch.arange(longer)[None])
-            self.turns = tuple(part[0, :, : part.shape[2] // 2].contiguous() for part in (cosines, sines))
+            half = cosines.shape[2] // 2
+            self.turns = cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()
         return self.turns
 
-    def matrix(self, module: nn.Module, parent: nn.Module, name: str, shape: tuple[int, int]) -> decoder.Matrix:
-        """Describe a linear module."""
+    def matrix(self, parent: nn.Module, name: str, *shape: int) -> decoder.Matrix:
+        """Describe a linear module whose matrix has the shape (out, in)."""
+        module = parent.get_submodule(name)
         if type(module) is not QuantizedLinear or not isinstance(module.matrix, TrellisMatrix):
             raise UnknownPart(f"{name} is a {type(module).__name__} that is not in trellis tiles")
         if module.matrix.shape != shape:
             raise UnknownPart(f"{name} has the shape {module.matrix.shape} instead of {shape}")
         self.linears.append(module)
-        self.links.append((parent._modules, name, module))
         return self._coded(module.matrix, self._tensor(module, "bias"))
 
-    def table(self, module: nn.Module, parent: nn.Module, name: str, columns: int) -> decoder.Table:
+    def table(self, parent: nn.Module, name: str, columns: int) -> decoder.Table:
         """Describe an embedding."""
-        self.links.append((parent._modules, name, module))
+        module = parent.get_submodule(name)
         if type(module) is QuantizedEmbedding and isinstance(module.matrix, TrellisMatrix):
             rows, held = module.matrix.shape
             table = decoder.Table(matrix=self._coded(module.matrix, 0), rows=rows)
@@ -116,7 +120,6 @@ class Description:
         """Describe a norm."""
         module = parent._modules[name]
         assert module is not None
-        self.links.append((parent._modules, name, module))
         if not isinstance(weight := module.weight, Tensor) or weight.shape != (size,):
             raise UnknownPart(f"{name} is a {type(module).__name__} without a weight for each of {size} columns")
         return decoder.Norm(self._tensor(module, "weight"), self._tensor(module, "bias"))
@@ -159,23 +162,19 @@ def _llama(description: Description, model: Any) -> list[decoder.Block]:
     struct.inner, struct.gated = inner, 1
     struct.epsilon = struct.head_epsilon = config.rms_norm_eps
     struct.activation = description.activation(body.layers[0].mlp.act_fn)
-    struct.tokens = description.table(body.embed_tokens, body, "embed_tokens", hidden)
+    struct.tokens = description.table(body, "embed_tokens", hidden)
     struct.norm = description.norm(body, "norm", hidden)
-    struct.head = description.matrix(model.lm_head, model, "lm_head", (struct.vocabulary, hidden))
+    struct.head = description.matrix(model, "lm_head", struct.vocabulary, hidden)
     blocks = []
     for layer in body.layers[: config.num_hidden_layers]:
         attention, mlp = layer.self_attn, layer.mlp
-
-        def matrix(parent: nn.Module, name: str, rows: int, columns: int) -> decoder.Matrix:
-            return description.matrix(parent.get_submodule(name), parent, name, (rows, columns))
-
         block = decoder.Block(scale=attention.scaling)
         for place, (name, count) in enumerate((("q", heads), ("k", key_heads), ("v", key_heads))):
-            block.attention[place] = matrix(attention, f"{name}_proj", count * size, hidden)
-        block.output = matrix(attention, "o_proj", hidden, heads * size)
+            block.attention[place] = description.matrix(attention, f"{name}_proj", count * size, hidden)
+        block.output = description.matrix(attention, "o_proj", hidden, heads * size)
         for place, name in enumerate(("gate_proj", "up_proj")):
-            block.inner[place] = matrix(mlp, name, inner, hidden)
-        block.down = matrix(mlp, "down_proj", hidden, inner)
+            block.inner[place] = description.matrix(mlp, name, inner, hidden)
+        block.down = description.matrix(mlp, "down_proj", hidden, inner)
         block.before_attention = description.norm(layer, "input_layernorm", hidden)
         block.before_inner = description.norm(layer, "post_attention_layernorm", hidden)
         if "q_norm" in attention._modules:
@@ -198,19 +197,21 @@ def _gpt2(description: Description, model: Any) -> list[decoder.Block]:
     struct.hidden, struct.heads, struct.key_heads, struct.head_size = hidden, heads, heads, hidden // heads
     struct.inner, struct.layer_norm, struct.epsilon = inner, 1, config.layer_norm_epsilon
     struct.activation = description.activation(body.h[0].mlp.act)
-    struct.tokens = description.table(body.wte, body, "wte", hidden)
-    struct.places = description.table(body.wpe, body, "wpe", hidden)
+    struct.tokens = description.table(body, "wte", hidden)
+    struct.places = description.table(body, "wpe", hidden)
     struct.norm = description.norm(body, "ln_f", hidden)
-    struct.head = description.matrix(model.lm_head, model, "lm_head", (struct.vocabulary, hidden))
+    struct.head = description.matrix(model, "lm_head", struct.vocabulary, hidden)
     blocks = []
     for layer in body.h:
         attention, mlp = layer.attn, layer.mlp
         block = decoder.Block(scale=attention.scaling)
-        block.attention[0] = description.matrix(attention.c_attn, attention, "c_attn", (3 * hidden, hidden))
-        block.output = description.matrix(attention.c_proj, attention, "c_proj", (hidden, hidden))
-        block.inner[0] = description.matrix(mlp.c_fc, mlp, "c_fc", (inner, hidden))
-        block.down = description.matrix(mlp.c_proj, mlp, "c_proj", (hidden, inner))
-        block.before_attention, block.before_inner = (description.norm(layer, name, hidden) for name in ("ln_1", "ln_2"))
+        block.attention[0] = description.matrix(attention, "c_attn", 3 * hidden, hidden)
+        block.output = description.matrix(attention, "c_proj", hidden, hidden)
+        block.inner[0] = description.matrix(mlp, "c_fc", inner, hidden)
+        block.down = description.matrix(mlp, "c_proj", hidden, inner)
+        block.before_attention, block.before_inner = (
+            description.norm(layer, name, hidden) for name in ("ln_1", "ln_2")
+        )
         blocks.append(block)
     return blocks
 

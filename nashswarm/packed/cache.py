@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float32
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -43,8 +42,10 @@ class Storage:
             self.room = min(
                 (capacity + shift - self.length for capacity, shift in zip(shapes, self.shifts, strict=True)), default=0
             )
+            keys, values = (torch.tensor([part.data_ptr() for part in side]) for side in (self.keys, self.values))
             self.addresses = decoder.Cache(
-                *(torch.tensor([part.data_ptr() for part in side]) for side in (self.keys, self.values)),
+                keys,
+                values,
                 torch.tensor(shapes), torch.tensor(self.shifts),
             )  # fmt: skip
         return self.addresses
@@ -54,7 +55,7 @@ class Storage:
         self.length += tokens
         self.room -= tokens
 
-    def view(self, parts: list[Float32[Tensor, "batch heads capacity size"]], number: int) -> Tensor:
+    def view(self, parts: list[Tensor], number: int) -> Tensor:
         """Return what a layer of transformers would hold of a block: with a window, all but one of its tokens."""
         first = self._first(number) - self.shifts[number]
         return parts[number][:, :, first : self.length - self.shifts[number]]
@@ -114,7 +115,7 @@ class _Shared:
         return self.own
 
 
-class SharedLayer(_Shared, DynamicLayer):  # type: ignore[misc]
+class SharedLayer(_Shared, DynamicLayer):
     """A layer without a window."""
 
     def __init__(self, storage: Storage, number: int) -> None:
@@ -122,7 +123,7 @@ class SharedLayer(_Shared, DynamicLayer):  # type: ignore[misc]
         self.is_initialized = True
 
 
-class SharedWindowLayer(_Shared, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class SharedWindowLayer(_Shared, DynamicSlidingWindowLayer):
     """A layer with a window."""
 
     def __init__(self, storage: Storage, number: int) -> None:
@@ -137,7 +138,7 @@ def storage_of(cache: Any, batch: int, heads: int, size: int, windows: Sequence[
     """Return the storage behind a cache, whose layers are replaced if they have none, or the reason why it has none."""
     if type(cache) is not DynamicCache or cache.offloading:
         return f"keys and values are in a {type(cache).__name__}, not in a DynamicCache"
-    layers = cache.layers
+    layers: list[Any] = cache.layers
     if layers and isinstance(layers[0], _Shared):
         storage = layers[0].storage
         if storage.intact and storage.batch == batch and len(layers) == len(windows):

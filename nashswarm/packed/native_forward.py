@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from nashswarm.packed.cache import Storage, storage_of
 from nashswarm.packed.matrix import TrellisMatrix
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+CAPTURE = "transformers.utils.output_capturing"
 
 log = logging.getLogger(__name__)
 _descriptions: "weakref.WeakKeyDictionary[Any, Description]" = weakref.WeakKeyDictionary()
@@ -36,7 +38,8 @@ class NativeForward:
     def forward(self, *arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().forward(*arguments, **options)  # type: ignore[misc]
-        given = dict(zip(_parameters(type(self)), arguments, strict=False)) | options
+        kind: Any = type(self)
+        given = dict(zip(_parameters(kind), arguments, strict=False)) | options
         try:
             return _forward(self, {name: value for name, value in given.items() if value is not None})
         except UnknownPart as unknown:
@@ -52,10 +55,10 @@ class NativeForward:
 
 def natively(model: Any) -> Any:
     """Let the C++ library compute the passes of a model that generates text and holds trellis-coded matrices."""
-    plain = type(model)
-    if not isinstance(model, NativeForward) and getattr(plain, "can_generate", bool)():
-        if any(isinstance(module, TrellisMatrix) for module in model.modules()):
-            model.__class__ = _class_of(plain)
+    plain: Any = type(model)
+    coded = any(isinstance(module, TrellisMatrix) for module in model.modules())
+    if coded and not isinstance(model, NativeForward) and getattr(plain, "can_generate", bool)():
+        model.__class__ = _class_of(plain)
     return model
 
 
@@ -67,10 +70,10 @@ def by_modules(model: Any) -> Any:
 
 
 @functools.cache
-def _class_of(plain: type) -> type:
+def _class_of(plain: Any) -> Any:
     names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    made = type(plain.__name__, (NativeForward, plain), names)
-    made.forward = functools.wraps(plain.forward)(_unbound())  # type: ignore[attr-defined]
+    made: Any = type(plain.__name__, (NativeForward, plain), names)
+    made.forward = functools.wraps(plain.forward)(_unbound())
     return made
 
 
@@ -83,14 +86,14 @@ def _unbound() -> Any:
     return forward
 
 
-def _restored(plain: type) -> Any:
+def _restored(plain: Any) -> Any:
     made = _class_of(plain)
     return made.__new__(made)
 
 
 @functools.cache
-def _parameters(kind: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+def _parameters(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def describe(model: Any) -> Description:
@@ -109,7 +112,8 @@ def _forward(model: Any, given: dict[str, Any]) -> Any:
     description = describe(model)
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in description.weights):
         raise UnknownPart("gradients are wanted; call the model under torch.no_grad() if they are not")
-    if any(description.hooks) or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+    everywhere = (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks)
+    if (any(description.hooks) or any(everywhere)) and _hooked((*description.hooks, *everywhere)):
         raise UnknownPart("there are hooks on its modules")
     for name, value in given.items():
         if name not in KNOWN and value is not False:
@@ -135,7 +139,7 @@ def _forward(model: Any, given: dict[str, Any]) -> Any:
     tokens = _tokens(ids, storage.length, given)
     length = ids.shape[1]
     last = min(keep, length) if keep else length
-    wanted = torch.arange(batch * length).view(batch, length)[:, length - last :].flatten()
+    wanted = torch.arange(batch * length).view(batch, length)[:, length - last :].flatten().contiguous()
     turns = description.turns_of(int(tokens.positions.max()) + 1)
     logits = decoder.forward(
         description.struct, tokens, storage.reserve(length), turns, wanted, activations.pop()
@@ -143,6 +147,11 @@ def _forward(model: Any, given: dict[str, Any]) -> Any:
     storage.append(length)
     output = CausalLMOutputWithPast if description.rotary is not None else CausalLMOutputWithCrossAttentions
     return output(logits=cast(Any, logits), past_key_values=cache)
+
+
+def _hooked(hooks: Iterable[Mapping[int, Any]]) -> bool:
+    """Check for hooks other than those that transformers leaves behind once it was asked for hidden states."""
+    return any(getattr(hook, "__module__", None) != CAPTURE for of_module in hooks for hook in of_module.values())
 
 
 def _tokens(ids: Int64[Tensor, "batch length"], past: int, given: dict[str, Any]) -> decoder.Tokens:
