@@ -96,7 +96,7 @@ def saved(
 def test_from_pretrained_computes_same_bits(saved: Any, token_windows: Tensor) -> None:
     full, small, matrices, folder = saved
     again = loaded(full, folder)
-    assert type(again) is type(full) and not again.training
+    assert isinstance(again, type(full)) and not again.training
     for activations in ("int8", "float32"):
         for model in (small, again):
             set_activations(model, activations)

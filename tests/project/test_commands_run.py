@@ -101,6 +101,7 @@ NOT_HERE = {  # what a command begins with → why it is not run here
     "nashswarm profile folder --misses": "simulates for minutes; tests/runtime/test_cache_misses.py counts",
 }
 BY_HAND = {  # benchmarks → what they take; their committed reports tell the code that was measured
+    "decoding": "a llama.cpp, and a trained model",
     "encoder": "the model of a package",
     "export": "GPT-2 at its own size",
     "flock_dynamics": "the embedded model at its own size",
