@@ -9,7 +9,7 @@ using namespace nashswarm;
 namespace {
 
 constexpr int64_t ENOUGH = 1 << 20;   // weights times tokens that justify one more thread
-constexpr int64_t TOGETHER = 32;      // rows of queries that share transposed keys
+constexpr int64_t TOGETHER = 64;      // rows of queries that share transposed keys
 
 const DecoderSteps* const STEPS_BY_PATH[] = {
     &decoder_portable,

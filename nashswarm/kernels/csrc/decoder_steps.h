@@ -162,9 +162,10 @@ void score_packed(const float* const* queries, const float* packed, int64_t size
         for (int part = 0; part < REGISTERS; ++part) store(scores[row] + part * LANES, sums[row][part]);
 }
 
-// Sums of `count` values times the weights of ROWS queries.
+// Sums of `count` values times the weights of ROWS queries, times a factor each.
 template <int ROWS>
-void weigh(const float* const* weights, const float* values, int64_t count, int64_t size, float* const* outputs) {
+void weigh(const float* const* weights, const float* factors, const float* values, int64_t count, int64_t size,
+           float* const* outputs) {
     constexpr int WIDE = 4;  // registers of a row
     int64_t column = 0;
     for (; column + WIDE * LANES <= size; column += WIDE * LANES) {
@@ -175,7 +176,7 @@ void weigh(const float* const* weights, const float* values, int64_t count, int6
                 for (int row = 0; row < ROWS; ++row) sums[row][part] += value * weights[row][place];
             }
         for (int row = 0; row < ROWS; ++row)
-            for (int part = 0; part < WIDE; ++part) store(outputs[row] + column + part * LANES, sums[row][part]);
+            for (int part = 0; part < WIDE; ++part) store(outputs[row] + column + part * LANES, sums[row][part] * factors[row]);
     }
     for (; column < size; column += LANES) {
         const int64_t left = size - column;
@@ -185,7 +186,7 @@ void weigh(const float* const* weights, const float* values, int64_t count, int6
             const Vec value = left < LANES ? load_part(own, left) : load(own);
             for (int row = 0; row < ROWS; ++row) sums[row] += value * weights[row][place];
         }
-        for (int row = 0; row < ROWS; ++row) store_part(outputs[row] + column, sums[row], left);
+        for (int row = 0; row < ROWS; ++row) store_part(outputs[row] + column, sums[row] * factors[row], left);
     }
 }
 
@@ -199,30 +200,32 @@ ALWAYS_INLINE void by_four(int64_t rows, Take take) {
     if (rows - row == 1) take(row, std::integral_constant<int, 1>());
 }
 
-// Turns scores into weights that add up to one; those outside of begin … end become zero.
-void soften(float* scores, int64_t begin, int64_t end, int64_t all, float scale) {
-    float largest = scores[begin] * scale;
-    for (int64_t place = begin; place < end; ++place) {
-        scores[place] *= scale;
-        largest = scores[place] > largest ? scores[place] : largest;
-    }
-    for (int64_t place = 0; place < begin; ++place) scores[place] = 0.0f;
-    Vec sum{};
-    float rest = 0.0f;
+// Turns scores into weights, zero outside of begin … end; times the factor that is returned they add up to one.
+float soften(float* scores, int64_t begin, int64_t end, int64_t all, float scale) {
+    Vec highest = scores[begin] + Vec{};
     int64_t place = begin;
     for (; place + LANES <= end; place += LANES) {
-        const Vec own = exp_of(load(scores + place) - largest);
+        const Vec own = load(scores + place);
+        highest = own > highest ? own : highest;
+    }
+    float lanes[LANES], largest = scores[begin];
+    store(lanes, highest);
+    for (const float lane : lanes) largest = lane > largest ? lane : largest;
+    for (; place < end; ++place) largest = scores[place] > largest ? scores[place] : largest;
+    Vec sum{};
+    float rest = 0.0f;
+    for (place = begin; place + LANES <= end; place += LANES) {
+        const Vec own = exp_of((load(scores + place) - largest) * scale);
         store(scores + place, own);
         sum += own;
     }
     if (place < end) {
-        float part[LANES];
-        store(part, exp_of(load_part(scores + place, end - place) - largest));
-        for (int64_t lane = 0; place < end; ++lane, ++place) rest += scores[place] = part[lane];
+        store(lanes, exp_of((load_part(scores + place, end - place) - largest) * scale));
+        for (int64_t lane = 0; place < end; ++lane, ++place) rest += scores[place] = lanes[lane];
     }
-    const float inverse = 1.0f / (sum_of(sum) + rest);
-    for (place = begin; place < end; ++place) scores[place] *= inverse;
+    for (place = 0; place < begin; ++place) scores[place] = 0.0f;
     for (place = end; place < all; ++place) scores[place] = 0.0f;
+    return 1.0f / (sum_of(sum) + rest);
 }
 
 void attend(const Attention& job, float* scratch) {
@@ -258,16 +261,16 @@ void attend(const Attention& job, float* scratch) {
     by_four(rows, [&](int64_t first, auto number) {
         const int64_t count = job.ends[(first + number - 1) / job.heads] - begin;
         const float* queries[4];
-        float *scores[4], *outputs[4];
+        float *scores[4], *outputs[4], factors[4];
         queries_at(first, number, queries);
         scores_at(first, 0, scores);
         if (!pack) score<number>(queries, keys, count, size, scores);
         for (int row = 0; row < number; ++row) {
             const int64_t token = (first + row) / job.heads;
-            soften(scores[row], job.begins[token] - begin, job.ends[token] - begin, count, job.scale);
+            factors[row] = soften(scores[row], job.begins[token] - begin, job.ends[token] - begin, count, job.scale);
             outputs[row] = job.output + token * job.output_stride + (first + row) % job.heads * size;
         }
-        weigh<number>(scores, values, count, size, outputs);
+        weigh<number>(scores, factors, values, count, size, outputs);
     });
 }
 

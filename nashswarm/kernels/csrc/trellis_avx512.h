@@ -10,7 +10,7 @@ namespace {
 
 template <class Set>
 struct TrellisAvx512 : AnySet<Set> {
-    static constexpr int BYTES = 64, HALVES = 1, OFFSET = 128;  // vpdpbusd multiplies unsigned by signed bytes
+    static constexpr int BYTES = 64, HALVES = 1, OFFSET = 128, TOGETHER = 2;  // vpdpbusd multiplies unsigned by signed bytes
     using Codes = __m512i;
     using Inputs = __m512i;
     using Sum = __m512i;

@@ -212,35 +212,47 @@ __attribute__((noinline)) void decode(const uint8_t* tile, int rate, const Table
     }
 }
 
-// The same as multiply_rounded from decoded values, for COUNT digits of an activation.  WIDE: values may be -128.
-template <class Set, int COUNT, bool WIDE>
-__attribute__((noinline)) void multiply_values(const uint8_t* values, const int8_t* digits, const int32_t* bases, float step,
-                                               float* totals) {
+// Adds the products of 64 columns to the totals of ROWS rows of x, from decoded values, for COUNT digits of an activation.
+// WIDE: values may be -128.  `rounded`: from the activations of a row to those of the next, in times 64 columns.
+template <class Set, int COUNT, bool WIDE, int ROWS>
+__attribute__((noinline)) void multiply_values(const uint8_t* values, const Rounded& first_row, int64_t rounded,
+                                               float (*totals)[PLANE]) {
     constexpr int WIDTH = Set::HALVES * HALF;
+    const int64_t apart = rounded * COUNT * ROUNDED;
     for (int part = 0; part < STEP_BYTES; part += Set::BYTES) {
         for (int first = 0; first < STEPS; first += WIDTH) {
-            typename Set::Value whole[WIDTH];
+            typename Set::Value whole[ROWS][WIDTH];
             for (int digit = COUNT - 1; digit >= 0; --digit) {
-                auto base = Set::nothing();
-                if (Set::OFFSET)
-                    for (int tile = 0; tile < ROUNDED_TILES; ++tile)
-                        base = Set::add(base, Set::quads(bases + digit * TILE_COLUMNS + 4 * tile));
-                typename Set::Sum sums[WIDTH];
-                for (auto& sum : sums) sum = base;
+                typename Set::Sum sums[ROWS][WIDTH];
+                for (int row = 0; row < ROWS; ++row) {
+                    auto base = Set::nothing();
+                    const int32_t* bases = first_row.bases + row * apart / 4 + digit * TILE_COLUMNS;
+                    if (Set::OFFSET)
+                        for (int tile = 0; tile < ROUNDED_TILES; ++tile) base = Set::add(base, Set::quads(bases + 4 * tile));
+                    for (auto& sum : sums[row]) sum = base;
+                }
                 for (int tile = 0; tile < ROUNDED_TILES; ++tile) {
-                    const auto inputs = Set::inputs(digits + digit * ROUNDED + tile * TILE_COLUMNS);
+                    const int8_t* digits = first_row.digits + digit * ROUNDED + tile * TILE_COLUMNS;
+                    typename Set::Inputs inputs[ROWS];
+                    for (int row = 0; row < ROWS; ++row) inputs[row] = Set::inputs(digits + row * apart);
                     const uint8_t* own = values + (tile * STEPS + first) * STEP_BYTES + part;
-                    for (int number = 0; number < WIDTH; ++number)
-                        sums[number] = Set::template multiply<WIDE>(sums[number], Set::load(own + number * STEP_BYTES), inputs);
+                    for (int number = 0; number < WIDTH; ++number) {
+                        const auto codes = Set::load(own + number * STEP_BYTES);
+                        for (int row = 0; row < ROWS; ++row)
+                            sums[row][number] = Set::template multiply<WIDE>(sums[row][number], codes, inputs[row]);
+                    }
                 }
-                for (int number = 0; number < WIDTH; ++number) {
-                    const auto own = Set::to_float(sums[number]);
-                    whole[number] = digit == COUNT - 1 ? own : Set::plus_product(own, whole[number], 256.0f);
-                }
+                for (int row = 0; row < ROWS; ++row)
+                    for (int number = 0; number < WIDTH; ++number) {
+                        const auto own = Set::to_float(sums[row][number]);
+                        whole[row][number] = digit == COUNT - 1 ? own : Set::plus_product(own, whole[row][number], 256.0f);
+                    }
             }
-            float* place = totals + (first * STEP_BYTES + part) / 4;
-            for (int number = 0; number < WIDTH; ++number, place += STEP_BYTES / 4)
-                Set::store(place, Set::plus_product(Set::load_floats(place), whole[number], step));
+            for (int row = 0; row < ROWS; ++row) {
+                float* place = totals[row] + (first * STEP_BYTES + part) / 4;
+                for (int number = 0; number < WIDTH; ++number, place += STEP_BYTES / 4)
+                    Set::store(place, Set::plus_product(Set::load_floats(place), whole[row][number], first_row.step[row * rounded]));
+            }
         }
     }
 }
@@ -293,11 +305,17 @@ void multiply_batch(const TrellisProduct& job, const Tables& tables, int64_t gro
                 tiles.payload += tile_bytes(tiles.rates[tile]);
                 wide |= tiles.rates[tile] == RATES;
             }
-            const auto multiply = wide ? multiply_values<Set, COUNT, true> : multiply_values<Set, COUNT, false>;
-            for (int64_t row = 0; row < rows; ++row) {
+            constexpr int TOGETHER = COUNT == 1 ? Set::TOGETHER : 1;
+            const auto together = wide ? multiply_values<Set, COUNT, true, TOGETHER> : multiply_values<Set, COUNT, false, TOGETHER>;
+            const auto alone = wide ? multiply_values<Set, COUNT, true, 1> : multiply_values<Set, COUNT, false, 1>;
+            for (int64_t row = 0, step; row < rows; row += step) {
                 const int64_t side = (first + row) * rounded + number;
-                multiply(values, job.activations.digits + side * COUNT * ROUNDED,
-                         job.activations.bases + side * COUNT * (ROUNDED / 4), job.activations.steps[side], totals[row]);
+                step = row + TOGETHER <= rows ? TOGETHER : 1;
+                (step == 1 ? alone : together)(
+                    values,
+                    {job.activations.digits + side * COUNT * ROUNDED, job.activations.bases + side * COUNT * (ROUNDED / 4),
+                     job.activations.steps + side},
+                    rounded, totals + row);
             }
         }
         for (int64_t row = 0; row < rows; ++row) write_rows<Set>(job, group, first + row, factors, totals[row]);

@@ -9,11 +9,13 @@ namespace {
 // The factors of the rows of a group: their sizes before, and their scales after they are turned.
 struct RowFactors {
     alignas(64) float sizes[GROUP_ROWS], scales[GROUP_ROWS];
+    int32_t order[GROUP_ROWS];  // their places in y
 };
 
 // What a set does with indices and with the rows of a group, unless it knows better.
 template <class Set>
 struct AnySet {
+    static constexpr int TOGETHER = 1;  // rows of x that are multiplied together, as far as registers reach
     static void finish_table(uint8_t*, int) {}
     template <int BITS, int MASK, class Codes>
     ALWAYS_INLINE static Codes index(const Codes& chosen, const Codes& rest) {
@@ -74,6 +76,8 @@ ALWAYS_INLINE void read_factors(const Trellis& matrix, const Tables& tables, int
     const int64_t first = group * GROUP_ROWS;
     const float common = matrix.scale / (UNIT * (matrix.rotated ? 8 : 1));
     Set::read_factors(matrix.row_size + first / 2, matrix.row_scale + first, matrix.rows - first, common, tables, factors);
+    const int64_t rows = matrix.rows - first < GROUP_ROWS ? matrix.rows - first : GROUP_ROWS;
+    for (int64_t row = 0; row < rows; ++row) factors.order[row] = int32_t(matrix.row_at(first + row));
 }
 
 // Sums quads, turns the rows back, and writes them to one row of y.
@@ -91,9 +95,9 @@ ALWAYS_INLINE void write_rows(const TrellisProduct& job, int64_t group, int64_t 
     const int64_t rows = matrix.rows - first < GROUP_ROWS ? matrix.rows - first : GROUP_ROWS;
     float* y = job.y + row_of_x * job.stride;
     if (job.bias)
-        for (int64_t row = 0; row < rows; ++row) sums[row] += job.bias[matrix.row_at(first + row)];
+        for (int64_t row = 0; row < rows; ++row) sums[row] += job.bias[factors.order[row]];
     if (matrix.row_order) {
-        for (int64_t row = 0; row < rows; ++row) y[matrix.row_at(first + row)] = sums[row];
+        for (int64_t row = 0; row < rows; ++row) y[factors.order[row]] = sums[row];
     } else {
         std::memcpy(y + first, sums, rows * sizeof(float));
     }
