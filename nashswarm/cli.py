@@ -29,7 +29,6 @@ OPTIONS = {  # what messages call by its key in a configuration
     "model.path": "MODEL",
     "dataset.source": "--calibration",
     "dataset.path": "--calibration",
-    "dataset.columns": "--column",
     "dataset.sequence_length": "--length",
     "dataset.calibration_windows": "--windows",
     "dataset.holdout_windows": "--windows",
