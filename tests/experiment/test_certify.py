@@ -34,7 +34,9 @@ from nashswarm.records import record
 ROOT = pathlib.Path(__file__).parents[2]
 LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "size"}
 SEALED = ["config.json", "game.safetensors", "model.safetensors"]
-FILES = sorted([*SEALED, "README.md", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"])
+FILES = sorted(
+    [*SEALED, "README.md", "generation_config.json", "nashswarm.json", "tokenizer.json", "tokenizer_config.json"]
+)
 LAYER = "transformer.h.0.mlp.c_fc"
 
 Execute = Callable[..., Outcome]
