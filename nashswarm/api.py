@@ -140,7 +140,7 @@ def _compress(
     )
 
 
-def method_of(method: str | Method, bits: float, effort: Effort = "default") -> Method:
+def method_of(method: str | Method, bits: Any, effort: Effort = "default") -> Method:
     """Return the method of that name at ``bits``; an instance of a method is returned as it is.
 
     Raises ValueError for an unknown name, and for an effort of another method than ``nash_swarm``.

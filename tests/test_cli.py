@@ -200,7 +200,7 @@ def test_rebudget_whole_bits_method_refuses_fractions(
 
 def test_rebudget_infinite_bits_are_refused(made: Any, command: Command, tmp_path: pathlib.Path) -> None:
     status, printed, logged = command("rebudget", made[0], "--bits", "inf", "--out", tmp_path / "endless")
-    assert status == 2 and not printed and "method.bits=inf must be a positive number" in logged
+    assert status == 2 and not printed and "--bits inf must be a positive number" in logged
 
 
 def test_rebudget_whole_budget_may_become_a_fraction(made: Any) -> None:
@@ -266,11 +266,11 @@ def test_compress_long_context_model_needs_no_option(
         (["compress", "MODEL", "--bits", "0.01"], "is below the smallest possible size of this model"),
         (["compress", "MODEL", "--bits", "2.5", "--method", "gptq"], "gptq gives every weight the same whole number"),
         (["compress", "MODEL", "--bits", "inf", "--method", "gptq"], "gptq gives every weight the same whole number"),
-        (["compress", "MODEL", "--bits", "inf", "--method", "fixed_width"], "method.bits=inf must be a finite number"),
+        (["compress", "MODEL", "--bits", "inf", "--method", "fixed_width"], "--bits inf must be above 0 and at most 16"),
         (["compress", "MODEL", "--effort", "best", "--method", "gptq"], "the effort best is of nash_swarm alone"),
         (["compress", "MODEL", "--exclude", "nothing"], "names no matrix of this model: nothing"),
         (["compress", "MODEL", "--calibration", "/nowhere.txt"], "--calibration /nowhere.txt is not a file"),
-        (["compress", "MODEL", "--length", "65"], "=65 is not between 2 and the model's maximum of 64"),
+        (["compress", "MODEL", "--length", "65"], "--length 65 is not between 2 and the model's maximum of 64"),
         (["compress", "MODEL", "--windows", "100000"], "windows, fewer than the 100000"),
         (["rebudget", "/nowhere", "--bits", "3"], "/nowhere holds no compressed model"),
         (["rebudget", "MODEL", "--bits", "3"], "holds no compressed model"),

@@ -72,7 +72,7 @@ class CommandLine:
         out = path / "small"
         status, said = command("compress", full, "--out", out, "--effort", "quick", "--bits", str(BITS), *windows)
         assert status == 0, f"the command line: {said[-300:]}"
-        assert type(opened := open_model(out)) is type(model), f"the command line makes a {type(opened).__name__}"
+        assert isinstance(opened := open_model(out), type(model)), f"the command line makes a {type(opened).__name__}"
         status, said = command("certify", out)
         assert json.loads(said[said.index("{") :])["agrees"], f"is not certified: {said[-300:]}"
 
@@ -120,7 +120,7 @@ def _compress(model: Any, path: pathlib.Path) -> dict[str, torch.Tensor]:
     small, report = nashswarm.compress(model, calibration=tokens, bits=BITS, effort="quick")
     small.save_pretrained(path)
     size = sum(file.stat().st_size for file in (path / "model.safetensors", path / "config.json"))
-    assert type(small) is type(model) and report.bytes_file == size, "has other bytes than it says"
+    assert isinstance(small, type(model)) and report.bytes_file == size, "has other bytes than it says"
     return answer(small)
 
 
