@@ -266,7 +266,10 @@ def test_compress_long_context_model_needs_no_option(
         (["compress", "MODEL", "--bits", "0.01"], "is below the smallest possible size of this model"),
         (["compress", "MODEL", "--bits", "2.5", "--method", "gptq"], "gptq gives every weight the same whole number"),
         (["compress", "MODEL", "--bits", "inf", "--method", "gptq"], "gptq gives every weight the same whole number"),
-        (["compress", "MODEL", "--bits", "inf", "--method", "fixed_width"], "--bits inf must be above 0 and at most 16"),
+        (
+            ["compress", "MODEL", "--bits", "inf", "--method", "fixed_width"],
+            "--bits inf must be above 0 and at most 16",
+        ),
         (["compress", "MODEL", "--effort", "best", "--method", "gptq"], "the effort best is of nash_swarm alone"),
         (["compress", "MODEL", "--exclude", "nothing"], "names no matrix of this model: nothing"),
         (["compress", "MODEL", "--calibration", "/nowhere.txt"], "--calibration /nowhere.txt is not a file"),

