@@ -1,5 +1,6 @@
 """GGUF files: read back here, by transformers' own reader, and, where it is installed, by a real llama.cpp."""
 
+import copy
 import json
 import pathlib
 from collections.abc import Callable
@@ -226,6 +227,7 @@ def test_write_tokenizer_cuts_text_in_llama_cpp_as_before(
         tokenizer = with_digits(tokenizer)
     elif kind == "embedded":
         tokenizer = transformers.AutoTokenizer.from_pretrained(sources.EMBEDDED)
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ messages[0].content }}"
     model = build(transformers.LlamaConfig(**SHARED | {"vocab_size": len(tokenizer) + 3}))
     gguf_file.write(model, tmp_path / "model.gguf", "float32", tokenizer)
