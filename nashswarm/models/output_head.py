@@ -20,16 +20,9 @@ class OutputHead(nn.Module):
         super().__init__()
         self.model = [model]  # in a list, so that it is no part of this module
         self.head: nn.Module | None = model.get_output_embeddings()
-        self.bare = True
-        tokens = torch.arange(1, 9, device=model.device)[None]  # none of them padding, whose states may be zero
-        with torch.no_grad():
-            states, logits = self.run(tokens)
-            for self.bare in (True, False):
-                with contextlib.suppress(Exception):  # of an architecture whose parts do not fit together so
-                    if self.head is not None and torch.equal(self(states), logits):
-                        return
-        self.head = None
+        self.bare: bool | None = None  # until a run has told
 
+    @torch.no_grad()
     def run(self, tokens: Int[Tensor, "windows length"]) -> tuple[Tensor, Float[Tensor, "windows length vocabulary"]]:
         """Return the states of the model after these tokens, and its logits."""
         seen: list[Tensor] = []
@@ -41,12 +34,22 @@ class OutputHead(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        if not seen:
-            self.head = None
+        if self.bare is None:
+            self._choose(seen[-1] if seen else None, logits)
         return (logits if self.head is None else seen[-1]), logits
+
+    def _choose(self, states: Tensor | None, logits: Tensor) -> None:
+        """Choose the first way from these states to these logits that is exact."""
+        for self.bare in (True, False):
+            with contextlib.suppress(Exception):  # of an architecture whose parts do not fit together so
+                if states is not None and torch.equal(self(states), logits):
+                    return
+        self.head = None
 
     def forward(self, states: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch vocabulary"]:
         """Return the logits of states."""
+        if self.bare is None:
+            self.run(torch.arange(1, 9, device=states.device)[None])  # none of them padding, whose states may be zero
         if self.head is None:
             return states
         if self.bare:

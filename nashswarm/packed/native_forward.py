@@ -50,7 +50,7 @@ class NativeForward:
         return super().forward(*arguments, **options)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restored, (type(self).__bases__[1],), self.__dict__
+        return _restored, (plain_class(self),), self.__dict__
 
 
 def natively(model: Any) -> Any:
@@ -65,8 +65,13 @@ def natively(model: Any) -> Any:
 def by_modules(model: Any) -> Any:
     """Undo ``natively``."""
     if isinstance(model, NativeForward):
-        model.__class__ = type(model).__bases__[1]
+        model.__class__ = plain_class(model)
     return model
+
+
+def plain_class(model: Any) -> Any:
+    """Return the class of transformers that a model has, or had before ``natively``."""
+    return type(model).__bases__[1] if isinstance(model, NativeForward) else type(model)
 
 
 @functools.cache

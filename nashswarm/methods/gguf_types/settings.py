@@ -15,7 +15,7 @@ from nashswarm.errors import require
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods.gguf_types.type_game import ALL_TYPES, FLOAT, TypeGame, certificate, fits, sizes, solve
 from nashswarm.methods.method import Compressed
-from nashswarm.methods.nash_swarm.settings import FIRST_BITS, NashSwarm
+from nashswarm.methods.nash_swarm.settings import FIRST_BITS, moments_after_first_pass
 from nashswarm.methods.peers.llama_cpp import code_width
 from nashswarm.models import gguf_architectures, gguf_file
 from nashswarm.models.gguf_file import PackedTensor
@@ -102,9 +102,7 @@ class GgufTypes:
                 f"a GGUF file of {total:,} bytes is too small: with the smallest types that fit its rows this model "
                 f"takes {least:,} bytes, {8 * least / context.parameters:.3f} bits per parameter; ask for more"
             )
-        assert context.moments_after is not None
-        first = NashSwarm(bits=FIRST_BITS)  # its statistics serve both methods, and any budget
-        moments = context.moments_after({"bits": FIRST_BITS}, lambda few: first.first_weights(context, few))
+        moments = moments_after_first_pass(context)
         damage = self._damages(context, moments)
         names = tuple(layer.name for layer in context.layers)
         game = solve(names, self.actions, np.where(refused, damage[:, [-1]], damage), size, total - others)

@@ -106,19 +106,7 @@ class NashSwarm:
             return game_on(context.moments_after({"weights": "full"}, None, QUICK_SHARE))
         if self.gradients_at == "full":
             return game_on(context.moments_after({"weights": "full"}, None))
-
-        # The first pass has the default settings, also for an ablation and at another budget: all take the same
-        # statistics, from the cache, and differ by what they do with them.
-        first = NashSwarm(bits=FIRST_BITS)
-        key = {"bits": FIRST_BITS}
-
-        def once(moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
-            return first.first_weights(context, moments)
-
-        moments = context.moments_after(key, once)
-        if self.effort == "best":
-            moments = context.moments_after(key | {"taken": 2}, once, first=moments)
-        return game_on(moments)
+        return game_on(moments_after_first_pass(context, twice=self.effort == "best"))
 
     def first_weights(self, context: CalibrationContext, moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
         """Return the weights after a single pass of error feedback with these statistics."""
@@ -128,3 +116,19 @@ class NashSwarm:
     def budget(self, context: CalibrationContext) -> int:
         """Return the bytes that all layers may take."""
         return int(self.bits * context.parameters / 8) - context.fixed_bytes - PADDING_BYTES
+
+
+def moments_after_first_pass(context: CalibrationContext, twice: bool = False) -> Mapping[str, Moments]:
+    """Return statistics at a model that a single pass has compressed; ``twice`` for a pass with these, and others then.
+
+    The pass has the default settings, also for an ablation, another budget or another method: all take the same
+    statistics, from the cache, and differ by what they do with them.
+    """
+    assert context.moments_after is not None
+    first, key = NashSwarm(bits=FIRST_BITS), {"bits": FIRST_BITS}
+
+    def once(moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
+        return first.first_weights(context, moments)
+
+    moments = context.moments_after(key, once)
+    return context.moments_after(key | {"taken": 2}, once, first=moments) if twice else moments
