@@ -1,7 +1,7 @@
 """A forward pass through the blocks of a language model in the C++ library, without Python between its products.
 
 The structs are those of csrc/decoder.h, with addresses as integers.  Whoever fills them keeps the tensors alive and
-checks that their shapes fit; ``nashswarm.packed.decoder`` does so for models of transformers.
+checks that their shapes fit; ``nashswarm.packed.blocks`` does so for models of transformers.
 """
 
 import ctypes
@@ -77,22 +77,9 @@ class Pass(ctypes.Structure):
     """The tokens of a pass, the cache, and where logits go."""
 
     _fields_ = [
-        *_fields("count", "ids sequences places firsts positions cosines sines keys values capacities shifts"),
+        *_fields("count", "ids sequences places firsts positions cosines sines caches"),
         *_fields("wanted", "wanted_tokens logits"),
     ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Addresses of the keys and values of every block: [sequence][key head][capacity][head size].
-
-    ``shifts``: the place in the sequence of the first key that a block holds.
-    """
-
-    keys: Int64[Tensor, " blocks"]
-    values: Int64[Tensor, " blocks"]
-    capacities: Int64[Tensor, " blocks"]
-    shifts: Int64[Tensor, " blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,20 +100,21 @@ class Tokens:
 def forward(
     model: Model,
     tokens: Tokens,
-    cache: Cache,
+    caches: Int64[Tensor, "sequences blocks 4"],
     turns: tuple[Float32[Tensor, "positions half"], Float32[Tensor, "positions half"]] | None,
     wanted: Int64[Tensor, " wanted"],
     activations: str,
 ) -> Float32[Tensor, "wanted vocabulary"]:
-    """Return the logits of the ``wanted`` tokens, and append the keys and values of all tokens to the cache.
+    """Return the logits of the ``wanted`` tokens, and append the keys and values of all tokens to the caches.
 
-    ``turns``: cosines and sines of the rotations, for every position.  Raises IndexError for a token or a position that
-    the model does not have, and MemoryError.
+    ``caches``: of every sequence in every block, the addresses of its keys and values, each
+    [key head][capacity][head size], the capacity, and the place in the sequence of the first key.  ``turns``: cosines
+    and sines of the rotations, for every position.  Raises IndexError for a token or a position that the model does not
+    have, and MemoryError.
     """
     logits = torch.empty(len(wanted), model.vocabulary)
     parts = [getattr(tokens, field.name).data_ptr() for field in dataclasses.fields(Tokens)]
     cosines, sines = (0, 0) if turns is None else (part.data_ptr() for part in turns)
-    held = [part.data_ptr() for part in (cache.keys, cache.values, cache.capacities, cache.shifts)]
     count, done = len(tokens.ids), 0
     step = trellis_native.library_with_tables().nashswarm_decoder_pass
     for first in range(0, count, TOKENS):
@@ -135,7 +123,7 @@ def forward(
         if count > TOKENS:
             own = wanted[(wanted >= first) & (wanted < first + number)] - first
         job = Pass(
-            number, *(part + 8 * first for part in parts), cosines, sines, *held, len(own), own.data_ptr(),
+            number, *(part + 8 * first for part in parts), cosines, sines, caches.data_ptr(), len(own), own.data_ptr(),
             logits.data_ptr() + 4 * done * model.vocabulary,
         )  # fmt: skip
         failed = step(

@@ -9,11 +9,11 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.modules import module as torch_modules
 from transformers.cache_utils import DynamicCache
@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Cau
 
 from nashswarm.kernels import decoder, native
 from nashswarm.packed.blocks import Description, UnknownPart
-from nashswarm.packed.cache import Storage, storage_of
+from nashswarm.packed.cache import Shape, append, reserve
 from nashswarm.packed.matrix import TrellisMatrix
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
@@ -43,10 +43,7 @@ class NativeForward:
         try:
             return _forward(self, {name: value for name, value in given.items() if value is not None})
         except UnknownPart as unknown:
-            said = _said.setdefault(self, set())
-            if (reason := str(unknown)) and reason not in said:
-                said.add(reason)
-                log.warning("computed module by module, which is slower: %s", reason)
+            _say(self, unknown)
         return super().forward(*arguments, **options)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -110,8 +107,41 @@ def describe(model: Any) -> Description:
     return found
 
 
-def _forward(model: Any, given: dict[str, Any]) -> Any:
-    """Compute a pass.  Raises UnknownPart for whatever only the modules know."""
+def step(model: Any, caches: Sequence[Any], ids: Sequence[int]) -> Float[Tensor, "texts vocabulary"] | None:
+    """Append one token to each of several texts in one pass; return the logits after it.
+
+    ``caches``: a ``DynamicCache`` for each text.  The logits are, bit for bit, those of a pass of each text alone.
+    Returns None where only the modules can compute it.
+    """
+    if not isinstance(model, NativeForward):
+        return None
+    try:
+        description, activations = _ready(model)
+        shape = Shape(1, description.struct.key_heads, description.struct.head_size)
+        places = torch.tensor([cache.get_seq_length() for cache in caches])
+        tables = [_reserve(cache, 1, shape, description) for cache in caches]
+    except UnknownPart as unknown:
+        _say(model, unknown)
+        return None
+    texts = torch.arange(len(caches))
+    tokens = decoder.Tokens(torch.tensor(ids), texts, places, torch.zeros_like(texts), places)
+    turns = description.turns_of(int(places.max()) + 1)
+    logits = decoder.forward(description.struct, tokens, torch.cat(tables), turns, texts, activations)
+    for cache in caches:
+        append(cache, 1)
+    return logits
+
+
+def _say(model: Any, unknown: UnknownPart) -> None:
+    """Warn that the modules compute, once for each reason."""
+    said = _said.setdefault(model, set())
+    if (reason := str(unknown)) and reason not in said:
+        said.add(reason)
+        log.warning("computed module by module, which is slower: %s", reason)
+
+
+def _ready(model: Any) -> tuple[Description, str]:
+    """Describe a model in a state that the library can compute, and how it rounds activations.  Raises UnknownPart."""
     if native.path() == native.SLOW or model.training:
         raise UnknownPart("")  # which the path has said, and training implies
     description = describe(model)
@@ -120,6 +150,26 @@ def _forward(model: Any, given: dict[str, Any]) -> Any:
     everywhere = (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks)
     if (any(description.hooks) or any(everywhere)) and _hooked((*description.hooks, *everywhere)):
         raise UnknownPart("there are hooks on its modules")
+    config = model.config
+    if config.output_attentions or config.output_hidden_states or not config.return_dict:
+        raise UnknownPart("the config asks for attentions, hidden states or a tuple")
+    activations = {linear.activations for linear in description.linears}
+    if len(activations) > 1:
+        raise UnknownPart("its matrices round their inputs differently")
+    return description, activations.pop()
+
+
+def _reserve(cache: Any, tokens: int, shape: Shape, description: Description) -> Tensor:
+    """Make room in a cache and return its addresses.  Raises UnknownPart."""
+    addresses = reserve(cache, tokens, shape, description.windows)
+    if isinstance(addresses, str):
+        raise UnknownPart(addresses)
+    return addresses
+
+
+def _forward(model: Any, given: dict[str, Any]) -> Any:
+    """Compute a pass.  Raises UnknownPart for whatever only the modules know."""
+    description, activations = _ready(model)
     for name, value in given.items():
         if name not in KNOWN and value is not False:
             raise UnknownPart(f"{name} is given")
@@ -128,30 +178,20 @@ def _forward(model: Any, given: dict[str, Any]) -> Any:
         raise UnknownPart("the tokens are no matrix of integers on the CPU")
     if not isinstance(keep, int) or given.get("return_dict") is False:
         raise UnknownPart("logits of chosen positions, or a tuple, are asked for")
-    config = model.config
-    if config.output_attentions or config.output_hidden_states or not config.return_dict:
-        raise UnknownPart("the config asks for attentions, hidden states or a tuple")
-    activations = {linear.activations for linear in description.linears}
-    if len(activations) > 1:
-        raise UnknownPart("its matrices round their inputs differently")
-    cache, batch = given.get("past_key_values"), len(ids)
-    if cache is None and given.get("use_cache", config.use_cache):
-        cache = DynamicCache(config=config)
-    sizes = batch, description.struct.key_heads, description.struct.head_size, description.windows
-    storage = Storage(*sizes) if cache is None else storage_of(cache, *sizes)
-    if isinstance(storage, str):
-        raise UnknownPart(storage)
-    tokens = _tokens(ids, storage.length, given)
-    length = ids.shape[1]
+    cache, (batch, length) = given.get("past_key_values"), ids.shape
+    kept = cache is not None or given.get("use_cache", model.config.use_cache)
+    if cache is None:
+        cache = DynamicCache(config=model.config)
+    tokens = _tokens(ids, cache.get_seq_length(), given)
+    shape = Shape(batch, description.struct.key_heads, description.struct.head_size)
+    addresses = _reserve(cache, length, shape, description)
     last = min(keep, length) if keep else length
     wanted = torch.arange(batch * length).view(batch, length)[:, length - last :].flatten().contiguous()
     turns = description.turns_of(int(tokens.positions.max()) + 1)
-    logits = decoder.forward(
-        description.struct, tokens, storage.reserve(length), turns, wanted, activations.pop()
-    ).view(batch, last, -1)  # fmt: skip
-    storage.append(length)
+    logits = decoder.forward(description.struct, tokens, addresses, turns, wanted, activations).view(batch, last, -1)
+    append(cache, length)
     output = CausalLMOutputWithPast if description.rotary is not None else CausalLMOutputWithCrossAttentions
-    return output(logits=cast(Any, logits), past_key_values=cache)
+    return output(logits=cast(Any, logits), past_key_values=cache if kept else None)
 
 
 def _hooked(hooks: Iterable[Mapping[int, Any]]) -> bool:

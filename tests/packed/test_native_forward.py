@@ -16,7 +16,7 @@ from nashswarm import set_activations
 from nashswarm.kernels import native
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
-from nashswarm.packed.cache import SharedLayer, SharedWindowLayer
+from nashswarm.packed.cache import GrowingLayer, GrowingWindowLayer
 from nashswarm.packed.native_forward import by_modules, natively
 from tests.conftest import packed_by
 
@@ -192,7 +192,7 @@ def test_cache_goes_to_the_modules_and_back() -> None:
             natively(model) if number % 3 else by_modules(model)
             assert_close(model(span, past_key_values=mine).logits, exact)
     assert mine.get_seq_length() == 40
-    assert {type(layer) for layer in mine.layers} == {SharedWindowLayer}
+    assert {type(layer) for layer in mine.layers} == {GrowingWindowLayer}
 
 
 def test_cropped_cache_continues_without_the_tokens() -> None:
@@ -200,7 +200,7 @@ def test_cropped_cache_continues_without_the_tokens() -> None:
     with torch.no_grad():
         cache = model(tokens, use_cache=True).past_key_values
         cache.crop(-8)
-        assert {type(layer) for layer in cache.layers} == {SharedLayer}
+        assert {type(layer) for layer in cache.layers} == {GrowingLayer}
         logits = model(tokens[:, 12:], past_key_values=cache).logits
         assert_close(logits, model(tokens).logits[:, 12:])
 
@@ -222,9 +222,9 @@ def test_cache_with_a_window_holds_no_more_than_it_needs() -> None:
         output = model(random_tokens(1, 8), use_cache=True)
         for _ in range(400):
             output = model(random_tokens(1, 1), past_key_values=output.past_key_values)
-    storage = output.past_key_values.layers[0].storage
-    assert storage.length == 408
-    assert max(keys.shape[2] for keys in storage.keys) < 100
+    layers = output.past_key_values.layers
+    assert {layer.length for layer in layers} == {408}
+    assert max(keys.shape[2] for layer in layers for keys in layer._room) < 100
 
 
 @pytest.mark.parametrize("threads", [2, 3])

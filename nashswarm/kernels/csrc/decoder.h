@@ -42,6 +42,13 @@ struct Decoder {
     const DecoderBlock* block;
 };
 
+// The keys and values of a sequence in a block: [key head][capacity][head size].
+struct DecoderCache {
+    float *keys, *values;
+    int64_t capacity;
+    int64_t shift;  // the place in the sequence of the first key
+};
+
 // The tokens of a pass, those of a sequence side by side and in their order.
 struct DecoderPass {
     int64_t count;
@@ -52,10 +59,7 @@ struct DecoderPass {
     const int64_t* positions;  // that rotations and embeddings of positions take
     const float* cosines;      // [position][rotated / 2]
     const float* sines;
-    float* const* keys;  // by block: [sequence][key head][capacity][head size]
-    float* const* values;
-    const int64_t* capacities;  // by block
-    const int64_t* shifts;      // by block: the place in the sequence of the first key that the cache holds
+    const DecoderCache* caches;  // [sequence][block]
     int64_t wanted;             // tokens whose logits are computed
     const int64_t* wanted_tokens;
     float* logits;  // [wanted][vocabulary]

@@ -100,6 +100,10 @@ struct Runner {
         path.multiply(jobs, number);
     }
 
+    const DecoderCache& cache_of(int64_t token, int64_t number) const {
+        return pass.caches[pass.sequences[token] * model.blocks + number];
+    }
+
     void norm(const DecoderNorm& norm, const float* x, float* out) const {
         steps.norm(x, norm, model.layer_norm, model.epsilon, model.hidden, out);
     }
@@ -118,13 +122,12 @@ struct Runner {
     void place_heads(int64_t number) const {
         const DecoderBlock& block = model.block[number];
         const int64_t size = model.head_size, width = (model.heads + 2 * model.key_heads) * size;
-        const int64_t capacity = pass.capacities[number];
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < pass.count; ++token) {
             const int64_t turn = pass.positions[token] * (model.rotated / 2);
             float* head = work.attention + token * width;
-            const int64_t place = pass.places[token] - pass.shifts[number];
-            const int64_t slot = pass.sequences[token] * model.key_heads * capacity + place;
+            const DecoderCache& cache = cache_of(token, number);
+            const int64_t place = pass.places[token] - cache.shift;
             for (int64_t own = 0; own < model.heads + 2 * model.key_heads; ++own, head += size) {
                 const int64_t key = own - model.heads, value = key - model.key_heads;
                 const DecoderNorm& norm = key < 0 ? block.query : block.key;
@@ -133,9 +136,8 @@ struct Runner {
                     if (model.rotated) steps.rotate(head, pass.cosines + turn, pass.sines + turn, model.rotated);
                 }
                 if (key < 0) continue;
-                float* cache = (value < 0 ? pass.keys[number] + (slot + key * capacity) * size
-                                          : pass.values[number] + (slot + value * capacity) * size);
-                std::copy(head, head + size, cache);
+                float* held = value < 0 ? cache.keys + key * cache.capacity * size : cache.values + value * cache.capacity * size;
+                std::copy(head, head + size, held + place * size);
             }
         }
     }
@@ -143,10 +145,11 @@ struct Runner {
     void attend(int64_t number, float* scratch) const {
         const DecoderBlock& block = model.block[number];
         const int64_t size = model.head_size, width = (model.heads + 2 * model.key_heads) * size;
-        const int64_t group = model.heads / model.key_heads, shift = pass.shifts[number];
+        const int64_t group = model.heads / model.key_heads;
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < pass.count; ++token) {
-            int64_t first = pass.firsts[token], place = pass.places[token];
+            const int64_t shift = cache_of(token, number).shift, place = pass.places[token];
+            int64_t first = pass.firsts[token];
             if (block.window) first = std::max(first, place - block.window + 1);
             work.begins[token] = std::min(std::max(first - shift, int64_t(0)), place - shift);
             work.ends[token] = place - shift + 1;
@@ -155,9 +158,10 @@ struct Runner {
         for (int64_t item = 0; item < runs * model.key_heads; ++item) {
             const Run& run = work.runs[runs - 1 - item / model.key_heads];  // the longest first
             const int64_t head = item % model.key_heads;
-            const int64_t slot = (pass.sequences[run.first] * model.key_heads + head) * pass.capacities[number] * size;
+            const DecoderCache& cache = cache_of(run.first, number);
+            const int64_t slot = head * cache.capacity * size;
             steps.attend(Attention{work.attention + run.first * width + head * group * size, width, run.count, group, size,
-                                   pass.keys[number] + slot, pass.values[number] + slot, work.begins + run.first,
+                                   cache.keys + slot, cache.values + slot, work.begins + run.first,
                                    work.ends + run.first, block.scale,
                                    work.attended + run.first * model.heads * size + head * group * size,
                                    model.heads * size},

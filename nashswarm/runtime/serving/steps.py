@@ -16,15 +16,17 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nashswarm.packed import native_forward
+from nashswarm.packed.cache import GrowingLayer, GrowingWindowLayer, growing
 
 USUAL = ("eager", "sdpa")  # attention functions that a batched step calls row by row
 BY_ROWS = "_by_rows"  # ends the names of those that do
 PROBES = ((1, 2, 3, 4, 5), (3, 1, 2))  # texts that a batched step is tried on
 TOLERANCE = 0.1  # of what the context changes: rounded activations turn rounding of sums into more than that of sums
 PIECE = 64  # tokens of a prompt that are read at once
-BLOCK = 64  # tokens by which keys and values grow
 
 log = logging.getLogger(__name__)
 _lock = threading.Lock()  # a batched step sets the model's attention function for as long as it runs
@@ -50,7 +52,7 @@ class Stepper(Protocol):
 
 
 class ModuleStepper:
-    """Steps on the modules of a causal language model of transformers.
+    """Steps of a causal language model of transformers: natively where the library knows it, else on its modules.
 
     ``batched``: whether one pass computes all texts of a step; otherwise it takes a pass for each.
     """
@@ -68,7 +70,7 @@ class ModuleStepper:
 
     def start(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
-        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layers = [growing(layer) for layer in cache.layers]
         return cache
 
     @torch.no_grad()
@@ -90,6 +92,8 @@ class ModuleStepper:
 
     def step_batched(self, caches: Sequence[DynamicCache], tokens: Sequence[int]) -> Float[Tensor, "texts vocabulary"]:
         """Append one token to each text in one pass; right only for models that ``batched`` was found true for."""
+        if (logits := native_forward.step(self.model, caches, tokens)) is not None:
+            return logits
         config, device = self.model.config, self.model.device
         lengths = [cache.get_seq_length() for cache in caches]
         with _lock:
@@ -104,32 +108,6 @@ class ModuleStepper:
                 ).logits[:, -1]
             finally:
                 config._attn_implementation = usual
-
-
-class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer that grow in place: a step writes one column and does not copy those before it."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._room: list[Tensor] = []  # of keys and of values, with columns to come
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        new = (key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(*new)
-        before = self.get_seq_length()
-        after = before + key_states.shape[-2]
-        if not self._room or after > self._room[0].shape[-2]:
-            columns = -(-after // BLOCK) * BLOCK
-            grown = [part.new_empty(*part.shape[:-2], columns, part.shape[-1]) for part in new]
-            for room, old in zip(grown, self._room, strict=False):
-                room[..., :before, :] = old[..., :before, :]
-            self._room = grown
-        for room, part in zip(self._room, new, strict=True):
-            room[..., before:after, :] = part
-        keys, values = (room[..., :after, :] for room in self._room)
-        self.keys, self.values = keys, values
-        return keys, values
 
 
 class RowCaches(Cache):
@@ -168,7 +146,7 @@ def _can_batch(stepper: ModuleStepper) -> bool:
     Sliding windows are cut by the cache; layers that choose their keys by a mask in another way need that mask.
     """
     try:
-        if not all(isinstance(layer, GrowingLayer | DynamicSlidingWindowLayer) for layer in stepper.start().layers):
+        if not all(isinstance(layer, GrowingLayer | GrowingWindowLayer) for layer in stepper.start().layers):
             return False
         if "chunked_attention" in (getattr(stepper.model.config, "layer_types", None) or ()):
             return False

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from nashswarm.models.matrices import find_layers
 from nashswarm.packed import checkpoint
-from nashswarm.runtime.serving import steps
-from nashswarm.runtime.serving.steps import BLOCK, ModuleStepper
+from nashswarm.runtime.serving.steps import ModuleStepper
 
 SMALL = {
     "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
@@ -110,14 +109,3 @@ def test_read_in_pieces_gives_logits_of_every_position(tiny: Any) -> None:
         whole = tiny(input_ids=torch.tensor([text])).logits[0]
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-4, atol=1e-4)
     assert stepper.read(stepper.start(), text, False).shape == (1, 512)
-
-
-def test_growing_layer_holds_what_was_appended() -> None:
-    layer, appended = steps.GrowingLayer(), torch.randn(1, 2, 2 * BLOCK + 3, 4)
-    first = 0
-    for size in (5, 1, BLOCK - 6, 1, BLOCK + 2):
-        keys, values = layer.update(appended[..., first : first + size, :], -appended[..., first : first + size, :])
-        first += size
-        assert torch.equal(keys, appended[..., :first, :]) and torch.equal(values, -keys)
-        assert layer.get_seq_length() == first
-    assert layer._room[0].shape[-2] == 3 * BLOCK
