@@ -152,7 +152,7 @@ class GrowingWindowLayer(_Growing, DynamicSlidingWindowLayer):
 
     def activate_past_recording(self) -> None:
         self._detach()  # what is kept from now on begins with what is held
-        super().activate_past_recording()
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
 
     @property
     def cumulative_length(self) -> int:
