@@ -12,11 +12,10 @@ from typing import get_args
 import torch
 
 from nashswarm import __version__, api, errors, inference
-from nashswarm.experiment import commands, gguf_export
+from nashswarm.experiment import commands, typed_export
 from nashswarm.experiment.certify import LIMIT
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.measures.contestants import CONTESTANTS
-from nashswarm.methods.gguf_types.type_game import ALL_TYPES
 from nashswarm.methods.nash_swarm.settings import Effort
 from nashswarm.models import checks, shapes
 from nashswarm.progress import end_interrupted
@@ -25,6 +24,7 @@ from nashswarm.runtime import export
 CACHE = pathlib.Path("~/.cache/nashswarm")
 OPTIONS = {  # what messages call by its key in a configuration
     "method.bits": "--bits",
+    "method.types": "--types",
     "model.exclude": "--exclude",
     "model.path": "MODEL",
     "dataset.source": "--calibration",
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     into.add_argument(
         "--bits", "--target-bits", type=float, help="stored bits per parameter, everything counted (3.0)"
     )  # fmt: skip
-    into.add_argument("--to", choices=["gguf"], help="one file for llama.cpp, whose tensors choose their types")
+    into.add_argument("--to", choices=typed_export.KINDS, help="for vLLM or llama.cpp, whose types tensors choose")
     _add_target(into)
     into.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
     into.add_argument("--effort", choices=get_args(Effort), default="default", help="of nash_swarm; quick is one pass")
@@ -211,12 +211,12 @@ def build_parser() -> argparse.ArgumentParser:
         "Write the compressed model in FOLDER, weights packed, cache in and out, to FILE, and compare its "
         "logits with the model's own on real text. onnx: MatMulNBits of onnxruntime, and bit planes; onnx-qdq: INT4 "
         "and INT8 codes in standard operators, four bits of a weight or more; torch-export: this package's kernels; "
-        "gguf: the full model again, in types of llama.cpp. Prints one JSON object.",
+        "gguf, compressed-tensors: the full model again, in types of llama.cpp, of vLLM. Prints one JSON object.",
     )
     _add_folder(exported)
-    exported.add_argument("--to", choices=sorted([*export.TARGETS, "gguf"]), required=True)
-    exported.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new .onnx, .pt2 or .gguf")
-    exported.add_argument("--target-bits", type=float, help="of --to gguf: bits per parameter of the whole file")
+    exported.add_argument("--to", choices=sorted([*export.TARGETS, *typed_export.KINDS]), required=True)
+    exported.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new file or folder")
+    exported.add_argument("--target-bits", type=float, help="of gguf, compressed-tensors: everything counted")
     _add_target(exported)
     _add_paths(exported)
     exported.add_argument(
@@ -250,16 +250,16 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--target-size", type=_size, metavar="SIZE", help="of --to gguf: the whole file at most, such as 4.2GB or 90MiB"
+        "--target-size", type=_size, metavar="SIZE", help="of gguf and compressed-tensors: at most, such as 4.2GB"
     )
     parser.add_argument(
-        "--types", nargs="+", choices=ALL_TYPES, metavar="TYPE", help=f"of --to gguf ({' '.join(ALL_TYPES)})"
+        "--types", nargs="+", metavar="TYPE", help="that tensors choose among: Q4_K, Q8_0 ...; int4-g128, int8-g32 ..."
     )
 
 
 def _size(text: str) -> int:
     try:
-        return gguf_export.parse_size(text)
+        return typed_export.parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

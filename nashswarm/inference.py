@@ -21,18 +21,18 @@ from rich.table import Table
 
 from nashswarm import errors, memory
 from nashswarm.data import corpus
-from nashswarm.experiment import commands
+from nashswarm.experiment import commands, typed_export
 from nashswarm.kernels import native
 from nashswarm.kernels.tiles import Tiles
 from nashswarm.measures import load
 from nashswarm.measures.measure import EvaluationTarget
 from nashswarm.measures.size import resident_bytes
 from nashswarm.measures.speed import Speed
-from nashswarm.models import checks, evaluation, sources
+from nashswarm.models import checks, compressed_tensors_folder, evaluation, sources
 from nashswarm.packed.matrix import PackedMatrix, TileMatrix
 from nashswarm.packed.modules import Activations, QuantizedLinear
 from nashswarm.progress import show_progress
-from nashswarm.runtime import cache_misses, gguf_table, memory_limit
+from nashswarm.runtime import cache_misses, memory_limit, type_table
 from nashswarm.runtime import export as exporter
 from nashswarm.runtime import profile as profiler
 from nashswarm.runtime.machine import Machine, read_machine
@@ -47,8 +47,8 @@ PIPE_WIDTH = 160  # columns of a table that is written to a file or a pipe, so t
 
 def inspect(args: argparse.Namespace) -> int:
     """Print a table of the matrices, and the bytes of the model in its files and in memory."""
-    if args.folder.is_file():
-        return gguf_table.show(args.folder, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
+    if args.folder.is_file() or compressed_tensors_folder.is_one(args.folder):
+        return type_table.show(args.folder, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
     model = _load(args.folder)
     table = Table("matrix", "shape", "format", "bits in file", "in memory", "tiles by width", box=None)
     listed: set[PackedMatrix] = set()
@@ -257,8 +257,8 @@ def chat(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write the model for another runtime, and print how far its logits are from those of the model."""
-    if args.to == "gguf":
-        return commands.export_to_gguf(args)
+    if args.to in typed_export.KINDS:
+        return commands.export_typed(args)
     model = _load(args.folder)
     exporter.check_exportable(model, args.to, args.out, args.activations)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)

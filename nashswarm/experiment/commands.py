@@ -12,10 +12,8 @@ from typing import Any
 
 from nashswarm import api
 from nashswarm.experiment import certify as certificates
-from nashswarm.experiment import gguf_export, plan, run, streaming, texts
+from nashswarm.experiment import plan, run, streaming, texts, typed_export
 from nashswarm.measures.size import Size
-from nashswarm.methods.gguf_types.settings import GgufTypes
-from nashswarm.methods.gguf_types.type_game import ALL_TYPES
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.models import sources
 from nashswarm.packed import model_folder
@@ -26,12 +24,11 @@ DEFAULT_BITS = 3.0  # of a folder, where nothing else is said
 
 def compress(arguments: argparse.Namespace) -> int:
     """Compress a model into a folder or a GGUF file, or forecast what ``--by-layer`` takes, and print the result."""
-    to_gguf = arguments.to == "gguf"
-    if to_gguf:
-        _check_gguf(arguments)
+    if arguments.to is not None:
+        _check_typed(arguments)
     elif arguments.target_size is not None or arguments.types is not None:
-        raise ValueError("--target-size and --types go with --to gguf; say the size of a folder with --bits")
-    arguments.bits = DEFAULT_BITS if arguments.bits is None and not to_gguf else arguments.bits
+        raise ValueError("--target-size and --types go with --to gguf and --to compressed-tensors; say --bits instead")
+    arguments.bits = DEFAULT_BITS if arguments.bits is None and arguments.to is None else arguments.bits
     if arguments.plan:
         by_layer = _by_layer(arguments)  # which also sets the windows
         return _print(streaming.forecast_by_layer(arguments.model, by_layer, arguments.windows, arguments.length))
@@ -55,37 +52,38 @@ def compress(arguments: argparse.Namespace) -> int:
         holdout_windows=held_out, sequence_length=length,
     )  # fmt: skip
     cache = arguments.cache.expanduser().resolve()
-    chosen = _types(arguments) if to_gguf else api.method_of(method, arguments.bits, arguments.effort)
+    chosen = (
+        api.method_of(method, arguments.bits, arguments.effort)
+        if arguments.to is None
+        else typed_export.method_of(arguments.to, arguments.types)
+    )
     config = plan.config_of(
         source, chosen, dataset, Size(), seed=arguments.seed, save=str(arguments.out), cache=str(cache),
         records=str(cache / "records"),
     )  # fmt: skip
-    if to_gguf:
-        return _print(gguf_export.compress(config, arguments.out, arguments.target_size, arguments.bits))
+    if arguments.to is not None:
+        return _print(typed_export.compress(config, arguments.out, arguments.target_size, arguments.bits))
     labels = {"model": source.label, "method": method, "dataset": dataset.label, "measure": "size"}
     return _print_record(run.run(config, labels).record, arguments.out)
 
 
-def _check_gguf(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for options that a GGUF file does not go with, before any work."""
+def _check_typed(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options that ``--to`` does not go with, before any work."""
     others = {"--by-layer": arguments.by_layer, "--plan": arguments.plan, "--method": arguments.method}
     others |= {"--effort": arguments.effort != "default"}
     if given := [name for name, value in others.items() if value]:
-        raise ValueError(f"--to gguf does not go with {' and '.join(given)}: leave it out")
-    gguf_export.check_out(arguments.out)
+        raise ValueError(f"--to {arguments.to} does not go with {' and '.join(given)}: leave it out")
+    typed_export.check_out(arguments.to, arguments.out)
 
 
-def _types(arguments: argparse.Namespace) -> GgufTypes:
-    return GgufTypes(types=ALL_TYPES if arguments.types is None else list(arguments.types))
-
-
-def export_to_gguf(arguments: argparse.Namespace) -> int:
-    """Compress the model that a folder was made of into a GGUF file, and print the result."""
-    gguf_export.check_out(arguments.out)
+def export_typed(arguments: argparse.Namespace) -> int:
+    """Compress the model that a folder was made of into the types of another runtime, and print the result."""
+    typed_export.check_out(arguments.to, arguments.out)
+    method = typed_export.method_of(arguments.to, arguments.types)
     about = model_folder.read(arguments.folder).about
     config = plan.config_again(about, {"model": arguments.model, "dataset": arguments.dataset})
-    config.method = plan.described(_types(arguments))
-    return _print(gguf_export.compress(config, arguments.out, arguments.target_size, arguments.target_bits))
+    config.method = plan.described(method)
+    return _print(typed_export.compress(config, arguments.out, arguments.target_size, arguments.target_bits))
 
 
 def _by_layer(arguments: argparse.Namespace) -> ByLayer:

@@ -24,6 +24,7 @@ from nashswarm.measures.moe.target import MoeMeasure
 from nashswarm.measures.quality import Official
 from nashswarm.measures.size import Size
 from nashswarm.methods import distillation
+from nashswarm.methods.compressed_tensors import CompressedTensors
 from nashswarm.methods.gguf_types.settings import GgufTypes
 from nashswarm.methods.method import Method
 from nashswarm.methods.peers import peer
@@ -205,7 +206,7 @@ def choose_task(config: DictConfig, method: Method) -> distillation.Recovery | N
         raise ValueError(f"task={config.task} is not a choice of the group task: {', '.join(TASKS)}")
     if settings is None:
         return None
-    if isinstance(method, peer.Peer | LlamaCpp | GgufTypes | AsPublished):
+    if isinstance(method, peer.Peer | LlamaCpp | GgufTypes | CompressedTensors | AsPublished):
         whose = "as_published" if isinstance(method, AsPublished) else method.library
         raise Unsupported(f"task=finetune cannot train what {whose} packs; use task=compress")
     if config.dtype != "float32":

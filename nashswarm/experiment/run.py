@@ -23,6 +23,7 @@ from nashswarm.experiment.plan import MoePlan, Plan, plan, plan_moe
 from nashswarm.measures import measure
 from nashswarm.measures.moe.target import CALIBRATION_WINDOWS, MoeTarget
 from nashswarm.memory import peak_bytes, reset_peak
+from nashswarm.methods.compressed_tensors import CompressedTensors
 from nashswarm.methods.gguf_types.settings import GgufTypes
 from nashswarm.methods.peers import peer
 from nashswarm.methods.peers.llama_cpp import LlamaCpp
@@ -120,7 +121,7 @@ def _check(planned: Plan | MoePlan, target: pathlib.Path | None) -> None:
     """Raise ValueError for what is missing or in the way, before any work."""
     if isinstance(planned, Plan):
         measure.require(planned.measure)
-        if target is not None and isinstance(planned.method, peer.Peer | LlamaCpp | GgufTypes):
+        if target is not None and isinstance(planned.method, peer.Peer | LlamaCpp | GgufTypes | CompressedTensors):
             raise ValueError(f"save={target}: what {planned.method.library} packs cannot be loaded again; leave it out")
     if target is not None:
         model_folder.check_free(target)

@@ -7,5 +7,5 @@ derivatives of the loss.  ``error_feedback`` is one pass of GPTQ, ``coordinate_d
 weight can, ``lattice_codes`` does both on a lattice, and ``trainable_codes`` trains codes by gradient descent.
 ``trellis_arrangement`` weights, groups and rotates a matrix for trellis tiles, ``trellis`` encodes it, and
 ``codebooks`` trains the tables of its values.  ``prototype`` is the quantizer of the published prototype, and
-``ggml`` rounds to the block types of llama.cpp.
+``ggml`` rounds to the block types of llama.cpp.  ``signed_groups`` rounds to the groups of compressed-tensors.
 """

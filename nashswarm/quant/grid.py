@@ -124,7 +124,7 @@ def quantize(
             codes[chosen] = _float_codes(values[chosen], width).to(code_type)
         else:
             weights = None if importance is None else importance[chosen]
-            group_codes, scale[chosen], zero_point[chosen] = _quantize_groups(values[chosen], width, scheme, weights)
+            group_codes, scale[chosen], zero_point[chosen] = quantize_groups(values[chosen], width, scheme, weights)
             codes[chosen] = group_codes.to(code_type)
     return QuantizedTensor(codes.view(rows, columns), scale, zero_point, tiles, scheme)
 
@@ -144,10 +144,10 @@ def _float_codes(values: Tensor, width: int) -> Tensor:
     return floats.view(pattern_type)
 
 
-def _quantize_groups(
+def quantize_groups(
     values: Tensor, bits: int, scheme: Scheme, importance: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, scales and zero points of ``values``, shape (groups, group_size)."""
+    """Return codes, scales and zero points of ``values``, shape (groups, group_size), at 2 to 8 ``bits``."""
     parts = [
         _search(chunk, bits, scheme, None if importance is None else importance[start : start + CHUNK_GROUPS])
         for start, chunk in zip(range(0, len(values), CHUNK_GROUPS), values.split(CHUNK_GROUPS), strict=True)

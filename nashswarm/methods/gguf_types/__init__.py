@@ -1,5 +1,5 @@
 """GGUF files whose tensors choose their types of ggml under one price of a byte.
 
 ``settings`` holds the method: it measures what each type costs each tensor, and rounds tensors into the types that the
-game of ``type_game`` gives them.  The same module writes that game into the file, and reads it back.
+game gives them.  ``certificate`` counts their bytes, writes that game into the file, and reads it back.
 """

@@ -13,10 +13,11 @@ from torch import Tensor
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.errors import require
 from nashswarm.layers import Layer, Moments, curvature
-from nashswarm.methods.gguf_types.type_game import ALL_TYPES, FLOAT, TypeGame, certificate, fits, sizes, solve
+from nashswarm.methods.gguf_types.certificate import ALL_TYPES, FLOAT, certificate, fits, sizes
 from nashswarm.methods.method import Compressed
 from nashswarm.methods.nash_swarm.settings import FIRST_BITS, moments_after_first_pass
 from nashswarm.methods.peers.llama_cpp import code_width
+from nashswarm.methods.type_game import TypeGame, solve
 from nashswarm.models import gguf_architectures, gguf_file
 from nashswarm.models.gguf_file import PackedTensor
 from nashswarm.quant.curvature import Curvature, factor_curvature

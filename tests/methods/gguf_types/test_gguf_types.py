@@ -11,10 +11,11 @@ import transformers
 
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.session import CalibrationSession
-from nashswarm.experiment.gguf_export import parse_size
+from nashswarm.experiment.typed_export import parse_size
+from nashswarm.methods.gguf_types.certificate import ALL_TYPES, certificate, read_certificate, sizes
 from nashswarm.methods.gguf_types.settings import GgufTypes, decode, other_bytes, round_layer
-from nashswarm.methods.gguf_types.type_game import ALL_TYPES, certificate, read_certificate, sizes, solve
 from nashswarm.methods.method import Method
+from nashswarm.methods.type_game import solve
 from nashswarm.models import gguf_architectures, gguf_file, matrices
 from nashswarm.quant.curvature import Curvature
 from tests.models.test_gguf_file import CONFIGS, SHARED, build
