@@ -25,10 +25,10 @@ class CalibrationContext:
       weights (all others in full precision), on that many tokens of held-out calibration text (None: all of it).
     - ``cached(kind, key, compute)`` returns tensors, read from an earlier run or computed.
     - ``track(items, description)`` iterates over items and shows progress.
-    - ``moments_after(key, quantize, share=1, first=None)`` returns the statistics of a model that is compressed
-      already: ``quantize`` makes its weights from the statistics ``first``, by default of the full model on few windows
-      (None: of the full model), and ``key`` names them in the cache.  One in ``share`` windows counts.  Tokens are
-      expected by Zipf's law, and not evenly as in ``moments()``.
+    - ``moments_after(key, quantize, share=1, first=None)`` returns the statistics of the full model, with gradients of
+      one that is compressed already: ``quantize`` makes its weights from the statistics ``first``, by default of the
+      full model (None: gradients of the full model too), and ``key`` names them in the cache.  One in ``share`` windows
+      counts.  Tokens are expected by Zipf's law, and not evenly as in ``moments()``.
     - ``inputs_after(weights, names)`` returns E[x xᵀ] of these modules in the model with these layer weights.
     - ``calibration``: the model and its calibration windows, for libraries that calibrate by their own means.
     """

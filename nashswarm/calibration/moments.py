@@ -19,8 +19,9 @@ position, provided that the expected squared change of the score is twice the da
 """
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -43,16 +44,18 @@ FIRST_RANKS = 50  # tokens at the start of a vocabulary that are about equally f
 class _MomentSums:
     """Running sums of one module, updated by hooks, on the CPU: matrices in float32, vectors in float64.
 
-    ``head``: whether its outputs are the logits of tokens.  ``zipf``: whether its rows are of tokens.  ``calls``:
-    its inputs in the present window.  Modules that had the same inputs in all windows share ``inputs``.
+    ``head``: whether its outputs are the logits of tokens.  ``zipf``: whether its rows are of tokens.  ``known``: the
+    moments whose inputs stay, so that gradients alone are summed.  ``calls``: its inputs in the present window.
+    Modules that had the same inputs in all windows share ``inputs``.
     """
 
-    def __init__(self, module: nn.Module, head: bool, zipf: bool) -> None:
-        self.module, self.head, self.zipf = module, head, zipf
+    def __init__(self, module: nn.Module, head: bool, zipf: bool, known: PackedMoments | None) -> None:
+        self.module, self.head, self.zipf, self.known = module, head, zipf, known
         self.routed: bool = getattr(module, "routed", False)  # a matrix of one expert
         self.positions = 0
         self.calls: list[Tensor] = []
         self.inputs: SymmetricMatrix | None = None
+        self.energy = 0.0  # of the inputs: the sum of their squares
         self.counts: Tensor | None = None
         self.outputs: Tensor | None = None
         self.rows: Tensor | None = None
@@ -77,7 +80,10 @@ class _MomentSums:
         else:
             inputs = arguments[0].detach()
             positions = inputs.numel() // inputs.shape[-1]
-            self.calls.append(inputs)
+            if self.known is None:
+                self.calls.append(inputs)
+            else:
+                self.energy += float(torch.linalg.vector_norm(inputs.float()).square())
             if not self.head:
                 held.append(inputs)
                 self.awaited += 1
@@ -103,9 +109,10 @@ class _MomentSums:
         """Add the squared gradients of the rows and columns of the weight, over all calls in the window."""
         if self.weight_gradient is not None:
             self.rows = _add(self.rows, torch.linalg.vector_norm(self.weight_gradient, dim=1).square())
-            if self.columns is None:
-                self.columns = SymmetricMatrix.zeros(self.weight_gradient.shape[1])
-            self.columns.add_gram(self.weight_gradient)
+            if self.known is None:
+                if self.columns is None:
+                    self.columns = SymmetricMatrix.zeros(self.weight_gradient.shape[1])
+                self.columns.add_gram(self.weight_gradient)
         self.awaited, self.weight_gradient = 0, None
 
     def moments(self, tokens: int) -> PackedMoments:
@@ -121,6 +128,9 @@ class _MomentSums:
         outputs = (self.outputs / self.positions).float()
         if self.head:
             outputs = _smoothed(self.outputs, self.positions, self.zipf).float()
+        if self.known is not None:
+            rows = None if self.rows is None else (self.rows / max(self.energy, torch.finfo().tiny)).float()
+            return dataclasses.replace(self.known, outputs=outputs, coupled=outputs if rows is None else rows)
         if self.inputs is None:
             assert self.counts is not None
             shares = (_smoothed(self.counts, self.positions, self.zipf) * (self.positions / tokens)).float()
@@ -197,13 +207,15 @@ def _add_inputs(sums: Iterable[_MomentSums]) -> None:
 
 
 @contextlib.contextmanager
-def _moment_hooks(model: Any, names: Sequence[str], zipf: bool) -> Iterator[dict[str, _MomentSums]]:
+def _moment_hooks(
+    model: Any, names: Sequence[str], zipf: bool, known: Mapping[str, PackedMoments]
+) -> Iterator[dict[str, _MomentSums]]:
     """Collect the sums of these modules during the context, with the gradients of all parameters switched off."""
     head = model.get_output_embeddings()
     modules = {name: model.get_submodule(name) for name in names}
     embedding = model.get_input_embeddings()
     sums = {
-        name: _MomentSums(module, module is head, zipf and module in (head, embedding))
+        name: _MomentSums(module, module is head, zipf and module in (head, embedding), known.get(name))
         for name, module in modules.items()
     }
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -247,6 +259,7 @@ def calibrate(
     score: Score | None = None,
     expected: Expected = "even",
     rounded: bool = False,
+    known: MomentsTable | None = None,
 ) -> MomentsTable:
     """Compute the moments of the modules in ``names``, averaged over all positions of ``windows``.
 
@@ -254,12 +267,16 @@ def calibrate(
     (``"text"``, for the empirical one).  ``score``, a function of model, window and generator, replaces the NLL as the
     scalar whose gradient is taken.  ``expected``: how frequent tokens are of which the windows say nothing, ``even`` as
     in records of older methods, or by Zipf's law (``expected_shares``).  ``rounded``: whether the factors of products
-    may be rounded to bfloat16 (``_bfloat16_products``).  Raises ValueError for a module that the model never uses.
+    may be rounded to bfloat16 (``_bfloat16_products``).  ``known``: moments from which those of the inputs are taken, so
+    that gradients alone are computed, and all moments of a module that these windows do not use.
+
+    Raises ValueError for a module that the model never uses.
     """
     score = score or functools.partial(summed_nll, labels=labels)
     model.eval()
     fast = _bfloat16_products() if rounded and windows.device.type == "cpu" else contextlib.nullcontext()
-    with _moment_hooks(model, names, expected == "zipf") as sums, fast:
+    given = {} if known is None else known.data
+    with _moment_hooks(model, names, expected == "zipf", given) as sums, fast:
         for number, window in enumerate(track(list(windows), "calibrating")):
             scalar = score(model, window, generator)
             _add_inputs(sums.values())
@@ -277,8 +294,9 @@ def calibrate(
             part.inputs.entries.div_(tokens)
             means.add(id(part.inputs))
         table.data[name] = part.moments(tokens)
+    table.data.update({name: moments for name, moments in given.items() if name in sums and name not in used})
     for name, part in sums.items():
-        if part.routed and name not in used:
+        if part.routed and name not in table.data:
             table[name] = mean_of_siblings(name, table, {name: part.positions for name, part in used.items()})
     for name in [name for name in names if name not in table]:
         module = model.get_submodule(name)

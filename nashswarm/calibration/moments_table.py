@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nashswarm.layers import Moments
 
+GRADIENTS = ("outputs", "coupled")  # fields of moments that are of gradients alone
 BLOCK = 128  # rows of a symmetric matrix that are stored together, from the diagonal on
 
 
@@ -142,6 +143,22 @@ class MomentsTable(collections.UserDict[str, Moments]):
             size, tensor = (part.size, part.entries) if isinstance(part, SymmetricMatrix) else ("", part)
             tensors[f"{' '.join(uses)}/{size}"] = tensor
         return tensors
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the moments of gradients as tensors to store, none of them shared, by ``name:field``."""
+        return {
+            f"{name}:{field}": getattr(moments, field).clone()
+            for name, moments in self.data.items()
+            for field in GRADIENTS
+        }
+
+    def with_gradients(self, gradients: Mapping[str, Tensor]) -> "MomentsTable":
+        """Return a table with these ``gradients()`` in place of its own; the matrices are shared."""
+        table = type(self)()
+        for name, moments in self.data.items():
+            parts = {field: gradients[f"{name}:{field}"] for field in GRADIENTS}
+            table.data[name] = dataclasses.replace(moments, **parts)
+        return table
 
     def __getitem__(self, name: str) -> Moments:
         return self.data[name].full()

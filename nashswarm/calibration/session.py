@@ -25,7 +25,6 @@ from nashswarm.models import evaluation, matrices
 from nashswarm.packed import file_format
 from nashswarm.progress import Track, show_progress
 
-FIRST_SHARE = 8  # one in so many windows calibrates the quantization that the rest is calibrated after
 ReferenceOutputs = evaluation.Reference | Float[Tensor, "some width"]  # of the full-precision model on some text
 
 
@@ -145,36 +144,46 @@ class CalibrationSession:
         share: int = 1,
         first: Mapping[str, Moments] | None = None,
     ) -> MomentsTable:
-        """Return the statistics of the model with weights that are quantized already, computed or read from the cache.
+        """Return the statistics of the full model, with gradients of one that is quantized already, or from the cache.
 
-        ``quantize`` makes these weights from the statistics ``first``, by default those of the full model on the first
-        windows, an eighth of all; None stands for full precision.  ``key``: the settings that the weights depend on.
-        ``share``: one in so many windows counts.  A gradient that vanishes in the full model, as that of a saturated
-        attention head does, need not vanish there, and errors of the size that is made are what counts.
+        ``quantize`` makes its weights from the statistics ``first``, by default those of the full model; None stands
+        for full precision.  ``key``: the settings that the weights depend on.  ``share``: one in so many windows
+        counts.  A gradient that vanishes in the full model, as that of a saturated attention head does, need not vanish
+        there, and errors of the size that is made are what counts.  The inputs stay those of the full model: with
+        those of the quantized one, errors that it makes already would look like part of the text.
         """
+        windows = self.calibration[: max(len(self.calibration) // share, 1)]
+        count = {"windows": len(windows)}
+        before = (
+            MomentsTable.from_tensors(
+                self.cache("moments_full", count, lambda: self._calibrate(windows, "zipf").tensors())
+            )
+            if first is None
+            else MomentsTable.of(first)
+        )
+        if quantize is None:
+            return before
 
-        windows = self._one_in(share)
-
-        def compute() -> dict[str, Tensor]:
-            if quantize is None:
-                return self._calibrate(windows, "zipf").tensors()
-            weights = quantize(self._calibrate(self._one_in(FIRST_SHARE), "zipf") if first is None else first)
+        def gradients() -> dict[str, Tensor]:
+            weights = quantize(before)
             with self._replaced(weights):
                 del weights
-                return self._calibrate(windows, "zipf").tensors()
+                return self._calibrate(windows, "zipf", before).gradients()
 
-        return MomentsTable.from_tensors(self.cache("moments_after", {**key, "windows": len(windows)}, compute))
+        return before.with_gradients(self.cache("gradients_after", {**key, **count}, gradients))
 
-    def _one_in(self, share: int) -> Integer[Tensor, "some length"]:
-        return self.calibration[: max(len(self.calibration) // share, 1)]
+    def _calibrate(
+        self, windows: Integer[Tensor, "windows length"], expected: Expected, known: MomentsTable | None = None
+    ) -> MomentsTable:
+        """Compute the statistics of all modules of the layers, with the weights that the model has now.
 
-    def _calibrate(self, windows: Integer[Tensor, "windows length"], expected: Expected) -> MomentsTable:
-        """Compute the statistics of all modules of the layers, with the weights that the model has now."""
+        ``known``: statistics whose inputs stay.
+        """
         names = [module for layer in self.layers for module in layer.modules]
         generator = torch.Generator().manual_seed(self.seed)
         moments = calibrate(
             self.full, names, windows, generator, track=self.track, score=score_of(self.full), expected=expected,
-            rounded=expected == "zipf",
+            rounded=expected == "zipf", known=known,
         )  # fmt: skip
         trim_heap()
         return moments
