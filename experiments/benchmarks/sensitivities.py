@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.sensitivities model=smollm2_135m dataset=wikitext2
 
 Every row quantizes the model once, at one price of a byte, without sweeps and further rounds of the game.  The first
-row is the method's default.  Each other row changes one thing of it: gradients at the full model, the floor under the
-sensitivities of rows, and whether gradients at different positions of a window count as independent, for the
-sensitivities of rows and for those of inputs.
+row is the method's default.  Each other row changes one thing of it: the model at which gradients or inputs are taken,
+the floor under the sensitivities of rows, and whether gradients at different positions of a window count as
+independent, for the sensitivities of rows and for those of inputs.
 """
 
 import argparse
@@ -16,12 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from experiments.config import compose
+from nashswarm.calibration.moments import calibrate
 from nashswarm.experiment import compression
 from nashswarm.experiment.plan import plan
 from nashswarm.layers import Moments
-from nashswarm.methods.nash_swarm.settings import NashSwarm
+from nashswarm.methods.nash_swarm.settings import FIRST_BITS, NashSwarm
 from nashswarm.models import evaluation, matrices
 from nashswarm.records import files, statistics
 from nashswarm.records.provenance import provenance
@@ -42,10 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     method = NashSwarm(bits=options.bits)
     compressed = method.game(loaded.session.context(), np.random.default_rng(loaded.seed)).moments
     full = loaded.session.moments_after({"weights": "full"}, None)
+    errors = moments_with_errors(loaded, full)
     rows: list[dict[str, Any]] = []
     for name, changed, moments, change in (
         ("as they are", method, compressed, None),
         ("gradients at the full model", method, full, None),
+        ("inputs at the compressed model too", method, errors, None),
         ("the same, floor 0.5", dataclasses.replace(method, floor=0.5), full, None),
         ("floor 0", dataclasses.replace(method, floor=0.0), compressed, None),
         ("floor 0.5", dataclasses.replace(method, floor=0.5), compressed, None),
@@ -60,6 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table(rows[-1:]), flush=True)
     files.write_report(
         options.out, {"rows": rows, "bits": options.bits, "provenance": provenance(started)}, table(rows)
+    )
+
+
+def moments_with_errors(loaded: compression.LoadedRun, full: Table) -> Table:
+    """Return the moments of the model that the first pass has compressed, those of its inputs too."""
+    session, first = loaded.session, NashSwarm(bits=FIRST_BITS)
+    matrices.set_weights(session.candidate_model, first.first_weights(session.context(), full))
+    names = [module for layer in session.layers for module in layer.modules]
+    generator = torch.Generator().manual_seed(session.seed)
+    return calibrate(
+        session.candidate_model,
+        names,
+        session.calibration,
+        generator,
+        track=session.track,
+        expected="zipf",
+        rounded=True,
     )
 
 

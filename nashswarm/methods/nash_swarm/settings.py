@@ -35,7 +35,7 @@ class NashSwarm:
     controls.  ``rotation``: of the rows of a group by a Hadamard matrix.  ``sweeps``: of best replies by all columns,
     at most, after error feedback and after every round of the game; 0 for error feedback alone.  ``rounds``: of the
     game, at most.  ``floor``: share of a layer's mean sensitivity that is added to that of each row.  ``gradients_at``:
-    where sensitivities are taken, at the ``full`` model or at one ``compressed`` by a single pass.  ``effort``:
+    where gradients are taken, at the ``full`` model or at one ``compressed`` by a single pass.  ``effort``:
     ``quick`` for a single pass of error feedback at the rates that estimates advise, with gradients at the full model
     from a third of the windows; nobody plays, so there is no certificate.  ``best`` to take sensitivities twice, the
     second time at a model compressed by the first ones.  ``cache``: reuse statistics of earlier runs.
@@ -119,7 +119,9 @@ class NashSwarm:
 
 
 def moments_after_first_pass(context: CalibrationContext, twice: bool = False) -> Mapping[str, Moments]:
-    """Return statistics at a model that a single pass has compressed; ``twice`` for a pass with these, and others then.
+    """Return statistics with gradients of a model that a single pass has compressed.
+
+    ``twice``: another pass, with these statistics, compresses the model for those that are returned.
 
     The pass has the default settings, also for an ablation, another budget or another method: all take the same
     statistics, from the cache, and differ by what they do with them.
