@@ -267,8 +267,10 @@ def calibrate(
     (``"text"``, for the empirical one).  ``score``, a function of model, window and generator, replaces the NLL as the
     scalar whose gradient is taken.  ``expected``: how frequent tokens are of which the windows say nothing, ``even`` as
     in records of older methods, or by Zipf's law (``expected_shares``).  ``rounded``: whether the factors of products
-    may be rounded to bfloat16 (``_bfloat16_products``).  ``known``: moments whose inputs stay, so that gradients alone are
-    computed, and which stay altogether for a module that these windows do not use.
+    may be rounded to bfloat16 (``_bfloat16_products``).
+
+    ``known``: moments whose inputs stay, so that gradients alone are computed; those of a module that these windows do
+    not use stay altogether.
 
     Raises ValueError for a module that the model never uses.
     """
