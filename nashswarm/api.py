@@ -27,6 +27,7 @@ from nashswarm.methods.uniform import Uniform
 from nashswarm.models import architecture, checks, matrices, sources
 from nashswarm.models.split_experts import unfuse
 from nashswarm.packed import checkpoint
+from nashswarm.packed.account import TensorEntry, account, sizes_in
 
 METHODS = {
     "nash_swarm": NashSwarm,
@@ -55,7 +56,8 @@ class Report:
     bytes that 32-bit floats take.  ``bits_per_weight``: stored bits of the compressed matrices;
     ``bits_per_weight_model``: of the whole model, per parameter, everything counted.  ``regret_max``: the most that any
     player could still gain by changing alone, in nats per token (None for a method without a game).  ``allocation``:
-    one line a layer.  ``metrics``: all else that the method reports.  ``seconds``: all of it took.
+    one line a layer.  ``metrics``: all else that the method reports.  ``seconds``: all of it took.  ``tensors``: what
+    became of every tensor; their parameters add up to the model's, their bytes to ``bytes_file``.
     """
 
     bytes_file: int
@@ -66,6 +68,7 @@ class Report:
     allocation: str
     metrics: Mapping[str, float]
     seconds: float
+    tensors: tuple[TensorEntry, ...] = dataclasses.field(repr=False)
 
 
 def compress(
@@ -126,7 +129,7 @@ def _compress(
     compressed = session.candidate_model
     if model.device.type != "cpu":
         compressed.to(model.dtype)
-    _, sizes = session.store(result.packed, result.weights, result.float_bits)
+    files, sizes = session.store(result.packed, result.weights, result.float_bits)
     checkpoint.adopt(compressed, session.layers, result.packed, result.float_bits)
     return compressed, Report(
         bytes_file=int(sizes["bytes_file"]),
@@ -137,6 +140,7 @@ def _compress(
         allocation=result.allocation,
         metrics=dict(result.metrics),
         seconds=time.monotonic() - started,
+        tensors=account(compressed, sizes_in(files[sources.WEIGHTS]), int(sizes["bytes_file"])),
     )
 
 

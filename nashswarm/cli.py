@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     into.add_argument("--exclude", nargs="+", default=(), metavar="PATTERN", help="matrices to leave at 16 bits")
     into.add_argument("--seed", type=int, default=0)
+    _add_no_verify(into)
     into.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"of statistics and games ({CACHE})")
     large = into.add_argument_group("models larger than memory")
     large.add_argument(
@@ -123,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_folder(rebudgeted)
     rebudgeted.add_argument("--bits", type=float, required=True)
+    _add_no_verify(rebudgeted)
     _add_out(rebudgeted)
     _add_paths(rebudgeted)
 
@@ -283,6 +285,12 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
+
+
+def _add_no_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not open the folder in a new process to compare it bit by bit"
+    )
 
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:

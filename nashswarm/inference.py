@@ -29,10 +29,10 @@ from nashswarm.measures.measure import EvaluationTarget
 from nashswarm.measures.size import resident_bytes
 from nashswarm.measures.speed import Speed
 from nashswarm.models import checks, compressed_tensors_folder, evaluation, sources
-from nashswarm.packed.matrix import PackedMatrix, TileMatrix
+from nashswarm.packed.matrix import TileMatrix
 from nashswarm.packed.modules import Activations, QuantizedLinear
 from nashswarm.progress import show_progress
-from nashswarm.runtime import cache_misses, memory_limit, type_table
+from nashswarm.runtime import cache_misses, folder_table, memory_limit, type_table
 from nashswarm.runtime import export as exporter
 from nashswarm.runtime import profile as profiler
 from nashswarm.runtime.machine import Machine, read_machine
@@ -46,29 +46,12 @@ PIPE_WIDTH = 160  # columns of a table that is written to a file or a pipe, so t
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Print a table of the matrices, and the bytes of the model in its files and in memory."""
+    """Print a table of the matrices, and what all other tensors are, which add up to the model's files."""
     if args.folder.is_file() or compressed_tensors_folder.is_one(args.folder):
         return type_table.show(args.folder, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
-    model = _load(args.folder)
-    table = Table("matrix", "shape", "format", "bits in file", "in memory", "tiles by width", box=None)
-    listed: set[PackedMatrix] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        matrix = getattr(module, "matrix", None)
-        if not isinstance(matrix, PackedMatrix) or matrix in listed:
-            continue
-        listed.add(matrix)
-        weights = matrix.shape[0] * matrix.shape[1]
-        widths, counts = (part.tolist() for part in matrix.tile_widths().unique(return_counts=True))
-        tiles_by_width = ", ".join(f"{count}×{width}" for width, count in zip(widths, counts, strict=True))
-        escapes = f", {matrix.escapes} escapes" if matrix.escapes else ""
-        stored, resident = (f"{8 * size / weights:.3f}" for size in (len(matrix.encode()), matrix.nbytes))
-        shape = "x".join(map(str, matrix.shape))
-        table.add_row(
-            name, shape, matrix.kind + (", coded" if matrix.coded else ""), stored, resident, tiles_by_width + escapes
-        )
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    console.print(table)
-    size = sum((args.folder / name).stat().st_size for name in _weights(args.folder))
+    model, files = _load(args.folder), _weights(args.folder)
+    size = folder_table.show(args.folder, model, files, console)
     console.print(f"{size:,} bytes of weights and config, {resident_bytes(model):,} bytes in memory")
     return 0
 

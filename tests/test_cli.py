@@ -52,7 +52,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def options(text_file: pathlib.Path, cache: pathlib.Path) -> list[str]:
-    return ["--calibration", str(text_file), "--windows", "6", "--length", "32", "--cache", str(cache)]
+    return ["--calibration", str(text_file), "--windows", "6", "--length", "32", "--cache", str(cache), "--no-verify"]
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,17 @@ def test_compress_command_and_api_write_the_same_bytes(
     """Both doors draw the same windows from the same texts, and go on by the same functions."""
     for module in (stdlib_docs, stdlib_source):
         monkeypatch.setattr(module, "text", lambda purpose: text_file.read_text())
-    words = ("--method", "gptq", "--bits", "3", "--out", tmp_path / "command", "--cache", tmp_path / "cache")
+    words = (
+        "--no-verify",
+        "--method",
+        "gptq",
+        "--bits",
+        "3",
+        "--out",
+        tmp_path / "command",
+        "--cache",
+        tmp_path / "cache",
+    )
     assert main(["compress", str(model_folder), *map(str, words)]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     packed, _ = nashswarm.compress(model, method="gptq", bits=3)
@@ -254,7 +264,8 @@ def test_compress_long_context_model_needs_no_option(
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(long)
     transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(long)
     assert window_length(str(long)) == 512
-    status, printed, _ = command("compress", long, "--out", tmp_path / "out", "--cache", tmp_path, "--method", "gptq")
+    words = (long, "--out", tmp_path / "out", "--cache", tmp_path, "--method", "gptq", "--no-verify")
+    status, printed, _ = command("compress", *words)
     assert status == 0 and json.loads(printed)["compression"] > 0.5
 
 

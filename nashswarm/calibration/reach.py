@@ -18,6 +18,7 @@ from nashswarm.calibration.moments import Score, start_gradients
 from nashswarm.calibration.nll import summed_nll
 from nashswarm.layers import Layer
 from nashswarm.models import evaluation
+from nashswarm.models.kept import warn_of_large
 
 NAMED = 3  # matrices that a message names before it counts the others
 log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ def keep_unreached(
 ) -> tuple[tuple[Layer, ...], dict[str, str]]:
     """Return the layers that calibration reaches, and why each of the others does not: name → reason.
 
-    A warning names the others and their share of all weights.  Raises ValueError in one sentence for a model that
-    cannot be run or has no gradients, and if no layer is reached.
+    Warnings name the others and their share of all weights, and large parameters of unknown layout.  Raises ValueError
+    in one sentence for a model that cannot be run or has no gradients, and if no layer is reached.
     """
     reasons = unreached(model, layers, windows[0])
     if len(reasons) == len(layers):
@@ -47,6 +48,7 @@ def keep_unreached(
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             log.warning("%s%s: %s, so kept at 16 bits", ", ".join(names[:NAMED]), more, reason)
         log.warning("matrices kept at 16 bits hold %.1f %% of the weights", 100 * share)
+    warn_of_large(model)
     return tuple(layer for layer in layers if layer.name not in reasons), reasons
 
 

@@ -21,7 +21,7 @@ from nashswarm.calibration.prefix_replay import PrefixReplay
 from nashswarm.calibration.reach import keep_unreached, score_of
 from nashswarm.layers import Layer, Moments
 from nashswarm.memory import trim_heap
-from nashswarm.models import evaluation, matrices
+from nashswarm.models import evaluation, kept, matrices
 from nashswarm.packed import file_format
 from nashswarm.progress import Track, show_progress
 
@@ -47,6 +47,8 @@ class CalibrationSession:
     ) -> None:
         self.full, self.calibration, self.holdout = model, calibration, holdout
         self.layers, self.unreached = keep_unreached(model, layers, calibration)
+        if self.unreached:
+            setattr(model.config, kept.UNCOMPRESSED, kept.describe_unreached(self.unreached))
         self.seed, self.cache, self.track = seed, cache, track
         self.subsets: dict[int, _HeldoutSubset] = {}
         self.parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -64,7 +64,7 @@ def compress(arguments: argparse.Namespace) -> int:
     if arguments.to is not None:
         return _print(typed_export.compress(config, arguments.out, arguments.target_size, arguments.bits))
     labels = {"model": source.label, "method": method, "dataset": dataset.label, "measure": "size"}
-    return _print_record(run.run(config, labels).record, arguments.out)
+    return _print_record(run.run(config, labels, verify=not arguments.no_verify).record, arguments.out)
 
 
 def _check_typed(arguments: argparse.Namespace) -> None:
@@ -100,7 +100,9 @@ def rebudget(arguments: argparse.Namespace) -> int:
     about = model_folder.read(arguments.folder).about
     paths = {"model": arguments.model, "dataset": arguments.dataset}
     config = plan.config_again(about, paths, bits=arguments.bits, save=str(arguments.out), rerun=False)
-    return _print_record(run.run(config, about["record"]["labels"]).record, arguments.out)
+    return _print_record(
+        run.run(config, about["record"]["labels"], verify=not arguments.no_verify).record, arguments.out
+    )
 
 
 def certify(arguments: argparse.Namespace) -> int:

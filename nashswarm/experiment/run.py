@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nashswarm.data import corpus, glue
-from nashswarm.experiment import compression, texts
+from nashswarm.experiment import card_facts, compression, texts
 from nashswarm.experiment.identity import to_recorded
 from nashswarm.experiment.plan import MoePlan, Plan, plan, plan_moe
 from nashswarm.measures import measure
@@ -29,7 +29,7 @@ from nashswarm.methods.peers import peer
 from nashswarm.methods.peers.llama_cpp import LlamaCpp
 from nashswarm.models import sources
 from nashswarm.moe import training
-from nashswarm.packed import model_folder
+from nashswarm.packed import model_folder, reload
 from nashswarm.progress import show_progress
 from nashswarm.records import record
 from nashswarm.records.files import claim
@@ -63,10 +63,11 @@ class RunResult(NamedTuple):
     save: Callable[[pathlib.Path, dict[str, Any]], None]
 
 
-def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Outcome:
+def run(config: DictConfig, labels: Mapping[str, str], many: bool = False, verify: bool = False) -> Outcome:
     """Execute one run, or find its record.
 
     ``many``: the run is one of a sweep, whose compressed models are saved in folders named by their fingerprints.
+    ``verify``: open a saved model in a new process, and keep it only if it computes the same there.
     Raises ValueError or OSError in one sentence for anything the user can mend; no record is left behind then.
     """
     started, origin = time.monotonic(), provenance(datetime.datetime.now(datetime.UTC))
@@ -101,7 +102,7 @@ def run(config: DictConfig, labels: Mapping[str, str], many: bool = False) -> Ou
         names = (run_labels[name] for name in ("method", "model", "dataset"))
         log.info("%s on %s: %s, seed %d, %d threads", *names, config.seed, torch.get_num_threads())
         reset_peak()
-        result = _compress(config, planned) if isinstance(planned, Plan) else _train_moe(config, planned)
+        result = _compress(config, planned, verify) if isinstance(planned, Plan) else _train_moe(config, planned)
         finished = Record(
             labels=run_labels,
             config=identity,
@@ -127,7 +128,7 @@ def _check(planned: Plan | MoePlan, target: pathlib.Path | None) -> None:
         model_folder.check_free(target)
 
 
-def _compress(config: DictConfig, planned: Plan) -> RunResult:
+def _compress(config: DictConfig, planned: Plan, verify: bool) -> RunResult:
     """Load, quantize, finetune if asked, store and measure."""
     loaded = compression.load(config, planned)
     session = loaded.session
@@ -138,13 +139,17 @@ def _compress(config: DictConfig, planned: Plan) -> RunResult:
         result, (before, training_series) = compression.finetune(loaded, result, planned.finetune, planned.measure)
         series |= training_series
     files, sizes = session.store(result.packed, result.weights, result.float_bits, result.file_bytes)
-    measured, windows = planned.measure.measure(compression.evaluation_target(loaded, result))
+    target = compression.evaluation_target(loaded, result)
+    measured, windows = planned.measure.measure(target)
     nominal = {"nominal_bits": result.code_bits / sum(layer.parameters for layer in session.layers)}
     metrics = dict(result.metrics) | sizes | nominal | before | measured | cost
 
-    def save(target: pathlib.Path, about: dict[str, Any]) -> None:
+    def save(folder: pathlib.Path, about: dict[str, Any]) -> None:
         game = {name: part.numpy() for name, part in result.game.items()}
-        model_folder.write(target, files | _generation(session.full), about, game, loaded.tokenizer)
+        about |= {"card": card_facts.gather(session, target.packed(), files, "kl" not in measured)}
+        check = functools.partial(reload.check, model=target.packed(), window=session.holdout[0])
+        files_beside = files | _generation(session.full)
+        model_folder.write(folder, files_beside, about, game, loaded.tokenizer, *([check] if verify else []))
 
     origin: dict[str, Any] = {"parameters": session.parameters, "cache_hits": loaded.cache.hits}
     if types := sources.dequantized_from(planned.source):

@@ -1,13 +1,21 @@
 """Which class of transformers opens a checkpoint, and which models can be compressed at all."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
 from torch import nn
+from transformers.models.auto import modeling_auto
 
 FALLBACK = 512  # tokens in a window of a model whose config names no maximum
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "context_length", "model_max_length")
 TEXT = "input_ids"
+AUTO: dict[str, Mapping[str, Any]] = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+}
 
 
 def class_of(config: Any) -> Any:
@@ -22,6 +30,18 @@ def class_of(config: Any) -> Any:
             check(named, config)
             return named
     return transformers.AutoModelForCausalLM
+
+
+def auto_class(architecture: str) -> str:
+    """Return the name of the class of transformers that opens models of the class ``architecture``.
+
+    >>> auto_class("LlamaForCausalLM"), auto_class("BertForMaskedLM"), auto_class("BertModel")
+    ('AutoModelForCausalLM', 'AutoModelForMaskedLM', 'AutoModel')
+    """
+    for name, mapping in AUTO.items():
+        if any(architecture in ((known,) if isinstance(known, str) else known) for known in mapping.values()):
+            return name
+    return architecture
 
 
 def check(kind: Any, config: Any) -> None:

@@ -12,13 +12,14 @@ import hashlib
 import json
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from nashswarm.packed.card import card
 from nashswarm.records.files import write_folder
 from nashswarm.records.record import Record, fingerprint
 
@@ -62,11 +63,13 @@ def write(
     about: Mapping[str, Any],
     game: Mapping[str, np.ndarray],
     tokenizer: Any = None,
+    check: Callable[[pathlib.Path], object] = lambda folder: None,
 ) -> None:
     """Write a compressed model to ``folder`` in one step.
 
-    ``files``: weights and config.  ``about``: the config that made the model and its record.  ``game``: the tensors to
-    certify it with, which may be empty.  Raises OSError with the path in its message; then nothing is left behind.
+    ``files``: weights and config.  ``about``: the config that made the model, its record, and what its card says
+    beside.  ``game``: the tensors to certify it with, which may be empty.  ``check`` sees all files before the folder
+    gets its name, and may raise.  Raises OSError with the path in its message; then nothing is left behind.
     """
     contents = dict(files)
     if game:
@@ -74,7 +77,8 @@ def write(
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     text = json.dumps({"schema": SCHEMA, "sha256": sums, **about}, indent=1, ensure_ascii=False, allow_nan=False)
     texts = {ABOUT: f"{text}\n".encode(), CARD: card(about).encode()}
-    write_folder(folder, contents | texts, tokenizer.save_pretrained if tokenizer else lambda folder: None)
+    fill = tokenizer.save_pretrained if tokenizer else lambda folder: None
+    write_folder(folder, contents | texts, fill, check)
 
 
 def write_model(folder: pathlib.Path, model: Any, tokenizer: Any, about: Mapping[str, Any]) -> None:
@@ -111,48 +115,6 @@ def training_text(folder: pathlib.Path) -> str | None:
     dataset = _about(folder).get("record", {}).get("config", {}).get("dataset", {})
     sha256: str | None = dataset.get("train_sha256")
     return sha256
-
-
-def card(about: Mapping[str, Any]) -> str:
-    """Return a model card for the hub, as Markdown."""
-    record, source = about["record"], about["config"]["model"]
-    labels, metrics = record["labels"], record["metrics"]
-    base = source.get("path")
-    on_hub = base is not None and not pathlib.Path(base).is_dir()
-    rows = {
-        "method": labels["method"],
-        "stored bits per parameter, everything counted": f"{metrics['bits_per_weight_model']:.3f}",
-        "bytes": f"{metrics['bytes_file']:,} ({metrics['compression']:.1%} less than 32-bit floats)",
-    }
-    if types := record.get("provenance", {}).get("dequantized_from"):
-        rows["weights of the full model"] = f"dequantized from {' and '.join(types)}"
-    if "regret_max" in metrics:
-        rows["largest regret of a player, nats per token"] = f"{metrics['regret_max']:.1e}"
-    if "kl" in metrics:
-        unit = "example" if "examples" in metrics else "token"
-        rows[f"KL to the full model on {labels['dataset']}, nats per {unit}"] = f"{metrics['kl']:.4f}"
-    kind = "AutoModelForSequenceClassification" if "training" in about["config"]["dataset"] else "AutoModelForCausalLM"
-    head = "\n".join(["---", "library_name: transformers", "tags: [nashswarm, quantized]"])
-    head += f"\nbase_model: {base}\n---" if on_hub else "\n---"
-    commands = "`nashswarm inspect` lists what is in it."
-    if "by_layer" not in about:
-        commands = f"`nashswarm certify` computes the regret again from the bytes of this folder, {commands}"
-    table = "\n".join(["| | |", "| :-- | --: |", *(f"| {name} | {value} |" for name, value in rows.items())])
-    return f"""{head}
-
-# {labels["model"]}, compressed by nashswarm
-
-{table}
-
-```python
-import nashswarm  # makes the format known to transformers
-from transformers import {kind}
-
-model = {kind}.from_pretrained("this folder")
-```
-
-{commands}
-"""
 
 
 def _about(folder: pathlib.Path) -> dict[str, Any]:

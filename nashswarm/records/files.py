@@ -160,11 +160,15 @@ def write_by(path: pathlib.Path, writer: Callable[[pathlib.Path], None]) -> None
 
 
 def write_folder(
-    folder: pathlib.Path, contents: Mapping[str, bytes], fill: Callable[[pathlib.Path], object] = lambda folder: None
+    folder: pathlib.Path,
+    contents: Mapping[str, bytes],
+    fill: Callable[[pathlib.Path], object] = lambda folder: None,
+    check: Callable[[pathlib.Path], object] = lambda folder: None,
 ) -> None:
     """Write a new or empty folder in one step, with the files ``contents`` and those that ``fill`` adds.
 
-    Raises OSError (for example for a full disk) with the path in its message; an error leaves nothing behind.
+    ``check`` sees the folder before it gets its name; if it raises, nothing is left behind.  Raises OSError (for
+    example for a full disk) with the path in its message; an error leaves nothing behind.
     """
     folder = folder.resolve()
     partial = _beside(folder)
@@ -176,6 +180,7 @@ def write_folder(
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+        check(partial)
         partial.replace(folder)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {folder}: {error.strerror}") from error

@@ -69,7 +69,17 @@ class CommandLine:
         full = path.with_name(f"{path.name}-full")
         model.save_pretrained(full)
         self.tokenizer.save_pretrained(full)
-        windows = ["--windows", "4", "--length", str(LENGTH), "--calibration", self.text, "--cache", path / "cache"]
+        windows = [
+            "--no-verify",
+            "--windows",
+            "4",
+            "--length",
+            str(LENGTH),
+            "--calibration",
+            self.text,
+            "--cache",
+            path / "cache",
+        ]
         out = path / "small"
         status, said = command("compress", full, "--out", out, "--effort", "quick", "--bits", str(BITS), *windows)
         assert status == 0, f"the command line: {said[-300:]}"

@@ -27,6 +27,7 @@ from nashswarm.methods.streaming.layout import Layout, descriptions, file_bytes,
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.methods.streaming.shards import EMBEDDING, Shards, Source, tensors_of, units
 from nashswarm.packed import file_format, model_folder
+from nashswarm.packed.card import card
 from nashswarm.progress import Track, no_track
 from nashswarm.records.files import claim, write_whole
 from nashswarm.records.provenance import code_digest, provenance
@@ -165,7 +166,7 @@ def _complete(work: pathlib.Path, about: dict[str, Any], source: Source, tokeniz
     labels = {"model": source.folder.resolve().name, "method": "gptq, block by block"}
     about["record"] = {"labels": labels, "metrics": _metrics(about, source, files, size)}
     about["config"] = {"model": {"path": str(source.folder.resolve())}, "dataset": {}}
-    write_whole(work / model_folder.CARD, model_folder.card(about).encode())
+    write_whole(work / model_folder.CARD, card(about).encode())
     _write_about(work, about)
 
 
