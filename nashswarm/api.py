@@ -229,7 +229,7 @@ def _without_padding(tokens: Any, mask: Any, model: Any) -> Windows:
 def _text(model: Any, tokenizer: Any, calibration: str | pathlib.Path | None) -> tuple[str, str]:
     """Name of the source of a calibration text, and the text."""
     if isinstance(calibration, str) and not set(texts.parts_of(calibration)) <= set(texts.KNOWN):
-        return "text", calibration
+        return "text", texts.excerpt(calibration, texts.FILE_BYTES)
     own = None
     if model.get_output_embeddings() is not None and model.can_generate():
         own = texts.own_of(model, tokenizer)

@@ -93,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration", metavar="TEXT", help="a text file or folder, or embedded, code, own (sampled by the model), "
         "hub, or several joined by +; default: the hub's text if it can be reached, else own, with embedded"
     )  # fmt: skip
+    into.add_argument("--column", help="of FILE or folder as --calibration, where it is a table; default: its text")
     into.add_argument(
         "--windows", type=int, help="of calibration text (48 if it has them, by layer 4); a third more is held out"
     )

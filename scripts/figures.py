@@ -24,6 +24,7 @@ from rich.console import Console
 
 from nashswarm.records import record
 from nashswarm.reporting import frame, tables
+from nashswarm.reporting.distinction import distinguish
 from nashswarm.reporting.figures import flock, games, moe, quality, speed, style
 from nashswarm.reporting.labels import rank
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_experiments(options: argparse.Namespace, folders: Sequence[pathlib.Path]) -> None:
     """Write the figures of the chosen experiments.  Raises ValueError if there is nothing to draw."""
     chosen = {name: getattr(options, name) for name in ("experiment", "model", "dataset", "measure")}
-    records = list(record.read_all(options.records))
+    records = distinguish(record.read_all(options.records))
     table = frame.select(frame.frame(records), **{name: value for name, value in chosen.items() if value})
     if options.paper:
         frame.refuse_dirty(table)

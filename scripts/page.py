@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import matplotlib.style
 
 from nashswarm.records import files, record
+from nashswarm.reporting.distinction import distinguish
 from nashswarm.reporting.page import page
 
 STYLE = pathlib.Path(__file__).parents[1] / "paper" / "style.mplstyle"
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/pages"))
     options = parser.parse_args(arguments)
     try:
-        records = list(record.read_all(options.records))
+        records = distinguish(record.read_all(options.records))
         present = sorted({one.labels["experiment"] for one in records})
         if not present or options.experiment not in (None, *present):
             raise ValueError(f"{options.records} has no record of {options.experiment or 'any experiment'}")

@@ -20,6 +20,7 @@ import pandas as pd
 
 from nashswarm.records import files, record
 from nashswarm.reporting import frame, latex, tables, typeset
+from nashswarm.reporting.distinction import distinguish
 from nashswarm.reporting.paper import benchmarks, macros
 from nashswarm.reporting.paper import tables as paper_tables
 
@@ -50,7 +51,7 @@ def write_tables(options: argparse.Namespace) -> None:
     """Write the tables that the options choose.  Raises ValueError if there is nothing to write."""
     names = ("experiment", "model", "dataset", "measure")
     chosen = {name: getattr(options, name) for name in names if getattr(options, name)}
-    records = list(record.read_all(options.records))
+    records = distinguish(record.read_all(options.records))
     table = frame.select(frame.frame(records), **chosen)
     records = [one for one in records if all(one.labels[name] == value for name, value in chosen.items())]
     if options.paper:

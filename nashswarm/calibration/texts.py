@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nashswarm.calibration.cache import Cache
 from nashswarm.data import corpus, stdlib_docs, stdlib_source
+from nashswarm.data.text_file import read_file
 from nashswarm.models import sources
 from nashswarm.models.sampled_text import sample_text
 from nashswarm.progress import Track, show_progress
@@ -30,6 +31,9 @@ ONLINE, OFFLINE, WITHOUT_MODEL = "hub+embedded", "own+embedded", "embedded"  # w
 CHARACTERS = 160_000  # of a mixture, about 40,000 tokens
 CHARACTERS_OF_TOKEN = 4  # of English text
 PIECE = 2_000  # characters of a text that are taken together
+FILE_BYTES = 2_000_000  # of one file that are read, unless windows need more
+BYTES_OF_TOKEN = 8  # at most, in most languages
+COLUMN = "::"  # between a file and the column of it that calibrates
 HUB_DATASET = "Salesforce/wikitext"
 HUB_VARIABLE = "NASHSWARM_WIKITEXT2_RAW"  # names a local folder that stands in for the hub's text
 DESCRIPTIONS = {
@@ -47,9 +51,9 @@ class CalibrationText:
     """A text to calibrate on, and another to test on.
 
     ``source``: ``auto``, the hub's text in a mixture if it can be reached and text of the model's own if not;
-    ``embedded``, ``code``, ``own`` or ``hub``; a text file or a folder; or several of these joined by ``+``, in equal
-    shares.  ``test``: the dataset whose test text measures; None takes the embedded one.  Windows begin as the
-    tokenizer begins a text.  Other fields are those of ``corpus.Dataset``.
+    ``embedded``, ``code``, ``own`` or ``hub``; a text file, a table or a folder, with ``::COLUMN`` for a column of it;
+    or several of these joined by ``+``, in equal shares.  ``test``: the dataset whose test text measures; None takes
+    the embedded one.  Windows begin as the tokenizer begins a text.  Other fields are those of ``corpus.Dataset``.
     """
 
     source: str = AUTO
@@ -75,12 +79,25 @@ class CalibrationText:
 
 def parts_of(source: str) -> list[str]:
     """Return the parts of a mixture; a path that exists is one part, whatever its name."""
-    return [source] if os.path.exists(source) else source.split("+")
+    path, column = _path_and_column(source)
+    return [source] if os.path.exists(path) and "+" not in (column or "") else source.split("+")
+
+
+def _path_and_column(part: str) -> tuple[str, str | None]:
+    """Return the path of a file or folder, and the column of it that is given behind ``::``, if any."""
+    path, mark, column = part.rpartition(COLUMN)
+    return (path, column) if mark and column and not os.path.exists(part) else (part, None)
+
+
+def bytes_for(windows: int, length: int) -> int:
+    """Return how many bytes of a file to read for so many windows of ``length`` tokens."""
+    return max(FILE_BYTES, BYTES_OF_TOKEN * windows * length)
 
 
 def named(source: str) -> str:
     """Return ``source`` with the names of files and folders in place of their paths."""
-    return "+".join(pathlib.Path(part).name for part in parts_of(source))
+    given = [_path_and_column(part) for part in parts_of(source)]
+    return "+".join(pathlib.Path(path).name + (COLUMN + column if column else "") for path, column in given)
 
 
 def checked(source: str, door: str) -> str:
@@ -90,12 +107,14 @@ def checked(source: str, door: str) -> str:
     """
     found = []
     for part in parts_of(source):
-        if part not in KNOWN and not os.path.exists(part):
+        path, column = _path_and_column(part)
+        if part not in KNOWN and not os.path.exists(path):
             raise ValueError(
                 f"{door}{part} is not a file, a folder or a source of text; choose a text file, {', '.join(KNOWN)}, or "
                 "several joined by +"
             )
-        found.append(part if part in KNOWN else str(pathlib.Path(part).resolve()))
+        given = "" if column is None else COLUMN + column
+        found.append(part if part in KNOWN else f"{pathlib.Path(path).resolve()}{given}")
     return "+".join(found)
 
 
@@ -114,19 +133,20 @@ def resolve(source: str, own: bool = True) -> str:
     return ONLINE
 
 
-def read(source: str, own: OwnText | None) -> str:
+def read(source: str, own: OwnText | None, most: int = FILE_BYTES) -> str:
     """Return the text of ``source``; a mixture has equal shares of its parts.
 
-    ``own``: samples text from the model, None if it cannot.  Raises ValueError in one sentence for an unknown source, a
-    file or folder without text, a hub out of reach, and for text of its own from a model that cannot sample.
+    ``own``: samples text from the model, None if it cannot.  ``most``: about how many bytes of one file to read; larger
+    ones are read in pieces that are spread evenly over them.  Raises ValueError in one sentence for an unknown source,
+    a file or folder without text, a hub out of reach, and for text of its own from a model that cannot sample.
     """
     parts = parts_of(resolve(checked(source, "dataset.source="), own is not None))
     characters = CHARACTERS // len(parts)
-    texts = [_read_part(part, own, characters) for part in parts]
+    texts = [_read_part(part, own, characters, most) for part in parts]
     return texts[0] if len(texts) == 1 else "\n\n".join(excerpt(text, characters) for text in texts)
 
 
-def _read_part(part: str, own: OwnText | None, characters: int) -> str:
+def _read_part(part: str, own: OwnText | None, characters: int, most: int) -> str:
     if part == OWN:
         if own is None:
             raise ValueError("this model cannot sample a calibration text of its own: name another source or a file")
@@ -137,10 +157,12 @@ def _read_part(part: str, own: OwnText | None, characters: int) -> str:
         return stdlib_docs.text("calibration")
     if part == "code":
         return stdlib_source.text("calibration")
-    path = pathlib.Path(part)
+    name, column = _path_and_column(part)
+    path = pathlib.Path(name)
     if path.is_file():
-        return corpus.read_file(path)
-    return corpus.HubText(part, calibration_split=_split_of(path)).text("calibration")
+        return read_file(path, column, most)
+    columns = corpus.HubText.columns if column is None else (column,)
+    return corpus.HubText(name, columns=columns, calibration_split=_split_of(path)).text("calibration")
 
 
 def _split_of(folder: pathlib.Path) -> str:

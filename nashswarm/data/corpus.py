@@ -4,7 +4,6 @@ A window is a row of consecutive tokens that a model reads at once.
 """
 
 import dataclasses
-import gzip
 import hashlib
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -17,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from nashswarm.data import hub, stdlib_docs
+from nashswarm.data.text_file import read_file
 
 Purpose = Literal["train", "calibration", "test"]
 CALIBRATION_WINDOWS = 64  # the most to draw by default, held-out ones included
 TRAIN_SPLIT = "train"  # of task=train_moe
-TABLES = {".jsonl": "read_json", ".json": "read_json", ".csv": "read_csv", ".parquet": "read_parquet"}  # of pandas
 FILE_CALIBRATION_SHARE = 0.2  # the beginning of a single text file calibrates, the rest tests
 
 
@@ -140,42 +139,6 @@ def read_rows(
         if column in texts and not isinstance(value, str):
             raise ValueError(f"the column {column} of {path} holds {type(value).__name__}, not text")
     return rows
-
-
-def read_file(path: pathlib.Path) -> str:
-    """Return the text of a file: plain text, or a column of a table (.jsonl, .json, .csv, .parquet), also with .gz.
-
-    A byte order mark is left out.  The rows of a table are joined by newlines.  Raises ValueError if the file is not
-    UTF-8, cannot be read as its name says, or has no column that is text.
-    """
-    kind = path.suffixes[-2:-1] if path.suffix == ".gz" else path.suffixes[-1:]
-    try:
-        if kind and kind[0] in TABLES:
-            return _table_text(path, TABLES[kind[0]])
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is cut short or no gzip file: {error}") from error
-
-
-def _table_text(path: pathlib.Path, read: str) -> str:
-    """Return the column ``text`` of a table, or its only column of text, row by row."""
-    import pandas
-
-    options = {"lines": True} if ".jsonl" in path.suffixes else {}
-    try:
-        table = getattr(pandas, read)(path, **options)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as its name says: {str(error).splitlines()[0]}") from error
-    strings = [name for name in table.columns if isinstance(next(iter(table[name].dropna()), None), str)]
-    column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-    if column is None:
-        raise ValueError(
-            f"{path} has no column named text, and {len(strings)} other columns of text: name the one to read text"
-        )
-    return "\n".join(table[column].dropna())
 
 
 def _part_of_file(path: pathlib.Path, purpose: Purpose) -> str:

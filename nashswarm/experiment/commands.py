@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nashswarm import api
+from nashswarm.calibration.texts import COLUMN
 from nashswarm.experiment import certify as certificates
 from nashswarm.experiment import plan, run, streaming, texts, typed_export
 from nashswarm.measures.size import Size
@@ -36,7 +37,7 @@ def compress(arguments: argparse.Namespace) -> int:
         raise ValueError("say with --out where the compressed model is to go")
     if arguments.by_layer:
         full, out, settings = pathlib.Path(arguments.model), arguments.out, _by_layer(arguments)
-        text = texts.choose(arguments.calibration, arguments.model, own=False)
+        text = texts.choose(_calibration(arguments), arguments.model, own=False)
         numbers = (arguments.windows, arguments.length, arguments.seed)
         return _print({"folder": str(out)} | streaming.compress_by_layer(full, out, text, settings, *numbers))
     if arguments.head_bits is not None or arguments.sweeps:
@@ -48,7 +49,7 @@ def compress(arguments: argparse.Namespace) -> int:
     held_out = None if arguments.windows is None else max(-(-arguments.windows // 3), 1)
     length = api.window_length(path or str(sources.EMBEDDED)) if arguments.length is None else arguments.length
     dataset = texts.choose(
-        arguments.calibration, path, sources.writes_text(source), calibration_windows=arguments.windows,
+        _calibration(arguments), path, sources.writes_text(source), calibration_windows=arguments.windows,
         holdout_windows=held_out, sequence_length=length,
     )  # fmt: skip
     cache = arguments.cache.expanduser().resolve()
@@ -65,6 +66,15 @@ def compress(arguments: argparse.Namespace) -> int:
         return _print(typed_export.compress(config, arguments.out, arguments.target_size, arguments.bits))
     labels = {"model": source.label, "method": method, "dataset": dataset.label, "measure": "size"}
     return _print_record(run.run(config, labels, verify=not arguments.no_verify).record, arguments.out)
+
+
+def _calibration(arguments: argparse.Namespace) -> str | None:
+    """Return the source of the calibration text, with the column behind it, if one is given."""
+    if arguments.column is None:
+        return None if arguments.calibration is None else str(arguments.calibration)
+    if arguments.calibration is None:
+        raise ValueError("--column goes with --calibration FILE, whose column it names")
+    return f"{arguments.calibration}{COLUMN}{arguments.column}"
 
 
 def _check_typed(arguments: argparse.Namespace) -> None:

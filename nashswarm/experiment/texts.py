@@ -9,8 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from nashswarm.calibration import texts
 from nashswarm.calibration.texts import CalibrationText
 from nashswarm.data import corpus
+from nashswarm.data.corpus import CALIBRATION_WINDOWS
 from nashswarm.experiment.identity import TARGET
 from nashswarm.models import sources
+from nashswarm.models.sources import LONGEST_WINDOW
 from nashswarm.packed import model_folder
 
 CALIBRATION_TEXT = f"{CalibrationText.__module__}.{CalibrationText.__qualname__}"
@@ -48,7 +50,9 @@ def read(dataset: Any, source: Any, cache: str) -> dict[str, str]:
     """Return the texts that calibrate and test; text of the model's own is sampled, or read from the ``cache``."""
     if isinstance(dataset, CalibrationText):
         own = texts.cached_own(source, pathlib.Path(cache))
-        return {"calibration": texts.read(dataset.source, own), "test": dataset.text("test")}
+        windows = (dataset.calibration_windows or 0) + (dataset.holdout_windows or 0)
+        most = texts.bytes_for(max(windows, CALIBRATION_WINDOWS), dataset.sequence_length or LONGEST_WINDOW)
+        return {"calibration": texts.read(dataset.source, own, most), "test": dataset.text("test")}
     return {purpose: dataset.text(purpose) for purpose in ("calibration", "test")}
 
 

@@ -1,6 +1,5 @@
 """What cannot be compressed is refused in one sentence, and settings of the caller's process stay as they were."""
 
-import gzip
 import json
 import pathlib
 import shutil
@@ -8,7 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import pandas
 import pytest
 import torch
 import transformers
@@ -16,7 +14,6 @@ from torch import Tensor
 
 import nashswarm
 from nashswarm.cli import main
-from nashswarm.data import corpus
 from nashswarm.models import checks, sources
 from nashswarm.moe.model import MoeConfig, MoeForCausalLM
 from nashswarm.packed.model_folder import check_free
@@ -142,39 +139,6 @@ def test_gguf_file_is_a_model(gguf_package: dict[str, Tensor]) -> None:
     (path.parent / "other").write_text("text")
     with pytest.raises(ValueError, match="is no GGUF file"):
         sources.check_location(sources.ModelSource(str(path.parent / "other")))
-
-
-LINES = ["the quiet flock follows", "every player reads, alone", "é"]
-
-
-def write(path: pathlib.Path) -> None:
-    table = pandas.DataFrame({"number": [1, 2, 3], "text": LINES})
-    text = {"txt": "\n".join(LINES), "jsonl": table.to_json(orient="records", lines=True, force_ascii=False)}
-    text |= {"json": table.to_json(orient="records"), "csv": table.to_csv(index=False)}
-    kind = path.name.split(".")[1]
-    if kind == "parquet":
-        return table.to_parquet(path)
-    lines = text[kind].replace("\n", "\r\n") if "crlf" in path.stem else text[kind]
-    content = ("\ufeff" * ("bom" in path.stem) + lines).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["a.txt", "bom.txt", "crlf.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.csv.gz", "a.parquet"],
-)
-def test_calibration_file_is_read_as_its_name_says(name: str, tmp_path: pathlib.Path) -> None:
-    write(tmp_path / name)
-    assert corpus.read_file(tmp_path / name).rstrip("\n") == "\n".join(LINES)
-
-
-def test_calibration_file_that_is_not_what_it_says_is_refused(tmp_path: pathlib.Path) -> None:
-    for name, content in {
-        "a.parquet": b"no", "a.jsonl": b"{", "a.txt.gz": b"no", "a.txt": "é".encode("latin-1"), "a.csv": b"a,b\nx,y\n",
-    }.items():  # fmt: skip
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} (cannot be read|is not UTF-8|is cut short or no|has no column)"):
-            corpus.read_file(tmp_path / name)
 
 
 def test_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: pathlib.Path) -> None:
