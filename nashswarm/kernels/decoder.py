@@ -15,6 +15,7 @@ from nashswarm.kernels import native, trellis_native
 
 TOKENS = 64  # of a pass, at most; a longer text takes several
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+NORMS = ("before_attention", "after_attention", "before_inner", "after_inner", "query", "key")
 NO_MEMORY, NO_TOKEN = 1, 2  # what the library returns
 
 
@@ -32,9 +33,9 @@ class Matrix(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
-    """A layer norm or a norm of root mean squares; without ``weight`` there is none."""
+    """A layer norm or a norm of root mean squares; without ``weight`` there is none.  ``offset``: of weights."""
 
-    _fields_ = _fields(addresses="weight bias")
+    _fields_ = [*_fields(addresses="weight bias"), ("offset", ctypes.c_float), ("reserved", ctypes.c_float)]
 
 
 class Table(ctypes.Structure):
@@ -51,7 +52,7 @@ class Block(ctypes.Structure):
         ("output", Matrix),
         ("inner", Matrix * 2),
         ("down", Matrix),
-        *((name, Norm) for name in ("before_attention", "before_inner", "query", "key")),
+        *((name, Norm) for name in NORMS),
         ("window", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("reserved", ctypes.c_float),
@@ -59,12 +60,21 @@ class Block(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """A model: its sizes, its embeddings, its blocks and its head."""
+    """A model: its sizes, its embeddings, its blocks and its head.
+
+    ``joint_norms``: norms of queries and keys take all heads together.  ``clip``: of queries, keys and values.  A cap c
+    makes c · tanh(x / c) of a score or a logit.  0: none.
+    """
 
     _fields_ = [
         *_fields("blocks hidden heads key_heads head_size rotated inner vocabulary gated activation layer_norm"),
+        *_fields("joint_norms"),
         ("epsilon", ctypes.c_float),
         ("head_epsilon", ctypes.c_float),
+        ("embedding_scale", ctypes.c_float),
+        ("clip", ctypes.c_float),
+        ("score_cap", ctypes.c_float),
+        ("logit_cap", ctypes.c_float),
         ("tokens", Table),
         ("places", Table),
         ("norm", Norm),

@@ -1,7 +1,7 @@
 """Describe the blocks of a model of transformers to the native pass, or say what it does not know about them.
 
-Known are the models of ``KINDS``: blocks of the LLaMA kind (root mean squares, rotations, gated layers) and of the
-GPT-2 kind (layer norms, embeddings of positions).  All matrices must be trellis-coded.
+Known are the models of ``KINDS``: blocks of the LLaMA kind (rotations, gated layers, what Gemma, Phi-3 and OLMo add to
+them) and of the GPT-2 kind (layer norms, embeddings of positions).  All matrices must be trellis-coded.
 """
 
 import ctypes
@@ -26,6 +26,8 @@ ACTIVATIONS = {  # the modules of transformers that compute them
     "GELUTanh": "gelu_tanh",
     "GELUActivation": "gelu",
 }
+SCALED = ("GemmaTextScaledWordEmbedding", "Gemma2TextScaledWordEmbedding")  # multiply rows by their embed_scale
+OLMO_EPSILON = 1e-5  # which OLMo's layer norms, without weights, do not name
 
 
 class UnknownPart(Exception):
@@ -51,7 +53,7 @@ class Description:
             raise UnknownPart(f"the model computes in {model.dtype}: load it with dtype=torch.float32")
         if model.config._attn_implementation not in ATTENTION:
             raise UnknownPart(f"attention is computed by {model.config._attn_implementation}")
-        self.struct = decoder.Model()
+        self.struct = decoder.Model(embedding_scale=1.0)
         self.struct.vocabulary = model.config.vocab_size
         blocks = KINDS[kind](self, model)
         self.windows = [int(block.window) for block in blocks]
@@ -103,11 +105,18 @@ class Description:
 
     def table(self, parent: nn.Module, name: str, columns: int) -> decoder.Table:
         """Describe an embedding."""
-        module = parent.get_submodule(name)
-        if type(module) is QuantizedEmbedding and isinstance(module.matrix, TrellisMatrix):
+        module: Any = parent.get_submodule(name)
+        packed = isinstance(module, QuantizedEmbedding)
+        kind: Any = type(module).__bases__[0] if packed and type(module) is not QuantizedEmbedding else type(module)
+        if kind.__name__ in SCALED:
+            self.links.append((module._buffers, "embed_scale", scale := module._buffers["embed_scale"]))
+            self.struct.embedding_scale = float(scale)
+        elif kind not in (QuantizedEmbedding, nn.Embedding):
+            raise UnknownPart(f"{name} is a {type(module).__name__}, which has no native form")
+        if isinstance(module, QuantizedEmbedding) and isinstance(module.matrix, TrellisMatrix):
             rows, held = module.matrix.shape
             table = decoder.Table(matrix=self._coded(module.matrix, 0), rows=rows)
-        elif type(module) is nn.Embedding:
+        elif not packed:
             rows, held = module.weight.shape
             table = decoder.Table(rows=rows, floats=self._tensor(module, "weight"))
         else:
@@ -120,9 +129,14 @@ class Description:
         """Describe a norm."""
         module = parent._modules[name]
         assert module is not None
-        if not isinstance(weight := module.weight, Tensor) or weight.shape != (size,):
-            raise UnknownPart(f"{name} is a {type(module).__name__} without a weight for each of {size} columns")
-        return decoder.Norm(self._tensor(module, "weight"), self._tensor(module, "bias"))
+        kind = type(module).__name__
+        if kind == "OlmoLayerNorm":
+            self.kept.append(ones := torch.ones(size))
+            return decoder.Norm(ones.data_ptr())
+        if not isinstance(weight := getattr(module, "weight", None), Tensor) or weight.shape != (size,):
+            raise UnknownPart(f"{name} is a {kind} without a weight for each of {size} columns")
+        offset = 1.0 if kind.startswith("Gemma") else 0.0
+        return decoder.Norm(self._tensor(module, "weight"), self._tensor(module, "bias"), offset)
 
     def _coded(self, matrix: TrellisMatrix, bias: int) -> decoder.Matrix:
         tiles = matrix.tiles
@@ -153,38 +167,62 @@ class Description:
 
 
 def _llama(description: Description, model: Any) -> list[decoder.Block]:
-    """Describe models of the LLaMA kind: LLaMA, Mistral, Qwen2, Qwen3."""
-    struct, config, body = description.struct, model.config, model.model
-    attention = body.layers[0].self_attn
-    hidden, size = config.hidden_size, attention.head_dim
+    """Describe models of the LLaMA kind: LLaMA, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Phi-3, OLMo, OLMo 2."""
+    struct, config, body, kind = description.struct, model.config, model.model, type(model).__name__
+    first = body.layers[0]
+    hidden, size = config.hidden_size, first.self_attn.head_dim
     heads, key_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     struct.hidden, struct.heads, struct.key_heads, struct.head_size = hidden, heads, key_heads, size
     struct.inner, struct.gated = inner, 1
-    struct.epsilon = struct.head_epsilon = config.rms_norm_eps
-    struct.activation = description.activation(body.layers[0].mlp.act_fn)
+    struct.layer_norm, struct.joint_norms = kind == "OlmoForCausalLM", kind == "Olmo2ForCausalLM"
+    struct.epsilon = struct.head_epsilon = OLMO_EPSILON if struct.layer_norm else config.rms_norm_eps
+    struct.activation = description.activation(first.mlp._modules.get("act_fn") or first.mlp.activation_fn)
+    struct.clip = getattr(config, "clip_qkv", None) or 0.0
+    struct.score_cap, struct.logit_cap = (
+        getattr(config, f"{part}_logit_softcapping", None) or 0.0 for part in ("attn", "final")
+    )
+    if struct.score_cap and config._attn_implementation != "eager":
+        raise UnknownPart(f"{config._attn_implementation} caps no scores: load the model with attention eager")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnknownPart("attention to later tokens has no native form")
     struct.tokens = description.table(body, "embed_tokens", hidden)
     struct.norm = description.norm(body, "norm", hidden)
     struct.head = description.matrix(model, "lm_head", struct.vocabulary, hidden)
-    blocks = []
-    for layer in body.layers[: config.num_hidden_layers]:
-        attention, mlp = layer.self_attn, layer.mlp
-        block = decoder.Block(scale=attention.scaling)
+    return [_llama_block(description, model, layer) for layer in body.layers[: config.num_hidden_layers]]
+
+
+def _llama_block(description: Description, model: Any, layer: Any) -> decoder.Block:
+    struct, attention, mlp = description.struct, layer.self_attn, layer.mlp
+    hidden, size, heads, key_heads = struct.hidden, struct.head_size, struct.heads, struct.key_heads
+    block = decoder.Block(scale=attention.scaling)
+    if "qkv_proj" in attention._modules:
+        block.attention[0] = description.matrix(attention, "qkv_proj", (heads + 2 * key_heads) * size, hidden)
+    else:
         for place, (name, count) in enumerate((("q", heads), ("k", key_heads), ("v", key_heads))):
             block.attention[place] = description.matrix(attention, f"{name}_proj", count * size, hidden)
-        block.output = description.matrix(attention, "o_proj", hidden, heads * size)
+    block.output = description.matrix(attention, "o_proj", hidden, heads * size)
+    if "gate_up_proj" in mlp._modules:
+        block.inner[0] = description.matrix(mlp, "gate_up_proj", 2 * struct.inner, hidden)
+    else:
         for place, name in enumerate(("gate_proj", "up_proj")):
-            block.inner[place] = description.matrix(mlp, name, inner, hidden)
-        block.down = description.matrix(mlp, "down_proj", hidden, inner)
-        block.before_attention = description.norm(layer, "input_layernorm", hidden)
-        block.before_inner = description.norm(layer, "post_attention_layernorm", hidden)
-        if "q_norm" in attention._modules:
-            block.query, block.key = (description.norm(attention, name, size) for name in ("q_norm", "k_norm"))
-        window = getattr(attention, "sliding_window", None)
-        if type(model).__name__.startswith("Mistral"):
-            window = getattr(config, "sliding_window", None)
-        block.window = window or 0
-        blocks.append(block)
-    return blocks
+            block.inner[place] = description.matrix(mlp, name, struct.inner, hidden)
+    block.down = description.matrix(mlp, "down_proj", hidden, struct.inner)
+    after = "post_feedforward_layernorm" in layer._modules  # the outputs have norms too, or (OLMo 2) nothing else
+    names = {"before_attention": "input_layernorm", "before_inner": "post_attention_layernorm"}
+    if after:
+        names |= {"after_attention": "post_attention_layernorm", "before_inner": "pre_feedforward_layernorm"}
+        names["after_inner"] = "post_feedforward_layernorm"
+    for norm, name in names.items():
+        if not after or name in layer._modules:
+            setattr(block, norm, description.norm(layer, name, hidden))
+    if "q_norm" in attention._modules:
+        sizes = (heads * size, key_heads * size) if struct.joint_norms else (size, size)
+        block.query, block.key = (
+            description.norm(attention, name, own) for name, own in zip(("q_norm", "k_norm"), sizes, strict=True)
+        )
+    of_model = type(model).__name__.startswith(("Mistral", "Phi3"))
+    block.window = getattr(model.config if of_model else attention, "sliding_window", None) or 0
+    return block
 
 
 def _gpt2(description: Description, model: Any) -> list[decoder.Block]:
@@ -221,5 +259,10 @@ KINDS: Mapping[str, Callable[[Description, Any], list[decoder.Block]]] = {
     "MistralForCausalLM": _llama,
     "Qwen2ForCausalLM": _llama,
     "Qwen3ForCausalLM": _llama,
+    "GemmaForCausalLM": _llama,
+    "Gemma2ForCausalLM": _llama,
+    "Phi3ForCausalLM": _llama,
+    "OlmoForCausalLM": _llama,
+    "Olmo2ForCausalLM": _llama,
     "GPT2LMHeadModel": _gpt2,
 }

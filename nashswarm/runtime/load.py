@@ -21,13 +21,14 @@ class Response:
     """The outcome of a request.
 
     ``seconds``: from when the request was due to its response.  ``tokens``: how many the server generated.
-    ``resident``: bytes that this process held at that time.
+    ``resident``: bytes that this process held at that time.  ``text``: of the answer.
     """
 
     seconds: float
     status: int
     tokens: int
     resident: int = 0
+    text: str = ""
 
 
 def send_requests(
@@ -57,8 +58,12 @@ def send_requests(
             reply = client.post("/v1/completions", json=body)
         except httpx.HTTPError:
             return Response(time.perf_counter() - begun, UNANSWERED, 0, memory.resident_bytes())
-        tokens = reply.json()["usage"]["completion_tokens"] if reply.status_code == 200 else 0
-        return Response(time.perf_counter() - begun, reply.status_code, tokens, memory.resident_bytes())
+        seconds, resident = time.perf_counter() - begun, memory.resident_bytes()
+        if reply.status_code != 200:
+            return Response(seconds, reply.status_code, 0, resident)
+        answer = reply.json()
+        tokens, text = answer["usage"]["completion_tokens"], answer["choices"][0]["text"]
+        return Response(seconds, reply.status_code, tokens, resident, text)
 
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     with (

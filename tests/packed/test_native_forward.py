@@ -21,7 +21,7 @@ from nashswarm.packed.native_forward import by_modules, natively
 from tests.conftest import packed_by
 
 VOCABULARY, LONGEST = 96, 160
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo", "olmo2", "gpt2")
 TOLERANCE = 1e-5  # relative to the largest logit
 SHARED = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
 
@@ -106,9 +106,17 @@ def configurations(draw: Any) -> tuple[str, dict[str, Any]]:
         options |= {"attention_bias": draw(some.booleans()), "mlp_bias": draw(some.booleans())}
         linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0}
         options["rope_parameters"] = draw(some.sampled_from((linear, linear | {"rope_type": "default"})))
-    elif kind == "mistral":
+    elif kind in ("mistral", "phi3"):
         options["sliding_window"] = draw(some.sampled_from((None, 2, 3, 7, 40)))
-    elif draw(some.booleans()):
+        if kind == "phi3" and size > 2 and draw(some.booleans()):
+            options["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}
+    elif kind == "gemma2":
+        options |= {"sliding_window": draw(some.sampled_from((2, 3, 7, 40))), "query_pre_attn_scalar": size}
+        options |= {"attn_logit_softcapping": draw(some.sampled_from((None, 2.0, 50.0)))}
+        options |= {"final_logit_softcapping": draw(some.sampled_from((None, 1.0, 30.0)))}
+    elif kind == "olmo":
+        options["clip_qkv"] = draw(some.sampled_from((None, 0.5, 8.0)))
+    elif kind.startswith("qwen") and draw(some.booleans()):
         options |= {"use_sliding_window": True, "sliding_window": draw(some.integers(2, 30)), "max_window_layers": 1}
     return kind, options
 

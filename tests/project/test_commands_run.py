@@ -78,6 +78,7 @@ BENCHMARKS = {  # what makes them small
     "equal_bytes": [*LITTLE, "model.path=wide", "--widths", "3"],
     "flock": [*LITTLE, "--seeds", "2", "--test-windows", "2"],
     "sensitivities": [*LITTLE, "dataset.test_windows=4", "--bits", "6"],
+    "serving": ["your-model", "folder", "--requests", "4", "--others", "2", "--texts", "3", "--long", "9"],
     "stages": [*LITTLE, "method.sweeps=1"],
     "trellis_and_lattice": [*LITTLE, "dataset.test_windows=4", "--bits", "6"],
 }

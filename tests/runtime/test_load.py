@@ -19,6 +19,8 @@ def test_send_requests_to_server_all_succeed(
 ) -> None:
     with host.serve_in_thread(server.build_app(tiny, tokenizer, "tiny")) as url:
         responses, seconds = load.send_requests(url, token_windows[:, :8].tolist(), 3, 9, 3, rate)
+    texts = [response.text for response in responses]
+    assert any(texts) and texts[:4] == texts[5:]
     assert len(responses) == 9 and {response.status for response in responses} == {200}
     metrics = load.summarise(responses, seconds)
     assert metrics["error_rate"] == metrics["shed_rate"] == 0 < metrics["tokens_per_second"]
@@ -40,7 +42,7 @@ def test_send_requests_open_loop_counts_from_due_time(monkeypatch: pytest.Monkey
 
         def post(self, *_: Any, **__: Any) -> Any:
             time.sleep(0.05)
-            return httpx.Response(200, json={"usage": {"completion_tokens": 2}})
+            return httpx.Response(200, json={"usage": {"completion_tokens": 2}, "choices": [{"text": "b"}]})
 
     monkeypatch.setattr(load.httpx, "Client", Slow)
     responses, _ = load.send_requests("http://nowhere", [[1]], 2, 10, 1, rate=1e6)

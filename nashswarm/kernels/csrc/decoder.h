@@ -14,6 +14,7 @@ struct DecoderMatrix {  // trellis-coded
 struct DecoderNorm {
     const float* weight;  // null: the norm is left out
     const float* bias;    // null: none
+    float offset, reserved;  // is added to the weights
 };
 
 struct DecoderTable {  // rows of an embedding
@@ -25,7 +26,7 @@ struct DecoderTable {  // rows of an embedding
 struct DecoderBlock {
     DecoderMatrix attention[3];  // whose outputs, one after another, are queries, keys and values
     DecoderMatrix output, inner[2], down;
-    DecoderNorm before_attention, before_inner, query, key;
+    DecoderNorm before_attention, after_attention, before_inner, after_inner, query, key;
     int64_t window;  // tokens that a token attends to, with itself; 0: all
     float scale, reserved;  // of the scores
 };
@@ -35,7 +36,11 @@ enum Activation : int64_t { SILU, GELU_TANH, GELU };
 struct Decoder {
     int64_t blocks, hidden, heads, key_heads, head_size, rotated, inner, vocabulary;
     int64_t gated, activation, layer_norm;  // layer_norm: else the norms are root mean squares
+    int64_t joint_norms;                    // norms of queries and keys take all heads together
     float epsilon, head_epsilon;
+    float embedding_scale;
+    float clip;                  // of queries, keys and values; 0: none
+    float score_cap, logit_cap;  // a cap c makes c · tanh(x / c) of x; 0: none
     DecoderTable tokens, places;
     DecoderNorm norm;
     DecoderMatrix head;
@@ -74,7 +79,7 @@ struct Attention {
     const float* values;
     const int64_t* begins;  // by token: the first place that it attends to
     const int64_t* ends;    // by token: the place after the last, in ascending order
-    float scale;
+    float scale, cap;
     float* output;  // like queries
     int64_t output_stride;
 };
@@ -83,6 +88,7 @@ struct Attention {
 struct DecoderSteps {
     void (*norm)(const float* x, const DecoderNorm& norm, bool layer_norm, float epsilon, int64_t size, float* out);
     void (*add)(float* x, const float* y, int64_t size);
+    void (*cap)(float* x, float scale, float cap, int64_t size);  // of x times scale
     void (*rotate)(float* head, const float* cosines, const float* sines, int64_t rotated);
     // scratch: attention_floats.
     void (*attend)(const Attention&, float* scratch);

@@ -105,15 +105,17 @@ struct Runner {
     }
 
     void norm(const DecoderNorm& norm, const float* x, float* out) const {
-        steps.norm(x, norm, model.layer_norm, model.epsilon, model.hidden, out);
+        if (!norm.weight) std::copy(x, x + model.hidden, out);
+        else steps.norm(x, norm, model.layer_norm, model.epsilon, model.hidden, out);
     }
 
-    // Adds y to x and writes the norm of the sum.
-    void add(const DecoderNorm& next) const {
+    // Adds y, or its norm, to x and writes the norm of the sum.
+    void add(const DecoderNorm& after, const DecoderNorm& next) const {
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < pass.count; ++token) {
-            float* x = work.x + token * model.hidden;
-            steps.add(x, work.y + token * model.hidden, model.hidden);
+            float *x = work.x + token * model.hidden, *y = work.y + token * model.hidden;
+            if (after.weight) norm(after, y, y);
+            steps.add(x, y, model.hidden);
             norm(next, x, work.normed + token * model.hidden);
         }
     }
@@ -125,14 +127,20 @@ struct Runner {
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < pass.count; ++token) {
             const int64_t turn = pass.positions[token] * (model.rotated / 2);
-            float* head = work.attention + token * width;
+            float *head = work.attention + token * width, *keys = head + model.heads * size;
+            if (model.clip != 0.0f)
+                for (int64_t own = 0; own < width; ++own) head[own] = std::clamp(head[own], -model.clip, model.clip);
+            if (model.joint_norms) {
+                steps.norm(head, block.query, false, model.head_epsilon, model.heads * size, head);
+                steps.norm(keys, block.key, false, model.head_epsilon, model.key_heads * size, keys);
+            }
             const DecoderCache& cache = cache_of(token, number);
             const int64_t place = pass.places[token] - cache.shift;
             for (int64_t own = 0; own < model.heads + 2 * model.key_heads; ++own, head += size) {
                 const int64_t key = own - model.heads, value = key - model.key_heads;
                 const DecoderNorm& norm = key < 0 ? block.query : block.key;
                 if (value < 0) {
-                    if (norm.weight) steps.norm(head, norm, false, model.head_epsilon, size, head);
+                    if (norm.weight && !model.joint_norms) steps.norm(head, norm, false, model.head_epsilon, size, head);
                     if (model.rotated) steps.rotate(head, pass.cosines + turn, pass.sines + turn, model.rotated);
                 }
                 if (key < 0) continue;
@@ -162,7 +170,7 @@ struct Runner {
             const int64_t slot = head * cache.capacity * size;
             steps.attend(Attention{work.attention + run.first * width + head * group * size, width, run.count, group, size,
                                    cache.keys + slot, cache.values + slot, work.begins + run.first,
-                                   work.ends + run.first, block.scale,
+                                   work.ends + run.first, block.scale, model.score_cap,
                                    work.attended + run.first * model.heads * size + head * group * size,
                                    model.heads * size},
                          scratch);
@@ -181,7 +189,7 @@ struct Runner {
             place_heads(number);
             attend(number, scratch);
             multiply(&block.output, 1, work.attended, work.y, pass.count);
-            add(block.before_inner);
+            add(block.after_attention, block.before_inner);
             multiply(block.inner, block.inner[1].content ? 2 : 1, work.normed, work.inner, pass.count);
             const int64_t wide = model.inner * (model.gated ? 2 : 1);
 #pragma omp for schedule(static)
@@ -189,7 +197,7 @@ struct Runner {
                 steps.activate(work.inner + token * wide, model.gated, Activation(model.activation), model.inner,
                                work.activated + token * model.inner);
             multiply(&block.down, 1, work.activated, work.y, pass.count);
-            add(number + 1 < model.blocks ? model.block[number + 1].before_attention : model.norm);
+            add(block.after_inner, number + 1 < model.blocks ? model.block[number + 1].before_attention : model.norm);
         }
         if (!pass.wanted) return;
 #pragma omp for schedule(static)
@@ -198,6 +206,10 @@ struct Runner {
             std::copy(normed, normed + model.hidden, work.x + own * model.hidden);
         }
         multiply(&model.head, 1, work.x, pass.logits, pass.wanted);
+        if (model.logit_cap == 0.0f) return;
+#pragma omp for schedule(static)
+        for (int64_t own = 0; own < pass.wanted; ++own)
+            steps.cap(pass.logits + own * model.vocabulary, 1.0f, model.logit_cap, model.vocabulary);
     }
 };
 
@@ -252,6 +264,8 @@ EXPORTED int nashswarm_decoder_pass(const Decoder* model, const DecoderPass* pas
                         find_runs(*model, *pass, work.runs)};
     const auto failure = [](int64_t place, int missing) { return place == -1 ? 0 : place == -2 ? 1 : missing; };
     int failed = failure(look_up(model->tokens, pass->ids, pass->count, model->hidden, work.x, woken, path), 2);
+    for (int64_t own = 0; model->embedding_scale != 1.0f && own < pass->count * model->hidden; ++own)
+        work.x[own] *= model->embedding_scale;
     if (!failed && model->places.rows) {
         failed = failure(look_up(model->places, pass->positions, pass->count, model->hidden, work.y, woken, path), 3);
         runner.steps.add(work.x, work.y, pass->count * model->hidden);

@@ -86,13 +86,27 @@ void norm(const float* x, const DecoderNorm& norm, bool layer_norm, float epsilo
     for (; place < size; ++place) sum += (x[place] - mean) * (x[place] - mean);
     const float inverse = 1.0f / __builtin_sqrtf(sum / float(size) + epsilon);
     for_each(size, [&](int64_t place, auto read, auto write) {
-        const Vec own = (read(x + place) - mean) * inverse * read(norm.weight + place);
+        const Vec own = (read(x + place) - mean) * inverse * (read(norm.weight + place) + norm.offset);
         write(out + place, norm.bias ? own + read(norm.bias + place) : own);
     });
 }
 
 void add(float* x, const float* y, int64_t size) {
     for_each(size, [&](int64_t place, auto read, auto write) { write(x + place, read(x + place) + read(y + place)); });
+}
+
+ALWAYS_INLINE Vec tanh_of(Vec x) {
+    const Vec square = x * x;
+    Vec sum = square * 2.1869488536e-2f - 5.3968253968e-2f;  // for small x, where 1 - 1 would be left of the other form
+    sum = sum * square + 1.3333333333e-1f;
+    sum = sum * square - 3.3333333333e-1f;
+    const Vec small = x + x * square * sum, large = 1.0f - 2.0f / (exp_of(x + x) + 1.0f);
+    return square < 0.0625f ? small : large;
+}
+
+void cap(float* x, float scale, float cap, int64_t size) {
+    const float inner = scale / cap;
+    for_each(size, [&](int64_t place, auto read, auto write) { write(x + place, tanh_of(read(x + place) * inner) * cap); });
 }
 
 void rotate(float* head, const float* cosines, const float* sines, int64_t rotated) {
@@ -267,14 +281,16 @@ void attend(const Attention& job, float* scratch) {
         if (!pack) score<number>(queries, keys, count, size, scores);
         for (int row = 0; row < number; ++row) {
             const int64_t token = (first + row) / job.heads;
-            factors[row] = soften(scores[row], job.begins[token] - begin, job.ends[token] - begin, count, job.scale);
+            if (job.cap != 0.0f) cap(scores[row], job.scale, job.cap, count);
+            const float scale = job.cap != 0.0f ? 1.0f : job.scale;
+            factors[row] = soften(scores[row], job.begins[token] - begin, job.ends[token] - begin, count, scale);
             outputs[row] = job.output + token * job.output_stride + (first + row) % job.heads * size;
         }
         weigh<number>(scores, factors, values, count, size, outputs);
     });
 }
 
-constexpr DecoderSteps STEPS_OF_SET{norm, add, rotate, attend, activate};
+constexpr DecoderSteps STEPS_OF_SET{norm, add, cap, rotate, attend, activate};
 
 }  // namespace
 }  // namespace nashswarm
