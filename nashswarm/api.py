@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ METHODS = {
     "gptq": Gptq,
     "uniform": Uniform,
 }
+log = logging.getLogger(__name__)
 LONGEST_WINDOW = 512  # tokens; longer ones cost memory and teach little more
 MOST_BITS = 16  # of a game; those that round to one width know which they have
 OPTIONS = {  # what messages call by its key in a configuration
@@ -83,7 +85,8 @@ def compress(
 ) -> tuple[Any, Report]:
     """Return a compressed copy of ``model`` that computes on packed weights, and a report of it.
 
-    The model itself stays as it is.  On a CPU the copy computes in float32, elsewhere in the model's dtype.
+    The model itself stays as it is.  On a CPU the copy computes in float32, where kernels and blocks are
+    fastest, elsewhere in the model's dtype; ``.to(dtype)`` changes it, and ``save_pretrained`` keeps it.
 
     ``tokenizer``: by default the one that the model came with.  ``method``: ``nash_swarm``, ``nash_lattice``,
     ``fixed_width``, ``gptq``, ``uniform``, or an instance of any method, which then has its own ``bits``.
@@ -119,6 +122,8 @@ def _compress(
     windows, about = _windows(model, tokenizer, calibration)
     rng = np.random.default_rng(seed)
     drawn = corpus.draw_windows(windows.to(model.device), None, None, rng)
+    if model.device.type == "cpu" and model.dtype != torch.float32:
+        log.warning("the compressed copy computes in float32 on a CPU; .to(%s) turns it back", model.dtype)
     full = copy.deepcopy(model).float().eval()
     if about is not None:
         full.config.calibration = texts.about(*about, drawn[0])

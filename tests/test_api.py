@@ -254,6 +254,18 @@ def test_compress_half_precision_model_reloads_equal(dtype: torch.dtype, tiny: A
     assert report.compression > 0.8
 
 
+def test_compress_bfloat16_model_says_its_dtype_and_turns_back(
+    tiny: Any, windows: Tensor, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small, _ = compress(copy.deepcopy(tiny).to(torch.bfloat16), calibration=windows, **QUICK)
+    assert small.dtype == torch.float32 and "computes in float32 on a CPU; .to(torch.bfloat16)" in caplog.text
+    small.to(torch.bfloat16).save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=windows).logits, small(input_ids=windows).logits)
+
+
 def test_compress_quantized_model_is_refused_until_dequantized(played: Any, windows: Tensor) -> None:
     model = copy.deepcopy(played[0])
     with pytest.raises(ValueError, match=r"the model is quantized already; call model\.dequantize\(\) first"):

@@ -90,8 +90,9 @@ def _rows(path: pathlib.Path, table: str, column: str | None, most: int | None) 
             return list(_csv_rows(path, file, most))
     except UnicodeDecodeError:
         raise
-    except (ValueError, OSError, ImportError) as error:
-        raise ValueError(f"{path} cannot be read as its name says: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # those of pandas, pyarrow and gzip share no base class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as its name says: {reason}") from error
 
 
 def _object(line: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def load(config: DictConfig, planned: Plan) -> LoadedRun:
     """
     source, dataset, texts = planned.source, planned.dataset, planned.texts
     rng = np.random.default_rng(config.seed)
-    cut, truth = corpus.cut_windows, None
+    cut, truth = corpus.begun_windows, None
     if isinstance(dataset, glue.Glue):
         cut, truth = glue.example_windows, dataset.truth(texts["test"])
         loaded = classifier.fine_tuned(
@@ -85,8 +85,6 @@ def load(config: DictConfig, planned: Plan) -> LoadedRun:
     else:
         loaded = sources.load(source, planned.device, planned.dtype)
     trim_heap()  # files that were read and converted
-    if isinstance(dataset, CalibrationText):
-        cut = corpus.begun_windows
     layers = matrices.find_layers(loaded.model, source.exclude)
     length = loaded.window_length(dataset.sequence_length)
     pool, test = (

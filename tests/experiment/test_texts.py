@@ -6,14 +6,18 @@ import pathlib
 import pytest
 import transformers
 from omegaconf import OmegaConf
+from tokenizers.processors import TemplateProcessing
 
 from experiments.config import compose
 from nashswarm.calibration import texts as calibration_texts
 from nashswarm.calibration.texts import CalibrationText
 from nashswarm.data import corpus, stdlib_docs, stdlib_source
-from nashswarm.experiment import texts
-from nashswarm.experiment.plan import config_again, plan
+from nashswarm.experiment import compression, texts
+from nashswarm.experiment.plan import config_again, config_of, plan
 from nashswarm.experiment.run import run
+from nashswarm.measures.size import Size
+from nashswarm.methods.gptq import Gptq
+from nashswarm.models import sources
 
 LABELS = {"experiment": "single", "model": "tiny", "method": "gptq", "dataset": "calibration_text", "measure": "size"}
 
@@ -87,3 +91,24 @@ def test_choose_takes_the_embedded_text_for_the_projects_own_models(model_folder
     assert texts.choose(None, str(model_folder)) == CalibrationText(calibration_texts.OFFLINE)
     assert texts.choose(None, str(model_folder), own=False) == CalibrationText("embedded")
     assert texts.choose("code", None) == CalibrationText("code")
+
+
+def test_windows_of_every_text_begin_with_bos_where_the_tokenizer_does(
+    model_folder: pathlib.Path, text_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "model"
+    transformers.AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    bos = tokenizer.eos_token
+    tokenizer.add_special_tokens({"bos_token": bos})
+    template = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(folder)
+    dataset = corpus.HubText(str(text_file), calibration_windows=4, holdout_windows=2, sequence_length=32)
+    source = sources.ModelSource(str(folder))
+    where = {"records": str(tmp_path / "records"), "cache": str(tmp_path / "cache")}
+    config = config_of(source, Gptq(bits=4), dataset, Size(), seed=0, save=None, **where)
+    loaded = compression.load(config, plan(config))
+    for windows in (loaded.pool, loaded.test):
+        assert set(windows[:, 0].tolist()) == {tokenizer.bos_token_id}
+        assert tokenizer.bos_token_id not in windows[:, 1:]

@@ -1,0 +1,113 @@
+"""Mutated bytes of all that files hold: read, or refused in a sentence; no crash, no hang, no huge allocation."""
+
+import gzip
+import pathlib
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from nashswarm import kernels
+from nashswarm.data.text_file import read_file
+from nashswarm.kernels.trellis import Trellis
+from nashswarm.packed import file_format
+from nashswarm.quant.entropy import CodeTables
+from nashswarm.records import record
+from tests.conftest import build as build_model
+from tests.conftest import packed_by
+
+MUTATIONS = 20_000  # of each kind of content
+MOST_SECONDS, MOST_BYTES = 2.0, 256 << 20  # of one content of a few kilobytes; pages are not given back at once
+
+
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """Change, cut, double or overwrite a few places."""
+    changed = bytearray(content)
+    for _ in range(int(rng.integers(1, 5))):
+        place = int(rng.integers(min(len(changed), 64) if rng.random() < 0.5 else len(changed)))  # headers come first
+        kind = rng.integers(5)
+        if kind == 0:
+            changed[place] = int(rng.integers(256))
+        elif kind == 1:
+            changed[place] ^= 1 << int(rng.integers(8))
+        elif kind == 2:
+            extreme = [0, 1, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000, len(changed)][int(rng.integers(6))]
+            changed[place : place + 4] = int(extreme).to_bytes(4, "little")
+        elif kind == 3:
+            changed[place:place] = changed[place : place + int(rng.integers(1, 40))]
+        else:
+            del changed[place : place + int(rng.integers(1, 40))]
+        changed = changed or bytearray(b"\0")
+    return bytes(changed)
+
+
+def decode(name: str, tables: CodeTables | None) -> Callable[[bytes], Any]:
+    def read(content: bytes) -> None:
+        decoded = file_format.decode(name, np.frombuffer(content, np.uint8).copy(), tables)
+        if isinstance(decoded, Trellis):
+            kernels.rows_of(decoded, torch.arange(min(decoded.rows, 8)))
+
+    return read
+
+
+def through(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> Callable[[bytes], Any]:
+    def write_and_read(content: bytes) -> None:
+        path.write_bytes(content)
+        read(path)
+
+    return write_and_read
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, Callable[[bytes], Any]]]:
+    """Name → a valid content and its reader."""
+    folder, model = tmp_path_factory.mktemp("mutated"), build_model("gpt2")
+    readers: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {}
+    for form in ("tiles", "groups", "lattice", "trellis"):
+        packed = packed_by(model, form)
+        tables = CodeTables.unpack(packed["code_tables"]) if "code_tables" in packed else None
+        name = min((name for name in packed if name != "code_tables"), key=lambda name: len(packed[name]))
+        readers[form] = packed[name].tobytes(), decode(name, tables)
+        if tables is not None:
+            unpack = lambda content: CodeTables.unpack(np.frombuffer(content, np.uint8))  # noqa: E731
+            readers["code_tables"] = packed["code_tables"].tobytes(), unpack
+    fields = {"labels": {"seed": "0"}, "config": {"seed": 0}, "metrics": {"kl": 0.5}, "series": {"kl": [0.5, 0.25]}}
+    one = record.Record(**fields, layers=[{"name": "a"}], allocation="a 3\n", provenance={})
+    path = record.write(folder, one)
+    readers["record"] = path.read_bytes(), through(path, record.read)
+    table = pandas.DataFrame({"text": ["a line", "é", "another one"] * 20, "number": range(60)})
+    table.to_parquet(folder / "a.parquet")
+    table.to_csv(folder / "a.csv", index=False)
+    table.to_json(folder / "a.jsonl", orient="records", lines=True)
+    (folder / "a.txt.gz").write_bytes(gzip.compress(b"some text\n" * 40))
+    for file in ("a.parquet", "a.csv", "a.jsonl", "a.txt.gz"):
+        readers[file] = (folder / file).read_bytes(), through(folder / file, read_file)
+    return readers
+
+
+KINDS = ["tiles", "groups", "lattice", "trellis", "code_tables", "record", "a.parquet", "a.csv", "a.jsonl", "a.txt.gz"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutated_content_is_read_or_refused_in_a_sentence(
+    kind: str, contents: dict[str, tuple[bytes, Callable[[bytes], Any]]]
+) -> None:
+    content, read = contents[kind]
+    read(content)
+    rng = np.random.default_rng([*kind.encode()])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(MUTATIONS if len(content) < 1 << 14 else MUTATIONS // 10):
+        changed, started = mutated(content, rng), time.process_time()
+        try:
+            read(changed)
+        except ValueError as error:
+            assert str(error) and "\n\n" not in str(error)
+        assert time.process_time() - started < MOST_SECONDS, changed
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
+    assert grown < MOST_BYTES, f"{grown:,} bytes more than before"
