@@ -18,7 +18,14 @@ from nashswarm.methods.method import Method
 from nashswarm.methods.type_game import solve
 from nashswarm.models import gguf_architectures, gguf_file, matrices
 from nashswarm.quant.curvature import Curvature
-from tests.models.test_gguf_file import CONFIGS, SHARED, build
+from tests.models.test_gguf_file import (
+    CONFIGS,
+    SHARED,
+    build,
+    divergence,
+    llama_cpp_log_probabilities,
+    log_probabilities,
+)
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 WIDE = SHARED | {"hidden_size": 256, "intermediate_size": 288, "num_hidden_layers": 1}  # down_proj has narrow rows
@@ -170,3 +177,20 @@ def test_llama_cpp_dequantizes_to_the_same_weights(
     for layer in session.layers:
         ours, theirs = decode(packed[f"{layer.name}.weight"]), decoded[f"{layer.name}.weight"]
         assert theirs.type == "F32" and torch.allclose(ours, theirs.values, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3", "phi3", "gpt2", "mistral", "qwen2", "qwen3"])
+def test_llama_cpp_computes_with_packed_tensors_of(kind: str, tmp_path: pathlib.Path) -> None:
+    """Matrices of every layout, fused and transposed ones too, are packed in the order that llama.cpp reads."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    model, packed, decoded = build(CONFIGS[kind]()), {}, {}
+    tokens = torch.randint(512, (40,), generator=torch.Generator().manual_seed(0))
+    full = log_probabilities(model, tokens)
+    for layer in matrices.find_layers(model):
+        own = Curvature(torch.ones(len(layer.weight)), None, torch.ones_like(layer.weight))
+        packed[f"{layer.name}.weight"] = round_layer(layer, "Q5_1", own, 0)
+        decoded[layer.name] = decode(packed[f"{layer.name}.weight"])
+    gguf_file.write(model, tmp_path / "small.gguf", packed=packed)
+    matrices.set_weights(model, decoded)
+    ours, theirs = log_probabilities(model, tokens), llama_cpp_log_probabilities(tmp_path / "small.gguf", tokens)
+    assert divergence(ours, theirs) < 0.2 * divergence(full, ours)  # it rounds inputs of products to 8 bits
