@@ -80,6 +80,7 @@ SAID_TWICE = [  # the files whose values are the defaults of their dataclass
     "method/moe_nash_swarm",
     "method/moe_top_k",
     "method/moe_loss_free",
+    "method/moe_quantile",
     "method/moe_expert_choice",
     "method/moe_dense",
     "measure/routed",

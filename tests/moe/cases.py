@@ -9,14 +9,15 @@ from nashswarm.moe.router.dense import Dense
 from nashswarm.moe.router.expert_choice import ExpertChoice
 from nashswarm.moe.router.loss_free import LossFree
 from nashswarm.moe.router.nash_swarm import NashSwarmRouter
+from nashswarm.moe.router.quantile import QuantileBalance
 from nashswarm.moe.router.router import Router
 from nashswarm.moe.router.top_k import TopK
 
 WIDTH, EXPERTS, K, VOCABULARY = 64, 8, 2, 96
 LEADERS = NashSwarmRouter(prices="sign", search="leaders", flock=4)
-CAUSAL = [Dense(), TopK(), LossFree(), NashSwarmRouter(), NashSwarmRouter(flock=3), LEADERS]
+CAUSAL = [Dense(), TopK(), LossFree(), NashSwarmRouter(), NashSwarmRouter(flock=3), LEADERS, QuantileBalance()]
 ROUTERS = [*CAUSAL, ExpertChoice()]
-NAMES = ["dense", "top_k", "loss_free", "nash_swarm", "flock_of_3", "leaders", "expert_choice"]
+NAMES = ["dense", "top_k", "loss_free", "nash_swarm", "flock_of_3", "leaders", "quantile", "expert_choice"]
 
 
 def router_of(kind: Any, experts: int = EXPERTS, k: int = K, seed: int = 0) -> Router:

@@ -48,7 +48,7 @@ def test_mixture_output_equals_gated_sum_by_hand(kind: Any, x: Tensor) -> None:
     assert torch.allclose(few[0], by_hand(x[:3], few_routing, layer.experts), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", CAUSAL, ids=NAMES[:6])
+@pytest.mark.parametrize("kind", CAUSAL, ids=NAMES[:7])
 def test_model_later_token_changes_no_earlier_logits(kind: Any, tokens: Tensor) -> None:
     model = model_of(kind)
     changed = tokens.clone()
@@ -100,7 +100,7 @@ def test_model_permuted_experts_give_same_logits(kind: Any, tokens: Tensor) -> N
         assert torch.equal(one.loads()[order], two.loads())
 
 
-@pytest.mark.parametrize("kind", CAUSAL[1:], ids=NAMES[1:6])
+@pytest.mark.parametrize("kind", CAUSAL[1:], ids=NAMES[1:7])
 def test_mixture_equal_experts_equal_a_dense_layer(kind: Any, x: Tensor) -> None:
     config = MoeSource(width=WIDTH, layers=1, experts=EXPERTS, expert_width=32).build(kind, VOCABULARY, 0).config
     layer = Mixture(config, kind.build(WIDTH, EXPERTS, K))

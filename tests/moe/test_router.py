@@ -44,7 +44,7 @@ def test_leader_router_chooses_in_best_group_of_token(x: Tensor) -> None:
         assert torch.allclose(gates, utility[experts].softmax(0), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", CAUSAL[1:], ids=NAMES[1:6])
+@pytest.mark.parametrize("kind", CAUSAL[1:], ids=NAMES[1:7])
 def test_router_gates_of_a_token_sum_to_one(kind: Any, x: Tensor) -> None:
     gates = router_of(kind)(x).gates
     assert torch.allclose(gates.sum(1), torch.ones(len(x))) and bool((gates >= 0).all())

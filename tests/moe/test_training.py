@@ -33,7 +33,7 @@ from nashswarm.reporting import tables
 ROOT = pathlib.Path(__file__).parents[2]
 LABELS = {"experiment": "single", "model": "moe_small", "method": "any", "dataset": "story", "measure": "routed"}
 SETTINGS = Training(steps=8, batch_size=2, warmup=2, save_every=3, price_steps=2)
-ROUTERS = ["moe_dense", "moe_top_k", "moe_expert_choice", "moe_loss_free"]
+ROUTERS = ["moe_dense", "moe_top_k", "moe_expert_choice", "moe_loss_free", "moe_quantile"]
 ROUTERS += ["moe_no_nash", "moe_no_swarm", "moe_no_cache", "moe_nash_swarm"]
 LOAD = {"max_violation", "max_violation_worst", "load_gini", "load_cv", "dead_experts", "dropped"}
 

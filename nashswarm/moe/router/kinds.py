@@ -9,10 +9,13 @@ from nashswarm.moe.router.dense import Dense
 from nashswarm.moe.router.expert_choice import ExpertChoice
 from nashswarm.moe.router.loss_free import LossFree
 from nashswarm.moe.router.nash_swarm import NashSwarmRouter
+from nashswarm.moe.router.quantile import QuantileBalance
 from nashswarm.moe.router.router import RouterSettings
 from nashswarm.moe.router.top_k import TopK
 
-KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (Dense, TopK, LossFree, ExpertChoice, NashSwarmRouter)}
+KINDS: Mapping[str, Any] = {
+    kind.__name__: kind for kind in (Dense, TopK, LossFree, QuantileBalance, ExpertChoice, NashSwarmRouter)
+}
 
 
 def describe(settings: RouterSettings) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nashswarm.moe.loss import LossWeights
-from nashswarm.moe.router.router import Router, check_capacity
+from nashswarm.moe.router.router import Router, check_capacity, sigmoid_gates
 from nashswarm.moe.routing import Routing
 
 
@@ -47,8 +47,7 @@ class LossFreeRouter(Router):
         logits = functional.linear(x, self.weight)
         scores = logits.sigmoid()
         experts = (scores - self.price).topk(self.k).indices
-        chosen = scores.gather(1, experts)
-        return self.dispatch(experts, chosen / chosen.sum(1, keepdim=True), logits, x)
+        return self.dispatch(experts, sigmoid_gates(scores, experts), logits, x)
 
     @torch.no_grad()
     def settle(self, routing: Routing, step: float | None = None) -> None:

@@ -127,6 +127,14 @@ def softmax_gates(
     return chosen.softmax(1) if experts.shape[1] > 1 else (chosen - logits.logsumexp(1, keepdim=True)).exp()
 
 
+def sigmoid_gates(
+    scores: Float[Tensor, "tokens experts"], experts: Int[Tensor, "tokens k"]
+) -> Float[Tensor, "tokens k"]:
+    """Return the sigmoid affinities of the chosen experts, rescaled to sum to one (Wang et al. 2024)."""
+    chosen = scores.gather(1, experts)
+    return chosen / chosen.sum(1, keepdim=True)
+
+
 def check_capacity(capacity: float | None) -> None:
     """Raise ValueError unless the capacity is positive, or None for no limit."""
     if capacity is not None and capacity <= 0:
