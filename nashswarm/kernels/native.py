@@ -23,6 +23,7 @@ VARIABLE = "NASHSWARM_KERNEL"
 PATHS = {"avx512vbmi": 3, "avx512": 2, "avx2": 1, "neon": 4, "portable": 0}  # fastest first; numbers in the library
 SLOW = "torch"
 INTERFACE = 10  # version of the functions and of Matrix, as in csrc/library.cpp
+NO_MEMORY = -2  # what nashswarm_experts returns then
 DIGITS = {"int8": 1, "float32": 3}  # number of signed bytes that represent an activation
 
 log = logging.getLogger(__name__)
@@ -210,8 +211,9 @@ def experts(
 ) -> Float32[Tensor, "tokens width"]:
     """Sum the outputs of the k experts of each token, weighted by their gates, for contiguous tensors on the CPU.
 
-    An expert is ``down · gelu(up · x)``.  Experts are computed one after another, which is fastest for few tokens.
-    Raises ValueError for an expert that does not exist.
+    An expert is ``down · gelu(up · x)``.  Few assignments are computed one after another.  More are sorted by expert,
+    and a tile of tokens passes through both matrices of its expert while they are in cache.  Raises ValueError for an
+    expert that does not exist, MemoryError if there is no memory for the outputs of all assignments.
     """
     (count, hidden, width), (tokens, k) = up.shape, chosen.shape
     output, inner = torch.empty(tokens, width), torch.empty(hidden)
@@ -221,6 +223,8 @@ def experts(
     )  # fmt: skip
     if invalid >= 0:
         raise _missing_expert(int(chosen.flatten()[invalid]), count)
+    if invalid == NO_MEMORY:
+        raise MemoryError(f"no memory is left for the experts of {tokens} tokens: take fewer tokens at once")
     return output
 
 

@@ -1,8 +1,9 @@
 """Experts of a layer: feed-forward networks, of which each token uses k.
 
-Assignments of tokens to experts are sorted by expert, and one grouped product per matrix computes all of them.  Fused
-experts hold their matrices in two tensors of three dimensions, as in the models of transformers (``split_experts``
-splits both).
+Assignments of tokens to experts are sorted by expert, and one grouped product per matrix computes all of them.  Where
+the matrices are small and no gradient is wanted, the C++ library keeps them in cache and computes whole experts.
+Fused experts hold their matrices in two tensors of three dimensions, as in the models of transformers
+(``split_experts`` splits both).
 """
 
 import math
@@ -16,7 +17,9 @@ from transformers.integrations import moe as _registered  # noqa: F401  the grou
 from nashswarm import kernels
 from nashswarm.kernels import native
 
-FEW = 8  # assignments that are computed one by one, without sorting
+FEW = 8  # assignments that the C++ library computes faster, whatever the size of the matrices
+SMALL = 1 << 18  # weights of a matrix that stays in cache beside a tile of tokens
+TILED = ("avx512vbmi", "avx512", "avx2")  # paths of the C++ library whose tiles fill wide registers
 
 
 class Experts(nn.Module):
@@ -38,7 +41,8 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "tokens width"]:
         """Return the sum of each token's expert outputs, weighted by its gates."""
         k, flat = experts.shape[1], experts.flatten()
-        if len(flat) <= FEW and kernels.can_run_natively(x, self.up_proj, self.down_proj, gates):
+        native_pays = len(flat) <= FEW or (self.up_proj[0].numel() <= SMALL and native.path() in TILED)
+        if native_pays and kernels.can_run_natively(x, self.up_proj, self.down_proj, gates):
             parts = (part.contiguous() for part in (x, self.up_proj, self.down_proj, experts.long(), gates))
             return native.experts(*parts)
         order, places, ends = kernels.group(flat, len(self.up_proj))

@@ -260,6 +260,23 @@ def test_route_gradients_match_autograd(path: str, k: int, dtype: torch.dtype) -
     assert not experts.requires_grad
 
 
+@pytest.mark.parametrize("path", PATHS[:-1], indirect=True)
+@pytest.mark.parametrize("tokens, k, width, hidden", [(90, 2, 24, 13), (401, 3, 40, 36)])
+def test_experts_of_many_tokens_match_gemms(path: str, tokens: int, k: int, width: int, hidden: int) -> None:
+    """Tiles of every size: one expert takes half of the tokens, another none."""
+    generator = torch.Generator().manual_seed(tokens)
+    x, gates, up, down = (
+        torch.randn(shape, generator=generator)
+        for shape in ((tokens, width), (tokens, k), (9, hidden, width), (9, width, hidden))
+    )
+    experts = torch.randint(8, (tokens, k), generator=generator) * (torch.rand(tokens, k, generator=generator) < 0.5)
+    by_hand = torch.zeros(tokens, width)
+    for expert in range(9):
+        weights = (gates * (experts == expert)).sum(1, keepdim=True)
+        by_hand += weights * (torch.nn.functional.gelu(x @ up[expert].T, approximate="tanh") @ down[expert].T)
+    torch.testing.assert_close(native.experts(x, up, down, experts, gates), by_hand, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("path", PATHS[:-1][:1], indirect=True)
 @given(st.lists(st.integers(1, 40), min_size=4, max_size=4), st.integers(0, 2**16))
 @many_shapes

@@ -1,5 +1,4 @@
-// The functions that Python calls: supported instruction sets, products, single rows, and routing of tokens.
-#include <cmath>
+// The functions that Python calls: supported instruction sets, products and single rows.
 #include <cstdlib>
 #include <cstring>
 #if defined(__aarch64__) && defined(__linux__)
@@ -14,7 +13,6 @@ using namespace nashswarm;
 namespace {
 
 constexpr int64_t ENOUGH = 1 << 20;  // weights times rows of x that justify one more thread
-constexpr int64_t ENOUGH_SCORES = 1 << 16;
 
 Multiply* const PATHS[] = {
     multiply_portable,
@@ -49,45 +47,9 @@ void write_row(const uint8_t* payload, int width, int row, float scale, float ze
     }
 }
 
-// Finds the places of the `count` largest of value(0) … value(size − 1), in descending order; ties go to the earlier.
-template <class Value>
-void largest(Value value, int64_t size, int64_t count, float* best, int64_t* places) {
-    for (int64_t place = 0; place < size; ++place) {
-        const float own = value(place);
-        if (place >= count && !(own > best[count - 1])) continue;
-        int64_t rank = place < count ? place : count - 1;
-        for (; rank > 0 && own > best[rank - 1]; --rank) {
-            best[rank] = best[rank - 1];
-            places[rank] = places[rank - 1];
-        }
-        best[rank] = own;
-        places[rank] = place;
-    }
-}
-
-constexpr int64_t LANES = 16;  // partial sums side by side, to fill a register
-
-inline float product(const float* a, const float* b, int64_t size) {
-    float lanes[LANES] = {}, sum = 0;
-    int64_t place = 0;
-    for (; place + LANES <= size; place += LANES)
-        for (int64_t lane = 0; lane < LANES; ++lane) lanes[lane] += a[place + lane] * b[place + lane];
-    for (; place < size; ++place) sum += a[place] * b[place];
-    for (float lane : lanes) sum += lane;
-    return sum;
-}
-
-// x (1 + tanh u) / 2, with tanh written as an exponential.
-inline float gelu(float x) { return x / (1 + std::exp(-1.5957691216f * (x + 0.044715f * x * x * x))); }
-
 }  // namespace
 
 #define EXPORTED __attribute__((visibility("default")))
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define WIDENED __attribute__((target_clones("avx512f", "avx2", "default")))  // the same sums in wider registers
-#else
-#define WIDENED
-#endif
 
 extern "C" {
 
@@ -160,102 +122,6 @@ EXPORTED int64_t nashswarm_rows(const Matrix* matrix, const int64_t* ids, float*
             for (int64_t input = 0; input < matrix->columns; ++input) out[input] *= matrix->row_scale[ids[number]];
         if (matrix->column_scale)
             for (int64_t input = 0; input < matrix->columns; ++input) out[input] *= matrix->column_scale[input];
-    }
-    return -1;
-}
-
-// For each row, chooses the k places of the largest score − cost among the `flock` of the largest score − entry.  The gates
-// are the softmax of score − price over them, or over all places if k is 1.  Returns 1 if there is no memory, else 0.
-EXPORTED int nashswarm_route(const float* scores, const float* entry, const float* cost, const float* price, int64_t rows,
-                             int64_t size, int64_t flock, int64_t k, int64_t* chosen, float* gates, int threads) {
-    const int64_t work = rows * size / ENOUGH_SCORES;
-    const int woken = work < threads ? (work < 1 ? 1 : int(work)) : threads;
-    const int64_t each = rounded_up(flock * (sizeof(float) + sizeof(int64_t)) + k * sizeof(float));
-    auto* scratch = static_cast<char*>(std::aligned_alloc(64, woken * each));
-    if (!scratch) return 1;
-#pragma omp parallel for num_threads(woken) schedule(static)
-    for (int part = 0; part < woken; ++part) {
-        auto* near = reinterpret_cast<int64_t*>(scratch + part * each);
-        auto* values = reinterpret_cast<float*>(near + flock);
-        auto* best = values + flock;
-        for (int64_t row = rows * part / woken; row < rows * (part + 1) / woken; ++row) {
-            const float* own = scores + row * size;
-            int64_t* found = chosen + row * k;
-            float* gate = gates + row * k;
-            if (flock == size) {
-                largest([&](int64_t place) { return own[place] - cost[place]; }, size, k, best, found);
-            } else {
-                largest([&](int64_t place) { return own[place] - entry[place]; }, size, flock, values, near);
-                largest([&](int64_t place) { return own[near[place]] - cost[near[place]]; }, flock, k, best, found);
-                for (int64_t rank = 0; rank < k; ++rank) found[rank] = near[found[rank]];
-            }
-            const auto paid = [&](int64_t place) { return own[place] - price[place]; };
-            float most = paid(found[0]), sum = 0;
-            for (int64_t rank = 1; rank < k; ++rank) most = std::fmax(most, paid(found[rank]));
-            for (int64_t rank = 0; rank < k; ++rank) sum += gate[rank] = std::exp(paid(found[rank]) - most);
-            if (k == 1)
-                for (int64_t place = 0; place < size; ++place)
-                    if (place != found[0]) sum += std::exp(paid(place) - most);
-            for (int64_t rank = 0; rank < k; ++rank) gate[rank] /= sum;
-        }
-    }
-    std::free(scratch);
-    return 0;
-}
-
-// For each token, sums the rows at its k places, multiplied by their gates.
-EXPORTED void nashswarm_sums(const float* rows, const int64_t* places, const float* gates, int64_t tokens, int64_t k,
-                             int64_t width, float* sums, int threads) {
-    const int64_t work = tokens * k * width / ENOUGH_SCORES;
-    const int woken = work < threads ? (work < 1 ? 1 : int(work)) : threads;
-#pragma omp parallel for num_threads(woken) schedule(static)
-    for (int64_t token = 0; token < tokens; ++token) {
-        float* sum = sums + token * width;
-        std::memset(sum, 0, width * sizeof(float));
-        for (int64_t rank = token * k; rank < (token + 1) * k; ++rank) {
-            const float *row = rows + places[rank] * width, gate = gates[rank];
-            for (int64_t place = 0; place < width; ++place) sum[place] += gate * row[place];
-        }
-    }
-}
-
-// For each token, sums down · gelu(up · x) over its k experts, multiplied by their gates.  Experts are computed one after
-// another, which is fastest for few tokens.  Returns the place of the first expert that does not exist, or -1.
-EXPORTED WIDENED int64_t nashswarm_experts(const float* x, const float* up, const float* down, const int64_t* experts,
-                                   const float* gates, int64_t tokens, int64_t k, int64_t count, int64_t width,
-                                   int64_t hidden, float* inner, float* sums) {
-    for (int64_t rank = 0; rank < tokens * k; ++rank)
-        if (experts[rank] < 0 || experts[rank] >= count) return rank;
-    std::memset(sums, 0, tokens * width * sizeof(float));
-    for (int64_t rank = 0; rank < tokens * k; ++rank) {
-        const float *own = x + rank / k * width, *first = up + experts[rank] * hidden * width;
-        const float* second = down + experts[rank] * width * hidden;
-        for (int64_t unit = 0; unit < hidden; ++unit) inner[unit] = gelu(product(own, first + unit * width, width));
-        float* sum = sums + rank / k * width;
-        for (int64_t place = 0; place < width; ++place)
-            sum[place] += gates[rank] * product(inner, second + place * hidden, hidden);
-    }
-    return -1;
-}
-
-// Sorts `count` numbers below `size` (stably): writes the order, the place of each number in it, and where the run of each
-// number ends.  Returns the place of the first number that is not below `size`, or -1.
-EXPORTED int64_t nashswarm_group(const int64_t* numbers, int64_t count, int64_t size, int64_t* order, int64_t* places,
-                                 int32_t* ends) {
-    std::memset(ends, 0, size * sizeof(int32_t));
-    for (int64_t place = 0; place < count; ++place) {
-        if (numbers[place] < 0 || numbers[place] >= size) return place;
-        ++ends[numbers[place]];
-    }
-    int32_t before = 0;
-    for (int64_t number = 0; number < size; ++number) {
-        const int32_t own = ends[number];
-        ends[number] = before;
-        before += own;
-    }
-    for (int64_t place = 0; place < count; ++place) {
-        places[place] = ends[numbers[place]]++;
-        order[places[place]] = place;
     }
     return -1;
 }
