@@ -41,10 +41,11 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "tokens width"]:
         """Return the sum of each token's expert outputs, weighted by its gates."""
         k, flat = experts.shape[1], experts.flatten()
-        native_pays = len(flat) <= FEW or (self.up_proj[0].numel() <= SMALL and native.path() in TILED)
-        if native_pays and kernels.can_run_natively(x, self.up_proj, self.down_proj, gates):
-            parts = (part.contiguous() for part in (x, self.up_proj, self.down_proj, experts.long(), gates))
-            return native.experts(*parts)
+        if kernels.can_run_natively(x, self.up_proj, self.down_proj, gates):
+            tiled = self.up_proj[0].numel() <= SMALL and native.path() in TILED
+            if tiled or len(flat) <= FEW:
+                parts = (part.contiguous() for part in (x, self.up_proj, self.down_proj, experts.long(), gates))
+                return native.experts(*parts)
         order, places, ends = kernels.group(flat, len(self.up_proj))
         hidden = self.act_fn(grouped(x.index_select(0, order // k), self.up_proj.transpose(1, 2), ends))
         out = grouped(hidden, self.down_proj.transpose(1, 2), ends)

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -69,7 +69,8 @@ class Routed(MoeMeasure):
             times = medians({"router": lambda: routers[0](x)}, self.repeats, x.device)
             metrics["router_microseconds"] = 1e6 * times["router"] / len(x)
         if any(router.follows for router in routers):
-            following, _ = evaluate(copy.deepcopy(model), windows, FOLLOWED, target.track, follow=True)
+            moving = copy.deepcopy(model)
+            following, _ = evaluate(moving, windows, FOLLOWED, target.track, moving.follow)
             metrics |= {f"{name}_following": following[name] for name in ("nll", "max_violation")}
         if routers and not metrics["looks_ahead"]:
             metrics |= self.served(model, windows)
@@ -127,11 +128,11 @@ def evaluate(
     windows: Int[Tensor, "windows length"],
     batch_size: int,
     track: Track,
-    follow: bool = False,
+    follow: Callable[[Sequence[Routing]], None] | None = None,
 ) -> MeasureResult:
     """Return NLL, load, drops and regrets on these windows; series: NLL by window, and the load of every layer.
 
-    ``follow``: move the prices of ``model`` after each batch; the next batch sees them.
+    ``follow``: called with the routings of each batch, to move the prices of ``model``; the next batch sees them.
     """
     series: dict[str, list[float]] = {"nll": [], "tokens": []}
     loads: list[Tensor] = []  # by layer
@@ -149,8 +150,8 @@ def evaluate(
         for one in routings:
             if one.tokens is None and one.logits is not None:
                 regret.append(regrets(one.logits, one.experts, implied_prices(one, congestion)).cpu())
-        if follow:
-            model.follow(routings)
+        if follow is not None:
+            follow(routings)
     metrics = evaluation.summarise(series)
     if loads:
         table = torch.stack(loads).cpu().numpy()

@@ -95,7 +95,7 @@ class CongestionRouter(Router):
                 f"method.flock={settings.flock} is smaller than model.top_k={k}: no token would find its experts"
             )
         self.settings, self.residency = settings, settings.residency
-        self.follows = settings.prices != "none"
+        self.follows, self.solves = settings.prices != "none", settings.prices == "equilibrium"
         self.flock = min(settings.flock or experts, experts)
 
     def forward(self, x: Float[Tensor, "tokens width"]) -> Routing:
@@ -129,7 +129,7 @@ class CongestionRouter(Router):
             self.price += settings.price_rate * (loads - loads.mean()).sign()
         elif settings.prices == "equilibrium":
             assert routing.logits is not None
-            self._solve(routing.logits, share)
+            self.solve(routing.logits, share)
         if routing.mean is not None and settings.prices != "none":
             moved = share * (routing.mean - self.centre)
             self.centre += moved
@@ -139,8 +139,9 @@ class CongestionRouter(Router):
         self.resident.copy_(self.recent(routing.experts, held))
         super().settle(routing, step)
 
-    def _solve(self, affinities: Float[Tensor, "tokens experts"], share: float) -> None:
-        """Move prices of entry and prices by ``share`` of the way to their equilibrium on this batch."""
+    @torch.no_grad()
+    def solve(self, affinities: Float[Tensor, "tokens experts"], share: float) -> None:
+        """Move prices of entry and prices by ``share`` of the way to their equilibrium on these tokens."""
         if self.flock < len(self.price):
             solved = equilibrium(affinities, self.flock, self.entry, self.settings.sweeps)
             self.entry += share * (solved - self.entry)

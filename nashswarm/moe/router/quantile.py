@@ -39,6 +39,7 @@ class QuantileRouter(Router):
     """Routes by sigmoid affinities minus prices; gates are the affinities, rescaled to sum to one."""
 
     settles = True
+    solves = True
 
     def __init__(self, settings: QuantileBalance, width: int, experts: int, k: int) -> None:
         super().__init__(width, experts, k, settings.capacity)
@@ -54,9 +55,13 @@ class QuantileRouter(Router):
     def settle(self, routing: Routing, step: float | None = None) -> None:
         """Move prices by ``step`` of the way to those of this batch; by default all the way, as published."""
         assert routing.logits is not None
-        solved = dual_prices(routing.logits.sigmoid(), self.k, self.price, self.settings.rounds)
-        self.price += (1.0 if step is None else step) * (solved - self.price)
+        self.solve(routing.logits, 1.0 if step is None else step)
         super().settle(routing, step)
+
+    @torch.no_grad()
+    def solve(self, affinities: Float[Tensor, "tokens experts"], share: float) -> None:
+        solved = dual_prices(affinities.sigmoid(), self.k, self.price, self.settings.rounds)
+        self.price += share * (solved - self.price)
 
 
 def dual_prices(

@@ -44,11 +44,13 @@ class Router(nn.Module, abc.ABC):
     so that saved models have one format.
 
     ``settles``: whether ``settle`` does more than count batches.  ``follows``: whether ``follow`` moves prices.
+    ``solves``: whether ``solve`` does.
     ``residency``: how much cheaper an expert in memory is while ``serving`` from a store, in units of affinity.
     """
 
     settles = False
     follows = False
+    solves = False
     residency = 0.0
     price: Tensor
     entry: Tensor
@@ -109,6 +111,14 @@ class Router(nn.Module, abc.ABC):
         ``step``: fraction of the way to the solved prices; by default the router's own schedule.
         """
         self.settled += 1
+
+    @torch.no_grad()
+    def solve(self, affinities: Float[Tensor, "tokens experts"], share: float) -> None:
+        """Move prices by ``share`` of the way to those at which these tokens use all experts equally often, where the
+        router ``solves``.
+
+        ``affinities``: as ``Routing.logits`` has them.
+        """
 
     @torch.no_grad()
     def follow(self, routing: Routing) -> None:
