@@ -166,7 +166,7 @@ def test_run_every_router_leaves_promised_record(method: str, execute: Callable[
     assert (set(written.metrics) >= LOAD) == (method != "moe_dense")
     assert ("resident_hits" in written.metrics) == (method not in ("moe_dense", "moe_expert_choice"))
     assert ("resident_hits_without" in written.metrics) == (method in ("moe_no_nash", "moe_no_swarm", "moe_nash_swarm"))
-    follows = method not in ("moe_dense", "moe_top_k", "moe_expert_choice", "moe_no_nash")
+    follows = method not in ("moe_dense", "moe_top_k", "moe_expert_choice", "moe_no_nash", "moe_quantile")
     assert ({"nll_following", "max_violation_following"} <= set(written.metrics)) == follows
     if "load_0" in written.series:
         assert sum(written.series["load_0"]) == 8 * 32 * 2
