@@ -31,14 +31,13 @@ from torch import Tensor, nn
 from nashswarm.calibration.missing_moments import mean_of_siblings, no_moments
 from nashswarm.calibration.moments_table import MomentsTable, PackedMoments, SymmetricMatrix
 from nashswarm.calibration.nll import Labels, summed_nll
+from nashswarm.calibration.token_frequencies import smoothed
 from nashswarm.memory import trim_heap
 from nashswarm.models.evaluation import without_cache, without_padding
 from nashswarm.progress import Track, no_track
 
 Expected = Literal["even", "zipf"]
 Score = Callable[[Any, Tensor, torch.Generator], Tensor]
-
-FIRST_RANKS = 50  # tokens at the start of a vocabulary that are about equally frequent
 
 
 class _MomentSums:
@@ -127,13 +126,13 @@ class _MomentSums:
         assert self.outputs is not None
         outputs = (self.outputs / self.positions).float()
         if self.head:
-            outputs = _smoothed(self.outputs, self.positions, self.zipf).float()
+            outputs = smoothed(self.outputs, self.positions, self.zipf).float()
         if self.known is not None:
             rows = None if self.rows is None else (self.rows / max(self.energy, torch.finfo().tiny)).float()
             return dataclasses.replace(self.known, outputs=outputs, coupled=outputs if rows is None else rows)
         if self.inputs is None:
             assert self.counts is not None
-            shares = (_smoothed(self.counts, self.positions, self.zipf) * (self.positions / tokens)).float()
+            shares = (smoothed(self.counts, self.positions, self.zipf) * (self.positions / tokens)).float()
             return PackedMoments(shares, outputs, outputs, shares)
         if self.rows is None or self.columns is None:
             return PackedMoments(self.inputs, outputs, outputs, self.inputs)
@@ -147,26 +146,6 @@ class _MomentSums:
 def start_gradients(output: Tensor) -> Tensor:
     """Return the values of ``output`` as a tensor from which gradients are taken, and which may be changed in place."""
     return output.detach().requires_grad_().clone()
-
-
-def expected_shares(rows: int) -> Float[Tensor, " rows"]:
-    """Return how often each of so many tokens is expected in any text, as shares that add up to 1.
-
-    Tokenizers number their tokens in the order in which they were merged, the most frequent ones first, so that the
-    frequency falls as one over the number (Zipf's law, with Mandelbrot's shift for the first ranks).
-    """
-    shares = 1 / (torch.arange(rows, dtype=torch.float64) + FIRST_RANKS)
-    return shares / shares.sum()
-
-
-def _smoothed(sums: Float[Tensor, " rows"], positions: int, zipf: bool) -> Float[Tensor, " rows"]:
-    """Return the mean of each row over the positions, and over as many others as there are rows.
-
-    The others add one to each row, or the mean of a position, spread as tokens are expected.
-    """
-    rows = len(sums)
-    others = rows * expected_shares(rows) * sums.sum() / positions if zipf else 1
-    return (sums + others) / (positions + rows)
 
 
 def _by_position(values: Tensor) -> Float[Tensor, "positions width"]:
@@ -266,7 +245,7 @@ def calibrate(
     ``labels`` are sampled from the model (``"model"``, for the true Fisher information) or taken from the text
     (``"text"``, for the empirical one).  ``score``, a function of model, window and generator, replaces the NLL as the
     scalar whose gradient is taken.  ``expected``: how frequent tokens are of which the windows say nothing, ``even`` as
-    in records of older methods, or by Zipf's law (``expected_shares``).  ``rounded``: whether the factors of products
+    in records of older methods, or by Zipf's law (``token_frequencies``).  ``rounded``: whether the factors of products
     may be rounded to bfloat16 (``_bfloat16_products``).
 
     ``known``: moments whose inputs stay, so that gradients alone are computed; those of a module that these windows do
