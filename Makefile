@@ -49,13 +49,8 @@ SOURCES := pyproject.toml constraints.txt $(wildcard $(KERNELS)/*.cpp $(KERNELS)
 
 install: .venv/installed  ## make .venv with the tested versions
 
-quickstart: install  ## run the ablation on the embedded model, up to one figure; no download
-	$(RUN) experiment=ablation dataset.test_windows=32 records=results/quickstart/records \
-		hydra/launcher=joblib hydra.launcher.n_jobs=2 wandb=disabled
-	$(BIN)/python scripts/tables.py --records results/quickstart/records --experiment ablation --out results/quickstart/tables & \
-	$(BIN)/python scripts/figures.py --records results/quickstart/records --experiment ablation --out results/quickstart/figures \
-		&& wait $$!
-	@ls results/quickstart/figures/ablation_pareto.png
+quickstart: install  ## run the ablation on the embedded model, to a table, a figure and a page; no download
+	@$(BIN)/nashswarm quickstart --out results/quickstart
 
 test: .venv/tested  ## lint, format, types, import contracts and the quick tests: minutes on two cores
 	@$(BIN)/ruff check --quiet .

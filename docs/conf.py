@@ -73,7 +73,7 @@ def draw(app: Any) -> None:
     runs = record.read_all(ROOT / "results/records/ablation")
     folder = ROOT / "docs/generated"
     whole = next(one for one in runs if one.labels["method"] == "nash_lattice")
-    with matplotlib.style.context(ROOT / "paper/style.mplstyle"):
+    with matplotlib.style.context(ROOT / "nashswarm/reporting/figures/style.mplstyle"):
         folder.mkdir(exist_ok=True)
         games.layer_bits(whole).savefig(folder / "layer_bits.png")
 

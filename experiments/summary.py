@@ -17,6 +17,7 @@ class Summary(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         outcomes = frame.read_outcomes(pathlib.Path(config.hydra.sweep.dir))
         records = [record.read(pathlib.Path(outcome["record"])) for outcome in outcomes if outcome["record"]]
-        typeset.console().print(frame.summary(outcomes, records))
+        console = typeset.console()
+        console.print(frame.summary(outcomes, records, console.width))
         if any(outcome["status"] == "failed" for outcome in outcomes):
             sys.exit(1)

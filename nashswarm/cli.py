@@ -1,9 +1,7 @@
 """The command ``nashswarm``: compress a model, and work with compressed ones."""
 
 import argparse
-import contextlib
 import logging
-import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +10,7 @@ from typing import get_args
 import torch
 
 from nashswarm import __version__, api, errors, inference
-from nashswarm.experiment import commands, typed_export
+from nashswarm.experiment import commands, doctor, typed_export
 from nashswarm.experiment.certify import LIMIT
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.measures.contestants import CONTESTANTS
@@ -244,7 +242,32 @@ def build_parser() -> argparse.ArgumentParser:
     checked.add_argument(
         "--tiles", type=int, metavar="N", help="try the rates of N trellis tiles alone, drawn by lot (all)"
     )
+
+    begun = command(
+        "quickstart",
+        _quickstart,
+        "the ablation on the model that comes along, to a table, a figure and a page",
+        "Compress the embedded model by nash_swarm, its ablations and other methods, and show what each costs; no "
+        "download. Run again, it continues.",
+    )
+    begun.add_argument("--out", type=pathlib.Path, default=pathlib.Path("quickstart"), metavar="FOLDER")
+    begun.add_argument("--jobs", type=int, default=2, help="processes, each on one thread (2)")
+
+    examined = command(
+        "doctor",
+        lambda arguments: doctor.doctor(arguments.cache),
+        "whether this installation works",
+        "Show versions, kernels, threads, extras and caches, and try products and a tiny compression.",
+        epilog="Exit status: 0 if everything works, 1 if not.",
+    )
+    examined.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"that the commands use ({CACHE})")
     return parser
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from nashswarm.reporting import quickstart  # brings pandas and matplotlib, which no other command needs
+
+    return quickstart.quickstart(arguments.out, arguments.jobs)
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
@@ -253,31 +276,17 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--target-size", type=_size, metavar="SIZE", help="of gguf and compressed-tensors: at most, such as 4.2GB"
+        "--target-size", type=typed_export.size, metavar="SIZE", help="of gguf, compressed-tensors: at most, as 4.2GB"
     )
     parser.add_argument(
         "--types", nargs="+", metavar="TYPE", help="that tensors choose among: Q4_K, Q8_0 ...; int4-g128, int8-g32 ..."
     )
 
 
-def _size(text: str) -> int:
-    try:
-        return typed_export.parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--memory-mb", type=_megabytes, metavar="MB", help="try how long a text the process can take and hold no more"
+        "--memory-mb", type=inference.megabytes, metavar="MB", help="try how long a text it can take and hold no more"
     )
-
-
-def _megabytes(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < (megabytes := float(text)) < math.inf:
-            return megabytes
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of megabytes above 0")
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:

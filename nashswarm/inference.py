@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import sys
 import traceback
@@ -250,6 +251,14 @@ def export(args: argparse.Namespace) -> int:
     metrics = exporter.export(model, args.to, args.out, tokens, args.activations, args.dtype)
     print(json.dumps({"file": str(args.out), "to": args.to} | metrics, indent=1))
     return 0
+
+
+def megabytes(text: str) -> float:
+    """Return the megabytes that an option names.  Raises ArgumentTypeError, of which argparse prints the message."""
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of megabytes above 0")
 
 
 def _load(folder: pathlib.Path) -> Any:

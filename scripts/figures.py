@@ -28,8 +28,6 @@ from nashswarm.reporting.distinction import distinguish
 from nashswarm.reporting.figures import flock, games, moe, quality, speed, style
 from nashswarm.reporting.labels import rank
 
-STYLE = pathlib.Path(__file__).parents[1] / "paper" / "style.mplstyle"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folders = [options.out, *([options.paper] if options.paper else [])]
     try:
-        with matplotlib.style.context(STYLE):
+        with matplotlib.style.context(style.STYLE):
             write_experiments(options, folders)
             if not options.experiment:
                 write_benchmarks(options, folders)

@@ -15,9 +15,8 @@ import matplotlib.style
 
 from nashswarm.records import files, record
 from nashswarm.reporting.distinction import distinguish
+from nashswarm.reporting.figures.style import STYLE
 from nashswarm.reporting.page import page
-
-STYLE = pathlib.Path(__file__).parents[1] / "paper" / "style.mplstyle"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    typeset.console().print(frame.summary(outcomes, records))
+    console = typeset.console()
+    console.print(frame.summary(outcomes, records, console.width))
     return int(any(outcome["status"] == "failed" for outcome in outcomes))
 
 

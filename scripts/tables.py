@@ -62,7 +62,8 @@ def write_tables(options: argparse.Namespace) -> None:
         """Print a table and write it in every format, unless it has no rows."""
         if len(table):
             written.add(name)
-            typeset.console().print(typeset.terminal(table, name, columns))
+            console = typeset.console()
+            console.print(typeset.terminal(table, name, columns, console.width))
             for suffix, render in FORMATS.items():
                 files.write_whole(options.out / f"{name}{suffix}", render(table, columns).encode())
 

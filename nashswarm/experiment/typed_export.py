@@ -5,6 +5,7 @@ folder of compressed-tensors is one of transformers.  Both hold the game of thei
 ``nashswarm inspect`` computes their regret again.
 """
 
+import argparse
 import collections
 import logging
 import pathlib
@@ -41,6 +42,14 @@ def parse_size(text: str) -> int:
     if unit not in UNITS or not number.strip().replace(".", "", 1).isdigit():
         raise ValueError(f"{text!r} is no size: write a number of bytes, or one of KB, MB, GB, KiB, MiB or GiB")
     return int(float(number) * UNITS[unit])
+
+
+def size(text: str) -> int:
+    """Return the bytes that an option names.  Raises ArgumentTypeError, of which argparse prints the message."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def check_out(kind: str, out: pathlib.Path | None) -> None:

@@ -19,7 +19,7 @@ from nashswarm.records import statistics
 from nashswarm.records.record import Record
 from nashswarm.reporting.formats import FORMATS
 from nashswarm.reporting.labels import CELL, LABELS, ORIGIN, TESTED, TESTED_AGAINST, WORDS, padded, rank
-from nashswarm.reporting.typeset import terminal
+from nashswarm.reporting.typeset import PAGE_WIDTH, terminal
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -262,10 +262,10 @@ def read_outcomes(folder: pathlib.Path) -> list[dict[str, Any]]:
     return outcomes
 
 
-def summary(outcomes: Sequence[Mapping[str, Any]], records: Iterable[Record]) -> Group:
+def summary(outcomes: Sequence[Mapping[str, Any]], records: Iterable[Record], width: int = PAGE_WIDTH) -> Group:
     """Return what a sweep did: counts, the table of its records, and the reason and log of each job without a record.
 
-    Such a job failed, or was left out because its method does not apply there.
+    Such a job failed, or was left out because its method does not apply there.  ``width``: characters of a line.
     """
     statuses = [outcome["status"] for outcome in outcomes]
     known = ("finished", "skipped", *(["left out"] if "left out" in statuses else []), "failed")
@@ -273,7 +273,7 @@ def summary(outcomes: Sequence[Mapping[str, Any]], records: Iterable[Record]) ->
     parts: list[Text | Table] = [Text(f"{len(outcomes)} jobs: {', '.join(counts)}")]
     runs = list(records)
     if runs:
-        parts.append(terminal(points(frame(runs))))
+        parts.append(terminal(points(frame(runs)), width=width))
     for outcome in outcomes:
         if outcome["status"] in ("failed", "left out"):
             name = " ".join(outcome.get("overrides") or outcome["labels"].values()) or "unknown job"

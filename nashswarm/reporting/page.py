@@ -1,69 +1,37 @@
 """The page of an experiment: one HTML file without external resources, made from records alone.
 
-It has tables that sort by any column, figures of quality, convergence, speed, latency and expert load, the bits of
-every layer, and the provenance of each record.
+It has the command that made the runs, tables that sort by any column, figures of quality, convergence, speed, latency
+and expert load, the bits of every layer, and the provenance of each record.  ``page.css`` and ``page.js`` go into it.
 """
 
-import base64
 import functools
 import html
-import io
+import pathlib
+import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 
-import matplotlib
-import matplotlib.image
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from nashswarm.records.record import Record
 from nashswarm.reporting import frame, labels, tables, typeset
 from nashswarm.reporting.figures import games, moe, quality, speed
-from nashswarm.reporting.figures.style import NothingToDraw, shade
 from nashswarm.reporting.formats import FORMATS, UNCLEAN
+from nashswarm.reporting.page_figures import bits, drawing
 
 PLACE = ("model", "dataset", "measure")  # one figure shows one of each
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
-th:first-child, td:first-child, td.word { text-align: left }
-th button { all: unset; cursor: pointer; font-weight: 600 }
-th button:focus-visible { outline: 2px solid #0072B2 }
-th[aria-sort=ascending] button::after { content: " ▲" }
-th[aria-sort=descending] button::after { content: " ▼" }
-tr.ours { font-weight: 600 }
-.flag { color: #A33 }
-figure { margin: 1rem 0 } figure img { max-width: 100% }
-figcaption { color: #555 }
-figure.map { display: inline-block; vertical-align: bottom; margin: .5rem }
-figure.map img { image-rendering: pixelated; border: 1px solid #999 }
-figure.map figcaption { font-size: .75rem }
-.width { display: inline-block; width: 1em; height: 1em; margin: 0 .3em 0 1em; border: 1px solid #999 }
-"""
-SCRIPT = """
-for (const table of document.querySelectorAll("table.sortable"))
-  table.querySelectorAll("th button").forEach((button, column) => button.addEventListener("click", () => {
-    const head = button.parentElement, up = head.getAttribute("aria-sort") !== "ascending";
-    table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const key = row => row.cells[column].dataset.value;
-    const number = value => value === "" ? NaN : Number(value);
-    const compare = (a, b) => {
-      const [x, y] = [number(key(a)), number(key(b))];
-      if (isNaN(x) && isNaN(y)) return key(a).localeCompare(key(b)) * (up ? 1 : -1);
-      if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y);
-      return (x - y) * (up ? 1 : -1);
-    };
-    const body = table.tBodies[0];
-    body.append(...[...body.rows].sort(compare));
-  }));
-"""
+STYLE, SCRIPT = (pathlib.Path(__file__).with_name(name).read_text() for name in ("page.css", "page.js"))
+MOST = 8  # columns of a special table that are shown at once; the others on demand
+FOLDS = "\n".join(
+    f".all:not(:checked) ~ .keep{count} tr > :nth-child(n+{count + 1}) {{ display: none }}" for count in range(1, 20)
+)
 
 
-def page(records: Sequence[Record]) -> str:
+def page(records: Sequence[Record], made_by: Sequence[str] = ()) -> str:
     """Return the page of the records of one experiment; each model, text and measure has a section of its own.
+
+    ``made_by``: the commands that made the runs; default: those that follow from their labels.
 
     Raises ValueError if there is no record, or if the records are of several experiments.
     """
@@ -72,7 +40,7 @@ def page(records: Sequence[Record]) -> str:
     if len(names) > 1:
         raise ValueError(f"one page shows one experiment, not {', '.join(names)}; select one first")
     title = html.escape(names[0])
-    parts = [f"<h1>{title}</h1>"]
+    parts = [f"<h1>{title}</h1>", head(records, made_by or commands(records))]
     for place in table[list(PLACE)].drop_duplicates().itertuples(index=False, name=None):
         here = [one for one in records if tuple(one.labels[label] for label in PLACE) == place]
         parts += section(place, frame.select(table, **dict(zip(PLACE, place, strict=True))), here)
@@ -80,10 +48,39 @@ def page(records: Sequence[Record]) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width">\n<link rel="icon" href="data:,">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{title}</title>\n<style>{STYLE}{FOLDS}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
+
+
+def head(records: Sequence[Record], made_by: Sequence[str]) -> str:
+    """Return what the page opens with: how many runs of what code, and the commands that made them."""
+    made = f"{len(records)} run{'s' * (len(records) > 1)}, the last of commit {newest(records)[:7]}, made by"
+    return f"<p>{made}</p>\n" + "\n".join(f"<p><code>{html.escape(line)}</code></p>" for line in made_by)
+
+
+def commands(records: Sequence[Record]) -> list[str]:
+    """Return the command that makes an experiment, or those that make single runs.
+
+    A model or a text in a folder stands there by its name alone: no record keeps paths.
+
+    >>> labels = {"experiment": "single", "method": "gptq[bits=4]", "model": "default", "dataset": "stdlib_docs"}
+    >>> commands([Record(labels | {"measure": "quality", "seed": "1"}, {}, {}, {}, [], "", {})])
+    ['python -m experiments.run method=gptq method.bits=4 model=default dataset=stdlib_docs measure=quality seed=1']
+    """
+    experiment = records[0].labels["experiment"]
+    if experiment != "single":
+        return [f"python -m experiments.run experiment={shlex.quote(experiment)}"]
+    lines = []
+    for one in records:
+        words = []
+        for name in ("method", "model", "dataset", "measure", "seed"):
+            choice, _, inside = one.labels[name].removesuffix("]").partition("[")
+            words.append(f"{name}={choice}")
+            words += [f"{name}.{override}" for override in re.split(r",(?![^\[]*\])", inside) if override]
+        lines.append(shlex.join(["python", "-m", "experiments.run", *words]))
+    return sorted(set(lines))
 
 
 def section(place: Sequence[str], rows: pd.DataFrame, records: Sequence[Record]) -> list[str]:
@@ -94,11 +91,10 @@ def section(place: Sequence[str], rows: pd.DataFrame, records: Sequence[Record])
     parts = [f"<h2>{html.escape(' · '.join(place))}</h2>"]
     for table, columns in [main_table, *(pair for pair in more_tables if len(pair[0]))]:
         parts += [results(table, columns, newest(records)), f"<p>{html.escape(typeset.note(table))}</p>"]
-    drawings = {
-        "Quality against size": lambda: quality.pareto(means),
-        "Convergence of the games": lambda: games.convergence(records),
-    } | special_figures(records)
-    parts += [figure for caption, draw in drawings.items() if (figure := drawing(draw, caption))]
+    parts.append(drawing(lambda: quality.pareto(means), "Quality against size", means))
+    parts.append(drawing(lambda: quality.pareto(means, size="bytes_resident"), "Quality against memory", means))
+    drawings = {"Convergence of the games": lambda: games.convergence(records)} | special_figures(records)
+    parts += [drawing(draw, caption) for caption, draw in drawings.items()]
     for one in sorted({one.labels["method"]: one for one in records}.values(), key=_rank):
         parts += bits(one)
     return parts
@@ -138,19 +134,23 @@ def flag(commits: Iterable[str], dirty: bool, last: str) -> str:
 
 def results(table: pd.DataFrame, columns: Sequence[typeset.Column], last: str) -> str:
     """Return a table, each cell with its number to sort by; ``last`` is the newest commit among the records."""
-    shown = [column for column in columns if column.metric in table and table[column.metric].notna().any()]
+    known = [column for column in columns if column.metric in table and table[column.metric].notna().any()]
+    few = [column for column in known if column.metric in typeset.FIRST] if columns is typeset.COLUMNS else known[:MOST]
+    shown = few or known
+    rest = [column for column in known if column not in shown]
+    main = labels.tested_against(table["method"])
     words = ["method", *(name for name in ("layer", "contestant") if name in table)]
     lines = []
     for _, row in table.iterrows():
         mark = UNCLEAN if row["dirty"] else ""
         cells = [_cell(row[name] + (mark if name == "method" else ""), row[name], "word") for name in words]
-        for column in shown:
-            value = row[column.metric]
-            cells.append(_cell(typeset.text(row, column.metric), "" if pd.isna(value) else repr(float(value))))
+        cells += [_number(row, column) for column in shown]
         cells.append(flag(row["commit"].split(), row["dirty"], last))
-        ours = ' class="ours"' if row["method"] == labels.REFERENCE else ""
+        cells += [_number(row, column) for column in rest]
+        ours = ' class="ours"' if row["method"].partition("[")[0] == main else ""
         lines.append(f"<tr{ours}>{''.join(cells)}</tr>")
-    return _table([*words, *(column.heading for column in shown), ""], lines)
+    heads = [*words, *(column.heading for column in shown), ""]
+    return _table([*heads, *(column.heading for column in rest)], lines, len(heads))
 
 
 def runs(records: Sequence[Record]) -> str:
@@ -160,70 +160,15 @@ def runs(records: Sequence[Record]) -> str:
         origin = one.provenance
         commit = str(origin.get("commit") or "unknown")
         cells = [_cell(one.labels[name], one.labels[name], "word") for name in ("method", "model", "dataset", "seed")]
-        cells += [_cell(one.fingerprint, one.fingerprint), _cell(commit[:10], commit)]
+        seconds = one.metrics.get("seconds", float("nan"))
+        cells += [_cell(FORMATS["seconds"](seconds), repr(seconds)), _cell(one.fingerprint, one.fingerprint)]
+        cells.append(_cell(commit[:10], commit))
         beside = [other for other in records if all(other.labels[name] == one.labels[name] for name in PLACE)]
         cells.append(flag([commit], origin.get("dirty") is not False, newest(beside)))
         cells += [_cell(str(origin.get(name, "")), str(origin.get(name, ""))) for name in ("started", "machine")]
-        seconds = one.metrics.get("seconds", float("nan"))
-        cells.append(_cell(FORMATS["seconds"](seconds), repr(seconds)))
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    heads = ["method", "model", "dataset", "seed", "record", "commit", "", "started", "machine", "seconds"]
-    return _table(heads, lines)
-
-
-def bits(one: Record) -> list[str]:
-    """Return a folded section with the bits of every layer of a run, and a map of every layer of several widths."""
-    if not one.layers:
-        return []
-    method = html.escape(one.labels["method"])
-    tiled = games.tiles(one.allocation)
-    several = [layer for layer, grid in tiled.items() if len(set(grid.flat)) > 1]
-    bars = drawing(lambda: games.layer_bits(one), f"Stored bits per weight of every layer, {method}")
-    maps = [bit_map(layer, tiled[layer]) for layer in several]
-    widths = sorted({int(width) for layer in several for width in tiled[layer].flat})
-    legend = [f'<span class="width" style="background:{_colour(width)}"></span>{width} bits' for width in widths]
-    return [
-        f'<details class="bits"><summary>Bits of {method}, seed {one.labels["seed"]}</summary>',
-        bars,
-        f"<p>{' '.join(legend)}</p>" if legend else "",
-        *maps,
-        "</details>",
-    ]
-
-
-def bit_map(layer: str, grid: NDArray[np.int64]) -> str:
-    """Return a picture with one pixel per tile of a layer, coloured by bits: row blocks down, column groups across."""
-    content = io.BytesIO()
-    picture = np.array([shade(int(width)) for width in grid.flat]).reshape(*grid.shape, 3)
-    matplotlib.image.imsave(content, picture, format="png")
-    caption = html.escape(f"{layer}: {grid.shape[0]} × {grid.shape[1]} tiles")
-    size = f'width="{8 * grid.shape[1]}" height="{min(8 * grid.shape[0], 400)}"'
-    return (
-        f'<figure class="map"><img alt="{caption}" {size} src="{_inline(content, "image/png")}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def drawing(draw: Callable[[], Figure], caption: str) -> str:
-    """Return a figure inside the page, or an empty string if no record has the values that it shows."""
-    content = io.BytesIO()
-    try:
-        with matplotlib.rc_context({"svg.hashsalt": "nashswarm", "figure.constrained_layout.use": True}):
-            draw().savefig(content, format="svg", metadata={"Date": None})
-    except NothingToDraw:
-        return ""
-    text = html.escape(caption)
-    return (
-        f'<figure><img alt="{text}" src="{_inline(content, "image/svg+xml")}"><figcaption>{text}</figcaption></figure>'
-    )
-
-
-def _inline(content: io.BytesIO, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-def _colour(width: int) -> str:
-    return "#" + "".join(f"{round(255 * part):02x}" for part in shade(width))
+    heads = ["method", "model", "dataset", "seed", "seconds", "record", "commit", ""]
+    return _table([*heads, "started", "machine"], lines, len(heads))
 
 
 def _rank(one: Record) -> tuple[int, int, str]:
@@ -235,6 +180,17 @@ def _cell(text: str, value: str, kind: str = "") -> str:
     return f'<td{kind_attribute} data-value="{html.escape(value)}">{html.escape(text)}</td>'
 
 
-def _table(heads: Sequence[str], lines: Sequence[str]) -> str:
-    head = "".join(f'<th scope="col"><button>{html.escape(name)}</button></th>' for name in heads)
-    return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>\n' + "\n".join(lines) + "\n</tbody></table>"
+def _number(row: pd.Series, column: typeset.Column) -> str:
+    value = row[column.metric]
+    return _cell(typeset.text(row, column.metric), "" if pd.isna(value) else repr(float(value)))
+
+
+def _table(heads: Sequence[str], lines: Sequence[str], kept: int) -> str:
+    """Return a table that shows the first ``kept`` columns; a box above it shows the others."""
+    names = "".join(f'<th scope="col"><button>{html.escape(name)}</button></th>' for name in heads)
+    rest, folded, box = len(heads) - kept, "", ""
+    if rest:
+        folded, more = f" keep{kept}", f"{rest} more column{'s' * (rest > 1)}"
+        box = f'<input type="checkbox" class="all" title="{more}"> <span class="rest">{more}</span>'
+    table, body = f'<table class="sortable{folded}">', "\n".join(lines)
+    return f"<div>{box}{table}<thead><tr>{names}</tr></thead><tbody>\n{body}\n</tbody></table></div>"

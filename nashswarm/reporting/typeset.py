@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pandas as pd
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,7 @@ from nashswarm.reporting.latex import tex, tex_heading
 
 LEVEL = 0.05  # of all tests of a table together
 PAGE_WIDTH = 150  # characters
+FIRST = ("kl", "bytes_file", "nll_delta", "bytes_resident", "top1_agreement", "bits_per_weight_model")  # where few fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +133,36 @@ def cells(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> pd.DataFr
     return pd.DataFrame(content)
 
 
-def terminal(table: pd.DataFrame, title: str | None = None, columns: Sequence[Column] = COLUMNS) -> Table:
-    """Return a table for the terminal."""
-    content = cells(table, columns)
-    view = Table(title=title, caption=note(table) or None, header_style="bold", pad_edge=False)
+def fitting(content: pd.DataFrame, columns: Sequence[Column], width: int) -> pd.DataFrame:
+    """Return the columns of a table as text that fit ``width`` characters, at least one beside the words.
+
+    Those of ``FIRST`` stay longest, then the earlier ones.
+    """
+    metrics = {column.heading: column.metric for column in columns}
+    headings = list(map(str, content))
+    words = [heading for heading in headings if heading in WORDS]
+
+    def place(heading: str) -> int:
+        return FIRST.index(metrics[heading]) if metrics.get(heading) in FIRST else len(FIRST)
+
+    kept = list(words)
+    for heading in sorted((heading for heading in headings if heading not in words), key=place):
+        widths = [max(map(cell_len, [name, *content[name]])) for name in [*kept, heading]]
+        if sum(widths) + 3 * len(widths) - 1 <= width or kept == words:  # two spaces and a rule between columns
+            kept.append(heading)
+    return content[[heading for heading in headings if heading in kept]]
+
+
+def terminal(
+    table: pd.DataFrame, title: str | None = None, columns: Sequence[Column] = COLUMNS, width: int = PAGE_WIDTH
+) -> Table:
+    """Return a table for a terminal of ``width`` characters; it says how many columns have no room there."""
+    whole = cells(table, columns)
+    content = fitting(whole, columns, width)
+    missing = whole.shape[1] - content.shape[1]
+    more = f"{missing} more column{'s' * (missing > 1)} in the files, or in a wider terminal." if missing else ""
+    caption = "\n".join(filter(None, (note(table), more)))
+    view = Table(title=title, caption=caption or None, header_style="bold", pad_edge=False)
     main = tested_against(table["method"]) if "method" in table else REFERENCE
     for heading in content:
         view.add_column(str(heading), justify="left" if heading in WORDS else "right", overflow="fold")

@@ -164,4 +164,7 @@ def test_wheel_holds_the_kernels_and_the_model(tmp_path: pathlib.Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"nashswarm/kernels/nashswarm_kernels.so", "nashswarm/models/default_model/model.safetensors"} <= names
+    assert {"nashswarm/conf/config.yaml", "nashswarm/reporting/page.css"} <= names
+    choices = subprocess.check_output(["git", "ls-files", "conf"], cwd=ROOT, text=True).split()
+    assert {f"nashswarm/{path}" for path in choices} <= names
     assert not [name for name in names if name.startswith(("conf/", "tests/", "nashswarm/kernels/csrc"))]

@@ -222,6 +222,23 @@ def test_markdown_and_csv_of_ablation_have_one_row_per_method(records: list[Reco
     assert typeset.csv(means).count(COMMIT) == len(means), "of two seeds one commit"
 
 
+@pytest.mark.parametrize("width", [60, 100, 150, 400])
+def test_terminal_of_any_width_breaks_no_cell(width: int, records: list[Record]) -> None:
+    """Fewer columns instead, and the table says how many; the method and KL always stay."""
+    means = frame.average(frame.frame(records))
+    whole = typeset.cells(means)
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(typeset.terminal(means, width=width))
+    lines = [line for line in capture.get().splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    shown = typeset.fitting(whole, typeset.COLUMNS, width)
+    assert cells == shown.to_numpy().tolist() and {"method", "KL (nats)"} <= set(shown)
+    assert all(len(line) <= width for line in lines)
+    missing = whole.shape[1] - shown.shape[1]
+    assert (f"{missing} more column" in capture.get()) == (missing > 0) and (missing == 0) == (width == 400)
+
+
 UNCLEAN_ORIGINS: list[dict[str, Any]] = [{"commit": "ab", "dirty": True}, {"commit": None, "dirty": None}, {}]
 
 

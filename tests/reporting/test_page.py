@@ -54,6 +54,30 @@ def test_page_of_runs_shows_each_without_external_files(some: list[Record], cont
     assert "Quality against size" in content and page(some) == content
 
 
+def test_page_points_tell_the_values_of_their_rows(some: list[Record], content: str) -> None:
+    tips = re.findall(
+        r'<div class="dot[^"]*" tabindex="0" style="left:([\d.]+)%;top:([\d.]+)%">\n?<span>([^<]*)', content
+    )
+    assert len(tips) == 2 * len(some), "on disk and in memory"
+    for one in some:
+        mine = [tip for tip in tips if tip[2].startswith(f"{one.labels['method']}\n")]
+        assert len(mine) == 2 and all(0 < float(place) < 100 for tip in mine for place in tip[:2])
+        assert all(f"KL (nats): {FORMATS['kl'](one.metrics['kl'])}" in tip[2] for tip in mine)
+    lefts = {tip[2].split("\n")[0]: float(tip[0]) for tip in tips[: len(some)]}
+    smallest = min(some, key=lambda one: one.metrics["bytes_file"])
+    assert min(lefts, key=lambda name: lefts[name]) == smallest.labels["method"]
+
+
+def test_page_shows_main_columns_first_and_maps_every_layer(some: list[Record], content: str) -> None:
+    heads = re.findall(r'<th scope="col"><button>([^<]*)</button>', content)
+    first = heads[: heads.index("")]
+    assert first[0] == "method" and {"KL (nats)", "MB", "MB in memory"} <= set(first) and "quantize s" not in first
+    assert f'class="sortable keep{len(first) + 1}"' in content and "quantize s" in heads
+    for layer in some[0].layers:
+        assert html.escape(f"{layer['name']}: {layer['parameters']:,} weights in {layer['bytes']:,} bytes") in content
+    assert "<code>python -m experiments.run experiment=ablation</code>" in content
+
+
 OWN = {
     "layers": ("weights", "predicted damage (nats)", "KL alone (nats)"),
     "load": ("clients", "due per second", "P95, full", "full P95 ÷ P95"),

@@ -80,7 +80,10 @@ def pareto(points: pd.DataFrame, metric: str = "kl", size: str = "bytes_file") -
         if not raised[row] and np.isfinite([low, high]).all():
             axes.plot([sizes[row]] * 2, [max(low, floor), high], color=ink, linewidth=1)
         face = "white" if raised[row] else ink
-        axes.plot(sizes[row], values[row], marker_of[families[row]], color=ink, markerfacecolor=face)
+        axes.plot(
+            sizes[row], values[row], marker_of[families[row]], color=ink, markerfacecolor=face,
+            gid=f"point{shown.index[row]}",  # by which a page tells the row
+        )  # fmt: skip
     for axis, subs in ((axes.xaxis, (1, 2, 3, 5)), (axes.yaxis, (1, 2, 5))):
         axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
         axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda tick, _: f"{tick:g}"))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nashswarm.records.record import Record
 from nashswarm.reporting.labels import ABLATIONS, REFERENCE, rank
 
+STYLE = pathlib.Path(__file__).with_name("style.mplstyle")  # of every figure: matplotlib.style.context(STYLE)
 NEGLIGIBLE = {"kl": 1e-5, "regret": 1e-12, "perplexity": 0.0}  # nats per token; a smaller value counts as zero
 SUFFIXES = (".pdf", ".png")
 COLOURS = {  # by the beginning of a method's name
@@ -62,7 +63,7 @@ def markers(methods: Iterable[str]) -> dict[str, str]:
     return marker_of
 
 
-def shade(bits: int) -> tuple[float, float, float]:
+def shade(bits: float) -> tuple[float, float, float]:
     """Return the colour of a bit-width as (red, green, blue): the wider the darker, white for pruned tiles."""
     if bits == 0:
         return 1.0, 1.0, 1.0
