@@ -1,7 +1,7 @@
 """The quick start: the ablation on the embedded model, from nothing to a table, a figure and a page.
 
 Two processes share the runs and the cache of calibration.  What each run does is what ``experiments.run`` does with the
-same config, so its record is the same; ``measure=quality`` leaves out times, which take longer than all the rest.
+same config, so its record is the same; ``measure=quality`` leaves out times.
 """
 
 import concurrent.futures
