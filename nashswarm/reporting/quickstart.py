@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 
 import matplotlib.style
 import torch
@@ -66,6 +67,7 @@ def report(records: Sequence[Record], out: pathlib.Path, console: Console) -> di
     """Print the table of the runs, write table, figure and page, and return where each one is."""
     means = frame.tested(frame.average(frame.frame(records)), records)
     console.print(typeset.terminal(means, EXPERIMENT, width=console.width))
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every glyph in a figure
     for suffix, write in WRITERS.items():
         files.write_whole(out / "tables" / f"{EXPERIMENT}{suffix}", write(means, typeset.COLUMNS).encode())
     with matplotlib.style.context(style.STYLE):
@@ -94,19 +96,37 @@ def tracked(
 def run_all(methods: Sequence[str], out: pathlib.Path, jobs: int) -> Iterator[tuple[str, Record | str]]:
     """Yield each method when its run ends, with its record or one sentence on what failed.
 
-    The main method comes first: others read its statistics from the cache.  The method without a cache comes second,
-    because it takes longest.
+    Runs that were lost because a process was killed are tried again, one at a time.  The main method comes first:
+    others read its statistics from the cache.  The method without a cache comes second, because it takes longest.
     """
     first = [name for name in (labels.TESTED_AGAINST[0], "no_cache") if name in methods]
     order = [*first, *(name for name in methods if name not in first)]
-    spawn = multiprocessing.get_context("spawn")  # torch does not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(order)), spawn, _begin) as pool:
+    lost = []
+    with _pool(min(jobs, len(order))) as pool:
         running = {pool.submit(run_one, method, out): method for method in order}
         for future in concurrent.futures.as_completed(running):
-            try:
-                yield running[future], record.read(future.result())
-            except Exception as error:  # whatever it is, it shall not cost the other runs
-                yield running[future], f"{type(error).__name__}: {error}"
+            if isinstance(future.exception(), BrokenProcessPool):  # one worker died, and with it the whole pool
+                lost.append(running[future])
+            else:
+                yield running[future], _ended(future)
+    for method in lost:
+        with _pool(1) as alone:
+            yield method, _ended(alone.submit(run_one, method, out))
+
+
+def _pool(count: int) -> concurrent.futures.ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")  # torch does not survive a fork
+    return concurrent.futures.ProcessPoolExecutor(count, spawn, _begin)
+
+
+def _ended(future: "concurrent.futures.Future[pathlib.Path]") -> Record | str:
+    """Return the record of a run, or one sentence on what failed, which shall not cost the other runs."""
+    try:
+        return record.read(future.result())
+    except BrokenProcessPool:
+        return "its process was killed, perhaps for want of memory"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def run_one(method: str, out: pathlib.Path) -> pathlib.Path:

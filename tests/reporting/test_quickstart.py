@@ -1,5 +1,6 @@
 """The quick start: what it prints and leaves, and what a failed run costs."""
 
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -49,6 +50,21 @@ def test_quickstart_with_a_failed_run_shows_the_others_and_returns_1(
         assert str(tmp_path / name) in printed.replace("\n", "")
     assert (tmp_path / "ablation.html").read_text() == "3 runs of ['nashswarm quickstart']"
     assert max(len(line) for line in printed.splitlines() if "│" in line or "━" in line) <= 100
+
+
+def killed(method: str, out: pathlib.Path) -> pathlib.Path:
+    """Stand in for ``run_one``: its process dies at ``gptq``."""
+    if method == "gptq":
+        os._exit(9)
+    return next(path for path in RECORDS.glob("*.json") if f'"method": "{method}"' in path.read_text())
+
+
+@pytest.mark.slow
+def test_runs_of_a_killed_process_run_again_alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "run_one", killed)
+    ended = dict(quickstart.run_all(["uniform4", "gptq", "nash_lattice"], tmp_path, 1))
+    assert ended.pop("gptq") == "its process was killed, perhaps for want of memory"
+    assert {one.labels["method"] for one in ended.values() if isinstance(one, Record)} == {"uniform4", "nash_lattice"}
 
 
 def test_quickstart_without_a_good_run_writes_nothing(
