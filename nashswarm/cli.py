@@ -5,21 +5,18 @@ import logging
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 import torch
 
-from nashswarm import __version__, api, errors, inference
-from nashswarm.experiment import commands, doctor, typed_export
+from nashswarm import __version__, errors, inference
+from nashswarm.experiment import commands, compress_options, doctor, typed_export
 from nashswarm.experiment.certify import LIMIT
 from nashswarm.kernels import ACTIVATIONS
 from nashswarm.measures.contestants import CONTESTANTS
-from nashswarm.methods.nash_swarm.settings import Effort
-from nashswarm.models import checks, shapes
+from nashswarm.models import checks
 from nashswarm.progress import end_interrupted
 from nashswarm.runtime import export
 
-CACHE = pathlib.Path("~/.cache/nashswarm")
 OPTIONS = {  # what messages call by its key in a configuration
     "method.bits": "--bits",
     "method.types": "--types",
@@ -78,41 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Compress MODEL, a folder in Hugging Face layout or a name on the hub, into FOLDER: packed "
         "weights, tokenizer, model card, and what certifies it. Prints one JSON object.",
     )
-    into.add_argument("model", metavar="MODEL", help="folder or hub name; 'default' is the one that comes along")
-    into.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="new or empty; of --to gguf a new .gguf file")
-    into.add_argument(
-        "--bits", "--target-bits", type=float, help="stored bits per parameter, everything counted (3.0)"
-    )  # fmt: skip
-    into.add_argument("--to", choices=typed_export.KINDS, help="for vLLM or llama.cpp, whose types tensors choose")
-    _add_target(into)
-    into.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
-    into.add_argument("--effort", choices=get_args(Effort), default="default", help="of nash_swarm; quick is one pass")
-    into.add_argument(
-        "--calibration", metavar="TEXT", help="a text file or folder, or embedded, code, own (sampled by the model), "
-        "hub, or several joined by +; default: the hub's text if it can be reached, else own, with embedded"
-    )  # fmt: skip
-    into.add_argument("--column", help="of FILE or folder as --calibration, where it is a table; default: its text")
-    into.add_argument(
-        "--windows", type=int, help="of calibration text (48 if it has them, by layer 4); a third more is held out"
-    )
-    into.add_argument(
-        "--length", type=int, help="tokens in a window; default: the model's maximum, 512 at most (by layer 2048)"
-    )
-    into.add_argument("--exclude", nargs="+", default=(), metavar="PATTERN", help="matrices to leave at 16 bits")
-    into.add_argument("--seed", type=int, default=0)
-    _add_no_verify(into)
-    into.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"of statistics and games ({CACHE})")
-    large = into.add_argument_group("models larger than memory")
-    large.add_argument(
-        "--by-layer", action="store_true", help="a LLaMA in a folder, one decoder block in memory; "
-        "--bits is the width of a weight; the same command goes on where a killed run stopped"
-    )  # fmt: skip
-    large.add_argument("--head-bits", type=int, help="of embedding and head (--bits, but at least 4)")
-    large.add_argument("--sweeps", type=int, default=0, help="of best replies after error feedback (0)")
-    large.add_argument(
-        "--plan", action="store_true", help="only tell the bytes, seconds and memory that --by-layer will take; MODEL "
-        f"may also be one of {', '.join(shapes.LARGE)}"
-    )  # fmt: skip
+    compress_options.add_all(into)
 
     rebudgeted = command(
         "rebudget",
@@ -123,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_folder(rebudgeted)
     rebudgeted.add_argument("--bits", type=float, required=True)
-    _add_no_verify(rebudgeted)
+    compress_options.add_no_verify(rebudgeted)
     _add_out(rebudgeted)
     _add_paths(rebudgeted)
 
@@ -218,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     exported.add_argument("--to", choices=sorted([*export.TARGETS, *typed_export.KINDS]), required=True)
     exported.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new file or folder")
     exported.add_argument("--target-bits", type=float, help="of gguf, compressed-tensors: everything counted")
-    _add_target(exported)
+    compress_options.add_target(exported)
     _add_paths(exported)
     exported.add_argument(
         "--activations", choices=ACTIVATIONS, default="float32", help="what inputs of products are rounded to (float32)"
@@ -260,7 +223,12 @@ def build_parser() -> argparse.ArgumentParser:
         "Show versions, kernels, threads, extras and caches, and try products and a tiny compression.",
         epilog="Exit status: 0 if everything works, 1 if not.",
     )
-    examined.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"that the commands use ({CACHE})")
+    examined.add_argument(
+        "--cache",
+        type=pathlib.Path,
+        default=compress_options.CACHE,
+        help=f"that the commands use ({compress_options.CACHE})",
+    )
     return parser
 
 
@@ -272,15 +240,6 @@ def _quickstart(arguments: argparse.Namespace) -> int:
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="of a model that compress or save= made")
-
-
-def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--target-size", type=typed_export.size, metavar="SIZE", help="of gguf, compressed-tensors: at most, as 4.2GB"
-    )
-    parser.add_argument(
-        "--types", nargs="+", metavar="TYPE", help="that tensors choose among: Q4_K, Q8_0 ...; int4-g128, int8-g32 ..."
-    )
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
@@ -295,12 +254,6 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
-
-
-def _add_no_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not open the folder in a new process to compare it bit by bit"
-    )
 
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:
