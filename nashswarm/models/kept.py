@@ -24,7 +24,7 @@ def describe_unreached(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     """Return what a config says of unreached matrices: reason → their names, with # in place of numbers.
 
     >>> describe_unreached({"tower.0.fc1": "not used", "tower.1.fc1": "not used"})
-    {'not used': ['tower.#.fc1']}
+    {'not used': ['tower.#.fc#']}
     """
     grouped: dict[str, list[str]] = {}
     for name, reason in reasons.items():

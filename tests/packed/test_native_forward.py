@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
@@ -95,15 +95,20 @@ def configurations(draw: Any) -> tuple[str, dict[str, Any]]:
     kind, key_heads, group = draw(some.sampled_from(KINDS)), draw(some.integers(1, 3)), draw(some.integers(1, 5))
     heads, size = key_heads * group, draw(some.sampled_from((2, 8, 12, 16, 20, 64, 80)))
     layers, tied = draw(some.integers(1, 3)), draw(some.booleans())
-    if kind == "gpt2":
-        options = {"n_embd": heads * size, "n_head": heads, "n_layer": layers, "n_inner": draw(some.integers(1, 90))}
+    if kind == "gpt2":  # of two columns a norm leaves the sign of their difference alone
+        options = {
+            "n_embd": heads * max(size, 8),
+            "n_head": heads,
+            "n_layer": layers,
+            "n_inner": draw(some.integers(1, 90)),
+        }
         options["activation_function"] = draw(some.sampled_from(("gelu_new", "gelu", "gelu_pytorch_tanh")))
         return kind, options | {"scale_attn_by_inverse_layer_idx": draw(some.booleans()), "tie_word_embeddings": tied}
     options = {"num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": size}
     options |= {"hidden_size": heads * draw(some.integers(1, 20)), "intermediate_size": draw(some.integers(1, 90))}
     options |= {"num_hidden_layers": layers, "tie_word_embeddings": tied}
     if kind in ("gemma2", "olmo2"):  # norms of outputs amplify rounding where few columns may all be almost 0
-        options["hidden_size"] = max(options["hidden_size"], 32)
+        options["hidden_size"] = heads * draw(some.integers(-(-32 // heads), 40))
     if kind == "llama":
         options |= {"attention_bias": draw(some.booleans()), "mlp_bias": draw(some.booleans())}
         linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0}
@@ -133,6 +138,7 @@ def test_forward_of_any_configuration_equals_the_modules(
     model = tiny(kind, data.draw(some.integers(0, 99)), **options)
     batch = data.draw(some.integers(1, 3))
     lengths = data.draw(some.lists(some.sampled_from((1, 2, 5, 17, 66)), min_size=1, max_size=3))
+    assume(sum(lengths) <= LONGEST)
     tokens = random_tokens(batch, sum(lengths))
     padding = [data.draw(some.integers(0, lengths[0] - 1)) for _ in range(batch)]
     mask = (torch.arange(sum(lengths)) >= torch.tensor(padding)[:, None]).long()
