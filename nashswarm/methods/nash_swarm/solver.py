@@ -32,6 +32,7 @@ from nashswarm.quant.trellis_arrangement import Arrangement, Grouping, Layout, a
 ROUGHLY = 2e-3  # share of the damage that a sweep has to gain to be followed by another, before the last round
 NEXT = (-1, 1)  # steps from the present rate of a tile: all that is tried before the last round
 ROUNDED_UP = 1.001  # the most that a tile can gain, with room for rounding
+LOWEST = 0.5  # to which share of itself the price may fall after rates were tried, and none that gains was left out
 SETTLED = 2e-7  # nats per token: sweeps of a layer, and rounds of the game, end when they gain no more
 
 Result = TypeVar("Result")
@@ -111,8 +112,8 @@ class RateGame:
         """Play until no tile gains by another rate, at the price at which all layers take at most ``budget`` bytes.
 
         The first rates come from estimates.  In each round the price is found again from the true damages, tiles that
-        gain by another rate take it one after another, and the columns sweep.  In the last rounds the price stays,
-        every rate of every tile is tried, and the budget is closed: the tiles that lose least by it move.
+        gain by another rate take it one after another, and the columns sweep.  In the last rounds every rate of every
+        tile is tried, and the budget is closed: the tiles that lose least by it move.
         """
         left = budget - self.side_bytes()
         played = self._encode(self._first_rates(left))
@@ -127,11 +128,13 @@ class RateGame:
             history["regret"].append(rate_regret(played, price)[0])
             if history["regret"][-1] < SETTLED:
                 break
-        wanted = [part.rates for part in played.values()]
+        wanted, lowest = [part.rates for part in played.values()], 0.0
         for _ in range(rounds):
+            lowest = max(lowest, LOWEST * price)
             played = self._play(played, wanted, price, last=True)
-            rates = [part.rates for part in played.values()]
-            closed = prices.close([part.at_rates for part in played.values()], rates, left, self.allowed)
+            damage, rates = [part.at_rates for part in played.values()], [part.rates for part in played.values()]
+            price = max(prices.price_for(damage, left, self.allowed), lowest)
+            closed = prices.close(damage, rates, left, self.allowed)
             played = self._play(played, closed, price, last=True, forced=True)
             if rate_regret(played, price)[0] < SETTLED:
                 break
@@ -253,7 +256,7 @@ class RateGame:
                 place = np.searchsorted(choices, rates)
                 usable = np.abs(np.arange(len(choices)) - place) == 1
             else:
-                costs = price * prices.BYTES_PER_BIT * (choices - rates)
+                costs = LOWEST * price * prices.BYTES_PER_BIT * (choices - rates)
                 usable = costs < ROUNDED_UP * trellis.most_gain(state, tile).numpy()[:, None]
             masks = torch.from_numpy((usable << choices).sum(1).astype(np.int32))
             changes = trellis.deviations(state, tile, masks).numpy()
