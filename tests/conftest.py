@@ -2,10 +2,11 @@
 and matrices packed in every format."""
 
 import copy
+import logging
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Set before anything imports the hub's client: tests neither download nor leave traces in the user's caches.
@@ -49,6 +50,13 @@ FORMATS = ("tiles", "groups", "lattice", "trellis")
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    """Undo what a command with --quiet does for its process, which other tests share."""
+    yield
+    logging.getLogger("nashswarm").setLevel(logging.NOTSET)
 
 
 def sentences(count: int, seed: int) -> str:
