@@ -32,12 +32,6 @@ def full(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> pathlib.Pa
 
 
 @pytest.fixture(scope="module")
-def options(text_file: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return ["--calibration", str(text_file), "--windows", "6", "--length", "32", "--cache", cache]
-
-
-@pytest.fixture(scope="module")
 def made(
     full: pathlib.Path, options: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pathlib.Path, dict[str, Any]]:

@@ -17,12 +17,6 @@ TYPES = ["--types", "IQ4_NL", "Q5_1", "Q8_0"]
 
 
 @pytest.fixture(scope="module")
-def options(text_file: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return ["--calibration", str(text_file), "--windows", "6", "--length", "32", "--cache", cache]
-
-
-@pytest.fixture(scope="module")
 def made(
     model_folder: pathlib.Path, options: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pathlib.Path, dict[str, Any]]:

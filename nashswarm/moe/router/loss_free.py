@@ -4,12 +4,9 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn import functional
 
 from nashswarm.moe.loss import LossWeights
-from nashswarm.moe.router.router import Router, check_capacity, sigmoid_gates
+from nashswarm.moe.router.router import SigmoidRouter, check_capacity
 from nashswarm.moe.routing import Routing
 
 
@@ -33,8 +30,8 @@ class LossFree:
         return LossFreeRouter(self, width, experts, k)
 
 
-class LossFreeRouter(Router):
-    """Routes by sigmoid affinities minus prices; gates are the affinities, rescaled to sum to one."""
+class LossFreeRouter(SigmoidRouter):
+    """Routes at prices that each batch moves by one step."""
 
     settles = True
     follows = True
@@ -42,12 +39,6 @@ class LossFreeRouter(Router):
     def __init__(self, settings: LossFree, width: int, experts: int, k: int) -> None:
         super().__init__(width, experts, k, settings.capacity)
         self.settings = settings
-
-    def forward(self, x: Float[Tensor, "tokens width"]) -> Routing:
-        logits = functional.linear(x, self.weight)
-        scores = logits.sigmoid()
-        experts = (scores - self.price).topk(self.k).indices
-        return self.dispatch(experts, sigmoid_gates(scores, experts), logits, x)
 
     @torch.no_grad()
     def settle(self, routing: Routing, step: float | None = None) -> None:

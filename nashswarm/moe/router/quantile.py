@@ -6,10 +6,9 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from nashswarm.moe.loss import LossWeights
-from nashswarm.moe.router.router import Router, check_capacity, sigmoid_gates
+from nashswarm.moe.router.router import SigmoidRouter, check_capacity
 from nashswarm.moe.routing import Routing
 
 
@@ -35,8 +34,8 @@ class QuantileBalance:
         return QuantileRouter(self, width, experts, k)
 
 
-class QuantileRouter(Router):
-    """Routes by sigmoid affinities minus prices; gates are the affinities, rescaled to sum to one."""
+class QuantileRouter(SigmoidRouter):
+    """Routes at prices that are solved on each batch."""
 
     settles = True
     solves = True
@@ -44,12 +43,6 @@ class QuantileRouter(Router):
     def __init__(self, settings: QuantileBalance, width: int, experts: int, k: int) -> None:
         super().__init__(width, experts, k, settings.capacity)
         self.settings = settings
-
-    def forward(self, x: Float[Tensor, "tokens width"]) -> Routing:
-        logits = functional.linear(x, self.weight)
-        scores = logits.sigmoid()
-        experts = (scores - self.price).topk(self.k).indices
-        return self.dispatch(experts, sigmoid_gates(scores, experts), logits, x)
 
     @torch.no_grad()
     def settle(self, routing: Routing, step: float | None = None) -> None:

@@ -128,6 +128,16 @@ class Router(nn.Module, abc.ABC):
         """
 
 
+class SigmoidRouter(Router):
+    """Routes by sigmoid affinities minus prices; gates are the affinities, rescaled to sum to one."""
+
+    def forward(self, x: Float[Tensor, "tokens width"]) -> Routing:
+        logits = functional.linear(x, self.weight)
+        scores = logits.sigmoid()
+        experts = (scores - self.price).topk(self.k).indices
+        return self.dispatch(experts, sigmoid_gates(scores, experts), logits, x)
+
+
 def softmax_gates(
     logits: Float[Tensor, "tokens experts"], experts: Int[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens k"]:
