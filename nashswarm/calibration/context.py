@@ -13,6 +13,10 @@ from nashswarm.progress import Track, no_track
 Quantize = Callable[[Mapping[str, Moments]], Mapping[str, Tensor]]
 
 
+def _unknown(*_: Any, **__: Any) -> Mapping[str, Moments]:
+    raise NotImplementedError("this context has no such statistics")
+
+
 @dataclasses.dataclass(frozen=True)
 class CalibrationContext:
     """All that a compression method may know of a model.
@@ -25,10 +29,10 @@ class CalibrationContext:
       weights (all others in full precision), on that many tokens of held-out calibration text (None: all of it).
     - ``cached(kind, key, compute)`` returns tensors, read from an earlier run or computed.
     - ``track(items, description)`` iterates over items and shows progress.
-    - ``moments_after(key, quantize, share=1, first=None)`` returns the statistics of the full model, with gradients of
-      one that is compressed already: ``quantize`` makes its weights from the statistics ``first``, by default of the
-      full model (None: gradients of the full model too), and ``key`` names them in the cache.  One in ``share`` windows
-      counts.  Tokens are expected by Zipf's law, and not evenly as in ``moments()``.
+    - ``zipf_moments(share=1)`` returns the same of tokens that are expected by Zipf's law, and not evenly.  One in
+      ``share`` windows counts.
+    - ``moments_after(quantize, key)`` returns the latter with gradients of the model whose weights ``quantize`` makes
+      from them; ``key`` names these in the cache.
     - ``inputs_after(weights, names)`` returns E[x xᵀ] of these modules in the model with these layer weights.
     - ``calibration``: the model and its calibration windows, for libraries that calibrate by their own means.
     """
@@ -40,6 +44,7 @@ class CalibrationContext:
     heldout_kl: Callable[[Mapping[str, Tensor], int | None], float]
     cached: Callable[[str, Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
     track: Track = no_track
-    moments_after: Callable[..., Mapping[str, Moments]] | None = None
+    zipf_moments: Callable[..., Mapping[str, Moments]] = _unknown
+    moments_after: Callable[[Quantize, Mapping[str, Any]], Mapping[str, Moments]] = _unknown
     inputs_after: Callable[[Mapping[str, Tensor], Sequence[str]], Mapping[str, Tensor]] | None = None
     calibration: tuple[Any, Integer[Tensor, "windows length"]] | None = None

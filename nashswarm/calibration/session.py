@@ -103,6 +103,7 @@ class CalibrationSession:
             heldout_kl=self.heldout_kl,
             cached=self.cache,
             track=self.track,
+            zipf_moments=self.zipf_moments,
             moments_after=self.moments_after,
             inputs_after=self.inputs_after,
             calibration=(self.full, self.calibration),
@@ -139,40 +140,31 @@ class CalibrationSession:
         tensors = self.cache("moments", {}, lambda: self._calibrate(self.calibration, "even").tensors())
         return MomentsTable.from_tensors(tensors)
 
-    def moments_after(
-        self,
-        key: Mapping[str, Any],
-        quantize: Quantize | None,
-        share: int = 1,
-        first: Mapping[str, Moments] | None = None,
-    ) -> MomentsTable:
-        """Return the statistics of the full model, with gradients of one that is quantized already, or from the cache.
-
-        ``quantize`` makes its weights from the statistics ``first``, by default those of the full model; None stands
-        for full precision.  ``key``: the settings that the weights depend on.  ``share``: one in so many windows
-        counts.  A gradient that vanishes in the full model, as that of a saturated attention head does, need not vanish
-        there, and errors of the size that is made are what counts.  The inputs stay those of the full model: with
-        those of the quantized one, errors that it makes already would look like part of the text.
-        """
+    def zipf_moments(self, share: int = 1) -> MomentsTable:
+        """Return the statistics with tokens expected by Zipf's law, of one in ``share`` windows, or from the cache."""
         windows = self.calibration[: max(len(self.calibration) // share, 1)]
-        count = {"windows": len(windows)}
-        before = (
-            MomentsTable.from_tensors(
-                self.cache("moments_full", count, lambda: self._calibrate(windows, "zipf").tensors())
-            )
-            if first is None
-            else MomentsTable.of(first)
+        tensors = self.cache(
+            "moments_zipf", {"windows": len(windows)}, lambda: self._calibrate(windows, "zipf").tensors()
         )
-        if quantize is None:
-            return before
+        return MomentsTable.from_tensors(tensors)
+
+    def moments_after(self, quantize: Quantize, key: Mapping[str, Any]) -> MomentsTable:
+        """Return ``zipf_moments()`` with gradients of a model that is quantized already, or from the cache.
+
+        ``quantize`` makes its weights from those statistics; ``key``: the settings that they depend on.  A gradient
+        that vanishes in the full model, as that of a saturated attention head does, need not vanish there.  The inputs
+        stay those of the full model: with those of the quantized one, errors that it makes already would look like
+        part of the text.
+        """
+        before = self.zipf_moments()
 
         def gradients() -> dict[str, Tensor]:
             weights = quantize(before)
             with self._replaced(weights):
                 del weights
-                return self._calibrate(windows, "zipf", before).gradients()
+                return self._calibrate(self.calibration, "zipf", before).gradients()
 
-        return before.with_gradients(self.cache("gradients_after", {**key, **count}, gradients))
+        return before.with_gradients(self.cache("gradients_after", key, gradients))
 
     def _calibrate(
         self, windows: Integer[Tensor, "windows length"], expected: Expected, known: MomentsTable | None = None

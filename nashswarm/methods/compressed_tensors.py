@@ -16,7 +16,6 @@ from nashswarm.calibration.context import CalibrationContext
 from nashswarm.errors import require
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods.method import Compressed
-from nashswarm.methods.nash_swarm.settings import FIRST_BITS, moments_after_first_pass
 from nashswarm.methods.type_game import TypeGame, solve
 from nashswarm.models import compressed_tensors_folder as folders
 from nashswarm.quant.curvature import factor_curvature
@@ -128,7 +127,7 @@ class CompressedTensors:
                 f"bytes, {8 * least / context.parameters:.3f} bits per parameter, since embedding and head stay in "
                 "16-bit floats; ask for more"
             )
-        moments = moments_after_first_pass(context)
+        moments = context.zipf_moments()
         damage = self._damages(context, players, moments)
         damage = np.where(np.isnan(damage), damage[:, [-1]], damage)
         names = tuple("+".join(layer.name for layer in player) for player in players)
@@ -155,7 +154,7 @@ class CompressedTensors:
             tracked = context.track(players, "measuring types")
             return {"damage": torch.tensor([[damage(player, name) for name in self.actions] for player in tracked])}
 
-        key = {"types": list(self.actions), "floor": self.floor, "moments": FIRST_BITS}
+        key = {"types": list(self.actions), "floor": self.floor}
         return context.cached("signed_groups_damage", key, compute)["damage"].double().numpy()
 
     def _rounded(

@@ -15,7 +15,6 @@ from nashswarm.errors import require
 from nashswarm.layers import Layer, Moments, curvature
 from nashswarm.methods.gguf_types.certificate import ALL_TYPES, FLOAT, certificate, fits, sizes
 from nashswarm.methods.method import Compressed
-from nashswarm.methods.nash_swarm.settings import FIRST_BITS, moments_after_first_pass
 from nashswarm.methods.peers.llama_cpp import code_width
 from nashswarm.methods.type_game import TypeGame, solve
 from nashswarm.models import gguf_architectures, gguf_file
@@ -103,7 +102,7 @@ class GgufTypes:
                 f"a GGUF file of {total:,} bytes is too small: with the smallest types that fit its rows this model "
                 f"takes {least:,} bytes, {8 * least / context.parameters:.3f} bits per parameter; ask for more"
             )
-        moments = moments_after_first_pass(context)
+        moments = context.zipf_moments()
         damage = self._damages(context, moments)
         names = tuple(layer.name for layer in context.layers)
         game = solve(names, self.actions, np.where(refused, damage[:, [-1]], damage), size, total - others)
@@ -128,7 +127,7 @@ class GgufTypes:
             rows = [measure_types(layer, self.actions, curvature(layer, moments, self.floor)) for layer in layers]
             return {"damage": torch.tensor(rows)}
 
-        key = {"types": list(self.actions), "floor": self.floor, "moments": FIRST_BITS}
+        key = {"types": list(self.actions), "floor": self.floor}
         return context.cached("ggml_damage", key, compute)["damage"].double().numpy()
 
 

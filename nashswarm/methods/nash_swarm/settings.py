@@ -35,10 +35,9 @@ class NashSwarm:
     controls.  ``rotation``: of the rows of a group by a Hadamard matrix.  ``sweeps``: of best replies by all columns,
     at most, after error feedback and after every round of the game; 0 for error feedback alone.  ``rounds``: of the
     game, at most.  ``floor``: share of a layer's mean sensitivity that is added to that of each row.  ``gradients_at``:
-    where gradients are taken, at the ``full`` model or at one ``compressed`` by a single pass.  ``effort``:
-    ``quick`` for a single pass of error feedback at the rates that estimates advise, with gradients at the full model
-    from a third of the windows; nobody plays, so there is no certificate.  ``best`` to take sensitivities twice, the
-    second time at a model compressed by the first ones.  ``cache``: reuse statistics of earlier runs.
+    where gradients are taken, at the ``full`` model or, as a control, at one ``compressed`` by a single pass.
+    ``effort``: ``quick`` for a single pass of error feedback at the rates that estimates advise, with a third of the
+    calibration windows; nobody plays, so there is no certificate.  ``cache``: reuse statistics of earlier runs.
 
     Raises ValueError for a setting without a meaning.
     """
@@ -51,7 +50,7 @@ class NashSwarm:
     sweeps: int = 30
     rounds: int = 5
     floor: float = 0.1
-    gradients_at: GradientsAt = "compressed"
+    gradients_at: GradientsAt = "full"
     effort: Effort = "default"
     cache: bool = True
 
@@ -101,12 +100,9 @@ class NashSwarm:
                 f"method.bits={self.bits} is below the smallest possible size of this model, {least:.3f} bits per "
                 f"parameter with every tile at {self.rates[0]} bits; raise method.bits"
             )
-        assert context.moments_after is not None
-        if self.effort == "quick":
-            return game_on(context.moments_after({"weights": "full"}, None, QUICK_SHARE))
-        if self.gradients_at == "full":
-            return game_on(context.moments_after({"weights": "full"}, None))
-        return game_on(moments_after_first_pass(context, twice=self.effort == "best"))
+        if self.gradients_at == "compressed":
+            return game_on(moments_after_first_pass(context))
+        return game_on(context.zipf_moments(QUICK_SHARE if self.effort == "quick" else 1))
 
     def first_weights(self, context: CalibrationContext, moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
         """Return the weights after a single pass of error feedback with these statistics."""
@@ -118,19 +114,10 @@ class NashSwarm:
         return int(self.bits * context.parameters / 8) - context.fixed_bytes - PADDING_BYTES
 
 
-def moments_after_first_pass(context: CalibrationContext, twice: bool = False) -> Mapping[str, Moments]:
+def moments_after_first_pass(context: CalibrationContext) -> Mapping[str, Moments]:
     """Return statistics with gradients of a model that a single pass has compressed.
 
-    ``twice``: another pass, with these statistics, compresses the model for those that are returned.
-
-    The pass has the default settings, also for an ablation, another budget or another method: all take the same
-    statistics, from the cache, and differ by what they do with them.
+    The pass has the default settings, whatever the budget, so that all budgets take the same statistics.
     """
-    assert context.moments_after is not None
-    first, key = NashSwarm(bits=FIRST_BITS), {"bits": FIRST_BITS}
-
-    def once(moments: Mapping[str, Moments]) -> Mapping[str, Tensor]:
-        return first.first_weights(context, moments)
-
-    moments = context.moments_after(key, once)
-    return context.moments_after(key | {"taken": 2}, once, first=moments) if twice else moments
+    first = NashSwarm(bits=FIRST_BITS)
+    return context.moments_after(lambda moments: first.first_weights(context, moments), {"bits": FIRST_BITS})
