@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     context = dataclasses.replace(
         loaded.session.context(),
         moments=lambda: moments,
-        moments_after=lambda key, quantize, share=1, first=None: moments,
+        zipf_moments=lambda share=1: moments,
     )
     methods: dict[str, Method] = {
-        "nash_swarm": dataclasses.replace(own, floor=0.0, gradients_at="full"),
+        "nash_swarm": dataclasses.replace(own, floor=0.0),
         "nash_lattice": NashLattice(bits=options.bits, sweeps=options.sweeps, strength=(0.0,), swarm=None),
     }
     rows = [measure(name, method, loaded, context) for name, method in methods.items()]

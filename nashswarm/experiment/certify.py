@@ -1,7 +1,6 @@
 """Certify a saved model: reopen its run, decode its bytes, enumerate all deviations and compare with the record.
 
-Of the program that compressed the model, only decoders and calibration are used.  (Calibration may be that of a model
-that was quantized once: then the same single pass is made again.)  The sums are those of
+Of the program that compressed the model, only decoders and calibration are used.  The sums are those of
 ``enumeration`` (lattices and groups) and of ``tile_deviations`` (trellis tiles), second implementations of the games.
 """
 

@@ -47,8 +47,8 @@ def test_moments_after_have_inputs_of_the_full_model_and_gradients_of_the_one_wi
         seen.append(moments)
         return weights
 
-    after = session.moments_after({}, quantize)
-    part = session.moments_after({"weights": "full"}, None, share=4)
+    after = session.moments_after(quantize, {})
+    part = session.zipf_moments(share=4)
     names = [module for layer in session.layers for module in layer.modules]
 
     def calibrated(model: Any, windows: Tensor) -> Mapping[str, Any]:
@@ -70,22 +70,12 @@ def test_moments_after_have_inputs_of_the_full_model_and_gradients_of_the_one_wi
         assert torch.equal(layer.weight, next(one.weight for one in session.layers if one.name == layer.name))
 
 
-def test_moments_after_given_statistics_calibrates_the_compressed_model_alone(model: Any, windows: Tensor) -> None:
-    session, calibrated = session_of(model, windows), []
-    given = session.moments_after({}, None)
-    session.track = lambda items, description: calibrated.append(len(items)) or items  # type: ignore[func-returns-value]
-    weights, seen = noisy(session, 0.2), []
-    after = session.moments_after({}, lambda moments: seen.append(moments) or weights, first=given)  # type: ignore[func-returns-value]
-    assert torch.equal(seen[0][QUERIES].coupled, given[QUERIES].coupled) and calibrated == [len(windows)]
-    assert torch.equal(after[QUERIES].inputs, given[QUERIES].inputs)
-
-
 def test_moments_after_calibrates_the_full_model_once(model: Any, windows: Tensor, tmp_path: pathlib.Path) -> None:
     session, calibrated = session_of(model, windows), []
     session.cache = Cache(tmp_path, {})
     session.track = lambda items, description: calibrated.append(len(items)) or items  # type: ignore[func-returns-value]
-    session.moments_after({"weights": "noisy"}, lambda moments: noisy(session, 0.2))
-    session.moments_after({"weights": "noisier"}, lambda moments: noisy(session, 0.4))
+    session.moments_after(lambda moments: noisy(session, 0.2), {"weights": "noisy"})
+    session.moments_after(lambda moments: noisy(session, 0.4), {"weights": "noisier"})
     assert len(calibrated) == 3
 
 
@@ -106,8 +96,8 @@ def test_moments_after_show_a_saturated_head_that_those_of_the_full_model_hide(m
         return {QUERIES: removed}
 
     assert share_of_head(session.moments()) < 1e-6
-    assert share_of_head(session.moments_after({}, None)) < 1e-3  # products may be rounded here
-    assert share_of_head(session.moments_after({}, after_removal)) > 0.1
+    assert share_of_head(session.zipf_moments()) < 1e-3  # products may be rounded here
+    assert share_of_head(session.moments_after(after_removal, {})) > 0.1
     with torch.no_grad():
         full = model(input_ids=windows).logits.log_softmax(-1)
         matrices.set_weights(session.candidate_model, {QUERIES: removed})

@@ -36,7 +36,7 @@ CHANGED = {  # method → what it is made from, and what it changes of that
     "no_cache": ("nash_swarm", {"cache"}),
     "random_groups": ("nash_swarm", {"grouping"}),
     "feature_groups": ("nash_swarm", {"grouping"}),
-    "full_gradients": ("nash_swarm", {"gradients_at"}),
+    "compressed_gradients": ("nash_swarm", {"gradients_at"}),
     "baseline": ("uniform4", {"bits"}),
     "uniform3": ("uniform4", {"bits"}),
     "rtn": ("uniform4", {"search"}),

@@ -62,7 +62,7 @@ METHODS = {
     "no_cache": TILES | PLAYED,
     "random_groups": TILES | PLAYED,
     "feature_groups": TILES | PLAYED,
-    "full_gradients": TILES | PLAYED,
+    "compressed_gradients": TILES | PLAYED,
     "nash_swarm": TILES | PLAYED,
 }
 

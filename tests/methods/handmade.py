@@ -72,13 +72,20 @@ def context_of(
 
     parameters = sum(layer.parameters for layer in layers)
 
-    def moments_after(
-        key: Mapping[str, Any], quantize: Quantize | None, share: int = 1, first: Any = None
-    ) -> Mapping[str, Moments]:
-        if quantize is not None:
-            quantize(moments)
+    def zipf_moments(share: int = 1) -> Mapping[str, Moments]:
+        return moments
+
+    def moments_after(quantize: Quantize, key: Mapping[str, Any]) -> Mapping[str, Moments]:
+        quantize(moments)
         return moments  # which do not depend on the weights
 
     return CalibrationContext(
-        layers, FIXED_BYTES, parameters, lambda: moments, heldout_kl, cached, moments_after=moments_after
+        layers,
+        FIXED_BYTES,
+        parameters,
+        lambda: moments,
+        heldout_kl,
+        cached,
+        zipf_moments=zipf_moments,
+        moments_after=moments_after,
     )

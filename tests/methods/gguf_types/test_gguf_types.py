@@ -133,7 +133,7 @@ def test_round_below_the_smallest_types_raises_before_calibrating(session: Calib
         raise AssertionError("calibrated")
 
     context = session.context()
-    object.__setattr__(context, "moments_after", calibrate)
+    object.__setattr__(context, "zipf_moments", calibrate)
     with pytest.raises(ValueError, match=r"a GGUF file of 20,000 bytes is too small: .* takes [\d,]+ bytes"):
         GgufTypes().round(context, 20_000, 0)
 

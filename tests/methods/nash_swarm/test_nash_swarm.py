@@ -16,7 +16,7 @@ from nashswarm.kernels import trellis as form
 from nashswarm.layers import Moments, curvature
 from nashswarm.methods.method import Compressed
 from nashswarm.methods.nash_swarm import prices, solver
-from nashswarm.methods.nash_swarm.settings import QUICK_SHARE, NashSwarm
+from nashswarm.methods.nash_swarm.settings import FIRST_BITS, QUICK_SHARE, NashSwarm
 from nashswarm.methods.nash_swarm.solver import RateGame
 from nashswarm.quant import trellis
 from nashswarm.quant.curvature import Curvature
@@ -108,44 +108,32 @@ def test_no_nash_gives_one_rate_or_two_neighbours_and_more_damage() -> None:
     assert "regret_max" not in uniform.metrics and "price" not in uniform.metrics
 
 
-def test_quick_is_one_pass_at_the_full_model_and_claims_no_equilibrium() -> None:
-    context, taken = context_with(SHAPES), []
+def test_quick_is_one_pass_with_a_third_of_the_windows_and_claims_no_equilibrium() -> None:
+    context, shares = context_with(SHAPES), []
 
-    def moments_after(
-        key: Mapping[str, Any], quantize: Quantize | None, share: int = 1, first: Any = None
-    ) -> Mapping[str, Moments]:
-        taken.append((dict(key), quantize, share))
+    def zipf_moments(share: int = 1) -> Mapping[str, Moments]:
+        shares.append(share)
         return context.moments()
 
-    told = dataclasses.replace(context, moments_after=moments_after)
+    told = dataclasses.replace(context, zipf_moments=zipf_moments)
     metrics = VARIANTS["quick"].compress(told, np.random.default_rng(0)).metrics
-    assert taken == [({"weights": "full"}, None, QUICK_SHARE)]
+    assert shares == [QUICK_SHARE]
     assert not {"price", "regret_max", "potential_end"} & set(metrics)
 
 
-def test_best_takes_sensitivities_again_at_a_model_compressed_by_the_first_ones() -> None:
-    context = context_with(SHAPES)
-    few, once, twice = ({name: part} for name, part in zip("abc", context.moments().values(), strict=False))
-    asked, quantized = [], []
+def test_compressed_gradients_are_those_of_one_pass_at_three_bits() -> None:
+    context, seen = context_with(SHAPES), []
 
-    def moments_after(
-        key: Mapping[str, Any], quantize: Quantize | None, share: int = 1, first: Any = None
-    ) -> Mapping[str, Moments]:
-        assert quantize is not None
-        quantize(few if first is None else first)
-        asked.append(tuple(key.items()))
-        return [once, twice][len(asked) - 1]
-
-    def first_weights(self: NashSwarm, context: CalibrationContext, moments: Mapping[str, Moments]) -> dict[str, Any]:
-        quantized.append(moments)
-        return {}
+    def moments_after(quantize: Quantize, key: Mapping[str, Any]) -> Mapping[str, Moments]:
+        seen.append((key, quantize(context.moments())))
+        return context.moments()
 
     told = dataclasses.replace(context, moments_after=moments_after)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NashSwarm, "first_weights", first_weights)
-        game = dataclasses.replace(SMALL, effort="best").game(told, np.random.default_rng(0))
-    assert quantized == [few, once] and game.moments is twice
-    assert len(set(asked)) == 2
+    dataclasses.replace(SMALL, gradients_at="compressed").game(told, np.random.default_rng(0))
+    ((key, weights),) = seen
+    assert key == {"bits": FIRST_BITS}
+    first = NashSwarm(bits=FIRST_BITS).first_weights(context, context.moments())
+    assert all(torch.equal(weights[name], first[name]) for name in first)
 
 
 def test_each_part_lowers_the_damage() -> None:
