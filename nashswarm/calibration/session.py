@@ -19,7 +19,7 @@ from nashswarm.calibration.moments import Expected, calibrate
 from nashswarm.calibration.moments_table import MomentsTable
 from nashswarm.calibration.prefix_replay import PrefixReplay
 from nashswarm.calibration.reach import keep_unreached, score_of
-from nashswarm.layers import Layer, Moments
+from nashswarm.layers import Layer
 from nashswarm.memory import trim_heap
 from nashswarm.models import evaluation, kept, matrices
 from nashswarm.packed import file_format

@@ -231,8 +231,7 @@ def draw_windows(
     if len(windows) < calibration + holdout:
         raise ValueError(
             f"the calibration text has {len(windows)} windows, fewer than the {calibration} + {holdout} asked for; "
-            "lower dataset.calibration_windows, dataset.holdout_windows or dataset.sequence_length, or leave the first "
-            "two null for as many as there are (of the command nashswarm: --windows, --length)"
+            "give more text, or lower dataset.calibration_windows or dataset.sequence_length"
         )
     order = torch.from_numpy(rng.permutation(len(windows)))
     return windows[order[:calibration]], windows[order[calibration : calibration + holdout]]

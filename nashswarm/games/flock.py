@@ -10,7 +10,6 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float
 from scipy import sparse
-from sklearn.neighbors import NearestNeighbors
 
 Graph = Literal["features", "shuffled", "random", "index"]
 
@@ -41,6 +40,8 @@ def flock(
         return sparse.csr_array((blocks, blocks))
     rows = np.repeat(np.arange(blocks), neighbours)
     if graph in ("features", "shuffled"):
+        from sklearn.neighbors import NearestNeighbors  # here, because it takes a second and 100 MB
+
         points = standardise(features)
         distances, nearest = NearestNeighbors(n_neighbors=neighbours).fit(points).kneighbors()
         typical = np.median(distances)

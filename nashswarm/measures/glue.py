@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from scipy import stats
 from scipy.special import rel_entr, softmax
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
 from nashswarm.data.glue import Labels, Truth
@@ -20,10 +19,23 @@ from nashswarm.records import statistics
 from nashswarm.records.statistics import RESAMPLES
 
 Scores = Float[np.ndarray, "examples classes"]
+
+
+def _of_scikit_learn(name: str) -> Callable[[Labels, Labels], float]:
+    """Return a metric of a package that takes a second and 100 MB to import: when it is called."""
+
+    def metric(labels: Labels, predicted: Labels) -> float:
+        from sklearn import metrics
+
+        return float(getattr(metrics, name)(labels, predicted))
+
+    return metric
+
+
 METRICS: Mapping[str, Callable[[Labels, Labels], float]] = {  # of labels and predictions
-    "accuracy": accuracy_score,
-    "f1": f1_score,
-    "matthews": matthews_corrcoef,
+    "accuracy": _of_scikit_learn("accuracy_score"),
+    "f1": _of_scikit_learn("f1_score"),
+    "matthews": _of_scikit_learn("matthews_corrcoef"),
     "pearson": lambda labels, predicted: stats.pearsonr(labels, predicted).statistic,
     "spearman": lambda labels, predicted: stats.spearmanr(labels, predicted).statistic,
 }
