@@ -97,7 +97,7 @@ def compress(
     the real tokens joined, in windows as long as the longest row.  ``bits``: stored bits
     per parameter of the whole model (for ``gptq`` and ``uniform`` the nominal width).  ``exclude``: names or patterns
     of matrices to leave at 16 bits.  ``effort``: of ``nash_swarm``, ``quick`` for a single pass without a game,
-    ``best`` for sensitivities that are taken twice.
+    ``best`` for four times as many windows, where the text has them.
 
     Raises ValueError in one sentence for anything that does not fit together.
     """
@@ -121,7 +121,7 @@ def _compress(
     architecture.check_embedding(model)
     windows, about = _windows(model, tokenizer, calibration)
     rng = np.random.default_rng(seed)
-    drawn = corpus.draw_windows(windows.to(model.device), None, None, rng)
+    drawn = corpus.draw_windows(windows.to(model.device), None, None, rng, corpus.most_windows(chosen))
     if model.device.type == "cpu" and model.dtype != torch.float32:
         log.warning("the compressed copy computes in float32 on a CPU; .to(%s) turns it back", model.dtype)
     full = copy.deepcopy(model).float().eval()

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from nashswarm.calibration.missing_moments import mean_of_siblings, no_moments
 from nashswarm.calibration.moments_table import MomentsTable, PackedMoments, SymmetricMatrix
 from nashswarm.calibration.nll import Labels, summed_nll
+from nashswarm.calibration.recomputation import recomputed_blocks
 from nashswarm.calibration.token_frequencies import smoothed
 from nashswarm.memory import trim_heap
 from nashswarm.models.evaluation import without_cache, without_padding
@@ -44,12 +45,15 @@ class _MomentSums:
     """Running sums of one module, updated by hooks, on the CPU: matrices in float32, vectors in float64.
 
     ``head``: whether its outputs are the logits of tokens.  ``zipf``: whether its rows are of tokens.  ``known``: the
-    moments whose inputs stay, so that gradients alone are summed.  ``calls``: its inputs in the present window.
+    moments whose inputs stay, so that gradients alone are summed.  ``recomputing``: whether the module is called only
+    to have its activations again.  ``calls``: its inputs in the present window.
     Modules that had the same inputs in all windows share ``inputs``.
     """
 
-    def __init__(self, module: nn.Module, head: bool, zipf: bool, known: PackedMoments | None) -> None:
-        self.module, self.head, self.zipf, self.known = module, head, zipf, known
+    def __init__(
+        self, module: nn.Module, head: bool, zipf: bool, known: PackedMoments | None, recomputing: Callable[[], bool]
+    ) -> None:
+        self.module, self.head, self.zipf, self.known, self.recomputing = module, head, zipf, known, recomputing
         self.routed: bool = getattr(module, "routed", False)  # a matrix of one expert
         self.positions = 0
         self.calls: list[Tensor] = []
@@ -64,7 +68,7 @@ class _MomentSums:
 
     def add_inputs(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook: keep the inputs, and register a hook on the gradient of the output."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self.recomputing():
             return output
         held: list[Tensor] = []
         if isinstance(module, nn.Embedding) or not output.requires_grad:
@@ -187,14 +191,14 @@ def _add_inputs(sums: Iterable[_MomentSums]) -> None:
 
 @contextlib.contextmanager
 def _moment_hooks(
-    model: Any, names: Sequence[str], zipf: bool, known: Mapping[str, PackedMoments]
+    model: Any, names: Sequence[str], zipf: bool, known: Mapping[str, PackedMoments], recomputing: Callable[[], bool]
 ) -> Iterator[dict[str, _MomentSums]]:
     """Collect the sums of these modules during the context, with the gradients of all parameters switched off."""
     head = model.get_output_embeddings()
     modules = {name: model.get_submodule(name) for name in names}
     embedding = model.get_input_embeddings()
     sums = {
-        name: _MomentSums(module, module is head, zipf and module in (head, embedding), known.get(name))
+        name: _MomentSums(module, module is head, zipf and module in (head, embedding), known.get(name), recomputing)
         for name, module in modules.items()
     }
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -257,7 +261,11 @@ def calibrate(
     model.eval()
     fast = _bfloat16_products() if rounded and windows.device.type == "cpu" else contextlib.nullcontext()
     given = {} if known is None else known.data
-    with _moment_hooks(model, names, expected == "zipf", given) as sums, fast:
+    with (
+        recomputed_blocks(model) as recomputing,
+        _moment_hooks(model, names, expected == "zipf", given, recomputing) as sums,
+        fast,
+    ):
         for number, window in enumerate(track(list(windows), "calibrating")):
             scalar = score(model, window, generator)
             _add_inputs(sums.values())

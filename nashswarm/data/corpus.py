@@ -213,15 +213,24 @@ def first_windows(
     return windows[:count]
 
 
+def most_windows(method: Any) -> int:
+    """Return how many windows ``draw_windows`` is to draw by default for a compression method."""
+    return CALIBRATION_WINDOWS * getattr(method, "windows_factor", 1)
+
+
 def draw_windows(
-    windows: Int[Tensor, "windows length"], calibration: int | None, holdout: int | None, rng: np.random.Generator
+    windows: Int[Tensor, "windows length"],
+    calibration: int | None,
+    holdout: int | None,
+    rng: np.random.Generator,
+    most: int = CALIBRATION_WINDOWS,
 ) -> tuple[Int[Tensor, "calibration length"], Int[Tensor, "holdout length"]]:
     """Draw two disjoint random sets of windows: one to calibrate on and one to hold out.
 
-    By default (None) all windows are drawn, ``CALIBRATION_WINDOWS`` at most, and a quarter of them is held out.  Raises
-    ValueError if there are not enough.
+    By default (None) all windows are drawn, ``most`` at most, and a quarter of them is held out.  Raises ValueError if
+    there are not enough.
     """
-    most = min(len(windows), CALIBRATION_WINDOWS)
+    most = min(len(windows), most)
     if None in (calibration, holdout) and most < 2:
         raise ValueError(f"the calibration text fills only {most} window of {windows.shape[1]} tokens: give more text")
     holdout = max(most // 4, 1) if holdout is None else holdout

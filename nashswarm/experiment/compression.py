@@ -94,7 +94,9 @@ def load(config: DictConfig, planned: Plan) -> LoadedRun:
         checks.check_tokens(windows, loaded.model, loaded.tokenizer)
     test = corpus.first_windows(test, dataset.test_windows, "test")
     check(planned.measure, test)
-    calibration, holdout = corpus.draw_windows(pool, dataset.calibration_windows, dataset.holdout_windows, rng)
+    calibration, holdout = corpus.draw_windows(
+        pool, dataset.calibration_windows, dataset.holdout_windows, rng, corpus.most_windows(planned.method)
+    )
     if isinstance(dataset, CalibrationText):
         loaded.model.config.calibration = about(dataset.source, texts["calibration"], calibration)
     label_seed = int(rng.integers(2**31))

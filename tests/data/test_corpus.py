@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from nashswarm.data import corpus
-from nashswarm.data.corpus import Dataset, HubText, StdlibDocs, cut_windows, draw_windows, first_windows, sha256
+from nashswarm.data.corpus import (
+    Dataset,
+    HubText,
+    StdlibDocs,
+    cut_windows,
+    draw_windows,
+    first_windows,
+    most_windows,
+    sha256,
+)
+from nashswarm.methods.nash_swarm.settings import NashSwarm
 
 
 def write(folder: pathlib.Path, **splits: str) -> str:
@@ -202,6 +212,14 @@ def test_draw_windows_by_default_holds_out_a_quarter(
     sets = draw_windows(pool, *asked, np.random.default_rng(0))
     assert tuple(map(len, sets)) == drawn
     assert len(set(torch.cat(sets)[:, 0].tolist())) == sum(drawn)
+
+
+def test_draw_windows_for_best_effort_takes_four_times_as_many() -> None:
+    pool, rng = torch.zeros(1000, 4, dtype=torch.long), np.random.default_rng(0)
+    for effort, drawn in (("default", (48, 16)), ("best", (192, 64))):
+        sets = draw_windows(pool, None, None, rng, most_windows(NashSwarm(effort=effort)))
+        assert tuple(map(len, sets)) == drawn
+    assert most_windows(object()) == most_windows(NashSwarm())
 
 
 def test_draw_windows_of_one_window_refused() -> None:

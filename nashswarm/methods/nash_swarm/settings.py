@@ -21,6 +21,7 @@ RateRule = Literal["equilibrium", "uniform"]
 GradientsAt = Literal["compressed", "full"]
 Effort = Literal["quick", "default", "best"]
 QUICK_SHARE = 3  # one in so many windows calibrates by quick effort
+BEST_FACTOR = 4  # times as many windows calibrate by the best one
 FIRST_BITS = 3.0  # of the pass before sensitivities are taken, whatever the budget
 
 
@@ -37,7 +38,8 @@ class NashSwarm:
     game, at most.  ``floor``: share of a layer's mean sensitivity that is added to that of each row.  ``gradients_at``:
     where gradients are taken, at the ``full`` model or, as a control, at one ``compressed`` by a single pass.
     ``effort``: ``quick`` for a single pass of error feedback at the rates that estimates advise, with a third of the
-    calibration windows; nobody plays, so there is no certificate.  ``cache``: reuse statistics of earlier runs.
+    calibration windows; nobody plays, so there is no certificate.  ``best`` for four times as many windows, where their
+    number is left open.  ``cache``: reuse statistics of earlier runs.
 
     Raises ValueError for a setting without a meaning.
     """
@@ -65,6 +67,11 @@ class NashSwarm:
             raise ValueError(f"method.rates {list(self.rates)} must be ascending whole numbers from 0 to {INT8}")
         if self.sweeps < 0 or self.rounds < 1 or self.floor < 0:
             raise ValueError("method.sweeps and method.floor must not be negative, and method.rounds at least 1")
+
+    @property
+    def windows_factor(self) -> int:
+        """How many times as many calibration windows as usual to take, where their number is left open."""
+        return BEST_FACTOR if self.effort == "best" else 1
 
     def compress(self, context: CalibrationContext, rng: np.random.Generator) -> Compressed:
         """Return the model compressed to ``bits`` per parameter, with the certificate of its game.
