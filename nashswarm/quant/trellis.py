@@ -19,6 +19,7 @@ from nashswarm.kernels.trellis_codes import COLUMNS, ROWS, UNIT, values_of
 from nashswarm.quant.trellis_arrangement import Arrangement, Layout
 
 BLOCK = 64  # columns
+ROWS_AT_ONCE = 8192  # whose errors are in memory
 ALL_RATES = (1 << RATES) - 1
 
 
@@ -55,7 +56,10 @@ class State:
 
     def refresh(self) -> None:
         """Compute the slopes anew, without the rounding errors of many updates."""
-        torch.mm(self.arrangement.inputs, self.arrangement.weights - self.columns.values, out=self.slopes)
+        for start in range(0, self.slopes.shape[1], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            error = self.arrangement.weights[:, rows] - self.columns.values[:, rows]
+            self.slopes[:, rows] = self.arrangement.inputs @ error
 
     def encoded(self) -> Encoded:
         """Return what a file holds of it."""
