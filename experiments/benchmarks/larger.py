@@ -76,7 +76,7 @@ def main() -> None:
         write(full)
     words = ["compress", str(full), "--windows", str(options.windows), "--length", str(options.length)]
     words += ["--sweeps", str(options.sweeps)]
-    planned = json.loads(command([*words, "--plan"]))
+    planned = json.loads(command([*words, "--plan", "--by-layer"]))
     words += ["--by-layer", "--out", str(small)]
     blocks = CONFIGURED["num_hidden_layers"] + 2
     at = int(KILLED_AT * blocks)
@@ -88,7 +88,7 @@ def main() -> None:
     about = json.loads((small / "nashswarm.json").read_text())
     larger = {}
     for name in shapes.LARGE:
-        larger[name] = json.loads(command(["compress", name, "--plan"]))
+        larger[name] = json.loads(command(["compress", name, "--plan", "--by-layer"]))
     content = {
         "model": CONFIGURED,
         "bytes_full": sum(path.stat().st_size for path in full.iterdir()),

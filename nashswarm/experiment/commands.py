@@ -12,11 +12,13 @@ from typing import Any
 
 from nashswarm import api
 from nashswarm.calibration.texts import COLUMN
+from nashswarm.data import corpus
 from nashswarm.experiment import certify as certificates
-from nashswarm.experiment import plan, run, streaming, texts, typed_export
+from nashswarm.experiment import forecast, plan, run, streaming, texts, typed_export
 from nashswarm.measures.size import Size
+from nashswarm.methods.nash_swarm.settings import NashSwarm
 from nashswarm.methods.streaming.settings import ByLayer
-from nashswarm.models import sources
+from nashswarm.models import architecture, sources
 from nashswarm.packed import model_folder
 from nashswarm.records.record import Record
 
@@ -24,12 +26,14 @@ DEFAULT_BITS = 3.0  # of a folder, where nothing else is said
 
 
 def compress(arguments: argparse.Namespace) -> int:
-    """Compress a model into a folder or a GGUF file, or forecast what ``--by-layer`` takes, and print the result."""
+    """Compress a model into a folder or a GGUF file, or forecast what that takes, and print the result."""
     if arguments.to is not None:
         _check_typed(arguments)
     elif arguments.target_size is not None or arguments.types is not None:
         raise ValueError("--target-size and --types go with --to gguf and --to compressed-tensors; say --bits instead")
     arguments.bits = DEFAULT_BITS if arguments.bits is None and arguments.to is None else arguments.bits
+    if arguments.plan and not arguments.by_layer:
+        return _print(_forecast(arguments))
     if arguments.plan:
         by_layer = _by_layer(arguments)  # which also sets the windows
         return _print(streaming.forecast_by_layer(arguments.model, by_layer, arguments.windows, arguments.length))
@@ -66,6 +70,18 @@ def compress(arguments: argparse.Namespace) -> int:
         return _print(typed_export.compress(config, arguments.out, arguments.target_size, arguments.bits))
     labels = {"model": source.label, "method": method, "dataset": dataset.label, "measure": "size"}
     return _print_record(run.run(config, labels, verify=not arguments.no_verify).record, arguments.out)
+
+
+def _forecast(arguments: argparse.Namespace) -> dict[str, Any]:
+    method = api.method_of(arguments.method or "nash_swarm", arguments.bits, arguments.effort)
+    if not isinstance(method, NashSwarm) or arguments.exclude:
+        raise ValueError(
+            "--plan forecasts nash_swarm without --exclude, or --by-layer: leave --method and --exclude out"
+        )
+    config = forecast.config_of(arguments.model)
+    length = min(arguments.length or sources.LONGEST_WINDOW, architecture.max_tokens(config) or sources.LONGEST_WINDOW)
+    windows = corpus.most_windows(method) * 3 // 4 if arguments.windows is None else arguments.windows
+    return forecast.forecast(arguments.model, config, method, windows, length)
 
 
 def _calibration(arguments: argparse.Namespace) -> str | None:

@@ -42,6 +42,10 @@ def add_all(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     add_no_verify(parser)
     parser.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"of statistics and games ({CACHE})")
+    parser.add_argument(
+        "--plan", action="store_true", help="only tell the bytes, seconds and memory that it will take; MODEL may also "
+        f"be one of {', '.join(sorted(shapes.SHAPES.keys() | shapes.LARGE.keys()))}"
+    )  # fmt: skip
     large = parser.add_argument_group("models larger than memory")
     large.add_argument(
         "--by-layer", action="store_true", help="a LLaMA in a folder, one decoder block in memory; "
@@ -49,10 +53,6 @@ def add_all(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     large.add_argument("--head-bits", type=int, help="of embedding and head (--bits, but at least 4)")
     large.add_argument("--sweeps", type=int, default=0, help="of best replies after error feedback (0)")
-    large.add_argument(
-        "--plan", action="store_true", help="only tell the bytes, seconds and memory that --by-layer will take; MODEL "
-        f"may also be one of {', '.join(shapes.LARGE)}"
-    )  # fmt: skip
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

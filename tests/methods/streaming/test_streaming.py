@@ -374,7 +374,7 @@ def test_command_plan_compress_and_inspect_agree(
     monkeypatch.setattr(forecast, "SAMPLE_COLUMNS", 512)
     monkeypatch.setattr(forecast, "SAMPLE_ROWS", 64)
     words = ["compress", str(folder), "--windows", "2", "--length", "32", "--calibration", str(text_file)]
-    assert main([*words, "--plan"]) == 0
+    assert main([*words, "--plan", "--by-layer"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert main([*words, "--by-layer", "--sweeps", "2", "--out", str(tmp_path / "out")]) == 0
     metrics = json.loads(capsys.readouterr().out)
@@ -394,8 +394,8 @@ def test_command_plan_compress_and_inspect_agree(
         (["--sweeps", "2", "--out", "x"], "go with --by-layer"),
     ):
         assert main([*words, *more]) == 2 and message in capsys.readouterr().err
-    assert main(["compress", "llama2_7b", "--plan"]) == 0
-    assert main(["compress", "llama_none", "--plan"]) == 2
+    assert main(["compress", "llama2_7b", "--plan", "--by-layer"]) == 0
+    assert main(["compress", "llama_none", "--plan", "--by-layer"]) == 2
 
 
 @pytest.mark.slow
