@@ -68,11 +68,13 @@ class _MomentSums:
 
     def add_inputs(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook: keep the inputs, and register a hook on the gradient of the output."""
-        if not torch.is_grad_enabled() or self.recomputing():
+        if not torch.is_grad_enabled():
+            return output
+        if isinstance(module, nn.Embedding) or not output.requires_grad:
+            output = start_gradients(output)  # in both passes: a block must keep the same tensors in both
+        if self.recomputing():
             return output
         held: list[Tensor] = []
-        if isinstance(module, nn.Embedding) or not output.requires_grad:
-            output = start_gradients(output)
         if isinstance(module, nn.Embedding):
             rows, positions = module.num_embeddings, output.numel() // output.shape[-1]
             if type(module).forward is nn.Embedding.forward:
