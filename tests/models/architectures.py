@@ -1,6 +1,8 @@
 """Compress a tiny random model of each architecture of transformers as users do, and see what becomes of it.
 
-``python -m tests.models.architectures`` prints what it finds, and writes it to build/architectures.md.
+``python -m tests.models.architectures`` appends a line an architecture to build/architectures.jsonl, and writes
+build/architectures.md from all lines.  Started again, it goes on after the last line; architectures that are named
+behind the command are tried again.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from transformers.models.auto import modeling_auto
@@ -23,10 +26,12 @@ import nashswarm
 from nashswarm import cli
 from nashswarm.models import architecture
 from nashswarm.packed.native_forward import plain_class
+from tests.conftest import VOCABULARY, sentences
 from tests.models.tiny_configs import tiny_model
 
 NEW_TOKENS, PROMPT, LENGTH = 5, 8, 24
-TOGETHER = 24  # models that one new process opens
+TOGETHER = 8  # models that one new process opens
+RESULTS, PAGE = pathlib.Path("build/architectures.jsonl"), pathlib.Path("build/architectures.md")
 BITS = 9.0  # so that towers at 16 bits leave room
 MAPPINGS = {
     "causal": ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -225,21 +230,33 @@ def page(trials: Sequence[Trial]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Try all architectures and write the page."""
+def padded_tokenizer(text: str) -> Any:
+    """Return a small byte-level BPE tokenizer that can pad, trained on a text."""
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator([text], VOCABULARY, show_progress=False, special_tokens=["<|endoftext|>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+
+
+def main(again: Sequence[str]) -> None:
+    """Try the architectures that have no line yet, and those named ``again``, and write the page."""
     logging.disable()
     torch.set_num_threads(1)
-    trials: list[Trial] = []
-    kinds = all_kinds()
+    RESULTS.parent.mkdir(exist_ok=True)
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    trials = {(trial.kind, trial.purpose): trial for trial in (Trial(**json.loads(line)) for line in lines)}
+    kinds = [key for key in all_kinds() if key not in trials or key[0] in again]
     for first in range(0, len(kinds), TOGETHER):
-        with tempfile.TemporaryDirectory() as folder:
-            for trial in try_all(kinds[first : first + TOGETHER], pathlib.Path(folder), None):
-                trials.append(trial)
+        with tempfile.TemporaryDirectory() as folder, RESULTS.open("a") as file:
+            (text := pathlib.Path(folder, "text.txt")).write_text(sentences(60, 3))
+            command_line = CommandLine(padded_tokenizer(sentences(120, 0)), text)
+            for trial in try_all(kinds[first : first + TOGETHER], pathlib.Path(folder), command_line):
+                trials[trial.kind, trial.purpose] = trial
                 print(trial, flush=True)
-    file = pathlib.Path("build/architectures.md")
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(page(trials))
+                file.write(json.dumps(dataclasses.asdict(trial)) + "\n")
+    PAGE.write_text(page([trials[key] for key in all_kinds()]))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -4,7 +4,6 @@ import pathlib
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers
 
@@ -12,7 +11,8 @@ import nashswarm
 from nashswarm.models import architecture
 from nashswarm.models.split_experts import unfuse
 from nashswarm.packed.native_forward import plain_class
-from tests.conftest import VOCABULARY, sentences
+from tests.conftest import sentences
+from tests.models import architectures
 from tests.models.architectures import CommandLine, all_kinds, command, try_all
 from tests.models.tiny_configs import tiny_config, tiny_model
 
@@ -39,12 +39,7 @@ def groups(kinds: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
 
 @pytest.fixture(scope="module")
 def padded_tokenizer() -> Any:
-    """A small byte-level BPE tokenizer that can pad."""
-    trained = tokenizers.ByteLevelBPETokenizer()
-    trained.train_from_iterator([sentences(120, 0)], VOCABULARY, show_progress=False, special_tokens=["<|endoftext|>"])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
+    return architectures.padded_tokenizer(sentences(120, 0))
 
 
 @pytest.fixture(scope="module")
