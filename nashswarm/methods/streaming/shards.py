@@ -55,8 +55,8 @@ def skeleton(config: Any) -> Any:
     """Return the model of a config, without memory.  Raises ValueError unless it is a LLaMA of plain floats."""
     if config.model_type != "llama":
         raise ValueError(
-            f"compress by layer knows only LLaMA's architecture, and this is {config.model_type!r}: leave --by-layer out, "
-            "which compresses the model as a whole in memory"
+            f"compress by layer knows only LLaMA's architecture, and this is {config.model_type!r}: leave --by-layer "
+            "out, which compresses the model as a whole in memory"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("the checkpoint is quantized already: start from the full model")
