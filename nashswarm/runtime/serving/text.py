@@ -17,9 +17,17 @@ UNKNOWN = "\ufffd"  # in place of bytes that are no whole character
 def encode_prompt(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
     """Return the tokens of a prompt, which may be tokens already.
 
-    Raises ValueError for a prompt without tokens, or with tokens that the model does not know.
+    Raises ValueError for a prompt without tokens, or with half of a surrogate pair, which JSON can name and no
+    tokenizer reads.
     """
     if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the prompt holds {prompt[error.start]!a} at character {error.start}, which is half of a surrogate "
+                "pair and no character: send whole characters"
+            ) from error
         prompt = [int(token) for token in tokenizer(prompt, verbose=False)["input_ids"]]
     if not prompt:
         raise ValueError("the prompt has no tokens")

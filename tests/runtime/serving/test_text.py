@@ -121,6 +121,8 @@ def test_encode_prompt_takes_text_or_tokens(tokenizer: Any) -> None:
     for nothing in ("", []):
         with pytest.raises(ValueError, match="the prompt has no tokens"):
             encode_prompt(tokenizer, nothing)
+    with pytest.raises(ValueError, match=r"holds '\\ud83d' at character 4, which is half of a surrogate pair"):
+        encode_prompt(tokenizer, "the \ud83d")
 
 
 @pytest.fixture
