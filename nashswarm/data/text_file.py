@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import pathlib
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -33,8 +34,8 @@ def read_file(path: pathlib.Path, column: str | None = None, most: int | None = 
         return _unmarked(_content(path, most).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is cut short or no gzip file: {error}") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is cut short or no sound gzip file: {error}") from error
 
 
 def _unmarked(text: str) -> str:

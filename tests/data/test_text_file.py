@@ -89,3 +89,13 @@ def test_huge_calibration_file_is_read_in_whole_lines_that_are_spread_evenly(
     assert numbers == sorted(numbers) and numbers[0] < 500
     assert name == "a.csv" or (numbers[-1] > 17_000 and max(b - a for a, b in itertools.pairwise(numbers)) < 4000)
     assert read_file(path) == "\n".join(lines)
+
+
+def test_gzip_file_whose_content_is_damaged_raises(tmp_path: pathlib.Path) -> None:
+    whole, path = bytearray(gzip.compress(bytes(range(256)) * 40)), tmp_path / "a.txt.gz"
+    for place in range(10, len(whole) - 8, 7):  # behind the header; some bytes break the codes, others the checksum
+        damaged = whole.copy()
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.txt\.gz is (cut short or no sound gzip file|not UTF-8)"):
+            read_file(path)
