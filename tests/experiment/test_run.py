@@ -420,7 +420,7 @@ WRONG = {
     "dataset.path=nobody/nothing": "the dataset nobody/nothing cannot be read from the Hugging Face hub",
     "dataset.path=???": "dataset.path must be given",
     "dataset.sequence_length=100000": "dataset.sequence_length=100000 is not between 2 and the model's maximum of 64",
-    "dataset.calibration_windows=100000": "lower dataset.calibration_windows, dataset.holdout_windows or",
+    "dataset.calibration_windows=100000": "give more text, or lower dataset.calibration_windows or",
     "dataset.test_windows=100000": "fewer than dataset.test_windows=100000",
     "model.exclude=[nothing]": "model.exclude names no matrix of this model: nothing",
     "method=fixed_width method.group_size=48": "not divisible by group_size 48",
