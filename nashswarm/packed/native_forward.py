@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -107,29 +107,51 @@ def describe(model: Any) -> Description:
     return found
 
 
-def step(model: Any, caches: Sequence[Any], ids: Sequence[int]) -> Float[Tensor, "texts vocabulary"] | None:
-    """Append one token to each of several texts in one pass; return the logits after it.
+def extend(
+    model: Any, caches: Sequence[Any], pieces: Sequence[Sequence[int]]
+) -> Float[Tensor, "texts vocabulary"] | None:
+    """Append a piece, of one token or more, to each of several texts; return the logits after each piece.
 
-    ``caches``: a ``DynamicCache`` for each text.  The logits are, bit for bit, those of a pass of each text alone.
-    Returns None where only the modules can compute it.
+    ``caches``: a ``DynamicCache`` for each text.  Texts share passes, and with them the products.  The logits are, bit
+    for bit, those of a pass of each text alone.  Returns None where only the modules can compute it.  The caches count
+    the new tokens once all passes are done: after an error the texts are what they were.
     """
     if not isinstance(model, NativeForward):
         return None
     try:
         description, activations = _ready(model)
         shape = Shape(1, description.struct.key_heads, description.struct.head_size)
-        places = torch.tensor([cache.get_seq_length() for cache in caches])
-        tables = [_reserve(cache, 1, shape, description) for cache in caches]
+        starts = [cache.get_seq_length() for cache in caches]
+        tables = [_reserve(cache, len(piece), shape, description) for cache, piece in zip(caches, pieces, strict=True)]
     except UnknownPart as unknown:
         _say(model, unknown)
         return None
-    texts = torch.arange(len(caches))
-    tokens = decoder.Tokens(torch.tensor(ids), texts, places, torch.zeros_like(texts), places)
-    turns = description.turns_of(int(places.max()) + 1)
-    logits = decoder.forward(description.struct, tokens, torch.cat(tables), turns, texts, activations)
-    for cache in caches:
-        append(cache, 1)
-    return logits
+    turns = description.turns_of(max(start + len(piece) for start, piece in zip(starts, pieces, strict=True)))
+    rows = []
+    for own in _passes([len(piece) for piece in pieces]):
+        columns = torch.tensor([
+            (token, text, place)
+            for text, (start, piece) in enumerate(zip(starts[own], pieces[own], strict=True))
+            for place, token in enumerate(piece, start)
+        ])  # fmt: skip
+        ids, texts, places = columns.T.contiguous()
+        tokens = decoder.Tokens(ids, texts, places, torch.zeros_like(texts), places)
+        last = torch.tensor([len(piece) for piece in pieces[own]]).cumsum(0) - 1
+        rows.append(decoder.forward(description.struct, tokens, torch.cat(tables[own]), turns, last, activations))
+    for cache, piece in zip(caches, pieces, strict=True):
+        append(cache, len(piece))
+    return torch.cat(rows)
+
+
+def _passes(sizes: Sequence[int]) -> Iterator[slice]:
+    """Split texts with so many new tokens into passes: whole texts, since attention rounds a split one differently."""
+    first = total = 0
+    for number, size in enumerate(sizes):
+        if first < number and total + size > decoder.TOKENS:
+            yield slice(first, number)
+            first, total = number, 0
+        total += size
+    yield slice(first, len(sizes))
 
 
 def _say(model: Any, unknown: UnknownPart) -> None:

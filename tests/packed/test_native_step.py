@@ -50,6 +50,42 @@ def test_steps_of_many_texts_are_those_of_each_alone(path: Callable[[str], None]
     check()
 
 
+def test_pieces_of_many_texts_in_one_go_are_those_of_each_alone(path: Callable[[str], None]) -> None:
+    models: dict[str, Any] = {}
+
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        kind=some.sampled_from(KINDS),
+        sizes=some.lists(some.tuples(some.integers(1, 64), some.integers(1, 64)), min_size=1, max_size=9),
+        activations=some.sampled_from(("int8", "float32")),
+        used=some.sampled_from([name for name in native.available() if name != native.SLOW]),
+    )
+    def check(kind: str, sizes: list[tuple[int, int]], activations: Any, used: str) -> None:
+        path(used)
+        model = models.setdefault(kind, natively(tiny(kind, **SLIDING.get(kind, {}))))
+        set_activations(model, activations)
+        stepper = ModuleStepper(model)
+        caches, alone = ([stepper.start() for _ in sizes] for _ in range(2))
+        for part in zip(*sizes, strict=True):  # the second pieces follow the first
+            texts = random_tokens(len(sizes), max(part)).tolist()
+            pieces = [text[:size] for text, size in zip(texts, part, strict=True)]
+            wanted = [stepper.read(cache, piece, False) for cache, piece in zip(alone, pieces, strict=True)]
+            assert torch.equal(stepper.extend(caches, pieces), torch.cat(wanted))
+
+    check()
+
+
+def test_pieces_that_fail_leave_all_texts_as_they_were() -> None:
+    stepper = ModuleStepper(natively(tiny("llama")))
+    caches, alone = ([stepper.start() for _ in range(3)] for _ in range(2))
+    pieces = random_tokens(3, 40).tolist()  # more than a pass takes
+    with pytest.raises(IndexError, match="there is no token 100000"):
+        stepper.extend(caches, [*pieces[:2], [100000]])
+    assert [cache.get_seq_length() for cache in caches] == [0, 0, 0]
+    wanted = [stepper.read(cache, piece, False) for cache, piece in zip(alone, pieces, strict=True)]
+    assert torch.equal(stepper.extend(caches, pieces), torch.cat(wanted))
+
+
 def test_more_texts_than_a_pass_takes_are_those_of_each_alone() -> None:
     stepper = ModuleStepper(natively(tiny("llama")))
     count = decoder.TOKENS + 5

@@ -6,7 +6,8 @@ import sys
 import time
 from typing import Any
 
-from nashswarm.runtime.serving.engine import Engine, Piece, Prompt
+from nashswarm.runtime.serving.answer import Piece, Prompt
+from nashswarm.runtime.serving.engine import Engine
 from nashswarm.runtime.serving.text import encode_conversation
 
 ASKING = "> "

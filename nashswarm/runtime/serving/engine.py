@@ -1,8 +1,9 @@
 """Generate many answers at once: texts join the batch and leave it between two steps (continuous batching).
 
-One thread computes.  Between two steps it lets go of answers that nobody waits for, admits those that have waited
-longest while there is room, and reads a piece of the next prompts; a step then adds one token to every answer.  A
-prompt is read in pieces, so that a long one does not hold the others up.
+One thread computes.  Between two steps it lets go of answers that nobody waits for, and admits those that have waited
+longest while there is room.  A step reads a piece of the next prompts and adds one token to every other answer, in
+passes that all of them share if the model can.  A prompt is read in pieces, so that a long one does not hold the others
+up.
 """
 
 import collections
@@ -10,22 +11,19 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nashswarm.runtime.serving.sampling import Scored, sample, score
+from nashswarm.runtime.serving.answer import Answer, Finish, Piece, Prompt
+from nashswarm.runtime.serving.sampling import sample, score
 from nashswarm.runtime.serving.steps import Stepper
-from nashswarm.runtime.serving.text import TextStream
 
 log = logging.getLogger(__name__)
-Finish = Literal["stop", "length"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,35 +41,6 @@ class Limits:
     tokens: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What to answer, and how.
-
-    ``max_tokens``: of the answer.  ``temperature``, ``top_p``: see ``sampling``.  ``seed``: None draws one.
-    ``stops``: texts that end the answer.  ``alternatives``: tokens to score beside each of the answer; None: no scores.
-    ``scored``: whether the prompt's tokens are scored too.
-    """
-
-    tokens: Sequence[int]
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stops: Sequence[str] = ()
-    alternatives: int | None = None
-    scored: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Part of an answer: text, the number of its tokens, their scores if wanted, and why it ends if it does."""
-
-    text: str
-    tokens: int
-    scores: tuple[Scored, ...] = ()
-    finish: Finish = None
-
-
 class FullError(Exception):
     """As many answers wait as may."""
 
@@ -82,39 +51,6 @@ class LateError(Exception):
 
 class FailedError(Exception):
     """An answer could not be computed."""
-
-
-Deliver = Callable[[Piece | Exception], None]
-
-
-class Answer:
-    """An answer in the making; what comes of it goes to ``deliver``, in the thread of the engine.
-
-    The last thing that is delivered is a piece with ``finish``, or an exception.
-    """
-
-    def __init__(self, prompt: Prompt, deliver: Deliver, tokenizer: Any, deadline: float) -> None:
-        self.prompt, self.deliver, self.deadline = prompt, deliver, deadline
-        self.gone = False  # finished or cancelled
-        self.cache: Any = None
-        self.read = 0  # tokens of the prompt
-        self.made: list[int] = []
-        self.scores: list[Scored] = []  # that no piece has told yet
-        self.text = TextStream(tokenizer, prompt.tokens, prompt.stops)
-        self.generator = torch.Generator().manual_seed(secrets.randbits(63) if prompt.seed is None else prompt.seed)
-
-    @property
-    def size(self) -> int:
-        """Return the tokens that the text may grow to."""
-        return len(self.prompt.tokens) + self.prompt.max_tokens
-
-    def score_prompt(self, logits: Float[Tensor, "positions vocabulary"]) -> None:
-        """Score the tokens of the prompt that follow those which were just read; the first one follows nothing."""
-        tokens, first, alternatives = self.prompt.tokens, self.read + 1, self.prompt.alternatives or 0
-        if first == 1:
-            self.scores.append(Scored(tokens[0]))
-        following = zip(logits, tokens[first : first + len(logits)], strict=False)
-        self.scores += [score(row, token, alternatives) for row, token in following]
 
 
 class Engine:
@@ -173,7 +109,6 @@ class Engine:
 
     def _run(self) -> None:
         while self._admit():
-            self._read()
             self._step()
         self._active.clear()
 
@@ -198,29 +133,65 @@ class Engine:
         limit = self._limits.tokens
         return limit is None or not self._active or sum(other.size for other in (*self._active, answer)) <= limit
 
-    def _read(self) -> None:
-        """Read a piece of the prompts that are not read yet, or several short ones, those that came first first.
+    def _step(self) -> None:
+        """Read a piece of the next prompts, and add one token to every answer whose prompt is read."""
+        pieces = self._next_pieces()
+        self._read([piece for piece in pieces if piece[0].prompt.scored])
+        unscored = [piece for piece in pieces if not piece[0].prompt.scored]
+        if not self._extend(unscored):
+            self._read(unscored)
+            self._grow()
+
+    def _next_pieces(self) -> list[tuple[Answer, Sequence[int]]]:
+        """Return pieces of the prompts to read next, those that came first first: one, and what finds room beside it.
 
         How a prompt is cut does not depend on the others, so that its numbers are rounded as if it were alone.
         """
-        room = piece = self._stepper.piece
-        for answer in [answer for answer in self._active if answer.read < len(answer.prompt.tokens)]:
-            if room <= 0:
-                break
+        piece, pieces = self._stepper.piece, []
+        room = piece - len(self._growing())
+        for answer in self._active:
             tokens = answer.prompt.tokens[answer.read : answer.read + piece]
-            room -= len(tokens)
+            if tokens and pieces and len(tokens) > room:
+                break
+            if tokens:
+                pieces.append((answer, tokens))
+                room -= len(tokens)
+        return pieces
+
+    def _growing(self) -> list[Answer]:
+        """Return the answers whose prompt is read."""
+        return [answer for answer in self._active if answer.made and not answer.gone]
+
+    def _extend(self, pieces: Sequence[tuple[Answer, Sequence[int]]]) -> bool:
+        """Read pieces of prompts and add a token to the other answers together; return False if that cannot be done."""
+        texts = [*pieces, *((answer, answer.made[-1:]) for answer in self._growing())]
+        if not texts:
+            return True
+        try:
+            caches = [self._cache(answer) for answer, _ in texts]
+            logits = self._stepper.extend(caches, [tokens for _, tokens in texts])
+        except Exception:
+            log.warning("%d texts could not be computed together: each is computed alone", len(texts), exc_info=True)
+            return False
+        if logits is None:
+            return False
+        for number, ((answer, tokens), row) in enumerate(zip(texts, logits, strict=True)):
             with self._blamed([answer]):
-                answer.cache = self._stepper.start() if answer.cache is None else answer.cache
-                logits = self._stepper.read(answer.cache, tokens, answer.prompt.scored)
+                self._take(answer, tokens if number < len(pieces) else (), row)
+        return True
+
+    def _read(self, pieces: Sequence[tuple[Answer, Sequence[int]]]) -> None:
+        """Read pieces of prompts one by one."""
+        for answer, tokens in pieces:
+            with self._blamed([answer]):
+                logits = self._stepper.read(self._cache(answer), tokens, answer.prompt.scored)
                 if answer.prompt.scored:
                     answer.score_prompt(logits)
-                answer.read += len(tokens)
-                if answer.read == len(answer.prompt.tokens):
-                    self._advance(answer, logits[-1])
+                self._take(answer, tokens, logits[-1])
 
-    def _step(self) -> None:
+    def _grow(self) -> None:
         """Add one token to every answer whose prompt is read."""
-        answers = [answer for answer in self._active if answer.made and not answer.gone]
+        answers = self._growing()
         if not answers:
             return
         with self._blamed(answers):
@@ -228,6 +199,17 @@ class Engine:
             for answer, row in zip(answers, logits, strict=True):
                 with self._blamed([answer]):
                     self._advance(answer, row)
+
+    def _cache(self, answer: Answer) -> Any:
+        """Return the cache of an answer, which has none until its prompt is read."""
+        answer.cache = self._stepper.start() if answer.cache is None else answer.cache
+        return answer.cache
+
+    def _take(self, answer: Answer, read: Sequence[int], logits: Float[Tensor, " vocabulary"]) -> None:
+        """Count tokens of the prompt that are read; once all are, add the token that follows."""
+        answer.read += len(read)
+        if answer.read == len(answer.prompt.tokens):
+            self._advance(answer, logits)
 
     def _advance(self, answer: Answer, logits: Float[Tensor, " vocabulary"]) -> None:
         """Add the token that follows to an answer, and deliver what it makes of its text."""

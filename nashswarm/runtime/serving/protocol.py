@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from nashswarm.runtime.serving.engine import Prompt
+from nashswarm.runtime.serving.answer import Prompt
 from nashswarm.runtime.serving.text import DECODING, encode_conversation, encode_prompt
 
 MOST_CHOICES = 128

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from nashswarm.runtime.serving.engine import Finish, Piece, Prompt
+from nashswarm.runtime.serving.answer import Finish, Piece, Prompt
 from nashswarm.runtime.serving.sampling import Scored
 from nashswarm.runtime.serving.text import UNKNOWN, token_text
 

@@ -22,7 +22,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nashswarm.runtime.serving import protocol, replies
-from nashswarm.runtime.serving.engine import Engine, FailedError, FullError, LateError, Limits, Piece, Prompt
+from nashswarm.runtime.serving.answer import Piece, Prompt
+from nashswarm.runtime.serving.engine import Engine, FailedError, FullError, LateError, Limits
 from nashswarm.runtime.serving.protocol import ChatRequest, CompletionRequest
 from nashswarm.runtime.serving.steps import ModuleStepper, Stepper
 from nashswarm.runtime.serving.text import end_tokens, longest_text

@@ -50,6 +50,15 @@ class Stepper(Protocol):
     def step(self, caches: Sequence[Any], tokens: Sequence[int]) -> Float[Tensor, "texts vocabulary"]:
         """Append one token to each text; return the logits after it."""
 
+    def extend(
+        self, caches: Sequence[Any], pieces: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "texts vocabulary"] | None:
+        """Append a piece to each text in passes that they share; return the logits after each piece.
+
+        Returns None, and appends nothing, if pieces of several tokens take a pass each.  After an error nothing is
+        appended either.
+        """
+
 
 class ModuleStepper:
     """Steps of a causal language model of transformers: natively where the library knows it, else on its modules.
@@ -86,13 +95,19 @@ class ModuleStepper:
         alone = len(caches) == 1 or not self.batched
         return self.step_alone(caches, tokens) if alone else self.step_batched(caches, tokens)
 
+    @torch.no_grad()
+    def extend(
+        self, caches: Sequence[DynamicCache], pieces: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "texts vocabulary"] | None:
+        return native_forward.extend(self.model, caches, pieces) if self.batched else None
+
     def step_alone(self, caches: Sequence[DynamicCache], tokens: Sequence[int]) -> Float[Tensor, "texts vocabulary"]:
         """Append one token to each text in a pass of its own."""
         return torch.cat([self.read(cache, [token], False) for cache, token in zip(caches, tokens, strict=True)])
 
     def step_batched(self, caches: Sequence[DynamicCache], tokens: Sequence[int]) -> Float[Tensor, "texts vocabulary"]:
         """Append one token to each text in one pass; right only for models that ``batched`` was found true for."""
-        if (logits := native_forward.step(self.model, caches, tokens)) is not None:
+        if (logits := native_forward.extend(self.model, caches, [[token] for token in tokens])) is not None:
             return logits
         config, device = self.model.config, self.model.device
         lengths = [cache.get_seq_length() for cache in caches]

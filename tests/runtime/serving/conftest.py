@@ -36,6 +36,9 @@ class Gate:
         self._enter()
         return self.stepper.step(caches, tokens)
 
+    def extend(self, caches: Sequence[Any], pieces: Sequence[Sequence[int]]) -> Any:
+        return None  # each text is read alone, and then a step enters
+
     def _enter(self) -> None:
         self.entered += 1
         if self.entered == self.pause:

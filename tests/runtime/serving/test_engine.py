@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from nashswarm.runtime.serving.engine import Answer, Engine, FailedError, FullError, LateError, Limits, Piece, Prompt
+from nashswarm.models.matrices import find_layers
+from nashswarm.packed import checkpoint, native_forward
+from nashswarm.runtime.serving.answer import Answer, Piece, Prompt
+from nashswarm.runtime.serving.engine import Engine, FailedError, FullError, LateError, Limits
 from nashswarm.runtime.serving.replies import merge
 from nashswarm.runtime.serving.steps import ModuleStepper
 
@@ -75,6 +78,61 @@ def test_answers_equal_greedy_loop_however_they_share_steps(
     assert answered == [greedy(prompt.tokens, 12) for prompt in asked]
     assert max(gate.sizes) <= batch and (min(batch, piece) < 4 or max(gate.sizes) > 3)
     assert running.admitted == 0
+
+
+class Noted(ModuleStepper):
+    """Steps that note how many texts and how many tokens share each; ``broken``: a token that cannot be read."""
+
+    broken = -1
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.shared: list[tuple[int, int]] = []
+
+    def extend(self, caches: Any, pieces: Any) -> Any:
+        if any(self.broken in piece for piece in pieces):
+            raise MemoryError("no memory is left")
+        self.shared.append((len(pieces), sum(map(len, pieces))))
+        return super().extend(caches, pieces)
+
+    def read(self, cache: Any, tokens: Any, every: bool) -> Any:
+        if self.broken in tokens:
+            raise MemoryError("no memory is left")
+        return super().read(cache, tokens, every)
+
+
+@pytest.fixture
+def noted(model: Any, packed: Callable[..., Any]) -> Noted:
+    """Steps of a model that the library computes."""
+    checkpoint.adopt(model, find_layers(model), packed(model, "trellis"))
+    return Noted(native_forward.natively(model))
+
+
+def test_prompts_and_steps_share_passes_and_answers_are_those_of_each_alone(
+    engine: Callable[..., Engine], noted: Noted
+) -> None:
+    asked = [*prompts(12, 6, seed=2), *prompts(2, 4, seed=9, scored=True, alternatives=1)]
+    alone = engine(noted, ends=frozenset())
+    expected = [Listener(alone, prompt).tokens() for prompt in asked]
+    noted.shared.clear()
+    together = Listener(engine(noted, ends=frozenset()), *asked)
+    assert [together.tokens(number) for number in range(len(asked))] == expected
+    assert len(noted.shared) < len(asked), "prompts have passes of their own"
+    assert max(tokens for _, tokens in noted.shared) <= noted.piece
+
+
+def test_texts_that_fail_together_are_computed_alone(
+    engine: Callable[..., Engine], noted: Noted, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = prompts(4, 5)
+    expected = [Listener(engine(noted, ends=frozenset()), prompt).tokens() for prompt in asked]
+    asked.insert(1, Prompt([3, 511, 4], 5, 0.0))
+    noted.broken = 511
+    listener = Listener(engine(noted, ends=frozenset()), *asked)
+    with pytest.raises(FailedError, match="the request could not be computed: MemoryError"):
+        listener.piece(1)
+    assert [listener.tokens(number) for number in (0, 2, 3, 4)] == expected
+    assert "could not be computed together: each is computed alone" in caplog.text
 
 
 def test_answers_drawn_with_seed_do_not_depend_on_others(engine: Callable[..., Engine]) -> None:
