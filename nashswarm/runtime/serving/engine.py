@@ -147,7 +147,8 @@ class Engine:
 
         How a prompt is cut does not depend on the others, so that its numbers are rounded as if it were alone.
         """
-        piece, pieces = self._stepper.piece, []
+        pieces: list[tuple[Answer, Sequence[int]]] = []
+        piece = self._stepper.piece
         room = piece - len(self._growing())
         for answer in self._active:
             tokens = answer.prompt.tokens[answer.read : answer.read + piece]
