@@ -96,10 +96,8 @@ def config_of(model: str) -> Any:
 
     Raises ValueError if there is none.
     """
-    if model in shapes.LARGE:
-        return transformers.AutoConfig.for_model(**shapes.LARGE[model])
-    if model in shapes.SHAPES:
-        return transformers.AutoConfig.for_model(**shapes.SHAPES[model])
+    if (shape := shapes.SHAPES.get(model) or shapes.LARGE.get(model)) is not None:
+        return transformers.AutoConfig.for_model(**shape)
     if model == "default":
         return sources.read_config(str(sources.EMBEDDED))
     if not pathlib.Path(model).exists() and not sources.may_be_on_hub(model):
