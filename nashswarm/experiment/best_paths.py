@@ -4,6 +4,8 @@ Part of the second implementation of the game (see ``tile_deviations``): only th
 The solver's encoder tries one start state after another and searches every table entry.  Here a circle is cut in three:
 the costs of its first and its last steps are plain sums, since the states at both ends fix every coded bit between
 them, and only the steps between need minima.  Table entries are found by cells of half a unit.
+
+The C++ library computes the same to the last bit (``csrc/trellis_circles.cpp``), where it was built.
 """
 
 import functools
@@ -11,6 +13,7 @@ import functools
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from nashswarm.kernels import native
 from nashswarm.kernels.trellis_codes import tables
 
 Array = np.ndarray
@@ -30,7 +33,9 @@ def best_values(
     if rate == INT8:
         return np.rint(target).clip(-LARGEST, LARGEST)
     nearest = nearest_entries(rate)
-    cells = np.floor(2 * target).clip(-EDGE, EDGE).astype(np.intp) + EDGE
+    cells = np.fmax(np.fmin(np.floor(2 * target), EDGE), -EDGE).astype(np.int64) + EDGE  # also of what is not a number
+    if native.path() != native.SLOW:
+        return _values_by_library(nearest, cells, target, weight)
     costs = nearest[:, cells]
     costs -= target
     costs *= costs
@@ -39,6 +44,21 @@ def best_values(
     start, _ = best_starts(costs)
     windows = best_windows(costs, start)
     return nearest[windows, cells]
+
+
+def _values_by_library(
+    nearest: Float[Array, "windows cells"],
+    cells: Int[Array, "16 sequences"],
+    target: Float[Array, "16 sequences"],
+    weight: Float[Array, "16 sequences"],
+) -> Float[Array, "16 sequences"]:
+    library, state_bits = native.library(), len(nearest).bit_length() - 2
+    assert not isinstance(library, str)
+    values = np.empty_like(cells, np.float64)
+    parts = [np.ascontiguousarray(part) for part in (nearest, cells, target, weight)]
+    entries, *given = (part.ctypes.data for part in parts)
+    library.nashswarm_trellis_circles(entries, nearest.shape[1], state_bits, *given, cells.shape[1], values.ctypes.data)
+    return values
 
 
 @functools.cache

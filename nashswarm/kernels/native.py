@@ -22,7 +22,7 @@ LIBRARY = pathlib.Path(__file__).parent / "nashswarm_kernels.so"
 VARIABLE = "NASHSWARM_KERNEL"
 PATHS = {"avx512vbmi": 3, "avx512": 2, "avx2": 1, "neon": 4, "portable": 0}  # fastest first; numbers in the library
 SLOW = "torch"
-INTERFACE = 10  # version of the functions and of Matrix, as in csrc/library.cpp
+INTERFACE = 11  # version of the functions and of Matrix, as in csrc/library.cpp
 NO_MEMORY = -2  # what nashswarm_experts returns then
 DIGITS = {"int8": 1, "float32": 3}  # number of signed bytes that represent an activation
 
@@ -67,6 +67,10 @@ def library() -> ctypes.CDLL | str:
     loaded.nashswarm_experts.restype = ctypes.c_int64
     loaded.nashswarm_group.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3]
     loaded.nashswarm_group.restype = ctypes.c_int64
+    loaded.nashswarm_trellis_circles.argtypes = [
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_void_p,
+    ]  # fmt: skip
+    loaded.nashswarm_trellis_circles.restype = None
     return loaded
 
 

@@ -22,7 +22,7 @@ from nashswarm.experiment.compression import reopen
 from nashswarm.experiment.decoded_costs import Quadratic
 from nashswarm.experiment.run import run
 from nashswarm.experiment.tile_deviations import arranged, gain_of_tiles, row_factors
-from nashswarm.kernels import encoder, trellis
+from nashswarm.kernels import encoder, native, trellis
 from nashswarm.kernels.trellis import Trellis
 from nashswarm.kernels.trellis_codes import MEMORY, UNIT, tables, unpack_codes, values_of, values_of_sequences
 from nashswarm.layers import Layer
@@ -190,6 +190,24 @@ def test_best_values_equal_the_best_of_all_circles(rate: int) -> None:
     errors = np.square(target[:, :, None, None] - tables()[rate].astype(float)).min(3) * weight[:, :, None]
     least = [errors[np.arange(16), sequence][np.arange(16), windows].sum(1).min() for sequence in range(5)]
     assert (np.square(values - target) * weight).sum(0) == pytest.approx(least, rel=1e-12)
+
+
+@pytest.mark.skipif(native.path() == native.SLOW, reason="the C++ library was not built")
+@pytest.mark.parametrize("rate", range(1, 8))
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 130])
+def test_best_values_of_the_library_are_those_of_numpy(rate: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(count)
+    target, weight = rng.normal(0, 1.5 * UNIT, (16, count)), rng.uniform(0, 1, (16, count))
+    target[3, 0] = 1e6
+    by_library = best_values(target, weight, rate)
+    monkeypatch.setattr(native, "path", lambda: native.SLOW)
+    assert np.array_equal(by_library, best_values(target, weight, rate))
+
+
+def test_best_values_of_what_is_no_number_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert np.isfinite(best_values(np.full((16, 3), np.nan), np.ones((16, 3)), 2)).all()
+    monkeypatch.setattr(native, "path", lambda: native.SLOW)
+    assert np.isfinite(best_values(np.full((16, 3), np.nan), np.ones((16, 3)), 2)).all()
 
 
 @pytest.fixture(scope="module", params=[True, False])
