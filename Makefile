@@ -67,7 +67,8 @@ docs: .venv/documented  ## build the documentation, run its examples; a warning 
 sanitize: .venv/tested  ## the tests of the kernels under sanitizers of memory and undefined behaviour
 	@cmake -S $(KERNELS) -B $(SANITIZED) -DSANITIZE=ON > /dev/null
 	@cmake --build $(SANITIZED) > /dev/null
-	@$(SANITIZER) $(BIN)/python -m pytest --quiet -p tests.sanitized tests/kernels/test_kernels.py tests/kernels/test_trellis_native.py tests/experiment/test_certify_tiles.py::test_best_values_of_the_library_are_those_of_numpy -k "not compiled and not triton"
+	@$(SANITIZER) $(BIN)/python -m pytest --quiet -p tests.sanitized tests/kernels/test_kernels.py tests/kernels/test_trellis_native.py \
+		tests/experiment/test_certify_tiles.py::test_best_values_of_the_library_are_those_of_numpy -k "not compiled and not triton"
 
 ENGINES := slurm-wlm munge chromium
 
