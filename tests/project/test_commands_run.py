@@ -73,6 +73,7 @@ BENCHMARKS = {  # what makes them small
         "--test-windows",
         "2",
     ],
+    "cost": ["your-model", "--calibration", "your-text/train.txt", "--shapes", "--windows", "4", "--length", "32"],
     "code_game": [*LITTLE, "--widths", "3"],
     "entropy_trellis": [*LITTLE, "--layers", "transformer.h.0.attn.c_proj"],
     "equal_bytes": [*LITTLE, "model.path=wide", "--widths", "3"],
