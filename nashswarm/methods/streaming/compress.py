@@ -22,10 +22,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nashswarm import memory
-from nashswarm.methods.streaming.block import HiddenStates, compress_unit
+from nashswarm.methods.streaming.block import HiddenStates, compress_unit, first_states
 from nashswarm.methods.streaming.layout import Layout, descriptions, file_bytes, layout
 from nashswarm.methods.streaming.settings import ByLayer
-from nashswarm.methods.streaming.shards import EMBEDDING, Shards, Source, tensors_of, units
+from nashswarm.methods.streaming.shards import Shards, Source
+from nashswarm.methods.streaming.skeleton import Unit, structure_of, tensors_of, units
 from nashswarm.packed import file_format, model_folder
 from nashswarm.packed.card import card
 from nashswarm.progress import Track, no_track
@@ -63,9 +64,9 @@ def compress(
         about = _start_or_resume(work, key)
         finished = len(about["units"])
         remaining_bytes = sum(map(file_bytes, list(files.values())[finished:]))
-        _check_free_space(out, remaining_bytes + 8 * windows.numel() * source.config.hidden_size)
+        _check_free_space(out, remaining_bytes + 8 * windows.numel() * structure_of(source.model).width)
         _write_about(work, about)
-        for unit in track(units(source.config)[finished:], "compressing block by block"):
+        for unit in track(units(source.model)[finished:], "compressing block by block"):
             _compress_next(work, about, source, unit, windows, settings, files)
         _complete(work, about, source, tokenizer, files)
         for path in work.glob(f".{STATES}*"):
@@ -90,7 +91,7 @@ def _compress_next(
     work: pathlib.Path,
     about: dict[str, Any],
     source: Source,
-    unit: tuple[str, ...],
+    unit: Unit,
     windows: Int[Tensor, "windows length"],
     settings: ByLayer,
     files: Layout,
@@ -109,7 +110,7 @@ def _compress_next(
     memory.trim_heap()
     about["units"].append(
         {
-            "modules": unit,
+            "modules": unit.modules,
             "seconds": time.monotonic() - started,
             "error": error,
             "cpu_seconds": time.process_time() - processor_started,
@@ -156,7 +157,7 @@ def _start_or_resume(work: pathlib.Path, key: Mapping[str, Any]) -> dict[str, An
 def _complete(work: pathlib.Path, about: dict[str, Any], source: Source, tokenizer: Any, files: Layout) -> None:
     """Add index, config, tokenizer, model card and record to the finished files of weights."""
     paths = {name: work / file_name for file_name, tensors in files.items() for name in tensors}
-    described = descriptions(source.config, files, file_format.checksum(Shards(paths)))
+    described = descriptions(source.model, files, file_format.checksum(Shards(paths)))
     for file_name, content in described.items():
         write_whole(work / file_name, content)
     tokenizer.save_pretrained(work)
@@ -198,7 +199,7 @@ def _read_inputs(
         return Shards({STATES: path})[STATES]
     if number:
         raise ValueError(f"{work} lacks {path.name}, from which the run resumes; delete the folder and start again")
-    return source.shards[f"{EMBEDDING}.weight"][windows].float() if source.config.tie_word_embeddings else None
+    return first_states(source, windows) if structure_of(source.model).tied else None
 
 
 def _states_name(number: int) -> str:
