@@ -29,28 +29,39 @@ from nashswarm.quant.error_feedback import row_chunks
 from nashswarm.quant.grid import QuantizedTensor, quantize, row_blocks
 from nashswarm.quant.pack import pack, unpack
 
-HiddenStates = Float[Tensor, "windows length width"]
+HiddenStates = Float[Tensor, "windows length *width"]
 Windows = Int[Tensor, "windows length"]
 
 
 @dataclasses.dataclass(frozen=True)
+class States:
+    """What is passed from unit to unit: hidden states, and the ``rows`` of the embedding for the tokens that occur.
+
+    The rows are those of the compressed embedding, unless that is the head and compressed last.
+    """
+
+    hidden: HiddenStates
+    rows: Float[Tensor, "tokens hidden"]
+
+
+@dataclasses.dataclass(frozen=True)
 class CompressedUnit:
-    """The stored ``tensors`` of a unit by name, and the hidden states that it computes with them (None for the head).
+    """The stored ``tensors`` of a unit by name, and the states that it computes with them (None for the head).
 
     ``error``: of a decoder block, the squared distance of its outputs from those of the full block on the same inputs,
     relative to the square of what the full block adds to its inputs.
     """
 
     tensors: dict[str, Tensor]
-    outputs: HiddenStates | None = None
+    outputs: States | None = None
     error: float | None = None
 
 
 @torch.no_grad()
 def compress_unit(
-    source: Source, unit: Unit, inputs: HiddenStates | None, windows: Windows, settings: ByLayer
+    source: Source, unit: Unit, inputs: States | None, windows: Windows, settings: ByLayer
 ) -> CompressedUnit:
-    """Compress ``unit``.  ``inputs``: hidden states that it reads, None for an embedding."""
+    """Compress ``unit``.  ``inputs``: the states that it reads, None for an embedding."""
     if unit.kind == EMBEDDING:
         return _embedding(source, unit, windows, settings)
     assert inputs is not None
@@ -60,15 +71,12 @@ def compress_unit(
 
 
 @torch.no_grad()
-def first_states(source: Source, windows: Windows) -> HiddenStates:
-    """Return the hidden states that the first block reads where the embedding is not compressed."""
-    surroundings = _surroundings(source, windows)
-    return torch.cat([surroundings.call(window, 0).hidden for window in windows])
-
-
-def _surroundings(source: Source, windows: Windows) -> Surroundings:
+def first_states(source: Source, windows: Windows) -> States:
+    """Return the states that the first block reads where the embedding is not compressed before it."""
     ids = windows.unique()
-    return source.surroundings(ids, source.mapped(f"{structure_of(source.model).embedding}.weight")[ids].float())
+    rows = source.mapped(f"{structure_of(source.model).embedding}.weight")[ids].float()
+    surroundings = source.surroundings(ids, rows)
+    return States(torch.cat([surroundings.call(window, 0).hidden for window in windows]), rows)
 
 
 def _embedding(source: Source, unit: Unit, windows: Windows, settings: ByLayer) -> CompressedUnit:
@@ -76,18 +84,19 @@ def _embedding(source: Source, unit: Unit, windows: Windows, settings: ByLayer) 
     weight, bits = source.mapped(f"{name}.weight"), settings.width(name)
     tensor = _concatenate([quantize(weight[rows].float(), bits, settings.scheme) for rows in row_chunks(weight)])
     ids = windows.unique()
-    surroundings = source.surroundings(ids, _select_rows(tensor, ids).dequantize())
-    outputs = torch.cat([surroundings.call(window, 0).hidden for window in windows])
+    rows = _select_rows(tensor, ids).dequantize()
+    surroundings = source.surroundings(ids, rows)
+    outputs = States(torch.cat([surroundings.call(window, 0).hidden for window in windows]), rows)
     others = _outside(surroundings, [part for part in unit.tensors if part != f"{name}.weight"])
     return CompressedUnit({f"{name}.weight": _packed(tensor)} | others, outputs)
 
 
-def _head(source: Source, unit: Unit, inputs: HiddenStates, windows: Windows, settings: ByLayer) -> CompressedUnit:
+def _head(source: Source, unit: Unit, inputs: States, windows: Windows, settings: ByLayer) -> CompressedUnit:
     name = unit.matrices[0][0]
     weight = source.mapped(f"{name}.weight")
-    surroundings = _surroundings(source, windows)
+    surroundings = source.surroundings(windows.unique(), inputs.rows)
     moment = torch.zeros(weight.shape[1], weight.shape[1])
-    for window, states in zip(windows, inputs, strict=True):
+    for window, states in zip(windows, inputs.hidden, strict=True):
         add_products(moment, surroundings.head_inputs(window, states))
     moment.div_(windows.numel())
     others = _outside(surroundings, [part for part in unit.tensors if part != f"{name}.weight"])
@@ -101,11 +110,9 @@ def _outside(surroundings: Surroundings, names: Sequence[str]) -> dict[str, Tens
     return file_format.to_stored_floats({name: tensors[name] for name in names}, FLOAT_BITS)
 
 
-def _decoder_block(
-    source: Source, unit: Unit, inputs: HiddenStates, windows: Windows, settings: ByLayer
-) -> CompressedUnit:
+def _decoder_block(source: Source, unit: Unit, inputs: States, windows: Windows, settings: ByLayer) -> CompressedUnit:
     name = unit.modules[0]
-    surroundings = _surroundings(source, windows)
+    surroundings = source.surroundings(windows.unique(), inputs.rows)
     number = structure_of(source.model).blocks.index(name)
     calls = [surroundings.call(window, number) for window in windows]
     del surroundings
@@ -115,9 +122,9 @@ def _decoder_block(
     others = {f"{name}.{part}": weight for part, weight in block.state_dict().items() if part not in compressed}
     tensors = file_format.to_stored_floats(others, FLOAT_BITS)
     with counted_rows(block, [matrix for group in matrices for matrix in group]) as rows:
-        full_outputs = block_outputs(block, calls, inputs)
+        full_outputs = block_outputs(block, calls, inputs.hidden)
     for listed in passes(block, jobs(matrices, rows)):
-        moments = calibrate(block, calls, inputs, listed)
+        moments = calibrate(block, calls, inputs.hidden, listed)
         while moments:
             job, moment = moments.pop(0)
             factor = _inverse_cholesky(moment, settings)
@@ -128,12 +135,12 @@ def _decoder_block(
             del moment, factor
     for part in rows:
         set_weights(block, {part: unpack(tensors[f"{name}.{part}.weight"].numpy()).dequantize()})
-    outputs = block_outputs(block, calls, inputs)
+    outputs = block_outputs(block, calls, inputs.hidden)
     error, added = (
         (later - earlier).double().square().sum()
-        for later, earlier in ((outputs, full_outputs), (full_outputs, inputs))
+        for later, earlier in ((outputs, full_outputs), (full_outputs, inputs.hidden))
     )
-    return CompressedUnit(tensors, outputs, float(error / added.clamp(min=TINY)))
+    return CompressedUnit(tensors, States(outputs, inputs.rows), float(error / added.clamp(min=TINY)))
 
 
 def _matrix(module: Any) -> Tensor:

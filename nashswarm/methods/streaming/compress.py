@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nashswarm import memory
-from nashswarm.methods.streaming.block import HiddenStates, compress_unit, first_states
+from nashswarm.methods.streaming.block import States, compress_unit, first_states
 from nashswarm.methods.streaming.layout import Layout, descriptions, file_bytes, layout
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.methods.streaming.shards import Shards, Source
@@ -33,7 +33,7 @@ from nashswarm.progress import Track, no_track
 from nashswarm.records.files import claim, write_whole
 from nashswarm.records.provenance import code_digest, provenance
 
-STATES = "states"  # name of the files of hidden states, and of the tensor in them
+STATES = "states"  # name of the files of hidden states
 
 
 def compress(
@@ -64,7 +64,7 @@ def compress(
         about = _start_or_resume(work, key)
         finished = len(about["units"])
         remaining_bytes = sum(map(file_bytes, list(files.values())[finished:]))
-        _check_free_space(out, remaining_bytes + 8 * windows.numel() * structure_of(source.model).width)
+        _check_free_space(out, remaining_bytes + 16 * windows.numel() * structure_of(source.model).width)
         _write_about(work, about)
         for unit in track(units(source.model)[finished:], "compressing block by block"):
             _compress_next(work, about, source, unit, windows, settings, files)
@@ -103,7 +103,7 @@ def _compress_next(
     inputs = _read_inputs(work, number, source, windows)
     compressed = compress_unit(source, unit, inputs, windows, settings)
     if compressed.outputs is not None:
-        _write_tensors(work / _states_name(number + 1), {STATES: compressed.outputs})
+        _write_tensors(work / _states_name(number + 1), vars(compressed.outputs))
     _write_tensors(work / list(files)[number], compressed.tensors)
     error = compressed.error
     del inputs, compressed
@@ -193,10 +193,10 @@ def _metrics(about: Mapping[str, Any], source: Source, files: Layout, size: int)
 
 def _read_inputs(
     work: pathlib.Path, number: int, source: Source, windows: Int[Tensor, "windows length"]
-) -> HiddenStates | None:
-    """Return the hidden states that unit ``number`` reads; None for an embedding, which reads the windows."""
+) -> States | None:
+    """Return the states that unit ``number`` reads; None for an embedding, which reads the windows."""
     if (path := work / _states_name(number)).is_file():
-        return Shards({STATES: path})[STATES]
+        return States(**safetensors.torch.load_file(path))
     if number:
         raise ValueError(f"{work} lacks {path.name}, from which the run resumes; delete the folder and start again")
     return first_states(source, windows) if structure_of(source.model).tied else None

@@ -5,6 +5,7 @@ transformers have one fused tensor.
 """
 
 import copy
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,9 @@ def targets(model: Any, keys: Iterable[str]) -> dict[str, str]:
 def load(model: Any, tensors: Mapping[str, Any], device: str = "cpu") -> Any:
     """Load tensors of a checkpoint into ``model`` in place, in its own dtypes; return what is missing or misfits."""
     config = LoadStateDictConfig(
-        device_map={"": device}, dtype=torch.float32, weight_mapping=get_model_conversion_mapping(model)
+        device_map={"": device},
+        dtype=torch.float32,
+        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
     )
     with quiet_transformers():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
@@ -73,7 +76,7 @@ def loaded_block(fused: Any, name: str, shards: Mapping[str, Tensor], keys: Mapp
         block: nn.Module = fused.get_submodule(name)
     finally:
         fused.set_submodule(name, empty)
-    initialize_buffers(_owner(fused, name), block)
+    initialize_buffers(owner(fused, name), block)
     unfuse(block)
     return block.eval().requires_grad_(False)
 
@@ -82,16 +85,21 @@ def loaded_block(fused: Any, name: str, shards: Mapping[str, Tensor], keys: Mapp
 def initialize_buffers(model: Any, part: nn.Module, skipped: Collection[nn.Module] = ()) -> None:
     """Compute the buffers of ``part`` that no checkpoint holds, as ``model`` initializes them.
 
-    ``skipped``: modules in ``part`` that stay without memory.
+    ``skipped``: modules in ``part`` that stay without memory.  Raises LookupError for a buffer that stays unknown.
     """
+    computed: list[Tensor] = []
     for module in part.modules():
         if module not in skipped:
             module.__dict__.pop(INITIALIZED, None)
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device.type == "meta":
-                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+                    module._buffers[name] = values = torch.zeros_like(buffer, device="cpu")
+                    if buffer.is_floating_point() and buffer.numel():
+                        computed.append(values.fill_(math.nan))
     with initialization.guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
         _initialize(model, part, skipped)
+    if any(buffer.isnan().all() for buffer in computed):
+        raise LookupError("their buffers cannot be computed one block at a time")
 
 
 def _initialize(model: Any, part: nn.Module, skipped: Collection[nn.Module]) -> None:
@@ -102,11 +110,8 @@ def _initialize(model: Any, part: nn.Module, skipped: Collection[nn.Module]) -> 
         model._init_weights(part)
 
 
-def _owner(model: Any, name: str) -> Any:
+def owner(model: Any, name: str) -> Any:
     """Return the innermost model of transformers that holds the module ``name``."""
-    owner = model
     parts = name.split(".")
-    for end in range(1, len(parts)):
-        module = model.get_submodule(".".join(parts[:end]))
-        owner = module if isinstance(module, PreTrainedModel) else owner
-    return owner
+    above = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
+    return [module for module in above if isinstance(module, PreTrainedModel)][-1]

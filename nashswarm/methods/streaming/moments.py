@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nashswarm.methods.streaming.skeleton import shape_of
 from nashswarm.methods.streaming.surroundings import Call
 
-States = Float[Tensor, "windows length width"]
+States = Float[Tensor, "windows length *width"]
 
 
 @dataclasses.dataclass
@@ -69,7 +69,8 @@ def calibrate(
     block: nn.Module, calls: Sequence[Call], inputs: States, listed: Sequence[Job]
 ) -> list[tuple[Job, Float[Tensor, "in in"]]]:
     """Return E[x xᵀ] for the jobs of one pass, in their order."""
-    moments, handles = [], []
+    moments: list[Tensor] = []
+    handles = []
     rows = [0] * len(listed)
     seen: list[Tensor | None] = [None] * len(listed)
 

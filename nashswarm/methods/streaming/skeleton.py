@@ -1,6 +1,7 @@
 """A model without memory: which of its modules are the decoder blocks, and what is stored together."""
 
 import dataclasses
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from nashswarm.methods.streaming.surroundings import Structure
 from nashswarm.models.matrices import is_router
 from nashswarm.models.split_experts import unfuse
 
+log = logging.getLogger(__name__)
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))  # read one input
 LEAVE_OUT = "leave --by-layer out, which compresses the model as a whole in memory"
 EMBEDDING, BLOCK, REST = "embedding", "block", "rest"
@@ -52,7 +54,7 @@ def skeleton(config: Any) -> Any:
 def with_fused_experts(config: Any) -> Any:
     """Return the model of a config without memory, with the modules of transformers."""
     mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    kind = mapping.get(type(config), None)
+    kind: Any = mapping.get(type(config), None)
     named = (config.architectures or [getattr(kind, "__name__", config.model_type)])[0]
     if kind is None or named != kind.__name__:
         raise ValueError(
@@ -84,17 +86,43 @@ def _structure(model: Any) -> Structure:
         embedding = None
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise ValueError(f"compress by layer needs one embedding and one head, which a {name} lacks: {LEAVE_OUT}")
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part)]
+    lists = [
+        part for part in model.modules() if isinstance(part, nn.ModuleList) and any(True for _ in part.parameters())
+    ]
     inner = {module for part in lists for module in part.modules() if module is not part}
-    outermost = [part for part in lists if part not in inner]
-    for blocks in sorted(outermost, key=lambda part: -sum(parameter.numel() for parameter in part.parameters())):
-        block_names = tuple(names[block] for block in blocks)
-        for in_tuples in (False, True):
-            width = surroundings.probe(model, block_names, names[head], in_tuples)
-            if width is not None:
+    outermost = {
+        names[part]: sum(weight.numel() for weight in part.parameters()) for part in lists if part not in inner
+    }
+    reason = "there are none"
+    for chosen in sorted(outermost, key=lambda part: -outermost[part]):
+        blocks = tuple(names[block] for block in model.get_submodule(chosen))
+        others = [part for part in outermost if part != chosen]
+        for returned in range(3):
+            try:
+                width = surroundings.probe(model, blocks, others, names[head], returned)
+                _check_unshared(model, blocks)
+            except LookupError as error:
+                reason = f"{error}"
+            except Exception as error:  # any, of code that gets another type than it expects
+                log.debug("blocks %s in tuples of %d: %r", chosen, returned, error)
+            else:
                 tied = head.weight is embedding.weight
-                return Structure(names[embedding], names[head], tied, block_names, in_tuples, width)
-    raise ValueError(f"the blocks of a {name} do not simply run one after another: {LEAVE_OUT}")
+                return Structure(names[embedding], names[head], tied, blocks, returned, width)
+    raise ValueError(f"the decoder blocks of a {name} do not simply run one after another ({reason}): {LEAVE_OUT}")
+
+
+def _check_unshared(model: Any, blocks: Sequence[str]) -> None:
+    """Raise LookupError if a block shares weights with another module."""
+    unit_of = {f"{block}.": block for block in blocks}
+    sharing: dict[int, set[str]] = {}
+    for name, part in model.state_dict(keep_vars=True).items():
+        unit = next((block for prefix, block in unit_of.items() if name.startswith(prefix)), "")
+        sharing.setdefault(id(part), set()).add(unit)
+    for name, other in getattr(model, "all_tied_weights_keys", {}).items():
+        units_of_both = [next((b for p, b in unit_of.items() if part.startswith(p)), "") for part in (name, other)]
+        sharing[len(sharing)] = set(units_of_both)
+    if any(len(found) > 1 for found in sharing.values()):
+        raise LookupError("they share weights")
 
 
 def units(model: Any) -> list[Unit]:

@@ -7,7 +7,6 @@ positions and rotations are those that the model itself makes.
 import copy
 import dataclasses
 import functools
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,12 +14,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from nashswarm.methods.streaming import conversion
 
-log = logging.getLogger(__name__)
 HIDDEN = "hidden_states"
 PROBE_TOKENS = 4
+PLAIN = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device, tuple)  # no block can write into these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Structure:
     """What compression by layer knows of an architecture.
 
     ``embedding`` and ``head``: the modules of tokens and of logits, whose matrices are one if ``tied``.  ``blocks``:
-    the decoder blocks in order.  ``in_tuples``: whether the model expects each of them to return a tuple.  ``width``:
-    numbers that a token has between blocks.
+    the decoder blocks in order.  ``returned``: the length of the tuple that the model expects each of them to return,
+    0 if it expects the hidden states themselves.  ``width``: numbers that a token has between blocks.
     """
 
     embedding: str
     head: str
     tied: bool
     blocks: tuple[str, ...]
-    in_tuples: bool
+    returned: int
     width: int
 
 
@@ -56,7 +56,7 @@ class Call:
         hidden: Tensor = self.arguments[0] if self.arguments else self.options[HIDDEN]
         return hidden
 
-    def run(self, block: nn.Module, hidden: Float[Tensor, "length width"]) -> Float[Tensor, "length width"]:
+    def run(self, block: nn.Module, hidden: Float[Tensor, "length *width"]) -> Float[Tensor, "length *width"]:
         """Return what ``block`` makes of other hidden states, the other arguments staying as they are."""
         states = hidden.unsqueeze(0)
         if self.arguments:
@@ -69,8 +69,8 @@ class Call:
 class Surroundings:
     """A model whose blocks are stubs that return what they are given."""
 
-    def __init__(self, model: Any, blocks: Sequence[str], head: str, in_tuples: bool) -> None:
-        self.model, self.in_tuples, self.count = model, in_tuples, len(blocks)
+    def __init__(self, model: Any, blocks: Sequence[str], head: str, returned: int) -> None:
+        self.model, self.returned, self.count = model, returned, len(blocks)
         self.stop: int | None = None
         self.last: Tensor | None = None
         self.reached: Any = None
@@ -85,7 +85,7 @@ class Surroundings:
         return reached
 
     def head_inputs(
-        self, ids: Int[Tensor, " length"], states: Float[Tensor, "length width"]
+        self, ids: Int[Tensor, " length"], states: Float[Tensor, "length *width"]
     ) -> Float[Tensor, "length hidden"]:
         """Return what the head reads where the last block returns ``states``."""
         self.stop, self.last = None, states.unsqueeze(0)
@@ -107,38 +107,56 @@ class Surroundings:
             self.reached = call
             raise Reached
         states = call.hidden if self.last is None or number + 1 < self.count else self.last
-        return (states,) if self.in_tuples else states
+        return self._as_returned(states)
+
+    def _as_returned(self, states: Tensor, beside: Any = None) -> Any:
+        return (states, beside)[: self.returned] if self.returned else states
 
     def _read_head(self, inputs: Tensor) -> Tensor:
         self.reached = inputs
         raise Reached
 
 
-class _Probe(Surroundings):
-    """Surroundings whose stubs return random states, and check that the next stub gets them as they are."""
+def _can_be_written(part: Any) -> bool:
+    """Check whether a block could leave something in an argument for the next block; tables are only read."""
+    table = isinstance(part, dict) and bool(part) and all(isinstance(value, PLAIN) for value in part.values())
+    return not table and not isinstance(part, (*PLAIN, PreTrainedConfig))
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+
+class _Probe(Surroundings):
+    """Surroundings whose stubs return random states, and check that the next stub gets them and nothing else."""
+
+    def __init__(self, model: Any, blocks: Sequence[str], head: str, returned: int, independent: bool) -> None:
+        super().__init__(model, blocks, head, returned)
+        self.independent = independent
         self.sent: list[Tensor] = []
-        self.handed: list[set[int]] = []
+        self.written: set[int] = set()
+        self.beside = object()
         self.generator = torch.Generator().manual_seed(0)
 
     def _visit(self, number: int, *arguments: Any, **options: Any) -> Any:
         hidden = Call(arguments, options).hidden
-        is_next = number == len(self.sent) and hidden.ndim == 3 and hidden.shape[:2] == (1, PROBE_TOKENS)
-        if not is_next or (self.sent and not torch.equal(hidden, self.sent[-1])):
-            raise LookupError(f"block {number} reads something else than the outputs of the block before it")
-        self.handed.append({id(part) for part in (*arguments, *options.values()) if _can_be_written(part)})
-        if number and self.handed[0] & self.handed[number]:
-            raise LookupError(f"block {number} is handed what block 0 may have written")
+        if number != len(self.sent):
+            raise LookupError("their order is another one")
+        if hidden.shape[:2] != (1, PROBE_TOKENS):
+            raise LookupError(f"hidden states have the shape {tuple(hidden.shape)}")
+        if self.sent and not torch.equal(hidden, self.sent[-1]):
+            raise LookupError("a block reads something else than the outputs of the block before it")
+        given = (*arguments, *options.values())
+        writable = {id(part) for part in given if _can_be_written(part)}
+        if any(part is self.beside for part in given) or (self.written & writable and not self.independent):
+            raise LookupError("a block hands more than its outputs on")
+        self.written |= writable
         self.sent.append(torch.randn(hidden.shape, generator=self.generator))
-        return (self.sent[-1],) if self.in_tuples else self.sent[-1]
+        return self._as_returned(self.sent[-1], self.beside)
 
 
-def probe(model: Any, blocks: Sequence[str], head: str, in_tuples: bool) -> int | None:
-    """Return the numbers that a token has between ``blocks``; None if they do not run one after another.
+def probe(model: Any, blocks: Sequence[str], others: Sequence[str], head: str, returned: int) -> int:
+    """Return the numbers that a token has between ``blocks``, in tuples of length ``returned``.
 
-    ``model`` has no memory and is not changed: what is outside of its blocks is run with zeros.
+    ``model`` has no memory and is not changed: what is outside of its blocks is run with zeros.  Raises LookupError if
+    the blocks do not run one after another, each on the outputs of the one before it, or if modules in one of the lists
+    ``others`` run as well, and any other error if the model expects tuples of another length.
     """
     trial = copy.deepcopy(model)
     inside = _modules(trial, blocks)
@@ -149,14 +167,23 @@ def probe(model: Any, blocks: Sequence[str], head: str, in_tuples: bool) -> int 
         for name in module._buffers.keys() - module._non_persistent_buffers_set:
             buffer = module._buffers[name]
             module._buffers[name] = None if buffer is None else torch.zeros_like(buffer, device="cpu")
-    prober = _Probe(trial, blocks, head, in_tuples)
-    try:
-        conversion.initialize_buffers(trial, trial, inside)
-        prober._pass(torch.arange(1, PROBE_TOKENS + 1))
-    except Exception as error:  # of an architecture that does not fit, in any part of its code
-        log.debug("blocks %s: %r", blocks[0], error)
-        return None
-    return prober.sent[0].shape[-1] if len(prober.sent) == len(blocks) else None
+    shared = getattr(model.config.get_text_config(), "num_kv_shared_layers", None)
+    prober = _Probe(trial, blocks, head, returned, independent=shared == 0)
+    for name in others:
+        for part in trial.get_submodule(name):
+            part.register_forward_pre_hook(_refuse_to_run)
+    conversion.initialize_buffers(trial, trial, inside)
+    prober._pass(torch.arange(1, PROBE_TOKENS + 1))
+    if len(prober.sent) != len(blocks):
+        raise LookupError(f"{len(prober.sent)} of {len(blocks)} blocks run")
+    for name in blocks:
+        block = trial.get_submodule(name)
+        conversion.initialize_buffers(conversion.owner(trial, name), block)
+    return prober.sent[0].numel() // PROBE_TOKENS
+
+
+def _refuse_to_run(module: nn.Module, arguments: Any) -> None:
+    raise LookupError("there are several lists of them")
 
 
 def load(
@@ -165,7 +192,7 @@ def load(
     keys: Mapping[str, Sequence[str]],
     structure: Structure,
     ids: Int[Tensor, " tokens"],
-    rows: Float[Tensor, "tokens width"],
+    rows: Float[Tensor, "tokens hidden"],
 ) -> Surroundings:
     """Return the surroundings of the blocks of ``fused`` with their weights from ``shards``.
 
@@ -182,7 +209,7 @@ def load(
     table[ids] = rows
     embedding.weight = _initialized(table)
     conversion.initialize_buffers(model, model, _modules(model, structure.blocks))
-    return Surroundings(model.requires_grad_(False), structure.blocks, structure.head, structure.in_tuples)
+    return Surroundings(model.requires_grad_(False), structure.blocks, structure.head, structure.returned)
 
 
 def _modules(model: nn.Module, names: Sequence[str]) -> set[nn.Module]:
@@ -195,9 +222,3 @@ def _initialized(values: Tensor) -> nn.Parameter:
     parameter = nn.Parameter(values, requires_grad=False)
     setattr(parameter, conversion.INITIALIZED, True)
     return parameter
-
-
-def _can_be_written(part: Any) -> bool:
-    """Check whether a block could leave something in an argument for a later block."""
-    plain = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device, tuple)
-    return not isinstance(part, plain)
