@@ -57,9 +57,8 @@ def with_fused_experts(config: Any) -> Any:
     kind: Any = mapping.get(type(config), None)
     named = (config.architectures or [getattr(kind, "__name__", config.model_type)])[0]
     if kind is None or named != kind.__name__:
-        raise ValueError(
-            f"compress by layer knows decoders, which predict the next token, and this is a {named}: {LEAVE_OUT}"
-        )
+        article = f"a {named} with a config of {config.model_type!r}"
+        raise ValueError(f"compress by layer knows decoders, and this is {article}: {LEAVE_OUT}")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("the checkpoint is quantized already: start from the full model")
     for attention in ("sdpa", "eager"):
