@@ -94,7 +94,7 @@ def initialize_buffers(model: Any, part: nn.Module, skipped: Collection[nn.Modul
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device.type == "meta":
                     module._buffers[name] = values = torch.zeros_like(buffer, device="cpu")
-                    if buffer.is_floating_point() and buffer.numel():
+                    if buffer.is_floating_point() and buffer.numel() and name in module._non_persistent_buffers_set:
                         computed.append(values.fill_(math.nan))
     with initialization.guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
         _initialize(model, part, skipped)

@@ -56,7 +56,8 @@ def with_fused_experts(config: Any) -> Any:
     mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     kind: Any = mapping.get(type(config), None)
     named = (config.architectures or [getattr(kind, "__name__", config.model_type)])[0]
-    if kind is None or named != kind.__name__:
+    is_part = kind is not None and config.get_text_config() is not config and not isinstance(config, kind.config_class)
+    if kind is None or named != kind.__name__ or is_part:  # the class of a multimodal model's text alone
         article = f"a {named} with a config of {config.model_type!r}"
         raise ValueError(f"compress by layer knows decoders, and this is {article}: {LEAVE_OUT}")
     if getattr(config, "quantization_config", None) is not None:
