@@ -48,7 +48,7 @@ def add_all(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     large = parser.add_argument_group("models larger than memory")
     large.add_argument(
-        "--by-layer", action="store_true", help="a LLaMA in a folder, one decoder block in memory; "
+        "--by-layer", action="store_true", help="a decoder in a folder, one of its blocks in memory; "
         "--bits is the width of a weight; the same command goes on where a killed run stopped"
     )  # fmt: skip
     large.add_argument("--head-bits", type=int, help="of embedding and head (--bits, but at least 4)")

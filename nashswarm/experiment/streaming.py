@@ -10,7 +10,7 @@ import transformers
 
 from nashswarm.calibration.texts import CalibrationText
 from nashswarm.data import corpus
-from nashswarm.methods.streaming import compress, forecast, shards
+from nashswarm.methods.streaming import compress, forecast, shards, skeleton
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.models import shapes, sources
 from nashswarm.progress import show_progress
@@ -57,9 +57,9 @@ def forecast_by_layer(model: str, settings: ByLayer, windows: int, length: int |
         config = transformers.AutoConfig.for_model(**shapes.LARGE[model])
     else:
         raise ValueError(f"{model} holds no {sources.CONFIG}, and no shape is known by that name")
-    skeleton = shards.skeleton(config)
-    window_length = sources.LoadedModel(skeleton, None).window_length(length)
+    empty = skeleton.skeleton(config)
+    window_length = sources.LoadedModel(empty, None).window_length(length)
     rates = forecast.rates(settings)
-    expected = forecast.forecast(skeleton, settings, windows, window_length, rates)
+    expected = forecast.forecast(empty, settings, windows, window_length, rates)
     asked = {"model": model, "windows": [windows, window_length], "threads": torch.get_num_threads()}
     return asked | dataclasses.asdict(expected) | {"rates": dataclasses.asdict(rates)}

@@ -1,151 +1,152 @@
-"""Compression of one unit: an embedding, a decoder block, or the head.
+"""Compression of one unit: an embedding, a decoder block, or the head with everything else outside of blocks.
 
 A block is calibrated on its inputs as the compressed blocks before it compute them: H = E[x xᵀ] of every matrix.
 Without gradients every output has the same weight (f = 1), so that the damage is the squared error of a matrix's
 outputs, ``½ Σ_o e_oᵀ H e_o``, and the codes are those of ``quantize_layer``.  The head is treated as the last matrix;
-an embedding is rounded to nearest.
+an embedding is rounded to nearest.  What is outside of blocks and no embedding or head is kept at 16 bits.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from nashswarm.methods.streaming.layout import FLOAT_BITS
+from nashswarm.methods.streaming.moments import add_products, block_outputs, calibrate, counted_rows, jobs, passes
 from nashswarm.methods.streaming.settings import ByLayer
-from nashswarm.methods.streaming.shards import EMBEDDING, NORM, Source
+from nashswarm.methods.streaming.shards import Source
+from nashswarm.methods.streaming.skeleton import BLOCK, EMBEDDING, Unit, structure_of
+from nashswarm.methods.streaming.surroundings import Surroundings
+from nashswarm.models.matrices import set_weights
 from nashswarm.packed import file_format
 from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import TINY, Curvature, inverse_cholesky
 from nashswarm.quant.error_feedback import row_chunks
 from nashswarm.quant.grid import QuantizedTensor, quantize, row_blocks
-from nashswarm.quant.pack import pack
+from nashswarm.quant.pack import pack, unpack
 
-SHARED_INPUTS = (  # matrices of a block that read the same input
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-HiddenStates = Float[Tensor, "windows length hidden"]
+HiddenStates = Float[Tensor, "windows length *width"]
+Windows = Int[Tensor, "windows length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+    """What is passed from unit to unit: hidden states, and the ``rows`` of the embedding for the tokens that occur.
+
+    The rows are those of the compressed embedding, unless that is the head and compressed last.
+    """
+
+    hidden: HiddenStates
+    rows: Float[Tensor, "tokens hidden"]
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressedUnit:
-    """The stored ``tensors`` of a unit by name, and the hidden states that it computes with them (None for the head).
+    """The stored ``tensors`` of a unit by name, and the states that it computes with them (None for the head).
 
     ``error``: of a decoder block, the squared distance of its outputs from those of the full block on the same inputs,
     relative to the square of what the full block adds to its inputs.
     """
 
     tensors: dict[str, Tensor]
-    outputs: HiddenStates | None = None
+    outputs: States | None = None
     error: float | None = None
 
 
 @torch.no_grad()
 def compress_unit(
-    source: Source,
-    unit: tuple[str, ...],
-    inputs: HiddenStates | None,
-    windows: Int[Tensor, "windows length"],
-    settings: ByLayer,
+    source: Source, unit: Unit, inputs: States | None, windows: Windows, settings: ByLayer
 ) -> CompressedUnit:
-    """Compress the modules of ``unit``.  ``inputs``: hidden states that it reads, None for an embedding."""
-    if inputs is None:
-        return _embedding(source, windows, settings)
-    if NORM in unit:
-        return _head(source, unit[1], inputs, settings)
-    return _decoder_block(source, unit[0], inputs, settings)
+    """Compress ``unit``.  ``inputs``: the states that it reads, None for an embedding."""
+    if unit.kind == EMBEDDING:
+        return _embedding(source, unit, windows, settings)
+    assert inputs is not None
+    if unit.kind == BLOCK:
+        return _decoder_block(source, unit, inputs, windows, settings)
+    return _head(source, unit, inputs, windows, settings)
 
 
-def _embedding(source: Source, windows: Int[Tensor, "windows length"], settings: ByLayer) -> CompressedUnit:
-    weight = source.shards[f"{EMBEDDING}.weight"]
-    bits = settings.width(EMBEDDING)
+@torch.no_grad()
+def first_states(source: Source, windows: Windows) -> States:
+    """Return the states that the first block reads where the embedding is not compressed before it."""
+    ids = windows.unique()
+    rows = source.mapped(f"{structure_of(source.model).embedding}.weight")[ids].float()
+    surroundings = source.surroundings(ids, rows)
+    return States(torch.cat([surroundings.call(window, 0).hidden for window in windows]), rows)
+
+
+def _embedding(source: Source, unit: Unit, windows: Windows, settings: ByLayer) -> CompressedUnit:
+    name = unit.matrices[0][0]
+    weight, bits = source.mapped(f"{name}.weight"), settings.width(name)
     tensor = _concatenate([quantize(weight[rows].float(), bits, settings.scheme) for rows in row_chunks(weight)])
-    ids, positions = windows.unique(return_inverse=True)
-    return CompressedUnit({f"{EMBEDDING}.weight": _packed(tensor)}, _select_rows(tensor, ids).dequantize()[positions])
+    ids = windows.unique()
+    rows = _select_rows(tensor, ids).dequantize()
+    surroundings = source.surroundings(ids, rows)
+    outputs = States(torch.cat([surroundings.call(window, 0).hidden for window in windows]), rows)
+    others = _outside(surroundings, [part for part in unit.tensors if part != f"{name}.weight"])
+    return CompressedUnit({f"{name}.weight": _packed(tensor)} | others, outputs)
 
 
-def _head(source: Source, name: str, inputs: HiddenStates, settings: ByLayer) -> CompressedUnit:
-    norm = LlamaRMSNorm(source.config.hidden_size, source.config.rms_norm_eps)
-    gain = source.shards[f"{NORM}.weight"].float()
-    norm.weight.copy_(gain)
-    moment = torch.zeros(inputs.shape[-1], inputs.shape[-1])
-    for window in inputs:
-        _add_products(moment, norm(window))
-    moment.div_(len(inputs) * inputs.shape[1])
-    factor = _inverse_cholesky(moment, settings)
-    tensor = _quantize(source.shards[f"{name}.weight"], settings.width(name), moment, factor, settings)
-    norms = file_format.to_stored_floats({f"{NORM}.weight": gain}, FLOAT_BITS)
-    return CompressedUnit({f"{name}.weight": _packed(tensor)} | norms)
+def _head(source: Source, unit: Unit, inputs: States, windows: Windows, settings: ByLayer) -> CompressedUnit:
+    name = unit.matrices[0][0]
+    weight = source.mapped(f"{name}.weight")
+    surroundings = source.surroundings(windows.unique(), inputs.rows)
+    moment = torch.zeros(weight.shape[1], weight.shape[1])
+    for window, states in zip(windows, inputs.hidden, strict=True):
+        add_products(moment, surroundings.head_inputs(window, states))
+    moment.div_(windows.numel())
+    others = _outside(surroundings, [part for part in unit.tensors if part != f"{name}.weight"])
+    del surroundings
+    tensor = _quantize(weight, settings.width(name), moment, _inverse_cholesky(moment, settings), settings)
+    return CompressedUnit({f"{name}.weight": _packed(tensor)} | others)
 
 
-def _decoder_block(source: Source, name: str, inputs: HiddenStates, settings: ByLayer) -> CompressedUnit:
-    with torch.device("meta"):
-        block = LlamaDecoderLayer(source.config, int(name.rpartition(".")[2])).eval()
-    weights = {part: source.shards[f"{name}.{part}"].float() for part in block.state_dict()}
-    block.load_state_dict(weights, assign=True)
-    full_outputs, moments = _calibrate(source, block, inputs)
-    matrices = {f"{part}.weight" for group in SHARED_INPUTS for part in group}
-    others = {f"{name}.{part}": weight for part, weight in weights.items() if part not in matrices}
+def _outside(surroundings: Surroundings, names: Sequence[str]) -> dict[str, Tensor]:
+    tensors = surroundings.model.state_dict()
+    return file_format.to_stored_floats({name: tensors[name] for name in names}, FLOAT_BITS)
+
+
+def _decoder_block(source: Source, unit: Unit, inputs: States, windows: Windows, settings: ByLayer) -> CompressedUnit:
+    name = unit.modules[0]
+    surroundings = source.surroundings(windows.unique(), inputs.rows)
+    number = structure_of(source.model).blocks.index(name)
+    calls = [surroundings.call(window, number) for window in windows]
+    del surroundings
+    block: Any = source.block(name)
+    matrices = [tuple(matrix.removeprefix(f"{name}.") for matrix in group) for group in unit.matrices]
+    compressed = {f"{matrix}.weight" for group in matrices for matrix in group}
+    others = {f"{name}.{part}": weight for part, weight in block.state_dict().items() if part not in compressed}
     tensors = file_format.to_stored_floats(others, FLOAT_BITS)
-    for group in SHARED_INPUTS:
-        moment = moments.pop(group)
-        factor = _inverse_cholesky(moment, settings)
-        for part in group:
-            weight = weights[f"{part}.weight"]
-            tensor = _quantize(weight, settings.bits, moment, factor, settings)
-            for rows in row_chunks(weight):
-                weight[rows] = _select_rows(tensor, rows).dequantize()
-            tensors[f"{name}.{part}.weight"] = _packed(tensor)
-    outputs = _run(source, block, inputs)
+    with counted_rows(block, [matrix for group in matrices for matrix in group]) as rows:
+        full_outputs = block_outputs(block, calls, inputs.hidden)
+    for listed in passes(block, jobs(matrices, rows)):
+        moments = calibrate(block, calls, inputs.hidden, listed)
+        while moments:
+            job, moment = moments.pop(0)
+            factor = _inverse_cholesky(moment, settings)
+            for part in job.matrices:
+                tensor = _quantize(_matrix(block.get_submodule(part)), settings.bits, moment, factor, settings)
+                tensors[f"{name}.{part}.weight"] = _packed(tensor)
+                del tensor
+            del moment, factor
+    for part in rows:
+        set_weights(block, {part: unpack(tensors[f"{name}.{part}.weight"].numpy()).dequantize()})
+    outputs = block_outputs(block, calls, inputs.hidden)
     error, added = (
         (later - earlier).double().square().sum()
-        for later, earlier in ((outputs, full_outputs), (full_outputs, inputs))
+        for later, earlier in ((outputs, full_outputs), (full_outputs, inputs.hidden))
     )
-    return CompressedUnit(tensors, outputs, float(error / added.clamp(min=TINY)))
+    return CompressedUnit(tensors, States(outputs, inputs.rows), float(error / added.clamp(min=TINY)))
 
 
-def _calibrate(
-    source: Source, block: nn.Module, inputs: HiddenStates
-) -> tuple[HiddenStates, dict[tuple[str, ...], Float[Tensor, "in in"]]]:
-    """Return the outputs of the full block, and E[x xᵀ] of the inputs of every group of matrices that share one."""
-    moments: dict[tuple[str, ...], Tensor] = {}
-    handles = []
-    for group in SHARED_INPUTS:
-        columns = block.get_parameter(f"{group[0]}.weight").shape[1]
-        moment = moments[group] = torch.zeros(columns, columns)
-        handles.append(
-            block.get_submodule(group[0]).register_forward_pre_hook(
-                lambda _, arguments, moment=moment: _add_products(moment, arguments[0])
-            )
-        )
-    outputs = _run(source, block, inputs)
-    for handle in handles:
-        handle.remove()
-    for moment in moments.values():
-        moment.div_(len(inputs) * inputs.shape[1])
-    return outputs, moments
-
-
-def _run(source: Source, block: nn.Module, inputs: HiddenStates) -> HiddenStates:
-    """Return the outputs of ``block``, computed window by window."""
-    positions = torch.arange(inputs.shape[1]).unsqueeze(0)
-    rotation = LlamaRotaryEmbedding(source.config)(inputs[:1], positions)
-    outputs = torch.empty_like(inputs)
-    for number, window in enumerate(inputs):
-        outputs[number] = block(window.unsqueeze(0), position_ids=positions, position_embeddings=rotation)[0]
-    return outputs
-
-
-def _add_products(moment: Float[Tensor, "in in"], inputs: Float[Tensor, "*positions in"]) -> None:
-    """Add Σ x xᵀ over all positions to ``moment``."""
-    flat = inputs.flatten(0, -2)
-    moment.addmm_(flat.T, flat)
+def _matrix(module: Any) -> Tensor:
+    """Return the weight of a module as (out, in)."""
+    weight: Tensor = module.weight
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _inverse_cholesky(moment: Float[Tensor, "in in"], settings: ByLayer) -> Float[Tensor, "in in"]:

@@ -22,17 +22,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nashswarm import memory
-from nashswarm.methods.streaming.block import HiddenStates, compress_unit
+from nashswarm.methods.streaming.block import States, compress_unit, first_states
 from nashswarm.methods.streaming.layout import Layout, descriptions, file_bytes, layout
 from nashswarm.methods.streaming.settings import ByLayer
-from nashswarm.methods.streaming.shards import EMBEDDING, Shards, Source, tensors_of, units
+from nashswarm.methods.streaming.shards import Shards, Source
+from nashswarm.methods.streaming.skeleton import Unit, structure_of, tensors_of, units
 from nashswarm.packed import file_format, model_folder
 from nashswarm.packed.card import card
 from nashswarm.progress import Track, no_track
 from nashswarm.records.files import claim, write_whole
 from nashswarm.records.provenance import code_digest, provenance
 
-STATES = "states"  # name of the files of hidden states, and of the tensor in them
+STATES = "states"  # name of the files of hidden states
 
 
 def compress(
@@ -63,9 +64,9 @@ def compress(
         about = _start_or_resume(work, key)
         finished = len(about["units"])
         remaining_bytes = sum(map(file_bytes, list(files.values())[finished:]))
-        _check_free_space(out, remaining_bytes + 8 * windows.numel() * source.config.hidden_size)
+        _check_free_space(out, remaining_bytes + 16 * windows.numel() * structure_of(source.model).width)
         _write_about(work, about)
-        for unit in track(units(source.config)[finished:], "compressing block by block"):
+        for unit in track(units(source.model)[finished:], "compressing block by block"):
             _compress_next(work, about, source, unit, windows, settings, files)
         _complete(work, about, source, tokenizer, files)
         for path in work.glob(f".{STATES}*"):
@@ -90,7 +91,7 @@ def _compress_next(
     work: pathlib.Path,
     about: dict[str, Any],
     source: Source,
-    unit: tuple[str, ...],
+    unit: Unit,
     windows: Int[Tensor, "windows length"],
     settings: ByLayer,
     files: Layout,
@@ -102,14 +103,14 @@ def _compress_next(
     inputs = _read_inputs(work, number, source, windows)
     compressed = compress_unit(source, unit, inputs, windows, settings)
     if compressed.outputs is not None:
-        _write_tensors(work / _states_name(number + 1), {STATES: compressed.outputs})
+        _write_tensors(work / _states_name(number + 1), vars(compressed.outputs))
     _write_tensors(work / list(files)[number], compressed.tensors)
     error = compressed.error
     del inputs, compressed
     memory.trim_heap()
     about["units"].append(
         {
-            "modules": unit,
+            "modules": unit.modules,
             "seconds": time.monotonic() - started,
             "error": error,
             "cpu_seconds": time.process_time() - processor_started,
@@ -156,7 +157,7 @@ def _start_or_resume(work: pathlib.Path, key: Mapping[str, Any]) -> dict[str, An
 def _complete(work: pathlib.Path, about: dict[str, Any], source: Source, tokenizer: Any, files: Layout) -> None:
     """Add index, config, tokenizer, model card and record to the finished files of weights."""
     paths = {name: work / file_name for file_name, tensors in files.items() for name in tensors}
-    described = descriptions(source.config, files, file_format.checksum(Shards(paths)))
+    described = descriptions(source.model, files, file_format.checksum(Shards(paths)))
     for file_name, content in described.items():
         write_whole(work / file_name, content)
     tokenizer.save_pretrained(work)
@@ -192,13 +193,13 @@ def _metrics(about: Mapping[str, Any], source: Source, files: Layout, size: int)
 
 def _read_inputs(
     work: pathlib.Path, number: int, source: Source, windows: Int[Tensor, "windows length"]
-) -> HiddenStates | None:
-    """Return the hidden states that unit ``number`` reads; None for an embedding, which reads the windows."""
+) -> States | None:
+    """Return the states that unit ``number`` reads; None for an embedding, which reads the windows."""
     if (path := work / _states_name(number)).is_file():
-        return Shards({STATES: path})[STATES]
+        return States(**safetensors.torch.load_file(path))
     if number:
         raise ValueError(f"{work} lacks {path.name}, from which the run resumes; delete the folder and start again")
-    return source.shards[f"{EMBEDDING}.weight"][windows].float() if source.config.tie_word_embeddings else None
+    return first_states(source, windows) if structure_of(source.model).tied else None
 
 
 def _states_name(number: int) -> str:

@@ -6,16 +6,16 @@ small sample.  The time to read the checkpoint from the disk comes on top.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from nashswarm import memory
-from nashswarm.methods.streaming.block import SHARED_INPUTS
 from nashswarm.methods.streaming.layout import descriptions, file_bytes, layout
+from nashswarm.methods.streaming.moments import Job, jobs, passes
 from nashswarm.methods.streaming.settings import ByLayer
-from nashswarm.methods.streaming.shards import EMBEDDING, NORM, tensors_of, units
+from nashswarm.methods.streaming.skeleton import BLOCK, EMBEDDING, Unit, shape_of, structure_of, tensors_of, units
 from nashswarm.quant.coordinate_descent import quantize_layer
 from nashswarm.quant.curvature import Curvature, inverse_cholesky
 from nashswarm.quant.error_feedback import CHUNK_WEIGHTS
@@ -28,6 +28,7 @@ REPEATS = 3
 PRODUCTS_PER_WEIGHT = 2.5  # multiply-adds per weight and column of a matrix: two damages and half a product in the pass
 FACTOR_BYTES = 3 * 8  # per entry of H while it is factored in double precision
 CHUNK_BYTES = 20 * 4  # per weight of a chunk of rows that is quantized together
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")  # in configs
 CODE_BYTES = 6  # per code of a matrix while it is packed
 
 
@@ -85,11 +86,9 @@ def forecast(model: Any, settings: ByLayer, windows: int, length: int, rates: Ra
     """Return the forecast for a model without memory and ``windows`` calibration windows of ``length`` tokens."""
     size = file_bytes_of(model, settings)
     parameters = sum(part.numel() for part in tensors_of(model).values())
-    state_bytes = 4 * windows * length * model.config.hidden_size
-    unit_by_kind = _unit_by_kind(model)
-    count = {kind: sum(unit[0].startswith(kind) for unit in units(model.config)) for kind in unit_by_kind}
+    state_bytes = 4 * windows * length * structure_of(model).width
     seconds = sum(
-        count[kind] * _seconds_of(model, unit, windows * length, length, rates) for kind, unit in unit_by_kind.items()
+        count * _seconds_of(model, unit, windows * length, length, rates) for unit, count in _unlike_units(model)
     )
     peak = memory.peak_bytes() + working_bytes(model, windows, length)
     return Forecast(parameters, size, 8 * size / parameters, 2 * state_bytes, seconds, peak)
@@ -98,62 +97,91 @@ def forecast(model: Any, settings: ByLayer, windows: int, length: int, rates: Ra
 def file_bytes_of(model: Any, settings: ByLayer) -> int:
     """Return the bytes of the compressed checkpoint, exact, from shapes alone."""
     files = layout(model, settings)
-    described = descriptions(model.config, files, checksum="00000000")
+    described = descriptions(model, files, checksum="00000000")
     return sum(map(file_bytes, files.values())) + sum(map(len, described.values()))
 
 
 def working_bytes(model: Any, windows: int, length: int) -> int:
     """Return the bytes of memory that compression adds to those of the process, from shapes alone."""
-    state_bytes = 4 * windows * length * model.config.hidden_size
-    return max(_memory_of(model, unit, state_bytes) for unit in _unit_by_kind(model).values())
+    state_bytes = 4 * windows * length * structure_of(model).width
+    return max(_memory_of(model, unit, state_bytes) for unit, _ in _unlike_units(model))
 
 
-def _unit_by_kind(model: Any) -> dict[str, tuple[str, ...]]:
-    """Return one unit of every kind; all decoder blocks are alike."""
-    return {unit[0].rstrip("0123456789"): unit for unit in units(model.config)}
+def _unlike_units(model: Any) -> list[tuple[Unit, int]]:
+    """Return one unit of every kind and shape, and how many there are like it."""
+    tensors = tensors_of(model)
+    alike: dict[Any, list[Unit]] = {}
+    for unit in units(model):
+        shapes = tuple((name.removeprefix(unit.modules[0]), tensors[name].shape) for name in unit.tensors)
+        alike.setdefault((unit.kind, shapes), []).append(unit)
+    return [(found[0], len(found)) for found in alike.values()]
 
 
-def _seconds_of(model: Any, unit: Sequence[str], tokens: int, length: int, rates: Rates) -> float:
-    if unit[0] == EMBEDDING:
-        return rates.rounding * _numel(model, EMBEDDING)
-    seconds = 0.0
-    for group in _groups(unit):
+def _seconds_of(model: Any, unit: Unit, tokens: int, length: int, rates: Rates) -> float:
+    if unit.kind == EMBEDDING:
+        return rates.rounding * _numel(model, unit.matrices[0][0])
+    seconds, forward = 0.0, 0.0
+    for group in unit.matrices:
         columns = _columns(model, group[0])
-        seconds += rates.factor * columns**3 + rates.product * tokens * columns**2
+        read = tokens * _share_of_tokens(model, group[0])
+        seconds += rates.factor * columns**3 + rates.product * read * columns**2
         for name in group:
             seconds += (rates.reply + PRODUCTS_PER_WEIGHT * columns * rates.product) * _numel(model, name)
-            if unit[0] != NORM:  # a forward pass through the full block and one through the compressed block
-                seconds += 2 * rates.product * tokens * _numel(model, name)
-    if unit[0] != NORM:
-        seconds += 2 * rates.product * 2 * tokens * length * model.config.hidden_size
+            forward += rates.product * read * _numel(model, name)
+    if unit.kind == BLOCK:
+        forward += rates.product * 2 * tokens * length * model.config.get_text_config().hidden_size
+        seconds += forward * (2 + len(_passes(model, unit)))
     return seconds
 
 
-def _memory_of(model: Any, unit: Sequence[str], state_bytes: int) -> int:
+def _memory_of(model: Any, unit: Unit, state_bytes: int) -> int:
     """Return the bytes of memory that the unit adds to those of the process."""
-    if unit[0] == EMBEDDING:
-        return max(CODE_BYTES * _numel(model, EMBEDDING), CHUNK_BYTES * CHUNK_WEIGHTS) + state_bytes
-    groups = list(_groups(unit))
-    block = 0 if unit[0] == NORM else 4 * sum(_numel(model, name) for group in groups for name in group)
-    most = 0
-    for number, group in enumerate(groups):
-        columns = _columns(model, group[0])
-        moments = 4 * sum(_columns(model, other[0]) ** 2 for other in groups[number:])
-        codes = max(_numel(model, name) for name in group)
-        factoring = (4 + FACTOR_BYTES) * columns**2
-        quantizing = 4 * columns**2 + CHUNK_BYTES * CHUNK_WEIGHTS + 2 * codes
-        packing = 4 * columns**2 + CODE_BYTES * codes
-        most = max(most, moments + max(factoring, quantizing, packing))
+    if unit.kind == EMBEDDING:
+        weights = _numel(model, unit.matrices[0][0])
+        return max(CODE_BYTES * weights, CHUNK_BYTES * CHUNK_WEIGHTS) + state_bytes
+    tensors = tensors_of(model)
+    block, most = 0, 0
+    if unit.kind == BLOCK:
+        block = 4 * sum(tensors[name].numel() for name in unit.tensors)
+        experts = 4 * sum(_numel(model, name) for group in unit.matrices for name in group if _is_expert(model, name))
+        most = experts  # while the fused experts are split
+    for listed in _passes(model, unit):
+        for number, job in enumerate(listed):
+            columns = _columns(model, job.matrices[0])
+            moments = 4 * sum(_columns(model, other.matrices[0]) ** 2 for other in listed[number:])
+            codes = max(_numel(model, name) for name in job.matrices)
+            factoring = (4 + FACTOR_BYTES) * columns**2
+            quantizing = 4 * columns**2 + CHUNK_BYTES * CHUNK_WEIGHTS + 2 * codes
+            packing = 4 * columns**2 + CODE_BYTES * codes
+            most = max(most, moments + max(factoring, quantizing, packing))
     return block + 3 * state_bytes + most
 
 
-def _groups(unit: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Yield the matrices of a unit that are compressed with one H."""
-    if unit[0] == NORM:
-        yield (unit[1],)
-        return
-    for group in SHARED_INPUTS:
-        yield tuple(f"{unit[0]}.{part}" for part in group)
+def _passes(model: Any, unit: Unit) -> list[list[Job]]:
+    """Return the passes in which the moments of a unit are gathered, if every expert is reached."""
+    if unit.kind != BLOCK:
+        return [[Job(group, group) for group in unit.matrices]]
+    name = f"{unit.modules[0]}."
+    groups = [tuple(matrix.removeprefix(name) for matrix in group) for group in unit.matrices]
+    rows = {matrix: 1 for group in groups for matrix in group}
+    return [
+        [Job(*(tuple(f"{name}{matrix}" for matrix in part) for part in (job.matrices, job.readers))) for job in listed]
+        for listed in passes(model.get_submodule(unit.modules[0]), jobs(groups, rows))
+    ]
+
+
+def _is_expert(model: Any, name: str) -> bool:
+    return bool(getattr(model.get_submodule(name), "routed", False))
+
+
+def _share_of_tokens(model: Any, name: str) -> float:
+    """Return the share of all tokens that a matrix reads, if experts are used equally."""
+    if not _is_expert(model, name):
+        return 1.0
+    experts = len(model.get_submodule(name.rpartition(".")[0].rpartition(".")[0]))
+    config = model.config.get_text_config()
+    chosen = next((getattr(config, key) for key in CHOSEN if isinstance(getattr(config, key, None), int)), experts)
+    return float(min(chosen / experts, 1.0))
 
 
 def _numel(model: Any, name: str) -> int:
@@ -161,7 +189,7 @@ def _numel(model: Any, name: str) -> int:
 
 
 def _columns(model: Any, name: str) -> int:
-    return int(model.get_submodule(name).weight.shape[1])
+    return shape_of(model.get_submodule(name))[1]
 
 
 def _seconds(call: Callable[[], Any]) -> float:

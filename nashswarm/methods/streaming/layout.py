@@ -1,23 +1,27 @@
 """What every file of a compressed checkpoint will hold, from shapes alone."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nashswarm.methods.streaming.settings import ByLayer
-from nashswarm.methods.streaming.shards import INDEX, file_names, first_names, tensors_of, units
+from nashswarm.methods.streaming.shards import INDEX, file_names, first_names
+from nashswarm.methods.streaming.skeleton import shape_of, tensors_of, units
 from nashswarm.models.sources import CONFIG
 from nashswarm.packed import file_format
 from nashswarm.quant.grid import row_blocks
 from nashswarm.quant.pack import packed_bytes
 
-ARCHITECTURE = "LlamaForCausalLM"
 FLOAT_BITS = 16  # of norms and biases
-DTYPES = {torch.uint8: "U8", torch.float16: "F16"}  # names in the header of a safetensors file
+DTYPES = {  # names in the header of a safetensors file
+    torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+}  # fmt: skip
 
 Layout = dict[str, dict[str, Tensor]]  # file name → tensor name → tensor without memory
 
@@ -28,23 +32,19 @@ def layout(model: Any, settings: ByLayer) -> Layout:
     Raises ValueError that names the matrices whose columns the group size does not divide.
     """
     tensors = tensors_of(model)
+    units_of_model = units(model)
     indivisible: list[str] = []
-
-    def stored(name: str) -> Tensor:
-        module, shape = name.removesuffix(".weight"), tensors[name].shape
-        if not isinstance(model.get_submodule(name.rpartition(".")[0]), (nn.Linear, nn.Embedding)) or len(shape) != 2:
-            return torch.empty(shape, dtype=torch.float16, device="meta")
-        if shape[1] % settings.group_size:
-            indivisible.append(f"{module} ({shape[1]})")
-            return tensors[name]
-        widths = np.full(row_blocks(shape[0]) * (shape[1] // settings.group_size), settings.width(module))
-        return torch.empty(packed_bytes(widths, settings.scheme), dtype=torch.uint8, device="meta")
-
-    units_of_model = units(model.config)
-    files = {}
+    files: Layout = {}
     for file_name, unit in zip(file_names(len(units_of_model)), units_of_model, strict=True):
-        prefixes = tuple(f"{module}." for module in unit)
-        files[file_name] = {name: stored(name) for name in tensors if name.startswith(prefixes)}
+        files[file_name] = {name: _as_float16(tensors[name]) for name in unit.tensors}
+        for module in itertools.chain.from_iterable(unit.matrices):
+            rows, columns = shape_of(model.get_submodule(module))
+            if columns % settings.group_size:
+                indivisible.append(f"{module} ({columns})")
+                continue
+            widths = np.full(row_blocks(rows) * (columns // settings.group_size), settings.width(module))
+            size = packed_bytes(widths, settings.scheme)
+            files[file_name][f"{module}.weight"] = torch.empty(size, dtype=torch.uint8, device="meta")
     if indivisible:
         raise ValueError(
             f"the columns of {len(indivisible)} matrices are not divisible by {settings.group_size}: "
@@ -53,12 +53,17 @@ def layout(model: Any, settings: ByLayer) -> Layout:
     return files
 
 
-def descriptions(config: Any, files: Layout, checksum: str) -> dict[str, bytes]:
-    """Return the contents of the index and of the config, by file name; the config comes last."""
+def _as_float16(tensor: Tensor) -> Tensor:
+    dtype = torch.float16 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+
+def descriptions(model: Any, files: Layout, checksum: str) -> dict[str, bytes]:
+    """Return the contents of the index and of the config of ``model``, by file name; the config comes last."""
     total = sum(part.nbytes for tensors in files.values() for part in tensors.values())
     weight_map = {name: file_name for file_name, tensors in files.items() for name in sorted(tensors)}
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-    text = file_format.config_json(config, ARCHITECTURE, torch.float32, checksum, FLOAT_BITS)
+    text = file_format.config_json(model.config, type(model).__name__, torch.float32, checksum, FLOAT_BITS)
     return {INDEX: index.encode(), CONFIG: text}
 
 

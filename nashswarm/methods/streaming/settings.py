@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from nashswarm.methods.streaming.shards import EMBEDDING, HEAD
 from nashswarm.quant.curvature import DAMPING
 from nashswarm.quant.grid import GRID_WIDTHS, Scheme
 
@@ -40,5 +39,5 @@ class ByLayer:
         return Scheme(self.group_size, search=True)
 
     def width(self, name: str) -> int:
-        """Return the bits of the codes of the matrix ``name``."""
-        return self.outer_bits if name in (EMBEDDING, HEAD) else self.bits
+        """Return the bits of the codes of the matrix ``name``; those of decoder blocks have a number in their names."""
+        return self.bits if any(part.isdigit() for part in name.split(".")) else self.outer_bits

@@ -335,7 +335,7 @@ def damage_checkpoint(folder: pathlib.Path, what: str) -> None:
         ("absent", "lacks 1 of the model's tensors: model.norm.weight"),
         ("index", "is damaged"),
         ("no index", "holds neither"),
-        ("kind", "knows only LLaMA's architecture, and this is 'gpt2': leave --by-layer out"),
+        ("kind", "knows decoders, and this is a LlamaForCausalLM with a config of 'gpt2': leave --by-layer out"),
         ("shape", "other shapes than its config.json says: model.layers.0.mlp.gate_proj.weight"),
     ],
 )
