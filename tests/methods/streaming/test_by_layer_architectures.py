@@ -23,6 +23,8 @@ DENSE = [
     "gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "olmo2", "cohere2", "starcoder2", "glm4", "mamba2", "bamba",
 ]  # fmt: skip
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "jetmoe", "inkling2_text"]
+COMMON = {"llama", "mistral", "qwen3", "gemma2", "phi3", "gpt2", "opt", "mamba2", "mixtral", "qwen3_moe", "deepseek_v3"}
+KINDS = [pytest.param(kind, marks=() if kind in COMMON else pytest.mark.slow) for kind in [*DENSE, *MIXTURES]]
 REFUSED = {
     "zamba2": "they share weights",
     "gemma3n_text": "there are several lists of them",
@@ -114,7 +116,7 @@ def test_moments_without_compression_are_those_of_the_whole_model(
     assert close(head_inputs(source, windows, block.States(hidden, states.rows)), read[head])
 
 
-@pytest.mark.parametrize("kind", [*DENSE, *MIXTURES])
+@pytest.mark.parametrize("kind", KINDS)
 def test_compressed_folder_computes_what_the_last_block_passed_on(
     kind: str, windows: Tensor, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
