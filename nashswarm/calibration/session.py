@@ -47,6 +47,7 @@ class CalibrationSession:
     ) -> None:
         self.full, self.calibration, self.holdout = model, calibration, holdout
         self.layers, self.unreached = keep_unreached(model, layers, calibration)
+        trim_heap()  # the activations of the window that was tried
         if self.unreached:
             setattr(model.config, kept.UNCOMPRESSED, kept.describe_unreached(self.unreached))
         self.seed, self.cache, self.track = seed, cache, track
