@@ -79,7 +79,7 @@ def _forecast(arguments: argparse.Namespace) -> dict[str, Any]:
             "--plan forecasts nash_swarm without --exclude, or --by-layer: leave --method and --exclude out"
         )
     config = forecast.config_of(arguments.model)
-    length = min(arguments.length or sources.LONGEST_WINDOW, architecture.max_tokens(config) or sources.LONGEST_WINDOW)
+    length = min(arguments.length or api.LONGEST_WINDOW, architecture.max_tokens(config) or api.LONGEST_WINDOW)
     windows = corpus.most_windows(method) * 3 // 4 if arguments.windows is None else arguments.windows
     return forecast.forecast(arguments.model, config, method, windows, length)
 

@@ -31,7 +31,8 @@ COLUMNS = (512, 1536)  # of these; the time of a weight grows with them
 WINDOWS = 4  # that calibration is measured on; the fastest counts
 MOST_MEASURED = 1_500_000_000  # parameters of a model of two blocks
 ACTIVATIONS = 3  # bytes that a block keeps for its backward pass, in those of the inputs of its matrices
-GAME_BYTES = 16  # of a weight of a matrix that is played
+LOGIT_BYTES = 16  # of a logit of the window in work: itself, its gradient, and what comes between
+GAME_BYTES = 28  # of a weight of the matrix that is played: weights, values, errors and replies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,8 @@ def forecast(name: str, config: Any, method: NashSwarm, windows: int, length: in
     used = max(windows // QUICK_SHARE, 1) if method.effort == "quick" else windows
     seconds = {"calibrating": used * whole.calibration, "playing": whole.game}
     block_inputs = two.inputs - one.inputs
-    working = max(whole.inputs + ACTIVATIONS * block_inputs, GAME_BYTES * whole.largest)
+    logits = LOGIT_BYTES * length * config.get_text_config().vocab_size
+    working = max(whole.inputs + ACTIVATIONS * block_inputs + logits, GAME_BYTES * whole.largest)
     return {
         "model": name,
         "windows": [used, length],

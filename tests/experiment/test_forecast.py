@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from nashswarm import api
 from nashswarm.cli import main
 from nashswarm.experiment import forecast
 from nashswarm.experiment.forecast import Cost
@@ -47,6 +48,9 @@ def test_forecast_adds_blocks_to_the_first_one(config: Any, monkeypatch: pytest.
     assert told["seconds"] == {"calibrating": 12 * (2 + BLOCKS), "playing": 30 + 5 * BLOCKS}
     assert told["slowest"] == "calibrating" and told["minutes"] == round((12 * 9 + 65) / 60, 1)
     assert told["peak_bytes"] == 10**6 + 4 * parameters + 1000 * BLOCKS + forecast.GAME_BYTES * 96 * 32
+    longer = forecast.forecast("it", config, NashSwarm(bits=4.0), 12, 64)  # whose logits take more than the game
+    working = 100 * BLOCKS + forecast.ACTIVATIONS * 100 + forecast.LOGIT_BYTES * 64 * 96
+    assert longer["peak_bytes"] == 10**6 + 4 * parameters + 1000 * BLOCKS + working
     quick = forecast.forecast("it", config, NashSwarm(effort="quick"), 12, 32)
     assert quick["windows"] == [12 // QUICK_SHARE, 32]
 
@@ -93,6 +97,10 @@ def test_command_forecasts_the_bytes_that_compressing_takes(
     told = json.loads(capsys.readouterr().out)
     assert told["bytes_file"] == parameters_of(config) // 2 and told["windows"] == [3, 64]
     assert all(seconds >= 0 for seconds in told["seconds"].values())
+    config.max_position_embeddings = 2 * api.LONGEST_WINDOW
+    config.save_pretrained(tmp_path)
+    assert main(["compress", str(tmp_path), "--plan", "--windows", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["windows"] == [2, api.window_length(str(tmp_path))]
     for options, message in (
         (["llama_none", "--plan"], "llama_none holds no config.json, and no shape is known by that name"),
         ([str(tmp_path), "--plan", "--method", "gptq"], "--plan forecasts nash_swarm"),
