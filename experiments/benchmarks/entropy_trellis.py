@@ -7,7 +7,8 @@ codes at a price of a bit.  The lattice may choose any multiple of the step.  Th
 has half the step, and may choose even or odd multiples, as its state says; Viterbi's algorithm finds the best path down
 64 rows (entropy-coded trellis-coded quantization, Fischer & Wang 1992).  Both pay the length of a code in tables that
 depend on how large the code is expected to be, as the lattice's entropy coder does.  Tables are fitted to the codes of
-the pass before.  Bits are entropies: there is no file.
+the pass before.  Bits are entropies: there is no file.  Beside both stands ``nash_lattice`` itself on the same matrix,
+with the same step, its code tables, and sweeps of best replies by its codes.  Every damage is that of one curvature.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
 from experiments.config import compose
@@ -25,6 +27,10 @@ from nashswarm import layers
 from nashswarm.experiment import compression
 from nashswarm.experiment.plan import plan
 from nashswarm.layers import Layer
+from nashswarm.methods.nash_lattice.quantizer import LatticeQuantizer
+from nashswarm.progress import show_progress
+from nashswarm.quant.curvature import Curvature, factor_curvature
+from nashswarm.quant.entropy import coded_bits
 from nashswarm.quant.trellis_arrangement import Arrangement, arrange
 from nashswarm.records import files
 from nashswarm.records.provenance import provenance
@@ -36,7 +42,7 @@ PARITIES = (0o04, 0o13)
 PRICE = 2 * np.log(2) / 12  # of a bit, in squared steps of a scalar quantizer: the slope of its distortion at high rate
 LARGEST = 2047  # code
 CLASSES = 24  # of expected sizes, in half octaves
-PASSES, HALVINGS = 3, 7
+PASSES, HALVINGS, SWEEPS = 3, 20, 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,52 +60,70 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for layer in loaded.session.layers:
         if layer.name in options.layers:
-            arrangement, factor = arrange(
-                layer.weight, layers.curvature(layer, moments, options.floor), "stored", False
-            )
-            rows += [measure(layer, arrangement, factor.double().numpy(), bits) for bits in BITS]
+            curvature = layers.curvature(layer, moments, options.floor)
+            rows += [measure(layer, curvature, bits) for bits in BITS]
             print(table(rows[-len(BITS) :]), flush=True)
     files.write_report(options.out, {"rows": rows, "provenance": provenance(started)}, table(rows))
 
 
-def measure(layer: Layer, arrangement: Arrangement, factor: Float[np.ndarray, "k k"], bits: float) -> dict[str, Any]:
-    """Return bits and damages of both at about ``bits`` per weight, and their ratio at equal bits."""
+def measure(layer: Layer, curvature: Curvature, bits: float) -> dict[str, Any]:
+    """Return bits and damages of all three at about ``bits`` per weight, and the trellis' ratios at equal bits."""
     row: dict[str, Any] = {"layer": layer.name, "rows": layer.weight.shape[0], "columns": layer.weight.shape[1]}
+    arrangement, factor = arrange(layer.weight, curvature, "stored", False)
+    factored = factor_curvature(curvature)
+    base_step = step_of_rounding(arrangement, factor.double().numpy(), bits)
     for name, states in STATES.items():
-        coarse, fine = -40.0, 10.0  # logarithms of the step; more bits below
-        for _ in range(HALVINGS + 12):
-            middle = (coarse + fine) / 2
-            entropy, _ = encode(arrangement, factor, 2.0**middle, states, 1)
-            coarse, fine = (middle, fine) if entropy > bits else (coarse, middle)
-            if abs(entropy - bits) < 0.02:
-                break
-        entropy, damage = encode(arrangement, factor, 2.0**middle, states, PASSES)
+        entropy, damage = encode(arrangement, factor.double().numpy(), base_step, states, factored.curvature)
         row |= {f"{name}_bits": entropy, f"{name}_damage": damage}
-    # A bit more divides the damage by four.
-    equal = row["trellis_damage"] * 4 ** (row["trellis_bits"] - row["lattice_bits"])
-    return row | {"ratio_at_equal_bits": equal / row["lattice_damage"]}
+    quantizer = LatticeQuantizer([layer], {layer.name: factored}, False, 1.0, show_progress)
+    model = quantizer.quantize_at(base_step, quantizer.neutral, SWEEPS)
+    tensor = model.tensors[layer.name]
+    row["swept_bits"] = float(coded_bits(tensor, model.tables).sum()) / tensor.codes.numel()
+    row["swept_damage"] = float(quantizer.damage_by_row(layer, tensor, quantizer.neutral).double().sum())
+    for name in ("lattice", "swept"):  # a bit more divides the damage by four
+        equal = row["trellis_damage"] * 4 ** (row["trellis_bits"] - row[f"{name}_bits"])
+        row[f"ratio_to_{name}"] = equal / row[f"{name}_damage"]
+    return row
+
+
+def step_of_rounding(arrangement: Arrangement, factor: Float[np.ndarray, "k k"], bits: float) -> float:
+    """Return the step at which plain rounding takes about ``bits`` per weight, by the tables of the prototype."""
+    weights = arrangement.weights.double().numpy()[:, : arrangement.layout.rows]
+    finest, coarsest = -40.0, 10.0  # logarithms of the step
+    for _ in range(HALVINGS):
+        middle = (finest + coarsest) / 2
+        steps = 2.0**middle * np.diag(factor)
+        codes = np.clip(np.round(weights / steps[:, None]), -LARGEST, LARGEST).astype(int)
+        _, entropy = _fit(codes, _classes(weights, steps), 1)
+        finest, coarsest = (middle, coarsest) if entropy > bits else (finest, middle)
+    return float(2.0**middle)
 
 
 def encode(
-    arrangement: Arrangement, factor: Float[np.ndarray, "k k"], step: float, states: int, passes: int
+    arrangement: Arrangement, factor: Float[np.ndarray, "k k"], step: float, states: int, curvature: Curvature
 ) -> tuple[float, float]:
-    """Return bits per weight and damage after so many passes of error feedback, each with tables fitted to the last."""
-    weights = arrangement.weights.double().numpy()
-    steps = step / np.sqrt(1 / np.diag(factor) ** 2)
-    used = weights[:, : arrangement.layout.rows]
-    sizes = np.sqrt(np.mean((used / steps[:, None]) ** 2, 0))[None] * np.sqrt(
-        np.mean((used / steps[:, None]) ** 2, 1, keepdims=True)
-    )
-    sizes /= max(np.sqrt(np.mean((used / steps[:, None]) ** 2)), 1e-30)
-    classes = np.clip(np.round(2 * np.log2(np.maximum(sizes, 1e-6))) + 8, 0, CLASSES - 1).astype(int)
+    """Return bits per weight and damage after ``PASSES`` of error feedback, each with tables fitted to the last."""
+    weights = arrangement.weights.double().numpy()[:, : arrangement.layout.rows]
+    steps = step * np.diag(factor)
+    classes = _classes(weights, steps)
     lengths = _first_lengths(states)
-    entropy = damage = 0.0
-    for _ in range(passes):
-        codes, values = _pass(used, factor, steps, classes, lengths, states)
+    for _ in range(PASSES):
+        codes, values = _pass(weights, factor, steps, classes, lengths, states)
         lengths, entropy = _fit(codes, classes, states)
-        error = used - values
-        damage = float(np.sum(error * (arrangement.inputs.double().numpy() @ error)) / 2)
-    return entropy, damage
+    error = torch.empty(weights.T.shape)
+    error[:, arrangement.layout.encoding_order] = torch.from_numpy(weights - values).T.float()
+    damage = curvature.damage_by_row(error / arrangement.layout.root[:, None])
+    return entropy, float(damage.double().sum())
+
+
+def _classes(
+    weights: Float[np.ndarray, "columns rows"], steps: Float[np.ndarray, " columns"]
+) -> Int[np.ndarray, "columns rows"]:
+    """Return the class of each code: how large it is expected to be, from the means of its row and its column."""
+    squares = (weights / steps[:, None]) ** 2
+    sizes = np.sqrt(squares.mean(0))[None] * np.sqrt(squares.mean(1, keepdims=True))
+    sizes /= max(np.sqrt(squares.mean()), 1e-30)
+    return np.clip(np.round(2 * np.log2(np.maximum(sizes, 1e-6))) + 8, 0, CLASSES - 1).astype(int)
 
 
 def _pass(
@@ -200,12 +224,14 @@ def _fit(
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     lines = [
-        "| matrix | lattice: bits | damage | trellis: bits | damage | ratio at equal bits |",
-        "|---|---|---|---|---|---|",
+        "| matrix | `nash_lattice`: bits | damage | priced pass: bits | damage | trellis: bits | damage "
+        "| damage over `nash_lattice`'s at equal bits | over the priced pass' |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {row['layer']} | {row['lattice_bits']:.3f} | {row['lattice_damage']:.3g} | {row['trellis_bits']:.3f} | "
-        f"{row['trellis_damage']:.3g} | {row['ratio_at_equal_bits']:.3f} |"
+        f"| `{row['layer']}` | {row['swept_bits']:.3f} | {row['swept_damage']:.3g} | {row['lattice_bits']:.3f} | "
+        f"{row['lattice_damage']:.3g} | {row['trellis_bits']:.3f} | {row['trellis_damage']:.3g} | "
+        f"{row['ratio_to_swept']:.3f} | {row['ratio_to_lattice']:.3f} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
