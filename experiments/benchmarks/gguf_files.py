@@ -35,7 +35,7 @@ from nashswarm.records.provenance import provenance
 
 OUT = pathlib.Path("results/benchmarks/gguf_files")
 STOCK = ("Q2_K", "Q3_K_M", "Q4_K_M")
-TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")
+TYPES = ("Q3_K", "IQ4_XS", "Q4_0", "IQ4_NL", "Q5_0", "Q6_K", "Q8_0")
 PRINTED = {  # by the tool → its column here, and its scale
     r"Mean\s+KLD:\s+([-\d.]+)": ("KL of the tool", 1.0),
     r"Mean\s+KLD:\s+[-\d.]+ ±\s+([\d.]+)": ("±", 1.0),
