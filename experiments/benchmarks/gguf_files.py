@@ -5,7 +5,8 @@
 For each stock mix, with and without an importance matrix of the calibration windows, and for a file of ours of at most
 the same bytes: the KL to the full model by ``llama-perplexity --kl-divergence``, and of the weights that the file
 decodes to by torch, on the same tokens.  The tool reads windows of text and counts the second half of each.  Greedy
-text that llama.cpp writes with our file is compared with that of torch and the decoded weights.  Extra ``llamacpp``.
+text that llama.cpp writes with our file is compared with that of torch and the decoded weights: where types of blocks
+are multiplied, llama.cpp rounds the inputs to 8 bits, with the same weights in 32 bits it does not.  Extra ``llamacpp``.
 """
 
 import argparse
@@ -99,7 +100,10 @@ def measure(options: argparse.Namespace, place: pathlib.Path) -> list[dict[str, 
         rows.append(row(f"ours for {kind}", path, made["seconds"], full, windows, options))
         rows[-1] |= {"of the bytes asked": path.stat().st_size / asked, "tensors": made["tensors"]}
         rows[-1]["regret"] = made["regret_sum"] / made["damage"]
-        rows[-1]["greedy texts alike"] = greedy_alike(path, full, windows, options)
+        model = decoded(path, full)
+        rows[-1]["greedy texts alike"] = greedy_alike(path, model, windows, options)
+        gguf_file.write(model, path.with_name("decoded.gguf"), "float32", tokenizer)
+        rows[-1]["alike in 32 bits"] = greedy_alike(path.with_name("decoded.gguf"), model, windows, options)
         path.unlink()
         for column in ("KL of the tool", "KL of torch"):
             rows[-1][f"× {column}"] = rows[-1][column] / rows[-2][column]
@@ -170,18 +174,17 @@ def divergence(full: Any, other: Any, windows: Tensor) -> float:
     return total / len(windows)
 
 
-def greedy_alike(path: pathlib.Path, full: Any, windows: Tensor, options: argparse.Namespace) -> float:
-    """Return the share of greedy texts that llama.cpp writes with a file and torch with the weights it decodes to."""
+def greedy_alike(path: pathlib.Path, model: Any, windows: Tensor, options: argparse.Namespace) -> float:
+    """Return the share of greedy texts that llama.cpp with a file and torch with a ``model`` both write."""
     import llama_cpp
 
     texts, tokens = options.greedy
-    model, alike = decoded(path, full), 0
+    model.generation_config.eos_token_id, alike = None, 0
     loaded = llama_cpp.Llama(str(path), n_ctx=PROMPT + tokens, n_threads=torch.get_num_threads(), verbose=False)
-    for window in windows[:texts]:
-        prompt = window[:PROMPT]
+    for prompt in windows[:texts, :PROMPT]:
         said = model.generate(
             prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False, max_new_tokens=tokens,
-            eos_token_id=-1, pad_token_id=0,
+            pad_token_id=0,
         )[0, PROMPT:].tolist()  # fmt: skip
         stream = loaded.generate(prompt.tolist(), temp=0.0, repeat_penalty=1.0, reset=True)
         alike += said == [next(stream) for _ in range(tokens)]
@@ -192,12 +195,12 @@ def greedy_alike(path: pathlib.Path, full: Any, windows: Tensor, options: argpar
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     columns = ["file", "bytes", "KL of the tool", "top-1 %", "KL of torch", "× KL of the tool", "× KL of torch"]
-    columns += ["of the bytes asked", "greedy texts alike", "seconds"]
+    columns += ["of the bytes asked", "greedy texts alike", "alike in 32 bits", "seconds"]
     lines = [columns, [":--", *["--:"] * (len(columns) - 1)]]
     for row in rows:
         cells = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in row.items()}
         cells |= {name: f"{row[name]:.4f}" for name in ("KL of torch", "of the bytes asked") if name in row}
-        cells |= {name: f"{row[name]:.2f}" for name in row if name.startswith(("×", "greedy", "top-1"))}
+        cells |= {name: f"{row[name]:.2f}" for name in row if name.startswith(("×", "greedy", "alike", "top-1"))}
         cells |= {"seconds": f"{row['seconds']:.0f}", "KL of the tool": f"{row['KL of the tool']:.4f} ± {row['±']:.4f}"}
         lines.append([cells.get(column, "-") for column in columns])
     note = "KL to the full model in nats per token. ×: of the stock mix with importance matrix at the same bytes."
