@@ -5,8 +5,8 @@
 For each stock mix, with and without an importance matrix of the calibration windows, and for a file of ours of at most
 the same bytes: the KL to the full model by ``llama-perplexity --kl-divergence``, and of the weights that the file
 decodes to by torch, on the same tokens.  The tool reads windows of text and counts the second half of each.  Greedy
-text that llama.cpp writes with our file is compared with that of torch and the decoded weights: where types of blocks
-are multiplied, llama.cpp rounds the inputs to 8 bits, with the same weights in 32 bits it does not.  Extra ``llamacpp``.
+text that llama.cpp writes with our file is compared with that of torch and the decoded weights: llama.cpp rounds the
+inputs of products with packed types to 8 bits, with the same weights in 32 bits it does not.  Extra ``llamacpp``.
 """
 
 import argparse
