@@ -90,7 +90,7 @@ class Surroundings:
         self.stop, self.last = 0, None
         with torch.enable_grad():
             reached: Call = self._pass(ids)
-        return reached.hidden[0]
+            return reached.hidden[0]
 
     def open_head(self, weight: Float[Tensor, "vocabulary hidden"]) -> None:
         """Give the head this weight, so that the model returns logits from now on."""

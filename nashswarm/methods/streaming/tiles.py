@@ -22,8 +22,8 @@ from nashswarm.methods.streaming.skeleton import shape_of
 from nashswarm.quant import trellis
 from nashswarm.quant.trellis_arrangement import Arrangement, arrange
 
-Energies = Float64[Tensor, "groups tiles"]  # the damage of each tile at rate 0
-TileRates = UInt8[Tensor, "groups tiles"]
+Energies = Float64[Tensor, "_groups _tiles"]  # the damage of each tile at rate 0
+TileRates = UInt8[Tensor, "_groups _tiles"]
 
 
 class ExpectedDamages(Sequence[Damage]):
