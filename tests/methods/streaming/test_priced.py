@@ -16,6 +16,7 @@ from nashswarm.methods.nash_swarm import report
 from nashswarm.methods.nash_swarm.solver import RateGame
 from nashswarm.methods.streaming import budget, compress, gradients, priced, shards
 from nashswarm.methods.streaming.settings import ByPrice
+from nashswarm.methods.streaming.surroundings import Call
 from nashswarm.models.matrices import find_layers
 from nashswarm.models.split_experts import unfuse
 from tests.methods.streaming.test_by_layer_architectures import DENSE, FEW, MIXTURES, NoTokenizer
@@ -53,7 +54,8 @@ def whole_model(model: Any, windows: Tensor, left: int) -> dict[str, Tensor]:
     names = [name for layer in layers for name in layer.modules]
     generator = torch.Generator().manual_seed(SETTINGS.label_seed)
     moments = calibrate(model, names, windows, generator, expected="zipf", rounded=True)
-    context: Any = CalibrationContext(layers, 0, 0, None, None, None)  # type: ignore[arg-type]
+    nothing: Any = dict
+    context = CalibrationContext(layers, 0, 0, nothing, nothing, nothing)
     game = RateGame(context, moments, SETTINGS.rates, "weight", True, 0, SETTINGS.floor, SETTINGS.seed)
     packed = report.report(game.once(left + game.side_bytes())).packed
     return {f"{name}.weight": torch.from_numpy(part) for name, part in packed.items()}
@@ -139,11 +141,11 @@ def test_priced_below_the_smallest_size_raises_before_any_work(windows: Tensor, 
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_check_backward_block_without_gradients_raises(windows: Tensor) -> None:
-    class Call:
-        def run(self, block: Any, states: Tensor) -> Tensor:
-            return states.detach()
+def test_check_backward_block_without_gradients_raises() -> None:
+    class Detached(torch.nn.Linear):
+        def forward(self, states: Tensor) -> Tensor:
+            return super().forward(states).detach()
 
-    call: Any = Call()
-    with pytest.raises(ValueError, match=r"gradients do not pass through h.0, a Linear .*: say --method gptq"):
-        gradients.check_backward(torch.nn.Linear(2, 2), "h.0", call, torch.zeros(3, 2))
+    block, states = Detached(2, 2), torch.zeros(1, 3, 2)
+    with pytest.raises(ValueError, match=r"gradients do not pass through h.0, a Detached .*: say --method gptq"):
+        gradients.check_backward(block, "h.0", Call((states,), {}), states[0])
