@@ -40,8 +40,8 @@ def compress_by_layer(
     try:
         if isinstance(settings, ByLayer):
             return compress.compress(source, tokenizer, drawn, out, settings, show_progress)
-        seeds = {name: int(rng.integers(2**31)) for name in ("label_seed", "seed")}
-        seeded = dataclasses.replace(settings, **seeds)
+        label_seed, seed = (int(rng.integers(2**31)) for _ in range(2))
+        seeded = dataclasses.replace(settings, label_seed=label_seed, seed=seed)
         return priced.compress_at_price(source, tokenizer, drawn, out, seeded, show_progress)
     except (MemoryError, RuntimeError) as error:  # torch raises the latter for want of memory
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
