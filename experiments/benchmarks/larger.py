@@ -75,7 +75,7 @@ def main() -> None:
     if not (full / CONFIG).is_file():
         write(full)
     words = ["compress", str(full), "--windows", str(options.windows), "--length", str(options.length)]
-    words += ["--sweeps", str(options.sweeps)]
+    words += ["--sweeps", str(options.sweeps), "--method", "gptq"]
     planned = json.loads(command([*words, "--plan", "--by-layer"]))
     words += ["--by-layer", "--out", str(small)]
     blocks = CONFIGURED["num_hidden_layers"] + 2

@@ -1,7 +1,7 @@
 """Moments of modules that calibration text did not reach: experts without tokens, and other names of a used matrix."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,15 +25,32 @@ def mean_of_siblings(name: str, table: MomentsTable, positions: Mapping[str, int
 
     They count as seen at one position, so that errors in the expert cost little but not nothing.
     """
-    stem, _, role = name.rpartition(".")
-    layer = stem.rpartition(".")[0]
-    names = [other for other in positions if other.startswith(f"{layer}.") and other.endswith(f".{role}")]
+    names = siblings(name, positions)
     if not names:
-        raise ValueError(f"no expert of {layer} was ever used: give more calibration text")
-    mean = [torch.zeros(())] * len(dataclasses.fields(Moments))
+        raise ValueError(f"no expert of {mixture_of(name)} was ever used: give more calibration text")
+    mean: Moments | None = None
     for other in names:
-        moments, share = table[other], 1 / positions[other]
-        for number, field in enumerate(dataclasses.fields(Moments)):
-            scale = share if field.name in ("inputs", "coupled_inputs") else 1
-            mean[number] = mean[number] + scale * getattr(moments, field.name) / len(names)
-    return Moments(*mean)
+        mean = added_sibling(mean, table[other], positions[other], len(names))
+    assert mean is not None
+    return mean
+
+
+def siblings(name: str, used: Iterable[str]) -> list[str]:
+    """Return which of the ``used`` matrices are the same one as ``name`` in other experts of its layer."""
+    role = name.rpartition(".")[2]
+    return [other for other in used if other.startswith(f"{mixture_of(name)}.") and other.endswith(f".{role}")]
+
+
+def mixture_of(name: str) -> str:
+    """Return the module that holds the expert that holds the matrix ``name``."""
+    return name.rpartition(".")[0].rpartition(".")[0]
+
+
+def added_sibling(mean: Moments | None, moments: Moments, positions: int, count: int) -> Moments:
+    """Return the mean with one of ``count`` siblings added, which was seen at so many positions."""
+    fields = {}
+    for field in dataclasses.fields(Moments):
+        scale = 1 / positions if field.name in ("inputs", "coupled_inputs") else 1
+        before = torch.zeros(()) if mean is None else getattr(mean, field.name)
+        fields[field.name] = before + scale * getattr(moments, field.name) / count
+    return Moments(**fields)

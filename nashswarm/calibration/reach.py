@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor, nn
 
-from nashswarm.calibration.moments import Score, start_gradients
+from nashswarm.calibration.moment_sums import start_gradients
+from nashswarm.calibration.moments import Score
 from nashswarm.calibration.nll import summed_nll
 from nashswarm.layers import Layer
 from nashswarm.models import evaluation
@@ -78,6 +79,15 @@ def unreached(model: Any, layers: Sequence[Layer], window: Integer[Tensor, " len
     return reasons
 
 
+def is_product(module: Any, arguments: tuple[Any, ...], output: Any) -> bool:
+    """Check whether the output of a Linear, Conv1D or Embedding has the shape of a product with its first argument."""
+    width = module.embedding_dim if isinstance(module, nn.Embedding) else getattr(module, "out_features", None)
+    width = getattr(module, "nf", width)
+    return (
+        isinstance(output, Tensor) and output.shape[-1] == width and bool(arguments) and torch.is_tensor(arguments[0])
+    )
+
+
 def _routed(model: Any, name: str) -> bool:
     return bool(getattr(model.get_submodule(name), "routed", False))
 
@@ -89,13 +99,7 @@ def _watched(model: Any, names: Sequence[str], states: dict[str, str]) -> Iterat
     def note(name: str, module: Any, arguments: tuple[Any, ...], output: Any) -> Any:
         if not torch.is_grad_enabled() or states.get(name, "").startswith("no product"):
             return output
-        width = module.embedding_dim if isinstance(module, nn.Embedding) else getattr(module, "out_features", None)
-        width = getattr(module, "nf", width)
-        if (
-            not isinstance(output, Tensor)
-            or output.shape[-1] != width
-            or not (arguments and torch.is_tensor(arguments[0]))
-        ):
+        if not is_product(module, arguments, output):
             states[name] = "no product of its input alone"
             return output
         states.setdefault(name, "without effect on what the model predicts")

@@ -49,9 +49,10 @@ def add_all(parser: argparse.ArgumentParser) -> None:
     large = parser.add_argument_group("models larger than memory")
     large.add_argument(
         "--by-layer", action="store_true", help="a decoder in a folder, one of its blocks in memory; "
-        "--bits is the width of a weight; the same command goes on where a killed run stopped"
+        "the same command goes on where a killed run stopped; with --method gptq, which --plan forecasts, --bits is "
+        "the width of a weight"
     )  # fmt: skip
-    large.add_argument("--head-bits", type=int, help="of embedding and head (--bits, but at least 4)")
+    large.add_argument("--head-bits", type=int, help="of embedding and head, by gptq (--bits, but at least 4)")
     large.add_argument("--sweeps", type=int, default=0, help="of best replies after error feedback (0)")
 
 

@@ -10,8 +10,8 @@ import transformers
 
 from nashswarm.calibration.texts import CalibrationText
 from nashswarm.data import corpus
-from nashswarm.methods.streaming import compress, forecast, shards, skeleton
-from nashswarm.methods.streaming.settings import ByLayer
+from nashswarm.methods.streaming import compress, forecast, priced, shards, skeleton
+from nashswarm.methods.streaming.settings import ByLayer, ByPrice
 from nashswarm.models import shapes, sources
 from nashswarm.progress import show_progress
 
@@ -20,13 +20,14 @@ def compress_by_layer(
     model: pathlib.Path,
     out: pathlib.Path,
     text: corpus.StdlibDocs | CalibrationText,
-    settings: ByLayer,
+    settings: ByLayer | ByPrice,
     windows: int,
     length: int | None,
     seed: int,
 ) -> dict[str, Any]:
     """Compress the folder ``model`` into ``out``, one decoder block in memory: its metrics.
 
+    ``settings``: of gptq or of nash_swarm, whose seeds are drawn here, as those of the method on a whole model are.
     Calibrates on so many ``windows`` of ``text``, of ``length`` tokens each (None: the model's maximum).
     Raises ValueError for settings that do not fit the model, and where the memory is too small for one block.
     """
@@ -34,9 +35,14 @@ def compress_by_layer(
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     window_length = sources.LoadedModel(source.model, tokenizer).window_length(length)
     pool = corpus.begun_windows(text.text("calibration"), tokenizer, window_length, "calibration")
-    drawn, _ = corpus.draw_windows(pool, windows, 1, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    drawn, _ = corpus.draw_windows(pool, windows, 1, rng)
     try:
-        return compress.compress(source, tokenizer, drawn, out, settings, show_progress)
+        if isinstance(settings, ByLayer):
+            return compress.compress(source, tokenizer, drawn, out, settings, show_progress)
+        label_seed, seed = (int(rng.integers(2**31)) for _ in range(2))
+        seeded = dataclasses.replace(settings, label_seed=label_seed, seed=seed)
+        return priced.compress_at_price(source, tokenizer, drawn, out, seeded, show_progress)
     except (MemoryError, RuntimeError) as error:  # torch raises the latter for want of memory
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise

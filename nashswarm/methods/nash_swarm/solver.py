@@ -5,10 +5,9 @@ group do, through the curvature of the inputs.  A move changes the sum of all da
 change of the mover's own cost, so best replies one after another end in an equilibrium (Monderer & Shapley 1996).
 """
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +19,10 @@ from nashswarm.kernels import trellis as form
 from nashswarm.kernels.encoder import KEEP, RATES
 from nashswarm.kernels.trellis_codes import distortions
 from nashswarm.layers import Layer, Moments
-from nashswarm.memory import pages_of_their_own, trim_heap
 from nashswarm.methods.method import DecodedWeights
 from nashswarm.methods.nash_swarm import prices
 from nashswarm.methods.nash_swarm.prices import Damage, Rates
+from nashswarm.methods.nash_swarm.workers import Result, one_thread_each
 from nashswarm.quant import trellis
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.trellis import Encoded, State
@@ -34,8 +33,6 @@ NEXT = (-1, 1)  # steps from the present rate of a tile: all that is tried befor
 ROUNDED_UP = 1.001  # the most that a tile can gain, with room for rounding
 LOWEST = 0.5  # to which share of itself the price may fall after rates were tried, and none that gains was left out
 SETTLED = 2e-7  # nats per token: sweeps of a layer, and rounds of the game, end when they gain no more
-
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,18 +218,9 @@ class RateGame:
         self, function: Callable[..., Result], description: str, *arguments: Sequence[Any]
     ) -> Iterator[Result]:
         """Yield the function's result for each layer; several layers are computed at a time, with one thread each."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        pool = concurrent.futures.ThreadPoolExecutor(threads)
-        try:
-            results = pool.map(function, self.layers, *arguments)
-            with pages_of_their_own():
-                for _, result in zip(self.context.track(self.layers, description), results, strict=True):
-                    trim_heap()  # each thread has a heap of its own, which keeps what is freed
-                    yield result
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for the layers in work
-            torch.set_num_threads(threads)
+        results = one_thread_each(function, self.layers, *arguments)
+        for _, result in zip(self.context.track(self.layers, description), results, strict=True):
+            yield result
 
     def _settle(self, state: State, last: bool, tried: Sequence[int], price: float = 0.0) -> PlayedLayer:
         """Sweep until the columns are settled, and measure what each tile would gain by the rates that are ``tried``.

@@ -6,6 +6,7 @@ Until the run is finished its folder is called ``FOLDER.unfinished``.  Each fini
 whole, and a run that was killed resumes after the last of them, to the same bytes.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -13,7 +14,7 @@ import json
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from nashswarm import memory
 from nashswarm.methods.streaming.block import States, compress_unit, first_states
-from nashswarm.methods.streaming.layout import Layout, descriptions, file_bytes, layout
+from nashswarm.methods.streaming.layout import Layout, descriptions, file_bytes, layout, on_lines
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.methods.streaming.shards import Shards, Source
 from nashswarm.methods.streaming.skeleton import Unit, structure_of, tensors_of, units
@@ -52,9 +53,38 @@ def compress(
     Raises ValueError if the folder belongs to another run, and OSError if the disk has no room, both before any slow
     work.
     """
-    out = out.resolve()
     files = layout(source.model, settings)
-    key = _run_key(source, windows, settings)
+    state_bytes = 4 * windows.numel() * structure_of(source.model).width
+
+    def left(work: pathlib.Path, about: Mapping[str, Any]) -> int:
+        return sum(map(file_bytes, list(files.values())[len(about["units"]) :])) + 4 * state_bytes
+
+    def fill(work: pathlib.Path, about: dict[str, Any]) -> Layout:
+        for unit in track(units(source.model)[len(about["units"]) :], "compressing block by block"):
+            _compress_next(work, about, source, unit, windows, settings, files)
+        return files
+
+    key = run_key(source, windows, dataclasses.asdict(settings))
+    return into_folder(out, key, left, fill, source, tokenizer, "gptq, block by block")
+
+
+def into_folder(
+    out: pathlib.Path,
+    key: Mapping[str, Any],
+    left: Callable[[pathlib.Path, Mapping[str, Any]], int],
+    fill: Callable[[pathlib.Path, dict[str, Any]], Layout],
+    source: Source,
+    tokenizer: Any,
+    method: str,
+) -> dict[str, Any]:
+    """Let ``fill`` write the files of weights, complete the folder, and return the metrics of all runs of this ``key``.
+
+    ``fill`` goes on where ``about["units"]`` ends, to which it adds by ``accounted``.  ``left``: the bytes on the disk
+    that it still needs.  ``method``: its name on the card.
+
+    Raises ValueError and OSError as ``compress`` does.
+    """
+    out = out.resolve()
     work = out.with_name(f"{out.name}.unfinished")
     with claim(out):
         if (out / model_folder.ABOUT).is_file() and _read_about(out).get("key") == key:
@@ -62,25 +92,22 @@ def compress(
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not an empty folder; name another one or delete it")
         about = _start_or_resume(work, key)
-        finished = len(about["units"])
-        remaining_bytes = sum(map(file_bytes, list(files.values())[finished:]))
-        _check_free_space(out, remaining_bytes + 16 * windows.numel() * structure_of(source.model).width)
+        _check_free_space(out, left(work, about))
         _write_about(work, about)
-        for unit in track(units(source.model)[finished:], "compressing block by block"):
-            _compress_next(work, about, source, unit, windows, settings, files)
-        _complete(work, about, source, tokenizer, files)
+        files = fill(work, about)
+        _complete(work, about, source, tokenizer, files, method)
         for path in work.glob(f".{STATES}*"):
             path.unlink()
         work.replace(out)
     return dict(about["record"]["metrics"])
 
 
-def _run_key(source: Source, windows: Int[Tensor, "windows length"], settings: ByLayer) -> dict[str, Any]:
+def run_key(source: Source, windows: Int[Tensor, "windows length"], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that decides the bytes of a run; only a run with the same key can be resumed."""
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     return {
         "source": source.key(),
-        "settings": dataclasses.asdict(settings),
+        "settings": dict(settings),
         "windows": [*windows.shape, digest],
         "code": code_digest(),
         "torch": torch.__version__,
@@ -97,28 +124,39 @@ def _compress_next(
     files: Layout,
 ) -> None:
     """Compress ``unit``, write its tensors and its outputs, and add its costs to ``about``."""
+    number = len(about["units"])
+    with accounted(work, about, unit.modules) as facts:
+        inputs = _read_inputs(work, number, source, windows)
+        compressed = compress_unit(source, unit, inputs, windows, settings)
+        if compressed.outputs is not None:
+            write_tensors(work / _states_name(number + 1), vars(compressed.outputs))
+        write_tensors(work / list(files)[number], compressed.tensors)
+        facts["error"] = compressed.error
+        del inputs, compressed
+    (work / _states_name(number)).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def accounted(work: pathlib.Path, about: dict[str, Any], modules: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Add to ``about``, after the context, that its step is done and what it cost, and write it.
+
+    Yields what else is to be said of the step.
+    """
     started, processor_started = time.monotonic(), time.process_time()
     memory.reset_peak()
-    number = len(about["units"])
-    inputs = _read_inputs(work, number, source, windows)
-    compressed = compress_unit(source, unit, inputs, windows, settings)
-    if compressed.outputs is not None:
-        _write_tensors(work / _states_name(number + 1), vars(compressed.outputs))
-    _write_tensors(work / list(files)[number], compressed.tensors)
-    error = compressed.error
-    del inputs, compressed
+    facts: dict[str, Any] = {}
+    yield facts
     memory.trim_heap()
     about["units"].append(
         {
-            "modules": unit.modules,
+            "modules": modules,
             "seconds": time.monotonic() - started,
-            "error": error,
+            **facts,
             "cpu_seconds": time.process_time() - processor_started,
             "peak_bytes": memory.peak_bytes(),
         }
     )
     _write_about(work, about)
-    (work / _states_name(number)).unlink(missing_ok=True)
 
 
 def _start_or_resume(work: pathlib.Path, key: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +192,9 @@ def _start_or_resume(work: pathlib.Path, key: Mapping[str, Any]) -> dict[str, An
     return about | {"starts": about["starts"] + 1}
 
 
-def _complete(work: pathlib.Path, about: dict[str, Any], source: Source, tokenizer: Any, files: Layout) -> None:
+def _complete(
+    work: pathlib.Path, about: dict[str, Any], source: Source, tokenizer: Any, files: Layout, method: str
+) -> None:
     """Add index, config, tokenizer, model card and record to the finished files of weights."""
     paths = {name: work / file_name for file_name, tensors in files.items() for name in tensors}
     described = descriptions(source.model, files, file_format.checksum(Shards(paths)))
@@ -164,7 +204,7 @@ def _complete(work: pathlib.Path, about: dict[str, Any], source: Source, tokeniz
     if (source.folder / "generation_config.json").is_file():
         shutil.copy(source.folder / "generation_config.json", work)
     size = sum((work / file_name).stat().st_size for file_name in (*files, *described))
-    labels = {"model": source.folder.resolve().name, "method": "gptq, block by block"}
+    labels = {"model": source.folder.resolve().name, "method": method}
     about["record"] = {"labels": labels, "metrics": _metrics(about, source, files, size)}
     about["config"] = {"model": {"path": str(source.folder.resolve())}, "dataset": {}}
     write_whole(work / model_folder.CARD, card(about).encode())
@@ -218,8 +258,10 @@ def _write_about(work: pathlib.Path, about: Mapping[str, Any]) -> None:
     write_whole(work / model_folder.ABOUT, f"{text}\n".encode())
 
 
-def _write_tensors(path: pathlib.Path, tensors: dict[str, Tensor]) -> None:
-    write_whole(path, safetensors.torch.save(tensors, {"format": "pt"}))
+def write_tensors(path: pathlib.Path, tensors: dict[str, Tensor], as_lines: bool = False) -> None:
+    """Write a safetensors file in one step; ``as_lines``: with its matrices on cache lines."""
+    content = safetensors.torch.save(tensors, {"format": "pt"})
+    write_whole(path, on_lines(content) if as_lines else content)
 
 
 def _check_free_space(out: pathlib.Path, needed: int) -> None:

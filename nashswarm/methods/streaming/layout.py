@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nashswarm.kernels import trellis
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.methods.streaming.shards import INDEX, file_names, first_names
 from nashswarm.methods.streaming.skeleton import shape_of, tensors_of, units
@@ -53,6 +54,18 @@ def layout(model: Any, settings: ByLayer) -> Layout:
     return files
 
 
+def tiled_layout(model: Any, sizes: Mapping[str, int]) -> Layout:
+    """Return the tensors that each file will hold, where matrices take ``sizes`` bytes and all others 16 bits."""
+    tensors, units_of_model = tensors_of(model), units(model)
+    files: Layout = {}
+    for file_name, unit in zip(file_names(len(units_of_model)), units_of_model, strict=True):
+        files[file_name] = {name: _as_float16(tensors[name]) for name in unit.tensors}
+        for module in itertools.chain.from_iterable(unit.matrices):
+            if module in sizes:
+                files[file_name][f"{module}.weight"] = torch.empty(sizes[module], dtype=torch.uint8, device="meta")
+    return files
+
+
 def _as_float16(tensor: Tensor) -> Tensor:
     dtype = torch.float16 if tensor.is_floating_point() else tensor.dtype
     return torch.empty(tensor.shape, dtype=dtype, device="meta")
@@ -67,12 +80,29 @@ def descriptions(model: Any, files: Layout, checksum: str) -> dict[str, bytes]:
     return {INDEX: index.encode(), CONFIG: text}
 
 
-def file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Return the length in bytes of a safetensors file with these tensors."""
+def file_bytes(tensors: Mapping[str, Tensor], on_lines: bool = False) -> int:
+    """Return the length in bytes of a safetensors file with these tensors, its matrices ``on_lines`` or not."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, part in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
         start, end = end, end + part.nbytes
         header[name] = {"dtype": DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8 + end
+    start = 8 + -(-len(text) // 8) * 8
+    return start + (_spaces(header, start) if on_lines else 0) + end
+
+
+def on_lines(content: bytes) -> bytes:
+    """Return a safetensors file whose matrices begin on cache lines where it is mapped: blanks follow its header.
+
+    All trellis-coded matrices are whole lines long, so it is enough that the first one begins on a line.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    spaces = _spaces(json.loads(content[8:start]), start)
+    return (start - 8 + spaces).to_bytes(8, "little") + content[8:start] + b" " * spaces + content[start:]
+
+
+def _spaces(header: Mapping[str, Any], start: int) -> int:
+    """Return how many blanks put the first row of bytes on a cache line; ``start``: of the tensors in the file."""
+    rows = [part["data_offsets"][0] for part in header.values() if part.get("dtype") == DTYPES[torch.uint8]]
+    return -(start + min(rows)) % trellis.LINE if rows else 0

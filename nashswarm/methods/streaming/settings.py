@@ -1,6 +1,8 @@
-"""Settings of compression by layer."""
+"""Settings of compression by layer, at one price or at one width."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 from nashswarm.quant.curvature import DAMPING
 from nashswarm.quant.grid import GRID_WIDTHS, Scheme
@@ -41,3 +43,26 @@ class ByLayer:
     def width(self, name: str) -> int:
         """Return the bits of the codes of the matrix ``name``; those of decoder blocks have a number in their names."""
         return self.bits if any(part.isdigit() for part in name.split(".")) else self.outer_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class ByPrice:
+    """Settings of ``--by-layer`` with ``--method nash_swarm``; those of the same name are the method's own.
+
+    ``bits``: stored bits per parameter of the whole model, everything counted.  ``sweeps``: of best replies by all
+    columns, at most, after error feedback.  ``seed``: of the arrangement of matrices; ``label_seed``: of the labels
+    that the model samples.
+    """
+
+    bits: float = 3.0
+    rates: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7, 8)
+    sweeps: int = 0
+    floor: float = 0.1
+    seed: int = 0
+    label_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bits < math.inf:
+            raise ValueError(f"method.bits={self.bits} must be a positive number")
+        if self.sweeps < 0 or self.floor < 0:
+            raise ValueError(f"sweeps={self.sweeps} and floor={self.floor} must not be negative")

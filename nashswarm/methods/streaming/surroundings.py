@@ -78,21 +78,39 @@ class Surroundings:
             model.get_submodule(name).forward = functools.partial(self._visit, number)
         model.get_submodule(head).forward = self._read_head
 
+    @torch.no_grad()
     def call(self, ids: Int[Tensor, " length"], number: int) -> Call:
         """Return what block ``number`` is called with where the model reads ``ids``."""
         self.stop, self.last = number, None
         reached: Call = self._pass(ids)
         return reached
 
+    def embedded(self, ids: Int[Tensor, " length"]) -> Float[Tensor, "length *width"]:
+        """Return the states that the first block reads, with the graph that they come from."""
+        self.stop, self.last = 0, None
+        with torch.enable_grad():
+            reached: Call = self._pass(ids)
+            return reached.hidden[0]
+
+    def open_head(self, weight: Float[Tensor, "vocabulary hidden"]) -> None:
+        """Give the head this weight, so that the model returns logits from now on."""
+        head = self.model.get_output_embeddings()
+        del head.forward  # that of the stub
+        head.weight = _initialized(weight)
+
+    def end_in(self, states: Float[Tensor, "length *width"]) -> None:
+        """Let the last block return ``states`` from now on, with their graph; of fewer tokens, the first of them."""
+        self.stop, self.last = None, states.unsqueeze(0)
+
+    @torch.no_grad()
     def head_inputs(
         self, ids: Int[Tensor, " length"], states: Float[Tensor, "length *width"]
     ) -> Float[Tensor, "length hidden"]:
         """Return what the head reads where the last block returns ``states``."""
-        self.stop, self.last = None, states.unsqueeze(0)
+        self.end_in(states)
         reached: Tensor = self._pass(ids)
         return reached[0]
 
-    @torch.no_grad()
     def _pass(self, ids: Int[Tensor, " length"]) -> Any:
         try:
             self.model(input_ids=ids.unsqueeze(0), use_cache=False)
@@ -106,7 +124,9 @@ class Surroundings:
         if number == self.stop:
             self.reached = call
             raise Reached
-        states = call.hidden if self.last is None or number + 1 < self.count else self.last
+        states = call.hidden
+        if self.last is not None and number + 1 == self.count:
+            states = self.last[:, : states.shape[1]]
         return self._as_returned(states)
 
     def _as_returned(self, states: Tensor, beside: Any = None) -> Any:
@@ -173,7 +193,8 @@ def probe(model: Any, blocks: Sequence[str], others: Sequence[str], head: str, r
         for part in trial.get_submodule(name):
             part.register_forward_pre_hook(_refuse_to_run)
     conversion.initialize_buffers(trial, trial, inside)
-    prober._pass(torch.arange(1, PROBE_TOKENS + 1))
+    with torch.no_grad():
+        prober._pass(torch.arange(1, PROBE_TOKENS + 1))
     if len(prober.sent) != len(blocks):
         raise LookupError(f"{len(prober.sent)} of {len(blocks)} blocks run")
     for name in blocks:

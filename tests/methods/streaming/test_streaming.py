@@ -249,7 +249,8 @@ def test_command_killed_by_the_system_resumes(
     folder: pathlib.Path, tmp_path: pathlib.Path, text_file: pathlib.Path
 ) -> None:
     """A process with the command is sent SIGKILL while its third file is written; then the command runs again."""
-    words = ["compress", str(folder), "--by-layer", "--calibration", str(text_file), "--length", "32", "--windows", "2"]
+    words = ["compress", str(folder), "--by-layer", "--method", "gptq", "--windows", "2", "--length", "32"]
+    words += ["--calibration", str(text_file)]
     program = """
 import os, signal, sys
 from nashswarm.cli import main
@@ -376,7 +377,7 @@ def test_command_plan_compress_and_inspect_agree(
     words = ["compress", str(folder), "--windows", "2", "--length", "32", "--calibration", str(text_file)]
     assert main([*words, "--plan", "--by-layer"]) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert main([*words, "--by-layer", "--sweeps", "2", "--out", str(tmp_path / "out")]) == 0
+    assert main([*words, "--by-layer", "--method", "gptq", "--sweeps", "2", "--out", str(tmp_path / "out")]) == 0
     metrics = json.loads(capsys.readouterr().out)
     assert planned["bytes_file"] == metrics["bytes_file"] and 0 < planned["seconds"] < 60
     assert main(["inspect", str(tmp_path / "out")]) == 0
@@ -390,7 +391,9 @@ def test_command_plan_compress_and_inspect_agree(
         (["--by-layer"], "--out"),
         (["--by-layer", "--out", "x", "--method", "uniform"], "knows neither"),
         (["--by-layer", "--out", "x", "--effort", "quick"], "knows neither --exclude, --effort"),
-        (["--by-layer", "--out", "x", "--bits", "2.5"], "whole number"),
+        (["--by-layer", "--out", "x", "--bits", "2.5", "--method", "gptq"], "whole number"),
+        (["--by-layer", "--out", "x", "--head-bits", "4"], "goes with --by-layer --method gptq"),
+        (["--by-layer", "--plan", "--method", "nash_swarm"], "forecasts --method gptq"),
         (["--sweeps", "2", "--out", "x"], "go with --by-layer"),
     ):
         assert main([*words, *more]) == 2 and message in capsys.readouterr().err
@@ -417,7 +420,7 @@ def test_command_memory_is_bounded_by_two_blocks(
 import resource, sys
 from nashswarm.cli import main
 import transformers.models.llama.modeling_llama
-words = "--windows 2 --length 32 --by-layer --calibration {text_file} --out {tmp_path}/".split()
+words = "--windows 2 --length 32 --by-layer --method gptq --calibration {text_file} --out {tmp_path}/".split()
 assert main(["compress", {str(folder)!r}, *words[:-1], words[-1] + sys.argv[2]]) == 0
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData:")) * 1024
 limit = used + int(sys.argv[1])
