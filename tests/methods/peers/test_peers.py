@@ -282,7 +282,7 @@ def test_auto_round_tuning_lowers_the_error_on_calibration_text(
 ) -> None:
     """The input of the last norm is nearer to the full model's than after rounding with searched ranges."""
     model = random_model("gpt2")
-    context = calibrated(model, token_windows)
+    context = torch.enable_grad()(calibrated)(model, token_windows)
 
     def error() -> float:
         result = Peer("auto_round", 3, 32).compress(context, np.random.default_rng(0))
