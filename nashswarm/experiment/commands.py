@@ -37,7 +37,8 @@ def compress(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         by_layer = _by_layer(arguments)  # which also sets the windows
         assert isinstance(by_layer, ByLayer)
-        return _print(streaming.forecast_by_layer(arguments.model, by_layer, arguments.windows, arguments.length))
+        told = streaming.forecast_by_layer(arguments.model, by_layer, arguments.windows, arguments.length)
+        return _print({"method": "gptq"} | told)
     if arguments.out is None:
         raise ValueError("say with --out where the compressed model is to go")
     if arguments.by_layer:

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from nashswarm.methods.streaming.layout import FLOAT_BITS
 from nashswarm.methods.streaming.moments import add_products, block_outputs, calibrate, counted_rows, jobs, passes
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.methods.streaming.shards import Source
-from nashswarm.methods.streaming.skeleton import BLOCK, EMBEDDING, Unit, structure_of
+from nashswarm.methods.streaming.skeleton import BLOCK, EMBEDDING, Unit, structure_of, weight_of
 from nashswarm.methods.streaming.surroundings import Surroundings
 from nashswarm.models.matrices import set_weights
 from nashswarm.packed import file_format
@@ -129,7 +128,7 @@ def _decoder_block(source: Source, unit: Unit, inputs: States, windows: Windows,
             job, moment = moments.pop(0)
             factor = _inverse_cholesky(moment, settings)
             for part in job.matrices:
-                tensor = _quantize(_matrix(block.get_submodule(part)), settings.bits, moment, factor, settings)
+                tensor = _quantize(weight_of(block.get_submodule(part)), settings.bits, moment, factor, settings)
                 tensors[f"{name}.{part}.weight"] = _packed(tensor)
                 del tensor
             del moment, factor
@@ -141,12 +140,6 @@ def _decoder_block(source: Source, unit: Unit, inputs: States, windows: Windows,
         for later, earlier in ((outputs, full_outputs), (full_outputs, inputs.hidden))
     )
     return CompressedUnit(tensors, States(outputs, inputs.rows), float(error / added.clamp(min=TINY)))
-
-
-def _matrix(module: Any) -> Tensor:
-    """Return the weight of a module as (out, in)."""
-    weight: Tensor = module.weight
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _inverse_cholesky(moment: Float[Tensor, "in in"], settings: ByLayer) -> Float[Tensor, "in in"]:

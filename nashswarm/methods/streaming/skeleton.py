@@ -158,6 +158,12 @@ def shape_of(module: Any) -> tuple[int, int]:
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
+def weight_of(module: Any) -> Tensor:
+    """Return the weight of a matrix as (out, in)."""
+    weight: Tensor = module.weight
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
 def tensors_of(model: Any) -> dict[str, Tensor]:
     """Return the tensors that a checkpoint of the model holds: shared ones once, under their first name."""
     first = {id(part): name for name, part in reversed(model.state_dict(keep_vars=True).items())}

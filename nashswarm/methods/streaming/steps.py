@@ -21,7 +21,7 @@ from nashswarm.methods.streaming.layout import FLOAT_BITS, tiled_layout
 from nashswarm.methods.streaming.moments import block_outputs, counted_rows
 from nashswarm.methods.streaming.settings import ByPrice
 from nashswarm.methods.streaming.shards import Source
-from nashswarm.methods.streaming.skeleton import BLOCK, Unit, structure_of, units
+from nashswarm.methods.streaming.skeleton import BLOCK, Unit, structure_of, units, weight_of
 from nashswarm.methods.streaming.surroundings import Call, Surroundings
 from nashswarm.packed import file_format
 
@@ -209,7 +209,7 @@ def _kind(run: Run, unit: Unit) -> Any:
 def _layers(block: Any, names: Sequence[str]) -> list[Layer]:
     modules = [block.get_submodule(name) for name in names]
     return [
-        tiles.as_layer(name, (name,), tiles.weight_of(module).contiguous())
+        tiles.as_layer(name, (name,), weight_of(module).contiguous())
         for name, module in zip(names, modules, strict=True)
     ]
 

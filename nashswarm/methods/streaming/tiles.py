@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from nashswarm import layers
 from nashswarm.kernels import trellis as form
@@ -80,12 +79,6 @@ def _arranged(
 ) -> tuple[Arrangement, Float[Tensor, "columns columns"]]:
     curvature = layers.curvature(layer, moments, settings.floor)
     return arrange(layer.weight, curvature, seed=settings.seed)
-
-
-def weight_of(module: Any) -> Float[Tensor, "out in"]:
-    """Return the weight of a module, of Conv1D transposed."""
-    weight: Tensor = module.weight
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def tiles_of(module: Any) -> int:

@@ -19,8 +19,7 @@ from nashswarm.methods.streaming.settings import ByPrice
 from nashswarm.methods.streaming.surroundings import Call
 from nashswarm.models.matrices import find_layers
 from nashswarm.models.split_experts import unfuse
-from tests.methods.streaming.test_by_layer_architectures import DENSE, FEW, MIXTURES, NoTokenizer
-from tests.models.tiny_configs import tiny_model
+from tests.methods.streaming.test_by_layer_architectures import DENSE, MIXTURES, NoTokenizer, saved
 
 SETTINGS = ByPrice(bits=6.0, seed=5, label_seed=7)
 COMMON = {"llama", "gpt2", "mixtral"}
@@ -36,14 +35,9 @@ def windows() -> Tensor:
     return torch.randint(5, 500, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-def saved(kind: str, folder: pathlib.Path, **wanted: Any) -> Any:
-    """Return a tiny model whose numbers 16 bits can hold, saved in ``folder``, its experts split."""
-    model = tiny_model(kind, **(FEW if kind in ("qwen2_moe", "qwen3_moe", "mixtral") else {}) | wanted)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.half().float())
-    model.config._experts_implementation = "eager"
-    model.save_pretrained(folder)
+def saved_and_split(kind: str, folder: pathlib.Path, **wanted: Any) -> Any:
+    """Return a tiny model that is saved in ``folder``, its experts split."""
+    model = saved(kind, folder, **wanted)
     unfuse(model)
     return model
 
@@ -75,7 +69,7 @@ def test_priced_bytes_are_those_of_the_whole_model(
 ) -> None:
     """Bit by bit, with the same windows and labels; some experts see no token."""
     few = {"num_experts_per_tok": 1, "num_local_experts": 8} if kind == "mixtral" else {}
-    model = saved(kind, tmp_path / "full", tie_word_embeddings=tied, **few)
+    model = saved_and_split(kind, tmp_path / "full", tie_word_embeddings=tied, **few)
     source = shards.open_source(tmp_path / "full")
     priced.compress_at_price(source, NoTokenizer(), windows, tmp_path / "out", SETTINGS)
     found = matrices(tmp_path / "out")
@@ -87,7 +81,7 @@ def test_priced_bytes_are_those_of_the_whole_model(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_priced_folder_loads_and_meets_its_bytes(kind: str, windows: Tensor, tmp_path: pathlib.Path) -> None:
-    whole = saved(kind, tmp_path / "full")
+    whole = saved_and_split(kind, tmp_path / "full")
     source = shards.open_source(tmp_path / "full")
     metrics = priced.compress_at_price(source, NoTokenizer(), windows, tmp_path / "out", SETTINGS)
     asked = SETTINGS.bits * metrics["parameters"] / 8
@@ -105,7 +99,7 @@ def test_priced_killed_at_any_write_resumes_to_the_same_bytes(
     kind: str, windows: Tensor, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each start writes one file more than the start before it, and is killed with half of the next one written."""
-    saved(kind, tmp_path / "full")
+    saved_and_split(kind, tmp_path / "full")
     source, write_whole, left = shards.open_source(tmp_path / "full"), compress.write_whole, [0]
     priced.compress_at_price(source, NoTokenizer(), windows, tmp_path / "never", SETTINGS)
 
@@ -134,7 +128,7 @@ def test_priced_killed_at_any_write_resumes_to_the_same_bytes(
 
 
 def test_priced_below_the_smallest_size_raises_before_any_work(windows: Tensor, tmp_path: pathlib.Path) -> None:
-    saved("llama", tmp_path / "full")
+    saved_and_split("llama", tmp_path / "full")
     source = shards.open_source(tmp_path / "full")
     with pytest.raises(ValueError, match=r"below the smallest possible size of this model, [\d.]+ bits"):
         priced.compress_at_price(source, NoTokenizer(), windows, tmp_path / "out", ByPrice(bits=0.5))
