@@ -109,6 +109,7 @@ BY_HAND = {  # benchmarks → what they take; their committed reports tell the c
     "export": "GPT-2 at its own size",
     "flock_dynamics": "the embedded model at its own size",
     "ggml_kernels": "a llama.cpp, and an idle machine",
+    "gguf_files": "a llama.cpp with its tools",
     "kernels": "an idle machine",
     "larger": "13 GB of disk",
     "misses": "hours of simulation",
