@@ -212,7 +212,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells |= {name: f"{row[name]:.4f}" for name in ("KL of torch", "of the bytes asked") if name in row}
         cells |= {name: f"{row[name]:.2f}" for name in row if name.startswith(("×", "greedy", "alike", "top-1"))}
         cells["KL of the tool"] = f"{row['KL of the tool']:.4f} ± {row['±']:.4f}"
-        cells |= {"regret": f"{row['regret']:.1e}" for name in row if name == "regret"}
+        if "regret" in row:
+            cells["regret"] = f"{row['regret']:.1e}"
         lines.append([cells.get(column, "-") for column in columns])
     note = "KL to the full model in nats per token. ×: of the stock mix with importance matrix at the same bytes."
     note += " Regret: what all tensors together could still gain at the price of a byte, as a share of the damage."
