@@ -90,6 +90,7 @@ def measure(folder: pathlib.Path, options: argparse.Namespace, place: pathlib.Pa
     gguf_file.write(full, whole, "float32", tokenizer)
     run_tool(options, whole, place / "logits", write=True)
     windows = test_windows(options.test.read_text(encoding="utf-8"), tokenizer, options)
+    expected = [log_probabilities(full, window) for window in windows]
     rows = []
     for kind in show_progress(options.stock, "stock mixes"):
         sizes = {}
@@ -97,13 +98,13 @@ def measure(folder: pathlib.Path, options: argparse.Namespace, place: pathlib.Pa
             path = place / "small.gguf"
             peer.quantize_file(whole, path, kind, weights, {})
             sizes[name] = path.stat().st_size
-            rows.append(row(name, path, full, windows, options))
+            rows.append(row(name, path, decoded(path, full), expected, windows, options))
         asked, path = min(sizes.values()), place / "ours.gguf"
         made = typed_export.compress(config, path, asked, None)
-        rows.append(row(f"ours for {kind}", path, full, windows, options))
+        model = decoded(path, full)
+        rows.append(row(f"ours for {kind}", path, model, expected, windows, options))
         rows[-1] |= {"of the bytes asked": path.stat().st_size / asked, "tensors": made["tensors"]}
         rows[-1]["regret"] = made["regret_sum"] / made["damage"]
-        model = decoded(path, full)
         rows[-1]["greedy texts alike"] = greedy_alike(path, model, windows, options)
         gguf_file.write(model, path.with_name("decoded.gguf"), "float32", tokenizer)
         rows[-1]["alike in 32 bits"] = greedy_alike(path.with_name("decoded.gguf"), model, windows, options)
@@ -125,13 +126,15 @@ def configuration(folder: pathlib.Path, options: argparse.Namespace, cache: path
     return plan.config_of(source, method, dataset, Size(), cache=str(cache), records=str(cache / "records"))
 
 
-def row(name: str, path: pathlib.Path, full: Any, windows: Tensor, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure a file by the tool and by torch."""
+def row(
+    name: str, path: pathlib.Path, model: Any, expected: list[Tensor], windows: Tensor, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Measure a file by the tool, and the ``model`` that it decodes to by torch."""
     printed = run_tool(options, path, path.parent / "logits", write=False)
     numbers: dict[str, Any] = {"file": name, "bytes": path.stat().st_size}
     for pattern, (column, scale) in PRINTED.items():
         numbers[column] = scale * float(re.findall(pattern, printed)[0])
-    return numbers | {"KL of torch": divergence(full, decoded(path, full), windows)}
+    return numbers | {"KL of torch": divergence(expected, model, windows)}
 
 
 def run_tool(options: argparse.Namespace, path: pathlib.Path, logits: pathlib.Path, write: bool) -> str:
@@ -166,12 +169,17 @@ def decoded(path: pathlib.Path, full: Any) -> Any:
 
 
 @torch.no_grad()
-def divergence(full: Any, other: Any, windows: Tensor) -> float:
-    """Return KL(full ‖ other) in nats per token, of the second half of every window, as the tool counts."""
-    total, half = 0.0, windows.shape[1] // 2
-    for window in windows:
-        before, after = (model(input_ids=window[None]).logits[0, half:-1].log_softmax(-1) for model in (full, other))
-        total += float((before.exp() * (before - after)).sum(-1).mean())
+def log_probabilities(model: Any, window: Tensor) -> Tensor:
+    """Return those of every next token of the second half of a window, (length / 2 − 1, tokens)."""
+    logits: Tensor = model(input_ids=window[None]).logits[0, len(window) // 2 : -1]
+    return logits.log_softmax(-1)
+
+
+def divergence(expected: list[Tensor], model: Any, windows: Tensor) -> float:
+    """Return KL(full ‖ model) in nats per token, of the second half of every window, as the tool counts."""
+    total = 0.0
+    for before, window in zip(expected, windows, strict=True):
+        total += float((before.exp() * (before - log_probabilities(model, window))).sum(-1).mean())
     return total / len(windows)
 
 
