@@ -130,6 +130,7 @@ def test_llama_cpp_writes_the_greedy_text_of_the_decoded_model(options: list[str
     out = tmp_path / "default.gguf"
     assert main(["compress", "default", "--to", "gguf", "--bits", "6", *TYPES, "--out", str(out), *options]) == 0
     full = transformers.AutoModelForCausalLM.from_pretrained(sources.EMBEDDED, dtype=torch.float32).eval()
+    assert 0.997 < out.stat().st_size / (6 * full.num_parameters() / 8) <= 1
     model, tokenizer, prompt = decoded(out, full), _tokenizer(sources.EMBEDDED), "The function returns a list of"
     tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
     expected = model.generate(tokens, do_sample=False, max_new_tokens=16)[0, tokens.shape[1] :]

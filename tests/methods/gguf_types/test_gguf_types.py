@@ -97,6 +97,19 @@ def test_round_fills_the_file_with_what_decodes_to_its_weights(written: Any, ses
     assert torch.equal(stored["model.norm.weight"].values, norm)
 
 
+def test_transformers_reads_the_weights_of_the_file(written: Any, session: CalibrationSession) -> None:
+    path, rounded = written
+    dequantized = transformers.GgufConfig(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, quantization_config=dequantized
+    )
+    for layer in matrices.find_layers(loaded):
+        assert torch.equal(layer.weight, decode(rounded.packed[layer.name]))
+    model, tokens = build(session.full.config), torch.arange(20)
+    matrices.set_weights(model, {name: decode(tensor) for name, tensor in rounded.packed.items()})
+    assert torch.allclose(log_probabilities(loaded.eval(), tokens), log_probabilities(model, tokens), atol=1e-5)
+
+
 def test_read_certificate_has_the_regret_of_the_game(written: Any) -> None:
     path, rounded = written
     game = read_certificate(path)
