@@ -9,7 +9,7 @@ from typing import Any, Literal
 from nashswarm.models import kept
 from nashswarm.packed.file_format import EMPTY, PADDING, TABLES
 from nashswarm.packed.matrix import PackedMatrix
-from nashswarm.packed.modules import QuantizedEmbedding, QuantizedLinear
+from nashswarm.packed.modules import QUANTIZED
 
 State = Literal["compressed", "kept", "tied", "format"]
 PACKED = "U8"  # how safetensors names the type of bytes
@@ -51,7 +51,7 @@ def account(model: Any, sizes: Mapping[str, tuple[str, int]], file_bytes: int) -
     entries, counted, inside = [], dict[Any, str](), list[str]()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        if isinstance(module, QUANTIZED):
             entries.append(_matrix(f"{name}.weight", module.matrix, counted, sizes))
             inside.append(f"{name}.matrix.")
     for name, tensor in model.state_dict().items():

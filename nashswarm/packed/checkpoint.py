@@ -38,8 +38,7 @@ from nashswarm.packed.file_format import (
 )
 from nashswarm.packed.matrix import PackedMatrix, as_held
 from nashswarm.packed.modules import (
-    QuantizedEmbedding,
-    QuantizedLinear,
+    QUANTIZED,
     dequantized,
     quantized,
     set_activations,
@@ -110,6 +109,8 @@ class NashSwarmQuantizer(HfQuantizer):
         tables, _ = (model._buffers.pop(key, None) for key in (TABLES, PADDING))
         sharing: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, QUANTIZED):  # whose weight is decoded at every call
+                continue
             if isinstance(module, MATRICES) and module.weight.dtype == torch.uint8:
                 sharing.setdefault(id(module.weight), []).append(name)
                 if isinstance(module, nn.Linear) and module.bias is not None:
@@ -138,7 +139,7 @@ class NashSwarmQuantizer(HfQuantizer):
         by_modules(model)
         weights: dict[PackedMatrix, nn.Parameter] = {}
         for name, module in list(model.named_modules(remove_duplicate=False)):
-            if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+            if isinstance(module, QUANTIZED):
                 if module.matrix not in weights:
                     weights[module.matrix] = nn.Parameter(module.matrix.dequantize().to(dtype or model.dtype))
                 model.set_submodule(name, dequantized(module, weights[module.matrix]))

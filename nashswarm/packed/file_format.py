@@ -28,7 +28,7 @@ from nashswarm.kernels.trellis import Trellis
 from nashswarm.models.matrices import FLOATS, as_stored
 from nashswarm.models.sources import CONFIG, WEIGHTS
 from nashswarm.packed.matrix import PackedMatrix
-from nashswarm.packed.modules import Activations, QuantizedEmbedding, QuantizedLinear
+from nashswarm.packed.modules import QUANTIZED, Activations
 from nashswarm.quant.container import KINDS
 from nashswarm.quant.entropy import CodeTables, decode_groups, decode_lattice
 from nashswarm.quant.grid import QuantizedTensor
@@ -103,7 +103,7 @@ def stored_tensors(model: Any, float_bits: int) -> dict[str, Tensor]:
     matrices: set[PackedMatrix] = set()
     packed_names: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+        if isinstance(module, QUANTIZED):
             packed_names.append(f"{name}.matrix.")
             if module.matrix not in matrices:
                 matrices.add(module.matrix)

@@ -58,6 +58,9 @@ class QuantizedEmbedding(nn.Embedding):
         return kernels.rows_of(self.matrix.tiles, ids).to(self.like.dtype)
 
 
+QUANTIZED = (QuantizedLinear, QuantizedEmbedding)
+
+
 def quantized(module: nn.Module, matrix: PackedMatrix, dtype: torch.dtype) -> QuantizedLinear | QuantizedEmbedding:
     """Return the packed module that replaces a Linear, a Conv1D, an Embedding or an instance of a derived class.
 

@@ -21,7 +21,7 @@ from nashswarm import kernels
 from nashswarm.kernels import tiles as layout
 from nashswarm.kernels.trellis import Trellis
 from nashswarm.packed.matrix import PackedMatrix, TileMatrix
-from nashswarm.packed.modules import QuantizedEmbedding, QuantizedLinear
+from nashswarm.packed.modules import QUANTIZED, QuantizedLinear
 from nashswarm.quant.grid import QuantizedTensor
 
 NBITS_WIDTHS = (2, 4, 8)
@@ -234,7 +234,7 @@ def portable(model: Any, activations: str, layout_of: Callable[[PackedMatrix, st
     exported = copy.deepcopy(model)
     weights: dict[PackedMatrix, Any] = {}
     for name, module in list(exported.named_modules(remove_duplicate=False)):
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+        if isinstance(module, QUANTIZED):
             if module.matrix not in weights:
                 weights[module.matrix] = layout_of(module.matrix, activations)
             weight = weights[module.matrix]

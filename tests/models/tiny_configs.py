@@ -154,7 +154,7 @@ def _fields(cls: Any, kind: str) -> dict[str, Any]:
     fields = {
         name: size
         for name, size in sizes.items()
-        if name in names and name not in cls.attribute_map and renamed.get(name) not in given
+        if name in names and cls.attribute_map.get(name) not in names and renamed.get(name) not in given
     }
     for name in cls.sub_configs:
         sub = getattr(_default(cls), name, None)
