@@ -114,6 +114,7 @@ def test_compress_leaves_the_model_unchanged(model: Any, windows: Tensor) -> Non
     assert all(part.grad is None for part in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_compress_every_method_reports_its_size(method: str, tiny: Any, windows: Tensor, played: Any) -> None:
     alone = {"method": method, "calibration": windows[:5], "bits": 4}
@@ -143,6 +144,7 @@ def test_compress_format_without_kernels_has_the_reported_size(
     assert kl(tiny, model, windows[:4]) < 1e-5
 
 
+@pytest.mark.slow
 def test_compress_calibration_text_equals_its_windows(
     tiny: Any, tokenizer: Any, short_text: str, tmp_path: pathlib.Path
 ) -> None:
@@ -160,6 +162,7 @@ def test_compress_calibration_text_equals_its_windows(
     assert torch.equal(answer(by_hand, cut[:2]), answer(by_text[0], cut[:2]))
 
 
+@pytest.mark.slow
 def test_compress_by_default_calibrates_on_what_auto_stands_for(
     tiny: Any,
     tokenizer: Any,

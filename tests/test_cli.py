@@ -164,6 +164,7 @@ def test_bench_prints_ratios_with_intervals(
     assert abs(found["kl_float32"]) < 1e-6 < found["kl_int8"]  # against its own weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fixture", "files"), [("made", FILES), ("lattice", [*FILES, GAME])])
 def test_rebudget_uses_the_cache(
     fixture: str, files: list[str], command: Command, tmp_path: pathlib.Path, request: pytest.FixtureRequest
@@ -177,6 +178,7 @@ def test_rebudget_uses_the_cache(
     assert about["record"]["provenance"]["cache_hits"] and about["config"]["method"]["bits"] == 4.5
 
 
+@pytest.mark.slow
 def test_certify_of_a_rebudgeted_lattice_agrees(lattice: Any, command: Command, tmp_path: pathlib.Path) -> None:
     status, printed, _ = command("rebudget", lattice[0], "--bits", 4.5, "--out", tmp_path / "larger")
     found = json.loads(printed)
@@ -186,6 +188,7 @@ def test_certify_of_a_rebudgeted_lattice_agrees(lattice: Any, command: Command, 
     assert json.loads(printed)["recorded_regret_max"] == found["regret_max"]
 
 
+@pytest.mark.slow
 def test_rebudget_whole_bits_method_refuses_fractions(
     model_folder: pathlib.Path, options: list[str], command: Command, tmp_path: pathlib.Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_show_progress_of_short_stage_is_silent(
     assert not caplog.records and capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_end_interrupted_prints_a_sentence_and_ends_by_the_signal() -> None:
     program = "import threading, time; from nashswarm.progress import end_interrupted; "
     program += "threading.Thread(target=time.sleep, args=(60,)).start(); end_interrupted('interrupted; go on')"

@@ -142,6 +142,7 @@ def test_damaged_folders_are_refused(made: Any, tmp_path: pathlib.Path, capsys: 
     assert "has no certificate of nashswarm" in refusal("game.json", lambda content: None)
 
 
+@pytest.mark.slow
 def test_export_compresses_the_full_model_of_a_folder(
     full: pathlib.Path, options: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

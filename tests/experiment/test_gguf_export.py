@@ -80,6 +80,7 @@ def _tokenizer(folder: pathlib.Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_export_to_gguf_compresses_the_full_model_of_a_folder(
     model_folder: pathlib.Path, options: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

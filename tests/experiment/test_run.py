@@ -290,6 +290,7 @@ def test_run_cache_of_other_code_is_not_read(execute: Callable[..., Outcome], mo
     assert execute("method=gptq", "rerun=true").record.provenance["cache_hits"] == []
 
 
+@pytest.mark.slow
 def test_run_recorded_regret_equals_enumeration(
     execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +343,7 @@ def test_run_change_that_moves_a_number_has_its_own_record(
         assert not set(second.record.metrics) & QUALITY and set(second.record.metrics) >= SIZE
 
 
+@pytest.mark.slow
 def test_run_moved_model_and_text_are_skipped(
     execute: Callable[..., Outcome], tmp_path: pathlib.Path, text_file: pathlib.Path, model_folder: pathlib.Path
 ) -> None:
@@ -354,12 +356,14 @@ def test_run_moved_model_and_text_are_skipped(
     assert execute("method=uniform4", f"dataset.path={tmp_path}/moved.txt").status == "finished"
 
 
+@pytest.mark.slow
 def test_run_measure_speed_is_recorded(execute: Callable[..., Outcome]) -> None:
     speed = execute("method=uniform4", "measure=speed", "measure.new_tokens=4", "measure.repeats=3").record
     names = {"decode_ms", "decode_ms_full", "decode_ratio", "prefill_ratio", "bytes_resident", "kl_int8", "kl_float32"}
     assert names <= set(speed.metrics)
 
 
+@pytest.mark.slow
 def test_run_measure_load_is_recorded(execute: Callable[..., Outcome]) -> None:
     pytest.importorskip("fastapi", reason="not installed")
     load = ["measure=load", "measure.requests=4", "measure.prompt_tokens=8", "measure.new_tokens=4"]
@@ -367,6 +371,7 @@ def test_run_measure_load_is_recorded(execute: Callable[..., Outcome]) -> None:
     assert {"latency_p99_ms", "latency_p99_ms_full", "tokens_per_second", "error_rate"} <= set(found)
 
 
+@pytest.mark.slow
 def test_run_excluded_matrices_stay_at_16_bits(uniform4_outcome: Outcome, execute: Callable[..., Outcome]) -> None:
     found = execute("method=uniform4", "model.exclude=['*.mlp.*']").record
     assert not any(".mlp." in row["name"] for row in found.layers)
@@ -499,6 +504,7 @@ def start(folder: pathlib.Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_sweep_from_the_command_line_is_mirrored_and_then_skipped(
     small_run: list[str], tmp_path: pathlib.Path, command: Callable[..., tuple[int, str]]
 ) -> None:
@@ -532,6 +538,7 @@ def test_viewer_absent_is_refused_before_any_work(
     assert records_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_mirror_failure_costs_no_run_and_can_be_made_later(
     command: Callable[..., tuple[int, str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -608,6 +615,7 @@ def test_viewer_is_fed_once_and_opens_no_connection(
     assert (tmp_path / "viewed/nashswarm.db").exists()
 
 
+@pytest.mark.slow
 def test_sweep_outlives_failing_jobs(small_run: list[str], tmp_path: pathlib.Path) -> None:
     """Choices misspelt inside a method; not in this process, where the type checker of the tests would answer first."""
     misspelt = ["method.swarm.graph=features,featurs", "method.bit_game=equilibrium,equilibrum"]

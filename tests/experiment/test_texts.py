@@ -38,6 +38,7 @@ def words(model_folder: pathlib.Path, tmp_path: pathlib.Path) -> list[str]:
     return [*groups, *kept, *sizes, "device=cpu", "wandb=disabled"]
 
 
+@pytest.mark.slow
 def test_run_on_auto_records_what_it_stood_for(words: list[str], tmp_path: pathlib.Path) -> None:
     found = run(compose(*words, f"save={tmp_path / 'saved'}"), LABELS).record
     assert found.config["dataset"]["source"] == calibration_texts.OFFLINE

@@ -79,6 +79,7 @@ def test_measure_sizes_below_one_are_named(build: Any, message: str) -> None:
         build()
 
 
+@pytest.mark.slow
 def test_quick_validation_one_batch_is_timed_after_warm_up(model: MoeForCausalLM) -> None:
     metrics, _ = QuickValidation(batch_size=2, length=16, batches=1, bits=4.0).measure(target_of(model))
     assert 0 < metrics["latency_ms"] < float("inf") and 0 < metrics["tokens_per_second_quantized"] < float("inf")

@@ -81,6 +81,7 @@ def decoded(packed: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["tiles", "groups", "lattice"])
 def test_recover_each_format_lowers_heldout_kl_within_the_bytes(
     form: str, session: CalibrationSession, compressed: Callable[[str], Compressed]
@@ -208,6 +209,7 @@ def execute(small_run: list[str], tmp_path: pathlib.Path) -> Callable[..., Outco
     return started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [["method=uniform4", "method.bits=2"], ["method=gptq"]])
 def test_run_finetune_records_before_and_after_and_saves_it(
     method: list[str], execute: Callable[..., Outcome], tmp_path: pathlib.Path, tiny: Any

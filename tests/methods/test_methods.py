@@ -290,6 +290,7 @@ def test_flock_of_zero_strength_equals_no_swarm(
     assert alone.metrics["flock_moves"] == 0
 
 
+@pytest.mark.slow
 def test_flock_settings_are_those_of_least_heldout_kl(
     context: CalibrationContext, results: Callable[[str], Compressed]
 ) -> None:
@@ -361,6 +362,7 @@ def test_fixed_width_budget_below_the_smallest_size_raises_before_calibration(
         compress(method, blind)
 
 
+@pytest.mark.slow
 def test_fixed_width_smallest_size_in_the_message_is_possible(context: CalibrationContext) -> None:
     with pytest.raises(ValueError) as caught:
         compress(FixedWidth(bits=1.0, bit_widths=(2, 4)), context)
@@ -412,6 +414,7 @@ def test_as_published_classes_follow_magnitude(context: CalibrationContext) -> N
         assert np.abs(decoded - weight)[members].max() <= 0.51 * step
 
 
+@pytest.mark.slow
 def test_fixed_width_matrix_of_zeros_is_pruned(model: Any, token_windows: Tensor) -> None:
     """Some checkpoints hold such a matrix; it is exact at every width."""
     with torch.no_grad():

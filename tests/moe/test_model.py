@@ -177,6 +177,7 @@ for kind in (TopK(), LossFree(), NashSwarmRouter(), NashSwarmRouter(prices="sign
 """
 
 
+@pytest.mark.slow
 def test_mixture_compiles_whole() -> None:
     """In another process: the functions of this one check their types, which compilers cannot trace."""
     subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=pathlib.Path(__file__).parents[2])

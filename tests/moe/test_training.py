@@ -188,6 +188,7 @@ def test_run_saved_model_can_be_compressed(execute: Callable[..., Outcome], tmp_
         reopen(model_folder.read(tmp_path / "trained").about, {})
 
 
+@pytest.mark.slow
 def test_quick_validation_fills_its_table(execute: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     compress = api.compress
     monkeypatch.setattr(

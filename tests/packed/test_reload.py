@@ -21,6 +21,7 @@ def words(model_folder: pathlib.Path, text_file: pathlib.Path, tmp_path_factory:
     return ["compress", str(model_folder), "--method", "gptq", *options]
 
 
+@pytest.mark.slow
 def test_compress_opens_the_folder_in_a_new_process_and_measures_what_it_costs(
     words: list[str], tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +52,7 @@ def test_compress_opens_the_folder_in_a_new_process_and_measures_what_it_costs(
         assert part in card
 
 
+@pytest.mark.slow
 def test_compress_folder_that_computes_other_numbers_is_not_kept(
     words: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,6 +149,7 @@ def test_from_pretrained_never_decodes(folder: pathlib.Path, monkeypatch: pytest
     load(folder)
 
 
+@pytest.mark.slow
 def test_other_process_computes_same_bits_and_saves_same_bytes(
     small: Any, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

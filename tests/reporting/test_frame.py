@@ -510,6 +510,7 @@ def test_figures_without_needed_records_raise_naming_them() -> None:
         quality.ablation(baseline)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_resamples")
 def test_scripts_run_twice_write_equal_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     options = ["--records", str(folder), "--experiment", "ablation", "--paper", str(tmp_path / "paper")]

@@ -94,6 +94,7 @@ CHARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize("experiment", sorted({path.name for path in RECORDS.parent.iterdir()} - {"audit"}))
 def test_page_of_committed_experiment_has_its_columns(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,7 @@ def test_solve_single_block_takes_the_width_that_fits() -> None:
     assert WIDTHS[solve(blocks, budget).profile[0]] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "share"), [(1.0, 0.1), (2.0, 0.5), (4.0, 0.3), (4.0, 0.5)])
 def test_solve_pruned_share_is_reached(bits: float, share: float) -> None:
     """The share is reached even where the budget would pay for more."""
@@ -189,6 +190,7 @@ def test_solve_pruned_share_is_reached(bits: float, share: float) -> None:
     assert (solution.profile == 0).mean() >= share
 
 
+@pytest.mark.slow
 def test_solve_costly_pruning_prunes_little_more_than_the_share() -> None:
     blocks = random_blocks((32, 1024))
     budget = budget_at(blocks, 3)

@@ -83,6 +83,7 @@ def true_damage(compressed: Compressed) -> float:
     return context_of(*example()).heldout_kl(compressed.weights, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_compress_any_settings_meets_the_budget_from_below(name: str) -> None:
     parameters = sum(layer.parameters for layer in example()[0])
@@ -173,6 +174,7 @@ def test_compress_cached_game_moves_no_number() -> None:
     assert fresh.metrics == cached.metrics and fresh.allocation == cached.allocation
 
 
+@pytest.mark.slow
 def test_compress_games_of_same_curvature_share_one_probe() -> None:
     """Without moves or without a flock, the layers compressed alone are the same; another curvature is probed anew."""
     whole = METHODS["nash_lattice"]
@@ -188,6 +190,7 @@ def test_compress_games_of_same_curvature_share_one_probe() -> None:
     assert len([key for key in store if key.startswith("probe")]) == 3
 
 
+@pytest.mark.slow
 def test_compress_game_cached_at_another_budget_moves_no_number() -> None:
     store: dict[str, Any] = {}
     method = METHODS["nash_lattice"]
@@ -233,6 +236,7 @@ def test_compress_below_smallest_size_raises_one_sentence(bits: float) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_compress_little_above_smallest_size_fits() -> None:
     with pytest.raises(ValueError) as caught:
         compress(dataclasses.replace(ALONE, bits=0.05))
@@ -245,6 +249,7 @@ def test_compress_little_above_smallest_size_fits() -> None:
 # What the flock and measured damages do.
 
 
+@pytest.mark.slow
 def test_compress_wrong_predictions_are_corrected_by_measured_damages() -> None:
     """One matrix really costs 30 times what its moments say: held-out text finds out, and its steps shrink."""
     layers, moments = example()
@@ -269,6 +274,7 @@ def test_compress_wrong_predictions_are_corrected_by_measured_damages() -> None:
     assert ratios["h.0.up"] / ratios["h.0.down"] == pytest.approx(30, rel=0.3)
 
 
+@pytest.mark.slow
 def test_compress_noisy_sensitivities_shrinkage_helps() -> None:
     """All rows of a role cost the same in truth; the moments say otherwise."""
     layers, moments = example()

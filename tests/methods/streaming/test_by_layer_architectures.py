@@ -116,6 +116,7 @@ def test_moments_without_compression_are_those_of_the_whole_model(
     assert close(head_inputs(source, windows, block.States(hidden, states.rows)), read[head])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compressed_folder_computes_what_the_last_block_passed_on(
     kind: str, windows: Tensor, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch

@@ -215,6 +215,7 @@ def test_forecast_large_models_equal_sums_by_hand(name: str) -> None:
     assert expected.peak_bytes <= memory.peak_bytes() + 2 * 4 * block + statistics + 3 * states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", (1, 2, 3, 4, 11, -3, 0))
 def test_compress_killed_at_any_write_resumes_to_the_same_bytes(
     position: int, folder: pathlib.Path, tokenizer: Any, windows: Tensor, finished: Any, tmp_path: pathlib.Path,
