@@ -105,7 +105,9 @@ def _batches(
     model: Any, windows: Int[Tensor, "windows length"], batch_size: int
 ) -> tuple[Int[Tensor, "some length"], ...]:
     """Split windows into batches of ``batch_size``, or smaller ones where their logits would be too many."""
-    logits = len(model.get_output_embeddings().weight) * windows.shape[1]
+    head = model.get_output_embeddings()
+    size = head.out_features if isinstance(head, nn.Linear) else len(head.weight)  # a packed weight would be decoded
+    logits = size * windows.shape[1]
     return windows.split(min(batch_size, max(LOGITS_IN_A_BATCH // logits, 1)))
 
 
