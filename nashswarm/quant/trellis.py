@@ -84,12 +84,7 @@ def feedback(
 def reopen(arrangement: Arrangement, encoded: Encoded) -> State:
     """Return the state of a matrix that was encoded before.  The state holds its codes, which change with it."""
     layout, scales = arrangement.layout, trellis.scales(encoded.column_scale, COLUMN_STEPS)
-    columns = Columns(encoded.codes, torch.empty(encoded.codes.shape), scales, layout.size)
-    by_place = torch.zeros(encoded.rates.shape[1] * COLUMNS, encoded.codes.shape[1], dtype=torch.uint8)
-    by_place[layout.places] = encoded.codes
-    values = values_of(encoded.rates, by_place.T.contiguous()).T[layout.places]
-    torch.mul(values, (layout.size / UNIT)[None], out=columns.values)
-    columns.values.mul_(scales[:, None])
+    columns = Columns(encoded.codes, _decode(layout, encoded, scales), scales, layout.size)
     state = State(arrangement, encoded.rates.clone(), columns, torch.empty(encoded.codes.shape))
     state.refresh()
     return state
@@ -158,12 +153,11 @@ def path_regret(state: State) -> float:
 
 def finish(layout: Layout, encoded: Encoded) -> Trellis:
     """Return the matrix in the form that is stored and multiplied."""
-    by_place = torch.zeros(encoded.rates.shape[1] * COLUMNS, encoded.codes.shape[1], dtype=torch.uint8)
-    by_place[layout.places] = encoded.codes
-    column_scale = torch.zeros(len(by_place), dtype=torch.uint8)
+    codes = _stored(layout, encoded)
+    column_scale = torch.zeros(codes.shape[1], dtype=torch.uint8)
     column_scale[layout.places] = encoded.column_scale
     return trellis.build(
-        encoded.rates, by_place.T.contiguous(), layout.rows, layout.columns, layout.rotated, layout.scale,
+        encoded.rates, codes, layout.rows, layout.columns, layout.rotated, layout.scale,
         layout.row_size, layout.row_scale, column_scale, layout.row_order, layout.column_order,
     )  # fmt: skip
 
@@ -172,6 +166,22 @@ def scale_codes(scales: Float[Tensor, " n"]) -> UInt8[Tensor, " n"]:
     """Return the logarithmic codes nearest to column scales."""
     octaves = scales.double().clamp(min=2.0 ** (-MIDDLE / COLUMN_STEPS)).log2()
     return ((COLUMN_STEPS * octaves).round() + MIDDLE).clamp(0, 255).to(torch.uint8)
+
+
+def _stored(layout: Layout, encoded: Encoded) -> UInt8[Tensor, "stored_rows places"]:
+    """Return the codes as they are stored: by row, each column in its place."""
+    by_place = torch.zeros(encoded.rates.shape[1] * COLUMNS, encoded.codes.shape[1], dtype=torch.uint8)
+    by_place[layout.places] = encoded.codes
+    return by_place.T.contiguous()
+
+
+def _decode(
+    layout: Layout, encoded: Encoded, scales: Float[Tensor, " columns"]
+) -> Float[Tensor, "columns stored_rows"]:
+    """Return the values that the codes stand for."""
+    values = values_of(encoded.rates, _stored(layout, encoded)).T[layout.places]
+    decoded = torch.empty(encoded.codes.shape)  # contiguous, as indexing a transposed tensor need not be
+    return torch.mul(values, (layout.size / UNIT)[None], out=decoded).mul_(scales[:, None])
 
 
 def _empty(arrangement: Arrangement) -> Columns:
