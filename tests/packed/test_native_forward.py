@@ -67,6 +67,26 @@ def compared(model: Any, **inputs: Any) -> tuple[Any, Any]:
     return outputs[0], outputs[1]
 
 
+def nudged(model: Any) -> Callable[..., Any]:
+    """Its forward pass by modules with the last bits of embeddings changed.
+
+    Where a random model amplifies such a change beyond the tolerance, two ways of rounding cannot agree within it.
+    """
+
+    def change(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, embedded.shape, generator=torch.Generator().manual_seed(7))
+        return embedded * (1 + (2 * signs - 1) * 2.0**-23)
+
+    def forward(**inputs: Any) -> Any:
+        handle = model.get_input_embeddings().register_forward_hook(change)
+        try:
+            return by_modules(model)(**inputs)
+        finally:
+            handle.remove()
+
+    return forward
+
+
 def assert_close(logits: Tensor, exact: Tensor) -> None:
     assert logits.shape == exact.shape
     assert float((logits - exact).abs().max()) <= TOLERANCE * float(exact.abs().max())
@@ -143,19 +163,20 @@ def test_forward_of_any_configuration_equals_the_modules(
     padding = [data.draw(some.integers(0, lengths[0] - 1)) for _ in range(batch)]
     mask = (torch.arange(sum(lengths)) >= torch.tensor(padding)[:, None]).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    caches = [transformers.DynamicCache(config=model.config) for _ in range(3)]
     done = 0
     for length in lengths:
         span = slice(done, done + length)
         logits = []
-        for prepare, cache in zip((natively, by_modules), caches, strict=True):
+        for prepare, cache in zip((natively, by_modules, nudged), caches, strict=True):
             with torch.no_grad():
                 output = prepare(model)(
                     input_ids=tokens[:, span], attention_mask=mask[:, : done + length], past_key_values=cache,
                     position_ids=positions[:, span], use_cache=True,
                 )  # fmt: skip
             logits.append(output.logits[mask[:, span] == 1])
-        assert_close(*logits)
+        assume(float((logits[2] - logits[1]).abs().max()) <= TOLERANCE / 4 * float(logits[1].abs().max()))
+        assert_close(*logits[:2])
         done += length
     assert caches[0].get_seq_length() == done
     real = mask[0] == 1
