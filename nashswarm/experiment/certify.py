@@ -7,7 +7,8 @@ Of the program that compressed the model, only decoders and calibration are used
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -79,12 +80,12 @@ def certify(
     decoded = decode(saved.tensors, layers)
     settings = saved.about["config"]["method"]
     moments = _moments(loaded, settings)
-    quadratics = {layer.name: make_quadratic(layer, moments, settings) for layer in layers}
+    quadratic = partial(make_quadratic, moments=moments, settings=settings)
     coded = any(isinstance(tensor, Trellis) for tensor in decoded.values())
     regrets = (
-        _regrets_of_tiles(saved, layers, decoded, quadratics, tiles)
+        _regrets_of_tiles(saved, layers, decoded, quadratic, tiles)
         if coded
-        else _regrets_of_blocks(saved, layers, decoded, quadratics)
+        else _regrets_of_blocks(saved, layers, decoded, {layer.name: quadratic(layer) for layer in layers})
     )
     recorded, largest = regrets.recorded, regrets.largest
     tolerance = None if recorded is None else ABSOLUTE + RELATIVE * recorded
@@ -149,7 +150,7 @@ def _regrets_of_tiles(
     saved: SavedModel,
     layers: tuple[Layer, ...],
     decoded: Decoded,
-    quadratics: dict[str, Quadratic],
+    quadratic: Callable[[Layer], Quadratic],
     count: int | None,
 ) -> Regrets:
     """Return the regrets of groups of rows, by their paths, and of ``count`` tiles, or all, by their rates.
@@ -174,7 +175,7 @@ def _regrets_of_tiles(
         name = layers[number].name
         found.append(
             gain_of_tiles(
-                layers[number], matrices[name], quadratics[name], settings["floor"],
+                layers[number], matrices[name], quadratic(layers[number]), settings["floor"],
                 settings["rates"], price or 0.0, parts[number], torch.get_num_threads(),
             )
         )  # fmt: skip

@@ -15,8 +15,9 @@ them with rows of the matrix, so that without their errors no path could be pric
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from statistics import median_low
 
 import numpy as np
@@ -35,6 +36,7 @@ UNIT, MIDDLE, ROW_STEPS, COLUMN_STEPS, SIZE_STEPS = 36, 128, 8, 16, 4  # fixed b
 SMALLEST = 1e-30
 GROUPS = 64  # of rows that are arranged at once
 ROUNDED_UP = 1 + 1e-6  # the most that a tile can gain, with room for rounding
+MOSTLY = 0.8  # of the tiles at once, fewer than which are copied to leave the others
 COSTS = 1 << 13  # costs of paths that are held at once, for each step
 
 
@@ -44,7 +46,7 @@ class Tiles:
 
     Columns that a tile lacks, at the end of a row of tiles, are zero.  ``size``: of the weights of a row.  ``scales``:
     of the columns.  ``slopes``: the derivative of the damage in each value, with the sign changed.  ``inputs``: the
-    damped H of the columns.
+    damped H of the columns.  ``roots``: U of inputs = U Uᵀ, upper triangular.  ``free``: U⁻¹ of the slopes.
     """
 
     rates: Int[Array, " tiles"]
@@ -54,12 +56,15 @@ class Tiles:
     size: Float[Array, "16 tiles 4"]
     scales: Float[Array, "16 tiles"]
     inputs: Float[Array, "16 16 tiles"]
+    roots: Float[Array, "16 16 tiles"]
+    free: Float[Array, "16 16 tiles 4"]
 
     def select(self, chosen: Int[Array, " some"]) -> "Tiles":
         """Return some of the tiles."""
         return Tiles(
             self.rates[chosen], self.groups[chosen], self.values[:, :, chosen], self.slopes[:, :, chosen],
-            self.size[:, chosen], self.scales[:, chosen], self.inputs[:, :, chosen],
+            self.size[:, chosen], self.scales[:, chosen], self.inputs[:, :, chosen], self.roots[:, :, chosen],
+            self.free[:, :, chosen],
         )  # fmt: skip
 
     def reply(
@@ -73,21 +78,33 @@ class Tiles:
         change = best.reshape(unit.shape) * unit - self.values[column]
         return change, change * (slope - stiffness / 2 * change)
 
-    def most_gain(self) -> Float[Array, " tiles"]:
-        """Return by how much each tile's damage would fall with the best weights there are: ½ sᵀ H⁻¹ s of slopes s."""
-        inputs, slopes = self.inputs.transpose(2, 0, 1).copy(), self.slopes.transpose(2, 0, 1, 3)
-        lacking = np.einsum("tii->ti", inputs) == 0
-        np.einsum("tii->ti", inputs)[lacking] = 1  # of columns whose slopes are zero
-        slopes = slopes.reshape(len(slopes), COLUMNS, STEPS * LANES)
-        return (slopes * np.linalg.solve(inputs, slopes)).sum((1, 2)) / 2 * ROUNDED_UP
+    def most_gain(self, column: int = 0) -> Float[Array, " tiles"]:
+        """Return by how much each tile's damage would fall with the best weights there are from a column on.
 
-    def gain_of_rate(self, rate: int) -> Float[Array, " tiles"]:
-        """Return by how much the damage of each tile would fall at another rate, in nats per token."""
-        slopes, gains = self.slopes.copy(), np.zeros(len(self.rates))
+        That is ½ sᵀ H⁻¹ s of slopes s: half the sum of squares of U⁻¹ s, whose end is that of the last columns alone.
+        """
+        return (self.free[column:] ** 2).sum((0, 1, 3)) / 2 * ROUNDED_UP
+
+    def gain_of_rate(self, rate: int, needed: Float[Array, " tiles"] | None = None) -> Float[Array, " tiles"]:
+        """Return by how much the damage of each tile would fall at another rate, in nats per token.
+
+        With ``needed``: -inf for a tile that certainly gains no more than this, which is then not followed to its end.
+        """
+        gains, left = np.full(len(self.rates), -np.inf), np.arange(len(self.rates))
+        tiles = self.select(left)  # copies, which change below
+        so_far = np.zeros(len(left))
         for column in range(COLUMNS):
-            change, gain = self.reply(column, slopes[column], rate)
-            gains += gain.sum((0, 2))
-            slopes[column + 1 :] -= self.inputs[column, column + 1 :, None, :, None] * change
+            if needed is not None:
+                hopeful = so_far + tiles.most_gain(column) > needed[left]
+                if not hopeful.any():
+                    return gains
+                if hopeful.mean() < MOSTLY:
+                    tiles, left, so_far = tiles.select(np.flatnonzero(hopeful)), left[hopeful], so_far[hopeful]
+            change, gain = tiles.reply(column, tiles.slopes[column], rate)
+            so_far += gain.sum((0, 2))
+            tiles.slopes[column + 1 :] -= tiles.inputs[column, column + 1 :, None, :, None] * change
+            tiles.free[column + 1 :] -= tiles.roots[column, column + 1 :, None, :, None] * change
+        gains[left] = so_far
         return gains
 
     def gain_of_paths(self, rate: int) -> Float[Array, " tiles"]:
@@ -115,23 +132,34 @@ def gain_of_tiles(
     ``workers``: threads.  Raises ValueError if the scales of rows do not follow from ``quadratic``.
     """
     gains, by_group = [], []
-    for tiles, wanted in arranged(layer, matrix, quadratic, floor, chosen):
-        paths = np.zeros(tiles.groups[-1] + 1)
-        for rate in np.unique(tiles.rates).tolist():
-            same = np.flatnonzero(tiles.rates == rate)
-            np.add.at(paths, tiles.groups[same], _in_batches(tiles, same, Tiles.gain_of_paths, rate, workers))
-        by_group.append(paths)
-        best = np.zeros(len(wanted))
-        most = tiles.select(wanted).most_gain()
-        for rate in allowed:
-            saved = price * (ROWS * COLUMNS // 8) * (tiles.rates[wanted] - rate)
-            worth = np.flatnonzero(
-                most + saved > best
-            )  # others would gain no more at this rate with any weights at all
-            gain = _in_batches(tiles, wanted[worth], Tiles.gain_of_rate, rate, workers)
-            best[worth] = np.maximum(best[worth], gain + saved[worth])
-        gains.append(best)
+    with ThreadPoolExecutor(workers) as pool:
+        for tiles, wanted in arranged(layer, matrix, quadratic, floor, chosen):
+            paths = np.zeros(tiles.groups[-1] + 1)
+            for rate in np.unique(tiles.rates).tolist():
+                parts = _batches(np.flatnonzero(tiles.rates == rate), rate)
+                for part, gain in zip(parts, pool.map(partial(_gain_of_paths, tiles, rate), parts), strict=True):
+                    np.add.at(paths, tiles.groups[part], gain)
+            by_group.append(paths)
+            best, most = np.zeros(len(tiles.rates)), tiles.most_gain()
+            for rate in allowed:
+                saved = price * (ROWS * COLUMNS // 8) * (tiles.rates - rate)
+                worth = wanted[(most + saved > best)[wanted]]  # others gain no more with any weights at all
+                parts = _batches(worth, rate)
+                gain_of_rate = partial(_gain_of_rate, tiles, rate, best - saved)
+                for part, gain in zip(parts, pool.map(gain_of_rate, parts), strict=True):
+                    best[part] = np.maximum(best[part], gain + saved[part])
+            gains.append(best[wanted])
     return np.concatenate(gains), np.concatenate(by_group)
+
+
+def _gain_of_paths(tiles: Tiles, rate: int, part: Int[Array, " some"]) -> Float[Array, " some"]:
+    return tiles.select(part).gain_of_paths(rate)
+
+
+def _gain_of_rate(
+    tiles: Tiles, rate: int, needed: Float[Array, " tiles"], part: Int[Array, " some"]
+) -> Float[Array, " some"]:
+    return tiles.select(part).gain_of_rate(rate, needed[part])
 
 
 def arranged(
@@ -155,12 +183,17 @@ def arranged(
         part = slice(tile * COLUMNS, (tile + 1) * COLUMNS)
         some = inputs[part, part]
         block[: len(some), : len(some)] = some
+    roots = _roots(blocks)
+    inverse = np.linalg.inv(roots)
     lacking = across * COLUMNS - matrix.columns
     by_tile = np.pad(scales, (0, lacking), constant_values=1).reshape(across, COLUMNS)
 
     def fold(part: Float[Array, "stored_rows columns"]) -> Float[Array, "16 16 tiles 4"]:
         full = np.pad(part, ((0, 0), (0, lacking))).reshape(-1, STEPS, LANES, across, COLUMNS)
         return full.transpose(4, 1, 0, 3, 2).reshape(COLUMNS, STEPS, -1, LANES)
+
+    def tiled(part: Float[Array, "across 16 16"]) -> Float[Array, "16 16 tiles"]:
+        return np.tile(part, (count, 1, 1)).transpose(1, 2, 0)
 
     for start in range(0, groups, GROUPS):
         count = min(GROUPS, groups - start)
@@ -171,11 +204,16 @@ def arranged(
             wanted = (hadamard(ROWS) / ROWS**0.5 @ wanted.reshape(count, ROWS, -1)).reshape(wanted.shape)
         stored = values[rows][:, places] * np.outer(size[rows] / UNIT, scales)
         by_sequence = np.repeat(size[rows].reshape(count, STEPS, LANES).swapaxes(0, 1), across, 1)
+        slopes = fold((wanted - stored) @ inputs)
+        free = np.einsum(
+            "aij,jsgal->isgal", inverse, slopes.reshape(COLUMNS, STEPS, count, across, LANES), optimize=True
+        )
         yield (
             Tiles(
                 rates[start : start + count].numpy().ravel().astype(np.int64), np.repeat(np.arange(count), across),
-                fold(stored), fold((wanted - stored) @ inputs), by_sequence,
-                np.tile(by_tile, (count, 1)).T, np.tile(blocks, (count, 1, 1)).transpose(1, 2, 0),
+                fold(stored), slopes, by_sequence, np.tile(by_tile, (count, 1)).T,
+                tiled(blocks), tiled(roots),
+                free.reshape(slopes.shape),
             ),
             np.flatnonzero(chosen[start : start + count]),
         )  # fmt: skip
@@ -235,17 +273,15 @@ def row_factors(
     return root, size * 2.0 ** (np.repeat(rises, ROWS) / ROW_STEPS)
 
 
-def _in_batches(
-    tiles: Tiles,
-    chosen: Int[Array, " some"],
-    gain: Callable[[Tiles, int], Float[Array, " batch"]],
-    rate: int,
-    workers: int,
-) -> Float[Array, " some"]:
-    """Return the gain of each of the chosen tiles at a rate, so many tiles at once that their costs stay in a cache."""
+def _roots(blocks: Float[Array, "across 16 16"]) -> Float[Array, "across 16 16"]:
+    """Return U of each block = U Uᵀ, upper triangular; of a column that is lacking, that of 1."""
+    filled = blocks + np.eye(COLUMNS) * (np.einsum("tii->ti", blocks) == 0)[:, None]
+    return np.linalg.cholesky(filled[:, ::-1, ::-1])[:, ::-1, ::-1]
+
+
+def _batches(chosen: Int[Array, " some"], rate: int) -> list[Int[Array, " part"]]:
+    """Split tiles into so many at once that the costs of their paths at a rate stay in a cache."""
     if not len(chosen):
-        return np.zeros(0)
+        return []
     windows = len(tables()[rate]) if rate in tables() else 2
-    parts = np.array_split(chosen, -(-len(chosen) * LANES * windows // COSTS))
-    with ThreadPoolExecutor(workers) as pool:
-        return np.concatenate(list(pool.map(lambda part: gain(tiles.select(part), rate), parts)))
+    return np.array_split(chosen, -(-len(chosen) * LANES * windows // COSTS))

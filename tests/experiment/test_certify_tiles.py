@@ -284,7 +284,12 @@ def test_gain_of_rate_equals_the_fall_of_the_damage_of_the_file(small: tuple[Lay
             for place in sorted(places, key=lambda place: -board.inputs.diagonal()[board.column_order[place]]):
                 values = board.reply(values, group, place, rate)
             falls.append(board.damage(board.values) - board.damage(values))
-        assert tiles.gain_of_rate(rate) == pytest.approx(falls, rel=1e-3, abs=1e-5), rate
+        gains = tiles.gain_of_rate(rate)
+        assert gains == pytest.approx(falls, rel=1e-3, abs=1e-5), rate
+        needed = np.random.default_rng(rate).permutation(gains) - 1e-9
+        pruned = tiles.gain_of_rate(rate, needed)
+        assert (pruned[gains > needed] == gains[gains > needed]).all()
+        assert ((pruned == gains) | (pruned == -np.inf)).all()
 
 
 def test_gain_of_tiles_adds_up_the_paths_and_pays_for_bytes(small: tuple[Layer, Trellis, Quadratic]) -> None:

@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int STEPS = 16, LANES = 8;  // of a sequence; sequences at once
+constexpr double ROUNDING = 1e-12;    // relative, more than sums in another order differ
 
 typedef double Doubles __attribute__((vector_size(8 * LANES)));
 typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
@@ -35,7 +36,50 @@ INLINE void advance(const Doubles* total, const Doubles* cost, Doubles* after, L
     }
 }
 
-// Writes the best windows of some sequences; cost[step][window].
+// Takes all steps from `start`, of each lane.
+template <int BITS>
+INLINE void follow(const Doubles (*cost)[2 << BITS], const Longs& start, Doubles* total, Longs (*one_first)[1 << BITS]) {
+    constexpr int STATES = 1 << BITS;
+    Doubles after[STATES];
+    for (int state = 0; state < STATES; ++state)
+        total[state] = start == state ? Doubles{} : Doubles{} + std::numeric_limits<double>::infinity();
+    for (int step = 0; step < STEPS; ++step) {
+        advance<STATES>(total, cost[step], after, one_first[step]);
+        for (int state = 0; state < STATES; ++state) total[state] = after[state];
+    }
+}
+
+// Writes what a circle through each state costs at least: the best way to it from anywhere, and from it to anywhere.
+template <int BITS>
+INLINE void bound_circles(const Doubles (*cost)[2 << BITS], Doubles* bound) {
+    constexpr int STATES = 1 << BITS;
+    Doubles to[STATES] = {}, from[STATES] = {}, after[STATES];
+    Longs unused[STATES];
+    for (int step = 0; step < STEPS; ++step) {
+        advance<STATES>(to, cost[step], after, unused);
+        for (int state = 0; state < STATES; ++state) to[state] = after[state];
+    }
+    for (int step = STEPS - 1; step >= 0; --step) {
+        for (int state = 0; state < STATES; ++state) {
+            const int zero = 2 * state, one = 2 * state + 1;
+            const Doubles by_zero = cost[step][zero] + from[zero & (STATES - 1)];
+            const Doubles by_one = cost[step][one] + from[one & (STATES - 1)];
+            after[state] = by_one < by_zero ? by_one : by_zero;
+        }
+        for (int state = 0; state < STATES; ++state) from[state] = after[state];
+    }
+    for (int state = 0; state < STATES; ++state)
+        bound[state] = (from[state] < to[state] ? to[state] : from[state]) * (1 - ROUNDING);
+}
+
+INLINE bool any(const Longs& lanes) {
+    int64_t all = 0;
+    for (int lane = 0; lane < LANES; ++lane) all |= lanes[lane];
+    return all != 0;
+}
+
+// Writes the best windows of some sequences; cost[step][window].  A circle through some state bounds the best from above;
+// states whose own bound is above it, in every lane, are not tried.
 template <int BITS>
 INLINE void best_windows(const Doubles (*cost)[2 << BITS], Longs* window) {
     constexpr int STATES = 1 << BITS;
@@ -43,7 +87,19 @@ INLINE void best_windows(const Doubles (*cost)[2 << BITS], Longs* window) {
     Longs one_first[STEPS][STATES];
     Doubles least = Doubles{} + std::numeric_limits<double>::infinity();
     Longs best = {};
+    Doubles bound[STATES] = {}, enough = least;
+    if constexpr (BITS > 3) {  // fewer states are tried as fast as they are bounded
+        bound_circles<BITS>(cost, bound);
+        Doubles lowest = bound[0];
+        for (int state = 1; state < STATES; ++state) {
+            best = bound[state] < lowest ? Longs{} + state : best;
+            lowest = bound[state] < lowest ? bound[state] : lowest;
+        }
+        follow<BITS>(cost, best, total, one_first);
+        for (int state = 0; state < STATES; ++state) enough = best == state ? total[state] * (1 + ROUNDING) : enough;
+    }
     for (int start = 0; start < STATES; ++start) {
+        if (BITS > 3 && !any(bound[start] <= (least < enough ? least : enough))) continue;
         for (int state = 0; state < STATES; ++state) {
             total[state] = Doubles{};
             for (int step = 0; step < BITS; ++step)
@@ -62,14 +118,7 @@ INLINE void best_windows(const Doubles (*cost)[2 << BITS], Longs* window) {
             least = circle < least ? circle : least;
         }
     }
-    for (int state = 0; state < STATES; ++state) {
-        const Longs here = best == Longs{} + state;
-        total[state] = here ? Doubles{} : Doubles{} + std::numeric_limits<double>::infinity();
-    }
-    for (int step = 0; step < STEPS; ++step) {
-        advance<STATES>(total, cost[step], after, one_first[step]);
-        for (int state = 0; state < STATES; ++state) total[state] = after[state];
-    }
+    follow<BITS>(cost, best, total, one_first);
     for (int lane = 0; lane < LANES; ++lane) {
         int64_t at = best[lane];
         for (int step = STEPS - 1; step >= 0; --step) {
