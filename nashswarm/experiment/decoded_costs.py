@@ -17,6 +17,7 @@ from nashswarm.packed.file_format import Decoded
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import GRID_WIDTHS
 from nashswarm.quant.lattice import LatticeTensor
+from nashswarm.quant.lattice_paths import PathTensor
 from nashswarm.quant.prototype import ClassedTensor
 
 BLOCK = 16  # rows of a player
@@ -124,10 +125,11 @@ def place_codes(
 ) -> DecodedMatrix:
     """Return where the weights of ``tensor`` are and could be; codes pay ``price`` nats per token for each of ``bits``.
 
-    Raises ValueError for the prototype's format, which has no players.
+    Raises ValueError for the formats of the prototype and of lattice paths, which have no players.
     """
-    if isinstance(tensor, ClassedTensor):
-        raise ValueError("the format of method=as_published has no players: there is nothing to certify")
+    if isinstance(tensor, ClassedTensor | PathTensor):
+        method = "nash_archive" if isinstance(tensor, PathTensor) else "as_published"
+        raise ValueError(f"the format of method={method} has no players: there is nothing to certify")
     if isinstance(tensor, LatticeTensor):
         lattice = tensor.lattice
         codes = tensor.codes.numpy().astype(np.int64)
