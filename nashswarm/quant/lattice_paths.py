@@ -45,10 +45,8 @@ class PathTensor(LatticeTensor):
         return sets, numbers
 
 
-def magnitudes_of(
-    sets: Int[np.ndarray, "*shape"], numbers: Int[np.ndarray, "*shape"]
-) -> Int[np.ndarray, "*shape"]:
-    """Return the magnitudes of the codes with these numbers in their sets."""
+def magnitudes_of(sets: Int[np.ndarray, "..."], numbers: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    """Return the magnitudes of the codes with these numbers in their sets, which broadcast."""
     return 2 * numbers - (sets & (numbers > 0))
 
 
