@@ -7,7 +7,9 @@ that ``torch.compile`` and ``torch.export`` accept them.  Gradients flow from pr
 ``tiles`` defines the layout of a packed matrix, ``trellis`` and ``trellis_codes`` that of a trellis-coded one.
 ``native``, ``trellis_native`` and ``encoder`` call the C++ library (``csrc``) on the CPU; ``triton_kernels`` and
 ``triton_trellis`` compute on CUDA; ``reference``, ``trellis_reference`` and ``encoder_reference`` are what they are
-tested against.  ``decoder`` has whole passes through a model; ``python -m nashswarm.kernels`` measures products.
+tested against.  ``path_form`` defines lattice paths; ``path_encoder`` calls the library to find them, beside
+``path_encoder_reference``.  ``decoder`` has whole passes through a model; ``python -m nashswarm.kernels`` measures
+products.
 """
 
 import dataclasses

@@ -40,8 +40,8 @@ def feedback(
 
     A path costs its damage plus the price of its length, in nats per token.  ``prices``: of the symbols of a code with
     its sign, by set and table.  ``bit_price``: of a sign whose symbol is 0.  ``factor``: the block of
-    ``curvature.inverse_cholesky``.  ``targets`` is contiguous.  Returns the codes, and the errors that columns after the
-    block have to compensate for: they lose ``factor`` times the errors.
+    ``curvature.inverse_cholesky``.  ``targets`` is contiguous.  Returns the codes, and the errors that columns after
+    the block have to compensate for: they lose ``factor`` times the errors.
     """
     if native.path() == native.SLOW:
         return path_encoder_reference.feedback(targets, rows, columns, factor, prices, bit_price)

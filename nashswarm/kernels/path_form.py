@@ -1,9 +1,10 @@
 """Lattice paths: which codes a weight may take, and what the encoder knows of rows and columns.
 
 A column is cut into paths of ``STEPS`` rows.  The steps of the lattice are half as fine as plain rounding would need
-them, but a weight may take every second code only: even ones (set 0), or odd ones and zero (set 1).  A code of magnitude
-c has the number (c + set) // 2.  A state of 5 bits says which set is next.  The parities of the numbers of the rows
-above drive it, by a convolutional code of Ungerboeck (1982), as in the dependent quantization of video codecs (VVC).
+them, but a weight may take every second code only: even ones (set 0), or odd ones and zero (set 1).  A code of
+magnitude c has the number (c + set) // 2.  A state of 5 bits says which set is next.  The parities of the numbers of
+the rows above drive it, by a convolutional code of Ungerboeck (1982), as in the dependent quantization of video codecs
+(VVC).
 Every path starts in state 0, so that a decoder that knows the numbers follows all states.
 """
 

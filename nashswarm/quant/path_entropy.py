@@ -55,8 +55,7 @@ class PathCounts:
 
 
 def with_fitted_sizes(tensor: PathTensor) -> tuple[PathTensor, PathCounts]:
-    """Return the same codes, expected sizes of rows and columns fitted to the numbers of their magnitudes; count them.
-    """
+    """Return the same codes with expected sizes of rows and columns that are fitted to their numbers, and count them."""
     sets, numbers = tensor.numbers()
     fitted = PathTensor(tensor.codes, tensor.lattice.fit_sizes(torch.from_numpy(numbers).float()))
     table, symbols, shift = _symbols(fitted.lattice, sets, numbers)

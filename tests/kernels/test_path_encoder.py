@@ -41,7 +41,9 @@ def drawn(out: int, columns: int, seed: int, price: float, largest_size: int) ->
     factor.diagonal().copy_(torch.rand(columns, generator=random) + 0.5)
     steps, sensitivities, across = (torch.rand(size, generator=random) + 0.5 for size in (out, out, columns))
     rows = Rows(steps, sensitivities, exponents(out, -4, 4), exponents(out, -6, largest_size))
-    return Case(rows, Columns(across, exponents(columns, -4, 4), exponents(columns, -3, 4)), factor, BITS * price, price)
+    return Case(
+        rows, Columns(across, exponents(columns, -4, 4), exponents(columns, -3, 4)), factor, BITS * price, price
+    )
 
 
 def least_cost(case: Case, targets: Tensor) -> float:

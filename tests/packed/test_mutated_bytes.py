@@ -90,7 +90,8 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes,
     return readers
 
 
-KINDS = ["tiles", "groups", "lattice", "paths", "trellis", "code_tables", "record", "a.parquet", "a.csv", "a.jsonl", "a.txt.gz"]
+KINDS = ["tiles", "groups", "lattice", "paths", "trellis", "code_tables", "record"]
+KINDS += ["a.parquet", "a.csv", "a.jsonl", "a.txt.gz"]
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def walk(numbers: list[int]) -> tuple[list[int], list[int]]:
 
 @st.composite
 def path_tensors(draw: st.DrawFn) -> tuple[PathTensor, np.ndarray, np.ndarray]:
-    """Any shape; numbers small, of many sizes, or zero; sizes fitted to them or random.  Also their sets and numbers."""
+    """Any shape; numbers small, of many sizes, or zero; sizes fitted to them or random.  Also their sets, numbers."""
     rows, columns = draw(st.sampled_from([1, 7, STEPS, STEPS + 1, 2 * STEPS + 9])), draw(st.integers(1, 6))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     largest = draw(st.sampled_from([0, 2, 60, 5000, 2**30 - 1]))
@@ -62,9 +62,7 @@ def test_numbers_are_those_of_a_state_machine_in_plain_python(drawn: tuple[PathT
 
 @given(path_tensors(), st.booleans())
 @few_examples
-def test_decode_paths_inverts_encode_paths(
-    drawn: tuple[PathTensor, np.ndarray, np.ndarray], fitted: bool
-) -> None:
+def test_decode_paths_inverts_encode_paths(drawn: tuple[PathTensor, np.ndarray, np.ndarray], fitted: bool) -> None:
     tensor, _, numbers = drawn
     refitted, counts = with_fitted_sizes(tensor)
     tables = fit_tables(counts.symbols) if fitted else first_tables()
@@ -98,10 +96,10 @@ def test_every_flipped_byte_and_every_cut_is_refused() -> None:
     for place in range(len(packed)):
         damaged = packed.copy()
         damaged[place] ^= 1 << place % 8
-        with pytest.raises(ValueError, match="begin with|checksum"):
+        with pytest.raises(ValueError, match=r"begin with|checksum"):
             decode_paths(damaged, tables)
     for size in range(0, len(packed), 97):
-        with pytest.raises(ValueError, match="begin with|checksum"):
+        with pytest.raises(ValueError, match=r"begin with|checksum"):
             decode_paths(packed[:size], tables)
 
 
