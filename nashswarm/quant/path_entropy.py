@@ -55,7 +55,7 @@ class PathCounts:
 
 
 def with_fitted_sizes(tensor: PathTensor) -> tuple[PathTensor, PathCounts]:
-    """Return the same codes with expected sizes of rows and columns that are fitted to their numbers, and count them."""
+    """Return the same codes, the expected sizes of rows and columns fitted to their numbers, and their counts."""
     sets, numbers = tensor.numbers()
     fitted = PathTensor(tensor.codes, tensor.lattice.fit_sizes(torch.from_numpy(numbers).float()))
     table, symbols, shift = _symbols(fitted.lattice, sets, numbers)

@@ -2,7 +2,7 @@
 
 The base step is the step of a weight of sensitivity 1, and it fixes the price of a bit, as in ``nash_lattice``.  Paths
 come from one pass of error feedback, in which every code weighs its damage against its length.  The lengths are those
-of the tables, and of the expected sizes, that the codes of the pass before were fitted with.
+of tables, and of expected sizes, that were fitted to the codes of a pass before.
 """
 
 import dataclasses
@@ -52,7 +52,8 @@ class PathModel:
 class PathQuantizer:
     """The layers of one model and their factored curvature, by layer.
 
-    ``lattices``: the same layers as codes on a lattice, from which the search for a step starts.
+    ``lattices``: the same layers as codes on a lattice, from which the search for a step starts.  ``tables`` and
+    ``fitted``, lattices by layer: what the lengths of codes are taken from.
     """
 
     def __init__(self, layers: Sequence[Layer], curvatures: Mapping[str, FactoredCurvature], track: Track) -> None:
@@ -62,10 +63,7 @@ class PathQuantizer:
         self.fitted: dict[str, Lattice] = {}
 
     def quantize_at(self, base_step: float) -> PathModel:
-        """Return all layers at ``base_step``, by the tables and the expected sizes of the pass before.
-
-        Tables and sizes of the result are fitted to its codes; the next pass takes them.
-        """
+        """Return all layers at ``base_step``; tables and expected sizes of the result are fitted to its codes."""
         price, counts = GAIN * bit_price(base_step), {}
         tensors: dict[str, PathTensor] = {}
         for layer in self.track(self.layers, "encoding paths"):
@@ -73,12 +71,18 @@ class PathQuantizer:
             tensor = path_error_feedback(layer.weight, self.curvatures[layer.name], lattice, self.tables, price)
             tensors[layer.name], counts[layer.name] = with_fitted_sizes(tensor)
         trim_heap()
-        self.fitted = {name: tensor.lattice for name, tensor in tensors.items()}
-        self.tables = fit_tables(np.sum([one.symbols for one in counts.values()], 0))
-        return PathModel(base_step, tensors, self.tables, {name: one.bits(self.tables) for name, one in counts.items()})
+        tables = fit_tables(np.sum([one.symbols for one in counts.values()], 0))
+        return PathModel(base_step, tensors, tables, {name: one.bits(tables) for name, one in counts.items()})
+
+    def adapt(self, base_step: float) -> PathModel:
+        """Return ``quantize_at(base_step)``; later passes pay by its tables and its expected sizes."""
+        model = self.quantize_at(base_step)
+        self.tables = model.tables
+        self.fitted = {name: tensor.lattice for name, tensor in model.tensors.items()}
+        return model
 
     def lattice(self, layer: Layer, base_step: float) -> Lattice:
-        """Return the layer's grid of half steps, with the expected sizes of the pass before if there was one."""
+        """Return the layer's grid of half steps, with the expected sizes of the pass that adapted them, if one did."""
         lattice = self.lattices.lattice(layer, base_step, self.lattices.neutral)
         lattice = dataclasses.replace(lattice, base=lattice.base / 2)
         fitted = self.fitted.get(layer.name)

@@ -17,8 +17,9 @@ from nashswarm.quant.curvature import FactoredCurvature, factor_curvature
 from nashswarm.quant.lattice import bit_price
 from nashswarm.quant.lattice_paths import GAIN
 
-UNUSED = BUDGET_TOLERANCE / 4  # share of the budget that estimates of bytes may be wrong by
-TRIALS = 3  # of the true bytes, at most
+ADAPTING_PASSES = 3  # of tables and expected sizes; later ones gain less than a hundredth of the damage
+TRIALS = 3  # searches by estimates, at most
+SPARE = BUDGET_TOLERANCE / 4  # share of the budget that is left when an estimate was too low
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +76,21 @@ class NashArchive:
 def model_for_budget(quantizer: PathQuantizer, budget: int) -> PathModel:
     """Return the model at the finest base step found that takes at most ``budget`` bytes.
 
-    The search is by estimates, and the bytes that these get wrong are taken from what they may use.
+    The first passes adapt tables and expected sizes, each at a step that corrects what the one before missed.  Then
+    both stay, so that bytes depend on the step alone, and the step is searched for by estimates of the bytes.  What
+    these get wrong is taken from what they may use.  Raises ValueError if no step fits.
     """
-    slope, allowed = ByteSlope(quantizer.lattices.bytes_per_bit), budget
-    step = quantizer.lattices.step_of_rounding(budget)
+    step, at_high_rate = quantizer.lattices.step_of_rounding(budget), quantizer.lattices.bytes_per_bit
+    for _ in range(ADAPTING_PASSES):
+        model = quantizer.adapt(step)
+        step *= 2.0 ** ((model.estimated_bytes - budget) / at_high_rate)
+    slope, allowed = ByteSlope(at_high_rate), budget
     for _ in range(TRIALS):
         model = step_for_budget(quantizer.quantize_at, lambda one: one.estimated_bytes, allowed, step, slope)
-        size = sum(len(content) for content in model.packed.values())
-        if size <= budget:
+        excess = sum(len(content) for content in model.packed.values()) - budget
+        if excess <= 0:
             return model
-        step, allowed = model.base_step, allowed - (size - budget) - int(UNUSED * budget)
+        step, allowed = model.base_step, allowed - excess - int(SPARE * budget)
     raise ValueError(f"no step was found at which the layers take {budget} bytes; raise method.bits")
 
 
