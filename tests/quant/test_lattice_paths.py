@@ -9,13 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nashswarm.kernels import trellis
 from nashswarm.kernels.path_form import STEPS
+from nashswarm.quant.container import KINDS
 from nashswarm.quant.curvature import Curvature, factor_curvature
 from nashswarm.quant.entropy import ESCAPE, CodeTables, coded_bits, count_symbols, encode_lattice, fit_tables
 from nashswarm.quant.lattice import Lattice, LatticeTensor, bit_price, make_lattice
 from nashswarm.quant.lattice_codes import RateTerm, lattice_descent, lattice_error_feedback
 from nashswarm.quant.lattice_paths import GAIN, PathTensor, path_error_feedback
 from nashswarm.quant.path_entropy import decode_paths, encode_paths, first_tables, with_fitted_sizes
+from nashswarm.quant.prototype import KIND as PROTOTYPE
 from tests.quant.cases import weights
 from tests.quant.laplace import LAPLACE
 
@@ -112,6 +115,11 @@ def test_tables_of_a_lattice_and_bytes_of_a_lattice_are_refused() -> None:
         decode_paths(encode_lattice(lattice, LAPLACE), tables)
     with pytest.raises(ValueError, match="frequencies are not those of code tables"):
         CodeTables.unpack(CodeTables(tables.frequencies[:-1]).pack())
+
+
+def test_bytes_of_every_format_begin_differently() -> None:
+    kinds = [*KINDS.values(), PROTOTYPE, trellis.MAGIC]
+    assert len({kind[:3] for kind in kinds}) == len(kinds)
 
 
 def test_codes_that_leave_their_path_are_refused() -> None:

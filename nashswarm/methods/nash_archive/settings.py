@@ -26,7 +26,7 @@ SPARE = BUDGET_TOLERANCE / 4  # share of the budget that is left when an estimat
 class NashArchive:
     """One price of a bit for the whole model; codes on lattice paths weigh damage against it, and are entropy-coded.
 
-    The smallest file at equal quality, for archives: a loaded model takes about twice the bytes of its file.  Steps
+    The smallest file at equal quality, for archives: a loaded model takes more than twice the bytes of its file.  Steps
     follow from sensitivities and the price in closed form.  Nobody plays beyond that, so there is no certificate.
 
     ``bits``: stored bits per parameter of the whole model, everything counted.  ``floor``: share of a layer's mean
