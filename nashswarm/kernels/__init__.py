@@ -5,11 +5,10 @@ that ``torch.compile`` and ``torch.export`` accept them.  Gradients flow from pr
 ``direct`` is the same product without torch's dispatcher, for calls that take microseconds.
 
 ``tiles`` defines the layout of a packed matrix, ``trellis`` and ``trellis_codes`` that of a trellis-coded one.
-``native``, ``trellis_native`` and ``encoder`` call the C++ library (``csrc``) on the CPU; ``triton_kernels`` and
-``triton_trellis`` compute on CUDA; ``reference``, ``trellis_reference`` and ``encoder_reference`` are what they are
-tested against.  ``path_form`` defines lattice paths; ``path_encoder`` calls the library to find them, beside
-``path_encoder_reference``.  ``decoder`` has whole passes through a model; ``python -m nashswarm.kernels`` measures
-products.
+``native``, ``trellis_native``, ``encoder`` and ``path_encoder`` (of the paths of ``path_form``) call the C++ library
+(``csrc``) on the CPU; ``triton_kernels`` and ``triton_trellis`` compute on CUDA; ``reference``, ``trellis_reference``,
+``encoder_reference`` and ``path_encoder_reference`` are what they are tested against.  ``decoder`` has whole passes
+through a model; ``python -m nashswarm.kernels`` measures products.
 """
 
 import dataclasses
