@@ -22,6 +22,7 @@ from nashswarm.data import corpus, hub
 from nashswarm.methods.fixed_width import FixedWidth
 from nashswarm.methods.gptq import Gptq
 from nashswarm.methods.method import Method
+from nashswarm.methods.nash_archive.settings import NashArchive
 from nashswarm.methods.nash_lattice.settings import NashLattice
 from nashswarm.methods.nash_swarm.settings import Effort, NashSwarm
 from nashswarm.methods.uniform import Uniform
@@ -33,6 +34,7 @@ from nashswarm.packed.account import TensorEntry, account, sizes_in
 METHODS = {
     "nash_swarm": NashSwarm,
     "nash_lattice": NashLattice,
+    "nash_archive": NashArchive,
     "fixed_width": FixedWidth,
     "gptq": Gptq,
     "uniform": Uniform,
@@ -89,7 +91,8 @@ def compress(
     fastest, elsewhere in the model's dtype; ``.to(dtype)`` changes it, and ``save_pretrained`` keeps it.
 
     ``tokenizer``: by default the one that the model came with.  ``method``: ``nash_swarm``, ``nash_lattice``,
-    ``fixed_width``, ``gptq``, ``uniform``, or an instance of any method, which then has its own ``bits``.
+    ``nash_archive``, ``fixed_width``, ``gptq``, ``uniform``, or an instance of any method, which then has its own
+    ``bits``.
     ``calibration``: text, a path of a text file or folder, token windows, or the name of a source (``embedded``,
     ``code``, ``own``, ``hub``, or several joined by ``+``); by default the hub's text if it can be reached, else text
     that the model samples itself, with the embedded one in both cases (``calibration.texts``).  Padded windows are a

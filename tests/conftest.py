@@ -24,10 +24,13 @@ from torch import Tensor
 from nashswarm.kernels import trellis, trellis_codes
 from nashswarm.kernels.trellis import Trellis
 from nashswarm.models.matrices import find_layers
+from nashswarm.quant.curvature import Curvature, FactoredCurvature
 from nashswarm.quant.entropy import CodeTables, count_symbols, encode_groups, encode_lattice, fit_tables
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize, row_blocks
 from nashswarm.quant.lattice import Lattice, LatticeTensor
+from nashswarm.quant.lattice_paths import PathTensor, path_error_feedback
 from nashswarm.quant.pack import pack
+from nashswarm.quant.path_entropy import encode_paths, first_tables, with_fitted_sizes
 from tests.models import gguf_file
 
 PHRASES = (
@@ -44,7 +47,7 @@ ARCHITECTURES = {  # of those that do not predict the next token
     "bert_encoder": transformers.AutoModel,
     "bert_classifier": transformers.AutoModelForSequenceClassification,
 }
-FORMATS = ("tiles", "groups", "lattice", "trellis")
+FORMATS = ("tiles", "groups", "lattice", "paths", "trellis")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -204,6 +207,17 @@ def lattice_tensor(weight: Tensor, seed: int = 0) -> LatticeTensor:
     return LatticeTensor(codes, lattice.fit_sizes(codes.abs().float()))
 
 
+def path_tensor(weight: Tensor, seed: int = 0) -> PathTensor:
+    """A matrix on lattice paths of drawn scales, a few codes large."""
+    lattice, large = lattice_tensor(weight, seed).lattice, weight.clone()
+    rng = np.random.default_rng(seed)
+    for place in rng.integers(large.numel(), size=2):
+        large.view(-1)[place] = lattice.base * int(rng.integers(-(10**6), 10**6))
+    rows, columns = (torch.ones(size) for size in weight.shape)
+    curvature = FactoredCurvature(Curvature(rows, None, None), rows, columns, None)
+    return with_fitted_sizes(path_error_feedback(large, curvature, lattice, first_tables(), 1e-9))[0]
+
+
 def trellis_tensor(weight: Tensor, seed: int = 0) -> Trellis:
     """A matrix in trellis tiles of 8 bits, by rounding, but for a few of lower rates whose codes are drawn by lot; it
     is rotated, and its orders and scales are drawn too."""
@@ -239,11 +253,15 @@ def packed_by(model: Any, form: str, exclude: tuple[str, ...] = ()) -> dict[str,
     layers = find_layers(model, exclude)
     if form == "trellis":
         return {layer.name: trellis_tensor(layer.weight, number).content.numpy() for number, layer in enumerate(layers)}
+    if form == "paths":
+        tables: CodeTables = first_tables()
+        paths = {layer.name: path_tensor(layer.weight, number) for number, layer in enumerate(layers)}
+        return {name: encode_paths(tensor, tables) for name, tensor in paths.items()} | {"code_tables": tables.pack()}
     if form != "lattice":
         encode = {"tiles": pack, "groups": encode_groups}[form]
         return {layer.name: encode(grid_tensor(layer.weight, number, 32)) for number, layer in enumerate(layers)}
     tensors = {layer.name: lattice_tensor(layer.weight, number) for number, layer in enumerate(layers)}
-    tables: CodeTables = fit_tables(count_symbols(tensors.values()))
+    tables = fit_tables(count_symbols(tensors.values()))
     return {name: encode_lattice(tensor, tables) for name, tensor in tensors.items()} | {"code_tables": tables.pack()}
 
 

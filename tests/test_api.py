@@ -282,7 +282,7 @@ def test_compress_quantized_model_is_refused_until_dequantized(played: Any, wind
     [
         (
             {"method": "nash_latt"},
-            "unknown method 'nash_latt': choose nash_swarm, nash_lattice, fixed_width, gptq, uniform, or",
+            "unknown method 'nash_latt': choose nash_swarm, nash_lattice, nash_archive, fixed_width, gptq, uniform, or",
         ),
         ({"method": "gptq", "bits": 2.5}, "bits=2.5: gptq gives every weight the same whole number of bits"),
         ({"method": "uniform", "bits": 5}, "a uniform width is one of"),

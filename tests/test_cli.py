@@ -72,6 +72,15 @@ def lattice(
     return compressed(tmp_path_factory.mktemp("lattice") / "model", model_folder, words)
 
 
+@pytest.fixture(scope="module")
+def archive(
+    model_folder: pathlib.Path, options: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The same, compressed by nash_archive."""
+    words = ["--method", "nash_archive", *options]
+    return compressed(tmp_path_factory.mktemp("archive") / "model", model_folder, words)
+
+
 def compressed(folder: pathlib.Path, model: pathlib.Path, words: list[str]) -> tuple[pathlib.Path, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
@@ -80,13 +89,14 @@ def compressed(folder: pathlib.Path, model: pathlib.Path, words: list[str]) -> t
     return folder, json.loads(printed[-1])
 
 
-@pytest.mark.parametrize(("fixture", "files"), [("made", FILES), ("lattice", [*FILES, GAME])])
+@pytest.mark.parametrize(("fixture", "files"), [("made", FILES), ("lattice", [*FILES, GAME]), ("archive", FILES)])
 def test_compress_writes_a_folder_that_transformers_loads(
     fixture: str, files: list[str], tiny: Any, request: pytest.FixtureRequest
 ) -> None:
     folder, printed = request.getfixturevalue(fixture)
     assert sorted(path.name for path in folder.iterdir()) == sorted(files)
-    assert set(printed) == SIZES | {"folder", "regret_max", "seconds"} and printed["folder"] == str(folder)
+    certified = set() if fixture == "archive" else {"regret_max"}
+    assert set(printed) == SIZES | certified | {"folder", "seconds"} and printed["folder"] == str(folder)
     assert printed["bytes_file"] == sum((folder / name).stat().st_size for name in ("config.json", "model.safetensors"))
     assert 3.4 < printed["bits_per_weight_model"] <= 3.5
     assert printed["bits_per_weight_model"] == 8 * printed["bytes_file"] / tiny.num_parameters()
@@ -97,6 +107,15 @@ def test_compress_writes_a_folder_that_transformers_loads(
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\ntags: [nashswarm, quantized]\n---\n\n# tiny, compressed")
     assert f"{printed['bytes_file']:,}" in card and "import nashswarm" in card and "base_model" not in card
+
+
+def test_archive_is_listed_as_paths_and_has_no_certificate(archive: Any, command: Command) -> None:
+    folder, printed = archive
+    assert "regret_max" not in printed and "certify" not in (folder / "README.md").read_text()
+    status, table, _ = command("inspect", folder)
+    assert status == 0 and table.count("lattice paths, coded") == 10
+    status, _, error = command("certify", folder)
+    assert status == 2 and "the format of method=nash_archive has no players: there is nothing to certify" in error
 
 
 def test_inspect_lists_every_matrix_and_its_bytes(lattice: Any, command: Command) -> None:

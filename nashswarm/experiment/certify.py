@@ -16,7 +16,14 @@ import torch
 from jaxtyping import Float
 
 from nashswarm.experiment import compression
-from nashswarm.experiment.decoded_costs import Quadratic, float64, make_quadratic, place_codes, symbol_bits
+from nashswarm.experiment.decoded_costs import (
+    Quadratic,
+    check_players,
+    float64,
+    make_quadratic,
+    place_codes,
+    symbol_bits,
+)
 from nashswarm.experiment.enumeration import by_block, gain_of_codes, gain_of_steps
 from nashswarm.experiment.identity import TARGET
 from nashswarm.experiment.tile_deviations import gain_of_tiles
@@ -78,6 +85,8 @@ def certify(
     loaded = compression.reopen(saved.about, {"model": model, "dataset": dataset})
     layers = loaded.session.layers
     decoded = decode(saved.tensors, layers)
+    for tensor in decoded.values():
+        check_players(tensor)
     settings = saved.about["config"]["method"]
     moments = _moments(loaded, settings)
     quadratic = partial(make_quadratic, moments=moments, settings=settings)

@@ -12,11 +12,13 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from nashswarm.kernels.trellis import Trellis
 from nashswarm.layers import Layer, Moments
 from nashswarm.packed.file_format import Decoded
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.quant.grid import GRID_WIDTHS
 from nashswarm.quant.lattice import LatticeTensor
+from nashswarm.quant.lattice_paths import PathTensor
 from nashswarm.quant.prototype import ClassedTensor
 
 BLOCK = 16  # rows of a player
@@ -124,10 +126,10 @@ def place_codes(
 ) -> DecodedMatrix:
     """Return where the weights of ``tensor`` are and could be; codes pay ``price`` nats per token for each of ``bits``.
 
-    Raises ValueError for the prototype's format, which has no players.
+    Raises ValueError for formats without players.
     """
-    if isinstance(tensor, ClassedTensor):
-        raise ValueError("the format of method=as_published has no players: there is nothing to certify")
+    check_players(tensor)
+    assert not isinstance(tensor, ClassedTensor)
     if isinstance(tensor, LatticeTensor):
         lattice = tensor.lattice
         codes = tensor.codes.numpy().astype(np.int64)
@@ -143,6 +145,13 @@ def place_codes(
     )
     codes = np.where(np.repeat(grid, size, 1), tensor.codes.numpy(), 0).astype(np.int64)
     return DecodedMatrix(float64(tensor.dequantize()), codes, scale, 0, largest)
+
+
+def check_players(tensor: Decoded | Trellis) -> None:
+    """Raise ValueError for the formats of the prototype and of lattice paths, which have no players."""
+    if isinstance(tensor, ClassedTensor | PathTensor):
+        method = "nash_archive" if isinstance(tensor, PathTensor) else "as_published"
+        raise ValueError(f"the format of method={method} has no players: there is nothing to certify")
 
 
 def symbol_bits(tables: CodeTables) -> Float[Array, "tables symbols"]:

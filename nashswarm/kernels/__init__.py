@@ -4,10 +4,10 @@
 that ``torch.compile`` and ``torch.export`` accept them.  Gradients flow from products to x, and from gates to scores.
 ``direct`` is the same product without torch's dispatcher, for calls that take microseconds.
 
-``tiles`` defines the layout of a packed matrix, ``trellis`` and ``trellis_codes`` that of a trellis-coded one.
-``native``, ``trellis_native`` and ``encoder`` call the C++ library (``csrc``) on the CPU; ``triton_kernels`` and
-``triton_trellis`` compute on CUDA; ``reference``, ``trellis_reference`` and ``encoder_reference`` are what they are
-tested against.  ``decoder`` has whole passes through a model; ``python -m nashswarm.kernels`` measures products.
+``tiles`` lays out a packed matrix, ``trellis`` and ``trellis_codes`` a trellis-coded one, ``path_form`` lattice paths.
+``native``, ``trellis_native``, ``encoder`` and ``path_encoder`` call the C++ library (``csrc``); ``triton_kernels`` and
+``triton_trellis`` are for CUDA; ``reference``, ``trellis_reference``, ``encoder_reference``, ``path_encoder_reference``
+test them.  ``decoder`` has whole passes through a model; ``python -m nashswarm.kernels`` measures products.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ LIBRARY = pathlib.Path(__file__).parent / "nashswarm_kernels.so"
 VARIABLE = "NASHSWARM_KERNEL"
 PATHS = {"avx512vbmi": 3, "avx512": 2, "avx2": 1, "neon": 4, "portable": 0}  # fastest first; numbers in the library
 SLOW = "torch"
-INTERFACE = 11  # version of the functions and of Matrix, as in csrc/library.cpp
+INTERFACE = 12  # version of the functions and of Matrix, as in csrc/library.cpp
 NO_MEMORY = -2  # what nashswarm_experts returns then
 DIGITS = {"int8": 1, "float32": 3}  # number of signed bytes that represent an activation
 

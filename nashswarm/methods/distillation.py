@@ -30,6 +30,7 @@ from nashswarm.methods.stored_state import StoredState, packed_bytes, with_stale
 from nashswarm.models import evaluation, matrices
 from nashswarm.packed import file_format
 from nashswarm.quant.entropy import CodeTables
+from nashswarm.quant.lattice_paths import PathTensor
 from nashswarm.quant.prototype import ClassedTensor
 from nashswarm.quant.trainable_codes import TrainableCodes, encode_tensors
 
@@ -121,7 +122,7 @@ class _Training:
         for layer in session.layers:
             content = result.packed[layer.name]
             tensor = file_format.decode(layer.name, content, tables)
-            if isinstance(tensor, ClassedTensor | Trellis):
+            if isinstance(tensor, ClassedTensor | PathTensor | Trellis):
                 raise Unsupported(
                     f"task=finetune cannot train the format in which {layer.name} is stored: choose a method that "
                     "stores a lattice or groups, such as method=nash_lattice or method=gptq"

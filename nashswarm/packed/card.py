@@ -6,6 +6,8 @@ from typing import Any
 
 from nashswarm.models.architecture import auto_class
 
+WITHOUT_PLAYERS = (".AsPublished", ".NashArchive")  # methods that leave nothing to certify
+
 
 def card(about: Mapping[str, Any]) -> str:
     """Return a model card for the hub, as Markdown.
@@ -22,7 +24,8 @@ def card(about: Mapping[str, Any]) -> str:
     head = "\n".join(["---", "library_name: transformers", "tags: [nashswarm, quantized]"])
     head += f"\nbase_model: {base}\n---" if on_hub else "\n---"
     commands = "`nashswarm inspect` lists what is in it."
-    if "by_layer" not in about:
+    target = about["config"].get("method", {}).get("_target_", "")
+    if "by_layer" not in about and not target.endswith(WITHOUT_PLAYERS):
         commands = f"`nashswarm certify` computes the regret again from the bytes of this folder, {commands}"
     table = "\n".join(["| | |", "| :-- | --: |", *(f"| {name} | {value} |" for name, value in rows.items())])
     return f"""{head}

@@ -34,6 +34,7 @@ from nashswarm.quant.entropy import CodeTables, decode_groups, decode_lattice
 from nashswarm.quant.grid import QuantizedTensor
 from nashswarm.quant.lattice import LatticeTensor
 from nashswarm.quant.pack import unpack
+from nashswarm.quant.path_entropy import decode_paths
 from nashswarm.quant.prototype import KIND as PROTOTYPE
 from nashswarm.quant.prototype import ClassedTensor
 
@@ -154,10 +155,10 @@ def decode(name: str, content: Bytes, tables: CodeTables | None) -> Decoded | Tr
         if kind[:3] == trellis.MAGIC[:3]:  # of any version
             with torch.inference_mode(False):  # a matrix loaded in inference mode may be used in training
                 return trellis.parse(_as_tensor(content))
-        if kind == KINDS["lattice"]:
+        if kind in (KINDS["lattice"], KINDS["paths"]):
             if tables is None:
                 raise ValueError(f"the file lacks {TABLES}")
-            return decode_lattice(content, tables)
+            return (decode_lattice if kind == KINDS["lattice"] else decode_paths)(content, tables)
         if kind == KINDS["groups"]:
             return decode_groups(content)
         return ClassedTensor.unpack(content) if kind == PROTOTYPE else unpack(content)

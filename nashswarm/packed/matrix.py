@@ -22,7 +22,9 @@ from nashswarm.packed.tiles import Packable, codes_of, packable, scales_by_row, 
 from nashswarm.quant.entropy import CodeTables, encode_groups, encode_lattice
 from nashswarm.quant.grid import QuantizedTensor, Scheme
 from nashswarm.quant.lattice import Lattice, LatticeTensor
+from nashswarm.quant.lattice_paths import PathTensor
 from nashswarm.quant.pack import pack
+from nashswarm.quant.path_entropy import encode_paths
 from nashswarm.quant.prototype import ClassedTensor
 
 BUFFERS = tuple(field.name for field in dataclasses.fields(Tiles) if field.type is not int)
@@ -91,7 +93,8 @@ class PackedMatrix(nn.Module):
 class TileMatrix(PackedMatrix):
     """A quantized tensor in tiles.
 
-    ``lattice`` or ``scheme``: the parameters of the quantized tensor, one of them None.
+    ``lattice`` or ``scheme``: the parameters of the quantized tensor, one of them None.  ``paths``: whether its codes
+    are on lattice paths.
     """
 
     def __init__(self, tensor: Packable, coded: bool, tables: CodeTables | None = None) -> None:
@@ -101,8 +104,10 @@ class TileMatrix(PackedMatrix):
         self.coded, self.tables = coded, tables
         self.lattice: Lattice | None = tensor.lattice if isinstance(tensor, LatticeTensor) else None
         self.scheme: Scheme | None = None if isinstance(tensor, LatticeTensor) else tensor.scheme
+        self.paths = isinstance(tensor, PathTensor)
         self.escapes = len(packed.escape_codes)
-        self.kind = f"groups of {self.group_size}" if self.lattice is None else "lattice"
+        kind = "lattice paths" if self.paths else "lattice"
+        self.kind = f"groups of {self.group_size}" if self.lattice is None else kind
         for name in BUFFERS:
             self.register_buffer(name, getattr(packed, name))
 
@@ -124,7 +129,7 @@ class TileMatrix(PackedMatrix):
         held = Tiles(*self.shape, self.group_size, *(getattr(self, name).cpu() for name in BUFFERS))
         codes = codes_of(held)
         if self.lattice is not None:
-            return LatticeTensor(codes, self.lattice)
+            return (PathTensor if self.paths else LatticeTensor)(codes, self.lattice)
         assert self.scheme is not None
         scale, zero_point = (scales_by_row(part, len(codes)) for part in (held.scale, held.zero_point))
         return QuantizedTensor(codes.to(torch.uint8), scale, zero_point, held.widths, self.scheme)
@@ -133,6 +138,8 @@ class TileMatrix(PackedMatrix):
         tensor = self.tensor()
         if isinstance(tensor, LatticeTensor):
             assert self.tables is not None
+            if isinstance(tensor, PathTensor):
+                return encode_paths(tensor, self.tables)
             return encode_lattice(tensor, self.tables)
         return encode_groups(tensor) if self.coded else pack(tensor)
 

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 from jaxtyping import UInt8
 
-KINDS = {"lattice": b"NSl1", "groups": b"NSg1", "tables": b"NSt1"}
+KINDS = {"lattice": b"NSl1", "paths": b"NSd1", "groups": b"NSg1", "tables": b"NSt1"}
 COUNT = struct.Struct("<I")
 
 

@@ -36,7 +36,10 @@ INTEGERS = struct.Struct("<IiH")  # count, least value, bytes of the table
 
 @dataclasses.dataclass(frozen=True)
 class CodeTables:
-    """Frequencies of the symbols (magnitudes 0 to 47 and an escape), one table for each level; each sums to 2¹⁴."""
+    """Frequencies of the symbols (magnitudes 0 to 47 and an escape), one table for each level; each sums to 2¹⁴.
+
+    Lattice paths have twice as many: those of set 0, then those of set 1 (see ``path_entropy``).
+    """
 
     frequencies: Integer[np.ndarray, "tables symbols"]
 
@@ -61,7 +64,9 @@ class CodeTables:
         Raises ValueError if the bytes are damaged.
         """
         frequencies = np.frombuffer(zlib.decompress(unseal("tables", packed)[0]), np.uint16).astype(np.int64)
-        return CodeTables(frequencies.reshape(TABLES, ESCAPE + 1))
+        if len(frequencies) not in (TABLES * (ESCAPE + 1), 2 * TABLES * (ESCAPE + 1)):
+            raise ValueError(f"{len(frequencies)} frequencies are not those of code tables: the file is damaged")
+        return CodeTables(frequencies.reshape(-1, ESCAPE + 1))
 
 
 def fit_tables(counts: Float[np.ndarray, "tables symbols"]) -> CodeTables:
@@ -116,9 +121,9 @@ def encode_lattice(tensor: LatticeTensor, tables: CodeTables) -> UInt8[np.ndarra
     symbols = np.minimum(magnitudes >> shift, ESCAPE)
     coder = constriction.stream.stack.AnsCoder()
     for number in np.unique(table)[::-1].tolist():
-        coder.encode_reverse(symbols[table == number], _model(tables.probabilities(number)))
+        coder.encode_reverse(symbols[table == number], categorical(tables.probabilities(number)))
     escaped = symbols == ESCAPE
-    low = [_low_bits(magnitudes[(shift == size) & ~escaped], size) for size in range(1, int(shift.max()) + 1)]
+    low = [split_low_bits(magnitudes[(shift == size) & ~escaped], size) for size in range(1, int(shift.max()) + 1)]
     exponents = (lattice.row_scale, lattice.column_scale, lattice.row_size, lattice.column_size)
     return seal(
         "lattice",
@@ -143,7 +148,7 @@ def decode_lattice(packed: UInt8[np.ndarray, " bytes"], tables: CodeTables) -> L
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
     symbols = np.zeros(rows * columns, np.int64)
     for number in np.unique(table).tolist():
-        symbols[table == number] = coder.decode(_model(tables.probabilities(number)), int((table == number).sum()))
+        symbols[table == number] = coder.decode(categorical(tables.probabilities(number)), int((table == number).sum()))
     escaped = symbols == ESCAPE
     codes = symbols << shift
     codes[escaped] = np.frombuffer(escapes, "<u4")
@@ -151,7 +156,7 @@ def decode_lattice(packed: UInt8[np.ndarray, " bytes"], tables: CodeTables) -> L
     for size in range(1, int(shift.max()) + 1):
         chosen = (shift == size) & ~escaped
         size_bits, low_bits = np.split(low_bits, [size * int(chosen.sum())])
-        codes[chosen] |= _from_low_bits(size_bits, size)
+        codes[chosen] |= join_low_bits(size_bits, size)
     negative = np.unpackbits(np.frombuffer(signs, np.uint8))[: np.count_nonzero(codes)].astype(bool)
     codes[np.flatnonzero(codes)[negative]] *= -1
     return LatticeTensor(torch.from_numpy(codes.reshape(rows, columns).astype(np.int32)), lattice)
@@ -227,7 +232,7 @@ def encode_integers(values: Integer[np.ndarray, " n"]) -> bytes:
     logs = np.where(counts > 0, np.ceil(8 * np.log2(np.maximum(counts, 1) / counts.max() * TOTAL).clip(1)), 0)
     coder = constriction.stream.stack.AnsCoder()
     if len(counts) > 1:
-        coder.encode_reverse((values - least).astype(np.int32), _model(_shares(logs.astype(np.uint8))))
+        coder.encode_reverse((values - least).astype(np.int32), categorical(_shares(logs.astype(np.uint8))))
     table = zlib.compress(logs.astype(np.uint8).tobytes(), 9)
     head = INTEGERS.pack(len(values), least, len(table))
     return head + table + coder.get_compressed().astype("<u4").tobytes()
@@ -247,7 +252,7 @@ def decode_integers(coded: bytes) -> Integer[np.ndarray, " n"]:
     if len(logs) == 1:
         return np.full(length, least)
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(coded[start:], "<u4").astype(np.uint32))
-    return coder.decode(_model(_shares(logs)), length).astype(np.int64) + least
+    return coder.decode(categorical(_shares(logs)), length).astype(np.int64) + least
 
 
 def _shares(logs: UInt8[np.ndarray, " symbols"]) -> Float[np.ndarray, " symbols"]:
@@ -259,14 +264,14 @@ def _shares(logs: UInt8[np.ndarray, " symbols"]) -> Float[np.ndarray, " symbols"
     return frequencies / frequencies.sum()
 
 
-def _model(probabilities: Float[np.ndarray, " symbols"]) -> Any:
+def categorical(probabilities: Float[np.ndarray, " symbols"]) -> Any:
     return constriction.stream.model.Categorical(probabilities, perfect=False)
 
 
-def _low_bits(values: Integer[np.ndarray, " n"], bits: int) -> UInt8[np.ndarray, " n_times_bits"]:
+def split_low_bits(values: Integer[np.ndarray, " n"], bits: int) -> UInt8[np.ndarray, " n_times_bits"]:
     """Return the low ``bits`` bits of each value, value by value, least significant bit first."""
     return (values[:, None] >> np.arange(bits) & 1).astype(np.uint8).ravel()
 
 
-def _from_low_bits(low_bits: UInt8[np.ndarray, " n_times_bits"], bits: int) -> Integer[np.ndarray, " n"]:
+def join_low_bits(low_bits: UInt8[np.ndarray, " n_times_bits"], bits: int) -> Integer[np.ndarray, " n"]:
     return (low_bits.reshape(-1, bits).astype(np.int64) << np.arange(bits)).sum(1)

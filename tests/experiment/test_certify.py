@@ -168,9 +168,10 @@ def test_certify_each_format_says_what_was_enumerated(method: str, saved: Saved)
     assert certificate["layers"] == len(written.layers)
 
 
-def test_certify_format_without_players_raises(saved: Saved) -> None:
-    _, folder = saved("as_published")
-    with pytest.raises(ValueError, match="method=as_published has no players: there is nothing to certify"):
+@pytest.mark.parametrize("method", ["as_published", "nash_archive"])
+def test_certify_format_without_players_raises(method: str, saved: Saved) -> None:
+    _, folder = saved(method)
+    with pytest.raises(ValueError, match=f"method={method} has no players: there is nothing to certify"):
         certify(folder)
 
 

@@ -63,6 +63,7 @@ SAID_TWICE = [  # the files whose values are the defaults of their dataclass
     "model/default",
     "method/nash_swarm",
     "method/nash_lattice",
+    "method/nash_archive",
     "method/fixed_width",
     "method/gptq",
     "method/uniform4",

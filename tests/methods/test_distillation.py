@@ -30,10 +30,11 @@ from nashswarm.packed import file_format
 from nashswarm.progress import no_track
 from nashswarm.quant.entropy import CodeTables, coded_bits, count_symbols, fit_tables
 from nashswarm.quant.grid import Scheme, quantize
+from nashswarm.quant.path_entropy import encode_paths, first_tables
 from nashswarm.quant.prototype import quantize_by_magnitude
 from nashswarm.quant.trainable_codes import TrainableCodes
 from nashswarm.records import record
-from tests.conftest import trellis_tensor
+from tests.conftest import path_tensor, trellis_tensor
 
 ROOT = pathlib.Path(__file__).parents[2]
 LABELS = {"experiment": "single", "model": "tiny", "method": "any", "dataset": "story", "measure": "quality"}
@@ -186,6 +187,10 @@ def test_recover_untrainable_format_or_no_text_raises(session: CalibrationSessio
     coded = {layer.name: trellis_tensor(layer.weight).content.numpy() for layer in session.layers}
     with pytest.raises(Unsupported, match=r"format in which .* is stored: choose a method that stores a lattice"):
         trained(session, Compressed(coded, {}, "", 0))
+    tables = {"code_tables": first_tables().pack()}
+    paths = {layer.name: encode_paths(path_tensor(layer.weight), first_tables()) for layer in session.layers}
+    with pytest.raises(Unsupported, match="task=finetune cannot train the format"):
+        trained(session, Compressed(paths | tables, {}, "", 0))
     with pytest.raises(ValueError, match="no calibration text is left"):
         recover(session, Compressed(packed, {}, "", 0), session.calibration[:0], BRIEF, np.random.default_rng(0))
 

@@ -33,7 +33,7 @@ from nashswarm.quant.pack import pack
 from nashswarm.quant.prototype import quantize_by_magnitude
 
 KINDS = ("gpt2", "llama", "llama_tied", "opt", "bert", "bert_encoder")
-FORMATS = ("tiles", "groups", "lattice", "trellis")
+FORMATS = ("tiles", "groups", "lattice", "paths", "trellis")
 CASES = [("gpt2", form) for form in FORMATS]
 CASES += [("llama", "tiles"), ("llama_tied", "lattice"), ("opt", "groups"), ("bert", "tiles")]
 CASES += [("bert_encoder", "lattice"), ("bert_classifier", "groups")]

@@ -68,7 +68,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes,
     """Name → a valid content and its reader."""
     folder, model = tmp_path_factory.mktemp("mutated"), build_model("gpt2")
     readers: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {}
-    for form in ("tiles", "groups", "lattice", "trellis"):
+    for form in ("tiles", "groups", "paths", "lattice", "trellis"):
         packed = packed_by(model, form)
         tables = CodeTables.unpack(packed["code_tables"]) if "code_tables" in packed else None
         name = min((name for name in packed if name != "code_tables"), key=lambda name: len(packed[name]))
@@ -90,7 +90,8 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes,
     return readers
 
 
-KINDS = ["tiles", "groups", "lattice", "trellis", "code_tables", "record", "a.parquet", "a.csv", "a.jsonl", "a.txt.gz"]
+KINDS = ["tiles", "groups", "lattice", "paths", "trellis", "code_tables", "record"]
+KINDS += ["a.parquet", "a.csv", "a.jsonl", "a.txt.gz"]
 
 
 @pytest.mark.slow

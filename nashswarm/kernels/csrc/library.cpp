@@ -53,7 +53,7 @@ void write_row(const uint8_t* payload, int width, int row, float scale, float ze
 
 extern "C" {
 
-EXPORTED int nashswarm_interface() { return 11; }
+EXPORTED int nashswarm_interface() { return 12; }
 
 // Returns whether this processor supports a path: 0 portable, 1 AVX2, 2 AVX-512 with VNNI and GFNI, 3 the same with VBMI,
 // 4 NEON with products of bytes.
