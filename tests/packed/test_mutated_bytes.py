@@ -1,20 +1,26 @@
 """Mutated bytes of all that files hold: read, or refused in a sentence; no crash, no hang, no huge allocation."""
 
+import functools
 import gzip
 import pathlib
 import resource
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pandas
 import pytest
+import safetensors.torch
 import torch
+import transformers
 
 from nashswarm import kernels
 from nashswarm.data.text_file import read_file
 from nashswarm.kernels.trellis import Trellis
+from nashswarm.models import gguf_file, sources
+from nashswarm.models.packaged_gguf import quantized_types
 from nashswarm.packed import file_format
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.records import record
@@ -63,6 +69,17 @@ def through(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> Callable
     return write_and_read
 
 
+def check_weights(checksum: str, path: pathlib.Path) -> None:
+    file_format.verified_sizes([path], checksum)
+
+
+def read_gguf(path: pathlib.Path) -> None:
+    """Read a GGUF file as the command does: a file that no longer begins with GGUF is no such file."""
+    sources.check_location(sources.ModelSource(str(path)))
+    sources.read_config(str(path))
+    quantized_types(path)
+
+
 @pytest.fixture(scope="module")
 def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, Callable[[bytes], Any]]]:
     """Name → a valid content and its reader."""
@@ -87,10 +104,24 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes,
     (folder / "a.txt.gz").write_bytes(gzip.compress(b"some text\n" * 40))
     for file in ("a.parquet", "a.csv", "a.jsonl", "a.txt.gz"):
         readers[file] = (folder / file).read_bytes(), through(folder / file, read_file)
+    weights = {"a.weight": torch.arange(100, dtype=torch.uint8), "b": torch.ones(4, 4, dtype=torch.float16)}
+    readers["checkpoint"] = (
+        safetensors.torch.save(weights, {"format": "pt"}),
+        through(folder / "a.safetensors", functools.partial(check_weights, file_format.checksum(weights))),
+    )
+    if find_spec("gguf"):
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        gguf_file.write(
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **shape)), folder / "a.gguf"
+        )
+        readers["a.gguf"] = (folder / "a.gguf").read_bytes(), through(folder / "a.gguf", read_gguf)
     return readers
 
 
-KINDS = ["tiles", "groups", "lattice", "trellis", "code_tables", "record", "a.parquet", "a.csv", "a.jsonl", "a.txt.gz"]
+KINDS = [
+    "tiles", "groups", "lattice", "trellis", "code_tables", "record", "a.parquet", "a.csv", "a.jsonl", "a.txt.gz",
+    "checkpoint", "a.gguf",
+]  # fmt: skip
 
 
 @pytest.mark.slow
