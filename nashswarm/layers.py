@@ -36,9 +36,10 @@ class Moments:
 class Layer:
     """One weight matrix of a model.
 
-    ``weight`` is float32 of shape (out, in), also if the model stores it transposed.  ``modules`` are the names of the
-    modules that share it, and ``kinds`` their classes (Linear, Conv1D, Embedding).  ``role`` is the last part of its
-    name.  ``depth`` runs from 0 at the input of the model to 1 at the output.
+    ``weight`` is of shape (out, in), also if the model stores it transposed, and float32; one that is mapped from a
+    checkpoint has its precision.  ``modules`` are the names of the modules that share it, and ``kinds`` their classes
+    (Linear, Conv1D, Embedding).  ``role`` is the last part of its name.  ``depth`` runs from 0 at the input of the
+    model to 1 at the output.
     """
 
     name: str

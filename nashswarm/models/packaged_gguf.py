@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from nashswarm.errors import MissingPackage, require
+from nashswarm.models import gguf_header
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of ggml that hold values as they are
 
@@ -62,6 +63,8 @@ def quantized_types(path: pathlib.Path) -> list[str]:
     import gguf
 
     weights: Counter[str] = Counter()
-    for tensor in gguf.GGUFReader(path).tensors:
-        weights[tensor.tensor_type.name] += int(tensor.n_elements)
+    gguf_header.check_header(path)
+    with gguf_header.told_as_damaged(path):
+        for tensor in gguf.GGUFReader(path).tensors:
+            weights[tensor.tensor_type.name] += int(tensor.n_elements)
     return [name for name, _ in weights.most_common() if name not in FLOATS]

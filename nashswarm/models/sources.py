@@ -15,7 +15,7 @@ import transformers
 
 from nashswarm.data import hub
 from nashswarm.errors import require
-from nashswarm.models import architecture, checks
+from nashswarm.models import architecture, checks, gguf_header
 from nashswarm.models.architecture import FALLBACK, max_window
 from nashswarm.models.architecture import max_tokens as max_tokens
 from nashswarm.models.packaged_gguf import PackagedGguf, quantized_types
@@ -246,6 +246,7 @@ def check_location(source: Source) -> None:
     if isinstance(source, RandomModel):
         return
     if file := _gguf_file(source):
+        gguf_header.check_header(file)
         return require(f"the model {file}", ["gguf"], "models")
     path, _ = _location(source)
     folder = pathlib.Path(path)
@@ -270,7 +271,9 @@ def read_config(path: str) -> Any:
     Raises OSError or ValueError if it cannot be read.
     """
     if file := _gguf_file(ModelSource(path)):
-        return transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        gguf_header.check_header(file)
+        with gguf_header.told_as_damaged(file):
+            return transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     return transformers.AutoConfig.from_pretrained(path)
 
 

@@ -6,6 +6,7 @@ as in an embedding that is also the output head.
 """
 
 import dataclasses
+import functools
 
 import torch
 from jaxtyping import Float
@@ -34,7 +35,7 @@ class Curvature:
         """Return the second derivative of the loss in each weight: twice the damage of a unit error in it alone."""
         products = None if self.inputs is None else torch.outer(self.rows, self.inputs.diagonal())
         parts = [part for part in (products, self.lookups) if part is not None]
-        return torch.stack(parts).sum(0)
+        return functools.reduce(torch.add, parts)  # a sum over a stack of them would be two copies more
 
     def damage_by_row(self, error: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
         """Compute the damage of the errors of each row, in nats per token, with all cross terms of H."""

@@ -109,7 +109,7 @@ def arrange(
     pivots = 1 / factor.diagonal().square()
     row_codes, scale = _row_codes(sensitivity)
     root = 1 / (scale * _row_factors(row_codes))
-    weighted = weight[:, encoding_order].mul_(root[:, None])
+    weighted = weight[:, encoding_order].float().mul_(root[:, None])
     generator = torch.Generator().manual_seed(seed)
     row_order = _order(weighted.square() @ pivots, weighted, grouping, generator)
     if row_order is not None:

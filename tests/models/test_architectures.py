@@ -73,6 +73,19 @@ def test_all_architectures_are_compressed_or_refused(
     assert [trial for trial in trials if trial.result == "failed"] == []
 
 
+def test_committed_page_follows_from_the_committed_results() -> None:
+    assert architectures.PAGE.read_text() == architectures.page()
+
+
+def test_committed_results_are_of_every_architecture_and_none_failed() -> None:
+    version, trials = architectures.read_results()
+    assert [trial for trial in trials if trial.result not in ("compressed", "refused", "cannot run")] == []
+    assert all("\n" not in trial.reason for trial in trials)
+    if version != transformers.__version__:
+        pytest.skip(f"the results are of transformers {version}")
+    assert [(trial.kind, trial.purpose) for trial in trials] == all_kinds()
+
+
 @pytest.mark.parametrize("kind", EXPERTS)
 @torch.no_grad()
 def test_unfuse_every_layout_of_experts_computes_the_same(kind: str, token_windows: torch.Tensor) -> None:

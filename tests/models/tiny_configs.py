@@ -102,6 +102,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {  # what the names of sizes do not t
     "dots3_note_text": {"num_key_value_heads": HEADS, "swa_kv_lora_rank": 32, "swa_q_lora_rank": 32},
     "esmc": {"num_key_value_heads": HEADS},
     "falcon_h1": {"mamba_d_head": HEAD},
+    "fuyu": {"patch_size": HEADS},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_text": {"num_kv_shared_layers": 0},
     "gemma4_unified_text": {"num_kv_shared_layers": 0},

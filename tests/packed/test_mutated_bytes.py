@@ -1,27 +1,37 @@
 """Mutated bytes of all that files hold: read, or refused in a sentence; no crash, no hang, no huge allocation."""
 
+import functools
 import gzip
 import pathlib
 import resource
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pandas
 import pytest
+import safetensors.torch
 import torch
+import transformers
 
 from nashswarm import kernels
 from nashswarm.data.text_file import read_file
 from nashswarm.kernels.trellis import Trellis
+from nashswarm.models import gguf_file, sources
+from nashswarm.models.packaged_gguf import quantized_types
 from nashswarm.packed import file_format
 from nashswarm.quant.entropy import CodeTables
 from nashswarm.records import record
 from tests.conftest import build as build_model
 from tests.conftest import packed_by
 
-MUTATIONS = 20_000  # of each kind of content
+MUTATIONS = {  # of each kind of content, a million in all; fewer of those that take long to read
+    "tiles": 150_000, "groups": 150_000, "lattice": 150_000, "paths": 60_000, "trellis": 100_000, "code_tables": 150_000,
+    "record": 60_000, "checkpoint": 60_000, "a.txt.gz": 50_000, "a.jsonl": 50_000, "a.parquet": 30_000,
+    "a.csv": 30_000, "a.gguf": 30_000,
+}  # fmt: skip
 MOST_SECONDS, MOST_BYTES = 2.0, 256 << 20  # of one content of a few kilobytes; pages are not given back at once
 
 
@@ -63,6 +73,17 @@ def through(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> Callable
     return write_and_read
 
 
+def check_weights(checksum: str, path: pathlib.Path) -> None:
+    file_format.verified_sizes([path], checksum)
+
+
+def read_gguf(path: pathlib.Path) -> None:
+    """Read a GGUF file as the command does: a file that no longer begins with GGUF is no such file."""
+    sources.check_location(sources.ModelSource(str(path)))
+    sources.read_config(str(path))
+    quantized_types(path)
+
+
 @pytest.fixture(scope="module")
 def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, Callable[[bytes], Any]]]:
     """Name → a valid content and its reader."""
@@ -87,23 +108,36 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes,
     (folder / "a.txt.gz").write_bytes(gzip.compress(b"some text\n" * 40))
     for file in ("a.parquet", "a.csv", "a.jsonl", "a.txt.gz"):
         readers[file] = (folder / file).read_bytes(), through(folder / file, read_file)
+    weights = {"a.weight": torch.arange(100, dtype=torch.uint8), "b": torch.ones(4, 4, dtype=torch.float16)}
+    readers["checkpoint"] = (
+        safetensors.torch.save(weights, {"format": "pt"}),
+        through(folder / "a.safetensors", functools.partial(check_weights, file_format.checksum(weights))),
+    )
+    if find_spec("gguf"):
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        gguf_file.write(
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **shape)), folder / "a.gguf"
+        )
+        readers["a.gguf"] = (folder / "a.gguf").read_bytes(), through(folder / "a.gguf", read_gguf)
     return readers
 
 
-KINDS = ["tiles", "groups", "lattice", "paths", "trellis", "code_tables", "record"]
-KINDS += ["a.parquet", "a.csv", "a.jsonl", "a.txt.gz"]
+def test_mutations_of_all_kinds_are_a_million() -> None:
+    assert sum(MUTATIONS.values()) >= 1_000_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MUTATIONS)
 def test_mutated_content_is_read_or_refused_in_a_sentence(
     kind: str, contents: dict[str, tuple[bytes, Callable[[bytes], Any]]]
 ) -> None:
+    if kind not in contents:
+        pytest.skip("the package gguf is not installed")
     content, read = contents[kind]
     read(content)
     rng = np.random.default_rng([*kind.encode()])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(MUTATIONS if len(content) < 1 << 14 else MUTATIONS // 10):
+    for _ in range(MUTATIONS[kind]):
         changed, started = mutated(content, rng), time.process_time()
         try:
             read(changed)

@@ -80,7 +80,7 @@ def first_states(source: Source, windows: Windows) -> States:
 
 def _embedding(source: Source, unit: Unit, windows: Windows, settings: ByLayer) -> CompressedUnit:
     name = unit.matrices[0][0]
-    weight, bits = source.mapped(f"{name}.weight"), settings.width(name)
+    weight, bits = source.mapped(f"{name}.weight"), settings.outer_bits
     tensor = _concatenate([quantize(weight[rows].float(), bits, settings.scheme) for rows in row_chunks(weight)])
     ids = windows.unique()
     rows = _select_rows(tensor, ids).dequantize()
@@ -100,7 +100,7 @@ def _head(source: Source, unit: Unit, inputs: States, windows: Windows, settings
     moment.div_(windows.numel())
     others = _outside(surroundings, [part for part in unit.tensors if part != f"{name}.weight"])
     del surroundings
-    tensor = _quantize(weight, settings.width(name), moment, _inverse_cholesky(moment, settings), settings)
+    tensor = _quantize(weight, settings.outer_bits, moment, _inverse_cholesky(moment, settings), settings)
     return CompressedUnit({f"{name}.weight": _packed(tensor)} | others)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from nashswarm.kernels import trellis
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.methods.streaming.shards import INDEX, file_names, first_names
-from nashswarm.methods.streaming.skeleton import shape_of, tensors_of, units
+from nashswarm.methods.streaming.skeleton import BLOCK, shape_of, tensors_of, units
 from nashswarm.models.sources import CONFIG
 from nashswarm.packed import file_format
 from nashswarm.quant.grid import row_blocks
@@ -38,12 +38,13 @@ def layout(model: Any, settings: ByLayer) -> Layout:
     files: Layout = {}
     for file_name, unit in zip(file_names(len(units_of_model)), units_of_model, strict=True):
         files[file_name] = {name: _as_float16(tensors[name]) for name in unit.tensors}
+        bits = settings.bits if unit.kind == BLOCK else settings.outer_bits
         for module in itertools.chain.from_iterable(unit.matrices):
             rows, columns = shape_of(model.get_submodule(module))
             if columns % settings.group_size:
                 indivisible.append(f"{module} ({columns})")
                 continue
-            widths = np.full(row_blocks(rows) * (columns // settings.group_size), settings.width(module))
+            widths = np.full(row_blocks(rows) * (columns // settings.group_size), bits)
             size = packed_bytes(widths, settings.scheme)
             files[file_name][f"{module}.weight"] = torch.empty(size, dtype=torch.uint8, device="meta")
     if indivisible:

@@ -40,10 +40,6 @@ class ByLayer:
         """The grids: the range of least error for every group."""
         return Scheme(self.group_size, search=True)
 
-    def width(self, name: str) -> int:
-        """Return the bits of the codes of the matrix ``name``; those of decoder blocks have a number in their names."""
-        return self.bits if any(part.isdigit() for part in name.split(".")) else self.outer_bits
-
 
 @dataclasses.dataclass(frozen=True)
 class ByPrice:

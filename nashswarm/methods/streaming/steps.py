@@ -215,12 +215,13 @@ def _layers(block: Any, names: Sequence[str]) -> list[Layer]:
 
 
 def _outer_layers(run: Run) -> list[Layer]:
-    """Return embedding and head, one layer if they are tied, with their weights mapped into memory."""
+    """Return embedding and head, one layer if they are tied, with their weights mapped from the checkpoint."""
     structure = structure_of(run.source.model)
     if structure.tied:
         modules = (structure.embedding, structure.head)
-        return [tiles.as_layer(structure.embedding, modules, _outer_weight(run, structure.embedding))]
-    return [tiles.as_layer(name, (name,), _outer_weight(run, name)) for name in (structure.embedding, structure.head)]
+        return [tiles.as_layer(structure.embedding, modules, run.source.mapped(f"{structure.embedding}.weight"))]
+    names = (structure.embedding, structure.head)
+    return [tiles.as_layer(name, (name,), run.source.mapped(f"{name}.weight")) for name in names]
 
 
 def _outer_weight(run: Run, name: str) -> Tensor:

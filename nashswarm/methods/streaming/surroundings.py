@@ -4,13 +4,16 @@ Blocks are replaced by stubs, so that a pass costs next to nothing, and nothing 
 positions and rotations are those that the model itself makes.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import math
+import mmap
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -67,16 +70,21 @@ class Call:
 
 
 class Surroundings:
-    """A model whose blocks are stubs that return what they are given."""
+    """A model whose blocks are stubs that return what they are given.
+
+    The stubs know it by a weak reference, so that its memory is freed with the last use, and not when Python next
+    looks for cycles.
+    """
 
     def __init__(self, model: Any, blocks: Sequence[str], head: str, returned: int) -> None:
         self.model, self.returned, self.count = model, returned, len(blocks)
         self.stop: int | None = None
         self.last: Tensor | None = None
         self.reached: Any = None
+        me = weakref.ref(self)
         for number, name in enumerate(blocks):
-            model.get_submodule(name).forward = functools.partial(self._visit, number)
-        model.get_submodule(head).forward = self._read_head
+            model.get_submodule(name).forward = functools.partial(_visit_block, me, number)
+        model.get_submodule(head).forward = functools.partial(_visit_head, me)
 
     @torch.no_grad()
     def call(self, ids: Int[Tensor, " length"], number: int) -> Call:
@@ -135,6 +143,18 @@ class Surroundings:
     def _read_head(self, inputs: Tensor) -> Tensor:
         self.reached = inputs
         raise Reached
+
+
+def _visit_block(surroundings: "weakref.ref[Surroundings]", number: int, *arguments: Any, **options: Any) -> Any:
+    around = surroundings()
+    assert around is not None
+    return around._visit(number, *arguments, **options)
+
+
+def _visit_head(surroundings: "weakref.ref[Surroundings]", inputs: Tensor) -> Any:
+    around = surroundings()
+    assert around is not None
+    return around._read_head(inputs)
 
 
 def _can_be_written(part: Any) -> bool:
@@ -218,7 +238,7 @@ def load(
     """Return the surroundings of the blocks of ``fused`` with their weights from ``shards``.
 
     ``keys``: the names in the checkpoint by the parameter that is made of them.  ``rows``: those of the embedding for
-    the tokens ``ids``, the only ones that will be read; the memory of the others is never touched.
+    the tokens ``ids``, the only ones that will be read; the others take no memory.
     """
     model = copy.deepcopy(fused)
     inside = tuple(f"{name}." for name in structure.blocks)
@@ -226,11 +246,22 @@ def load(
     wanted = [key for name in keys if not name.startswith(inside) and name not in matrices for key in keys[name]]
     conversion.load(model, {key: conversion.Unread(shards, key) for key in wanted})
     embedding = model.get_submodule(structure.embedding)
-    table = torch.from_numpy(np.zeros(tuple(embedding.weight.shape), np.float32))
+    table = _unwritten(embedding.weight.shape)
     table[ids] = rows
     embedding.weight = _initialized(table)
     conversion.initialize_buffers(model, model, _modules(model, structure.blocks))
     return Surroundings(model.requires_grad_(False), structure.blocks, structure.head, structure.returned)
+
+
+def _unwritten(shape: torch.Size) -> Float[Tensor, "tokens hidden"]:
+    """Return zeros of which only those pages take memory that are written.
+
+    Huge pages are declined: a row in each of them would fill the table.
+    """
+    pages = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):  # where there are none
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float32).view(shape)
 
 
 def _modules(model: nn.Module, names: Sequence[str]) -> set[nn.Module]:

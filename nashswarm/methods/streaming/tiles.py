@@ -77,8 +77,8 @@ def encoded(
 def _arranged(
     layer: Layer, moments: Mapping[str, Moments], settings: ByPrice
 ) -> tuple[Arrangement, Float[Tensor, "columns columns"]]:
-    curvature = layers.curvature(layer, moments, settings.floor)
-    return arrange(layer.weight, curvature, seed=settings.seed)
+    # no name for the curvature here: arranging lets it go, and an embedding's is as large as its weights
+    return arrange(layer.weight, layers.curvature(layer, moments, settings.floor), seed=settings.seed)
 
 
 def tiles_of(module: Any) -> int:

@@ -1,6 +1,7 @@
 """Compression by layer gives the bytes of compression in memory, also after it was killed."""
 
 import copy
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from nashswarm import memory
 from nashswarm.cli import main
-from nashswarm.methods.streaming import compress, forecast, layout, shards
+from nashswarm.methods.streaming import compress, forecast, layout, shards, skeleton
 from nashswarm.methods.streaming.settings import ByLayer
 from nashswarm.models.shapes import LARGE
 from nashswarm.packed.file_format import decode
@@ -165,9 +166,9 @@ def test_compress_outputs_beat_plain_rounding(folder: pathlib.Path, windows: Ten
     rounded, small = copy.deepcopy(full), transformers.LlamaForCausalLM.from_pretrained(finished[0])
     set_activations(small, "float32")
     with torch.no_grad():
-        for name, module in rounded.named_modules():
+        for module in rounded.modules():
             if isinstance(module, torch.nn.Linear):
-                bits = SETTINGS.width(name)
+                bits = SETTINGS.outer_bits if module is rounded.get_output_embeddings() else SETTINGS.bits
                 module.weight.copy_(quantize(module.weight, bits, SETTINGS.scheme).dequantize())
         logits = [model(input_ids=windows).logits for model in (full, small, rounded)]
     assert (logits[1] - logits[0]).norm() < (logits[2] - logits[0]).norm()
@@ -190,6 +191,18 @@ def test_compressed_folder_loads_and_generates(folder: pathlib.Path, finished: A
         path.stat().st_size for path in out.iterdir() if path.name.startswith(("model", "config"))
     )
     assert metrics["starts"] == 1 and not list(out.parent.glob("*.unfinished")) and not list(out.parent.glob(".*"))
+
+
+def test_layout_head_in_a_list_of_modules_takes_the_heads_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name has a number in it, as those of decoder blocks do."""
+    model = skeleton.skeleton(llama_config())
+    structure = dataclasses.replace(skeleton.structure_of(model), head="heads.0")
+    expected = layout.layout(model, SETTINGS)
+    model.heads = torch.nn.ModuleList([model.lm_head])
+    del model.lm_head
+    monkeypatch.setattr(skeleton, "structure_of", lambda _: structure)
+    (*_, last), (*_, found) = expected.values(), layout.layout(model, SETTINGS).values()
+    assert found["heads.0.weight"].shape == last["lm_head.weight"].shape
 
 
 def test_forecast_bytes_are_exact(folder: pathlib.Path, finished: Any) -> None:
