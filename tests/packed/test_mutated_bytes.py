@@ -29,8 +29,8 @@ from tests.conftest import packed_by
 
 MUTATIONS = {  # of each kind of content, a million in all; fewer of those that take long to read
     "tiles": 150_000, "groups": 150_000, "lattice": 150_000, "paths": 60_000, "trellis": 100_000,
-    "code_tables": 150_000, "record": 60_000, "checkpoint": 60_000, "a.txt.gz": 50_000, "a.jsonl": 50_000, "a.parquet": 30_000,
-    "a.csv": 30_000, "a.gguf": 30_000,
+    "code_tables": 150_000, "record": 60_000, "checkpoint": 60_000, "a.txt.gz": 50_000, "a.jsonl": 50_000,
+    "a.parquet": 30_000, "a.csv": 30_000, "a.gguf": 30_000,
 }  # fmt: skip
 MOST_SECONDS, MOST_BYTES = 2.0, 256 << 20  # of one content of a few kilobytes; pages are not given back at once
 
