@@ -77,7 +77,7 @@ def test_committed_page_follows_from_the_committed_results() -> None:
     assert architectures.PAGE.read_text() == architectures.page()
 
 
-FAILING: list[tuple[str, str]] = [("mobilebert", "masked"), ("reformer", "masked")]  # in the committed results
+FAILING: list[tuple[str, str]] = []  # in the committed results
 
 
 def test_committed_results_are_of_every_architecture_and_no_others_fail() -> None:
