@@ -18,6 +18,7 @@ from nashswarm.models import checks, sources
 from nashswarm.moe.model import MoeConfig, MoeForCausalLM
 from nashswarm.packed.model_folder import check_free
 from nashswarm.records.files import claim
+from tests.models.tiny_configs import tiny_model
 
 QUICK = {"method": "gptq", "bits": 4}
 
@@ -54,6 +55,13 @@ def test_weight_that_is_not_finite_is_named(value: float, model: Any, token_wind
         model.transformer.h[1].mlp.c_fc.weight[3, 4] = value
     with pytest.raises(ValueError, match=r"1 of .* numbers of transformer.h.1.mlp.c_fc.weight are NaN or infinite"):
         nashswarm.compress(model, calibration=token_windows)
+
+
+def test_matrix_whose_damage_is_beyond_floats_is_named(token_windows: Tensor) -> None:
+    """Without norms the numbers of many random layers grow without bounds."""
+    model = tiny_model("mobilebert", transformers.AutoModelForMaskedLM, normalization_type="no_norm")
+    with pytest.raises(ValueError, match=r"the damage of .*is beyond 32-bit floats.*: leave these matrices out"):
+        nashswarm.compress(model, calibration=token_windows, bits=9, effort="quick")
 
 
 def test_model_that_cannot_run_is_refused(model: Any, token_windows: Tensor) -> None:

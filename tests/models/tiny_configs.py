@@ -118,6 +118,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {  # what the names of sizes do not t
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"qk_head_dim": 24, "head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": HEAD},
+    "mobilebert": {"normalization_type": "layer_norm"},  # without norms random weights give numbers without bounds
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD, "indexer_budget": 16}
     | {"indexer_compress_ratio": 4, "ngram_vocab_size_base": VOCABULARY},

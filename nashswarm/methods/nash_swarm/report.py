@@ -1,5 +1,7 @@
 """Assemble the compressed model from a solved game: packed bytes, weights, allocation, metrics."""
 
+import math
+
 import numpy as np
 
 from nashswarm.kernels.encoder import RATES
@@ -12,8 +14,13 @@ def report(solved: SolvedGame) -> Compressed:
     """Return the model of a solved game as every method reports its own.
 
     Damages are those of the curvature that the game was played with, in nats per token.  Without a price nobody plays:
-    there are no regrets of rates.
+    there are no regrets of rates.  Raises ValueError that names the matrices whose damage 32-bit floats cannot hold.
     """
+    if beyond := [name for name, part in solved.played.items() if not math.isfinite(part.damage)]:
+        raise ValueError(
+            f"the damage of {', '.join(beyond)} is beyond 32-bit floats, as the model's outputs or gradients are too "
+            "large: leave these matrices out by exclude"
+        )
     matrices = {name: trellis.finish(part.layout, part.encoded) for name, part in solved.played.items()}
     rates = np.concatenate([part.rates.ravel() for part in solved.played.values()])
     weights = sum(matrix.rows * matrix.columns for matrix in matrices.values())
