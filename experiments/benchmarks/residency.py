@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Serve the model once for every preference, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="of a trained mixture whose router knows residency")
-    parser.add_argument("--residency", type=float, nargs="+", default=[0.0, 0.1, 0.3, 1.0])
+    parser.add_argument("--residency", type=float, nargs="+", default=[0.0, 0.1, 0.3, 0.5, 1.0])
     parser.add_argument("--resident", type=float, default=0.25, help="share of the expert bytes that memory holds")
-    parser.add_argument("--windows", type=int, default=16, help="of test text")
+    parser.add_argument("--windows", type=int, default=25, help="of test text")
     parser.add_argument("--dataset", default="wikitext2")
     parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("."), help="a folder on a disk")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/benchmarks/residency"))
