@@ -137,7 +137,7 @@ def _compress(
     compressed = session.candidate_model
     if model.device.type != "cpu":
         compressed.to(model.dtype)
-    files, sizes = session.store(result.packed, result.weights, result.float_bits)
+    files, sizes = session.store(result.packed, result.weights, result.float_bits, prices=result.prices)
     checkpoint.adopt(compressed, session.layers, result.packed, result.float_bits)
     return compressed, Report(
         bytes_file=int(sizes["bytes_file"]),

@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Integer
 from torch import Tensor
 
+from nashswarm.calibration.expert_traffic import RoutedExperts
 from nashswarm.layers import Layer, Moments
 from nashswarm.progress import Track, no_track
 
@@ -35,6 +36,7 @@ class CalibrationContext:
       from them; ``key`` names these in the cache.
     - ``inputs_after(weights, names)`` returns E[x xᵀ] of these modules in the model with these layer weights.
     - ``calibration``: the model and its calibration windows, for libraries that calibrate by their own means.
+    - ``experts``: traffic and prices of the experts of a mixture.
     """
 
     layers: tuple[Layer, ...]
@@ -48,3 +50,4 @@ class CalibrationContext:
     moments_after: Callable[[Quantize, Mapping[str, Any]], Mapping[str, Moments]] = _unknown
     inputs_after: Callable[[Mapping[str, Tensor], Sequence[str]], Mapping[str, Tensor]] | None = None
     calibration: tuple[Any, Integer[Tensor, "windows length"]] | None = None
+    experts: RoutedExperts | None = None

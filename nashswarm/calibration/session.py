@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from nashswarm.calibration import expert_traffic
 from nashswarm.calibration.cache import Cache
 from nashswarm.calibration.context import CalibrationContext, Quantize
+from nashswarm.calibration.expert_traffic import Prices
 from nashswarm.calibration.moments import Expected, calibrate
 from nashswarm.calibration.moments_table import MomentsTable
 from nashswarm.calibration.prefix_replay import PrefixReplay
@@ -108,6 +110,14 @@ class CalibrationSession:
             moments_after=self.moments_after,
             inputs_after=self.inputs_after,
             calibration=(self.full, self.calibration),
+            experts=expert_traffic.routed_experts(
+                self.full,
+                lambda: self.candidate_model,
+                [module for layer in self.layers for module in layer.modules],
+                self.calibration,
+                lambda: self._calibrate(self.calibration, "zipf"),
+                self.heldout_kl,
+            ),
         )
 
     def store(
@@ -116,15 +126,17 @@ class CalibrationSession:
         weights: Mapping[str, Tensor],
         float_bits: int,
         file_bytes: int | None = None,
+        prices: Prices | None = None,
     ) -> tuple[dict[str, bytes], dict[str, float]]:
         """Put compressed layers on the candidate model: the files of its checkpoint, and their sizes.
 
         Every road that compresses a model in memory ends here: the API, the command line and the experiments.
         ``packed``: bytes by layer, ``weights``: what they stand for.  Everything else in the model is rounded to
         ``float_bits``, as it is stored.  ``file_bytes``: the size of another library's own file, which counts instead
-        of the checkpoint's.
+        of the checkpoint's.  ``prices``: of experts, where they changed.
         """
         model = self.candidate_model
+        expert_traffic.set_prices(model, prices or {})
         others = matrices.uncompressed_tensors(model, self.layers)
         matrices.set_weights(model, weights)
         matrices.round_to_stored(others, float_bits)

@@ -138,7 +138,7 @@ def finetune(
     """
     session = loaded.session
     untouched = copy.deepcopy(session.candidate_model)  # in the precision that candidate weights have
-    _, sizes = session.store(result.packed, result.weights, result.float_bits)
+    _, sizes = session.store(result.packed, result.weights, result.float_bits, prices=result.prices)
     metrics = {"bytes_file_before": float(sizes["bytes_file"])}
     for part in of_quality(measure):
         before, _ = part.measure(evaluation_target(loaded, result))

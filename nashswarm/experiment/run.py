@@ -138,7 +138,9 @@ def _compress(config: DictConfig, planned: Plan, verify: bool) -> RunResult:
     if planned.finetune is not None:
         result, (before, training_series) = compression.finetune(loaded, result, planned.finetune, planned.measure)
         series |= training_series
-    files, sizes = session.store(result.packed, result.weights, result.float_bits, result.file_bytes)
+    files, sizes = session.store(
+        result.packed, result.weights, result.float_bits, result.file_bytes, prices=result.prices
+    )
     target = compression.evaluation_target(loaded, result)
     measured, windows = planned.measure.measure(target)
     nominal = {"nominal_bits": result.code_bits / sum(layer.parameters for layer in session.layers)}

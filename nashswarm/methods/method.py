@@ -26,7 +26,8 @@ class Compressed:
     outside the layers.  ``game``: inputs of the game from which its certificate can be computed again; a saved model
     keeps them in a separate file, which no decoder needs and which does not count toward the model's size.
     ``foreign``: the library whose packed form this is, None for the formats of nashswarm.  ``file_bytes``: the size of
-    the library's own file, None if the bytes of ``packed`` are stored in a checkpoint of nashswarm.
+    the library's own file, None if the bytes of ``packed`` are stored in a checkpoint of nashswarm.  ``prices``: of the
+    experts of a mixture, where the method changed them, by the name of the router's buffer.
     """
 
     packed: Mapping[str, Any]
@@ -40,6 +41,7 @@ class Compressed:
     game: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     foreign: str | None = None
     file_bytes: int | None = None
+    prices: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class DecodedWeights(Mapping[str, Tensor]):

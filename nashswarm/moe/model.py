@@ -17,7 +17,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nashswarm.models.experts import Experts
+from nashswarm.moe.attention import Attention
 from nashswarm.moe.router import kinds
+from nashswarm.moe.router.dense import DenseTotal
 from nashswarm.moe.router.router import Router, RouterSettings
 from nashswarm.moe.routing import Routing
 
@@ -39,7 +41,8 @@ class MoeSource:
     context: int = 128
 
     def __post_init__(self) -> None:
-        if min(dataclasses.astuple(self)) < 1 or self.width % self.heads:
+        sizes = [getattr(self, field.name) for field in dataclasses.fields(MoeSource)]
+        if min(sizes) < 1 or self.width % self.heads:
             raise ValueError(
                 f"every size of the model must be at least 1, and model.width={self.width} a multiple of "
                 f"model.heads={self.heads}"
@@ -54,13 +57,15 @@ class MoeSource:
 
     def build(self, router: RouterSettings, vocabulary: int, end_token: int) -> "MoeForCausalLM":
         """Return a model with fresh weights, drawn from torch's random numbers."""
-        return MoeForCausalLM(
-            MoeConfig(
-                vocab_size=vocabulary, hidden_size=self.width, num_hidden_layers=self.layers,
-                num_attention_heads=self.heads, num_experts=self.experts, num_experts_per_tok=self.top_k,
-                moe_intermediate_size=self.expert_width, max_position_embeddings=self.context,
-                router=kinds.describe(router), bos_token_id=end_token, eos_token_id=end_token,
-            )
+        return MoeForCausalLM(self.config(router, vocabulary, end_token))
+
+    def config(self, router: RouterSettings, vocabulary: int, end_token: int) -> "MoeConfig":
+        """Return the configuration of the model as transformers saves it."""
+        return MoeConfig(
+            vocab_size=vocabulary, hidden_size=self.width, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_experts=self.experts, num_experts_per_tok=self.top_k,
+            moe_intermediate_size=self.expert_width, max_position_embeddings=self.context,
+            router=kinds.describe(router), bos_token_id=end_token, eos_token_id=end_token,
         )  # fmt: skip
 
 
@@ -79,13 +84,14 @@ class MoeConfig(transformers.PretrainedConfig):
         num_experts_per_tok: int = 2,
         moe_intermediate_size: int = 128,
         max_position_embeddings: int = 128,
+        num_shared_experts: int = 0,
         router: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.num_attention_heads, self.max_position_embeddings = num_attention_heads, max_position_embeddings
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
-        self.moe_intermediate_size = moe_intermediate_size
+        self.moe_intermediate_size, self.num_shared_experts = moe_intermediate_size, num_shared_experts
         self.router = dict(router or {"kind": "NashSwarmRouter"})
         others.setdefault("tie_word_embeddings", True)
         super().__init__(**others)
@@ -102,38 +108,19 @@ class MoeOutput(CausalLMOutputWithPast):
     routings: tuple[Routing, ...] | None = None
 
 
-class Attention(nn.Module):
-    """Causal self-attention of one layer."""
-
-    def __init__(self, config: MoeConfig, layer: int) -> None:
-        super().__init__()
-        self.heads, self.layer = config.num_attention_heads, layer
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Float[Tensor, "batch length width"], past: Cache | None) -> Tensor:
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
-        )
-        if past is not None:
-            key, value = past.update(key, value, self.layer)
-        if query.shape[2] == key.shape[2]:
-            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        else:  # query i reads the cache and the tokens up to itself
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=x.device)
-            mask = mask.tril(key.shape[2] - query.shape[2])
-            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return out
-
-
 class Mixture(nn.Module):
-    """The feed-forward layer of a mixture of experts: a router and its experts."""
+    """The feed-forward layer of a mixture: a router and its experts, and what every token uses if experts are shared.
+
+    Shared experts are one network as wide as all of them, which computes the same (Dai et al. 2024, DeepSeekMoE).
+    """
 
     def __init__(self, config: MoeConfig, router: Router) -> None:
         super().__init__()
         self.router = router
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
+        self.shared = None
+        if config.num_shared_experts:
+            self.shared = FeedForward(config, config.num_shared_experts)
 
     def forward(self, x: Float[Tensor, "batch length width"]) -> tuple[Tensor, Routing | None]:
         flat = x.flatten(0, 1)
@@ -143,15 +130,18 @@ class Mixture(nn.Module):
         else:
             assigned = self.experts(flat[routing.tokens], routing.experts, routing.gates)
             out = torch.zeros_like(flat).index_add(0, routing.tokens, assigned)
-        return out.view_as(x), routing
+        out = out.view_as(x)
+        return out if self.shared is None else out + self.shared(x)[0], routing
 
 
 class FeedForward(nn.Module):
-    """A dense feed-forward layer as wide as the experts that a token would use."""
+    """A dense feed-forward layer as wide as ``experts`` of them; by default as those that a token would use."""
 
-    def __init__(self, config: MoeConfig) -> None:
+    def __init__(self, config: MoeConfig, experts: int | None = None) -> None:
         super().__init__()
-        hidden = config.num_experts_per_tok * config.moe_intermediate_size
+        if experts is None:
+            experts = config.num_experts_per_tok + config.num_shared_experts
+        hidden = experts * config.moe_intermediate_size
         self.up = nn.Linear(config.hidden_size, hidden, bias=False)
         self.down = nn.Linear(hidden, config.hidden_size, bias=False)
 
@@ -162,7 +152,10 @@ class FeedForward(nn.Module):
 def feed_forward(config: MoeConfig, settings: RouterSettings) -> Mixture | FeedForward:
     """Return the feed-forward layer with fresh weights: a mixture, or dense where the settings build no router."""
     router = settings.build(config.hidden_size, config.num_experts, config.num_experts_per_tok)
-    return FeedForward(config) if router is None else Mixture(config, router)
+    if router is not None:
+        return Mixture(config, router)
+    total = config.num_experts + config.num_shared_experts
+    return FeedForward(config, total if isinstance(settings, DenseTotal) else None)
 
 
 class Block(nn.Module):
@@ -171,7 +164,7 @@ class Block(nn.Module):
     def __init__(self, config: MoeConfig, layer: int, settings: RouterSettings) -> None:
         super().__init__()
         self.norm_attention, self.norm_mixture = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config.hidden_size, config.num_attention_heads, layer)
         self.mixture = feed_forward(config, settings)
 
     def forward(self, x: Tensor, past: Cache | None) -> tuple[Tensor, Routing | None]:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from nashswarm.records import statistics
 from nashswarm.records.record import Record
+from nashswarm.reporting.balance import BALANCE, balance
 from nashswarm.reporting.frame import by_cell, circumstances, mean_of_all, ordered, origin, paired
 from nashswarm.reporting.labels import CELL, ORIGIN, REFERENCE
 from nashswarm.reporting.typeset import Column
@@ -267,6 +268,8 @@ def special_table(records: Sequence[Record]) -> tuple[pd.DataFrame, Sequence[Col
 
     The result is None for an experiment that measures quality, whose table is ``frame.average`` with ``COLUMNS``.
     """
-    makers = ((routers, ROUTERS), (validation, VALIDATION), (routing, ROUTING), (serving, SERVING))
+    makers = (
+        (routers, ROUTERS), (balance, BALANCE), (validation, VALIDATION), (routing, ROUTING), (serving, SERVING),
+    )  # fmt: skip
     candidates = ((make(records), columns) for make, columns in makers)
     return next(((table, columns) for table, columns in candidates if len(table)), None)

@@ -62,6 +62,7 @@ CHANGED = {  # method → what it is made from, and what it changes of that
 SAID_TWICE = [  # the files whose values are the defaults of their dataclass
     "model/default",
     "method/nash_swarm",
+    "method/nash_mixture",
     "method/nash_lattice",
     "method/nash_archive",
     "method/fixed_width",

@@ -54,6 +54,26 @@ def test_store_any_requests_stay_in_budget_and_lose_no_expert(
     assert held.evictions == held.misses - len(memory) and held.bytes_read == held.misses * size
 
 
+def test_direct_reads_give_the_same_experts(stored: Any) -> None:
+    model, path = stored
+    direct = store.ExpertStore(path, 1 << 20, direct=True)
+    for number in range(EXPERTS):
+        for layer in range(2):
+            experts = model.blocks[layer].mixture.experts
+            up, down = direct.fetch(f"blocks.{layer}.mixture.experts", number)
+            assert torch.equal(up, experts.up_proj[number]) and torch.equal(down, experts.down_proj[number])
+    assert direct.misses == 2 * EXPERTS and direct.read_seconds > 0
+
+
+def test_direct_reads_where_there_are_none_are_refused(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Any, flags: int) -> int:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(store.os, "open", refuse)
+    with pytest.raises(ValueError, match=r"has no direct reads .*Invalid argument.*choose a folder on a disk"):
+        store.DirectFile(stored[1])
+
+
 def test_store_budget_below_one_expert_is_refused(stored: Any) -> None:
     with pytest.raises(ValueError, match=r"a budget of 100 bytes holds no expert of 32,768 bytes"):
         store.ExpertStore(stored[1], 100)

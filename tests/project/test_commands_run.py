@@ -106,6 +106,7 @@ NOT_HERE = {  # what a command begins with → why it is not run here
 BY_HAND = {  # benchmarks → what they take; their committed reports tell the code that was measured
     "decoding": "a llama.cpp, and a trained model",
     "encoder": "the model of a package",
+    "expert_prices": "a trained mixture of experts",
     "export": "GPT-2 at its own size",
     "flock_dynamics": "the embedded model at its own size",
     "ggml_kernels": "a llama.cpp, and an idle machine",
@@ -114,6 +115,7 @@ BY_HAND = {  # benchmarks → what they take; their committed reports tell the c
     "larger": "13 GB of disk",
     "misses": "hours of simulation",
     "optima": "programmes over the blocks of the embedded model",
+    "residency": "a trained mixture of experts, and a disk",
     "rotation": "a trained GPT-2",
     "sweeps": "an idle machine",
 }

@@ -1,4 +1,4 @@
-"""No router: the dense model that mixtures of experts are compared with."""
+"""No router: the dense models that mixtures of experts are compared with."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,3 +15,8 @@ class Dense:
 
     def build(self, width: int, experts: int, k: int) -> None:
         """Return None: the layer is dense."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseTotal(Dense):
+    """No routing: every layer has one feed-forward network as wide as all experts together, which every token uses."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nashswarm.moe.loss import LossWeights
-from nashswarm.moe.router.dense import Dense
+from nashswarm.moe.router.dense import Dense, DenseTotal
 from nashswarm.moe.router.expert_choice import ExpertChoice
 from nashswarm.moe.router.loss_free import LossFree
 from nashswarm.moe.router.nash_swarm import NashSwarmRouter
@@ -14,7 +14,7 @@ from nashswarm.moe.router.router import RouterSettings
 from nashswarm.moe.router.top_k import TopK
 
 KINDS: Mapping[str, Any] = {
-    kind.__name__: kind for kind in (Dense, TopK, LossFree, QuantileBalance, ExpertChoice, NashSwarmRouter)
+    kind.__name__: kind for kind in (Dense, DenseTotal, TopK, LossFree, QuantileBalance, ExpertChoice, NashSwarmRouter)
 }
 
 

@@ -42,8 +42,8 @@ class NashSwarmRouter:
     centroids to find them; ``leaders`` scores the means of groups of ``flock`` experts, then the members of one group.
     ``follow``: how much 1,000 tokens raise the price of an expert with twice the mean load, where prices follow a text
     that is evaluated.  ``residency``: how much cheaper an expert in memory is while experts are served from a store;
-    both in units of affinity.  ``resident``: share of a layer's expert bytes that training assumes to be in memory.
-    ``capacity``: as in ``TopK``.
+    both in units of affinity.  It does not pay (``experiments.benchmarks.residency``) and stays for the records of it.
+    ``resident``: share of a layer's expert bytes that training assumes to be in memory.  ``capacity``: as in ``TopK``.
     """
 
     looks_ahead: ClassVar[bool] = False

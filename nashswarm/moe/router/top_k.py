@@ -16,6 +16,8 @@ from nashswarm.moe.routing import Routing
 class TopK:
     """A token uses the k experts of the largest affinity; only the loss balances the load.
 
+    Prices are zero in training; compression may set them (``nashswarm.methods.nash_mixture``).
+
     ``capacity``: the largest load of an expert, as a multiple of its even share; later tokens are dropped.  None: no
     limit.
     """
@@ -36,5 +38,5 @@ class TopKRouter(Router):
 
     def forward(self, x: Float[Tensor, "tokens width"]) -> Routing:
         logits = functional.linear(x, self.weight)
-        experts = logits.topk(self.k).indices
+        experts = (logits - self.price).topk(self.k).indices
         return self.dispatch(experts, softmax_gates(logits, experts), logits, x)
