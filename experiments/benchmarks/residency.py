@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     started = datetime.datetime.now(datetime.UTC)
     text = build(compose(f"dataset={options.dataset}").dataset).text("test")
-    model = MoeForCausalLM.from_pretrained(options.folder).eval()
+    model: Any = MoeForCausalLM.from_pretrained(options.folder)
+    model.eval()
     source = MoeSource(context=model.config.max_position_embeddings)
     windows = training.cut_windows(source, text, None, "test")[: options.windows]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
@@ -65,7 +66,8 @@ def serve(
     """Read the windows with every preference in turn; return one row for each."""
     stores, models = [], []
     for preference in preferences:
-        served = MoeForCausalLM(model.config).eval()
+        served: Any = MoeForCausalLM(model.config)
+        served.eval()
         served.load_state_dict(model.state_dict())
         for router in served.routers():
             router.residency = preference
