@@ -32,7 +32,9 @@ def balance(records: Iterable[Record]) -> pd.DataFrame:
     ``nll_to_top_k``: mean of the differences to ``moe_top_k`` of the same seed; ``_spread``: standard deviations over
     seeds.
     """
-    cells = by_cell(one for one in records if one.config["measure"]["_target_"].endswith(".BalanceCurve"))
+    cells = by_cell(
+        one for one in records if one.config.get("measure", {}).get("_target_", "").endswith(".BalanceCurve")
+    )
     rows = []
     for labels, runs in cells.items():
         baseline = {one.labels["seed"]: one.metrics["nll"] for one in cells.get((*labels[:-1], ROUTER), [])}

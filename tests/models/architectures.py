@@ -237,7 +237,7 @@ def page() -> str:
         "",
         "<!-- written by python -m tests.models.architectures from results/architectures.json -->",
         "",
-        f"A tiny random model of every architecture of transformers {version} that reads text was compressed, in "
+        f"A tiny random model of every architecture of `transformers {version}` that reads text was compressed, in "
         "Python and by the command line, saved, opened again in another process, and certified. Its logits are equal "
         "bit by bit, and so is the text that it writes. `make test-all` does all of this again, `make test` for common "
         "ones. Of a multimodal model the towers stay at 16 bits, and a warning names them. What is refused is refused "
