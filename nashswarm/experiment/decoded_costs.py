@@ -126,9 +126,8 @@ def place_codes(
 ) -> DecodedMatrix:
     """Return where the weights of ``tensor`` are and could be; codes pay ``price`` nats per token for each of ``bits``.
 
-    Raises ValueError for formats without players.
+    ``tensor`` has players (see ``check_players``).
     """
-    check_players(tensor)
     assert not isinstance(tensor, ClassedTensor)
     if isinstance(tensor, LatticeTensor):
         lattice = tensor.lattice

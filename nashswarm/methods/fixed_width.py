@@ -11,7 +11,7 @@ from nashswarm.calibration.context import CalibrationContext
 from nashswarm.methods.bit_allocation.blocks import PLAYED_WIDTHS, check_divisible, grid_shape, quantize_layers
 from nashswarm.methods.bit_allocation.damages import block_damages
 from nashswarm.methods.bit_allocation.rules import RULES, AllocationProblem
-from nashswarm.methods.method import Compressed, store_groups
+from nashswarm.methods.method import Compressed, check_budget, store_groups
 from nashswarm.methods.swarm import Flock
 from nashswarm.quant.grid import GRID_WIDTHS, WIDTHS, QuantizedTensor, Scheme
 from nashswarm.quant.pack import packed_bytes
@@ -132,10 +132,5 @@ class FixedWidth:
         assert self.bits is not None
         budget = int(self.bits * context.parameters / 8) - context.fixed_bytes
         smallest = layer_bytes(self.bit_widths[0])
-        if budget < smallest:
-            least = 8 * (smallest + context.fixed_bytes) / context.parameters
-            raise ValueError(
-                f"method.bits={self.bits} is below the smallest possible size of this model, "
-                f"{least:.3f} bits per parameter with widths {list(self.bit_widths)}; raise method.bits"
-            )
+        check_budget(self.bits, budget, smallest, context.parameters, f"widths {list(self.bit_widths)}")
         return budget

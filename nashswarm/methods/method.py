@@ -71,6 +71,20 @@ class Method(Protocol):
         """
 
 
+def check_budget(bits: float, budget: int, smallest: int, parameters: int, at: str) -> None:
+    """Raise ValueError if not even the ``smallest`` form of the layers fits into the ``budget``, both in bytes.
+
+    ``bits``: stored bits for each of the model's ``parameters``, from which the budget follows.  ``at``: what the
+    smallest form is.
+    """
+    if budget < smallest:
+        least = bits + 8 * (smallest - budget) / parameters
+        raise ValueError(
+            f"method.bits={bits} is below the smallest possible size of this model, {least:.3f} bits per parameter "
+            f"with {at}; raise method.bits"
+        )
+
+
 def store_groups(
     bits: Bits,
     tensors: Mapping[str, QuantizedTensor],

@@ -27,7 +27,10 @@ def check_header(path: pathlib.Path) -> None:
         try:
             _Header(file, path.stat().st_size).check()
         except (ValueError, struct.error) as error:
-            raise ValueError(f"the GGUF file {path} is cut short or damaged ({error}): get it again") from error
+            raise ValueError(
+                f"the GGUF file {path} cannot be loaded as a language model: it is cut short or damaged ({error}); get "
+                "it again"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def test_check_header_that_promises_too_much_raises(
     entry: bytes, counts: tuple[int, int], reason: str, tmp_path: pathlib.Path
 ) -> None:
     path = file_of(tmp_path, entry, counts=counts)
-    with pytest.raises(ValueError, match=rf"model\.gguf is cut short or damaged \(.*{reason}.*\): get it again"):
+    with pytest.raises(ValueError, match=rf"model\.gguf .* is cut short or damaged \(.*{reason}.*\); get it again"):
         sources.check_location(sources.ModelSource(path))
 
 

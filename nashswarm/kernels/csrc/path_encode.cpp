@@ -3,27 +3,15 @@
 // Sixteen paths of a column are encoded together, one in each lane of a vector.  The cost of a path is its damage plus the
 // price of its length in the code tables.  Of each set and parity three magnitudes are tried: the nearest one, the next one
 // toward zero, and the least.
-#include <cstdint>
 #include <cstring>
+
+#include "encoding.h"
 
 namespace {
 
 constexpr int STATES = 32, STEPS = 192, LANES = 16, LOW = 8, HIGH = 37;               // as in path_form.py
 constexpr int SYMBOLS = 49, TABLES = 18, LOWEST_LEVEL = -12, HIGHEST_LEVEL = 5, ESCAPE = 48;  // as in quant/entropy.py
 constexpr float FAR = 1e30f, LARGEST = 1 << 28;
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-
-#define INLINE __attribute__((always_inline)) inline
-#define EXPORTED __attribute__((visibility("default")))
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define WIDENED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WIDENED
-#endif
-
-INLINE Floats fill(float value) { return Floats{} + value; }
 
 constexpr int parity(int bits) { return __builtin_popcount(unsigned(bits)) & 1; }
 
@@ -53,6 +41,8 @@ struct PathBlock {
 };
 
 }  // extern "C"
+
+#include "encoding.h"
 
 namespace {
 

@@ -1,7 +1,9 @@
 // Best circular paths for the certificate, in double precision.  It must not trust the encoder of trellis_encode.cpp, and
-// shares nothing with it but the form of the tables.  experiment/best_paths.py says what is computed, and does the same.
-#include <cstdint>
+// shares no sum with it, only the form of the tables and how functions are compiled.  experiment/best_paths.py says what is
+// computed, and does the same.
 #include <limits>
+
+#include "encoding.h"
 
 namespace {
 
@@ -10,14 +12,6 @@ constexpr double ROUNDING = 1e-12;    // relative, more than sums in another ord
 
 typedef double Doubles __attribute__((vector_size(8 * LANES)));
 typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
-
-#define INLINE __attribute__((always_inline)) inline
-#define EXPORTED __attribute__((visibility("default")))
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define WIDENED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WIDENED
-#endif
 
 // The window that is read at a step on the only way between two states in `BITS` steps.
 template <int BITS>

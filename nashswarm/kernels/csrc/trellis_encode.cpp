@@ -4,9 +4,10 @@
 // step t belong to row 64 g_i + 4t + q.  Path costs are weighted squared errors; the best path is exact, over all start
 // states, since a path must end in the state that it starts from.
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <utility>
+
+#include "encoding.h"
 
 namespace {
 
@@ -14,19 +15,6 @@ constexpr int ROWS = 64, COLUMNS = 16, STEPS = 16, LANES = 16, GROUPS = 4, RATES
 constexpr float UNIT = 36.0f, FAR = 1e30f;
 constexpr double LOWEST = -128, HIGHEST = 127;  // logarithms of scales, in 1/16 octave
 constexpr int MEMORY[] = {0, 5, 4, 3, 3, 2, 1, 0};
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-
-#define INLINE __attribute__((always_inline)) inline
-#define EXPORTED __attribute__((visibility("default")))
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define WIDENED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WIDENED
-#endif
-
-INLINE Floats fill(float value) { return Floats{} + value; }
 
 // Targets, weights and results of sixteen sequences.  Targets and values are in units of the tables.
 struct Batch {
@@ -203,6 +191,8 @@ struct Encoder {
 };
 
 }  // extern "C"
+
+#include "encoding.h"
 
 namespace {
 

@@ -9,7 +9,7 @@ from nashswarm import layers
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.calibration.moments_table import MomentsTable
 from nashswarm.memory import trim_heap
-from nashswarm.methods.method import Compressed
+from nashswarm.methods.method import Compressed, check_budget
 from nashswarm.methods.nash_archive.quantizer import PathModel, PathQuantizer
 from nashswarm.methods.nash_lattice.budget import BUDGET_TOLERANCE, ByteSlope, step_for_budget
 from nashswarm.packed.tiles import to_tiles
@@ -53,12 +53,7 @@ class NashArchive:
         budget = int(self.bits * context.parameters / 8) - context.fixed_bytes
         quantizer = PathQuantizer(context.layers, self.curvatures(context), context.track)
         smallest = quantizer.lattices.smallest_bytes()
-        if budget < smallest:
-            least = 8 * (smallest + context.fixed_bytes) / context.parameters
-            raise ValueError(
-                f"method.bits={self.bits} is below the smallest possible size of this model, {least:.3f} bits per "
-                "parameter with every code zero; raise method.bits"
-            )
+        check_budget(self.bits, budget, smallest, context.parameters, "every code zero")
         return _report(quantizer, model_for_budget(quantizer, budget))
 
     def curvatures(self, context: CalibrationContext) -> dict[str, FactoredCurvature]:

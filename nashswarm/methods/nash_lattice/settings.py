@@ -12,7 +12,7 @@ from nashswarm.calibration.context import CalibrationContext
 from nashswarm.calibration.moments_table import MomentsTable
 from nashswarm.memory import trim_heap
 from nashswarm.methods.bit_allocation import blocks
-from nashswarm.methods.method import Compressed
+from nashswarm.methods.method import Compressed, check_budget
 from nashswarm.methods.nash_lattice.quantizer import LatticeQuantizer
 from nashswarm.methods.nash_lattice.report import report
 from nashswarm.methods.nash_lattice.selection import HeldoutSelection
@@ -73,12 +73,7 @@ class NashLattice:
         budget = int(self.bits * context.parameters / 8) - context.fixed_bytes
         solver = self.solver(context, rng)
         smallest = solver.quantizer.smallest_bytes()
-        if budget < smallest:
-            least = 8 * (smallest + context.fixed_bytes) / context.parameters
-            raise ValueError(
-                f"method.bits={self.bits} is below the smallest possible size of this model, {least:.3f} bits per "
-                "parameter with every code zero; raise method.bits"
-            )
+        check_budget(self.bits, budget, smallest, context.parameters, "every code zero")
         choices = self.selection(solver, context).reference_choices()
         return report(solver, solver.solve_for_budget(budget, choices))
 

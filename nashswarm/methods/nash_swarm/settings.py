@@ -11,7 +11,7 @@ from torch import Tensor
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.kernels.trellis_codes import INT8
 from nashswarm.layers import Moments
-from nashswarm.methods.method import Compressed
+from nashswarm.methods.method import Compressed, check_budget
 from nashswarm.methods.nash_swarm.report import report
 from nashswarm.methods.nash_swarm.solver import RateGame
 from nashswarm.packed.file_format import PADDING_BYTES
@@ -101,12 +101,7 @@ class NashSwarm:
             return RateGame(context, moments, self.rates, self.grouping, self.rotation, sweeps, self.floor, seed)
 
         smallest = game_on({}).smallest_bytes()
-        if budget < smallest:
-            least = self.bits + 8 * (smallest - budget) / context.parameters
-            raise ValueError(
-                f"method.bits={self.bits} is below the smallest possible size of this model, {least:.3f} bits per "
-                f"parameter with every tile at {self.rates[0]} bits; raise method.bits"
-            )
+        check_budget(self.bits, budget, smallest, context.parameters, f"every tile at {self.rates[0]} bits")
         if self.gradients_at == "compressed":
             return game_on(moments_after_first_pass(context))
         return game_on(context.zipf_moments(QUICK_SHARE if self.effort == "quick" else 1))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nashswarm.methods.method import check_budget
 from nashswarm.methods.nash_swarm import prices
 from nashswarm.methods.streaming import tiles
 from nashswarm.methods.streaming.layout import descriptions, file_bytes, tiled_layout
@@ -31,12 +32,7 @@ def bytes_for_tiles(model: Any, settings: ByPrice, kept_names: Sequence[str]) ->
     tile_bytes = prices.BYTES_PER_BIT * count
     budget = int(settings.bits * parameters_of(model) / 8)
     smallest = size - (highest - lowest) * tile_bytes
-    if budget < smallest:
-        least = 8 * smallest / parameters_of(model)
-        raise ValueError(
-            f"method.bits={settings.bits} is below the smallest possible size of this model, {least:.3f} bits per "
-            f"parameter with every tile at {lowest} bits; raise method.bits"
-        )
+    check_budget(settings.bits, budget, smallest, parameters_of(model), f"every tile at {lowest} bits")
     return budget - (size - highest * tile_bytes)
 
 
