@@ -39,11 +39,13 @@ METHODS = {
     "gptq": Gptq,
     "uniform": Uniform,
 }
+WITH_EFFORT = ("nash_swarm", "nash_lattice")
 log = logging.getLogger(__name__)
 LONGEST_WINDOW = 512  # tokens; longer ones cost memory and teach little more
 MOST_BITS = 16  # of a game; those that round to one width know which they have
 OPTIONS = {  # what messages call by its key in a configuration
     "method.bits": "bits=",
+    "method.effort": "effort=",
     "model.exclude": "exclude=",
     "dataset.source": "calibration=",
     "dataset.path": "calibration=",
@@ -100,7 +102,8 @@ def compress(
     the real tokens joined, in windows as long as the longest row.  ``bits``: stored bits
     per parameter of the whole model (for ``gptq`` and ``uniform`` the nominal width).  ``exclude``: names or patterns
     of matrices to leave at 16 bits.  ``effort``: of ``nash_swarm``, ``quick`` for a single pass without a game,
-    ``best`` for four times as many windows, where the text has them.
+    ``best`` for four times as many windows, where the text has them; of ``nash_lattice``, ``best`` for settings that
+    held-out text selects.
 
     Raises ValueError in one sentence for anything that does not fit together.
     """
@@ -155,10 +158,10 @@ def _compress(
 def method_of(method: str | Method, bits: Any, effort: Effort = "default") -> Method:
     """Return the method of that name at ``bits``; an instance of a method is returned as it is.
 
-    Raises ValueError for an unknown name, and for an effort of another method than ``nash_swarm``.
+    Raises ValueError for an unknown name, and for an effort of a method that has none.
     """
-    if effort != "default" and method != "nash_swarm":
-        raise ValueError(f"the effort {effort} is of nash_swarm alone, given by its name: leave the effort out")
+    if effort != "default" and method not in WITH_EFFORT:
+        raise ValueError(f"the effort {effort} is of {' and '.join(WITH_EFFORT)}, given by name: leave the effort out")
     if not isinstance(method, str):
         return method
     if isinstance(bits, bool) or not isinstance(bits, int | float):
@@ -170,9 +173,8 @@ def method_of(method: str | Method, bits: Any, effort: Effort = "default") -> Me
         raise ValueError(f"method.bits={bits}: {method} gives every weight the same whole number of bits")
     if not whole and not 0 < bits <= MOST_BITS:
         raise ValueError(f"method.bits={bits} must be above 0 and at most {MOST_BITS}, as many as the full model has")
-    if method == "nash_swarm":
-        return NashSwarm(bits=bits, effort=effort)
-    return METHODS[method](bits=int(bits) if whole else bits)
+    settings = {"effort": effort} if method in WITH_EFFORT else {}
+    return METHODS[method](bits=int(bits) if whole else bits, **settings)
 
 
 def window_length(path: str) -> int | None:

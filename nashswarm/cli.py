@@ -19,6 +19,7 @@ from nashswarm.runtime import export
 
 OPTIONS = {  # what messages call by its key in a configuration
     "method.bits": "--bits",
+    "method.effort": "--effort",
     "method.types": "--types",
     "model.exclude": "--exclude",
     "model.path": "MODEL",

@@ -286,7 +286,7 @@ def test_compress_quantized_model_is_refused_until_dequantized(played: Any, wind
         ),
         ({"method": "gptq", "bits": 2.5}, "bits=2.5: gptq gives every weight the same whole number of bits"),
         ({"method": "uniform", "bits": 5}, "a uniform width is one of"),
-        ({"method": "gptq", "bits": 3, "effort": "quick"}, "the effort quick is of nash_swarm alone"),
+        ({"method": "gptq", "bits": 3, "effort": "quick"}, "the effort quick is of nash_swarm and nash_lattice"),
         ({"bits": 0.01}, "is below the smallest possible size of this model"),
         ({"bits": -1.0}, "^bits=-1.0 must be above 0 and at most 16"),
         ({"bits": 32}, "^bits=32 must be above 0 and at most 16"),

@@ -303,7 +303,10 @@ def test_compress_long_context_model_needs_no_option(
             ["compress", "MODEL", "--bits", "inf", "--method", "fixed_width"],
             "--bits inf must be above 0 and at most 16",
         ),
-        (["compress", "MODEL", "--effort", "best", "--method", "gptq"], "the effort best is of nash_swarm alone"),
+        (
+            ["compress", "MODEL", "--effort", "best", "--method", "gptq"],
+            "the effort best is of nash_swarm and nash_lattice",
+        ),
         (["compress", "MODEL", "--exclude", "nothing"], "names no matrix of this model: nothing"),
         (["compress", "MODEL", "--calibration", "/nowhere.txt"], "--calibration /nowhere.txt is not a file"),
         (["compress", "MODEL", "--length", "65"], "--length 65 is not between 2 and the model's maximum of 64"),

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.flock_dynamics
 
-Plays the bit game of the embedded model where ``nash_lattice`` plays it, at the reference of its stance and with the
-alignment given, from all blocks at the step of the price.  After every class of blocks that moved together their
+Plays the bit game of the embedded model where ``nash_lattice_best`` plays it, at the reference of its stance and with
+the alignment given, from all blocks at the step of the price.  After every class of blocks that moved together their
 offsets are kept, and the bits per weight that their codes then take.  Places are an embedding of the features in two
 dimensions (t-SNE, van der Maaten & Hinton 2008): distances in it mean little, links are the flock's own.
 """
@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
     torch.set_num_threads(1)
-    config = compose("method=nash_lattice", f"method.swarm.align=[{options.align}]", "wandb=disabled")
+    config = compose("method=nash_lattice_best", f"method.swarm.align=[{options.align}]", "wandb=disabled")
     planned = plan(config)
     job = load(config, planned)
     assert isinstance(planned.method, NashLattice)

@@ -88,7 +88,7 @@ def main() -> None:
     about = json.loads((small / "nashswarm.json").read_text())
     larger = {}
     for name in shapes.LARGE:
-        larger[name] = json.loads(command(["compress", name, "--plan", "--by-layer"]))
+        larger[name] = json.loads(command(["compress", name, "--plan", "--by-layer", "--method", "gptq"]))
     content = {
         "model": CONFIGURED,
         "bytes_full": sum(path.stat().st_size for path in full.iterdir()),

@@ -123,7 +123,7 @@ def certify(
 def _moments(loaded: compression.LoadedRun, settings: Mapping[str, Any]) -> Mapping[str, Moments]:
     """Return the statistics that the method with these settings took its damages from."""
     if "gradients_at" not in settings:
-        return loaded.session.moments()
+        return loaded.session.zipf_moments() if "floor" in settings else loaded.session.moments()
     method = NashSwarm(**{name: value for name, value in settings.items() if name != TARGET})
     return method.game(loaded.session.context(), loaded.rng).moments
 
@@ -184,7 +184,7 @@ def _regrets_of_tiles(
         name = layers[number].name
         found.append(
             gain_of_tiles(
-                layers[number], matrices[name], quadratic(layers[number]), settings["floor"],
+                layers[number], matrices[name], quadratic(layers[number]),
                 settings["rates"], price or 0.0, parts[number], torch.get_num_threads(),
             )
         )  # fmt: skip

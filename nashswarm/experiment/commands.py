@@ -36,9 +36,7 @@ def compress(arguments: argparse.Namespace) -> int:
         return _print(_forecast(arguments))
     if arguments.plan:
         by_layer = _by_layer(arguments)  # which also sets the windows
-        assert isinstance(by_layer, ByLayer)
-        told = streaming.forecast_by_layer(arguments.model, by_layer, arguments.windows, arguments.length)
-        return _print({"method": "gptq"} | told)
+        return _print(streaming.forecast_by_layer(arguments.model, by_layer, arguments.windows, arguments.length))
     if arguments.out is None:
         raise ValueError("say with --out where the compressed model is to go")
     if arguments.by_layer:
@@ -115,18 +113,16 @@ def export_typed(arguments: argparse.Namespace) -> int:
 
 
 def _by_layer(arguments: argparse.Namespace) -> ByLayer | ByPrice:
-    """Return the settings of ``--by-layer``; a plan without ``--method`` is one of gptq."""
+    """Return the settings of ``--by-layer``."""
     if arguments.method not in (None, "gptq", "nash_swarm") or arguments.exclude or arguments.effort != "default":
         raise ValueError("--by-layer knows neither --exclude, --effort nor another --method than nash_swarm and gptq")
     arguments.windows = 4 if arguments.windows is None else arguments.windows
     if arguments.windows < 1:
         raise ValueError("--windows must be at least 1")
-    if arguments.method != "gptq" and not arguments.plan:
+    if arguments.method != "gptq":
         if arguments.head_bits is not None:
             raise ValueError("--head-bits goes with --by-layer --method gptq; nash_swarm chooses the rates itself")
         return ByPrice(arguments.bits, sweeps=arguments.sweeps)
-    if arguments.method == "nash_swarm":
-        raise ValueError("--plan --by-layer forecasts --method gptq: say so")
     if arguments.bits != int(arguments.bits):
         raise ValueError("--bits of --by-layer --method gptq must be the whole number of bits of a weight")
     return ByLayer(int(arguments.bits), arguments.head_bits, sweeps=arguments.sweeps)

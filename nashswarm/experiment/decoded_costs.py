@@ -101,7 +101,7 @@ class DecodedMatrix:
 
 
 def make_quadratic(layer: Layer, moments: Mapping[str, Moments], settings: Mapping[str, Any]) -> Quadratic:
-    """Return the layer's curvature as the method's ``settings`` define it: damped, and sparse with a local reply."""
+    """Return the layer's curvature by the method's ``settings``: damped, with a floor, sparse with a local reply."""
     rows, inputs, lookups = np.zeros(len(layer.weight)), None, None
     products = []
     for module_moments in (moments[module] for module in layer.modules):
@@ -118,7 +118,9 @@ def make_quadratic(layer: Layer, moments: Mapping[str, Moments], settings: Mappi
         neighbours = (settings.get("swarm") or {}).get("local_reply")
         inputs = inputs if neighbours is None else _keep_top_correlations(inputs, neighbours)
         inputs = inputs + settings.get("damping", DAMPING) * inputs.diagonal().mean() * np.eye(len(inputs))
-    return Quadratic(rows, inputs, lookups)
+    floor = settings.get("floor", 0.0)  # of each row, on top of its own: a share of the mean row
+    lookups = None if lookups is None else lookups + floor * lookups.mean(0)
+    return Quadratic(rows + floor * rows.mean(), inputs, lookups)
 
 
 def place_codes(

@@ -130,7 +130,7 @@ def measure(model: Any, length: int, seconds_of_weight: Mapping[int, float]) -> 
     return Cost(
         parameters=_parameters(model),
         calibration=min(np.diff(stamps)) / torch.get_num_threads(),
-        game=sum(layer.parameters * _interpolated(layer.weight.shape[1], seconds_of_weight) for layer in layers),
+        game=sum(layer.parameters * interpolated(layer.weight.shape[1], seconds_of_weight) for layer in layers),
         moments=sum(tensor.nbytes for tensor in table.values()),
         inputs=4 * length * sum(inputs),
         largest=max(layer.parameters for layer in layers),
@@ -148,10 +148,11 @@ def game_seconds(method: NashSwarm) -> dict[int, float]:
     return seconds
 
 
-def _context_of_samples(columns: int, count: int) -> CalibrationContext:
-    """Return a context of ``count`` random matrices, with sensitivities as unlike as those of a model."""
+def sample_matrices(columns: int, count: int) -> tuple[list[Layer], dict[str, Moments]]:
+    """Return ``count`` random matrices and their moments, with sensitivities as unlike as those of a model."""
     generator = torch.Generator().manual_seed(0)
-    layers, moments = [], {}
+    layers: list[Layer] = []
+    moments: dict[str, Moments] = {}
     for number in range(count):
         inputs = (
             torch.randn(2 * columns, columns, generator=generator) * torch.randn(columns, generator=generator).exp()
@@ -162,6 +163,11 @@ def _context_of_samples(columns: int, count: int) -> CalibrationContext:
         weight = torch.randn(ROWS, columns, generator=generator) / columns**0.5
         layers.append(Layer(name, name, 0.0, (name,), ("Linear",), weight))
         moments[name] = Moments(mean, outputs, outputs, mean)
+    return layers, moments
+
+
+def _context_of_samples(columns: int, count: int) -> CalibrationContext:
+    layers, moments = sample_matrices(columns, count)
 
     def heldout_kl(weights: Mapping[str, Tensor], tokens: int | None) -> float:
         raise NotImplementedError("a sample has no text")
@@ -172,7 +178,8 @@ def _context_of_samples(columns: int, count: int) -> CalibrationContext:
     )  # fmt: skip
 
 
-def _interpolated(columns: int, seconds: Mapping[int, float]) -> float:
+def interpolated(columns: int, seconds: Mapping[int, float]) -> float:
+    """Return the seconds of a weight of a matrix with so many columns, from those of two other numbers of columns."""
     (few, fast), (many, slow) = seconds.items()
     return max(fast + (slow - fast) * (columns - few) / (many - few), min(fast, slow) / 2)
 

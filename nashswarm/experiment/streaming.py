@@ -10,6 +10,7 @@ import transformers
 
 from nashswarm.calibration.texts import CalibrationText
 from nashswarm.data import corpus
+from nashswarm.experiment import streaming_forecast
 from nashswarm.methods.streaming import compress, forecast, priced, shards, skeleton
 from nashswarm.methods.streaming.settings import ByLayer, ByPrice
 from nashswarm.models import shapes, sources
@@ -52,7 +53,7 @@ def compress_by_layer(
         ) from error
 
 
-def forecast_by_layer(model: str, settings: ByLayer, windows: int, length: int | None) -> dict[str, Any]:
+def forecast_by_layer(model: str, settings: ByLayer | ByPrice, windows: int, length: int | None) -> dict[str, Any]:
     """Forecast bytes, seconds and memory of ``compress_by_layer``.
 
     ``model``: a folder with a config, or a name of ``shapes.LARGE``.  Raises ValueError for anything else.
@@ -65,7 +66,14 @@ def forecast_by_layer(model: str, settings: ByLayer, windows: int, length: int |
         raise ValueError(f"{model} holds no {sources.CONFIG}, and no shape is known by that name")
     empty = skeleton.skeleton(config)
     window_length = sources.LoadedModel(empty, None).window_length(length)
+    asked = {"model": model, "windows": [windows, window_length], "threads": torch.get_num_threads()}
+    if isinstance(settings, ByPrice):
+        measured = streaming_forecast.rates(settings)
+        return (
+            {"method": "nash_swarm"}
+            | asked
+            | streaming_forecast.forecast(empty, settings, windows, window_length, measured)
+        )
     rates = forecast.rates(settings)
     expected = forecast.forecast(empty, settings, windows, window_length, rates)
-    asked = {"model": model, "windows": [windows, window_length], "threads": torch.get_num_threads()}
-    return asked | dataclasses.asdict(expected) | {"rates": dataclasses.asdict(rates)}
+    return {"method": "gptq"} | asked | dataclasses.asdict(expected) | {"rates": dataclasses.asdict(rates)}

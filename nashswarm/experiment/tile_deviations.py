@@ -120,7 +120,6 @@ def gain_of_tiles(
     layer: Layer,
     matrix: Trellis,
     quadratic: Quadratic,
-    floor: float,
     allowed: Sequence[int],
     price: float,
     chosen: Bool[Array, "groups across"],
@@ -133,7 +132,7 @@ def gain_of_tiles(
     """
     gains, by_group = [], []
     with ThreadPoolExecutor(workers) as pool:
-        for tiles, wanted in arranged(layer, matrix, quadratic, floor, chosen):
+        for tiles, wanted in arranged(layer, matrix, quadratic, chosen):
             paths = np.zeros(tiles.groups[-1] + 1)
             for rate in np.unique(tiles.rates).tolist():
                 parts = _batches(np.flatnonzero(tiles.rates == rate), rate)
@@ -163,10 +162,10 @@ def _gain_of_rate(
 
 
 def arranged(
-    layer: Layer, matrix: Trellis, quadratic: Quadratic, floor: float, chosen: Bool[Array, "groups across"]
+    layer: Layer, matrix: Trellis, quadratic: Quadratic, chosen: Bool[Array, "groups across"]
 ) -> Iterator[tuple[Tiles, Int[Array, " some"]]]:
     """Yield the tiles of a few groups of rows at a time, and the numbers of those among them that are chosen."""
-    sensitivity, inputs = one_curvature(quadratic, floor)
+    sensitivity, inputs = one_curvature(quadratic)
     row_order, column_order = (order.numpy() for order in form.orders_of(matrix))
     root, size = row_factors(layer.name, matrix, sensitivity[row_order])
     rates = form.tile_rates(matrix)
@@ -219,15 +218,12 @@ def arranged(
         )  # fmt: skip
 
 
-def one_curvature(quadratic: Quadratic, floor: float) -> tuple[Float[Array, " out"], Float[Array, "in in"]]:
+def one_curvature(quadratic: Quadratic) -> tuple[Float[Array, " out"], Float[Array, "in in"]]:
     """Return the sensitivities of the rows and one H for all of them.
 
-    Every row gets ``floor`` times the mean of all rows on top.  Lookups are averaged: over columns into the
-    sensitivities, over rows into the diagonal of H.
+    Lookups are averaged: over columns into the sensitivities, over rows into the diagonal of H.
     """
-    rows, lookups = quadratic.rows + floor * quadratic.rows.mean(), quadratic.lookups
-    if lookups is not None:
-        lookups = lookups + floor * lookups.mean(0)
+    rows, lookups = quadratic.rows, quadratic.lookups
     if quadratic.inputs is None:
         assert lookups is not None
         columns = np.maximum(lookups.mean(0), SMALLEST)

@@ -163,8 +163,8 @@ def test_certify_each_format_says_what_was_enumerated(method: str, saved: Saved)
     stepped = method == "lattice_no_swarm"
     assert certificate["enumerated"] == ("codes and steps" if stepped else "codes")
     assert certificate["agrees"] is (True if stepped else None)
-    # An exact equilibrium, and floats, leave no regret.
-    assert (certificate["regret_of_codes"] == 0) == (method in ("lattice_no_swarm", "baseline"))
+    # An exact equilibrium leaves no regret but that of 32-bit sums, and floats leave none.
+    assert (certificate["regret_of_codes"] < 1e-9) == (method in ("lattice_no_swarm", "baseline"))
     assert certificate["layers"] == len(written.layers)
 
 

@@ -276,7 +276,7 @@ class Board:
 
 def test_gain_of_rate_equals_the_fall_of_the_damage_of_the_file(small: tuple[Layer, Trellis, Quadratic]) -> None:
     board = Board(*small)
-    ((tiles, _),) = arranged(*small, 0.0, np.ones((2, 3), bool))
+    ((tiles, _),) = arranged(*small, np.ones((2, 3), bool))
     for rate in range(9):
         falls = []
         for group, tile in np.ndindex(2, 3):
@@ -301,9 +301,9 @@ def test_gain_of_tiles_adds_up_the_paths_and_pays_for_bytes(small: tuple[Layer, 
         values[rows, place] = reply[rows, place]
         gains[group] += max(0.0, before - board.damage(values))
     chosen = np.array([[True, False, True], [False, True, True]])
-    rates, paths = gain_of_tiles(*small, 0.0, [0, 2, 3], price, chosen, workers=2)
+    rates, paths = gain_of_tiles(*small, [0, 2, 3], price, chosen, workers=2)
     assert paths == pytest.approx(gains, rel=1e-2) and gains.min() > 0
-    ((tiles, _),) = arranged(*small, 0.0, chosen)
+    ((tiles, _),) = arranged(*small, chosen)
     some = tiles.select(np.flatnonzero(chosen))
     costs = [128 * price * (some.rates - rate) + some.gain_of_rate(rate) for rate in (0, 2, 3)]
     assert rates == pytest.approx(np.maximum(np.max(costs, 0), 0)) and rates.max() > 0

@@ -84,7 +84,7 @@ class LatticeQuantizer:
         self.neutral = StepChoices(
             {layer.name: torch.ones(len(layer.weight)) for layer in layers},
             {layer.name: np.zeros(row_blocks(len(layer.weight)), int) for layer in layers},
-            {"strength": 0.0, "flock_shrink": 0.0, "flock_align": 0.0, "flock_moves": 0},
+            {"strength": 0.0, "flock_shrink": 0.0, "flock_align": 0.0, "flock_moves": 0, "heldout_passes": 0},
         )
 
     # One layer.

@@ -45,9 +45,10 @@ class HeldoutSelection:
     def reference_choices(self) -> StepChoices:
         """Solve the game at the reference rate (3 bits per weight), or load it from the cache.
 
-        Every budget starts from these choices.
+        Every budget starts from these choices.  Where there is nothing to select or to measure, it starts from neutral
+        ones.
         """
-        if self.quantizer.uniform:
+        if self.quantizer.uniform or not self._any_candidate():
             return self.quantizer.neutral
 
         def solve() -> dict[str, Tensor]:
@@ -56,6 +57,11 @@ class HeldoutSelection:
 
         tensors = self.context.cached("game", {"rules": self.game_key}, solve)
         return StepChoices.from_cache(tensors, [layer.name for layer in self.quantizer.layers])
+
+    def _any_candidate(self) -> bool:
+        """Whether some candidate differs from the neutral choices."""
+        swarm = self.solver.swarm
+        return any((*self.strengths, *(swarm.shrink if swarm else ()), *(swarm.align if swarm else ())))
 
     def reference_step(self) -> float:
         """Return the base step at which plain rounding takes ``REFERENCE_BITS`` per weight, or a little more."""

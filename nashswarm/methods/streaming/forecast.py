@@ -1,4 +1,4 @@
-"""What compression by layer will take.
+"""What compression by layer at one width will take.
 
 Bytes are exact and come from shapes alone; seconds and memory come from the rates at which this machine computes a
 small sample.  The time to read the checkpoint from the disk comes on top.
@@ -88,7 +88,7 @@ def forecast(model: Any, settings: ByLayer, windows: int, length: int, rates: Ra
     parameters = sum(part.numel() for part in tensors_of(model).values())
     state_bytes = 4 * windows * length * structure_of(model).width
     seconds = sum(
-        count * _seconds_of(model, unit, windows * length, length, rates) for unit, count in _unlike_units(model)
+        count * _seconds_of(model, unit, windows * length, length, rates) for unit, count in unlike_units(model)
     )
     peak = memory.peak_bytes() + working_bytes(model, windows, length)
     return Forecast(parameters, size, 8 * size / parameters, 2 * state_bytes, seconds, peak)
@@ -104,10 +104,10 @@ def file_bytes_of(model: Any, settings: ByLayer) -> int:
 def working_bytes(model: Any, windows: int, length: int) -> int:
     """Return the bytes of memory that compression adds to those of the process, from shapes alone."""
     state_bytes = 4 * windows * length * structure_of(model).width
-    return max(_memory_of(model, unit, state_bytes) for unit, _ in _unlike_units(model))
+    return max(_memory_of(model, unit, state_bytes) for unit, _ in unlike_units(model))
 
 
-def _unlike_units(model: Any) -> list[tuple[Unit, int]]:
+def unlike_units(model: Any) -> list[tuple[Unit, int]]:
     """Return one unit of every kind and shape, and how many there are like it."""
     tensors = tensors_of(model)
     alike: dict[Any, list[Unit]] = {}
@@ -119,15 +119,15 @@ def _unlike_units(model: Any) -> list[tuple[Unit, int]]:
 
 def _seconds_of(model: Any, unit: Unit, tokens: int, length: int, rates: Rates) -> float:
     if unit.kind == EMBEDDING:
-        return rates.rounding * _numel(model, unit.matrices[0][0])
+        return rates.rounding * numel_of(model, unit.matrices[0][0])
     seconds, forward = 0.0, 0.0
     for group in unit.matrices:
-        columns = _columns(model, group[0])
-        read = tokens * _share_of_tokens(model, group[0])
+        columns = columns_of(model, group[0])
+        read = tokens * share_of_tokens(model, group[0])
         seconds += rates.factor * columns**3 + rates.product * read * columns**2
         for name in group:
-            seconds += (rates.reply + PRODUCTS_PER_WEIGHT * columns * rates.product) * _numel(model, name)
-            forward += rates.product * read * _numel(model, name)
+            seconds += (rates.reply + PRODUCTS_PER_WEIGHT * columns * rates.product) * numel_of(model, name)
+            forward += rates.product * read * numel_of(model, name)
     if unit.kind == BLOCK:
         forward += rates.product * 2 * tokens * length * model.config.get_text_config().hidden_size
         seconds += forward * (2 + len(_passes(model, unit)))
@@ -137,19 +137,19 @@ def _seconds_of(model: Any, unit: Unit, tokens: int, length: int, rates: Rates) 
 def _memory_of(model: Any, unit: Unit, state_bytes: int) -> int:
     """Return the bytes of memory that the unit adds to those of the process."""
     if unit.kind == EMBEDDING:
-        weights = _numel(model, unit.matrices[0][0])
+        weights = numel_of(model, unit.matrices[0][0])
         return max(CODE_BYTES * weights, CHUNK_BYTES * CHUNK_WEIGHTS) + state_bytes
     tensors = tensors_of(model)
     block, most = 0, 0
     if unit.kind == BLOCK:
         block = 4 * sum(tensors[name].numel() for name in unit.tensors)
-        experts = 4 * sum(_numel(model, name) for group in unit.matrices for name in group if _is_expert(model, name))
+        experts = 4 * sum(numel_of(model, name) for group in unit.matrices for name in group if is_expert(model, name))
         most = experts  # while the fused experts are split
     for listed in _passes(model, unit):
         for number, job in enumerate(listed):
-            columns = _columns(model, job.matrices[0])
-            moments = 4 * sum(_columns(model, other.matrices[0]) ** 2 for other in listed[number:])
-            codes = max(_numel(model, name) for name in job.matrices)
+            columns = columns_of(model, job.matrices[0])
+            moments = 4 * sum(columns_of(model, other.matrices[0]) ** 2 for other in listed[number:])
+            codes = max(numel_of(model, name) for name in job.matrices)
             factoring = (4 + FACTOR_BYTES) * columns**2
             quantizing = 4 * columns**2 + CHUNK_BYTES * CHUNK_WEIGHTS + 2 * codes
             packing = 4 * columns**2 + CODE_BYTES * codes
@@ -170,13 +170,14 @@ def _passes(model: Any, unit: Unit) -> list[list[Job]]:
     ]
 
 
-def _is_expert(model: Any, name: str) -> bool:
+def is_expert(model: Any, name: str) -> bool:
+    """Whether a matrix belongs to an expert that tokens are routed to."""
     return bool(getattr(model.get_submodule(name), "routed", False))
 
 
-def _share_of_tokens(model: Any, name: str) -> float:
+def share_of_tokens(model: Any, name: str) -> float:
     """Return the share of all tokens that a matrix reads, if experts are used equally."""
-    if not _is_expert(model, name):
+    if not is_expert(model, name):
         return 1.0
     experts = len(model.get_submodule(name.rpartition(".")[0].rpartition(".")[0]))
     config = model.config.get_text_config()
@@ -184,11 +185,13 @@ def _share_of_tokens(model: Any, name: str) -> float:
     return float(min(chosen / experts, 1.0))
 
 
-def _numel(model: Any, name: str) -> int:
+def numel_of(model: Any, name: str) -> int:
+    """Return the number of weights of a matrix."""
     return int(model.get_submodule(name).weight.numel())
 
 
-def _columns(model: Any, name: str) -> int:
+def columns_of(model: Any, name: str) -> int:
+    """Return the number of columns of a matrix."""
     return shape_of(model.get_submodule(name))[1]
 
 

@@ -112,7 +112,7 @@ def for_each_pass(
     missing = {name: found for name in unused if (found := siblings(name, used))}
     roles = {_role(name): len(found) for name, found in missing.items()}
     returned: States | None = None
-    for names in _passes(block, [group for group in groups if any(rows[name] for name in group)]):
+    for names in split_into_passes(block, [group for group in groups if any(rows[name] for name in group)]):
         table, back = backward(block, calls, inputs, gradients, names)
         returned = back if returned is None else returned
         del back
@@ -130,7 +130,7 @@ def for_each_pass(
     return returned
 
 
-def _passes(block: nn.Module, groups: Groups) -> list[list[str]]:
+def split_into_passes(block: nn.Module, groups: Groups) -> list[list[str]]:
     """Split matrices into passes, whose moments hold no more numbers than the block has weights."""
     most = sum(part.numel() for part in block.parameters())
     parts: list[list[str]] = []

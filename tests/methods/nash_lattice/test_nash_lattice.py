@@ -25,11 +25,13 @@ from nashswarm.quant.entropy import ESCAPE, CodeTables, coded_bits, decode_latti
 from nashswarm.quant.lattice import Lattice, LatticeTensor, bit_price
 from tests.methods.handmade import FIXED_BYTES, SHAPES, context_of, matrices, moments_of
 
+FLOOR = NashLattice().floor
 SILENT = Flock(align=(0.0,), shrink=(0.0,))
 ALONE = NashLattice(swarm=None, strength=(0.0,))
 METHODS: dict[str, NashLattice] = {
-    "nash_lattice": NashLattice(swarm=Flock(align=(0.0, 0.25))),
-    "lattice_no_swarm": NashLattice(swarm=None),
+    "nash_lattice": NashLattice(effort="best", swarm=Flock(align=(0.0, 0.25))),
+    "lattice_no_swarm": NashLattice(effort="best", swarm=None),
+    "default_effort": NashLattice(),
     "alone": ALONE,
     "pass": dataclasses.replace(ALONE, code_game="pass"),
     "rounding": dataclasses.replace(ALONE, code_game="rounding"),
@@ -121,7 +123,7 @@ def test_compress_damages_and_metrics_are_those_of_the_weights() -> None:
     layers, moments = example()
     compressed = result("lattice_no_swarm")
     for layer in layers:
-        curved = curvature(layer, moments).damped()
+        curved = curvature(layer, moments, FLOOR).damped()
         error = layer.weight - compressed.weights[layer.name]
         assert compressed.damage[layer.name] == pytest.approx(curved.damage_by_row(error).sum().item(), rel=1e-4)
     assert compressed.metrics["damage"] == pytest.approx(sum(compressed.damage.values()))
@@ -155,7 +157,7 @@ def test_compress_one_offset_steps_cost_the_same_everywhere() -> None:
     compressed = compress(dataclasses.replace(ALONE, offsets=(0,)))
     unit = math.sqrt(12 * compressed.metrics["price"] / 8 / math.log(2))
     for layer in layers:
-        rows, inputs = curvature(layer, moments).damped().mean_row_curvature()
+        rows, inputs = curvature(layer, moments, FLOOR).damped().mean_row_curvature()
         h = inputs.double()
         columns = [1 / torch.linalg.inv(h[column:, column:])[0, 0].item() for column in range(len(h))]
         lattice = decoded(compressed)[layer.name].lattice
@@ -172,6 +174,16 @@ def test_compress_cached_game_moves_no_number() -> None:
     assert list(store) == games
     assert all(np.array_equal(fresh.packed[layer], cached.packed[layer]) for layer in fresh.packed)
     assert fresh.metrics == cached.metrics and fresh.allocation == cached.allocation
+
+
+def test_compress_default_effort_takes_the_first_value_of_every_list_and_no_pass_of_the_model() -> None:
+    def fail(weights: Any, tokens: int | None) -> float:
+        raise AssertionError("the model was evaluated")
+
+    context = dataclasses.replace(context_of(*example()), heldout_kl=fail)
+    compressed, alone = compress(METHODS["default_effort"], context), result("alone")
+    assert all(np.array_equal(compressed.packed[layer], alone.packed[layer]) for layer in alone.packed)
+    assert compressed.metrics == alone.metrics and compressed.metrics["heldout_passes"] == 0
 
 
 @pytest.mark.slow
@@ -221,6 +233,7 @@ def test_compress_game_cached_at_another_budget_moves_no_number() -> None:
         {"sweeps": -1},
         {"rate_in_codes": -0.1},
         {"rate_in_codes": 1.5},
+        {"floor": -0.1},
     ],
 )
 def test_settings_without_meaning_raise_naming_the_field(settings: dict[str, Any]) -> None:
@@ -260,7 +273,7 @@ def test_compress_wrong_predictions_are_corrected_by_measured_damages() -> None:
 
     context = context_of(layers, moments, truth)
     uncorrected = compress(ALONE, context)
-    corrected = compress(dataclasses.replace(ALONE, strength=(0.0, 0.5, 1.0)), context)
+    corrected = compress(dataclasses.replace(ALONE, effort="best", strength=(0.0, 0.5, 1.0)), context)
     assert corrected.metrics["strength"] == 1.0 and uncorrected.metrics["strength"] == 0.0
     assert corrected.metrics["heldout_passes"] == len(layers) + 3 and uncorrected.metrics["heldout_passes"] == 0
     assert context.heldout_kl(corrected.weights, None) < 0.8 * context.heldout_kl(uncorrected.weights, None)
@@ -287,7 +300,7 @@ def test_compress_noisy_sensitivities_shrinkage_helps() -> None:
         return float(curvature(layer, flat).damage_by_row(error).sum())
 
     context = context_of(layers, moments, truth)
-    method = dataclasses.replace(ALONE, swarm=Flock(align=(0.0,), shrink=(0.0, 1.0)))
+    method = dataclasses.replace(ALONE, effort="best", swarm=Flock(align=(0.0,), shrink=(0.0, 1.0)))
     shrunk, alone = compress(method, context), compress(ALONE, context)
     assert shrunk.metrics["flock_shrink"] == 1.0 and shrunk.metrics["heldout_passes"] == 2
     assert context.heldout_kl(shrunk.weights, None) < 0.9 * context.heldout_kl(alone.weights, None)
@@ -398,7 +411,7 @@ def test_best_response_uncoupled_blocks_choose_from_the_rate_distortion_hull() -
         chosen = solver.best_response_offsets(costs, base_step, neutral, 0.0).offsets
         block = 0
         for layer in layers:
-            curved = curvature(layer, moments).damped()
+            curved = curvature(layer, moments, FLOOR).damped()
             damage, bits = points(layer, model.tensors[layer.name], curved, model.tables, tuple(range(-4, 5)))
             for action, d, r in zip(chosen[layer.name] + 4, damage, bits, strict=True):
                 assert costs[block] == pytest.approx(d + price * r, rel=1e-3)
@@ -418,7 +431,7 @@ def test_regret_metrics_equal_enumeration_from_the_bytes(small: Any) -> None:
     tables, price = CodeTables.unpack(compressed.packed[TABLES]), compressed.metrics["price"] / 8
     steps_regret, codes_regret = [], []
     for layer in layers:
-        curved = curvature(layer, moments).damped()
+        curved = curvature(layer, moments, FLOOR).damped()
         tensor = decoded(compressed)[layer.name]
         offsets = tuple(ALONE.offsets)
         damage, bits = points(layer, tensor, curved, tables, offsets)
