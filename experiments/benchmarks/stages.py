@@ -118,9 +118,9 @@ def named_stages(stages: Stages) -> Iterator[None]:
         stages.begin("prepare")
         return result
 
-    def stored(*arguments: Any) -> Any:
+    def stored(*arguments: Any, **named: Any) -> Any:
         stages.begin("store")
-        return store(*arguments)
+        return store(*arguments, **named)
 
     def written(*arguments: Any) -> None:
         stages.begin("write")
