@@ -149,6 +149,10 @@ def build_parser() -> argparse.ArgumentParser:
     served.add_argument("--queue", type=int, default=16, help="requests that may wait (16)")
     served.add_argument("--patience", type=float, default=60.0, help="seconds that one may wait (60)")
     served.add_argument("--name", help="of the model in requests; default: the folder's")
+    served.add_argument(
+        "--cors-origins", type=inference.origin, nargs="+", default=(), metavar="ORIGIN",
+        help="whose pages may ask from a browser, as http://localhost:3000, or '*' for all; default: none",
+    )  # fmt: skip
     _add_memory(served)
     served.add_argument("--pin", action="store_true", help="keep the weights in memory, whatever else runs (mlock)")
 

@@ -11,8 +11,10 @@ import functools
 import json
 import math
 import pathlib
+import re
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -188,7 +190,9 @@ def serve(args: argparse.Namespace) -> int:
 
     _check_language_model(args.folder, "there is nothing to serve")
     name, limits = args.name or args.folder.resolve().name, Limits(args.queue, args.batch, args.patience)
-    build = functools.partial(_build_app, args.folder, name, args.threads, limits, args.memory_mb, args.pin)
+    build = functools.partial(
+        _build_app, args.folder, name, args.threads, limits, args.memory_mb, args.pin, args.cors_origins
+    )
     config = uvicorn.Config(
         build, factory=True, host=args.host, port=args.port, lifespan="off", timeout_worker_healthcheck=LOADING_TIMEOUT,
         timeout_graceful_shutdown=5,  # seconds that answers may still take once the server is to end
@@ -200,8 +204,9 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def _build_app(
-    folder: pathlib.Path, name: str, threads: int, limits: Limits, memory_mb: float | None, pinned: bool
-) -> Any:
+    folder: pathlib.Path, name: str, threads: int, limits: Limits, memory_mb: float | None, pinned: bool,
+    origins: Sequence[str] = (),
+) -> Any:  # fmt: skip
     """Load the model and build the server's application, in the process that answers requests."""
     from uvicorn.config import STARTUP_FAILURE
 
@@ -216,7 +221,7 @@ def _build_app(
             tokens, peak = memory_limit.longest_text(model, int(1e6 * memory_mb), longest_text(model))
             print(f"texts of up to {tokens} tokens are answered: {1e-6 * peak:.0f} MB at the peak", file=sys.stderr)
             limits = dataclasses.replace(limits, tokens=tokens)
-        return server.build_app(model, tokenizer, name, limits)
+        return server.build_app(model, tokenizer, name, limits, origins=origins)
     except Exception as error:  # whatever a model raises: a new process would fail in the same way
         told = isinstance(error, ValueError | OSError | RuntimeError)  # RuntimeError: torch got no memory
         print(error if told else traceback.format_exc(), file=sys.stderr)
@@ -251,6 +256,13 @@ def export(args: argparse.Namespace) -> int:
     metrics = exporter.export(model, args.to, args.out, tokens, args.activations, args.dtype)
     print(json.dumps({"file": str(args.out), "to": args.to} | metrics, indent=1))
     return 0
+
+
+def origin(text: str) -> str:
+    """Return an origin as browsers write it.  Raises ArgumentTypeError for anything else, which would never match."""
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin: write scheme, host and port, http://localhost:3000")
+    return text
 
 
 def megabytes(text: str) -> float:

@@ -94,13 +94,21 @@ def at_prices(model: nn.Module, prices: Prices) -> Iterator[None]:
         set_prices(model, own)
 
 
-@torch.no_grad()
 def measure_traffic(model: Any, modules: Sequence[str], windows: Integer[Tensor, "windows length"]) -> dict[str, float]:
     """Return the share of the tokens of ``windows`` that reach each of these modules.
 
     Modules that are no matrix of a routed expert are left out; an expert without tokens counts as seen by one, as its
     moments do (``missing_moments``).
     """
+    seen, tokens = count_routed(model, modules, windows)
+    return {name: max(count, 1) / tokens for name, count in seen.items()}
+
+
+@torch.no_grad()
+def count_routed(
+    model: Any, modules: Sequence[str], windows: Integer[Tensor, "windows length"]
+) -> tuple[dict[str, int], int]:
+    """Return how many tokens reach each of these modules that is a matrix of a routed expert, and how many are read."""
     routed = {name: model.get_submodule(name) for name in modules}
     seen = {name: 0 for name, module in routed.items() if getattr(module, "routed", False)}
 
@@ -120,7 +128,7 @@ def measure_traffic(model: Any, modules: Sequence[str], windows: Integer[Tensor,
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: max(count, 1) / tokens for name, count in seen.items()}
+    return seen, tokens
 
 
 def without_traffic(moments: Mapping[str, Moments], traffic: Mapping[str, float]) -> dict[str, Moments]:

@@ -2,7 +2,8 @@
 
 ``grid`` rounds groups of weights to b-bit codes with a scale and a zero point, tile by tile; ``pack`` stores them.
 ``lattice`` puts a matrix on a grid of integers with one step per row and column; ``entropy`` stores such codes, and
-grouped ones, with an entropy coder, in the checksummed bytes of ``container``.  ``curvature`` holds the second
+grouped ones, with an entropy coder, in the checksummed bytes of ``container``; ``integer_code`` is for integers with a
+table of their own.  ``curvature`` holds the second
 derivatives of the loss.  ``error_feedback`` is one pass of GPTQ, ``coordinate_descent`` improves its codes until no
 weight can, ``lattice_codes`` does both on a lattice, ``lattice_paths`` finds codes that follow paths down the columns
 of a lattice and ``path_entropy`` stores these, and ``trainable_codes`` trains codes by gradient descent.

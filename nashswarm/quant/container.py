@@ -36,6 +36,8 @@ def unseal(kind: str, packed: UInt8[np.ndarray, " bytes"]) -> list[bytes]:
     if len(content) < 12 or zlib.crc32(body) != COUNT.unpack_from(content, 4)[0]:
         raise ValueError(f"the checksum of entropy-coded {kind} is wrong: the file is damaged; copy it again")
     (parts,) = COUNT.unpack_from(body)
-    lengths = [COUNT.unpack_from(body, 4 * number)[0] for number in range(1, parts + 1)]
-    ends = np.cumsum([4 * (parts + 1), *lengths])
+    lengths = np.frombuffer(body[4 : 4 * parts + 4], f"<u{COUNT.size}") if 4 * parts + 4 <= len(body) else ()
+    ends = np.cumsum([4 * parts + 4, *lengths])
+    if ends[-1] != len(body) or len(lengths) != parts:
+        raise ValueError(f"the parts of entropy-coded {kind} are not as long as they claim: the file is damaged")
     return [body[start:end] for start, end in itertools.pairwise(ends)]

@@ -9,10 +9,10 @@ of a matrix instead.  The coder is the asymmetric numeral system (Duda 2009) of 
 """
 
 import dataclasses
+import itertools
 import struct
 import zlib
 from collections.abc import Iterable
-from typing import Any
 
 import constriction
 import numpy as np
@@ -22,16 +22,23 @@ from torch import Tensor
 
 from nashswarm.quant.container import seal, unseal
 from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme, row_blocks
+from nashswarm.quant.integer_code import (
+    TOTAL,
+    categorical,
+    decode_integers,
+    decompress,
+    encode_integers,
+    join_low_bits,
+    split_low_bits,
+)
 from nashswarm.quant.lattice import Lattice, LatticeTensor
 from nashswarm.quant.pack import expand_tags, from_tiles, tag_runs, to_tiles
 
 LOWEST, HIGHEST = -12, 5  # levels with a table of their own; levels above shift low bits out
 TABLES = HIGHEST - LOWEST + 1
 ESCAPE = 48  # the symbol of all magnitudes from 48 on, which are stored as 32-bit integers
-TOTAL = 1 << 14  # the sum of the frequencies of a table
 SHAPE = struct.Struct("<IIf")  # rows, columns, base
 GROUPS = struct.Struct("<IIH?")  # rows, columns, group size, symmetric
-INTEGERS = struct.Struct("<IiH")  # count, least value, bytes of the table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +70,16 @@ class CodeTables:
 
         Raises ValueError if the bytes are damaged.
         """
-        frequencies = np.frombuffer(zlib.decompress(unseal("tables", packed)[0]), np.uint16).astype(np.int64)
+        (part,) = unseal("tables", packed)
+        frequencies = np.frombuffer(decompress(part), np.uint16).astype(np.int64)
         if len(frequencies) not in (TABLES * (ESCAPE + 1), 2 * TABLES * (ESCAPE + 1)):
             raise ValueError(f"{len(frequencies)} frequencies are not those of code tables: the file is damaged")
-        return CodeTables(frequencies.reshape(-1, ESCAPE + 1))
+        frequencies = frequencies.reshape(-1, ESCAPE + 1)
+        if not frequencies.all() or (frequencies.sum(1) != TOTAL).any():
+            raise ValueError(
+                f"the frequencies of a code table are not above 0 with the sum {TOTAL}: the file is damaged"
+            )
+        return CodeTables(frequencies)
 
 
 def fit_tables(counts: Float[np.ndarray, "tables symbols"]) -> CodeTables:
@@ -141,25 +154,40 @@ def decode_lattice(packed: UInt8[np.ndarray, " bytes"], tables: CodeTables) -> L
 
     Raises ValueError if they are damaged or of another kind.
     """
-    shape, *exponents, words, low, signs, escapes = unseal("lattice", packed)
-    rows, columns, base = SHAPE.unpack(shape)
-    lattice = Lattice(base, *(torch.from_numpy(decode_integers(part).astype(np.int8)) for part in exponents))
+    lattice, words, low, signs, escapes = read_lattice("lattice", packed)
     table, shift = (part.flatten().numpy() for part in table_and_shift(lattice.levels()))
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
-    symbols = np.zeros(rows * columns, np.int64)
+    symbols = np.zeros(table.shape, np.int64)
     for number in np.unique(table).tolist():
         symbols[table == number] = coder.decode(categorical(tables.probabilities(number)), int((table == number).sum()))
     escaped = symbols == ESCAPE
     codes = symbols << shift
+    if len(escapes) != 4 * np.count_nonzero(escaped):
+        raise ValueError("the escapes are of other codes, or the code tables are not those that coded them")
     codes[escaped] = np.frombuffer(escapes, "<u4")
     low_bits = np.unpackbits(np.frombuffer(low, np.uint8))
     for size in range(1, int(shift.max()) + 1):
         chosen = (shift == size) & ~escaped
         size_bits, low_bits = np.split(low_bits, [size * int(chosen.sum())])
         codes[chosen] |= join_low_bits(size_bits, size)
+    if len(signs) != -(-np.count_nonzero(codes) // 8):
+        raise ValueError("the signs are of other codes, or the code tables are not those that coded them")
     negative = np.unpackbits(np.frombuffer(signs, np.uint8))[: np.count_nonzero(codes)].astype(bool)
     codes[np.flatnonzero(codes)[negative]] *= -1
-    return LatticeTensor(torch.from_numpy(codes.reshape(rows, columns).astype(np.int32)), lattice)
+    return LatticeTensor(torch.from_numpy(codes.reshape(len(lattice.row_scale), -1).astype(np.int32)), lattice)
+
+
+def read_lattice(kind: str, packed: UInt8[np.ndarray, " bytes"]) -> tuple[Lattice, bytes, bytes, bytes, bytes]:
+    """Return the lattice of coded bytes of this kind, and their four other parts: words, low bits, signs and escapes.
+
+    Raises ValueError if they are damaged or of another kind.
+    """
+    shape, *exponents, words, low, signs, escapes = unseal(kind, packed)
+    if len(shape) != SHAPE.size or len(exponents) != 4:
+        raise ValueError(f"entropy-coded {kind} have other parts than these: the file is damaged")
+    rows, columns, base = SHAPE.unpack(shape)
+    decoded = [decode_integers(part, size) for part, size in zip(exponents, (rows, columns) * 2, strict=True)]
+    return Lattice(base, *(torch.from_numpy(part.astype(np.int8)) for part in decoded)), words, low, signs, escapes
 
 
 def encode_groups(tensor: QuantizedTensor) -> UInt8[np.ndarray, " bytes"]:
@@ -193,9 +221,15 @@ def decode_groups(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
     Raises ValueError if they are damaged or of another kind.
     """
     head, tags, *parts = unseal("groups", packed)
-    rows, columns, group_size, symmetric = GROUPS.unpack(head)
+    rows, columns, group_size, symmetric = GROUPS.unpack(head.ljust(GROUPS.size, b"\0")[: GROUPS.size])
+    if len(head) != GROUPS.size or not group_size or columns % group_size:
+        raise ValueError(f"an entropy-coded {rows}x{columns} matrix claims the group size {group_size}")
     flat_bits = expand_tags(np.frombuffer(tags, np.uint16))
-    shape = (row_blocks(rows), columns // group_size)
+    shape, widths = (row_blocks(rows), columns // group_size), set(flat_bits.tolist()) - {0}
+    if len(flat_bits) != shape[0] * shape[1] or not widths <= set(GRID_WIDTHS) or len(parts) != 4 * len(widths):
+        raise ValueError(
+            f"the tags of an entropy-coded {rows}x{columns} matrix are of other tiles: the file is damaged"
+        )
     codes = np.zeros((len(flat_bits), TILE_ROWS, group_size), np.uint8)
     scale = np.zeros((len(flat_bits), TILE_ROWS, 1), np.float16)
     zero_point = np.zeros((len(flat_bits), TILE_ROWS, 1), np.uint8)
@@ -203,7 +237,13 @@ def decode_groups(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
     for width in GRID_WIDTHS:
         chosen = flat_bits == width
         if chosen.any():
-            low, high, zeros, width_codes = (decode_integers(next(remaining)).astype(np.uint8) for _ in range(4))
+            count = TILE_ROWS * int(chosen.sum())
+            low, high, zeros, width_codes = (
+                decode_integers(part, size).astype(np.uint8)
+                for part, size in zip(
+                    itertools.islice(remaining, 4), (count, count, count, count * group_size), strict=True
+                )
+            )
             scale[chosen] = np.stack([low, high], 1).copy().view(np.float16).reshape(-1, TILE_ROWS, 1)
             zero_point[chosen] = zeros.reshape(-1, TILE_ROWS, 1)
             codes[chosen] = width_codes.reshape(-1, TILE_ROWS, group_size)
@@ -215,63 +255,3 @@ def decode_groups(packed: UInt8[np.ndarray, " bytes"]) -> QuantizedTensor:
         bits,
         Scheme(group_size, symmetric=symmetric),
     )
-
-
-def encode_integers(values: Integer[np.ndarray, " n"]) -> bytes:
-    """Return the entropy-coded bytes of integers, with a table of their frequencies.
-
-    Raises ValueError if their range is larger than 2¹⁶.
-    """
-    if not len(values):
-        return b""
-    values = values.astype(np.int64)
-    least = int(values.min())
-    counts = np.bincount(values - least)
-    if len(counts) > 1 << 16:
-        raise ValueError(f"integers from {least} to {least + len(counts) - 1} are too many kinds for one table")
-    logs = np.where(counts > 0, np.ceil(8 * np.log2(np.maximum(counts, 1) / counts.max() * TOTAL).clip(1)), 0)
-    coder = constriction.stream.stack.AnsCoder()
-    if len(counts) > 1:
-        coder.encode_reverse((values - least).astype(np.int32), categorical(_shares(logs.astype(np.uint8))))
-    table = zlib.compress(logs.astype(np.uint8).tobytes(), 9)
-    head = INTEGERS.pack(len(values), least, len(table))
-    return head + table + coder.get_compressed().astype("<u4").tobytes()
-
-
-def decode_integers(coded: bytes) -> Integer[np.ndarray, " n"]:
-    """Decode the bytes of ``encode_integers``.
-
-    >>> decode_integers(encode_integers(np.array([3, -1, 3, 3, 7]))).tolist()
-    [3, -1, 3, 3, 7]
-    """
-    if not coded:
-        return np.zeros(0, np.int64)
-    length, least, size = INTEGERS.unpack_from(coded)
-    start = INTEGERS.size + size
-    logs = np.frombuffer(zlib.decompress(coded[INTEGERS.size : start]), np.uint8)
-    if len(logs) == 1:
-        return np.full(length, least)
-    coder = constriction.stream.stack.AnsCoder(np.frombuffer(coded[start:], "<u4").astype(np.uint32))
-    return coder.decode(categorical(_shares(logs)), length).astype(np.int64) + least
-
-
-def _shares(logs: UInt8[np.ndarray, " symbols"]) -> Float[np.ndarray, " symbols"]:
-    """Return probabilities from binary logarithms in eighths.
-
-    Frequencies are rounded to integers first, so that all machines compute the same probabilities.
-    """
-    frequencies = np.where(logs > 0, np.round(16 * 2.0 ** (logs / 8)), 0.0)
-    return frequencies / frequencies.sum()
-
-
-def categorical(probabilities: Float[np.ndarray, " symbols"]) -> Any:
-    return constriction.stream.model.Categorical(probabilities, perfect=False)
-
-
-def split_low_bits(values: Integer[np.ndarray, " n"], bits: int) -> UInt8[np.ndarray, " n_times_bits"]:
-    """Return the low ``bits`` bits of each value, value by value, least significant bit first."""
-    return (values[:, None] >> np.arange(bits) & 1).astype(np.uint8).ravel()
-
-
-def join_low_bits(low_bits: UInt8[np.ndarray, " n_times_bits"], bits: int) -> Integer[np.ndarray, " n"]:
-    return (low_bits.reshape(-1, bits).astype(np.int64) << np.arange(bits)).sum(1)

@@ -46,7 +46,11 @@ def expand_tags(tags: UInt16[np.ndarray, " runs"]) -> UInt8[np.ndarray, " tiles"
 
     >>> expand_tags(tag_runs(np.array([2, 2, 8]))).tolist()
     [2, 2, 8]
+
+    Raises ValueError for tags of no width.
     """
+    if (tags & 7).max(initial=0) >= len(WIDTHS):
+        raise ValueError("a matrix has tags of an unknown kind: the file is damaged")
     return np.repeat(np.array(WIDTHS, np.uint8)[tags & 7], (tags >> 3).astype(np.int64) + 1)
 
 

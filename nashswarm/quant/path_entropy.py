@@ -14,22 +14,18 @@ import torch
 from jaxtyping import Float, Int, UInt8
 
 from nashswarm.kernels.path_form import SETS, STEPS, next_states
-from nashswarm.quant.container import seal, unseal
+from nashswarm.quant.container import seal
 from nashswarm.quant.entropy import (
     ESCAPE,
     LOWEST,
     SHAPE,
     TABLES,
-    TOTAL,
     CodeTables,
-    categorical,
-    decode_integers,
-    encode_integers,
     fit_tables,
-    join_low_bits,
-    split_low_bits,
+    read_lattice,
     table_and_shift,
 )
+from nashswarm.quant.integer_code import TOTAL, categorical, encode_integers, join_low_bits, split_low_bits
 from nashswarm.quant.lattice import Lattice
 from nashswarm.quant.lattice_paths import PathTensor, magnitudes_of
 
@@ -94,11 +90,10 @@ def decode_paths(packed: UInt8[np.ndarray, " bytes"], tables: CodeTables) -> Pat
 
     Raises ValueError if they are damaged, of another kind, or coded by other tables.
     """
-    shape, *exponents, words, low, signs, escapes = unseal("paths", packed)
-    rows, columns, base = SHAPE.unpack(shape)
-    lattice = Lattice(base, *(torch.from_numpy(decode_integers(part).astype(np.int8)) for part in exponents))
-    if len(tables.frequencies) != 2 * TABLES or lattice.levels().shape != (rows, columns):
-        raise ValueError("the code tables are not those of lattice paths, or the exponents are of another shape")
+    lattice, words, low, signs, escapes = read_lattice("paths", packed)
+    rows, columns = len(lattice.row_scale), len(lattice.column_scale)
+    if len(tables.frequencies) != 2 * TABLES:
+        raise ValueError("the code tables are not those of lattice paths")
     level_tables, shift = (part.numpy() for part in table_and_shift(lattice.levels()))
     numbers = _low_numbers(low, shift)
     models, coder = _Models(tables), constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))

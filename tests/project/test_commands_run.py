@@ -81,6 +81,7 @@ BENCHMARKS = {  # what makes them small
     "sensitivities": [*LITTLE, "dataset.test_windows=4", "--bits", "6"],
     "serving": ["your-model", "folder", "--requests", "4", "--others", "2", "--texts", "3", "--long", "9"],
     "stages": [*LITTLE, "method.sweeps=1"],
+    "trained_mixtures": ["--models", "mixtral", "--steps", "2", "--vocabulary", "300", "--windows", "4", "--bits", "4"],
     "trellis_and_lattice": [*LITTLE, "dataset.test_windows=4", "--bits", "6"],
 }
 NOT_HERE = {  # what a command begins with → why it is not run here

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -16,19 +17,17 @@ from nashswarm.quant.entropy import (
     HIGHEST,
     LOWEST,
     TABLES,
-    TOTAL,
     CodeTables,
     coded_bits,
     count_symbols,
     decode_groups,
-    decode_integers,
     decode_lattice,
     encode_groups,
-    encode_integers,
     encode_lattice,
     fit_tables,
 )
 from nashswarm.quant.grid import GRID_WIDTHS, QuantizedTensor, Scheme, quantize
+from nashswarm.quant.integer_code import TOTAL, decode_integers, encode_integers
 from nashswarm.quant.lattice import Lattice, LatticeTensor
 from tests.quant.laplace import LAPLACE
 
@@ -169,6 +168,50 @@ def test_decode_with_wrong_length_raises(kind: str) -> None:
             decode(packed[:length])
     with pytest.raises(ValueError, match="damaged"):
         decode(np.append(packed, np.uint8(0)))
+
+
+def resealed(packed: np.ndarray, place: int, value: int) -> np.ndarray:
+    """Change an integer behind the checksum, and mend that."""
+    body = bytearray(packed[8:].tobytes())
+    body[place : place + 4] = value.to_bytes(4, "little")
+    return np.frombuffer(packed[:4].tobytes() + zlib.crc32(body).to_bytes(4, "little") + body, np.uint8)
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+@pytest.mark.parametrize("place", [0, 4])
+def test_decode_with_lengths_that_do_not_fit_raises_before_any_allocation(kind: str, place: int) -> None:
+    encode, decode = EXAMPLES[kind]
+    for value in (0, 1, 2**31, 2**32 - 1):
+        if value != int.from_bytes(encode()[8 + place :][:4].tobytes(), "little"):
+            with pytest.raises(ValueError, match="not as long as they claim: the file is damaged"):
+                decode(resealed(encode(), place, value))
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("lattice", 9), ("groups", 6)])
+def test_decode_with_rows_that_do_not_fit_raises_before_any_allocation(kind: str, parts: int) -> None:
+    encode, decode = EXAMPLES[kind]
+    for rows in (0, 1, 2**31, 2**32 - 1):
+        with pytest.raises(ValueError, match="damaged"):
+            decode(resealed(encode(), 4 * (parts + 1), rows))
+
+
+def test_decode_groups_with_tags_of_no_width_raises() -> None:
+    packed = EXAMPLES["groups"][0]()
+    with pytest.raises(ValueError, match="tags of an unknown kind: the file is damaged"):
+        decode_groups(resealed(packed, 4 * 7 + 11, 0xFFFFFFFF))  # after the lengths of six parts and the head
+
+
+def test_decode_tables_with_frequencies_of_another_sum_raises() -> None:
+    with pytest.raises(ValueError, match=f"not above 0 with the sum {TOTAL}"):
+        CodeTables.unpack(CodeTables(LAPLACE.frequencies + 1).pack())
+
+
+def test_decode_integers_of_another_number_raises() -> None:
+    coded = encode_integers(np.arange(9))
+    assert decode_integers(coded, 9).tolist() == list(range(9))
+    for wrong, number in ((coded, 8), (b"", 1), (coded[:5], None)):
+        with pytest.raises(ValueError, match="damaged"):
+            decode_integers(wrong, number)
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)

@@ -19,7 +19,8 @@ from nashswarm.methods.nash_lattice.quantizer import LatticeQuantizer
 from nashswarm.packed.file_format import TABLES
 from nashswarm.progress import Track
 from nashswarm.quant.curvature import FactoredCurvature
-from nashswarm.quant.entropy import CodeTables, encode_integers, fit_tables
+from nashswarm.quant.entropy import CodeTables, fit_tables
+from nashswarm.quant.integer_code import encode_integers
 from nashswarm.quant.lattice import LEVELS_PER_OCTAVE, Lattice, bit_price
 from nashswarm.quant.lattice_paths import GAIN, PathTensor, path_error_feedback
 from nashswarm.quant.path_entropy import encode_paths, first_tables, with_fitted_sizes

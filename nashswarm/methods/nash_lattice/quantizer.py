@@ -22,9 +22,10 @@ from nashswarm.packed.file_format import TABLES
 from nashswarm.progress import Track
 from nashswarm.quant.coordinate_descent import DescentResult
 from nashswarm.quant.curvature import Curvature, FactoredCurvature
-from nashswarm.quant.entropy import CodeTables, coded_bits, count_symbols, encode_integers, encode_lattice, fit_tables
+from nashswarm.quant.entropy import CodeTables, coded_bits, count_symbols, encode_lattice, fit_tables
 from nashswarm.quant.error_feedback import row_chunks
 from nashswarm.quant.grid import TILE_ROWS, row_blocks
+from nashswarm.quant.integer_code import encode_integers
 from nashswarm.quant.lattice import Lattice, LatticeTensor, Rows, bit_price, make_lattice
 from nashswarm.quant.lattice_codes import RateTerm, lattice_descent, lattice_error_feedback
 

@@ -17,7 +17,9 @@ import fastapi
 import pydantic
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -45,15 +47,20 @@ Pieces = AsyncIterator[tuple[int, Piece]]
 
 
 def build_app(
-    model: Any, tokenizer: Any, name: str, limits: Limits = DEFAULT, body: int = BODY, stepper: Stepper | None = None
-) -> fastapi.FastAPI:
+    model: Any, tokenizer: Any, name: str, limits: Limits = DEFAULT, body: int = BODY, stepper: Stepper | None = None,
+    origins: Sequence[str] = (),
+) -> fastapi.FastAPI:  # fmt: skip
     """Build the application: completions, chat, models, and ``GET /health``.
 
     ``body``: the largest request in bytes.  ``stepper``: computes the steps; default: the modules of the model.
+    ``origins``: those whose pages may ask from a browser, ``*`` for all; default: none, since the server asks for no
+    key and a local one is in reach of every page that its user opens.
     """
     longest = longest_text(model)
     app = fastapi.FastAPI(title="nashswarm", docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, limit=body)
+    app.add_middleware(Gate, limit=body)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     # not as closures of the functions below: FastAPI keeps those as long as the process lives
     app.state.tokenizer, app.state.name = tokenizer, name
     app.state.engine = Engine(stepper or ModuleStepper(model), tokenizer, end_tokens(model, tokenizer), limits)
@@ -217,7 +224,7 @@ def _event(content: pydantic.BaseModel) -> str:
 
 
 def _refuse(request: fastapi.Request, error: Exception) -> JSONResponse:
-    status, reason = getattr(error, "status_code", 500), _reason(error)
+    status, reason = getattr(error, "status_code", 500), _reason(request, error)
     if isinstance(error, FullError | LateError):
         status = 429 if isinstance(error, FullError) else 503
     elif isinstance(error, RequestValidationError):
@@ -230,18 +237,25 @@ def _refuse(request: fastapi.Request, error: Exception) -> JSONResponse:
     return JSONResponse(replies.refusal(status, reason).model_dump(), status, headers)
 
 
-def _reason(error: Exception) -> str:
+def _reason(request: fastapi.Request, error: Exception) -> str:
     """Return the sentence that tells a client what happened."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return f"the request is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
         return protocol.explain(first["loc"][1:], first["type"], first["msg"])
-    return str(getattr(error, "detail", error))
+    reason = str(getattr(error, "detail", error))
+    if reason not in ("Not Found", "Method Not Allowed"):  # of the router, which knows no more
+        return reason
+    if request.method == "OPTIONS":
+        return "pages of other origins may not ask this server: --cors-origins names those that may"
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
+    served = [f"{method} {route.path_format}" for route in routes for method in route.methods or ()]
+    return f"{request.method} {request.url.path!a} is not served here, only {', '.join(served)}"
 
 
-class BodyLimit:
-    """Middleware that refuses requests whose body exceeds ``limit`` bytes, as soon as it does."""
+class Gate:
+    """Middleware that drops the last slash of a path, and refuses bodies as soon as they exceed ``limit`` bytes."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app, self.limit = app, limit
@@ -257,4 +271,6 @@ class BodyLimit:
                 raise HTTPException(413, f"the request is longer than {self.limit} bytes")
             return message
 
+        if scope["type"] == "http":
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         await self.app(scope, counted, send)

@@ -17,31 +17,40 @@ UNKNOWN = "\ufffd"  # in place of bytes that are no whole character
 def encode_prompt(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
     """Return the tokens of a prompt, which may be tokens already.
 
-    Raises ValueError for a prompt without tokens, or with half of a surrogate pair, which JSON can name and no
-    tokenizer reads.
+    Raises ValueError for a prompt without tokens, or with half of a character.
     """
     if isinstance(prompt, str):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the prompt holds {prompt[error.start]!a} at character {error.start}, which is half of a surrogate "
-                "pair and no character: send whole characters"
-            ) from error
+        check_characters(prompt, "the prompt")
         prompt = [int(token) for token in tokenizer(prompt, verbose=False)["input_ids"]]
     if not prompt:
         raise ValueError("the prompt has no tokens")
     return list(prompt)
 
 
+def check_characters(text: str, of_what: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which JSON can name and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{of_what} holds {text[error.start]!a} at character {error.start}, which is half of a surrogate pair and "
+            "no character: send whole characters"
+        ) from error
+
+
 def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Return the tokens of a conversation in the template of the model, ready for its answer.
 
     Control tokens that messages spell out are text: only the template sets them.  Raises ValueError if the tokenizer
-    has no template, or the template refuses the conversation.
+    has no template, the template refuses the conversation, or a message holds half of a character.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the model's tokenizer has no chat template")
+        raise ValueError(
+            "the model's tokenizer has no chat template: send texts to /v1/completions, or put the template that the "
+            "model was trained with into its folder, as chat_template.jinja"
+        )
+    for number, message in enumerate(messages):
+        check_characters(message["content"], f"message {number}")
     try:
         ids = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True

@@ -20,6 +20,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="not installed")
 httpx = pytest.importorskip("httpx", reason="not installed")
 
 import nashswarm  # noqa: E402
+from nashswarm.cli import main  # noqa: E402
 from nashswarm.runtime.serving import host  # noqa: E402
 
 
@@ -37,7 +38,7 @@ def served(model: Any, tokenizer: Any, tmp_path: pathlib.Path) -> Iterator[tuple
         port = free.getsockname()[1]
     command = "import sys; from nashswarm.cli import main; sys.exit(main())"
     words = [sys.executable, "-c", command, "serve", str(tmp_path / "small"), "--port", str(port)]
-    words += ["--memory-mb", "100000"]
+    words += ["--memory-mb", "100000", "--cors-origins", "http://localhost:3000"]
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
     with (
         subprocess.Popen(words, env=environment) as process,
@@ -83,12 +84,21 @@ def test_supervisor_worker_death_ends_wait(monkeypatch: pytest.MonkeyPatch) -> N
     process.join()
 
 
+@pytest.mark.parametrize("text", ["localhost:3000", "http://localhost:3000/", "http://", "", "null"])
+def test_serve_command_origin_that_no_browser_sends_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "folder", "--cors-origins", "http://localhost:3000", text])
+    assert stopped.value.code == 2 and f"--cors-origins: '{text}' is no origin: write scheme" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are looked up in /proc")
 def test_serve_command_restarts_killed_worker(served: tuple[Any, int]) -> None:
     client, parent = served
     before = ask_until_up(client)
     assert before.status_code == 200
+    page = {"Origin": "http://localhost:3000"}
+    assert client.get("/health", headers=page).headers["access-control-allow-origin"] == page["Origin"]
     (killed,) = workers(parent)
     os.kill(killed, signal.SIGKILL)
     after = ask_until_up(client)

@@ -1,5 +1,6 @@
 """What clients of OpenAI's API send is understood, and what they read is there."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -178,7 +179,24 @@ def test_chat_malformed_refused(client: Any, changed: dict[str, Any], reason: st
 def test_chat_without_template_refused(tiny: Any, tokenizer: Any) -> None:
     with host.serve_in_thread(server.build_app(tiny, tokenizer, "tiny")) as url:
         response = httpx.post(f"{url}/v1/chat/completions", json={"messages": CONVERSATION}, trust_env=False)
-    assert response.status_code == 400 and "has no chat template" in response.json()["error"]["message"]
+    told = response.json()["error"]["message"]
+    assert response.status_code == 400 and "has no chat template: send texts to /v1/completions, or put" in told
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "place"),
+    [
+        ("completions", {"prompt": "a \ud83d"}, "the prompt holds '\\ud83d' at character 2"),
+        ("completions", {"prompt": ["a", "\udc4d"]}, "the prompt holds '\\udc4d' at character 0"),
+        ("chat/completions", {"messages": [*CONVERSATION, {"role": "user", "content": "a \ud83d"}]}, "message 2 holds"),
+    ],
+)
+def test_half_of_a_character_is_refused_in_a_sentence(client: Any, path: str, body: Any, place: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = client.post(f"/v1/{path}", content=json.dumps(body), headers=headers)
+    told = response.json()["error"]["message"]
+    assert response.status_code == 400 and told.startswith(place), told
+    assert told.endswith("which is half of a surrogate pair and no character: send whole characters")
 
 
 def test_models_are_listed_and_shown(client: Any) -> None:

@@ -7,7 +7,7 @@ import gc
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -29,8 +29,9 @@ def start(tiny: Any, tokenizer: Any) -> Iterator[Start]:
     """Limits, and perhaps steps and the largest body → a client of a server with them."""
     open_ones: list[Any] = []
 
-    def started(body: int = server.BODY, stepper: Any = None, **limits: Any) -> Any:
-        serving = host.serve_in_thread(server.build_app(tiny, tokenizer, "tiny", Limits(**limits), body, stepper))
+    def started(body: int = server.BODY, stepper: Any = None, origins: Sequence[str] = (), **limits: Any) -> Any:
+        app = server.build_app(tiny, tokenizer, "tiny", Limits(**limits), body, stepper, origins)
+        serving = host.serve_in_thread(app)
         client = httpx.Client(base_url=serving.__enter__(), timeout=30, trust_env=False)
         open_ones.append((serving, client))
         return client
@@ -149,8 +150,65 @@ def test_completions_invalid_json_or_path_refused(start: Start) -> None:
     assert form.status_code == 415 and "Content-Type: application/json" in form.json()["error"]["message"]
     assert client.post("/v1/completions", headers=as_json).status_code == 400
     assert client.get("/v1/completions").status_code == 405
-    missing = client.get("/v2")
-    assert missing.status_code == 404 and missing.json()["error"]["message"] == "Not Found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/embeddings", 404),
+        ("POST", "/completion", 404),  # llama.cpp's own, whose replies are other ones
+        ("GET", "/v2", 404),
+        ("GET", "/", 404),
+        ("GET", "/v1/completions", 405),
+    ],
+)
+def test_unknown_path_or_method_is_told_what_is_served(start: Start, method: str, path: str, status: int) -> None:
+    refused = start().request(method, path, json={"input": "the"})
+    assert refused.status_code == status
+    assert refused.json()["error"]["message"] == (
+        f"{method} {path!r} is not served here, only GET /health, GET /v1/models, GET /v1/models/{{model_id}}, "
+        "POST /v1/completions, POST /v1/chat/completions"
+    )
+
+
+def test_slash_at_the_end_of_a_path_changes_nothing(start: Start) -> None:
+    client, body = start(), {"prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0}
+    replies = [client.post(f"/v1/completions{slash}", json=body) for slash in ("", "/")]
+    assert [reply.status_code for reply in replies] == [200, 200]  # httpx follows no redirection, nor does curl
+    assert replies[0].json()["choices"] == replies[1].json()["choices"]
+    for path in ("/health", "/v1/models", "/v1/models/tiny"):
+        assert client.get(f"{path}/").json() == client.get(path).json()
+
+
+PAGE = "http://localhost:3000"
+ASKING = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+
+@pytest.mark.parametrize("origins", [["http://example.org", PAGE], ["*"]])
+def test_page_of_a_named_origin_may_ask(start: Start, origins: list[str]) -> None:
+    client = start(origins=origins)
+    asked = client.options("/v1/completions", headers=ASKING)
+    assert asked.status_code == 200 and "POST" in asked.headers["access-control-allow-methods"]
+    assert (
+        "authorization" in asked.headers["access-control-allow-headers"].lower()
+    )  # clients send a key, whatever it is
+    answers = [
+        client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 2}, headers={"Origin": PAGE})
+        for prompt in ([1, 2], [])
+    ]
+    assert [answer.status_code for answer in answers] == [200, 400]
+    for answer in (asked, *answers):  # a page reads a refusal too
+        assert answer.headers["access-control-allow-origin"] in (PAGE, "*")
+        assert "access-control-allow-credentials" not in answer.headers
+
+
+def test_page_of_another_origin_may_not_ask(start: Start) -> None:
+    plain, named = start(), start(origins=["http://example.org"])
+    refused = plain.options("/v1/completions", headers=ASKING)
+    assert refused.status_code == 405 and "--cors-origins names those that may" in refused.json()["error"]["message"]
+    assert named.options("/v1/completions", headers=ASKING).status_code == 400
+    for client in (plain, named):
+        assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": PAGE}).headers
 
 
 def test_queue_full_sheds_and_recovers(start: Start, gate: Any) -> None:
