@@ -52,8 +52,9 @@ class NativeForward:
 def natively(model: Any) -> Any:
     """Let the C++ library compute the passes of a model that generates text and holds trellis-coded matrices."""
     plain: Any = type(model)
-    coded = any(isinstance(module, TrellisMatrix) for module in model.modules())
-    if coded and not isinstance(model, NativeForward) and getattr(plain, "can_generate", bool)():
+    if isinstance(model, NativeForward) or not getattr(plain, "can_generate", bool)():
+        return model
+    if any(isinstance(module, TrellisMatrix) for module in model.modules()):
         model.__class__ = _class_of(plain)
     return model
 
