@@ -122,10 +122,10 @@ def forward(
     and sines of the rotations, for every position.  Raises IndexError for a token or a position that the model does not
     have, and MemoryError.
     """
-    logits = torch.empty(len(wanted), model.vocabulary)
-    parts = [getattr(tokens, field.name).data_ptr() for field in dataclasses.fields(Tokens)]
+    logits = torch.empty(wanted.numel(), model.vocabulary)
+    parts = [part.data_ptr() for part in (tokens.ids, tokens.sequences, tokens.places, tokens.firsts, tokens.positions)]
     cosines, sines = (0, 0) if turns is None else (part.data_ptr() for part in turns)
-    count, done = len(tokens.ids), 0
+    count, done = tokens.ids.numel(), 0
     step = trellis_native.library_with_tables().nashswarm_decoder_pass
     for first in range(0, count, TOKENS):
         number = min(TOKENS, count - first)
@@ -133,8 +133,8 @@ def forward(
         if count > TOKENS:
             own = wanted[(wanted >= first) & (wanted < first + number)] - first
         job = Pass(
-            number, *(part + 8 * first for part in parts), cosines, sines, caches.data_ptr(), len(own), own.data_ptr(),
-            logits.data_ptr() + 4 * done * model.vocabulary,
+            number, *(part + 8 * first for part in parts), cosines, sines, caches.data_ptr(),
+            own.numel(), own.data_ptr(), logits.data_ptr() + 4 * done * model.vocabulary,
         )  # fmt: skip
         failed = step(
             ctypes.byref(model), ctypes.byref(job), native.DIGITS[activations], torch.get_num_threads(),
@@ -149,5 +149,5 @@ def forward(
                 else ("position", model.places, tokens.positions)
             )
             raise IndexError(f"there is no {what} {int(ids.max())}: the model has {table.rows}, numbered from 0")
-        done += len(own)
+        done += own.numel()
     return logits

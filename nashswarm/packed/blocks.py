@@ -5,7 +5,6 @@ them) and of the GPT-2 kind (layer norms, embeddings of positions).  All matrice
 """
 
 import ctypes
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from nashswarm.kernels import decoder
 from nashswarm.packed.matrix import TrellisMatrix
 from nashswarm.packed.modules import QuantizedEmbedding, QuantizedLinear
+from nashswarm.packed.watch import Link, Watch
 
 ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length of the text
 ATTENTION = ("sdpa", "eager")  # all compute the same
@@ -38,13 +38,14 @@ class Description:
     """A model as the native pass reads it.
 
     ``struct``: for the library; its addresses are valid as long as ``unchanged``.  ``windows``: by block, 0 for none.
+    ``activations``: the ways in which its matrices round their inputs.
     """
 
     def __init__(self, model: Any) -> None:
         """Raises UnknownPart."""
         self.linears: list[QuantizedLinear] = []
         self.kept: list[Any] = []  # keeps what has an address alive
-        self.links: list[tuple[dict[str, Any], str, Any]] = []
+        self.links: list[Link] = []
         self.weights: list[Tensor] = []
         kind = type(model).__name__
         if kind not in KINDS or not type(model).__module__.startswith("transformers."):
@@ -65,19 +66,20 @@ class Description:
             raise UnknownPart(f"rotations of the type {self.rotary.rope_type} depend on the length of the text")
         self.turns = self.turns_of(1)
         self.struct.rotated = 0 if self.turns is None else 2 * self.turns[0].shape[1]
-        modules = list(model.modules())
-        self.links += [(parent._modules, *child) for parent in modules for child in parent._modules.items()]
-        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        if patched := [type(module).__name__ for module in modules if "forward" in module.__dict__]:
+        if patched := [type(module).__name__ for module in model.modules() if "forward" in module.__dict__]:
             raise UnknownPart(f"the forward of {patched[0]} was replaced")
-        self.pointers = [weight.data_ptr() for weight in self.weights]
-        self.dicts, self.keys, self.objects = (list(part) for part in zip(*self.links, strict=True))
+        self.watch = Watch(model, self.links, self.weights)
+        self.activations = self._activations()
 
     def unchanged(self) -> bool:
         """Check that every module, and every tensor, is still where it was."""
-        return all(map(operator.is_, map(dict.get, self.dicts, self.keys), self.objects)) and self.pointers == [
-            weight.data_ptr() for weight in self.weights
-        ]
+        changed = self.watch.count_changes()
+        if changed:
+            self.activations = self._activations()
+        return self.watch.unmoved(packed=changed)
+
+    def _activations(self) -> set[str]:
+        return {linear.activations for linear in self.linears}
 
     def turns_of(
         self, positions: int
@@ -143,7 +145,6 @@ class Description:
         if not tiles.content.is_cpu:
             raise UnknownPart(f"the weights are on {tiles.content.device}, not on the CPU")
         self.kept.append((tiles.content, tiles.starts))
-        self.links.append((matrix._buffers, "content", matrix._buffers["content"]))
         return decoder.Matrix(tiles.content.data_ptr(), tiles.starts.data_ptr(), bias)
 
     def _tensor(self, module: nn.Module, name: str) -> int:

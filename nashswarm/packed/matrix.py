@@ -7,7 +7,7 @@ the file themselves: if these are mapped into memory, nothing is read before it 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,36 @@ from nashswarm.quant.prototype import ClassedTensor
 BUFFERS = tuple(field.name for field in dataclasses.fields(Tiles) if field.type is not int)
 
 
-class PackedMatrix(nn.Module):
+class Counted(nn.Module):
+    """A module that counts its changes together with all others of its kind.
+
+    Whoever knows what these modules hold need not look again until ``changes`` has grown.
+    """
+
+    changes: ClassVar[int] = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        Counted.changes += 1
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        Counted.changes += 1
+        super().__delattr__(name)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        Counted.changes += 1
+        super().register_buffer(name, tensor, persistent)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        Counted.changes += 1
+        super().add_module(name, module)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        Counted.changes += 1
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+class PackedMatrix(Counted):
     """A weight matrix of ``shape`` (out, in); its buffers are what a kernel reads.
 
     ``kind``: its format, in words.  ``escapes``: the number of codes beyond the range of their tile.  ``coded``:
@@ -83,7 +112,7 @@ class PackedMatrix(nn.Module):
         """Move to another device with the model, but keep every dtype: the buffers are codes and their scales."""
         device = fn(torch.zeros(0, device=next(self.buffers()).device)).device
         self._tiles = None
-        super()._apply(lambda part: part.to(device), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(lambda part: part.to(device), recurse)
         return self
 
     def extra_repr(self) -> str:

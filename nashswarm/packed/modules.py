@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nashswarm import kernels
-from nashswarm.packed.matrix import PackedMatrix
+from nashswarm.packed.matrix import Counted, PackedMatrix
 
 Activations = Literal["int8", "float32"]
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear, Counted):
     """y = x Wᵀ + b with a packed W.
 
     ``activations``: the type that x is rounded to inside the product.  ``transposed``: whether the layer replaced a
@@ -40,7 +40,7 @@ class QuantizedLinear(nn.Linear):
         return kernels.matmul(x, self.matrix.tiles, self.activations, self.bias)
 
 
-class QuantizedEmbedding(nn.Embedding):
+class QuantizedEmbedding(nn.Embedding, Counted):
     """An embedding that dequantizes the rows of a packed matrix as they are looked up.
 
     ``like``: an empty tensor of the dtype that rows are returned in; it follows the model to another dtype.

@@ -9,13 +9,12 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.modules import module as torch_modules
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
 
@@ -25,7 +24,7 @@ from nashswarm.packed.cache import Shape, append, reserve
 from nashswarm.packed.matrix import TrellisMatrix
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
-CAPTURE = "transformers.utils.output_capturing"
+FIRST = torch.zeros(1, dtype=torch.int64)  # the number of the first text, place or token
 
 log = logging.getLogger(__name__)
 _descriptions: "weakref.WeakKeyDictionary[Any, Description]" = weakref.WeakKeyDictionary()
@@ -53,8 +52,9 @@ class NativeForward:
 def natively(model: Any) -> Any:
     """Let the C++ library compute the passes of a model that generates text and holds trellis-coded matrices."""
     plain: Any = type(model)
-    coded = any(isinstance(module, TrellisMatrix) for module in model.modules())
-    if coded and not isinstance(model, NativeForward) and getattr(plain, "can_generate", bool)():
+    if isinstance(model, NativeForward) or not getattr(plain, "can_generate", bool)():
+        return model
+    if any(isinstance(module, TrellisMatrix) for module in model.modules()):
         model.__class__ = _class_of(plain)
     return model
 
@@ -169,16 +169,15 @@ def _ready(model: Any) -> tuple[Description, str]:
     description = describe(model)
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in description.weights):
         raise UnknownPart("gradients are wanted; call the model under torch.no_grad() if they are not")
-    everywhere = (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks)
-    if (any(description.hooks) or any(everywhere)) and _hooked((*description.hooks, *everywhere)):
+    if description.watch.hooked():
         raise UnknownPart("there are hooks on its modules")
     config = model.config
     if config.output_attentions or config.output_hidden_states or not config.return_dict:
         raise UnknownPart("the config asks for attentions, hidden states or a tuple")
-    activations = {linear.activations for linear in description.linears}
-    if len(activations) > 1:
+    if len(description.activations) > 1:
         raise UnknownPart("its matrices round their inputs differently")
-    return description, activations.pop()
+    (activations,) = description.activations
+    return description, activations
 
 
 def _reserve(cache: Any, tokens: int, shape: Shape, description: Description) -> Tensor:
@@ -204,46 +203,49 @@ def _forward(model: Any, given: dict[str, Any]) -> Any:
     kept = cache is not None or given.get("use_cache", model.config.use_cache)
     if cache is None:
         cache = DynamicCache(config=model.config)
-    tokens = _tokens(ids, cache.get_seq_length(), given)
+    tokens, positions = _tokens(ids, cache.get_seq_length(), given)
     shape = Shape(batch, description.struct.key_heads, description.struct.head_size)
     addresses = _reserve(cache, length, shape, description)
     last = min(keep, length) if keep else length
-    wanted = torch.arange(batch * length).view(batch, length)[:, length - last :].flatten().contiguous()
-    turns = description.turns_of(int(tokens.positions.max()) + 1)
+    wanted = FIRST
+    if batch * length > 1:
+        wanted = torch.arange(batch * length).view(batch, length)[:, length - last :].flatten().contiguous()
+    turns = description.turns_of(positions)
     logits = decoder.forward(description.struct, tokens, addresses, turns, wanted, activations).view(batch, last, -1)
     append(cache, length)
     output = CausalLMOutputWithPast if description.rotary is not None else CausalLMOutputWithCrossAttentions
     return output(logits=cast(Any, logits), past_key_values=cache if kept else None)
 
 
-def _hooked(hooks: Iterable[Mapping[int, Any]]) -> bool:
-    """Check for hooks other than those that transformers leaves behind once it was asked for hidden states."""
-    return any(getattr(hook, "__module__", None) != CAPTURE for of_module in hooks for hook in of_module.values())
+def _tokens(ids: Int64[Tensor, "batch length"], past: int, given: dict[str, Any]) -> tuple[decoder.Tokens, int]:
+    """Describe tokens after ``past`` others, and return how many positions they need.
 
-
-def _tokens(ids: Int64[Tensor, "batch length"], past: int, given: dict[str, Any]) -> decoder.Tokens:
-    """Describe tokens after ``past`` others.  Raises UnknownPart for masks that hide more than padding on the left."""
+    Raises UnknownPart for masks that hide more than padding on the left.
+    """
     batch, length = ids.shape
     mask, positions = given.get("attention_mask"), given.get("position_ids")
-    places = torch.arange(past, past + length)
-    firsts = torch.zeros(batch, dtype=torch.int64)
+    places = torch.tensor([past]) if length == 1 else torch.arange(past, past + length)
+    firsts = FIRST.expand(batch) if batch > 1 else FIRST
     if mask is not None:
         if type(mask) is not Tensor or mask.shape != (batch, past + length):
             raise UnknownPart("the attention mask has another shape than the text")
-        if not (seen := mask != 0).all():
+        if not mask.all():
+            seen = mask != 0
             firsts = (past + length) - seen.sum(1)
             if not torch.equal(seen, torch.arange(past + length) >= firsts[:, None]):
                 raise UnknownPart("the attention mask hides more than padding on the left")
     if positions is None:
-        positions = places
+        needed = past + length
     elif type(positions) is not Tensor or positions.shape[-1] != length:
         raise UnknownPart("the positions have another shape than the tokens")
     elif mask is None and not torch.equal(positions.expand(batch, length), places.expand(batch, length)):
         raise UnknownPart("the positions do not count the tokens")  # transformers takes these for several texts
-    if batch > 1:
-        places, sequences = places.repeat(batch), torch.arange(batch).repeat_interleave(length)
-        firsts = firsts.repeat_interleave(length)
     else:
-        sequences, firsts = torch.zeros(length, dtype=torch.int64), firsts.expand(length).contiguous()
-    positions = positions.long().expand(batch, length).reshape(-1)
-    return decoder.Tokens(ids.reshape(-1).contiguous(), sequences, places, firsts, positions.contiguous())
+        positions = positions.long().expand(batch, length).reshape(-1).contiguous()
+        needed = int(positions.max()) + 1
+    if batch * length == 1:
+        return decoder.Tokens(ids.view(1), FIRST, places, firsts, places if positions is None else positions), needed
+    sequences = torch.arange(batch).repeat_interleave(length)
+    firsts, places = firsts.repeat_interleave(length), places.repeat(batch)
+    positions = places if positions is None else positions
+    return decoder.Tokens(ids.reshape(-1).contiguous(), sequences, places, firsts, positions), needed
