@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 LONGEST = 64  # of a collection, and of a word, whose content is looked at
+Seen = dict[Hashable, set[Hashable]]  # kind of the arguments → kinds of the results
+seen_by_annotations: dict[Hashable, Seen] = {}
 decorate = jaxtyping.jaxtyped
 
 
@@ -71,9 +73,19 @@ def result_like(function: Callable[..., Any], result: threading.local) -> Callab
     return functools.wraps(function)(copied)
 
 
+def seen_of(function: Callable[..., Any]) -> Seen:
+    """Return what was seen of a function, and of others of the same annotations: one inside another is made anew by
+    each call of that one, and compiling its checks takes milliseconds."""
+    annotations = function.__code__, function.__module__, *function.__annotations__.items()
+    try:
+        return seen_by_annotations.setdefault(annotations, {})
+    except TypeError:  # an annotation without a hash
+        return {}
+
+
 def check_once(function: Callable[..., Any], checker: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that checks its arguments and its result where their kinds are new, and else only calls."""
-    seen: dict[Hashable, set[Hashable]] = {}  # kind of the arguments → kinds of the results
+    seen = seen_of(function)
     result = threading.local()
 
     @functools.cache

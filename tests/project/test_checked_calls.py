@@ -71,6 +71,20 @@ def test_items_and_words_are_checked_after_others_that_passed() -> None:
         length([1], other="up")
 
 
+def test_function_inside_another_is_checked_by_its_own_annotations() -> None:
+    def make(form: Any) -> Any:
+        def inner(value: form) -> form:
+            return value
+
+        return checked(inner)
+
+    for _ in range(2):
+        assert make(int)(1) == 1 and make(str)("1") == "1"
+        for form, wrong in ((int, "1"), (str, 1)):
+            with pytest.raises(TypeCheckError):
+                make(form)(wrong)
+
+
 def test_long_collections_are_checked_at_every_call() -> None:
     assert length([0] * (LONGEST + 1)) == length([1] * (LONGEST + 1)) == LONGEST + 1
     with pytest.raises(TypeCheckError):
