@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import tests.checked_calls  # noqa: F401  (it comes before the package)
 from nashswarm.kernels import trellis, trellis_codes
 from nashswarm.kernels.trellis import Trellis
 from nashswarm.models.matrices import find_layers

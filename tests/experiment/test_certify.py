@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-import transformers
 
 from experiments.config import compose
 from nashswarm.cli import main
@@ -44,28 +43,14 @@ Saved = Callable[[str], tuple[record.Record, pathlib.Path]]
 
 
 @pytest.fixture(scope="module")
-def full_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> pathlib.Path:
-    """A GPT-2 of one narrow block in Hugging Face layout: every kind of matrix, and few of them."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=512, n_layer=1, n_head=4, n_embd=64, n_inner=64, n_positions=64, initializer_range=0.1,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("full") / "model"
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def execute(small_run: list[str], full_model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Execute:
-    """Run on the full model; records beside the folder that is saved, one cache for all."""
+def execute(small_run: list[str], narrow_model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Execute:
+    """Run on the narrow model; records beside the folder that is saved, one cache for all."""
     cache = tmp_path_factory.mktemp("cache")
 
     def started(save: pathlib.Path, *more: str, many: bool = False) -> Outcome:
         overrides = [
             *small_run,
-            f"model.path={full_model}",
+            f"model.path={narrow_model}",
             "measure=size",
             f"cache={cache}",
             f"records={save.parent}/records",
@@ -134,7 +119,7 @@ def stay(
 def test_certify_game_away_from_equilibrium_agrees_with_the_record(
     settings: list[str],
     execute: Execute,
-    full_model: pathlib.Path,
+    narrow_model: pathlib.Path,
     model_folder: pathlib.Path,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -143,7 +128,7 @@ def test_certify_game_away_from_equilibrium_agrees_with_the_record(
 
     With a local reply no block of the narrow model would gain: that case takes the wider one.
     """
-    model = model_folder if "method.swarm.local_reply=5" in settings else full_model
+    model = model_folder if "method.swarm.local_reply=5" in settings else narrow_model
     monkeypatch.setattr(solver, "REGRET", np.inf)
     monkeypatch.setattr(solver.RateGameSolver, "best_response_offsets", stay)
     written = execute(tmp_path / "model", "method=nash_lattice", f"model.path={model}", *settings).record
@@ -268,9 +253,9 @@ def test_certify_folder_without_model_raises(folder: pathlib.Path) -> None:
 
 
 def test_certify_moved_model_and_text_are_found_by_their_paths(
-    folder: pathlib.Path, tmp_path: pathlib.Path, full_model: pathlib.Path, text_file: pathlib.Path
+    folder: pathlib.Path, tmp_path: pathlib.Path, narrow_model: pathlib.Path, text_file: pathlib.Path
 ) -> None:
-    (tmp_path / "moved").symlink_to(full_model)
+    (tmp_path / "moved").symlink_to(narrow_model)
     shutil.copy(text_file, tmp_path / "moved.txt")
     described = about(folder)
     for group in ("model", "dataset"):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -191,14 +191,16 @@ def test_experiment_is_a_sweep_and_its_second_line_starts_it(name: str) -> None:
     for key, values in sweep.items():
         if not (CONF / key).is_dir():  # a number of a key composes as any other of them; the slow test below has all
             sweep[key] = values[-1:]
-    compose_rows(name, sweep)
+    longest = max(map(len, sweep.values()))  # every choice once, in some row; the slow test below has all rows
+    compose_rows(name, sweep, itertools.islice(zip(*map(itertools.cycle, sweep.values()), strict=True), longest))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_every_row_of_its_sweep_composes(name: str) -> None:
     if composed(f"experiment/{name}").hydra.sweeper._target_ != "hydra_plugins.search.Study":
-        compose_rows(name, sweep_of(name))
+        sweep = sweep_of(name)
+        compose_rows(name, sweep, itertools.product(*sweep.values()))
 
 
 def sweep_of(name: str) -> dict[str, list[str]]:
@@ -207,9 +209,9 @@ def sweep_of(name: str) -> dict[str, list[str]]:
     return {key: [value.strip() for value in str(values).split(",")] for key, values in params.items()}
 
 
-def compose_rows(name: str, sweep: dict[str, list[str]]) -> None:
-    for row in itertools.product(*sweep.values()):
-        job = [f"experiment={name}", *(f"{key}={value}" for key, value in zip(sweep, row, strict=True))]
+def compose_rows(name: str, axes: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
+    for row in rows:
+        job = [f"experiment={name}", *(f"{key}={value}" for key, value in zip(axes, row, strict=True))]
         assert "method" in compose(*job)
 
 

@@ -246,9 +246,9 @@ class Repeated(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def repeated(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Repeated:
+def repeated(small_run: list[str], narrow_model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Repeated:
     folder = tmp_path_factory.mktemp("repeated")
-    execute = runner([*small_run, "method=nash_lattice", *SMALL_GAME], folder)
+    execute = runner([*small_run, f"model.path={narrow_model}", "method=nash_lattice", *SMALL_GAME], folder)
     first = execute()
     before = first.path.stat().st_mtime_ns
     second = execute()
