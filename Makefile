@@ -1,5 +1,6 @@
 # Every target is safe to run again; `make` alone lists them.
 PYTHON ?= python3
+VENV ?= .venv
 EXPERIMENT ?= ablation
 RECORDS ?= results/records
 
@@ -7,21 +8,30 @@ export TOKENIZERS_PARALLELISM = false
 # Where this variable is set, every process compiles torch and transformers again.
 export PYTHONDONTWRITEBYTECODE =
 
-BIN := .venv/bin
+BIN := $(VENV)/bin
 RUN := $(BIN)/python -m experiments.run
 EXPERIMENTS := $(basename $(notdir $(wildcard conf/experiment/*.yaml)))
 LATEX := latexmk texlive-latex-base texlive-latex-recommended texlive-fonts-recommended texlive-pictures \
          texlive-latex-extra poppler-utils
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-engines test-all sanitize docs family sweep derive pages latex paper arxiv \
+.PHONY: help install quickstart test test-types test-quick test-slow test-engines test-all sanitize docs family sweep derive pages latex paper arxiv \
         reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+ifneq ($(origin PYTHON),file)  # an environment keeps the version that it was made with
+VERSION_OF = $(shell $(1) -c 'import sys; print(sys.version_info[:2])')
+ifneq ($(wildcard $(BIN)/python),)
+ifneq ($(call VERSION_OF,$(PYTHON)),$(call VERSION_OF,$(BIN)/python))
+$(error $(VENV) has another version than $(PYTHON): name a new folder, for example VENV=$(VENV)-other)
+endif
+endif
+endif
+
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 
 SPHINX := $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir build/docs/doctrees
 KERNELS := nashswarm/kernels/csrc
@@ -35,36 +45,41 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 
 SOURCES := pyproject.toml constraints.txt $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h) $(KERNELS)/CMakeLists.txt
 
-.venv/installed: $(SOURCES) | $(BIN)/python
+$(VENV)/installed: $(SOURCES) | $(BIN)/python
 	$(PIP) -e .
 	@touch $@
 
-.venv/tested: $(SOURCES) | $(BIN)/python  # one installation with the tools, for it builds the kernels
+$(VENV)/tested: $(SOURCES) | $(BIN)/python  # one installation with the tools, for it builds the kernels
 	$(PIP) -e '.[dev]'
-	@touch .venv/installed $@
+	@touch $(VENV)/installed $@
 
-.venv/documented: .venv/installed
+$(VENV)/documented: $(VENV)/installed
 	$(PIP) -e '.[docs]'
 	@touch $@
 
-install: .venv/installed  ## make .venv with the tested versions
+install: $(VENV)/installed  ## make .venv with the tested versions
 
 quickstart: install  ## run the ablation on the embedded model, to a table, a figure and a page; no download
 	@$(BIN)/nashswarm quickstart --out results/quickstart
 
-test: .venv/tested  ## lint, format, types, import contracts and the quick tests: minutes on two cores
+test: $(VENV)/tested  ## lint, format, types, import contracts and the quick tests: minutes on two cores
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
-	@$(BIN)/mypy --no-error-summary
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going test-types test-quick
+
+test-types:
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/mypy --no-error-summary
+
+test-quick:
 	@$(BIN)/pytest -n 2 --quiet
 
-docs: .venv/documented  ## build the documentation, run its examples; a warning is an error
+docs: $(VENV)/documented  ## build the documentation, run its examples; a warning is an error
 	@$(SPHINX) --fresh-env -b doctest docs build/docs/doctest
 	@$(SPHINX) -b html docs build/docs/html
 	@ls build/docs/html/index.html
 
-sanitize: .venv/tested  ## the tests of the kernels under sanitizers of memory and undefined behaviour
+sanitize: $(VENV)/tested  ## the tests of the kernels under sanitizers of memory and undefined behaviour
 	@cmake -S $(KERNELS) -B $(SANITIZED) -DSANITIZE=ON > /dev/null
 	@cmake --build $(SANITIZED) > /dev/null
 	@$(SANITIZER) $(BIN)/python -m pytest --quiet -p tests.sanitized tests/kernels/test_kernels.py tests/kernels/test_trellis_native.py \
@@ -72,13 +87,13 @@ sanitize: .venv/tested  ## the tests of the kernels under sanitizers of memory a
 
 ENGINES := slurm-wlm munge chromium
 
-test-engines: .venv/tested  ## sweeps on a real Ray and a real Slurm of this machine, with faults; needs root
+test-engines: $(VENV)/tested  ## sweeps on a real Ray and a real Slurm of this machine, with faults; needs root
 	@for command in munged slurmctld slurmd sbatch chromium; do command -v $$command > /dev/null \
 		|| { echo "make test-engines needs Debian packages: apt-get install $(ENGINES)" >&2; exit 1; }; done
 	@$(PIP) -e '.[ray,slurm,search]'
 	@$(BIN)/pytest --quiet -m engines tests
 
-test-slow: .venv/tested  ## the slow tests: notebooks, whole derivations, long trainings, commands of the guides
+test-slow: $(VENV)/tested  ## the slow tests: notebooks, whole derivations, long trainings, commands of the guides
 	@$(BIN)/pytest --quiet -m slow
 
 test-all: test docs sanitize test-slow test-engines  ## every check there is
@@ -124,8 +139,8 @@ reproduce: family  ## run every experiment again and compare with the records; c
 		$(RUN) experiment=$$experiment records=results/reproduced/records || status=1; \
 	done; $(BIN)/python scripts/reproduced.py || status=1; exit $$status
 
-clean:  ## remove generated files; .venv, the records and the trained family are kept
+clean:  ## remove generated files; environments, the records and the trained family are kept
 	rm -rf results/logs results/cache results/studies results/pages results/quickstart results/reproduced wandb multirun outputs build dist
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 	rm -rf docs/generated paper/generated $(addprefix paper/main.,aux bbl blg fdb_latexmk fls log out pdf toc)

@@ -220,7 +220,12 @@ def test_compress_other_architectures_reload_equal(
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [("bert", "gptq"), ("bert_encoder", "nash_lattice"), ("bert_encoder", "nash_swarm"), ("bert_classifier", "gptq")],
+    [
+        ("bert", "gptq"),
+        pytest.param("bert_encoder", "nash_lattice", marks=pytest.mark.slow),
+        ("bert_encoder", "nash_swarm"),
+        ("bert_classifier", "gptq"),
+    ],
 )
 def test_compress_encoders_and_classifiers_reload_equal(
     kind: str,

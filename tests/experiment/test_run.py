@@ -66,8 +66,7 @@ METHODS = {
     "compressed_gradients": TILES | PLAYED,
     "nash_swarm": TILES | PLAYED,
 }
-
-
+SLOW = {"no_sweeps", "random_groups", "feature_groups", "compressed_gradients"}  # nash_swarm with another setting each
 SMALL_GAME = ["method.offsets=[-1,0,1]", "method.sweeps=5"]
 
 
@@ -102,7 +101,9 @@ def records_in(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(folder.rglob("records/**/*.json"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=[pytest.mark.slow] if method in SLOW else []) for method in METHODS]
+)
 def test_run_every_method_leaves_a_record_with_all_its_metrics(
     method: str, execute: Callable[..., Outcome], tmp_path: pathlib.Path, tiny: Any
 ) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -20,7 +21,8 @@ import nashswarm
 from scripts import arxiv, release
 
 ROOT = pathlib.Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, (BUILD,) = PYPROJECT["project"], PYPROJECT["build-system"]["requires"]
 REPOSITORY = PROJECT["urls"]["Repository"].removeprefix(release.GITHUB)
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 ZENODO = json.loads((ROOT / ".zenodo.json").read_text())
@@ -156,15 +158,58 @@ def test_paper_package_builds_by_itself(tmp_path: pathlib.Path) -> None:
         arxiv.build(files | {"main.bbl": b"\\begin{thebibliography}{1}\\bibitem{two} Two.\\end{thebibliography}\n"})
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The wheel of this platform, built from the source archive."""
+    folder = tmp_path_factory.mktemp("dist")
+    # the hook of the build system writes the archive, as `python -m build --sdist` has it do
+    program = f"from scikit_build_core.build import build_sdist; print(build_sdist({str(folder)!r}))"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", "--target", str(folder / "tools"), BUILD], check=True)
+    environment = os.environ | {"PYTHONPATH": str(folder / "tools")}
+    archive = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env=environment, text=True).split()[-1]
+    command = [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(folder / archive)]
+    subprocess.run(command, cwd=folder, check=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
 @pytest.mark.slow
-def test_wheel_holds_the_kernels_and_the_model(tmp_path: pathlib.Path) -> None:
+def test_wheel_holds_the_kernels_and_the_model(wheel: pathlib.Path) -> None:
     """It has the kernels built, and neither their sources nor the tests."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"nashswarm/kernels/nashswarm_kernels.so", "nashswarm/models/default_model/model.safetensors"} <= names
     assert {"nashswarm/conf/config.yaml", "nashswarm/reporting/page.css"} <= names
     choices = subprocess.check_output(["git", "ls-files", "conf"], cwd=ROOT, text=True).split()
     assert {f"nashswarm/{path}" for path in choices} <= names
     assert not [name for name in names if name.startswith(("conf/", "tests/", "nashswarm/kernels/csrc"))]
+
+
+@pytest.mark.slow
+def test_wheel_works_outside_the_checkout_without_a_compiler(wheel: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """In an environment that has the wheel, and beside it the packages of this one."""
+    home, place = tmp_path / "home", tmp_path / "place"
+    home.mkdir()
+    place.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "clean"], check=True)
+    python, program = tmp_path / "clean/bin/python", tmp_path / "clean/bin/nashswarm"
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", wheel]
+    subprocess.run(pip, check=True)
+    (packages,) = (tmp_path / "clean").glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # not its own .pth files: no checkout
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CC", "CXX")}
+    environment = kept | {"PATH": str(program.parent), "HOME": str(home), "OMP_NUM_THREADS": "1"}
+
+    def run(*command: object) -> str:
+        words = list(map(str, command))
+        done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        return done.stdout
+
+    where = run(python, "-c", "import nashswarm; print(nashswarm.__file__)")
+    assert pathlib.Path(where.strip()).is_relative_to(packages)
+    assert re.search(r"^kernels +(avx|neon|portable)", run(program, "doctor"), re.M)
+    run(program, "compress", "default", "--bits", "3", "--effort", "quick", "--out", "small")
+    assert (place / "small/model.safetensors").exists() and "bytes in memory" in run(program, "inspect", "small")
+    assert "single" in run(program, "quickstart", "--out", "first")
+    assert list((place / "first").rglob("*.html"))
