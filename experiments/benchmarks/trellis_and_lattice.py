@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     methods: dict[str, Method] = {
         "nash_swarm": dataclasses.replace(own, floor=0.0),
-        "nash_lattice": NashLattice(bits=options.bits, sweeps=options.sweeps, strength=(0.0,), swarm=None),
+        "nash_lattice": NashLattice(bits=options.bits, sweeps=options.sweeps, floor=0.0, swarm=None),
         "nash_archive": NashArchive(bits=options.bits, floor=0.0),
     }
     kept = {} if set(options.methods) == set(NAMES) else earlier_rows(options.out.with_suffix(".json"), options.bits)
