@@ -21,7 +21,7 @@ from nashswarm.records.provenance import provenance
 from nashswarm.records.record import Record
 from nashswarm.records.statistics import interval
 
-RIVALS = ("gptq_one_step", "lattice_no_swarm", "nash_lattice_best")
+RIVALS = ("gptq_one_step", "lattice_no_swarm", "nash_lattice")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
