@@ -25,6 +25,7 @@ from nashswarm.quant.grid import GRID_WIDTHS, TILE_ROWS, QuantizedTensor, Scheme
 from nashswarm.quant.integer_code import (
     TOTAL,
     categorical,
+    check_count,
     decode_integers,
     decompress,
     encode_integers,
@@ -186,7 +187,9 @@ def read_lattice(kind: str, packed: UInt8[np.ndarray, " bytes"]) -> tuple[Lattic
     if len(shape) != SHAPE.size or len(exponents) != 4:
         raise ValueError(f"entropy-coded {kind} have other parts than these: the file is damaged")
     rows, columns, base = SHAPE.unpack(shape)
-    decoded = [decode_integers(part, size) for part, size in zip(exponents, (rows, columns) * 2, strict=True)]
+    for part, size in zip(exponents, (rows, columns) * 2, strict=True):
+        check_count(part, size)
+    decoded = list(map(decode_integers, exponents))
     return Lattice(base, *(torch.from_numpy(part.astype(np.int8)) for part in decoded)), words, low, signs, escapes
 
 

@@ -41,11 +41,10 @@ def decode_integers(coded: bytes, expected: int | None = None) -> Integer[np.nda
     >>> decode_integers(encode_integers(np.array([3, -1, 3, 3, 7]))).tolist()
     [3, -1, 3, 3, 7]
     """
-    if not coded and not expected:
+    check_count(coded, expected)
+    if not coded:
         return np.zeros(0, np.int64)
-    length, least, size = INTEGERS.unpack_from(coded.ljust(INTEGERS.size, b"\0"))
-    if len(coded) < INTEGERS.size or length != (length if expected is None else expected):
-        raise ValueError(f"{length} coded integers stand where {expected} belong: the file is damaged")
+    length, least, size = INTEGERS.unpack_from(coded)
     start = INTEGERS.size + size
     logs = np.frombuffer(decompress(coded[INTEGERS.size : start]), np.uint8)
     if not logs.any() or len(logs) > 1 << 16:
@@ -54,6 +53,18 @@ def decode_integers(coded: bytes, expected: int | None = None) -> Integer[np.nda
         return np.full(length, least)
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(coded[start:], "<u4").astype(np.uint32))
     return coder.decode(categorical(_shares(logs)), length).astype(np.int64) + least
+
+
+def check_count(coded: bytes, expected: int | None) -> None:
+    """Raise ValueError unless coded integers say that they are as many as ``expected``; None: as any number.
+
+    Where several parts have to agree, all are checked before the first is decoded, which may take long.
+    """
+    if not coded and not expected:
+        return
+    length, _, _ = INTEGERS.unpack_from(coded.ljust(INTEGERS.size, b"\0"))
+    if len(coded) < INTEGERS.size or length != (length if expected is None else expected):
+        raise ValueError(f"{length} coded integers stand where {expected} belong: the file is damaged")
 
 
 def decompress(table: bytes) -> bytes:
