@@ -39,7 +39,7 @@ METHODS = {
     "gptq": Gptq,
     "uniform": Uniform,
 }
-WITH_EFFORT = ("nash_swarm", "nash_lattice")
+WITH_EFFORT = tuple(name for name, method in METHODS.items() if hasattr(method, "effort"))
 log = logging.getLogger(__name__)
 LONGEST_WINDOW = 512  # tokens; longer ones cost memory and teach little more
 MOST_BITS = 16  # of a game; those that round to one width know which they have

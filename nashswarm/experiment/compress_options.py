@@ -25,10 +25,7 @@ def add_all(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     parser.add_argument("--method", choices=sorted(api.METHODS), help="default: nash_swarm")
     parser.add_argument(
-        "--effort",
-        choices=get_args(Effort),
-        default="default",
-        help="of nash_swarm, whose quick is one pass, and nash_lattice",
+        "--effort", choices=get_args(Effort), default="default", help="of nash_swarm (quick: one pass), nash_lattice"
     )
     parser.add_argument(
         "--calibration", metavar="TEXT", help="a text file or folder, or embedded, code, own (sampled by the model), "

@@ -68,12 +68,9 @@ def forecast_by_layer(model: str, settings: ByLayer | ByPrice, windows: int, len
     window_length = sources.LoadedModel(empty, None).window_length(length)
     asked = {"model": model, "windows": [windows, window_length], "threads": torch.get_num_threads()}
     if isinstance(settings, ByPrice):
-        measured = streaming_forecast.rates(settings)
-        return (
-            {"method": "nash_swarm"}
-            | asked
-            | streaming_forecast.forecast(empty, settings, windows, window_length, measured)
-        )
+        at_price = streaming_forecast.rates(settings)
+        told = streaming_forecast.forecast(empty, settings, windows, window_length, at_price)
+        return {"method": "nash_swarm"} | asked | told
     rates = forecast.rates(settings)
     expected = forecast.forecast(empty, settings, windows, window_length, rates)
     return {"method": "gptq"} | asked | dataclasses.asdict(expected) | {"rates": dataclasses.asdict(rates)}

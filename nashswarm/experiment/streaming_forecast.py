@@ -5,8 +5,7 @@ compresses; memory from what each step holds.  The time to read the checkpoint f
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,24 +21,26 @@ from nashswarm.experiment.forecast import (
     interpolated,
     sample_matrices,
 )
+from nashswarm.kernels.trellis import groups_of, tiles_across
 from nashswarm.layers import Layer, Moments
 from nashswarm.methods.streaming import tiles
 from nashswarm.methods.streaming.budget import parameters_of
 from nashswarm.methods.streaming.forecast import (
+    FACTOR_BYTES,
     columns_of,
     is_expert,
+    least_seconds,
     numel_of,
     share_of_tokens,
     unlike_units,
 )
 from nashswarm.methods.streaming.gradients import split_into_passes
+from nashswarm.methods.streaming.priced import BACKWARD, ENCODE, FORWARD
 from nashswarm.methods.streaming.settings import ByPrice
 from nashswarm.methods.streaming.skeleton import BLOCK, Unit, structure_of, tensors_of
 
-FORWARD, BACKWARD, ENCODE = "running blocks forward", "running blocks backward", "encoding block by block"
 RATE = 3  # of the tiles of the samples
 SAMPLE = (512, 1536, 1536)  # rows and columns of the factors of the product that is timed
-FACTOR_BYTES = 3 * 8  # per entry of H while it is factored in double precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +71,13 @@ def rates(settings: ByPrice) -> Rates:
     rows, inner, columns = SAMPLE
     left, right = torch.randn(rows, inner), torch.randn(inner, columns)
     with bfloat16_products():
-        product = _seconds(lambda: torch.nn.functional.linear(left, right)) / (rows * inner * columns)
+        product = least_seconds(lambda: torch.nn.functional.linear(left, right)) / (rows * inner * columns)
     weighing, encoding = {}, {}
     for number in COLUMNS:
         matrices, moments = sample_matrices(number, torch.get_num_threads())
         weights = sum(layer.parameters for layer in matrices)
-        weighing[number] = _seconds(partial(_weigh, matrices, moments, settings)) / weights
-        encoding[number] = _seconds(partial(_encode, matrices, moments, settings)) / weights
+        weighing[number] = least_seconds(partial(_weigh, matrices, moments, settings)) / weights
+        encoding[number] = least_seconds(partial(_encode, matrices, moments, settings)) / weights
     return Rates(product, weighing, encoding)
 
 
@@ -161,17 +162,7 @@ def _weigh(matrices: Sequence[Layer], moments: Mapping[str, Moments], settings: 
 
 
 def _encode(matrices: Sequence[Layer], moments: Mapping[str, Moments], settings: ByPrice) -> None:
-    rates = [
-        torch.full((-(-len(layer.weight) // 64), -(-layer.weight.shape[1] // 16)), RATE, dtype=torch.uint8)
-        for layer in matrices
-    ]
+    shapes = [layer.weight.shape for layer in matrices]
+    rates = [torch.full((groups_of(rows), tiles_across(columns)), RATE, dtype=torch.uint8) for rows, columns in shapes]
     for _ in tiles.encoded(matrices, moments, rates, settings):
         pass
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    """Return the processor seconds of a call on all threads together, shared by them; the second of two calls."""
-    call()
-    started = time.process_time()
-    call()
-    return (time.process_time() - started) / torch.get_num_threads()

@@ -71,14 +71,16 @@ def rates(settings: ByLayer) -> Rates:
     curvature = Curvature(torch.ones(SAMPLE_ROWS), inputs.T @ inputs / len(inputs), None).damped(settings.damping)
     assert curvature.inputs is not None
     hessian, factor = curvature.inputs, inverse_cholesky(curvature.inputs)
-    product = _seconds(lambda: weight @ hessian) / (SAMPLE_ROWS * SAMPLE_COLUMNS**2)
+    product = least_seconds(lambda: weight @ hessian) / (SAMPLE_ROWS * SAMPLE_COLUMNS**2)
     bits, scheme = settings.bits, settings.scheme
-    quantizing = _seconds(lambda: pack(quantize_layer(weight, bits, scheme, curvature, settings.sweeps, factor=factor)))
+    quantizing = least_seconds(
+        lambda: pack(quantize_layer(weight, bits, scheme, curvature, settings.sweeps, factor=factor))
+    )
     return Rates(
         product=product,
-        factor=_seconds(lambda: inverse_cholesky(hessian)) / SAMPLE_COLUMNS**3,
+        factor=least_seconds(lambda: inverse_cholesky(hessian)) / SAMPLE_COLUMNS**3,
         reply=max(quantizing / weight.numel() - PRODUCTS_PER_WEIGHT * SAMPLE_COLUMNS * product, 0.0),
-        rounding=_seconds(lambda: pack(quantize(weight, bits, scheme))) / weight.numel(),
+        rounding=least_seconds(lambda: pack(quantize(weight, bits, scheme))) / weight.numel(),
     )
 
 
@@ -195,7 +197,7 @@ def columns_of(model: Any, name: str) -> int:
     return shape_of(model.get_submodule(name))[1]
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def least_seconds(call: Callable[[], Any]) -> float:
     """Return the least processor seconds per thread of a few calls."""
     measured = []
     for _ in range(REPEATS):

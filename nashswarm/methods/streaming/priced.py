@@ -25,6 +25,7 @@ from nashswarm.methods.streaming.steps import OUTER, Run
 from nashswarm.models import kept
 from nashswarm.progress import Track, no_track
 
+FORWARD, BACKWARD, ENCODE = "running blocks forward", "running blocks backward", "encoding block by block"
 UNREACHED = "without effect on what the model predicts"
 log = logging.getLogger(__name__)
 
@@ -65,10 +66,10 @@ def _fill(run: Run, about: dict[str, Any], track: Track) -> Layout:
     blocks, all_units = run.blocks, units(run.source.model)
     numbers = list(range(len(blocks)))
     stages: list[tuple[str, Callable[[Run, int], dict[str, Any]], list[int]]] = [
-        ("running blocks forward", steps.forward, [OUTER, *numbers]),
-        ("running blocks backward", steps.backward, [len(blocks), *reversed(numbers), OUTER]),
+        (FORWARD, steps.forward, [OUTER, *numbers]),
+        (BACKWARD, steps.backward, [len(blocks), *reversed(numbers), OUTER]),
         ("choosing rates", steps.choose_rates, [OUTER]),
-        ("encoding block by block", steps.encode_unit, list(range(len(all_units)))),
+        (ENCODE, steps.encode_unit, list(range(len(all_units)))),
     ]
     done = 0
     for description, step, order in stages:
