@@ -94,6 +94,7 @@ test-engines: $(VENV)/tested  ## sweeps on a real Ray and a real Slurm of this m
 	@$(BIN)/pytest --quiet -m engines tests
 
 test-slow: $(VENV)/tested  ## the slow tests: notebooks, whole derivations, long trainings, commands of the guides
+	@$(PIP) -e '.[fuzz]'
 	@$(BIN)/pytest --quiet -m slow
 
 test-all: test docs sanitize test-slow test-engines  ## every check there is

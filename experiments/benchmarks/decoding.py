@@ -7,7 +7,8 @@ full model by its modules in float32, and llama.cpp's types, quantized from the 
 Times are CPU time of that thread, which other work on the machine does not add to: medians of rounds, and the ratio to
 the first compressed model with its 95 % interval, above 1 where that one is faster.  ``decode``: a token after a
 context; ``prefill``: a prompt, of whose tokens only the last has logits.  ``products`` is the share of a decoded token
-that its products take when they are called one by one.  KL is that to the full model, on windows of the embedded text.
+that its products take when they are called one by one, in turns with tokens of that model alone.  KL is that to the
+full model, on windows of the embedded text.
 """
 
 import argparse
@@ -98,8 +99,8 @@ def main() -> None:
         times = timing.interleaved(turns, options.rounds, 2, show_progress)
         kl = divergences(contestants, windows)
     rows = table_rows(times, kl, {name: each.memory for name, each in contestants.items()})
-    for row, model in zip(rows[::2], models, strict=False):
-        row["products"] = product_seconds(natively(model), options.rounds) / row["decode ms"] * 1000
+    for row, folder, model in zip(rows[::2], options.compressed, models, strict=False):
+        row["products"] = product_share(natively(model), contestants[folder.name], windows[0], options)
     content = {"path": native.path(), "rows": rows, "provenance": provenance(started)}
     note = f"Ours: {native.path()}."
     if options.types:
@@ -210,8 +211,8 @@ def divergences(contestants: Mapping[str, Contestant], windows: list[list[int]])
     return sums
 
 
-def product_seconds(model: Any, rounds: int) -> float:
-    """Return the CPU seconds that the products of a decoded token take one by one, without those of the calls."""
+def product_share(model: Any, contestant: Contestant, window: list[int], options: argparse.Namespace) -> float:
+    """Return the share of a decoded token that its products take one by one, without the time of the calls."""
     multiply = trellis_native.library_with_tables().nashswarm_trellis_matmul
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     held, calls = [], []
@@ -230,7 +231,11 @@ def product_seconds(model: Any, rounds: int) -> float:
             multiply(*addresses, batch, *rest)
         return time.thread_time() - started
 
-    return statistics.median(once(1) - once(0) for _ in range(3 * rounds))
+    shares = []
+    for _ in range(options.rounds):
+        products = statistics.median(once(1) - once(0) for _ in range(options.new_tokens))
+        shares.append(products / seconds(contestant, window, options)[0])
+    return statistics.median(shares)
 
 
 def table_rows(

@@ -4,6 +4,8 @@ import functools
 import gzip
 import pathlib
 import resource
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -33,6 +35,7 @@ MUTATIONS = {  # of each kind of content, a million in all; fewer of those that 
     "code_tables": 150_000, "record": 60_000, "checkpoint": 60_000, "a.txt.gz": 50_000, "a.jsonl": 50_000,
     "a.parquet": 30_000, "a.csv": 30_000, "a.gguf": 30_000,
 }  # fmt: skip
+GUIDED = 20_000  # of each kind, where atheris looks for inputs that reach new code
 SEALED = ("groups", "lattice", "paths", "code_tables")  # with a checksum
 MOST_SECONDS, MOST_BYTES = 2.0, 256 << 20  # of one content of a few kilobytes; pages are not given back at once
 
@@ -66,7 +69,12 @@ def resealed(content: bytes, rng: np.random.Generator) -> bytes:
     body = mutated(content[8:], rng)
     if rng.random() < 0.5:
         body = body[: len(content) - 8].ljust(len(content) - 8, b"\0")
-    return content[:4] + zlib.crc32(body).to_bytes(4, "little") + body
+    return sealed(content[:4], body)
+
+
+def sealed(start: bytes, body: bytes) -> bytes:
+    """Join the parts of a container by a checksum that is right."""
+    return start + zlib.crc32(body).to_bytes(4, "little") + body
 
 
 def decode(name: str, tables: CodeTables | None) -> Callable[[bytes], Any]:
@@ -99,8 +107,12 @@ def read_gguf(path: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, Callable[[bytes], Any]]]:
-    """Name → a valid content and its reader."""
-    folder, model = tmp_path_factory.mktemp("mutated"), build_model("gpt2")
+    return contents_in(tmp_path_factory.mktemp("mutated"))
+
+
+def contents_in(folder: pathlib.Path) -> dict[str, tuple[bytes, Callable[[bytes], Any]]]:
+    """Return for each kind a valid content and its reader, which may write into the folder."""
+    model = build_model("gpt2")
     readers: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {}
     for form in ("tiles", "groups", "paths", "lattice", "trellis"):
         packed = packed_by(model, form)
@@ -151,8 +163,8 @@ def test_mutated_content_is_read_or_refused_in_a_sentence(
     rng = np.random.default_rng([*kind.encode()])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(MUTATIONS[kind]):
-        sealed = kind in SEALED and number % 2  # the others stop at the checksum
-        changed = resealed(content, rng) if sealed else mutated(content, rng)
+        mutate = resealed if kind in SEALED and number % 2 else mutated  # the others stop at the checksum
+        changed = mutate(content, rng)
         started = time.process_time()
         try:
             read(changed)
@@ -161,3 +173,15 @@ def test_mutated_content_is_read_or_refused_in_a_sentence(
         assert time.process_time() - started < MOST_SECONDS, changed
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
     assert grown < MOST_BYTES, f"{grown:,} bytes more than before"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MUTATIONS)
+def test_guided_content_is_read_or_refused_in_a_sentence(kind: str, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("atheris", reason="pip install -e '.[fuzz]'")
+    if kind == "a.gguf":
+        pytest.importorskip("gguf")
+    command = [sys.executable, "-m", "tests.packed.guided", kind, str(tmp_path), str(GUIDED)]
+    ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert f"Done {GUIDED}" in ended.stderr
