@@ -76,6 +76,9 @@ def feedback(
         block = slice(start, min(start + BLOCK, len(corrected)))
         errors = encoder.feedback(_select(columns, block), corrected[block], factor[block, block], by_column[block])
         corrected[block.stop :].addmm_(factor[block, block.stop :].T, errors, alpha=-1)
+    erased = (by_column == 0).all(1)  # what they are scaled by counts once their tiles try other rates
+    spread = (arrangement.weights[erased] / arrangement.layout.size).square().mean(1).sqrt()
+    columns.scales[erased] = trellis.scales(scale_codes(spread), COLUMN_STEPS)
     state = State(arrangement, rates, columns, corrected)  # whose memory the slopes take
     state.refresh()
     return state

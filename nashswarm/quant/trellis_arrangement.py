@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Float64, Integer, UInt8
 from torch import Tensor
 
 from nashswarm.kernels.trellis import (
@@ -78,14 +78,21 @@ class Arrangement:
     weights: Float[Tensor, "columns stored_rows"]
     inputs: Float[Tensor, "columns columns"]
 
-    def energies(self, factor: Float[Tensor, "columns columns"]) -> Float[Tensor, "groups tiles"]:
-        """Return the damage of each tile at rate 0, if later columns compensate for it as the ``factor`` of H says."""
+    def energies(self, factor: Float[Tensor, "columns columns"]) -> Float64[Tensor, "groups tiles 2"]:
+        """Return the damage of each tile at rate 0, if later columns compensate for it as the ``factor`` of H says.
+
+        Beside it, the damage if none does, all other weights being exact.
+        """
         pivots = 1 / factor.diagonal().double().square()
-        across = torch.zeros(self.layout.shape[1], self.layout.shape[0], dtype=torch.float64)
-        for block in torch.arange(self.layout.columns).split(COLUMNS):  # the squares of all weights would take memory
-            squares = self.weights[block].square().view(len(block), -1, ROWS).sum(2, dtype=torch.float64)
-            across.index_add_(0, self.layout.tiles[block], squares * pivots[block, None] / 2)
-        return across.T.contiguous()
+        energies = torch.zeros(*self.layout.shape, 2, dtype=torch.float64)
+        for tile in range(self.layout.shape[1]):
+            chosen = (self.layout.tiles == tile).nonzero()[:, 0]
+            weights = self.weights[chosen]
+            slopes = self.inputs[chosen[:, None], chosen] @ weights
+            squares = weights.square().view(len(chosen), -1, ROWS).sum(2, dtype=torch.float64)
+            energies[:, tile, 0] = (squares * pivots[chosen, None]).sum(0) / 2
+            energies[:, tile, 1] = (weights * slopes).view(len(chosen), -1, ROWS).sum((0, 2), dtype=torch.float64) / 2
+        return energies
 
 
 def arrange(

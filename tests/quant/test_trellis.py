@@ -242,7 +242,7 @@ def test_feedback_at_one_rate_has_the_distortion_of_the_rate(rate: int) -> None:
     arrangement, factor = arrange(matrix, Curvature(torch.ones(128), torch.eye(64), None))
     rates = torch.full(arrangement.layout.shape, rate, dtype=torch.uint8)
     state = trellis.feedback(arrangement, factor, rates)
-    nothing = float(arrangement.energies(factor).sum())
+    nothing = float(arrangement.energies(factor)[..., 0].sum())
     assert nothing == pytest.approx(0.5 * 1.01 * float(matrix.square().sum()), rel=0.1)
     assert state.damage / nothing <= 1.1 * distortions()[rate]
     if rate <= 5:  # above, the scale is fitted to the few weights that there are
@@ -259,7 +259,29 @@ def test_energies_are_the_damage_of_each_tile_alone_for_independent_inputs() -> 
         chosen = layout.tiles == tile
         part = arrangement.weights[chosen, 64 * group : 64 * (group + 1)].double()
         expected = float((part.square() * arrangement.inputs.diagonal()[chosen, None]).sum() / 2)
-        assert float(energies[group, tile]) == pytest.approx(expected, rel=1e-4)
+        assert energies[group, tile].tolist() == pytest.approx([expected, expected], rel=1e-4)
+
+
+def test_energies_of_alike_inputs_are_small_only_if_other_columns_make_up_for_the_tile() -> None:
+    arrangement, factor = arrange(weights(130, 40, 1), curvature_of(130, 40, 1))
+    energies = arrangement.energies(factor)
+    for group, tile in itertools.product(range(3), range(3)):
+        error = torch.zeros(arrangement.weights.shape)
+        chosen, rows = arrangement.layout.tiles == tile, slice(64 * group, 64 * (group + 1))
+        error[chosen, rows] = arrangement.weights[chosen, rows]
+        expected = float((error.T @ arrangement.inputs @ error).diagonal().sum() / 2)
+        assert float(energies[group, tile, 1]) == pytest.approx(expected, rel=1e-4)
+    assert bool((energies[..., 0] < energies[..., 1]).all())
+
+
+def test_tile_gains_by_more_bits_when_all_tiles_are_erased() -> None:
+    """The scale of a column has to suit the weights even if none of them is coded."""
+    arrangement, factor = arrange(weights(130, 40, 1), curvature_of(130, 40, 1))
+    state = trellis.feedback(arrangement, factor, torch.zeros(arrangement.layout.shape, dtype=torch.uint8))
+    assert not state.columns.values.any()
+    for tile in range(arrangement.layout.shape[1]):
+        gains, most = -trellis.deviations(state, tile).min(1).values, trellis.most_gain(state, tile)
+        assert bool((gains > 0.5 * most).all())
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
@@ -289,10 +311,10 @@ def test_grouping_by_weight_sorts_rows_and_columns() -> None:
     arrangement, factor = arrange(matrix, Curvature(torch.ones(192), torch.eye(48), None), "weight", False)
     by_row = arrangement.weights.square().sum(0)
     assert bool((by_row.diff() <= 1e-4 * by_row.max()).all())
-    energies = arrangement.energies(factor)
+    energies = arrangement.energies(factor)[..., 0]
     assert bool((energies.sum(1).diff() <= 0).all())
     stored = arrange(matrix, Curvature(torch.ones(192), torch.eye(48), None), "stored", False)[0]
-    spread, before = (part.energies(factor).sum(1).std() for part in (arrangement, stored))
+    spread, before = (part.energies(factor)[..., 0].sum(1).std() for part in (arrangement, stored))
     assert spread > before
 
 

@@ -10,13 +10,24 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Integer
 
-from nashswarm.kernels.trellis_codes import COLUMNS, ROWS
+from nashswarm.kernels.trellis_codes import COLUMNS, ROWS, distortions
 
 BYTES_PER_BIT = ROWS * COLUMNS // 8  # of one more bit for every weight of a tile
 HALVINGS = 80  # of the interval of the price, on a logarithmic scale
 
 Damage = Float[np.ndarray, "_groups _tiles 9"]
 Rates = Integer[np.ndarray, "_groups _tiles"]
+
+
+def expected_damage(energies: Float[np.ndarray, "_groups _tiles 2"]) -> Damage:
+    """Return the damage to expect of each tile at each rate, as if its weights were normal.
+
+    ``energies``: of ``Arrangement``.  Other columns make up for most of an error; but for an erased tile nothing is
+    counted on, since its neighbours may be erased as well: where inputs are much alike, that costs a thousand times more.
+    """
+    damage = energies[..., :1] * np.array(distortions())
+    damage[..., 0] = energies[..., 1]
+    return damage
 
 
 def best_rates(damage: Damage, price: float, allowed: Sequence[int]) -> Rates:

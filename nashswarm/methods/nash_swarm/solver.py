@@ -17,7 +17,6 @@ from nashswarm import layers
 from nashswarm.calibration.context import CalibrationContext
 from nashswarm.kernels import trellis as form
 from nashswarm.kernels.encoder import KEEP, RATES
-from nashswarm.kernels.trellis_codes import distortions
 from nashswarm.layers import Layer, Moments
 from nashswarm.methods.method import DecodedWeights
 from nashswarm.methods.nash_swarm import prices
@@ -108,7 +107,7 @@ class RateGame:
     def solve(self, budget: int, rounds: int) -> SolvedGame:
         """Play until no tile gains by another rate, at the price at which all layers take at most ``budget`` bytes.
 
-        The first rates come from estimates.  In each round the price is found again from the true damages, tiles that
+        The first rates come from expected damages.  In each round the price is found again from the true damages, tiles that
         gain by another rate take it one after another, and the columns sweep.  In the last rounds every rate of every
         tile is tried, and the budget is closed: the tiles that lose least by it move.
         """
@@ -159,17 +158,17 @@ class RateGame:
         return DecodedWeights({layer.name: part for layer, part in zip(self.layers, quantized, strict=True)})
 
     def _first_rates(self, left: int) -> list[Rates]:
-        """Return the rates at which the tiles take at most ``left`` bytes at one price, by their estimated damages."""
-        estimates = list(self._of_layers(self._estimate, "weighing tiles"))
-        price = prices.price_for(estimates, left, self.allowed)
-        return [prices.best_rates(part, price, self.allowed) for part in estimates]
+        """Return the rates at which the tiles take at most ``left`` bytes at one price, by their expected damages."""
+        expected = list(self._of_layers(self._expect, "weighing tiles"))
+        price = prices.price_for(expected, left, self.allowed)
+        return [prices.best_rates(part, price, self.allowed) for part in expected]
 
     # One layer.
 
-    def _estimate(self, layer: Layer) -> Damage:
-        """Return the expected damage of each tile at each rate, as if its weights were normal."""
+    def _expect(self, layer: Layer) -> Damage:
+        """Return the expected damage of each tile at each rate."""
         arrangement, factor = self._arrange(layer)
-        return arrangement.energies(factor).numpy()[..., None] * np.array(distortions())
+        return prices.expected_damage(arrangement.energies(factor).numpy())
 
     def _arrange(self, layer: Layer) -> tuple[Arrangement, torch.Tensor]:
         """Return the layer as its tiles are cut, and the factor of its curvature."""

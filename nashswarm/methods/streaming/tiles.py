@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nashswarm import layers
 from nashswarm.kernels import trellis as form
-from nashswarm.kernels.trellis_codes import distortions
 from nashswarm.layers import Layer, Moments
 from nashswarm.methods.nash_swarm import prices
 from nashswarm.methods.nash_swarm.prices import Damage
@@ -21,7 +20,7 @@ from nashswarm.methods.streaming.skeleton import shape_of
 from nashswarm.quant import trellis
 from nashswarm.quant.trellis_arrangement import Arrangement, arrange
 
-Energies = Float64[Tensor, "_groups _tiles"]  # the damage of each tile at rate 0
+Energies = Float64[Tensor, "_groups _tiles 2"]  # of ``Arrangement.energies``
 TileRates = UInt8[Tensor, "_groups _tiles"]
 
 
@@ -32,7 +31,7 @@ class ExpectedDamages(Sequence[Damage]):
         self.energies = energies
 
     def __getitem__(self, number: Any) -> Any:
-        return self.energies[number].numpy()[..., None] * np.array(distortions())
+        return prices.expected_damage(self.energies[number].numpy())
 
     def __len__(self) -> int:
         return len(self.energies)
