@@ -22,8 +22,8 @@ Rates = Integer[np.ndarray, "_groups _tiles"]
 def expected_damage(energies: Float[np.ndarray, "_groups _tiles 2"]) -> Damage:
     """Return the damage to expect of each tile at each rate, as if its weights were normal.
 
-    ``energies``: of ``Arrangement``.  Other columns make up for most of an error; but for an erased tile nothing is
-    counted on, since its neighbours may be erased as well: where inputs are much alike, that costs a thousand times more.
+    ``energies``: of ``Arrangement``.  Other columns make up for most of an error.  That of an erased tile counts in
+    full, since its neighbours may be erased as well: where inputs are much alike, that costs a thousand times more.
     """
     damage = energies[..., :1] * np.array(distortions())
     damage[..., 0] = energies[..., 1]

@@ -107,9 +107,9 @@ class RateGame:
     def solve(self, budget: int, rounds: int) -> SolvedGame:
         """Play until no tile gains by another rate, at the price at which all layers take at most ``budget`` bytes.
 
-        The first rates come from expected damages.  In each round the price is found again from the true damages, tiles that
-        gain by another rate take it one after another, and the columns sweep.  In the last rounds every rate of every
-        tile is tried, and the budget is closed: the tiles that lose least by it move.
+        The first rates come from expected damages.  In each round the price is found again from the true damages,
+        tiles that gain by another rate take it one after another, and the columns sweep.  In the last rounds every rate
+        of every tile is tried, and the budget is closed: the tiles that lose least by it move.
         """
         left = budget - self.side_bytes()
         played = self._encode(self._first_rates(left))
