@@ -34,6 +34,8 @@ from nashswarm.quant.pack import pack
 from nashswarm.quant.path_entropy import encode_paths, first_tables, with_fitted_sizes
 from tests.models import gguf_file
 
+collect_ignore = ["packed/guided.py"]  # a program of its own, which imports what only the extra fuzz installs
+
 PHRASES = (
     "the a one every no old new small large quiet starling flock block player price byte model token window layer "
     "weight game reply head row column error reads writes moves minds follows leaves finds keeps loses and or while "

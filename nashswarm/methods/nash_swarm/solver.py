@@ -6,7 +6,7 @@ change of the mover's own cost, so best replies one after another end in an equi
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from nashswarm.layers import Layer, Moments
 from nashswarm.methods.method import DecodedWeights
 from nashswarm.methods.nash_swarm import prices
 from nashswarm.methods.nash_swarm.prices import Damage, Rates
-from nashswarm.methods.nash_swarm.workers import Result, one_thread_each
+from nashswarm.methods.nash_swarm.workers import Result, of_layers
 from nashswarm.quant import trellis
 from nashswarm.quant.curvature import Curvature
 from nashswarm.quant.trellis import Encoded, State
@@ -159,7 +159,7 @@ class RateGame:
 
     def _first_rates(self, left: int) -> list[Rates]:
         """Return the rates at which the tiles take at most ``left`` bytes at one price, by their expected damages."""
-        expected = list(self._of_layers(self._expect, "weighing tiles"))
+        expected = self._of_layers(self._expect, "weighing tiles")
         price = prices.price_for(expected, left, self.allowed)
         return [prices.best_rates(part, price, self.allowed) for part in expected]
 
@@ -213,13 +213,9 @@ class RateGame:
         after = self._of_layers(play, "playing", wanted)
         return {layer.name: part for layer, part in zip(self.layers, after, strict=True)}
 
-    def _of_layers(
-        self, function: Callable[..., Result], description: str, *arguments: Sequence[Any]
-    ) -> Iterator[Result]:
-        """Yield the function's result for each layer; several layers are computed at a time, with one thread each."""
-        results = one_thread_each(function, self.layers, *arguments)
-        for _, result in zip(self.context.track(self.layers, description), results, strict=True):
-            yield result
+    def _of_layers(self, function: Callable[..., Result], description: str, *arguments: Sequence[Any]) -> list[Result]:
+        """Return the function's result for each layer; several layers are computed at a time, with one thread each."""
+        return of_layers(function, self.layers, *arguments, track=self.context.track, description=description)
 
     def _settle(self, state: State, last: bool, tried: Sequence[int], price: float = 0.0) -> PlayedLayer:
         """Sweep until the columns are settled, and measure what each tile would gain by the rates that are ``tried``.
